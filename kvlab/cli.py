@@ -1,0 +1,228 @@
+"""The command line: kvlab run | plan | show | report."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvlab.schema import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from kvlab.config import Config
+
+USAGE = """usage: kvlab <command> [...]
+
+  run [-m] [group=choice] [field=value]   train, evaluate and record; -m sweeps over comma lists
+  plan [-m] [group=choice] [field=value]  the dry run: identity, state, bytes, FLOPs, fits or not
+  show RESULTS                            a table in the terminal
+  report RESULTS [--output FOLDER]        report.html, frontier.png, frontier.pdf, frontier.csv
+
+Groups: mixer model memory task optimizer train hardware launcher experiment debug.
+`kvlab run --cfg job` prints the composed config, `kvlab run --help` Hydra's own options."""
+
+
+def main() -> int:
+    """Entry point; returns the exit status: 0 fine, 1 something failed, 2 a wrong command or config, 130 interrupted."""
+    commands: dict[str, Callable[[list[str]], int]] = {"run": run, "plan": plan, "show": show, "report": report}
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"kvlab {version('kvlab')}")
+        return 0
+    name, *rest = arguments
+    if name not in commands:
+        print(f"kvlab: no command {name!r}; {nearest(name, commands)}", file=sys.stderr)
+        return 2
+    try:
+        return commands[name](rest)
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"kvlab: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one config or a sweep; finished runs are skipped, failed ones retried, cut ones resumed."""
+    overrides, flags = _sorted_arguments(arguments)
+    if set(flags) - {"-m", "--multirun"}:  # Hydra's own: --cfg, --info, --help, --shell-completion
+        _through_hydra(arguments)
+        return 0
+    from kvlab.compose import expand
+    from kvlab.lab.runs import Run
+
+    configs, handed = expand(overrides, bool(flags))
+    configs = list({config.run_dir: config for config in configs}.values())
+    if len(configs) == 1:
+        statuses = [_execute(configs[0])]
+    else:
+        Console(stderr=True, highlight=False).print(_sweep_summary(configs), markup=False)
+        _through_hydra(["--multirun", *handed])
+        statuses = [Run(config).state for config in configs]
+    _print_runs(configs)
+    if "interrupted" in statuses or "cut" in statuses:
+        return 130
+    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+
+
+def _execute(config: "Config") -> str:
+    from kvlab.lab.execute import execute
+    from kvlab.lab.runs import RunLocked
+
+    use_compilation_cache()
+    try:
+        status = execute(config)
+    except RunLocked as error:
+        print(f"kvlab: {error}", file=sys.stderr)
+        return "locked"
+    reason = ""
+    if status == "failed":
+        from kvlab.lab.runs import Run
+
+        record = Run(config).record or {}
+        reason = f": {record.get('reason')}"
+    print(f"{config.label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
+    return status
+
+
+def _through_hydra(arguments: Sequence[str]) -> None:
+    """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process."""
+    import hydra
+
+    from kvlab.compose import configs_dir, register
+
+    register()
+    sys.argv = ["kvlab", *arguments]
+    hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name="config")(_job)()
+
+
+def _job(composed: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from kvlab.config import Config
+
+    if _execute(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
+        raise KeyboardInterrupt  # ends the whole sweep
+
+
+def use_compilation_cache() -> None:
+    """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "kvlab" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def plan(arguments: list[str]) -> int:
+    """Prints every run of an invocation with what it would hold and cost; trains nothing, writes nothing."""
+    overrides, flags = _sorted_arguments(arguments)
+    if unknown := set(flags) - {"-m", "--multirun"}:
+        raise ConfigError("option", sorted(unknown)[0], "kvlab plan takes -m, groups and fields only")
+    from kvlab.compose import expand
+    from kvlab.lab.laboratory import Laboratory
+    from kvlab.lab.plan import predict
+    from kvlab.lab.runs import Run
+    from kvlab.training.progress import human_bytes
+
+    use_compilation_cache()
+    configs, _ = expand(overrides, bool(flags))
+    names = ("run", "label", "state", "params", "weights", "optimizer", "activations", "memory", "temporaries", "FLOPs")
+    table = Table(*names, "fits", title=f"{len(configs)} runs", title_justify="left")
+    alike: dict[str, Any] = {}
+    for config in configs:
+        key = str({name: value for name, value in config.as_dict().items() if name not in ("seed", "results_dir")})
+        if key not in alike:
+            alike[key] = predict(Laboratory.of(config))
+        found = alike[key]
+        sizes = (found.weights_bytes, found.optimizer_bytes, found.activations_bytes)
+        sizes = (*sizes, found.state_bytes, found.temporaries_bytes)
+        fits = f"{'yes' if found.fits else 'NO'}: {human_bytes(max(found.train_bytes, found.decode_bytes))}"
+        fits += f" of {human_bytes(found.hardware_bytes)} ({found.hardware})"
+        cells = [config.run_id, config.label, Run(config).state, f"{found.num_params:,}"]
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), f"{found.train_flops:.2e}", fits)
+    _console().print(table)
+    return 0 if all(found.fits for found in alike.values()) else 1
+
+
+def show(arguments: list[str]) -> int:
+    """A folder of results as a table, one row a point; failed and cut runs below with their reasons."""
+    parser = argparse.ArgumentParser("kvlab show", description=show.__doc__)
+    parser.add_argument("results", type=Path)
+    from kvlab.lab.results import read_records
+
+    _print_records(read_records(parser.parse_args(arguments).results))
+    return 0
+
+
+def report(arguments: list[str]) -> int:
+    """Writes the page, the pictures and the data of a folder of results."""
+    parser = argparse.ArgumentParser("kvlab report", description=report.__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--output", type=Path, help="where to write; default: the results folder itself")
+    options = parser.parse_args(arguments)
+    from kvlab.lab.report import write_report
+
+    for path in write_report(options.results, options.output or options.results):
+        print(path)
+    return 0
+
+
+def _sorted_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides and flags apart."""
+    flags = [one for one in arguments if one.startswith("-")]
+    return [one for one in arguments if not one.startswith("-")], flags
+
+
+def _console() -> Console:
+    """Full width where nobody is watching, so that piped tables are not cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _sweep_summary(configs: list["Config"]) -> str:
+    from collections import Counter
+
+    from kvlab.lab.runs import Run
+
+    states = Counter(Run(config).state for config in configs)
+    words = {"new": "to run", "cut": "to resume", "failed": "to retry", "done": "done already"}
+    return f"{len(configs)} runs: " + ", ".join(f"{count} {words[state]}" for state, count in states.items())
+
+
+def _print_runs(configs: list["Config"]) -> None:
+    from kvlab.lab.runs import Run
+
+    records = [{**record, "directory": str(config.run_dir)} for config in configs if (record := Run(config).record)]
+    if records:
+        _print_records(records)
+
+
+def _print_records(records: list[dict[str, Any]]) -> None:
+    from kvlab.lab.results import points
+    from kvlab.training.progress import human_bytes
+
+    names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
+    table = Table(*names, "step ms", "decode tok/s")
+    for point in points(records):
+        sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
+        interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
+        cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
+        speeds = (str(point.context_len), f"{point.train_step_ms:.1f}", f"{point.decode_tokens_per_s:,.0f}")
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds)
+    console = _console()
+    if table.row_count:
+        console.print(table)
+    for record in records:
+        if record["status"] != "done":
+            name = record["config"]["mixer"]["name"]
+            line = f"{record['status']}: {name} seed {record['seed']} [{record['run_id']}] {record.get('reason')}"
+            console.print(line, markup=False)

@@ -1,0 +1,129 @@
+"""Hydra, and nothing else: composing configurations, expanding sweeps, and answering typos with the nearest legal names."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvlab.config import Config, defaults
+from kvlab.mixers import MIXERS
+from kvlab.schema import ConfigError, nearest
+from kvlab.tasks import TASKS
+
+
+def configs_dir() -> Path:
+    """The YAML groups: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def register() -> None:
+    """Puts the dataclasses' defaults into Hydra's ConfigStore, as plain values: YAML groups say what differs."""
+    store = ConfigStore.instance()
+    store.store(name="defaults", node=defaults())
+    for group, registry in (("mixer", MIXERS), ("task", TASKS)):
+        for name, kind in registry.items():
+            store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
+
+
+@contextlib.contextmanager
+def _hydra() -> Iterator[None]:
+    register()
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        yield
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The config that `kvlab run <overrides>` would run; for notebooks and tests. Raises ConfigError."""
+    return Config.build(_composed(overrides))
+
+
+def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+    with _hydra():
+        try:
+            composed = hydra_compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(list(overrides), error) from None
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+    return plain
+
+
+def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list[str]]:
+    """Every config of an invocation, and the overrides to hand to Hydra.
+
+    An experiment may bring its own sweep; a value given on the command line replaces the sweep's axis of that name. All
+    configs are checked here, before any is run. Raises ConfigError.
+    """
+    overrides = list(overrides)
+    with _hydra():
+        try:
+            given = OverridesParser.create().parse_overrides(overrides)
+            fixed = [one.input_line for one in given if not one.is_sweep_override()]
+            hydra_config = hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _explained(overrides, error) from None
+    sweeping = multirun or str(hydra_config.mode or "").endswith("MULTIRUN")
+    if not sweeping:
+        if swept := [str(one.input_line) for one in given if one.is_sweep_override()]:
+            raise ConfigError(swept[0].split("=")[0], swept[0].split("=", 1)[1], "sweeps over values need -m")
+        return [compose(overrides)], overrides
+    axes = dict(hydra_config.sweeper.params or {})
+    replaced = [name for name in axes if name in {one.key_or_group for one in given}]
+    kept = [f"{name}={value}" for name, value in axes.items() if name not in replaced]
+    parsed = OverridesParser.create().parse_overrides([*kept, *overrides])
+    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    plain = [[one for one in job if not one.startswith(("hydra.", "hydra/"))] for job in jobs]
+    return [compose(job) for job in plain], [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+
+
+def _explained(overrides: list[str], error: Exception) -> Exception:
+    """The composition error as a ConfigError that names the nearest legal group, choice or field; itself when unknown."""
+    try:
+        given = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:
+        return ConfigError("overrides", overrides, str(error).splitlines()[0])
+    groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
+    choices: list[str] = []
+    for one in given:
+        if one.key_or_group in groups:
+            options = [path.stem for path in (configs_dir() / one.key_or_group).glob("*.yaml")]
+            for value in _values(one):
+                if value not in options:
+                    return ConfigError(one.key_or_group, value, nearest(str(value), options))
+            choices.append(f"{one.key_or_group}={_values(one)[0]}")
+    for one in given:
+        if one.key_or_group in groups or one.key_or_group.startswith("hydra"):
+            continue
+        node: Any = OmegaConf.to_container(hydra_compose("config", overrides=choices), resolve=True)
+        place: list[str] = []
+        for part in one.key_or_group.split("."):
+            if not isinstance(node, dict) or part not in node:
+                legal = [*node, *(groups if not place else ())] if isinstance(node, dict) else []
+                return ConfigError(".".join([*place, part]), one.value(), f"no such field; {nearest(part, legal)}")
+            node = node[part]
+            place.append(part)
+    if "launcher" in str(error) and not any("joblib" in plugin.__name__.lower() for plugin in _launchers()):
+        return ConfigError("launcher", None, "this launcher needs the extra: pip install 'kvlab[slurm]'")
+    return ConfigError("config", overrides, " ".join(str(error).split()))
+
+
+def _values(override: Override) -> list[Any]:
+    return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+
+
+def _launchers() -> list[type]:
+    from hydra.plugins.launcher import Launcher
+
+    return list(Plugins.instance().discover(Launcher))

@@ -1,0 +1,182 @@
+"""The schema of every experiment: one frozen dataclass, built from Hydra's composition or from a plain mapping.
+
+    config = Config.build(mapping)          # raises ConfigError before anything is compiled
+    config.as_dict()                        # the same mapping back, every default spelled out
+    config.run_id                           # ten hex digits of its SHA-256: the run's identity
+
+Hydra composes; it is asked for nothing else. There is no `_target_`: names are looked up in registries.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, cast
+
+from kvlab.engine.measure import MeasureConfig
+from kvlab.hardware import HardwareConfig
+from kvlab.memory.layout import MemoryConfig
+from kvlab.mixers import MIXERS
+from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
+from kvlab.schema import ConfigError, Schema, integer, nearest, reals, text, to_plain
+from kvlab.tasks import TASKS, Task
+from kvlab.training.loop import TrainConfig
+from kvlab.training.optimizer import OptimizerConfig
+
+SCHEMA_VERSION = 1
+NOT_IDENTITY = ("hardware", "results_dir")
+"""Sections that say where a run happens, not what it is."""
+
+
+@dataclass(frozen=True)
+class TuneConfig(Schema):
+    """Learning rates to try; the best on the validation slices is kept. Empty: `optimizer.learning_rate` as it is."""
+
+    learning_rate: tuple[float, ...] = reals((), 0.0, 10.0, open_low=True)
+
+
+def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Schema]:
+    """A section {type: name, ...} as the registered name and its config."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(path, values, "must be a mapping with a `type`")
+    fields = dict(cast(Mapping[str, object], values))
+    name = fields.pop("type", None)
+    if name not in registry:
+        raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
+    return str(name), registry[name].Config.build(fields, path)
+
+
+SECTIONS: dict[str, type[Schema]] = {
+    "model": ModelConfig,
+    "memory": MemoryConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "tune": TuneConfig,
+    "measure": MeasureConfig,
+    "hardware": HardwareConfig,
+}
+"""Sections with one schema each; `mixer` and `task` choose theirs by `type`."""
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """A named variant: a pattern over named layers, such as pattern "M A" with layers M and A."""
+
+    name: str
+    pattern: str
+    layers: dict[str, LayerConfig]
+
+    @classmethod
+    def build(cls, values: object) -> "MixerConfig":
+        """From {name, pattern, A: {type: attention, ...}, M: {...}}."""
+        if not isinstance(values, Mapping):
+            raise ConfigError("mixer", values, "must be a mapping with name, pattern and layers")
+        fields = dict(cast(Mapping[str, object], values))
+        name, pattern = fields.pop("name", None), fields.pop("pattern", None)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+", name):
+            raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
+        if not isinstance(pattern, str):
+            raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
+        layers = {layer: LayerConfig(*_typed(one, f"mixer.{layer}", MIXERS)) for layer, one in fields.items()}
+        return cls(name, pattern, layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping that `build` takes."""
+        layers = {name: {"type": layer.mixer, **to_plain(layer.config)} for name, layer in self.layers.items()}
+        return {"name": self.name, "pattern": self.pattern, **layers}
+
+
+@dataclass(frozen=True)
+class Config(Schema):
+    """One run, completely. Sections are groups of `configs/`; see each section's own docstring."""
+
+    mixer: MixerConfig
+    task: Schema
+    task_name: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    experiment: str = text("default")
+    seed: int = integer(0, 0)
+    results_dir: str = text("results")
+
+    @classmethod
+    def build(cls, values: object, path: str = "") -> Self:
+        """From the whole mapping. Raises ConfigError naming the first wrong field, its value and the legal range."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(path or "config", values, "must be a mapping of sections")
+        fields = dict(cast(Mapping[str, object], values))
+        for name in ("mixer", "task"):
+            if name not in fields:
+                raise ConfigError(name, None, "is missing and has no default")
+        mixer = MixerConfig.build(fields.pop("mixer"))
+        task_name, task = _typed(fields.pop("task"), "task", TASKS)
+        for name in fields:
+            if name not in SECTIONS and name not in ("experiment", "seed", "results_dir"):
+                legal = ["mixer", "task", *SECTIONS, "experiment", "seed", "results_dir"]
+                raise ConfigError(str(name), fields[name], f"no such section; {nearest(str(name), legal)}")
+        built = {name: kind.build(fields.pop(name), name) for name, kind in SECTIONS.items() if name in fields}
+        return cls(mixer=mixer, task=task, task_name=task_name, **built, **cast(dict[str, Any], fields))
+
+    def cross_check(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", self.experiment):
+            raise ConfigError("experiment", self.experiment, "must be a word of letters, digits, '_', '-' and '.'")
+        try:
+            self.layers()
+        except ValueError as error:
+            raise ConfigError("mixer.pattern", self.mixer.pattern, str(error)) from None
+        if self.measure.decode_steps >= self.context_len:
+            legal = f"must be below the measured context of {self.context_len} tokens"
+            raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens at which memory is measured."""
+        return self.measure.context_len or self.make_task().context_len
+
+    def layers(self) -> list[LayerConfig]:
+        """Every layer's mixer, by tiling the pattern. Raises ValueError for a pattern that cannot."""
+        names = parse_pattern(self.mixer.pattern, list(self.mixer.layers), self.model.num_layers)
+        return [self.mixer.layers[name] for name in names]
+
+    def make_task(self) -> Task:
+        """The task; cheap, data are read when first needed."""
+        build: Any = TASKS[self.task_name]
+        return build(self.task)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data with every default spelled out; `Config.build` takes it back."""
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        del fields["task_name"]
+        task = {"type": self.task_name, **to_plain(self.task)}
+        return {name: to_plain(value) for name, value in fields.items()} | {"mixer": self.mixer.as_dict(), "task": task}
+
+    @property
+    def run_id(self) -> str:
+        """Ten hex digits of the SHA-256 of everything that determines the result."""
+        identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
+        text = json.dumps({"schema": SCHEMA_VERSION, **identity}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives: results_dir / experiment / run_id."""
+        return Path(self.results_dir) / self.experiment / self.run_id
+
+    @property
+    def label(self) -> str:
+        """How people call this run: variant, task, seed."""
+        return f"{self.mixer.name}/{self.task_name}/seed{self.seed}"
+
+
+def defaults() -> dict[str, Any]:
+    """The defaults of every section that is not chosen by name: the base that Hydra composes upon."""
+    top = {"experiment": "default", "seed": 0, "results_dir": "results"}
+    return top | {name: kind.defaults() for name, kind in SECTIONS.items()}

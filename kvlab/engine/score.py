@@ -1,0 +1,101 @@
+"""Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from kvlab.engine.step import MemoryStep, Session
+from kvlab.memory.layout import MemoryLayout
+from kvlab.models.transformer import Transformer, merge
+from kvlab.tasks import Batch, EvalSlice, Task
+from kvlab.training.step import score, weighted_nll
+from kvlab.typing import Params
+
+
+@dataclass(frozen=True)
+class SliceScore:
+    """Sums over one slice; `metric` turns them into the task's number."""
+
+    name: str
+    nll: float
+    correct: float
+    weight: float
+
+    def metric(self, task: Task) -> float:
+        """Accuracy, or bits per byte from nats."""
+        return self.correct / self.weight if task.metric == "accuracy" else self.nll / self.weight / float(np.log(2))
+
+
+class Scorer:
+    """Scores one model on a task's slices. Data depend on `key` and the split only."""
+
+    def __init__(self, structure: nnx.GraphDef[Transformer], task: Task, key: Array, batch_size: int):
+        self.structure, self.task, self.key, self.batch_size = structure, task, key, batch_size
+        self._parallel = jax.jit(lambda params, batch: weighted_nll(merge(structure, params), batch))
+        self._score = jax.jit(score)
+        self._batches: dict[tuple[str, str, int], Batch] = {}
+
+    def parallel(self, params: Params, split: str) -> tuple[SliceScore, ...]:
+        """Every slice in the parallel form."""
+        scores = []
+        for one in self.task.slices(split):
+            total = np.zeros(3)
+            for index in range(0, one.num_examples, self.batch_size):
+                batch = self._batch(split, one, index)
+                nll, correct = self._parallel(params, batch)
+                total += [float(nll.sum()), float(correct.sum()), float(batch.weights.sum())]
+            scores.append(SliceScore(one.name, *total.tolist()))
+        return tuple(scores)
+
+    def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:
+        """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token."""
+        session = Session(MemoryStep(self.structure, layout), params)
+        scores = []
+        for one in self.task.slices(split):
+            total = np.zeros(3)
+            for index in range(0, one.num_examples, self.batch_size):
+                total += self._score_batch(session, self._batch(split, one, index), one)
+                session.release_all()
+            scores.append(SliceScore(one.name, *total.tolist()))
+        return tuple(scores)
+
+    def _score_batch(self, session: Session, batch: Batch, one: EvalSlice) -> np.ndarray:
+        tokens, places = np.asarray(batch.tokens), np.asarray(batch.label_positions)
+        labels, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+        for row in range(len(tokens)):  # scattered labels as dense rows, aligned with the tokens
+            real = np.asarray(batch.weights[row]) > 0
+            labels[row, places[row, real]] = np.asarray(batch.labels)[row, real]
+            weights[row, places[row, real]] = np.asarray(batch.weights)[row, real]
+        total, width = np.zeros(3), session.layout.chunk_len
+        starts = [*range(0, one.prompt_len, width), *range(one.prompt_len, one.seq_len)]
+        for start in starts:
+            end = min(start + width, one.prompt_len) if start < one.prompt_len else start + 1
+            logits = session.advance(
+                {row: tokens[row, start:end] for row in range(len(tokens))}, width if start < one.prompt_len else 1
+            )
+            if not weights[:, start:end].any():
+                continue
+            shape = (session.layout.max_sequences, logits.shape[1])
+            padded_labels, padded_weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+            padded_labels[: len(tokens), : end - start] = labels[:, start:end]
+            padded_weights[: len(tokens), : end - start] = weights[:, start:end]
+            nll, correct = self._score(logits, padded_labels, padded_weights)
+            total += [float(nll.sum()), float(correct.sum()), float(padded_weights.sum())]
+        return total
+
+    def _batch(self, split: str, one: EvalSlice, index: int) -> Batch:
+        """Examples [index, index + batch_size) of a slice, generated once; the last batch may be shorter."""
+        place = (split, one.name, index)
+        if place not in self._batches:
+            size = min(self.batch_size, one.num_examples - index)
+            key = jax.random.fold_in(self.key, {"validation": 0, "test": 1}[split])
+            self._batches[place] = self.task.eval_batch(key, split, one, index, size)
+        return self._batches[place]
+
+
+def mean_metric(scores: tuple[SliceScore, ...], task: Task) -> float:
+    """The task's number: the plain mean over slices, as the papers average."""
+    return float(np.mean([one.metric(task) for one in scores]))

@@ -1,0 +1,82 @@
+"""The device step, a pure function, and the host driver that plans it: `Session` prefills in chunks and decodes."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+from jax import Array
+
+from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.ledger import Plan, stack
+from kvlab.models.transformer import Transformer, merge
+from kvlab.typing import Logits, Params, Tokens
+
+type Pools = tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryStep:
+    """`step(params, pools, plan, tokens) -> (logits, pools)`; pools are donated, so nothing is copied."""
+
+    structure: nnx.GraphDef[Transformer]
+    layout: MemoryLayout
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
+        """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are noise."""
+        model = merge(self.structure, params)
+        positions = plan.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
+        assert views is not None
+        return model.logits(hidden), self.layout.pools(views)
+
+    def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
+        """The compiled step for chunks of `num_tokens`: what `memory_analysis()` is asked of. Nothing runs."""
+        batch_size = self.layout.max_sequences
+        plan = stack([], self.layout.classes, batch_size, num_tokens)
+        tokens = jax.ShapeDtypeStruct((batch_size, num_tokens), jnp.int32)
+        return type(self).__call__.lower(self, params, pools, plan, tokens).compile()
+
+
+class Session:
+    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer sequences leave rows padded."""
+
+    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None):
+        self.step, self.params = step, params
+        self.layout = step.layout
+        self.ledger = self.layout.ledger()
+        self.pools: Pools = self.layout.allocate() if pools is None else pools
+
+    def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
+        """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
+
+        Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not fit;
+        no sequence has then changed.
+        """
+        plans: list[Plan] = []
+        names = list(chunks)
+        tokens = np.zeros((self.layout.max_sequences, width), np.int32)
+        for row, name in enumerate(names):
+            plan = self.ledger.reserve(name, len(chunks[name]))
+            if not isinstance(plan, Plan):
+                for reserved in names[:row]:
+                    self.ledger.commit(reserved, 0)
+                raise MemoryError(f"sequence {name!r}: {plan.reason}")
+            plans.append(plan)
+            tokens[row, : len(chunks[name])] = chunks[name]
+        plan = stack(plans, self.layout.classes, self.layout.max_sequences, width)
+        logits, self.pools = self.step(self.params, self.pools, plan, tokens)
+        for name in names:
+            self.ledger.commit(name, len(chunks[name]))
+        return logits
+
+    def release_all(self) -> None:
+        """Ends every sequence; their pages are free, their contents stay until overwritten."""
+        for name in self.ledger.sequences:
+            self.ledger.release(name)

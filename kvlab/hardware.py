@@ -1,0 +1,57 @@
+"""Chips by name: memory, bandwidth and peak, from the makers' datasheets (dense bf16; sparse figures are not used)."""
+
+from dataclasses import dataclass
+
+from kvlab.schema import ConfigError, Schema, integer, nearest, text
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One accelerator: memory in GB (10^9 bytes), bandwidth in GB/s, dense bf16 TFLOP/s."""
+
+    name: str
+    memory_gb: float
+    bandwidth_gb_s: float
+    bf16_tflops: float
+    source: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory in bytes."""
+        return int(self.memory_gb * 1e9)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("a100", 80, 2_039, 312, "NVIDIA A100 80GB SXM datasheet"),
+        Chip("h100", 80, 3_350, 989, "NVIDIA H100 SXM datasheet"),
+        Chip("h200", 141, 4_800, 989, "NVIDIA H200 SXM datasheet"),
+        Chip("b200", 180, 8_000, 2_250, "NVIDIA HGX B200 datasheet"),
+        Chip("mi300x", 192, 5_300, 1_307, "AMD Instinct MI300X datasheet"),
+        Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation"),
+        Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation"),
+        Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation"),
+        Chip("tpu7x", 192, 7_380, 2_307, "Google Cloud TPU7x documentation"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class HardwareConfig(Schema):
+    """The chip that `kvlab plan` fits against; "host" is the machine it runs on."""
+
+    name: str = text("host")
+    num_chips: int = integer(1, 1, 1 << 16)
+
+    def cross_check(self) -> None:
+        if self.name != "host" and self.name not in CHIPS:
+            raise ConfigError("name", self.name, nearest(self.name, ["host", *CHIPS]))
+
+    def memory_bytes(self) -> int:
+        """Memory of all chips together, or of this machine."""
+        if self.name != "host":
+            return CHIPS[self.name].memory_bytes * self.num_chips
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,51 @@
+"""What a config describes, built: the one place where task, model and memory meet."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from kvlab.config import Config
+from kvlab.memory.layout import MemoryLayout
+from kvlab.models.transformer import Transformer, split
+from kvlab.random import named_key
+from kvlab.tasks import Task
+from kvlab.training.optimizer import make_optimizer
+from kvlab.training.step import TrainStep
+from kvlab.typing import Params
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """What a config describes, built: task, model structure and fresh parameters."""
+
+    config: Config
+    task: Task
+    structure: nnx.GraphDef[Transformer]
+    params: Params
+    states: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def of(cls, config: Config) -> "Laboratory":
+        """Builds the model; parameters depend on the seed alone."""
+        task = config.make_task()
+        rngs = nnx.Rngs(named_key(config.seed, "init"))
+        model = Transformer(config.layers(), config.model, task.vocab_size, rngs=rngs)
+        structure, params = split(model)
+        return cls(config, task, structure, params, model.states())
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def train_step(self) -> TrainStep:
+        """The compiled training call."""
+        train_config = self.config.train
+        optimizer = make_optimizer(self.config.optimizer, train_config.num_steps)
+        return TrainStep(self.structure, self.task, optimizer, train_config.batch_size, train_config.accumulation)
+
+    def layout(self, max_len: int, max_sequences: int) -> MemoryLayout:
+        """The memory for `max_sequences` sequences of up to `max_len` tokens."""
+        return MemoryLayout.of(self.states, self.config.memory, max_sequences=max_sequences, max_len=max_len)

@@ -1,0 +1,102 @@
+"""The dry run: what a config would train, hold and cost, before anything is trained."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvlab.config import Config
+from kvlab.engine.step import MemoryStep
+from kvlab.lab.laboratory import Laboratory
+from kvlab.memory.pools import num_bytes
+from kvlab.training.progress import human_bytes
+from kvlab.training.step import init_state
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes by component, and FLOPs of the whole training.
+
+    activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those of
+    a compiled decode step. All are the compiler's figures on this machine's backend, not a formula.
+    """
+
+    num_params: int
+    weights_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    state_bytes: int
+    temporaries_bytes: int
+    train_flops: float
+    hardware: str
+    hardware_bytes: int
+
+    @property
+    def train_bytes(self) -> int:
+        """What training needs at once."""
+        return self.weights_bytes + self.optimizer_bytes + self.activations_bytes
+
+    @property
+    def decode_bytes(self) -> int:
+        """What decoding needs at once."""
+        return self.weights_bytes + self.state_bytes + self.temporaries_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether both fit the named hardware."""
+        return max(self.train_bytes, self.decode_bytes) <= self.hardware_bytes
+
+
+def predict(lab: Laboratory) -> Plan:
+    """Compiles the training call (every sequence length) and the decode step of a config, and reads off their bytes."""
+    config = lab.config
+    step_fn = lab.train_step()
+    state = jax.eval_shape(lambda params: init_state(params, step_fn.optimizer, 1.0), lab.params)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    num_steps = config.train.steps_per_call
+    knobs = jax.ShapeDtypeStruct((num_steps,), jnp.int32)
+    activations, flops_of = 0, {}
+    for seq_len in lab.task.train_shapes():
+        compiled = type(step_fn).__call__.lower(step_fn, state, key, knobs, seq_len).compile()
+        activations = max(activations, compiled.memory_analysis().temp_size_in_bytes)
+        # XLA counts a loop's body once: the body of the call is one optimizer step, that of a step one accumulated part.
+        flops_of[seq_len] = _flops(compiled) * config.train.accumulation
+    num_calls = config.train.num_steps // num_steps
+    flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
+    layout = lab.layout(config.context_len, config.measure.batch_size)
+    step = MemoryStep(lab.structure, layout)
+    decode = step.compiled(lab.params, jax.eval_shape(layout.allocate), 1)
+    weights = num_bytes(lab.params)
+    return Plan(
+        num_params=lab.num_params,
+        weights_bytes=weights,
+        optimizer_bytes=num_bytes(state) - weights,
+        activations_bytes=activations,
+        state_bytes=layout.pool_bytes,
+        temporaries_bytes=decode.memory_analysis().temp_size_in_bytes,
+        train_flops=flops * max(1, len(config.tune.learning_rate)),
+        hardware=config.hardware.name,
+        hardware_bytes=config.hardware.memory_bytes(),
+    )
+
+
+def _flops(compiled: Any) -> float:
+    analysis = compiled.cost_analysis() or {}
+    return float(analysis.get("flops", 0.0))
+
+
+def explain_out_of_memory(config: Config) -> str:
+    """Names the largest component by bytes and one change with its saving."""
+    plan = predict(Laboratory.of(config))
+    parts = {
+        f"activations (train.batch_size = {config.train.batch_size})": (plan.activations_bytes, "train.accumulation"),
+        f"state (measure.batch_size = {config.measure.batch_size})": (plan.state_bytes, "measure.batch_size"),
+        f"optimizer ({plan.num_params:,} parameters)": (plan.optimizer_bytes, "model.model_dim"),
+    }
+    name, (size, field) = max(parts.items(), key=lambda item: item[1][0])
+    change = {
+        "train.accumulation": f"train.accumulation={2 * config.train.accumulation}",
+        "measure.batch_size": f"measure.batch_size={max(1, config.measure.batch_size // 2)}",
+        "model.model_dim": f"model.model_dim={max(1, config.model.model_dim // 2)}",
+    }[field]
+    return f"the largest part is {name}, {human_bytes(size)}; {change} would save about {human_bytes(size / 2)}"

@@ -1,0 +1,63 @@
+"""Where a number comes from: code, versions, device, flags and the kernel implementations that really ran."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import pallas_kernels.flash_attention
+import pallas_kernels.paged_attention
+import pallas_kernels.ssd
+from pallas_kernels.selection import select
+
+PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
+
+
+def provenance() -> dict[str, Any]:
+    """Everything but the config, as plain data."""
+    commit, dirty = _git()
+    device = jax.devices()[0]
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "host": platform.machine(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "implementations": {
+            op.__name__.rsplit(".", 1)[-1]: select(op.__name__, None, op.IMPLEMENTATIONS)[0]
+            for op in (pallas_kernels.paged_attention, pallas_kernels.flash_attention, pallas_kernels.ssd)
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout that the code runs from; (None, None) for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None, None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

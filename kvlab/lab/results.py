@@ -1,0 +1,181 @@
+"""Records as a table: one row a run, columns that vary first; seeds of one point as mean and interval."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+MEMORY_AXES = ("logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes")
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Every record under a folder, sorted by run id; runs that were begun and never finished count as `cut`.
+
+    Raises FileNotFoundError when the folder does not exist or holds no run.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder of results")
+    records = []
+    for config_path in sorted(root.rglob("config.yaml")):
+        record_path = config_path.with_name("record.json")
+        if record_path.exists():
+            record = json.loads(record_path.read_text())
+        else:
+            config = yaml.safe_load(config_path.read_text())
+            record = {"status": "cut", "reason": "never finished", "config": config, "seed": config["seed"]}
+            record |= {"run_id": config_path.parent.name, "experiment": config["experiment"]}
+        records.append({**record, "directory": str(config_path.parent)})
+    if not records:
+        raise FileNotFoundError(f"{root}: holds no run (no config.yaml in any folder below it)")
+    return records
+
+
+def load(path: str | Path) -> pd.DataFrame:
+    """A folder of results as a DataFrame: one row a run; configuration columns that vary come first, then status, quality,
+    memory and speed, then the constant ones. Names are dotted paths, such as `mixer.name` and `quality.value`."""
+    records = read_records(path)
+    rows = [_row(record) for record in records]
+    frame = pd.DataFrame(rows)
+    config_columns = [name for name in frame if name.startswith("config.")]
+    frame = frame.rename(columns={name: name.removeprefix("config.") for name in config_columns})
+    config_columns = [name.removeprefix("config.") for name in config_columns]
+    varying = [name for name in config_columns if frame[name].astype(str).nunique(dropna=False) > 1]
+    named = [name for name in ("mixer.name", "task.type", "seed") if name in varying]
+    varying = named + [name for name in varying if name not in named]
+    constant = [name for name in config_columns if name not in varying]
+    other = [name for name in frame if name not in config_columns]
+    return frame[[*varying, *other, *constant]]
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"run_id": record["run_id"], "status": record["status"], "reason": record.get("reason")}
+    if "quality" in record:
+        row |= {f"quality.{name}": record["quality"][name] for name in ("metric", "value", "parallel_value")}
+        row |= {f"quality.{name}": value for name, value in record["quality"]["slices"].items()}
+        memory = record["memory"]
+        row |= {f"memory.{name}": memory[name] for name in (*MEMORY_AXES, "context_len", "batch_size")}
+        row |= {f"speed.{name}": value for name, value in record["speed"].items()}
+        row |= {"num_params": record["num_params"], "learning_rate": record["training"]["learning_rate"]}
+    row |= {"wall_s": record.get("wall_s"), "directory": record["directory"]}
+    return row | flatten(record["config"], "config")
+
+
+def flatten(value: Any, path: str) -> dict[str, Any]:
+    """Nested mappings as dotted names; lists stay whole."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for name, one in value.items():
+        flat |= flatten(one, f"{path}.{name}")
+    return flat
+
+
+@dataclass(frozen=True)
+class Point:
+    """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one seed)."""
+
+    name: str
+    variant: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    value: float
+    low: float
+    high: float
+    num_seeds: int
+    bytes_per_sequence: dict[str, float]
+    context_len: int
+    slices: dict[str, float]
+    learning_rates: list[float]
+    num_params: int
+    train_step_ms: float
+    decode_tokens_per_s: float
+    layers: list[dict[str, Any]]
+    run_ids: list[str]
+
+
+def points(records: Iterable[dict[str, Any]]) -> list[Point]:
+    """Done runs grouped by everything but the seed, in order of task and bytes. Memory is exact, so it must not differ
+    between seeds; speeds are medians over seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if record["status"] == "done":
+            config = {name: one for name, one in record["config"].items() if name not in ("seed", "results_dir", "hardware")}
+            groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
+    labels = _labels([json.loads(config) for config in groups])
+    found = [_point(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+    return sorted(found, key=lambda point: (point.task, point.bytes_per_sequence["allocated_bytes"], point.name))
+
+
+def _labels(configs: list[dict[str, Any]]) -> list[str]:
+    """The variant's name, with what tells points of one variant and task apart where there are several."""
+    named: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for config in configs:
+        named.setdefault((config["mixer"]["name"], config["task"]["type"]), []).append(flatten(config, ""))
+    labels = []
+    for config in configs:
+        alike, own = named[config["mixer"]["name"], config["task"]["type"]], flatten(config, "")
+        keys = {key for one in alike for key in one}
+        differing = sorted(key for key in keys if len({str(one.get(key)) for one in alike}) > 1)
+        details = [f"{key.rsplit('.', 1)[-1]}={own.get(key)}" for key in differing]
+        labels.append(" ".join([config["mixer"]["name"], *details]))
+    return labels
+
+
+def _point(label: str, group: list[dict[str, Any]]) -> Point:
+    first = group[0]
+    values = [record["quality"]["value"] for record in group]
+    mean = sum(values) / len(values)
+    half = interval_half_width(values)
+    memory, batch_size = first["memory"], first["memory"]["batch_size"]
+    speeds = pd.DataFrame([record["speed"] for record in group]).median()
+    slices = pd.DataFrame([record["quality"]["slices"] for record in group]).mean()
+    return Point(
+        name=label,
+        variant=first["config"]["mixer"]["name"],
+        task=first["config"]["task"]["type"],
+        metric=first["quality"]["metric"],
+        higher_is_better=first["quality"]["higher_is_better"],
+        value=mean,
+        low=mean - half,
+        high=mean + half,
+        num_seeds=len(group),
+        bytes_per_sequence={axis: memory[axis] / batch_size for axis in MEMORY_AXES},
+        context_len=memory["context_len"],
+        slices={str(name): float(value) for name, value in slices.items()},
+        learning_rates=[record["training"]["learning_rate"] for record in group],
+        num_params=first["num_params"],
+        train_step_ms=float(speeds["train_step_ms"]),
+        decode_tokens_per_s=float(speeds["decode_tokens_per_s"]),
+        layers=memory["layers"],
+        run_ids=[record["run_id"] for record in group],
+    )
+
+
+def interval_half_width(values: list[float]) -> float:
+    """Half of the 95% confidence interval of the mean: t * s / sqrt(n); 0 for a single value."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+
+
+def non_dominated(found: list[Point], axis: str = "allocated_bytes") -> list[Point]:
+    """Points of one task that no other point beats in both bytes and quality, by ascending bytes."""
+    frontier: list[Point] = []
+    ordered = sorted(found, key=lambda p: (p.bytes_per_sequence[axis], -p.value if p.higher_is_better else p.value))
+    for point in ordered:
+        if not frontier or (point.value > frontier[-1].value) == point.higher_is_better and (
+            point.value != frontier[-1].value
+        ):
+            frontier.append(point)
+    return frontier

@@ -1,0 +1,99 @@
+"""How a model's states are laid out: equal specs form one class, every layer has its own pool, one ledger rules them all."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvlab.memory import pools as device
+from kvlab.memory.ledger import Ledger, Plan, StateClass, sized_class
+from kvlab.memory.spec import StateSpec
+from kvlab.schema import Schema, choice, integer
+
+type LayerStates = Mapping[str, StateSpec]
+"""The named states of one layer: {"kv": ...}, {"ssm": ...}, a short convolution's {"short_conv": ...}."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig(Schema):
+    """The memory a model is evaluated through."""
+
+    name: str = choice("paged", ("paged", "dense"))
+    page_size: int = integer(16, 1, 4096)
+    chunk_len: int = integer(16, 1, 65536)
+
+
+@dataclass(frozen=True)
+class MemoryLayout:
+    """Classes, and which class each (layer, state) belongs to. Host data only; `allocate` makes the arrays.
+
+    `states[l][name]` is an index into `classes`.
+    """
+
+    classes: tuple[StateClass, ...]
+    states: tuple[dict[str, int], ...]
+    max_sequences: int
+    max_len: int
+    chunk_len: int
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[LayerStates], memory: MemoryConfig, *, max_sequences: int, max_len: int
+    ) -> "MemoryLayout":
+        """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len."""
+        chunk_len = min(memory.chunk_len, max_len)
+        specs: dict[StateSpec, int] = {}
+        for layer in layers:
+            for spec in layer.values():
+                specs[spec] = specs.get(spec, 0) + 1
+        order = list(specs)
+        names = [name for spec in order for name in [_name(spec, layers)]]
+        classes = tuple(
+            sized_class(
+                f"{name}.{index}" if names.count(name) > 1 else name,
+                spec,
+                num_layers=specs[spec],
+                page_size=memory.page_size,
+                contiguous=memory.name == "dense",
+                max_sequences=max_sequences,
+                max_len=max_len,
+                chunk_len=chunk_len,
+            )
+            for index, (name, spec) in enumerate(zip(names, order, strict=True))
+        )
+        states = tuple({name: order.index(spec) for name, spec in layer.items()} for layer in layers)
+        return cls(classes, states, max_sequences, max_len, chunk_len)
+
+    def ledger(self) -> Ledger:
+        """An empty ledger over these classes."""
+        return Ledger(self.classes, self.max_len, self.chunk_len)
+
+    def allocate(self, fill: float = 0.0) -> tuple[dict[str, device.Pool], ...]:
+        """The pools of every layer, zero unless a test asks for another fill."""
+        return tuple(
+            {name: device.allocate(self.classes[index], fill) for name, index in layer.items()} for layer in self.states
+        )
+
+    def views(self, pools: Sequence[Mapping[str, device.Pool]], plan: Plan) -> tuple[dict[str, device.View], ...]:
+        """Every layer's memory for one step."""
+        return tuple(
+            {
+                name: device.view(
+                    self.classes[index], pools[layer][name], plan.classes[index], plan.starts, plan.counts
+                )
+                for name, index in states.items()
+            }
+            for layer, states in enumerate(self.states)
+        )
+
+    def pools(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, device.Pool], ...]:
+        """The pools back out of a step's views."""
+        return tuple({name: view.pool for name, view in layer.items()} for layer in views)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Stated bytes of all pools; equals the bytes of `allocate()`'s arrays."""
+        return sum(state.pool_bytes for state in self.classes)
+
+
+def _name(spec: StateSpec, layers: Sequence[LayerStates]) -> str:
+    return next(name for layer in layers for name, one in layer.items() if one == spec)

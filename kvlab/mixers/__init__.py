@@ -1,0 +1,12 @@
+"""Sequence mixers by name. A new one is a file, a line here, a YAML in `configs/mixer` and a row in the contract matrix."""
+
+from kvlab.mixers.attention import Attention
+from kvlab.mixers.base import LayerMemory, Mixer
+from kvlab.mixers.mamba2 import Mamba2
+
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "mamba2": Mamba2,
+}
+
+__all__ = ["MIXERS", "Attention", "LayerMemory", "Mamba2", "Mixer"]

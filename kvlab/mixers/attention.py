@@ -1,0 +1,134 @@
+"""Softmax attention: MHA, MQA (arXiv 1911.02150) and GQA (arXiv 2305.13245) by `num_kv_heads`, full or windowed."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from kvlab.memory.spec import StateSpec, TokenState
+from kvlab.mixers.base import LayerMemory, Mixer
+from kvlab.mixers.convolution import ShortConv
+from kvlab.mixers.linear import Linear
+from kvlab.schema import ConfigError, Schema, flag, integer, real
+from kvlab.typing import Hidden, Positions
+from pallas_kernels.flash_attention import flash_attention
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Schema):
+    """Hyper-parameters of one attention layer. `window` counts visible tokens including the current one."""
+
+    num_heads: int = integer(4, 1, 1024)
+    num_kv_heads: int = integer(4, 1, 1024)
+    head_dim: int = integer(16, 1, 1024)
+    rope: bool = flag(True)
+    rope_base: float = real(10_000.0, 1.0, 1e9)
+    rope_fraction: float = real(1.0, 0.0, 1.0, open_low=True)
+    window: int | None = integer(None, 1, optional=True)
+    num_sinks: int = integer(0, 0, 4096)
+    soft_cap: float | None = real(None, 0.0, 1e6, open_low=True, optional=True)
+    qk_norm: bool = flag(False)
+    bias: bool = flag(False)
+    short_conv: int = integer(0, 0, 64)
+
+    def cross_check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            legal = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+            raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
+        if self.num_sinks and self.window is None:
+            raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
+        if self.rope and self.rotary_dim < 2:
+            legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
+            raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
+        if self.short_conv == 1:
+            raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading head dimensions that are rotated, an even number."""
+        return int(self.head_dim * self.rope_fraction) // 2 * 2
+
+
+class Attention(Mixer):
+    """y = W_o softmax(q k^T / sqrt(D)) v over full or windowed causal context, heads sharing KV heads in groups.
+
+    State: num_kv_heads * 2 * head_dim * itemsize bytes a live token; live(n) is [0, n), or the window and its sinks.
+    Rotary embeddings (arXiv 2104.09864) turn keys before they are stored; sinks after arXiv 2309.17453.
+    """
+
+    Config = AttentionConfig
+
+    def __init__(self, config: AttentionConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+
+        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.query = linear(model_dim, heads * dim, config.bias)
+        self.key = linear(model_dim, kv_heads * dim, config.bias)
+        self.value = linear(model_dim, kv_heads * dim, config.bias)
+        self.out = linear(heads * dim, model_dim, config.bias)
+        if config.qk_norm:
+            self.query_norm = nnx.RMSNorm(dim, dtype=jnp.dtype(dtype), rngs=rngs)
+            self.key_norm = nnx.RMSNorm(dim, dtype=jnp.dtype(dtype), rngs=rngs)
+        if config.short_conv:
+            self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)
+        self.config, self.dtype = config, dtype
+
+    def states(self) -> dict[str, StateSpec]:
+        config = self.config
+        kv = TokenState(
+            config.num_kv_heads, config.head_dim, config.head_dim, self.dtype, config.window, config.num_sinks
+        )
+        if config.short_conv:
+            return {"kv": kv, "short_conv": self.short_conv.state()}
+        return {"kv": kv}
+
+    def __call__(
+        self, x: Hidden, positions: Positions, memory: LayerMemory | None
+    ) -> tuple[Hidden, LayerMemory | None]:
+        config, after = self.config, dict(memory or {})
+        if config.short_conv:
+            mixed, after["short_conv"] = self.short_conv(x, after.get("short_conv"))
+            x = x + mixed
+
+        def heads(projected: Array) -> Array:
+            return projected.reshape(*projected.shape[:2], -1, config.head_dim)
+
+        queries, keys, values = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        if config.qk_norm:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        if config.rope:
+            cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base)
+            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        if memory is None:
+            outputs = flash_attention(
+                queries,
+                keys,
+                values,
+                window=config.window,
+                num_sinks=config.num_sinks,
+                soft_cap=config.soft_cap,
+            )
+        else:
+            after["kv"] = after["kv"].append(keys, values)
+            outputs = after["kv"].attend(
+                queries, positions, window=config.window, num_sinks=config.num_sinks, soft_cap=config.soft_cap
+            )
+        y = self.out(outputs.reshape(*x.shape[:2], -1))
+        return y, None if memory is None else after
+
+
+def rotary_angles(positions: Positions, rotary_dim: int, base: float) -> tuple[Array, Array]:
+    """Cosine and sine [B, T, 1, rotary_dim / 2] of position * base ** (-2 i / rotary_dim), in float32."""
+    frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns pairs (i, i + rotary_dim / 2) of each head of x [B, T, heads, D]; the remaining dimensions pass through."""
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

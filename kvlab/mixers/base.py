@@ -1,0 +1,39 @@
+"""The mixer contract: `mixer(x, positions, memory) -> (y, memory)`, and bytes that are stated before anything is built."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from flax import nnx
+
+from kvlab.memory.spec import StateSpec
+from kvlab.schema import Schema
+from kvlab.typing import Hidden, Positions
+
+# Modules are plain pytrees: no graph mode, no mutation under jit. Set once, where modules are first defined.
+nnx.set_graph_mode(False)
+nnx.set_graph_updates(False)
+
+type LayerMemory = Mapping[str, Any]
+"""Views of one layer's named states (`kvlab.memory.pools.View`), keyed as `Mixer.states`."""
+
+
+class Mixer(nnx.Module):
+    """Mixes information along the sequence. Abstract: without `states` a mixer has no bytes and cannot be constructed."""
+
+    Config: ClassVar[type[Schema]]
+
+    @abc.abstractmethod
+    def states(self) -> dict[str, StateSpec]:
+        """The named states one layer of this mixer must remember."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, x: Hidden, positions: Positions, memory: LayerMemory | None
+    ) -> tuple[Hidden, LayerMemory | None]:
+        """Outputs [B, T, E] for inputs [B, T, E] at absolute positions [B, T].
+
+        With memory=None the sequence is complete and starts at position 0 (training and scoring, parallel form). With
+        memory, x continues what is stored: a prompt's chunk or one decoded token, padded rows masked by the plan's
+        counts; the returned memory includes the new tokens.
+        """

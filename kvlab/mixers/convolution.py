@@ -1,0 +1,46 @@
+"""Short causal depthwise convolution with its history: inside Mamba-2, and optionally in front of any mixer."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvlab.memory.pools import StateSlots
+from kvlab.memory.spec import ArraySpec, RecurrentState
+from kvlab.typing import Channels
+
+
+class ShortConv(nnx.Module):
+    """y_t = bias + sum_{j < width} kernel_j * x_{t - j}, each channel by itself.
+
+    State: the last width - 1 inputs, (width - 1) * channels * itemsize bytes a sequence.
+    """
+
+    def __init__(self, channels: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+        bound = width**-0.5
+        shape = (width, channels)
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.width, self.channels, self.dtype = width, channels, dtype
+
+    def state(self) -> RecurrentState:
+        """The history of inputs this convolution needs."""
+        return RecurrentState((ArraySpec("history", (self.width - 1, self.channels), self.dtype),))
+
+    def __call__(self, x: Channels, memory: StateSlots | None) -> tuple[Channels, StateSlots | None]:
+        """Outputs [B, T, C] for inputs [B, T, C]; without memory the sequence starts here."""
+        batch, num_tokens, _ = x.shape
+        before = jnp.zeros((batch, self.width - 1, self.channels), x.dtype)
+        if memory is not None:
+            before = memory.read()["history"].astype(x.dtype)
+        extended = jnp.concatenate([before, x], axis=1)
+        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        outputs = bias[None, None, :]
+        for lag in range(self.width):
+            first = self.width - 1 - lag
+            outputs = outputs + kernel[lag][None, None, :] * extended[:, first : first + num_tokens]
+        if memory is not None:
+            # Tokens [count - width + 1, count) of the step, reaching into the old history: rows [count, count + width - 1).
+            rows = memory.counts[:, None] + jnp.arange(self.width - 1, dtype=jnp.int32)[None, :]
+            history = jnp.take_along_axis(extended, rows[:, :, None], axis=1)
+            memory = memory.write({"history": history})
+        return outputs, memory

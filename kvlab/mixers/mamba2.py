@@ -1,0 +1,110 @@
+"""Mamba-2: a state-space layer with scalar decay per head, by state-space duality (arXiv 2405.21060)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kvlab.memory.spec import ArraySpec, RecurrentState, StateSpec
+from kvlab.mixers.base import LayerMemory, Mixer
+from kvlab.mixers.convolution import ShortConv
+from kvlab.mixers.linear import Linear
+from kvlab.schema import ConfigError, Schema, integer
+from kvlab.typing import Hidden, Positions
+from pallas_kernels.ssd import ssd, ssd_step
+
+
+@dataclass(frozen=True)
+class Mamba2Config(Schema):
+    """Hyper-parameters of one Mamba-2 layer: num_heads * head_dim inner channels, state_dim numbers for each."""
+
+    state_dim: int = integer(16, 1, 4096)
+    num_heads: int = integer(2, 1, 1024)
+    head_dim: int = integer(64, 1, 1024)
+    num_groups: int = integer(1, 1, 1024)
+    conv_len: int = integer(4, 2, 64)
+    chunk_len: int = integer(64, 1, 4096)
+    short_conv: int = integer(0, 0, 64)
+
+    def cross_check(self) -> None:
+        if self.num_heads % self.num_groups:
+            legal = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
+            raise ConfigError("num_groups", self.num_groups, f"must divide num_heads: one of {legal}")
+        if self.short_conv == 1:
+            raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
+
+
+class Mamba2(Mixer):
+    """Input-dependent scalar decay: h_t = exp(-a dt_t) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t + d x_t, gated and normed.
+
+    State a sequence, whatever its length: num_heads * head_dim * state_dim float32 numbers, and conv_len - 1 columns of
+    the convolution over (x, b, c). Parallel form in chunks; one token is the exact recurrence.
+    """
+
+    Config = Mamba2Config
+
+    def __init__(self, config: Mamba2Config, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        heads = config.num_heads
+        self.inner = heads * config.head_dim
+        self.conv_channels = self.inner + 2 * config.num_groups * config.state_dim
+        self.split = Linear(
+            model_dim, self.inner + self.conv_channels + heads, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs
+        )
+        self.conv = ShortConv(self.conv_channels, config.conv_len, dtype=dtype, rngs=rngs)
+        # dt starts log-uniform in [1e-3, 1e-1] through the inverse of softplus; decay rates uniform in [1, 16].
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+        self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        self.skip = nnx.Param(jnp.ones(heads))
+        self.norm = nnx.RMSNorm(self.inner, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+        if config.short_conv:
+            self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)
+        self.config, self.dtype = config, dtype
+
+    def states(self) -> dict[str, StateSpec]:
+        config = self.config
+        ssm = RecurrentState((ArraySpec("ssm", (config.num_heads, config.head_dim, config.state_dim), "float32"),))
+        states: dict[str, StateSpec] = {"ssm": ssm, "conv": self.conv.state()}
+        if config.short_conv:
+            states["short_conv"] = self.short_conv.state()
+        return states
+
+    def __call__(
+        self, x: Hidden, positions: Positions, memory: LayerMemory | None
+    ) -> tuple[Hidden, LayerMemory | None]:
+        config, after = self.config, dict(memory or {})
+        batch, num_tokens, _ = x.shape
+        if config.short_conv:
+            mixed, after["short_conv"] = self.short_conv(x, after.get("short_conv"))
+            x = x + mixed
+        gate, channels, dt = jnp.split(self.split(x), [self.inner, self.inner + self.conv_channels], axis=-1)
+        channels, after["conv"] = self.conv(channels, after.get("conv"))
+        inputs, b, c = jnp.split(
+            jax.nn.silu(channels).astype(jnp.float32),
+            [self.inner, self.inner + config.num_groups * config.state_dim],
+            axis=-1,
+        )
+        inputs = inputs.reshape(batch, num_tokens, config.num_heads, config.head_dim)
+        b, c = (s.reshape(batch, num_tokens, config.num_groups, config.state_dim) for s in (b, c))
+        dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None, :])
+        rate = -jnp.exp(self.log_rate[...])
+
+        if memory is None:
+            outputs, _ = ssd(inputs, dt, rate, b, c, chunk_len=config.chunk_len)
+        else:
+            slots = after["ssm"]
+            dt = jnp.where(slots.valid(num_tokens)[:, :, None], dt, 0)  # padding leaves the state as it is
+            state = slots.read()["ssm"]
+            if num_tokens == 1:
+                outputs, state = ssd_step(inputs[:, 0], dt[:, 0], rate, b[:, 0], c[:, 0], state)
+                outputs = outputs[:, None]
+            else:
+                outputs, state = ssd(inputs, dt, rate, b, c, state, chunk_len=config.chunk_len)
+            after["ssm"] = slots.write({"ssm": state})
+
+        outputs = outputs + inputs * self.skip[...][None, None, :, None]
+        outputs = outputs.reshape(batch, num_tokens, self.inner).astype(gate.dtype)
+        y = self.out(self.norm(outputs * jax.nn.silu(gate)))
+        return y, None if memory is None else after

@@ -1,0 +1,5 @@
+"""Models: a layer pattern over named mixers."""
+
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer
+
+__all__ = ["LayerConfig", "ModelConfig", "Transformer"]

@@ -1,0 +1,161 @@
+"""A stack of pre-norm blocks from a layer pattern over named mixers: "A", "M A", "W W W A"."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from kvlab.memory.spec import StateSpec
+from kvlab.mixers import MIXERS, LayerMemory, Mixer
+from kvlab.mixers.linear import Linear
+from kvlab.schema import Schema, choice, flag, integer, nearest
+from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
+
+
+@dataclass(frozen=True)
+class ModelConfig(Schema):
+    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP."""
+
+    model_dim: int = integer(64, 1, 65536)
+    num_layers: int | None = integer(None, 1, 1024, optional=True)
+    mlp_dim: int = integer(0, 0, 262144)
+    tie_embeddings: bool = flag(True)
+    dtype: str = choice("float32", ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer: a mixer's registered name and its config."""
+
+    mixer: str
+    config: Schema
+
+
+class GatedMLP(nnx.Module):
+    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202."""
+
+    def __init__(self, model_dim: int, mlp_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+
+        self.gate_up = linear(model_dim, 2 * mlp_dim)
+        self.down = linear(mlp_dim, model_dim)
+
+    def __call__(self, x: Hidden) -> Hidden:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(model.dtype)
+        self.mixer_norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+        build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
+        self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
+        self.has_mlp = model.mlp_dim > 0
+        if self.has_mlp:
+            self.mlp_norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+            self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Hidden, positions: Positions, memory: LayerMemory | None
+    ) -> tuple[Hidden, LayerMemory | None]:
+        mixed, memory = self.mixer(self.mixer_norm(x), positions, memory)
+        x = x + mixed
+        return (x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x), memory
+
+
+class Transformer(nnx.Module):
+    """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute `model.dtype`."""
+
+    def __init__(self, layers: Sequence[LayerConfig], model: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(model.dtype)
+        init = nnx.initializers.normal(0.02)
+        self.embedding = nnx.Embed(vocab_size, model.model_dim, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.blocks = nnx.List([Block(layer, model, rngs=rngs) for layer in layers])
+        self.norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+        if not model.tie_embeddings:
+            self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+        self.config = model
+
+    def states(self) -> tuple[dict[str, StateSpec], ...]:
+        """The named states of every layer."""
+        return tuple(block.mixer.states() for block in self.blocks)
+
+    def hidden(
+        self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory] | None = None
+    ) -> tuple[Hidden, tuple[LayerMemory, ...] | None]:
+        """Final hidden states [B, T, E]; memory as in `Mixer.__call__`, one entry a layer."""
+        x = self.embedding(tokens)
+        after = []
+        for index, block in enumerate(self.blocks):
+            x, layer_memory = block(x, positions, None if memory is None else memory[index])
+            after.append(layer_memory)
+        return self.norm(x), None if memory is None else tuple(after)
+
+    def logits(self, hidden: Hidden) -> Logits:
+        """Next-token logits [B, T, V] in float32."""
+        outputs = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
+        return outputs.astype(jnp.float32)
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def parse_pattern(pattern: str, names: Sequence[str], num_layers: int | None) -> list[str]:
+    """The mixer name of every layer. Raises ValueError for unknown names and for lengths that do not tile."""
+    layers = pattern.split()
+    if not layers:
+        raise ValueError("names no layer; legal: mixer names separated by spaces, such as 'M M A'")
+    for name in layers:
+        if name not in names:
+            raise ValueError(f"names an unknown layer {name!r}; {nearest(name, names)}")
+    if num_layers is None:
+        return layers
+    if num_layers % len(layers):
+        raise ValueError(f"has {len(layers)} layers, which must divide model.num_layers = {num_layers}")
+    return layers * (num_layers // len(layers))
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef[Transformer], Params]:
+    """A model as its static structure and a plain nested dict of arrays."""
+    structure, state = nnx.split(model)
+    return structure, nnx.to_pure_dict(state)
+
+
+def merge(structure: nnx.GraphDef[Transformer], params: Params) -> Transformer:
+    """The inverse of `split`; cheap, and meant to be called inside jit."""
+    return nnx.merge(structure, params)
+
+
+def describe(model: Transformer) -> str:
+    """A table of the model: every parameter with shape and bytes, every layer's state with its bytes."""
+    _, params = split(model)
+    rows, total = [], 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size: int = leaf.size * leaf.dtype.itemsize
+        total += size
+        shape = "x".join(str(n) for n in leaf.shape)
+        rows.append(f"  {path_name(path):<44} {shape:>12} {leaf.dtype.name:>9} {size:>12,} B")
+    rows.append(f"  {'parameters':<44} {'':>12} {'':>9} {total:>12,} B")
+    for index, states in enumerate(model.states()):
+        for name, spec in states.items():
+            unit = "B/token" if spec.per_token else "B/sequence"
+            rows.append(f"  blocks.{index}.mixer state {name:<22} {'':>12} {'':>9} {spec.unit_bytes:>12,} {unit}")
+    return "\n".join(["Transformer", *rows])
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A pytree path as dotted words: blocks.0.mixer.key.kernel."""
+    return ".".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
+
+
+def logits_at(model: Transformer, hidden: Hidden, positions: Array) -> Logits:
+    """Logits only at the given token indices [B, M]: the head is the costliest product of a small model."""
+    return model.logits(jnp.take_along_axis(hidden, positions[:, :, None], axis=1))

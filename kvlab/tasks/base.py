@@ -1,0 +1,87 @@
+"""The task contract: batches made from a key, labels at known positions, named evaluation slices."""
+
+import abc
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+from jax import Array
+
+from kvlab.schema import Schema
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Sequences and where their labels are: logits are computed at labelled positions only.
+
+    tokens [B, T]; label_positions [B, M] index into T; labels [B, M] are next tokens; weights [B, M] are 0 for padding.
+    """
+
+    tokens: Any
+    label_positions: Any
+    labels: Any
+    weights: Any
+
+
+@dataclass(frozen=True)
+class EvalSlice:
+    """One named part of an evaluation: `num_examples` sequences of `seq_len` tokens, the first `prompt_len` a prompt.
+
+    The prompt is prefilled in chunks, the rest is decoded token by token from memory.
+    """
+
+    name: str
+    seq_len: int
+    prompt_len: int
+    num_examples: int
+    knob: int
+
+
+class Task(abc.ABC):
+    """A supervised sequence task. `metric` names what is reported; `higher_is_better` orders it."""
+
+    Config: ClassVar[type[Schema]]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    vocab_size: int
+
+    @property
+    @abc.abstractmethod
+    def context_len(self) -> int:
+        """Tokens of the longest evaluation sequence: where memory is measured unless another length is asked for."""
+
+    @abc.abstractmethod
+    def train_shapes(self) -> tuple[int, ...]:
+        """The sequence lengths that training compiles for."""
+
+    @abc.abstractmethod
+    def train_call(self, call: int, num_steps: int) -> tuple[int, list[int]]:
+        """Sequence length of the call-th device call, and one knob (a traced integer) for each of its steps."""
+
+    @abc.abstractmethod
+    def train_batch(self, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
+        """A training batch on device, a pure function of its arguments."""
+
+    @abc.abstractmethod
+    def slices(self, split: str) -> tuple[EvalSlice, ...]:
+        """The slices of "validation" or "test"."""
+
+    @abc.abstractmethod
+    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+        """Examples [index, index + batch_size) of a slice, the same for the same key."""
+
+    def fingerprint(self) -> str | None:
+        """Hash of the data where it comes from outside; None where the key determines it."""
+        return None
+
+
+def round_robin(weights: tuple[int, ...]) -> tuple[int, ...]:
+    """One period of the smooth weighted round robin: index i appears weights[i] times, as evenly spread as possible."""
+    credit, order = [0] * len(weights), []
+    for _ in range(sum(weights)):
+        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
+        chosen = max(range(len(weights)), key=lambda i: (credit[i], -i))
+        credit[chosen] -= sum(weights)
+        order.append(chosen)
+    return tuple(order)

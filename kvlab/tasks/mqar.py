@@ -1,0 +1,141 @@
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): key-value pairs first, then every key once more as a query.
+
+A sequence holds `num_pairs` pairs in [0, 2 * num_pairs), then random tokens among which each key reappears once; its label is
+the key's value. Query places follow a power law over even offsets, drawn without replacement, near ones more likely.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvlab.random import named_key
+from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
+from kvlab.tasks.base import Batch, EvalSlice, Task, round_robin
+
+
+@dataclass(frozen=True)
+class MqarConfig(Schema):
+    """Slices are "length:pairs". `train` is a mixture with `train_weights`; test slices are drawn apart from validation."""
+
+    vocab_size: int = integer(512, 8, 1 << 20)
+    train: tuple[str, ...] = texts(("64:4", "64:8", "64:16", "128:32"), min_len=1)
+    train_weights: tuple[int, ...] = integers((4, 2, 2, 1), 1, 1000, min_len=1)
+    test: tuple[str, ...] = texts(("64:4", "64:8", "64:16", "128:32"), min_len=1)
+    power: float = real(0.01, 0.0, 10.0, open_low=True)
+    num_validation: int = integer(256, 1, 1 << 20)
+    num_test: int = integer(500, 1, 1 << 20)
+
+    def cross_check(self) -> None:
+        for name, slices in (("train", self.train), ("test", self.test)):
+            for one in slices:
+                length, pairs = parse_slice(name, one)
+                if pairs > self.vocab_size // 2 - 1:
+                    limit = self.vocab_size // 2 - 1
+                    raise ConfigError(name, one, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
+                if 4 * pairs > length:
+                    raise ConfigError(name, one, f"length {length} has room for at most {length // 4} pairs")
+        if len(self.train_weights) != len(self.train):
+            raise ConfigError("train_weights", list(self.train_weights), f"must have {len(self.train)} entries, as train")
+
+
+def parse_slice(field: str, one: str) -> tuple[int, int]:
+    """ "128:32" as (length, pairs). Raises ConfigError."""
+    length, _, pairs = one.partition(":")
+    if not (length.isdigit() and pairs.isdigit() and int(pairs) >= 1):
+        raise ConfigError(field, one, "must be length:pairs with positive integers, such as 64:4")
+    return int(length), int(pairs)
+
+
+class Mqar(Task):
+    """Accuracy of the recalled values, averaged over test slices. Knob: the number of pairs."""
+
+    Config = MqarConfig
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, config: MqarConfig):
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self._mixture = [(*parse_slice("train", s), w) for s, w in zip(config.train, config.train_weights, strict=True)]
+
+    @property
+    def context_len(self) -> int:
+        return max(one.seq_len for one in self.slices("test"))
+
+    def train_shapes(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(length for length, _, _ in self._mixture))
+
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """One period of sequence lengths, call by call."""
+        shapes = self.train_shapes()
+        weights = tuple(sum(w for n, _, w in self._mixture if n == length) for length in shapes)
+        return tuple(shapes[i] for i in round_robin(weights))
+
+    def train_call(self, call: int, num_steps: int) -> tuple[int, list[int]]:
+        lengths = self._lengths
+        periods, place = divmod(call, len(lengths))
+        length = lengths[place]
+        earlier = periods * lengths.count(length) + lengths[:place].count(length)
+        pairs = [(p, w) for n, p, w in self._mixture if n == length]
+        order = round_robin(tuple(w for _, w in pairs))
+        return length, [pairs[order[(earlier * num_steps + i) % len(order)]][0] for i in range(num_steps)]
+
+    def train_batch(self, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
+        most = max(p for n, p, _ in self._mixture if n == seq_len)
+        return self._generate(key, batch_size, seq_len, most, knob)
+
+    def slices(self, split: str) -> tuple[EvalSlice, ...]:
+        num = {"validation": self.config.num_validation, "test": self.config.num_test}[split]
+        parsed = [(one, *parse_slice("test", one)) for one in self.config.test]
+        return tuple(EvalSlice(one, length, 2 * pairs, num, pairs) for one, length, pairs in parsed)
+
+    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+        key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
+        key = jax.random.fold_in(key, index)
+        return self._generate(key, batch_size, one.seq_len, one.knob, jnp.asarray(one.knob, jnp.int32))
+
+    def _generate(self, key: Array, batch_size: int, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
+        """A batch with `num_pairs` <= most_pairs (traced) pairs a sequence; shapes depend on most_pairs only."""
+        key_keys, key_values, key_places, key_noise = jax.random.split(key, 4)
+        half = self.vocab_size // 2
+        rows = jnp.arange(batch_size, dtype=jnp.int32)[:, None]
+        pair = jnp.arange(most_pairs, dtype=jnp.int32)[None, :]
+        real_pair = jnp.broadcast_to(pair < num_pairs, (batch_size, most_pairs))
+
+        def draw(key: Array, low: int, high: int) -> Array:  # most_pairs of [low, high) without replacement
+            scores = jax.random.uniform(key, (batch_size, high - low))
+            return jax.lax.top_k(scores, most_pairs)[1].astype(jnp.int32) + low
+
+        keys, values = draw(key_keys, 1, half), draw(key_values, half, self.vocab_size)
+        # Gumbel top-k: a draw without replacement with probabilities proportional to gap ** (power - 1).
+        num_gaps = max((seq_len - 2 * pairs) // 2 for pairs in range(1, most_pairs + 1))
+        gap = jnp.arange(num_gaps, dtype=jnp.int32)[None, :]
+        weight = (self.config.power - 1) * jnp.log(gap.astype(jnp.float32) + 1)
+        scores = weight + jax.random.gumbel(key_places, (batch_size, num_gaps))
+        scores = jnp.where(gap < (seq_len - 2 * num_pairs) // 2, scores, -jnp.inf)
+        gaps = jax.lax.top_k(scores, most_pairs)[1].astype(jnp.int32)
+        places = 2 * num_pairs + 2 * gaps
+
+        tokens = jax.random.randint(key_noise, (batch_size, seq_len), 0, self.vocab_size, jnp.int32)
+        for index, drawn in ((2 * pair, keys), (2 * pair + 1, values), (places, keys)):
+            index = jnp.where(real_pair, index, seq_len)  # padding pairs are written out of range, that is nowhere
+            tokens = tokens.at[rows, index].set(drawn, mode="drop")
+        return Batch(tokens, jnp.where(real_pair, places, 0), values, real_pair.astype(jnp.float32))
+
+
+def window_accuracy(config: MqarConfig, one: str, window: int, num_examples: int = 20_000, seed: int = 0) -> float:
+    """Closed form for one windowed attention layer behind a short convolution (Based, arXiv 2402.18668, Fig. 2): a pair is
+    recoverable iff its value lies among the `window` tokens visible from the query. The mean over random examples, with a
+    blind guess among the values elsewhere."""
+    length, pairs = parse_slice("test", one)
+    task = Mqar(config)
+    key = named_key(seed, "closed-form")
+    batch = task.eval_batch(key, "test", EvalSlice(one, length, 2 * pairs, num_examples, pairs), 0, num_examples)
+    distance = np.asarray(batch.label_positions) - (2 * np.arange(pairs)[None, :] + 1)
+    seen = float((distance < window).mean())
+    return seen + (1 - seen) / (config.vocab_size - config.vocab_size // 2)

@@ -1,0 +1,5 @@
+"""Dense causal attention of a whole sequence: `flash_attention`."""
+
+from pallas_kernels.flash_attention.api import IMPLEMENTATIONS, flash_attention
+
+__all__ = ["IMPLEMENTATIONS", "flash_attention"]

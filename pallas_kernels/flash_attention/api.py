@@ -1,0 +1,31 @@
+"""Causal attention of whole sequences: the parallel form, for training and scoring."""
+
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.selection import select
+
+IMPLEMENTATIONS = {"reference": reference.flash_attention}
+
+
+def flash_attention(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K Dv"],
+    *,
+    window: int | None = None,
+    num_sinks: int = 0,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T H Dv"]:
+    """Attention of token t over tokens [0, t], or over its window and sinks; options as in `paged_attention`.
+
+    Softmax in float32. Raises ValueError when the heads do not divide or `implementation` is not available.
+    """
+    if queries.shape[2] % keys.shape[2]:
+        raise ValueError(f"num_heads = {queries.shape[2]}: must be a multiple of num_kv_heads = {keys.shape[2]}")
+    _, run = select("flash_attention", implementation, IMPLEMENTATIONS)
+    scale = queries.shape[3] ** -0.5 if scale is None else scale
+    return run(queries, keys, values, window=window, num_sinks=num_sinks, soft_cap=soft_cap, scale=scale)

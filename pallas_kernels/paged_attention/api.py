@@ -1,0 +1,71 @@
+"""Attention of a chunk of queries over the pages of each sequence (arXiv 2309.06180); decode is a chunk of one."""
+
+from jax import Array
+from jaxtyping import Float, Int32
+
+from pallas_kernels.paged_attention import reference
+from pallas_kernels.selection import select
+
+NOWHERE = 2**30
+"""First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
+
+IMPLEMENTATIONS = {"reference": reference.paged_attention}
+
+
+def paged_attention(
+    queries: Float[Array, "B T H D"],
+    key_pages: Float[Array, "P K page D"],
+    value_pages: Float[Array, "P K page Dv"],
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    window: int | None = None,
+    num_sinks: int = 0,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """Causal attention of queries over paged keys and values; returns outputs and log-sum-exp (natural log, float32).
+
+    Slot o of page-table entry n of sequence b holds token position p = page_starts[b, n] + o. A query at position t sees p
+    iff p <= t, p < kv_lens[b], and (no window, or p > t - window, or p < num_sinks): `window` counts the visible tokens
+    including the current one. Unused entries are page 0 with start `NOWHERE`. Slots that no query of a sequence sees are
+    never read arithmetically: they may hold NaN. A query that sees nothing gets 0 and log-sum-exp -inf.
+
+    The tables need not be sorted nor contiguous: windowed layers list only the pages still held. Accumulates in float32;
+    `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
+
+    Raises ValueError for shapes that do not fit together, for out-of-range options and for an unavailable
+    `implementation`. Page ids must lie in [0, P): ids outside are clamped by XLA's gather and never write anything.
+    """
+    num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
+    if key_pages.shape[:3] != value_pages.shape[:3]:
+        raise ValueError(f"value_pages = {value_pages.shape}: must share [P, K, page] with keys {key_pages.shape}")
+    if queries.shape[3] != key_pages.shape[3]:
+        raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {key_pages.shape[3]}")
+    if page_table.shape != page_starts.shape:
+        raise ValueError(f"page_starts = {page_starts.shape}: must have the shape of page_table {page_table.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
+    if num_sinks < 0:
+        raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap = {soft_cap}: must be positive")
+    _, run = select("paged_attention", implementation, IMPLEMENTATIONS)
+    return run(
+        queries,
+        key_pages,
+        value_pages,
+        page_table,
+        page_starts,
+        query_positions,
+        kv_lens,
+        window=window,
+        num_sinks=num_sinks,
+        soft_cap=soft_cap,
+        scale=queries.shape[3] ** -0.5 if scale is None else scale,
+    )

@@ -1,0 +1,48 @@
+"""Paged attention in plain XLA: gathers whole (page, head) tiles, then attends. The oracle, and the CPU path."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+from pallas_kernels.masking import masked_softmax, visible
+
+
+def paged_attention(
+    queries: Float[Array, "B T H D"],
+    key_pages: Float[Array, "P K page D"],
+    value_pages: Float[Array, "P K page Dv"],
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    window: int | None,
+    num_sinks: int,
+    soft_cap: float | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """See `api.paged_attention`."""
+    batch, num_queries, num_heads, _ = queries.shape
+    _, num_kv_heads, page_size, value_dim = value_pages.shape
+    num_slots = page_table.shape[1] * page_size
+
+    offsets = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
+    positions = (page_starts[:, :, None] + offsets).reshape(batch, 1, num_slots)
+    seen = visible(query_positions[:, :, None], positions, window, num_sinks)
+    seen = seen & (positions < kv_lens[:, None, None])  # [B, T, slots]
+
+    grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, -1)
+    key_tiles = key_pages[page_table]  # [B, num_pages, K, page, D]
+    scores = jnp.einsum("btkgd,bnkpd->bkgtnp", grouped, key_tiles, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(*scores.shape[:4], num_slots)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights, log_sum_exp = masked_softmax(scores, seen[:, None, None])
+
+    # A weight of zero does not silence a NaN: slots that nobody sees are replaced before the product.
+    readable = seen.any(axis=1).reshape(batch, -1, 1, page_size, 1)
+    value_tiles = jnp.where(readable, value_pages[page_table], 0).astype(jnp.float32)
+    weights = weights.reshape(*weights.shape[:4], -1, page_size)
+    outputs = jnp.einsum("bkgtnp,bnkpd->btkgd", weights, value_tiles)
+    outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)
+    return outputs, log_sum_exp.transpose(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
