@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from kvlab.engine.measure import MeasureConfig
 from kvlab.hardware import HardwareConfig
@@ -108,7 +108,7 @@ class Config(Schema):
     results_dir: str = text("results")
 
     @classmethod
-    def build(cls, values: object, path: str = "") -> Self:
+    def build(cls, values: object, path: str = "") -> "Config":
         """From the whole mapping. Raises ConfigError naming the first wrong field, its value and the legal range."""
         if not isinstance(values, Mapping):
             raise ConfigError(path or "config", values, "must be a mapping of sections")

@@ -5,7 +5,7 @@ joined with the step's plan; it exists only while the step is traced.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def allocate(state: StateClass, fill: float = 0.0) -> Pool:
 class TokenMemory(Protocol):
     """What an attention mixer needs of its memory, paged or dense."""
 
-    def append(self, keys: Keys, values: Values) -> Self:
+    def append(self, keys: Keys, values: Values) -> "TokenMemory":
         """The memory with the step's keys [B, T, K, D] and values [B, T, K, Dv] written; padding is dropped."""
         ...
 

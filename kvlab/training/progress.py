@@ -2,7 +2,6 @@
 
 import time
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,7 +28,7 @@ class TrainingProgress:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TrainingProgress":
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)

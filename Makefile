@@ -1,0 +1,40 @@
+# make demo | test | lint | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
+VENV ?= .venv
+BIN := $(VENV)/bin
+RESULTS ?= results
+
+.PHONY: demo test test-slow lint clean install peers
+
+demo: $(VENV)/.installed
+	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
+	$(BIN)/kvlab report $(RESULTS)/demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt .ci/find_python.sh
+	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# PyTorch for benchmarks/ lives apart; under Python 3.11 it comes as a CPU build.
+peers: .peers/.installed
+
+.peers/.installed: benchmarks/peers.txt
+	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers
+	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .peers build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

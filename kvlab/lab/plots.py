@@ -1,0 +1,93 @@
+"""The frontier as a picture: quality against the bytes a sequence holds, one colour and name per variant, everywhere."""
+
+import hashlib
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from kvlab.lab.results import Point, non_dominated
+from kvlab.training.progress import human_bytes
+
+COLOURS = {
+    "mha": "#0072b2",
+    "gqa": "#56b4e9",
+    "mqa": "#009e73",
+    "swa": "#e69f00",
+    "swa16": "#f5c26b",
+    "swa32": "#e69f00",
+    "swa64": "#a86f00",
+    "mamba2": "#cc79a7",
+    "mamba2_n16": "#e0a9c8",
+    "mamba2_n64": "#a8487c",
+    "hybrid": "#d55e00",
+}
+OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
+METRIC_NAMES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+AXIS_NAMES = {
+    "logical_bytes": "logical bytes per sequence (live tokens and states)",
+    "allocated_bytes": "allocated bytes per sequence (pages held)",
+    "temp_bytes": "temporary bytes of a decode step, per sequence",
+    "peak_bytes": "peak bytes, per sequence",
+}
+
+
+def colour(variant: str) -> str:
+    """The variant's colour; unknown names get one of a second palette, always the same."""
+    if variant in COLOURS:
+        return COLOURS[variant]
+    return OTHERS[hashlib.sha256(variant.encode()).digest()[0] % len(OTHERS)]
+
+
+def by_task(found: list[Point]) -> dict[str, list[Point]]:
+    """Points of each task, tasks in order of appearance."""
+    tasks: dict[str, list[Point]] = {}
+    for point in found:
+        tasks.setdefault(point.task, []).append(point)
+    return tasks
+
+
+def draw_frontier(found: list[Point], title: str, paths: list[Path], axis: str = "allocated_bytes") -> None:
+    """One panel a task, bytes on a log axis, intervals over seeds, the non-dominated points joined by a step line.
+
+    Bits per byte point downwards and start at zero, so that up is better everywhere and no difference is magnified.
+    Raises ValueError when there is no point.
+    """
+    if not found:
+        raise ValueError("there is no finished run to draw")
+    tasks = by_task(found)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.6), squeeze=False, layout="constrained")
+    for panel, (task, members) in zip(axes[0], tasks.items(), strict=True):
+        _draw_panel(panel, task, members, axis)
+    figure.suptitle(title)
+    for path in paths:
+        figure.savefig(path, dpi=160, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    plt.close(figure)
+
+
+def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None:
+    frontier = non_dominated(members, axis)
+    sizes = [point.bytes_per_sequence[axis] for point in frontier]
+    panel.step(sizes, [p.value for p in frontier], where="post", color="0.6", lw=1.2, ls="--", zorder=1)
+    for point in members:
+        size = point.bytes_per_sequence[axis]
+        errors = [[point.value - point.low], [point.high - point.value]]
+        style = {"color": colour(point.variant), "ms": 8, "capsize": 3, "zorder": 3}
+        panel.errorbar(size, point.value, yerr=errors, fmt="o", label=point.name, **style)
+    first = members[0]
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
+    panel.set_xlabel(AXIS_NAMES[axis] + f"\nat {first.context_len} tokens")
+    panel.set_ylabel(METRIC_NAMES.get(first.metric, first.metric))
+    if first.higher_is_better:
+        panel.set_ylim(-0.03, 1.05)
+    else:
+        panel.set_ylim(1.15 * max(point.high for point in members), 0)
+    panel.set_title(f"{task}: {METRIC_NAMES.get(first.metric, first.metric)} against memory")
+    panel.grid(alpha=0.25, which="both")
+    panel.legend(fontsize=8, loc="lower right", framealpha=0.9)

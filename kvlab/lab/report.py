@@ -1,0 +1,201 @@
+"""The report of a folder of results: one self-contained page, the frontier as PNG and PDF, and its data as CSV."""
+
+import html
+import importlib.resources
+import json
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier
+from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_records
+from kvlab.training.checkpoint import write_atomic
+from kvlab.training.progress import human_bytes
+
+MAX_CURVE_POINTS = 200
+
+
+def write_report(results: Path, output: Path) -> list[Path]:
+    """Writes report.html, frontier.png, frontier.pdf and frontier.csv into `output`; returns their paths.
+
+    Without any finished run only the page is written: it lists the failed ones. Raises FileNotFoundError for a folder
+    without runs.
+    """
+    records = read_records(results)
+    found = points(records)
+    output.mkdir(parents=True, exist_ok=True)
+    title = ", ".join(sorted({record["experiment"] for record in records}))
+    written = []
+    if found:
+        pictures = [output / "frontier.png", output / "frontier.pdf"]
+        draw_frontier(found, title, pictures)
+        table = output / "frontier.csv"
+        write_atomic(table, frontier_frame(found).to_csv(index=False))
+        written = [*pictures, table]
+    page = output / "report.html"
+    write_atomic(page, render_page(title, records, found))
+    return [page, *written]
+
+
+def frontier_frame(found: list[Point]) -> pd.DataFrame:
+    """The plotted data: one row a point."""
+    best = {id(point) for members in by_task(found).values() for point in non_dominated(members)}
+    rows = []
+    for point in found:
+        row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
+        row |= {"low": point.low, "high": point.high, "num_seeds": point.num_seeds, "context_len": point.context_len}
+        row |= {f"{axis}_per_sequence": point.bytes_per_sequence[axis] for axis in MEMORY_AXES}
+        row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
+        row |= {"train_step_ms": point.train_step_ms, "decode_tokens_per_s": point.decode_tokens_per_s}
+        row |= {"learning_rates": " ".join(f"{rate:g}" for rate in point.learning_rates)}
+        row |= {f"slice {name}": value for name, value in point.slices.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def render_page(title: str, records: list[dict[str, Any]], found: list[Point]) -> str:
+    """The page's HTML. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
+    template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
+    failed = [record for record in records if record["status"] != "done"]
+    tasks = by_task(found)
+    summary = f"{len(records)} runs, {len(records) - len(failed)} done, {len(failed)} not; {len(found)} points."
+    charts = "".join(
+        f'<section><h2>{html.escape(task)}: quality against memory</h2><div class="chart" id="frontier-{index}"></div>'
+        "</section>"
+        for index, task in enumerate(tasks)
+    )
+    return template.substitute(
+        title=html.escape(title),
+        summary=html.escape(summary),
+        charts=charts,
+        axis_options="".join(
+            f'<option value="{axis}"{" selected" if axis == "allocated_bytes" else ""}>{html.escape(name)}</option>'
+            for axis, name in AXIS_NAMES.items()
+        ),
+        table=_table(_point_rows(found), "points", sortable=True),
+        failed=_table([_failed_row(record) for record in failed], "failed") if failed else "<p>None.</p>",
+        provenance=_table(_provenance_rows(records), "provenance"),
+        data=_script_json(_page_data(records, tasks)),
+        plotly=get_plotlyjs(),
+    )
+
+
+def _script_json(value: Any) -> str:
+    """JSON that cannot close the script element it stands in."""
+    return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _page_data(records: list[dict[str, Any]], tasks: dict[str, list[Point]]) -> dict[str, Any]:
+    return {
+        "axes": AXIS_NAMES,
+        "tasks": [_task_data(task, members) for task, members in tasks.items()],
+        "curves": [curve for record in records if (curve := _curve(record))],
+        "layers": [
+            {
+                "name": html.escape(f"{point.name} ({point.task})"),
+                "layers": [html.escape(f"{row['layer']}: {row['state']}") for row in point.layers],
+                "bytes": [row["allocated_bytes"] for row in point.layers],
+            }
+            for members in tasks.values()
+            for point in members
+        ],
+    }
+
+
+def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
+    first = members[0]
+    return {
+        "task": html.escape(task),
+        "metric": METRIC_NAMES.get(first.metric, html.escape(first.metric)),
+        "higher_is_better": first.higher_is_better,
+        "context_len": first.context_len,
+        "frontiers": {
+            axis: [[p.bytes_per_sequence[axis], p.value] for p in non_dominated(members, axis)] for axis in MEMORY_AXES
+        },
+        "points": [
+            {
+                "name": html.escape(point.name),
+                "colour": colour(point.variant),
+                "value": point.value,
+                "plus": point.high - point.value,
+                "minus": point.value - point.low,
+                "num_seeds": point.num_seeds,
+                "bytes": point.bytes_per_sequence,
+            }
+            for point in members
+        ],
+    }
+
+
+def _curve(record: dict[str, Any]) -> dict[str, Any] | None:
+    """Loss over steps of a run's chosen trial (of all its rows while there is none), thinned."""
+    path = Path(record["directory"]) / "metrics.jsonl"
+    if not path.exists():
+        return None
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    chosen = record.get("training", {}).get("learning_rate")
+    rows = [row for row in rows if chosen is None or row["learning_rate"] == chosen]
+    rows = rows[:: max(1, len(rows) // MAX_CURVE_POINTS)]
+    config = record["config"]
+    return {
+        "name": html.escape(f"{config['mixer']['name']} seed {record['seed']}"),
+        "task": html.escape(config["task"]["type"]),
+        "colour": colour(config["mixer"]["name"]),
+        "steps": [row["step"] for row in rows],
+        "losses": [row["loss"] for row in rows],
+    }
+
+
+def _point_rows(found: list[Point]) -> list[dict[str, Any]]:
+    rows = []
+    for point in found:
+        row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
+        row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
+        row |= {f"{axis.removesuffix('_bytes')} B/seq": point.bytes_per_sequence[axis] for axis in MEMORY_AXES}
+        row |= {"context": point.context_len, "parameters": point.num_params, "step ms": point.train_step_ms}
+        rows.append(row | {"decode tok/s": point.decode_tokens_per_s})
+    return rows
+
+
+def _failed_row(record: dict[str, Any]) -> dict[str, Any]:
+    config = record["config"]
+    row = {"run": record["run_id"], "variant": config["mixer"]["name"], "task": config["task"]["type"]}
+    return row | {"seed": record["seed"], "status": record["status"], "reason": record.get("reason")}
+
+
+def _provenance_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for record in records:
+        origin = record.get("provenance")
+        if origin is None:
+            continue
+        commit = f"{(origin['git_commit'] or 'no checkout')[:12]}{' (dirty)' if origin['git_dirty'] else ''}"
+        versions = " ".join(f"{name} {version}" for name, version in origin["versions"].items())
+        row = {"run": record["run_id"], "variant": record["config"]["mixer"]["name"], "seed": record["seed"]}
+        row |= {"commit": commit, "device": f"{origin['device']['kind']} x{origin['device']['count']}"}
+        row |= {"versions": versions, "XLA flags": origin["xla_flags"], "wall s": record.get("wall_s")}
+        kernels = " ".join(f"{op}={name}" for op, name in origin["implementations"].items())
+        rows.append(row | {"kernels": kernels})
+    return rows
+
+
+def _table(rows: list[dict[str, Any]], name: str, *, sortable: bool = False) -> str:
+    """Rows as an HTML table; numbers carry their exact value for sorting."""
+    if not rows:
+        return "<p>None.</p>"
+    button = "<button type='button'>{}</button>" if sortable else "{}"
+    head = "".join(f"<th>{button.format(html.escape(column))}</th>" for column in rows[0])
+    body = "".join("<tr>" + "".join(_cell(column, row[column]) for column in rows[0]) + "</tr>" for row in rows)
+    return f"<table id='{name}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "<td data-value=''>-</td>"
+    if isinstance(value, int | float):
+        shown = human_bytes(value) if "B/seq" in column else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return f"<td class='number' data-value='{value}'>{shown}</td>"
+    return f"<td data-value='{html.escape(str(value), quote=True)}'>{html.escape(str(value))}</td>"

@@ -1,0 +1,28 @@
+"""Shapes checked by beartype, strict dtypes and ranks, warnings as errors: only here, never in a run."""
+
+import os
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+CHECKED = ["mixers", "models", "memory", "engine", "tasks", "training"]  # wherever arrays cross a boundary
+install_import_hook([*(f"kvlab.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Subprocesses of the command line share one compilation cache, so that the suite compiles each program once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+
+
+@pytest.fixture
+def config_of():
+    """Composes a config from overrides, as `kvlab run` would."""
+    from kvlab.compose import compose
+
+    return lambda *overrides: compose(list(overrides))

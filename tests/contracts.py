@@ -1,0 +1,102 @@
+"""Contracts that every implementation plugs into, as plain functions over any (mixer, memory) pair."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvlab.engine.step import MemoryStep, Session
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.mamba2 import Mamba2Config
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
+
+VOCAB = 31
+WINDOW = 6
+
+# One row a variant: everything a mixer can be asked for, in small.
+_small = {"num_heads": 4, "head_dim": 8}
+VARIANTS: dict[str, list[LayerConfig]] = {
+    name: [LayerConfig("attention", AttentionConfig(**{**_small, **fields}))]
+    for name, fields in {
+        "mha": {"num_kv_heads": 4},
+        "gqa": {"num_kv_heads": 2},
+        "mqa": {"num_kv_heads": 1, "short_conv": 3},
+        "no_positions": {"num_kv_heads": 2, "rope": False},
+        "partial_rope": {"num_kv_heads": 2, "rope_fraction": 0.5, "rope_base": 500.0},
+        "norms_cap_bias": {"num_kv_heads": 2, "qk_norm": True, "soft_cap": 5.0, "bias": True},
+        "window": {"num_kv_heads": 2, "window": WINDOW},
+        "window_one": {"num_kv_heads": 1, "window": 1},
+        "window_sinks": {"num_kv_heads": 2, "window": WINDOW, "num_sinks": 3, "short_conv": 2},
+    }.items()
+}
+VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=2, head_dim=8, chunk_len=4))]
+VARIANTS["mamba2_groups"] = [
+    LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
+]
+VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
+
+
+def build(layers: Sequence[LayerConfig], *, dtype: str = "float32", mlp_dim: int = 0):
+    """A small random model with weights large enough that a wrong cache shows."""
+    config = ModelConfig(model_dim=16, mlp_dim=mlp_dim, tie_embeddings=False, dtype=dtype)
+    model = Transformer(layers, config, VOCAB, rngs=nnx.Rngs(0))
+    structure, params = split(model)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return model, structure, jax.tree.unflatten(treedef, noise)
+
+
+def parallel_logits(structure, params, tokens: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of one sequence in the parallel form."""
+
+    @jax.jit
+    def forward(params, tokens):
+        model = merge(structure, params)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        return model.logits(model.hidden(tokens, positions)[0])
+
+    return np.asarray(forward(params, jnp.asarray(tokens, jnp.int32)[None, :])[0])
+
+
+def poisoned_session(model, structure, params, memory: MemoryConfig, *, rows: int, max_len: int) -> Session:
+    """A session whose pools hold NaN wherever nothing was written."""
+    layout = MemoryLayout.of(model.states(), memory, max_sequences=rows, max_len=max_len)
+    return Session(MemoryStep(structure, layout), params, layout.allocate(float("nan")))
+
+
+def run_ragged(session: Session, sequences: dict[str, np.ndarray], chunk_len: int) -> dict[str, np.ndarray]:
+    """Feeds sequences of different lengths side by side in chunks; one that ends leaves its row to padding. Returns every
+    sequence's logits [T, V]; the ledger's invariants hold after each step."""
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in sequences}
+    done = dict.fromkeys(sequences, 0)
+    while remaining := [name for name in sequences if done[name] < len(sequences[name])]:
+        chunks = {name: sequences[name][done[name] : done[name] + chunk_len] for name in remaining}
+        logits = np.asarray(session.advance(chunks, chunk_len))
+        session.ledger.check()
+        for row, name in enumerate(remaining):
+            outputs[name].append(logits[row, : len(chunks[name])])
+            done[name] += len(chunks[name])
+            if done[name] == len(sequences[name]):
+                session.ledger.release(name)
+    return {name: np.concatenate(parts) for name, parts in outputs.items()}
+
+
+def assert_memory_equals_parallel(
+    layers, memory: MemoryConfig, lengths: Sequence[int], *, chunk_len: int, dtype: str = "float32", atol: float = 2e-4
+) -> None:
+    """The contract: chunks through memory give the parallel form's logits, for ragged batches, in poisoned pools, and again
+    for later sequences that reuse the slots of earlier ones."""
+    model, structure, params = build(layers, dtype=dtype)
+    session = poisoned_session(model, structure, params, memory, rows=len(lengths), max_len=max(lengths))
+    rng = np.random.default_rng(0)
+    for generation in range(2):
+        order = lengths if generation == 0 else lengths[::-1]  # the second time other rows get the used slots
+        sequences = {f"{generation}.{i}": rng.integers(0, VOCAB, n).astype(np.int32) for i, n in enumerate(order)}
+        through = run_ragged(session, sequences, chunk_len)
+        for name, tokens in sequences.items():
+            expected = parallel_logits(structure, params, tokens)
+            np.testing.assert_allclose(through[name], expected, atol=atol, rtol=atol, err_msg=f"{name} of {lengths}")
