@@ -44,9 +44,9 @@ def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str,
         raise ConfigError(path, values, "must be a mapping with a `type`")
     fields = dict(cast(Mapping[str, object], values))
     name = fields.pop("type", None)
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
-    return str(name), registry[name].Config.build(fields, path)
+    return name, registry[name].Config.build(fields, path)
 
 
 SECTIONS: dict[str, type[Schema]] = {

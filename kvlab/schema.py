@@ -173,7 +173,8 @@ class Schema:
             if name not in given and item.default is MISSING and item.default_factory is MISSING:
                 raise ConfigError(name, None, "is missing and has no default").under(path)
         try:
-            return cls(**given)
+            checks = {name: legal[name].metadata.get("check") for name in given}
+            return cls(**{name: check(name, given[name]) if check else given[name] for name, check in checks.items()})
         except ConfigError as error:
             raise error.under(path) from None
 

@@ -9,7 +9,7 @@ from jax import Array
 from kvlab.memory.spec import StateSpec, TokenState
 from kvlab.mixers.base import LayerMemory, Mixer
 from kvlab.mixers.convolution import ShortConv
-from kvlab.mixers.linear import Linear
+from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, Schema, flag, integer, real
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.flash_attention import flash_attention
@@ -69,8 +69,8 @@ class Attention(Mixer):
         self.value = linear(model_dim, kv_heads * dim, config.bias)
         self.out = linear(heads * dim, model_dim, config.bias)
         if config.qk_norm:
-            self.query_norm = nnx.RMSNorm(dim, dtype=jnp.dtype(dtype), rngs=rngs)
-            self.key_norm = nnx.RMSNorm(dim, dtype=jnp.dtype(dtype), rngs=rngs)
+            self.query_norm = RMSNorm(dim)
+            self.key_norm = RMSNorm(dim)
         if config.short_conv:
             self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)
         self.config, self.dtype = config, dtype

@@ -9,7 +9,7 @@ from flax import nnx
 from kvlab.memory.spec import ArraySpec, RecurrentState, StateSpec
 from kvlab.mixers.base import LayerMemory, Mixer
 from kvlab.mixers.convolution import ShortConv
-from kvlab.mixers.linear import Linear
+from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, Schema, integer
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.ssd import ssd, ssd_step
@@ -57,7 +57,7 @@ class Mamba2(Mixer):
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
         self.skip = nnx.Param(jnp.ones(heads))
-        self.norm = nnx.RMSNorm(self.inner, dtype=jnp.dtype(dtype), rngs=rngs)
+        self.norm = RMSNorm(self.inner)
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
         if config.short_conv:
             self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)

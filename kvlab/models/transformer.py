@@ -11,7 +11,7 @@ from jax import Array
 
 from kvlab.memory.spec import StateSpec
 from kvlab.mixers import MIXERS, LayerMemory, Mixer
-from kvlab.mixers.linear import Linear
+from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import Schema, choice, flag, integer, nearest
 from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
 
@@ -55,12 +55,12 @@ class Block(nnx.Module):
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
-        self.mixer_norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+        self.mixer_norm = RMSNorm(model.model_dim)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
         self.has_mlp = model.mlp_dim > 0
         if self.has_mlp:
-            self.mlp_norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+            self.mlp_norm = RMSNorm(model.model_dim)
             self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
 
     def __call__(
@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(vocab_size, model.model_dim, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Block(layer, model, rngs=rngs) for layer in layers])
-        self.norm = nnx.RMSNorm(model.model_dim, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(model.model_dim)
         if not model.tie_embeddings:
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.config = model

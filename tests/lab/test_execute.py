@@ -1,0 +1,206 @@
+"""Whole runs: records, skipping, retrying, resuming bit for bit, stopping on request, refusing a second process."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kvlab
+from kvlab.compose import compose
+from kvlab.lab import execute as executing
+from kvlab.lab.execute import execute, load_params
+from kvlab.lab.runs import Run, RunLocked
+from kvlab.training.loop import params_digest
+
+SMALL = [
+    "model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
+    "task.test=[16:2,24:3]", "task.num_test=6", "task.num_validation=6", "measure.batch_size=4", "measure.decode_steps=4",
+    "train.batch_size=4", "train.num_steps=16", "train.steps_per_call=2", "train.eval_every=8", "train.checkpoint_every=4",
+    "memory.page_size=4", "memory.chunk_len=3", "train.stop_at=null",
+]  # fmt: skip
+FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
+          "provenance", "wall_s"}  # fmt: skip
+
+
+def small(tmp_path, *overrides):
+    return compose([*SMALL, f"results_dir={tmp_path}", *overrides])
+
+
+def rows(config):
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_complete_record(tmp_path):
+    config = small(tmp_path, "measure.context_len=40", "tune.learning_rate=[0.01,0.001]")
+    assert Run(config).state == "new"
+    assert execute(config) == "done"
+    record = Run(config).record
+    assert set(record) >= FIELDS
+    assert set(record["quality"]) >= {"metric", "value", "slices"}
+    assert set(record["quality"]["slices"]) == {"16:2", "24:3"}
+    assert record["quality"]["value"] == pytest.approx(record["quality"]["parallel_value"], abs=0.1)
+    memory = record["memory"]
+    assert set(memory) >= {"logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes", "context_len", "batch_size", "layers"}
+    history = 2 * 16 * 4
+    assert memory["logical_bytes"] == 4 * (40 * 2 * 4 * 4 * 4 + history)  # 4 sequences, 40 tokens, K and V, 4 heads of 4, f32
+    assert (memory["context_len"], memory["batch_size"]) == (40, 4)
+    assert record["speed"]["train_step_ms"] > 0
+    assert record["speed"]["decode_tokens_per_s"] > 0
+    assert set(record["provenance"]) >= {"git_commit", "git_dirty", "versions", "device", "xla_flags", "implementations"}
+    assert [trial["learning_rate"] for trial in record["training"]["trials"]] == [0.01, 0.001]
+    best = max(record["training"]["trials"], key=lambda trial: trial["validation"])
+    assert record["training"]["learning_rate"] == best["learning_rate"]
+    assert len(rows(config)) == 16  # two trials of eight calls
+    assert params_digest(load_params(config)[1]) == record["training"]["params_sha256"]
+    assert execute(config) == "skipped"
+
+    frame = kvlab.load(tmp_path)
+    assert len(frame) == 1
+    assert frame["memory.logical_bytes"][0] == memory["logical_bytes"]
+
+
+def test_the_dense_baseline_and_text_run_too(tmp_path):
+    corpus = tmp_path / "book.txt"
+    corpus.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
+    text = ["task=text", f"task.path={corpus}", "task.seq_len=24", "task.decode_len=5", "memory=dense"]
+    keep = [one for one in SMALL if not one.startswith(("task.vocab", "task.train", "task.test"))]
+    config = compose([*keep, f"results_dir={tmp_path}", *text, "model.num_layers=1", "model.dtype=bfloat16"])
+    assert execute(config) == "done"
+    record = Run(config).record
+    assert record["quality"]["metric"] == "bits_per_byte"
+    assert 2 < record["quality"]["value"] < 9
+    assert record["training"]["data_sha256"]
+
+
+def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatch):
+    config = small(tmp_path)
+
+    def broken(*_, **__):
+        raise RuntimeError("the memory is wrong")
+
+    monkeypatch.setattr(executing, "measure_memory", broken)
+    assert execute(config) == "failed"
+    record = Run(config).record
+    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: the memory is wrong")
+    assert kvlab.load(tmp_path)["reason"][0] == "RuntimeError: the memory is wrong"
+    monkeypatch.undo()
+    assert execute(config) == "done"
+
+
+def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, monkeypatch):
+    from kvlab.engine.score import Scorer
+
+    right = Scorer.parallel
+
+    def wrong(self, params, split):
+        from dataclasses import replace
+
+        return tuple(replace(one, correct=one.correct + one.weight) for one in right(self, params, split))
+
+    monkeypatch.setattr(Scorer, "parallel", wrong)
+    config = small(tmp_path)
+    assert execute(config) == "failed"
+    assert "they must agree within" in Run(config).record["reason"]
+
+
+def test_a_nan_is_a_failure_with_step_and_leaf(tmp_path):
+    config = small(tmp_path, "optimizer.learning_rate=10", "optimizer.clip_norm=null", "optimizer.eps=1e-30",
+                   "optimizer.warmup_fraction=0", "model.dtype=bfloat16", "train.num_steps=400",
+                   "optimizer.weight_decay=10", "train.eval_every=400", "train.checkpoint_every=400")  # fmt: skip
+    assert execute(config) == "failed"
+    reason = Run(config).record["reason"]
+    assert reason.startswith("NotFinite: step ")
+    assert "is not finite" in reason
+
+
+def test_out_of_memory_names_the_culprit(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(executing, "measure_memory", full)
+    config = small(tmp_path)
+    assert execute(config) == "failed"
+    reason = Run(config).record["reason"]
+    assert reason.startswith("out of memory: the largest part is ")
+    assert "would save about" in reason
+
+
+def test_a_second_process_is_refused(tmp_path):
+    config = small(tmp_path)
+    config.run_dir.mkdir(parents=True)
+    with (config.run_dir / "lock").open("a+") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunLocked, match="another process \\(pid 4711\\)"):
+            execute(config)
+    assert execute(config) == "done"
+
+
+def command(tmp_path, *overrides):
+    return [sys.executable, "-m", "kvlab", "run", *SMALL, f"results_dir={tmp_path}", *overrides]
+
+
+LONG = ["train.num_steps=96", "train.eval_every=16", "train.checkpoint_every=8"]
+
+
+def _killed_and_resumed(tmp_path, num_kills, seed):
+    """Kills the same command at random moments, then lets it finish; returns records of it and of an undisturbed run."""
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    began = time.monotonic()
+    subprocess.run(command(calm, *LONG), check=True, capture_output=True)
+    whole = time.monotonic() - began
+    moments = random.Random(seed)
+    kills = 0
+    for _ in range(num_kills):
+        process = subprocess.Popen(command(stormy, *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.3, 0.95) * whole)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(stormy, *LONG), check=True, capture_output=True)
+    configs = [small(folder, *LONG) for folder in (calm, stormy)]
+    return kills, [Run(config).record for config in configs], [rows(config) for config in configs]
+
+
+@pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_kill_9_and_resume_is_bit_for_bit(tmp_path, num_kills):
+    kills, (calm, stormy), (calm_rows, stormy_rows) = _killed_and_resumed(tmp_path, num_kills, seed=num_kills)
+    assert kills >= 1
+    assert stormy["training"]["params_sha256"] == calm["training"]["params_sha256"]
+    assert stormy["quality"]["value"] == calm["quality"]["value"]
+    assert stormy_rows == calm_rows  # no row lost, none doubled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_stop_saves_and_resumes(tmp_path, number):
+    config = small(tmp_path, "train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000")
+    arguments = ["train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000"]
+    process = subprocess.Popen(command(tmp_path, *arguments), stderr=subprocess.PIPE, text=True)
+    metrics = config.run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while (not metrics.exists() or len(metrics.read_text().splitlines()) < 5) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert Run(config).state == "cut"
+    status = json.loads((config.run_dir / "status.json").read_text())
+    assert status["status"] == "interrupted"
+    assert status["reason"] == f"stopped by {signal.Signals(number).name}; the same command resumes"
+    saved = [int(path.name) for path in (config.run_dir / "trials" / "lr_0.01").iterdir() if path.name.isdigit()]
+    assert max(saved) == rows(config)[-1]["step"]
+
+
+def test_a_read_only_folder_is_an_error_not_a_loss(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root writes everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        execute(small(tmp_path / "results"))

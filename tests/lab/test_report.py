@@ -1,0 +1,127 @@
+"""The report: files, escaping, and the page as headless Chromium sees it, without a network."""
+
+import shutil
+import time
+
+import pandas as pd
+import pytest
+
+from kvlab.lab.report import write_report
+from tests.lab.test_results import record, write
+
+NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture
+def results(tmp_path):
+    made = [record("mha", seed, 0.99 + seed / 1000, 8000) for seed in range(3)]
+    made += [record("mqa", 0, 0.98, 2000), record("swa16", 0, 0.3, 1000), record(NASTY, 0, 0.1, 9000)]
+    made += [record("mha", 0, 2.5, 8000, "text", "bits_per_byte"), record("swa16", 0, 2.6, 1000, "text", "bits_per_byte")]
+    failed = record("mamba2", 0) | {"status": "failed", "reason": f"RuntimeError: {NASTY}"}
+    for name in ("quality", "memory", "speed", "num_params", "training"):
+        del failed[name]
+    for index, one in enumerate([*made, failed]):
+        one["run_id"] = f"run{index}"
+    return write(tmp_path / "results", *made, failed)
+
+
+def test_files_are_written_and_the_csv_is_the_plot(results, tmp_path):
+    written = write_report(results, tmp_path / "out")
+    assert [path.name for path in written] == ["report.html", "frontier.png", "frontier.pdf", "frontier.csv"]
+    frame = pd.read_csv(tmp_path / "out" / "frontier.csv")
+    assert len(frame) == 6
+    mha = frame[(frame.variant == "mha") & (frame.task == "mqar")].iloc[0]
+    assert mha.value == pytest.approx(0.991)
+    assert mha.num_seeds == 3
+    assert frame[frame.non_dominated & (frame.task == "mqar")].variant.tolist() == ["swa16", "mqa", "mha"]
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "frontier.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_page_fetches_nothing_and_escapes_everything(results, tmp_path):
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    own = page[: page.index("<script>")] + page[page.index('<script type="application/json"') :]
+    assert "http://" not in own
+    assert "https://" not in own
+    assert NASTY not in page
+    assert "<img src=x" not in page
+
+
+def test_only_failed_runs_still_make_a_page(results, tmp_path):
+    for path in (results / "made").iterdir():
+        if path.name != "run8":
+            shutil.rmtree(path)
+    assert [path.name for path in write_report(results, tmp_path)] == ["report.html"]
+
+
+@pytest.fixture
+def browser(tmp_path):
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    for flag in [*flags.split(), "disable-sync", "disable-dev-shm-usage", "window-size=1300,1600",
+                 f"user-data-dir={tmp_path / 'profile'}", "host-resolver-rules=MAP * ~NOTFOUND"]:  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield page
+    page.quit()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
+def test_the_page_in_chromium(results, tmp_path, browser):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select
+
+    write_report(results, tmp_path)
+    browser.get((tmp_path / "report.html").as_uri())
+    deadline = time.monotonic() + 20
+    while browser.find_element(By.TAG_NAME, "body").get_attribute("data-ready") != "yes" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert browser.get_log("browser") == []
+    assert browser.title == "kvlab: made"
+
+    first, second = (browser.find_element(By.ID, f"frontier-{index}") for index in (0, 1))
+    assert len(first.find_elements(By.CSS_SELECTOR, ".scatterlayer .points path.point")) == 4
+    assert len(second.find_elements(By.CSS_SELECTOR, ".scatterlayer .points path.point")) == 2
+    assert browser.execute_script("return document.getElementById('frontier-0').layout.xaxis.type") == "log"
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#points tbody tr")) == 6
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#failed tbody tr")) == 1
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#provenance tbody tr")) == 9
+    assert browser.find_elements(By.CSS_SELECTOR, "#layers .bars path")
+    assert browser.find_elements(By.CSS_SELECTOR, "#curves .scatterlayer")
+
+    point = first.find_elements(By.CSS_SELECTOR, ".points path.point")[0]
+    ActionChains(browser).move_to_element(point).perform()
+    deadline = time.monotonic() + 5
+    while not first.find_elements(By.CSS_SELECTOR, ".hovertext") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "B per sequence" in first.find_element(By.CSS_SELECTOR, ".hovertext").text
+
+    def column(index):
+        return [row.find_elements(By.TAG_NAME, "td")[index].get_attribute("data-value")
+                for row in browser.find_elements(By.CSS_SELECTOR, "#points tbody tr")]  # fmt: skip
+
+    heads = browser.find_elements(By.CSS_SELECTOR, "#points thead button")
+    names = [head.text for head in heads]
+    value = names.index("value")
+    heads[value].click()
+    assert [float(one) for one in column(value)] == sorted(float(one) for one in column(value))
+    heads[value].click()
+    assert [float(one) for one in column(value)] == sorted((float(one) for one in column(value)), reverse=True)
+    heads[names.index("variant")].click()
+    assert column(names.index("variant")) == sorted(column(names.index("variant")), key=str.casefold)
+
+    Select(browser.find_element(By.ID, "axis")).select_by_value("logical_bytes")
+    title = browser.execute_script("return document.getElementById('frontier-0').layout.xaxis.title.text")
+    assert title.startswith("logical bytes")
+    assert browser.title == "kvlab: made"  # nothing nasty ran
+    assert browser.get_log("browser") == []
+    browser.save_screenshot(str(tmp_path / "page.png"))

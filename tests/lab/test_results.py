@@ -1,0 +1,92 @@
+"""Points, intervals and the frontier, on records made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kvlab.lab.results import interval_half_width, load, non_dominated, points, read_records
+
+
+def record(variant="mha", seed=0, value=0.9, size=1000, task="mqar", metric="accuracy", **config):
+    return {
+        "schema": 1, "run_id": f"{variant}{seed}{task}", "experiment": "made", "status": "done", "seed": seed, "wall_s": 1.0,
+        "config": {"mixer": {"name": variant}, "task": {"type": task}, "seed": seed, "results_dir": "r", **config},
+        "num_params": 7,
+        "quality": {"metric": metric, "higher_is_better": metric == "accuracy", "value": value, "parallel_value": value,
+                    "slices": {"all": value}},
+        "memory": {"logical_bytes": size, "allocated_bytes": 2 * size, "temp_bytes": 1, "peak_bytes": 9, "context_len": 64,
+                   "batch_size": 2, "layers": [{"layer": 0, "state": "kv", "logical_bytes": size,
+                                                "allocated_bytes": 2 * size, "pool_bytes": 3 * size}]},
+        "speed": {"train_step_ms": 1.0 + seed, "decode_tokens_per_s": 10.0},
+        "training": {"learning_rate": 0.01},
+        "provenance": {"git_commit": "c", "git_dirty": False, "versions": {"jax": "x"}, "xla_flags": "",
+                       "device": {"kind": "cpu", "count": 1}, "implementations": {"ssd": "reference"}},
+    }  # fmt: skip
+
+
+def write(folder, *records):
+    for one in records:
+        directory = folder / "made" / one["run_id"]
+        directory.mkdir(parents=True)
+        (directory / "config.yaml").write_text(json.dumps(one["config"] | {"experiment": "made"}))
+        (directory / "record.json").write_text(json.dumps(one))
+        (directory / "metrics.jsonl").write_text('{"learning_rate": 0.01, "step": 4, "loss": 2.0}\n')
+    return folder
+
+
+def test_seeds_are_one_point_with_an_interval():
+    (point,) = points([record(seed=seed, value=value) for seed, value in enumerate((0.8, 0.9, 1.0))])
+    assert (point.num_seeds, point.value) == (3, pytest.approx(0.9))
+    assert point.high - point.value == pytest.approx(4.302653 * 0.1 / np.sqrt(3))  # Student t, 2 degrees, 97.5%
+    assert point.bytes_per_sequence["logical_bytes"] == 500
+    assert point.train_step_ms == 2.0
+
+
+def test_one_seed_has_no_interval():
+    assert interval_half_width([0.5]) == 0
+
+
+def test_other_settings_are_other_points_with_telling_names():
+    found = points([record(memory={"page_size": page}) for page in (4, 16)])
+    assert sorted(point.name for point in found) == ["mha page_size=16", "mha page_size=4"]
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("bits_per_byte", -1)])
+def test_non_dominated_against_brute_force(metric, sign):
+    rng = np.random.default_rng(0)
+    made = [
+        record(f"v{i}", value=float(rng.integers(0, 6)), size=int(rng.integers(1, 8)) * 2, metric=metric) for i in range(30)
+    ]
+    found = points(made)
+
+    def beaten(one):
+        a = (one.bytes_per_sequence["allocated_bytes"], -sign * one.value)
+        others = [(p.bytes_per_sequence["allocated_bytes"], -sign * p.value) for p in found]
+        return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in others)
+
+    expected = {(p.bytes_per_sequence["allocated_bytes"], p.value) for p in found if not beaten(p)}
+    line = non_dominated(found)
+    assert {(p.bytes_per_sequence["allocated_bytes"], p.value) for p in line} == expected
+
+
+def test_load_puts_what_varies_first(tmp_path):
+    frame = load(write(tmp_path, record(seed=0), record(seed=1), record("mqa", seed=0)))
+    assert list(frame.columns[:3]) == ["mixer.name", "seed", "run_id"]
+    assert len(frame) == 3
+    assert frame["memory.allocated_bytes"].tolist() == [2000] * 3
+
+
+def test_a_cut_run_is_a_row(tmp_path):
+    write(tmp_path, record())
+    (tmp_path / "made" / "cut").mkdir()
+    (tmp_path / "made" / "cut" / "config.yaml").write_text(json.dumps(record()["config"] | {"experiment": "made"}))
+    assert sorted(one["status"] for one in read_records(tmp_path)) == ["cut", "done"]
+    assert set(load(tmp_path)["status"]) == {"cut", "done"}
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tmp_path / "nowhere")

@@ -1,0 +1,100 @@
+"""Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in place."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kvlab.engine import measure as measuring
+from kvlab.engine.measure import measure
+from kvlab.engine.step import MemoryStep
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.ledger import stack
+from kvlab.memory.pools import num_bytes
+from tests.contracts import VARIANTS, VOCAB, build
+
+MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(name="dense", chunk_len=4)]
+
+
+def layout_of(variant, memory, rows=3, max_len=40, dtype="float32") -> tuple[MemoryStep, dict]:
+    model, structure, params, _ = build(variant, dtype)
+    layout = MemoryLayout.of(model.states(), memory, max_sequences=rows, max_len=max_len)
+    return MemoryStep(structure, layout), params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stated_bytes_are_the_arrays_bytes(variant, memory, dtype):
+    step, _ = layout_of(variant, memory, dtype=dtype)
+    pools = step.layout.allocate()
+    assert num_bytes(pools) == step.layout.pool_bytes
+    assert sum(account.pool for account in step.layout.ledger().audit()) == step.layout.pool_bytes
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
+@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid"])
+def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
+    """Donated pools are updated in place: the compiler aliases exactly the stated bytes, and its arguments are exactly
+    parameters, pools, plan and tokens."""
+    step, params = layout_of(variant, memory)
+    pools = step.layout.allocate()
+    analysis = step.compiled(params, pools, 1).memory_analysis()
+    assert analysis.alias_size_in_bytes == step.layout.pool_bytes
+    plan = stack([], step.layout.classes, 3, 1)
+    assert analysis.argument_size_in_bytes == _used(params, pools, plan, step)
+
+
+def _used(params, pools, plan, step) -> int:
+    """Bytes of the arguments that the program reads: jit drops plan arrays that nothing uses (tables of plain states)."""
+    tokens = jnp.zeros((3, 1), jnp.int32)
+    closed = jax.make_jaxpr(lambda *a: MemoryStep.__call__.__wrapped__(step, *a))(params, pools, plan, tokens)
+    used = {id(v) for eqn in closed.jaxpr.eqns for v in eqn.invars} | {id(v) for v in closed.jaxpr.outvars}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in closed.jaxpr.invars if id(v) in used)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_donated_write_copies_nothing(dtype):
+    """Temporaries of the key-value write alone stay below 1% of the pool."""
+    from kvlab.memory import pools as device
+    from kvlab.memory.ledger import ClassPlan
+
+    step, _ = layout_of("gqa", MEMORIES[0], rows=8, max_len=4096, dtype=dtype)
+    state = step.layout.classes[0]
+    pool = device.allocate(state)
+    new = jnp.zeros((8, 1, state.spec.num_kv_heads, state.spec.key_dim), dtype)
+
+    def write(pool, slots, new):
+        return device._write(pool, ClassPlan(slots, slots, slots), new, new)
+
+    slots = jnp.zeros((8, 1), jnp.int32)
+    analysis = jax.jit(write, donate_argnums=0).lower(pool, slots, new).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 0.01 * num_bytes(pool)
+
+
+def test_measured_report_agrees_with_live_and_formula():
+    """MQA of 1 KV head and dims 8: 64 bytes a token in float32; plus the short convolution's two columns of 16."""
+    step, params = layout_of("mqa", MemoryConfig(page_size=4, chunk_len=4), rows=2, max_len=30)
+    report, tokens_per_s = measure(step, params, VOCAB, decode_steps=3)
+    history = 2 * 2 * 16 * 4
+    assert report.logical_bytes == 2 * 30 * 64 + history
+    assert report.allocated_bytes == 2 * 32 * 64 + history  # 30 tokens are 8 pages of 4
+    assert report.pool_bytes >= report.allocated_bytes
+    assert sum(row["allocated_bytes"] for row in report.layers) == report.allocated_bytes
+    assert sum(row["logical_bytes"] for row in report.layers) == report.logical_bytes
+    assert report.peak_bytes > 0
+    assert tokens_per_s > 0
+
+
+def test_a_wrong_statement_is_refused(monkeypatch):
+    step, params = layout_of("mqa", MEMORIES[0])
+    monkeypatch.setattr(measuring, "num_bytes", lambda pools: num_bytes(pools) + 1)
+    with pytest.raises(AssertionError, match="the layout states"):
+        measure(step, params, VOCAB, decode_steps=3)
+
+
+def test_windowed_memory_stops_growing():
+    sizes = []
+    for max_len in (40, 400):
+        step, params = layout_of("window", MEMORIES[0], rows=2, max_len=max_len)
+        sizes.append(measure(step, params, VOCAB, decode_steps=3)[0].allocated_bytes)
+    assert sizes[0] == sizes[1]

@@ -1,0 +1,78 @@
+"""The attention mixer against a float64 rewrite of its formula, rotary embeddings included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kvlab.mixers.attention import Attention, AttentionConfig, rotary_angles, rotate
+
+
+def rotary_matrix(position: int, dim: int, rotary_dim: int, base: float) -> np.ndarray:
+    """The rotation as an explicit matrix: plane (i, i + r/2) turns by position * base ** (-2i/r)."""
+    matrix, half = np.eye(dim), rotary_dim // 2
+    for i in range(half):
+        angle = position * base ** (-2 * i / rotary_dim)
+        matrix[i, i] = matrix[half + i, half + i] = np.cos(angle)
+        matrix[i, half + i], matrix[half + i, i] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_rotation_is_the_published_matrix(fraction):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 9, 2, 8)).astype(np.float32)
+    config = AttentionConfig(head_dim=8, rope_fraction=fraction, rope_base=100.0)
+    cos, sin = rotary_angles(jnp.arange(9, dtype=jnp.int32)[None], config.rotary_dim, 100.0)
+    turned = rotate(jnp.asarray(x), cos, sin)
+    for t in range(9):
+        matrix = rotary_matrix(t, 8, config.rotary_dim, 100.0)
+        np.testing.assert_allclose(turned[0, t], x[0, t] @ matrix.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_kv_heads": 4},
+        {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
+        {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5},
+        {"num_kv_heads": 2, "rope": False, "short_conv": 3},
+    ],
+)
+def test_equals_the_formula(fields):
+    config = AttentionConfig(num_heads=4, head_dim=8, **fields)
+    layer = Attention(config, 16, dtype="float32", rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).standard_normal((1, 11, 16))
+    positions = jnp.arange(11, dtype=jnp.int32)[None]
+    y, memory = jax.jit(lambda x: layer(x, positions, None))(jnp.asarray(x, jnp.float32))
+    assert memory is None
+    np.testing.assert_allclose(y[0], formula(layer, config, x[0]), atol=2e-5)
+
+
+def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndarray:
+    weight = {name: np.asarray(getattr(layer, name).kernel[...], np.float64) for name in ("query", "key", "value", "out")}
+    bias = {name: np.asarray(getattr(layer, name).bias[...]) if config.bias else 0.0 for name in weight}
+    if config.short_conv:
+        kernel = np.asarray(layer.short_conv.kernel[...], np.float64)
+        padded = np.concatenate([np.zeros((2, 16)), x])
+        x = x + sum(kernel[lag] * padded[2 - lag : 2 - lag + len(x)] for lag in range(3))
+    heads = {name: (x @ weight[name] + bias[name]).reshape(len(x), -1, 8) for name in ("query", "key", "value")}
+    if config.qk_norm:
+        for name in ("query", "key"):
+            heads[name] = heads[name] / np.sqrt((heads[name] ** 2).mean(-1, keepdims=True) + 1e-6)
+    if config.rope:
+        for name in ("query", "key"):
+            turned = [heads[name][t] @ rotary_matrix(t, 8, config.rotary_dim, 10_000.0).T for t in range(len(x))]
+            heads[name] = np.stack(turned)
+    outputs = np.zeros((len(x), 4, 8))
+    for head in range(4):
+        kv = head // (4 // config.num_kv_heads)
+        for t in range(len(x)):
+            window = config.window or len(x) + 1
+            seen = [p for p in range(t + 1) if t - p < window or p < config.num_sinks]
+            scores = heads["key"][seen, kv] @ heads["query"][t, head] / np.sqrt(8)
+            scores = config.soft_cap * np.tanh(scores / config.soft_cap) if config.soft_cap else scores
+            probabilities = np.exp(scores - scores.max())
+            outputs[t, head] = probabilities @ heads["value"][seen, kv] / probabilities.sum()
+    return outputs.reshape(len(x), -1) @ weight["out"] + bias["out"]

@@ -1,0 +1,79 @@
+"""MQAR against its definition: pairs first, each key once more, its value the label; and the window's closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlab.random import named_key
+from kvlab.tasks.base import round_robin
+from kvlab.tasks.mqar import Mqar, MqarConfig, window_accuracy
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(64, 4), (64, 16), (128, 32)])
+def test_every_label_is_the_value_of_the_queried_key(length, pairs):
+    task = Mqar(MqarConfig())
+    batch = jax.tree.map(np.asarray, task.train_batch(named_key(0, "x"), 50, length, jnp.asarray(pairs, jnp.int32)))
+    assert (batch.weights.sum(axis=1) == pairs).all()
+    for row in range(50):
+        tokens = batch.tokens[row]
+        keys, values = tokens[: 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
+        assert len(set(keys)) == len(set(values)) == pairs
+        assert keys.min() >= 1
+        assert keys.max() < 256 <= values.min()
+        answers = dict(zip(keys.tolist(), values.tolist(), strict=True))
+        real = batch.weights[row] > 0
+        places = batch.label_positions[row, real]
+        assert len(set(places)) == pairs
+        assert places.min() >= 2 * pairs
+        assert (places % 2 == 0).all()
+        assert [answers[key] for key in tokens[places].tolist()] == batch.labels[row, real].tolist()
+        assert sorted(tokens[places]) == sorted(keys)
+
+
+def test_query_places_follow_the_power_law():
+    """Near gaps are likelier: P(first draw = gap) is proportional to (gap + 1) ** (power - 1)."""
+    task = Mqar(MqarConfig(train=("64:1",), train_weights=(1,), test=("64:1",)))
+    batch = task.train_batch(named_key(0, "x"), 20_000, 64, jnp.asarray(1, jnp.int32))
+    gaps = (np.asarray(batch.label_positions)[:, 0] - 2) // 2
+    weights = (np.arange(31) + 1.0) ** (0.01 - 1)
+    expected = weights / weights.sum()
+    found = np.bincount(gaps, minlength=31) / len(gaps)
+    np.testing.assert_allclose(found, expected, atol=0.012)
+
+
+def test_splits_and_slices_do_not_share_examples():
+    task = Mqar(MqarConfig())
+    one = task.slices("test")[0]
+    key = named_key(0, "eval")
+    test = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 0, 64)
+    validation = task.eval_batch(jax.random.fold_in(key, 0), "validation", one, 0, 64)
+    rows = {bytes(row) for row in np.asarray(test.tokens)}
+    assert len(rows) == 64
+    assert not rows & {bytes(row) for row in np.asarray(validation.tokens)}
+    again = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 0, 64)
+    np.testing.assert_array_equal(test.tokens, again.tokens)
+
+
+def test_the_mixture_has_its_weights():
+    task = Mqar(MqarConfig())
+    counts: dict[tuple[int, int], int] = {}
+    for call in range(90):
+        length, pairs = task.train_call(call, 4)
+        for one in pairs:
+            counts[length, one] = counts.get((length, one), 0) + 1
+    assert counts == {(64, 4): 160, (64, 8): 80, (64, 16): 80, (128, 32): 40}
+
+
+def test_round_robin_spreads_evenly():
+    assert round_robin((2, 1, 1)) == (0, 1, 2, 0)
+    assert sorted(round_robin((8, 1))) == [0] * 8 + [1]
+
+
+def test_closed_form_of_the_window_matches_based_figure_2():
+    """FIGURES, mean over seven slices; published values were read off the figure, the closed form computed elsewhere."""
+    slices = ("64:4", "64:8", "64:16", "128:32", "256:64", "512:128", "1024:256")
+    config = MqarConfig(vocab_size=8192, train=slices, train_weights=(1,) * 7, test=slices)
+    for window, expected in ((16, 0.146), (64, 0.514), (256, 0.797), (1024, 1.0)):
+        mean = np.mean([window_accuracy(config, one, window, num_examples=400) for one in slices])
+        assert mean == pytest.approx(expected, abs=0.01)

@@ -1,0 +1,64 @@
+"""The text task: files stay whole, splits stay apart, windows are what the corpus says."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlab.random import named_key
+from kvlab.schema import ConfigError
+from kvlab.tasks.text import Text, TextConfig
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(200):
+        (tmp_path / f"module{index}.py").write_text(f"# file {index}\n" + f"value = {index}\n" * 20)
+    return tmp_path
+
+
+def test_each_file_is_in_one_split(folder):
+    corpus = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4)).corpus
+    owners = {name: {line for line in bytes(data).split(b"\n") if line.startswith(b"#")} for name, data in corpus.items()}
+    assert sum(len(lines) for lines in owners.values()) == 200
+    assert not owners["train"] & owners["test"]
+    assert not owners["train"] & owners["validation"]
+    assert len(owners["train"]) > 150
+
+
+def test_labels_are_the_next_bytes(folder):
+    task = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4))
+    batch = task.train_batch(named_key(0, "x"), 8, 32, jnp.asarray(0, jnp.int32))
+    tokens, labels = np.asarray(batch.tokens), np.asarray(batch.labels)
+    np.testing.assert_array_equal(tokens[:, 1:], labels[:, :-1])
+    data = bytes(task.corpus["train"])
+    assert all(bytes(row.astype(np.uint8)) in data for row in tokens)
+
+
+def test_evaluation_windows_are_fixed_and_cover_the_split(folder):
+    task = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4, num_test=5))
+    (one,) = task.slices("test")
+    assert (one.prompt_len, one.seq_len) == (28, 32)
+    batch = task.eval_batch(named_key(0, "a"), "test", one, 0, 5)
+    same = task.eval_batch(named_key(9, "b"), "test", one, 0, 5)
+    np.testing.assert_array_equal(batch.tokens, same.tokens)
+    assert bytes(np.asarray(batch.tokens[0]).astype(np.uint8)) == bytes(task.corpus["test"][:32])
+
+
+def test_one_file_is_split_by_position(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(bytes(range(256)) * 40)
+    corpus = Text(TextConfig(path=str(path), seq_len=32, decode_len=4)).corpus
+    assert [len(corpus[name]) for name in ("train", "validation", "test")] == [9216, 512, 512]
+
+
+def test_the_standard_library_is_the_default_corpus():
+    task = Text(TextConfig())
+    assert len(task.corpus["train"]) > 1_000_000
+    assert b"def " in bytes(task.corpus["test"])
+    assert len(task.fingerprint()) == 64
+
+
+def test_too_short_a_corpus_is_refused(tmp_path):
+    (tmp_path / "small.txt").write_text("hello")
+    with pytest.raises(ConfigError, match=r"task\.seq_len = 32: the train split of .*small\.txt has 4 bytes"):
+        _ = Text(TextConfig(path=str(tmp_path / "small.txt"), seq_len=32, decode_len=4)).corpus

@@ -1,0 +1,190 @@
+"""Wrong configurations are answered before anything is compiled, by a sentence with field, value and legal range."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kvlab.compose import compose, expand
+from kvlab.config import Config
+from kvlab.schema import ConfigError
+
+WRONG = [
+    # overrides, the sentence's beginning
+    ("mixer=mhaa", "mixer = 'mhaa': did you mean mha"),
+    ("task=mqr", "task = 'mqr': did you mean mqar"),
+    ("memory=pagd", "memory = 'pagd': did you mean paged"),
+    ("hardware=h1000", "hardware = 'h1000': did you mean h100"),
+    ("launcher=slrm", "launcher = 'slrm': did you mean slurm"),
+    ("debug=tin", "debug = 'tin': did you mean tiny"),
+    ("model.model_dm=64", "model.model_dm = 64: no such field; did you mean model_dim"),
+    ("trian.num_steps=4", "trian = 4: no such field; did you mean train"),
+    ("mixer.A.num_head=2", "mixer.A.num_head = 2: no such field; did you mean num_heads"),
+    ("mixer.B.num_heads=2", "mixer.B = 2: no such field"),
+    ("task.vocab=9", "task.vocab = 9: no such field; did you mean vocab_size"),
+    ("+mixer.A._target_=os.system", "mixer.A._target_ = 'os.system': no such field"),
+    ("+_target_=os.system", "_target_ = 'os.system': no such section"),
+    ("+train.extra=1", "train.extra = 1: no such field"),
+    ("model.model_dim=0", "model.model_dim = 0: must be an integer in [1, 65536]"),
+    ("model.model_dim=-64", "model.model_dim = -64: must be an integer in"),
+    ("model.model_dim=64.5", "model.model_dim = 64.5: must be an integer in"),
+    ("model.model_dim=wide", "model.model_dim = 'wide': must be an integer in"),
+    ("model.model_dim=null", "model.model_dim = None: must be an integer in"),
+    ("model.model_dim=true", "model.model_dim = True: must be an integer in"),
+    ("model.model_dim=9999999", "model.model_dim = 9999999: must be an integer in"),
+    ("model.dtype=float64", "model.dtype = 'float64': must be one of float32, bfloat16"),
+    ("model.tie_embeddings=1", "model.tie_embeddings = 1: must be true or false"),
+    ("model.mlp_dim=-1", "model.mlp_dim = -1: must be an integer in [0, 262144]"),
+    ("model.num_layers=0", "model.num_layers = 0: must be an integer in [1, 1024] or null"),
+    ("memory.page_size=0", "memory.page_size = 0: must be an integer in [1, 4096]"),
+    ("memory.chunk_len=0", "memory.chunk_len = 0: must be an integer in"),
+    ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
+    ("optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be a finite number in (0, 10]"),
+    ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate = -0.001: must be a finite number in (0, 10]"),
+    ("optimizer.learning_rate=nan", "optimizer.learning_rate = nan: must be a finite number"),
+    ("optimizer.learning_rate=inf", "optimizer.learning_rate = inf: must be a finite number"),
+    ("optimizer.beta1=1", "optimizer.beta1 = 1: must be a finite number in [0, 0.9999]"),
+    ("optimizer.weight_decay=-0.1", "optimizer.weight_decay = -0.1: must be a finite number in [0, 10]"),
+    ("optimizer.clip_norm=0", "optimizer.clip_norm = 0: must be a finite number in (0, 1e+06] or null"),
+    ("optimizer.warmup_fraction=2", "optimizer.warmup_fraction = 2: must be a finite number in [0, 0.9]"),
+    ("train.batch_size=0", "train.batch_size = 0: must be an integer in"),
+    ("train.accumulation=3", "train.accumulation = 3: must divide batch_size = 64"),
+    ("train.num_steps=3", "train.num_steps = 3: must be a multiple of steps_per_call = 4"),
+    ("train.eval_every=6", "train.eval_every = 6: must be a multiple of steps_per_call = 4"),
+    ("train.patience=0", "train.patience = 0: must be an integer in [1, 2147483647] or null"),
+    ("tune.learning_rate=[0.01,0]", "tune.learning_rate = [0.01, 0]: must be a list"),
+    ("tune.learning_rate=0.01", "tune.learning_rate = 0.01: must be a list"),
+    ("measure.batch_size=0", "measure.batch_size = 0: must be an integer in"),
+    ("measure.context_len=1", "measure.context_len = 1: must be an integer in [2, 16777216] or null"),
+    ("measure.decode_steps=128", "measure.decode_steps = 128: must be below the measured context of 128 tokens"),
+    ("hardware.num_chips=0", "hardware.num_chips = 0: must be an integer in"),
+    ("hardware.name=h9", "hardware.name = 'h9': "),
+    ("seed=-1", "seed = -1: must be an integer in"),
+    ("seed=abc", "seed = 'abc': must be an integer in"),
+    ("experiment=../outside", "experiment = '../outside': "),
+    ("results_dir=null", "results_dir = None: must be a non-empty string"),
+    ("mixer.pattern=''", "mixer.pattern = '': names no layer"),
+    ("mixer.pattern='A B'", "mixer.pattern = 'A B': names an unknown layer 'B'; legal: A"),
+    ("mixer.name=../x", "mixer.name = '../x': must be a word"),
+    ("mixer.A.type=attentoin", "mixer.A.type = 'attentoin': did you mean attention"),
+    ("mixer.A.num_kv_heads=3", "mixer.A.num_kv_heads = 3: must divide num_heads: one of [1, 2, 4]"),
+    ("mixer.A.window=0", "mixer.A.window = 0: must be an integer in [1, 2147483647] or null"),
+    ("mixer.A.num_sinks=2", "mixer.A.num_sinks = 2: must be 0 without a window"),
+    ("mixer.A.rope_fraction=0.01", "mixer.A.rope_fraction = 0.01: must rotate at least 2 of head_dim = 16"),
+    ("mixer.A.short_conv=1", "mixer.A.short_conv = 1: must be 0 (none) or a width in [2, 64]"),
+    ("task.type=sorting", "task.type = 'sorting': "),
+    ("task.vocab_size=4", "task.vocab_size = 4: must be an integer in [8,"),
+    ("task.test=['64']", "task.test = '64': must be length:pairs"),
+    ("task.test=['64:0']", "task.test = '64:0': must be length:pairs"),
+    ("task.test=['64:40']", "task.test = '64:40': length 64 has room for at most 16 pairs"),
+    ("task.train_weights=[1]", "task.train_weights = [1]: must have 4 entries"),
+    ("task.power=0", "task.power = 0: must be a finite number in (0, 10]"),
+    ("task=text task.path=/no/such/file", "task.path = '/no/such/file': must be an existing file or folder"),
+    ("task=text task.decode_len=256", "task.decode_len = 256: must be in [1, 255], below seq_len"),
+    ("mixer=mamba2 mixer.M.num_groups=3", "mixer.M.num_groups = 3: must divide num_heads: one of [1, 2]"),
+    ("mixer=hybrid model.num_layers=3", "mixer.pattern = 'M A': has 2 layers, which must divide model.num_layers = 3"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), WRONG, ids=[one for one, _ in WRONG])
+def test_wrong_config_is_answered_by_a_sentence(overrides, sentence, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled on the way to the answer
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides.split(" ") if "=" in overrides.rsplit(" ", 1)[-1] else [overrides])
+    assert str(caught.value).startswith(sentence)
+
+
+def test_there_are_enough_wrong_configs():
+    assert len(WRONG) >= 40
+
+
+def test_every_field_refuses_wrong_types():
+    """Every leaf of a config x {string, list, mapping, NaN}: refused, or legal by its own schema; never another error."""
+    base = compose([]).as_dict()
+
+    def leaves(node, path=()):
+        if isinstance(node, dict):
+            for name, one in node.items():
+                yield from leaves(one, (*path, name))
+        else:
+            yield path
+
+    count = 0
+    for path in leaves(base):
+        for wrong in ("no such word!", ["x"], {"x": 1}, float("nan"), -(10**12)):
+            config = copy.deepcopy(base)
+            node = config
+            for name in path[:-1]:
+                node = node[name]
+            node[path[-1]] = wrong
+            try:
+                Config.build(config)
+            except ConfigError as error:
+                count += 1
+                assert path[-1] in str(error)
+    assert count > 200
+
+
+def test_round_trip_and_identity():
+    config = compose(["mixer=hybrid", "seed=3"])
+    again = Config.build(yaml.safe_load(yaml.safe_dump(config.as_dict())))
+    assert again == config
+    assert again.run_id == config.run_id
+    assert compose(["mixer=hybrid", "seed=4"]).run_id != config.run_id
+    elsewhere = compose(["mixer=hybrid", "seed=3", "results_dir=/tmp/x", "hardware=h100", "launcher=joblib"])
+    assert elsewhere.run_id == config.run_id
+
+
+def test_a_sweep_without_m_is_refused():
+    with pytest.raises(ConfigError, match="sweeps over values need -m"):
+        expand(["mixer=mha,gqa"], multirun=False)
+
+
+def test_an_experiment_brings_its_sweep_and_the_command_line_narrows_it():
+    configs, _ = expand(["experiment=demo"], multirun=False)
+    assert len(configs) == len({config.run_id for config in configs}) == 18
+    configs, _ = expand(["experiment=demo", "mixer=mha", "seed=0,1"], multirun=True)
+    assert [(c.mixer.name, c.task_name, c.seed) for c in configs] == [
+        ("mha", "mqar", 0), ("mha", "mqar", 1), ("mha", "text", 0), ("mha", "text", 1),
+    ]  # fmt: skip
+
+
+def test_a_wrong_value_in_a_sweep_stops_the_whole_sweep(tmp_path):
+    with pytest.raises(ConfigError, match=r"mixer\.A\.num_kv_heads = 3"):
+        expand([f"results_dir={tmp_path}", "mixer.A.num_kv_heads=1,3"], multirun=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_answers_in_one_line():
+    command = [sys.executable, "-m", "kvlab", "run", "mixer=mhaa"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvlab: mixer = 'mhaa': did you mean mha")
+    assert len(done.stderr.splitlines()) == 1
+
+
+GOLDEN = Path(__file__).parent / "golden"
+RESOLVED = {
+    "default": [],
+    "mqar_frontier": ["experiment=mqar_frontier"],
+    "demo": ["experiment=demo"],
+    "demo_text": ["experiment=demo", "task=text"],
+    **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
+}
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_resolved_configs_are_as_reviewed(name, request):
+    """A refactor that changes an experiment shows here. To accept: KVLAB_ACCEPT_GOLDEN=1 pytest tests/test_config.py."""
+    import os
+
+    path = GOLDEN / f"{name}.yaml"
+    resolved = yaml.safe_dump(compose(RESOLVED[name]).as_dict(), sort_keys=False)
+    if os.environ.get("KVLAB_ACCEPT_GOLDEN"):
+        path.write_text(resolved)
+    assert path.read_text() == resolved

@@ -1,0 +1,140 @@
+"""The training call: gradients against finite differences, accumulation, schedules, masks, and what a NaN does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kvlab.lab.laboratory import Laboratory
+from kvlab.models.transformer import merge
+from kvlab.random import named_key
+from kvlab.training.optimizer import OptimizerConfig, decays, make_optimizer
+from kvlab.training.step import init_state, weighted_nll
+
+TINY = ["model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "train.batch_size=8", "task.train=[16:2,24:3]",
+        "task.train_weights=[2,1]", "task.test=[16:2]", "measure.decode_steps=4"]  # fmt: skip
+
+
+@pytest.fixture
+def lab(config_of):
+    return Laboratory.of(config_of(*TINY))
+
+
+def run_calls(lab, num_calls=1, steps=4, state=None, learning_rate=1e-2):
+    step_fn = lab.train_step()
+    state = state or init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, learning_rate)
+    key, losses = named_key(0, "train"), []
+    for call in range(num_calls):
+        seq_len, knobs = lab.task.train_call(call, steps)
+        state, metrics = step_fn(state, key, jnp.asarray(knobs, jnp.int32), seq_len)
+        losses.extend(np.asarray(metrics["loss"]).tolist())
+    return state, losses, metrics
+
+
+def test_loss_is_the_mean_over_labels_only(lab):
+    batch = lab.task.train_batch(named_key(0, "x"), 4, 24, jnp.asarray(2, jnp.int32))
+    model = merge(lab.structure, lab.params)
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32)[None], (4, 24))
+    logits = np.asarray(model.logits(model.hidden(batch.tokens, positions)[0]), np.float64)
+    expected = 0.0
+    for row in range(4):
+        for place, label, weight in zip(batch.label_positions[row], batch.labels[row], batch.weights[row], strict=True):
+            scores = logits[row, place]
+            expected -= float(weight) * (scores[label] - np.log(np.exp(scores).sum()))
+    nll, _ = weighted_nll(model, batch)
+    assert float(nll.sum()) == pytest.approx(expected, rel=1e-5)
+    assert float(batch.weights.sum()) == 8
+
+
+def test_gradients_agree_with_finite_differences(lab):
+    step_fn = lab.train_step()
+    state = init_state(lab.params, step_fn.optimizer, 1e-2)
+    key, knob = named_key(0, "train"), jnp.asarray(2, jnp.int32)
+    _, grads = step_fn.gradients(state, key, knob, 16)
+    batch = lab.task.train_batch(jax.random.fold_in(key, 0), 8, 16, knob)
+
+    def loss(params):
+        return float(weighted_nll(merge(lab.structure, params), batch)[0].sum() / batch.weights.sum())
+
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), lab.params)
+    slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+    step = 1e-3
+    ahead, behind = (jax.tree.map(lambda p, d: p + s * d, lab.params, direction) for s in (step, -step))
+    assert slope == pytest.approx((loss(ahead) - loss(behind)) / (2 * step), rel=0.03)
+
+
+def test_accumulation_changes_nothing_but_memory(config_of):
+    whole, _, _ = run_calls(Laboratory.of(config_of(*TINY)))
+    parts, _, _ = run_calls(Laboratory.of(config_of(*TINY, "train.accumulation=4")))
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_several_steps_per_call_equal_single_steps(lab):
+    many, losses, _ = run_calls(lab, steps=4)
+    state, single = None, []
+    step_fn = lab.train_step()
+    state = init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, 1e-2)
+    seq_len, knobs = lab.task.train_call(0, 4)
+    for knob in knobs:
+        state, metrics = step_fn(state, named_key(0, "train"), jnp.asarray([knob], jnp.int32), seq_len)
+        single.append(float(metrics["loss"][0]))
+    assert single == pytest.approx(losses, rel=1e-6)
+    assert int(state.step) == int(many.step) == 4
+
+
+def test_training_lowers_the_loss(lab):
+    _, losses, _ = run_calls(lab, num_calls=30)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_a_nan_stops_at_its_step_and_names_the_leaf(lab):
+    poisoned = jax.tree.map(jnp.copy, lab.params)
+    poisoned["blocks"][0]["mixer"]["key"]["kernel"] = poisoned["blocks"][0]["mixer"]["key"]["kernel"].at[0, 0].set(jnp.nan)
+    step_fn = lab.train_step()
+    state = init_state(poisoned, step_fn.optimizer, 1e-2)
+    seq_len, knobs = lab.task.train_call(0, 4)
+    after, metrics = step_fn(state, named_key(0, "train"), jnp.asarray(knobs, jnp.int32), seq_len)
+    assert not bool(metrics["ok"])
+    assert int(after.step) == 0
+    leaf = step_fn.first_bad_leaf(after, named_key(0, "train"), jnp.asarray(knobs[0], jnp.int32), seq_len)
+    assert leaf == "parameter blocks.0.mixer.key.kernel"
+
+
+def test_weight_decay_spares_vectors_and_convolutions(config_of):
+    params = Laboratory.of(config_of("mixer=mamba2")).params
+    mask = decays(params)
+    mixer = mask["blocks"][0]["mixer"]
+    assert mask["embedding"]["embedding"]
+    assert mixer["split"]["kernel"]
+    assert mixer["out"]["kernel"]
+    for spared in (mixer["dt_bias"], mixer["log_rate"], mixer["skip"], mixer["norm"]["scale"], mixer["conv"]["kernel"]):
+        assert not spared
+    assert not mixer["short_conv"]["kernel"]
+
+
+def test_the_optimizer_is_adamw_with_warmup_and_cosine():
+    """Against optax's own adamw with the schedule written out by hand."""
+    config = OptimizerConfig(weight_decay=0.2, warmup_fraction=0.25, final_fraction=0.1, clip_norm=None)
+    ours = make_optimizer(config, 8)
+    peak = 0.03
+
+    def schedule(step):
+        if step < 2:
+            return peak * step / 2
+        return peak * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (step - 2) / 6)))
+
+    params = mine = {"w": jnp.ones((2, 3))}
+    state, reference = ours.init(params), None
+    rng = np.random.default_rng(0)
+    for step in range(8):
+        grads = {"w": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)}
+        peer = optax.adamw(schedule(step), weight_decay=0.2)
+        reference = reference or peer.init(params)
+        updates, reference = peer.update(grads, reference, params)
+        params = optax.apply_updates(params, updates)
+        updates, state = ours.update(grads, state, mine)
+        mine = jax.tree.map(lambda p, u: p + u * peak, mine, updates)
+        np.testing.assert_allclose(mine["w"], params["w"], atol=1e-6)
