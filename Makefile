@@ -2,6 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: demo test test-slow lint clean install peers
 
@@ -10,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvlab report $(RESULTS)/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
@@ -22,9 +23,9 @@ lint: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt .ci/find_python.sh
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 # PyTorch for benchmarks/ lives apart; under Python 3.11 it comes as a CPU build.
@@ -36,5 +37,5 @@ peers: .peers/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .peers build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-oldest .peers build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

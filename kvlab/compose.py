@@ -70,7 +70,7 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     with _hydra():
         try:
             given = OverridesParser.create().parse_overrides(overrides)
-            fixed = [one.input_line for one in given if not one.is_sweep_override()]
+            fixed = [str(one.input_line) for one in given if not one.is_sweep_override()]
             hydra_config = hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(overrides, error) from None

@@ -87,9 +87,7 @@ def integer(default: int | None, low: int = 1, high: int = 2**31 - 1, *, optiona
     return _field(default, _integer_check(low, high, optional))
 
 
-def real(
-    default: float | None, low: float, high: float, *, open_low: bool = False, optional: bool = False
-) -> Any:
+def real(default: float | None, low: float, high: float, *, open_low: bool = False, optional: bool = False) -> Any:
     """A finite number in [low, high], or (low, high] with `open_low`."""
     return _field(default, _real_check(low, high, open_low=open_low, optional=optional))
 

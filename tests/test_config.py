@@ -1,5 +1,6 @@
 """Wrong configurations are answered before anything is compiled, by a sentence with field, value and legal range."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -122,11 +123,12 @@ def test_every_field_refuses_wrong_types():
             for name in path[:-1]:
                 node = node[name]
             node[path[-1]] = wrong
-            try:
+            with contextlib.suppress(ConfigError):
                 Config.build(config)
-            except ConfigError as error:
-                count += 1
-                assert path[-1] in str(error)
+                continue
+            count += 1
+            with pytest.raises(ConfigError, match=path[-1]):
+                Config.build(config)
     assert count > 200
 
 

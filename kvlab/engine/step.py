@@ -31,7 +31,7 @@ class MemoryStep:
     def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
         """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are noise."""
         model = merge(self.structure, params)
-        positions = plan.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
         assert views is not None
         return model.logits(hidden), self.layout.pools(views)

@@ -159,9 +159,7 @@ def load_params(config: Config) -> tuple[Laboratory, Params]:
     return lab, restored[1]
 
 
-def _must_agree(
-    through: tuple[SliceScore, ...], parallel: tuple[SliceScore, ...], task: Task, dtype: str
-) -> None:
+def _must_agree(through: tuple[SliceScore, ...], parallel: tuple[SliceScore, ...], task: Task, dtype: str) -> None:
     """The parallel form and the memory must tell the same; otherwise the run fails rather than being plotted.
 
     Float32 sums differ in the last bits, so a near tie may flip an argmax: one label in a thousand, or 1e-3 bits.

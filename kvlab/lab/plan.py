@@ -13,6 +13,7 @@ from kvlab.memory.pools import num_bytes
 from kvlab.training.progress import human_bytes
 from kvlab.training.step import init_state
 
+
 @dataclass(frozen=True)
 class Plan:
     """Predicted bytes by component, and FLOPs of the whole training.
@@ -58,7 +59,7 @@ def predict(lab: Laboratory) -> Plan:
     activations, flops_of = 0, {}
     for seq_len in lab.task.train_shapes():
         compiled = type(step_fn).__call__.lower(step_fn, state, key, knobs, seq_len).compile()
-        activations = max(activations, compiled.memory_analysis().temp_size_in_bytes)
+        activations = max(activations, _temp_bytes(compiled))
         # XLA counts a loop's body once: the body of the call is one optimizer step, that of a step one accumulated part.
         flops_of[seq_len] = _flops(compiled) * config.train.accumulation
     num_calls = config.train.num_steps // num_steps
@@ -73,11 +74,15 @@ def predict(lab: Laboratory) -> Plan:
         optimizer_bytes=num_bytes(state) - weights,
         activations_bytes=activations,
         state_bytes=layout.pool_bytes,
-        temporaries_bytes=decode.memory_analysis().temp_size_in_bytes,
+        temporaries_bytes=_temp_bytes(decode),
         train_flops=flops * max(1, len(config.tune.learning_rate)),
         hardware=config.hardware.name,
         hardware_bytes=config.hardware.memory_bytes(),
     )
+
+
+def _temp_bytes(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def _flops(compiled: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from scipy import stats
 
 MEMORY_AXES = ("logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes")
 
@@ -45,12 +47,12 @@ def load(path: str | Path) -> pd.DataFrame:
     config_columns = [name for name in frame if name.startswith("config.")]
     frame = frame.rename(columns={name: name.removeprefix("config.") for name in config_columns})
     config_columns = [name.removeprefix("config.") for name in config_columns]
-    varying = [name for name in config_columns if frame[name].astype(str).nunique(dropna=False) > 1]
+    varying = [name for name in config_columns if len(set(map(str, frame[name]))) > 1]
     named = [name for name in ("mixer.name", "task.type", "seed") if name in varying]
     varying = named + [name for name in varying if name not in named]
     constant = [name for name in config_columns if name not in varying]
     other = [name for name in frame if name not in config_columns]
-    return frame[[*varying, *other, *constant]]
+    return frame.reindex(columns=[*varying, *other, *constant])
 
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +108,9 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         if record["status"] == "done":
-            config = {name: one for name, one in record["config"].items() if name not in ("seed", "results_dir", "hardware")}
+            config = {
+                name: one for name, one in record["config"].items() if name not in ("seed", "results_dir", "hardware")
+            }
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
     labels = _labels([json.loads(config) for config in groups])
     found = [_point(label, group) for label, group in zip(labels, groups.values(), strict=True)]
@@ -131,11 +135,11 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
 def _point(label: str, group: list[dict[str, Any]]) -> Point:
     first = group[0]
     values = [record["quality"]["value"] for record in group]
-    mean = sum(values) / len(values)
+    mean = statistics.fmean(values)
     half = interval_half_width(values)
     memory, batch_size = first["memory"], first["memory"]["batch_size"]
-    speeds = pd.DataFrame([record["speed"] for record in group]).median()
-    slices = pd.DataFrame([record["quality"]["slices"] for record in group]).mean()
+    speeds = {name: statistics.median(r["speed"][name] for r in group) for name in first["speed"]}
+    slices = first["quality"]["slices"]
     return Point(
         name=label,
         variant=first["config"]["mixer"]["name"],
@@ -148,11 +152,11 @@ def _point(label: str, group: list[dict[str, Any]]) -> Point:
         num_seeds=len(group),
         bytes_per_sequence={axis: memory[axis] / batch_size for axis in MEMORY_AXES},
         context_len=memory["context_len"],
-        slices={str(name): float(value) for name, value in slices.items()},
+        slices={name: statistics.mean(r["quality"]["slices"][name] for r in group) for name in slices},
         learning_rates=[record["training"]["learning_rate"] for record in group],
         num_params=first["num_params"],
-        train_step_ms=float(speeds["train_step_ms"]),
-        decode_tokens_per_s=float(speeds["decode_tokens_per_s"]),
+        train_step_ms=speeds["train_step_ms"],
+        decode_tokens_per_s=speeds["decode_tokens_per_s"],
         layers=memory["layers"],
         run_ids=[record["run_id"] for record in group],
     )
@@ -160,13 +164,10 @@ def _point(label: str, group: list[dict[str, Any]]) -> Point:
 
 def interval_half_width(values: list[float]) -> float:
     """Half of the 95% confidence interval of the mean: t * s / sqrt(n); 0 for a single value."""
-    from scipy import stats
-
     if len(values) < 2:
         return 0.0
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return float(stats.t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def non_dominated(found: list[Point], axis: str = "allocated_bytes") -> list[Point]:
@@ -174,8 +175,8 @@ def non_dominated(found: list[Point], axis: str = "allocated_bytes") -> list[Poi
     frontier: list[Point] = []
     ordered = sorted(found, key=lambda p: (p.bytes_per_sequence[axis], -p.value if p.higher_is_better else p.value))
     for point in ordered:
-        if not frontier or (point.value > frontier[-1].value) == point.higher_is_better and (
-            point.value != frontier[-1].value
+        if not frontier or (
+            (point.value > frontier[-1].value) == point.higher_is_better and (point.value != frontier[-1].value)
         ):
             frontier.append(point)
     return frontier

@@ -1,10 +1,10 @@
 """A run is a directory named by its configuration: what is in it says whether it is new, cut, failed or done.
 
-    results/<experiment>/<run id>/
-      lock  config.yaml  provenance.json     written first
-      status.json  metrics.jsonl  trials/    while it runs
-      params/                                the final parameters
-      record.json                            last, by atomic rename: the run is done (or failed, with a reason)
+results/<experiment>/<run id>/
+  lock  config.yaml  provenance.json     written first
+  status.json  metrics.jsonl  trials/    while it runs
+  params/                                the final parameters
+  record.json                            last, by atomic rename: the run is done (or failed, with a reason)
 """
 
 import fcntl
@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import yaml

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+
 from kvlab.memory import pools as device
 from kvlab.memory.ledger import Ledger, Plan, StateClass, sized_class
 from kvlab.memory.spec import StateSpec
@@ -75,11 +77,10 @@ class MemoryLayout:
 
     def views(self, pools: Sequence[Mapping[str, device.Pool]], plan: Plan) -> tuple[dict[str, device.View], ...]:
         """Every layer's memory for one step."""
+        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
         return tuple(
             {
-                name: device.view(
-                    self.classes[index], pools[layer][name], plan.classes[index], plan.starts, plan.counts
-                )
+                name: device.view(self.classes[index], pools[layer][name], plan.classes[index], starts, counts)
                 for name, index in states.items()
             }
             for layer, states in enumerate(self.states)

@@ -178,4 +178,15 @@ def num_bytes(pools: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
 
 
-__all__ = ["DenseTokens", "PagedTokens", "Plan", "Pool", "StateSlots", "TokenMemory", "View", "allocate", "num_bytes", "view"]
+__all__ = [
+    "DenseTokens",
+    "PagedTokens",
+    "Plan",
+    "Pool",
+    "StateSlots",
+    "TokenMemory",
+    "View",
+    "allocate",
+    "num_bytes",
+    "view",
+]

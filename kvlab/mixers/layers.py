@@ -1,5 +1,7 @@
 """The two layers every mixer and block is made of: `Linear` and `RMSNorm`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,8 +12,8 @@ class Linear(nnx.Linear):
     """`nnx.Linear` on the flattened leading axes: its weight gradient is then one matrix product, which XLA on CPU runs
     twice as fast as the contraction over two axes (docs/log.md)."""
 
-    def __call__(self, inputs: Array) -> Array:
-        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
         return flat.reshape(*inputs.shape[:-1], -1)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from kvlab.memory.spec import StateSpec
 from kvlab.mixers import MIXERS, LayerMemory, Mixer
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import Schema, choice, flag, integer, nearest
-from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
+from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(model.dtype)
         self.mixer_norm = RMSNorm(model.model_dim)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
@@ -156,6 +154,6 @@ def path_name(path: Sequence[Any]) -> str:
     return ".".join(str(getattr(part, "key", getattr(part, "idx", part))) for part in path)
 
 
-def logits_at(model: Transformer, hidden: Hidden, positions: Array) -> Logits:
+def logits_at(model: Transformer, hidden: Hidden, positions: LabelPositions) -> LabelLogits:
     """Logits only at the given token indices [B, M]: the head is the costliest product of a small model."""
     return model.logits(jnp.take_along_axis(hidden, positions[:, :, None], axis=1))

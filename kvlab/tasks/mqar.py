@@ -39,7 +39,9 @@ class MqarConfig(Schema):
                 if 4 * pairs > length:
                     raise ConfigError(name, one, f"length {length} has room for at most {length // 4} pairs")
         if len(self.train_weights) != len(self.train):
-            raise ConfigError("train_weights", list(self.train_weights), f"must have {len(self.train)} entries, as train")
+            raise ConfigError(
+                "train_weights", list(self.train_weights), f"must have {len(self.train)} entries, as train"
+            )
 
 
 def parse_slice(field: str, one: str) -> tuple[int, int]:

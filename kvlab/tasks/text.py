@@ -122,7 +122,9 @@ def _split_folder(root: Path, pattern: str) -> dict[str, np.ndarray]:
     parts: dict[str, list[bytes]] = {name: [] for name in SPLITS}
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root).as_posix()
-        if not path.is_file() or {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(name.split("/")):
+        if not path.is_file() or {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(
+            name.split("/")
+        ):
             continue
         place = hashlib.sha256(name.encode()).digest()[0]
         owner = next(split for split, (low, high) in SPLITS.items() if low <= place < high)

@@ -1,6 +1,8 @@
 """AdamW (arXiv 1711.05101) with warm-up, cosine decay, global-norm clipping and a weight-decay mask."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -26,7 +28,7 @@ class OptimizerConfig(Schema):
 def decays(params: Params) -> PyTree:
     """True where weight decay applies: matrices do, vectors (norms, biases, rates) and convolution kernels do not."""
 
-    def one(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> bool:
+    def one(path: Sequence[Any], leaf: jax.Array) -> bool:
         return leaf.ndim >= 2 and not any("conv" in str(part.key) for part in path)
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -40,9 +42,15 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         0.0 if warmup else 1.0, 1.0, warmup, max(num_steps, warmup + 1), config.final_fraction
     )
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
+    chain = optax.chain(
         clip,
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule),
     )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats and integer counters; our own code does not
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 PLAIN_EVERY_S = 15.0
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: int | float) -> str:
     """1536 as "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1024 or unit == "TiB":

@@ -34,9 +34,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, learning
 
 def weighted_nll(model: Transformer, batch: Batch) -> tuple[Array, Array]:
     """Negative log-likelihood in nats and correctness, both [B, M] and zero where the weight is."""
-    positions = jnp.broadcast_to(
-        jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :], batch.tokens.shape
-    )
+    positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :], batch.tokens.shape)
     hidden, _ = model.hidden(batch.tokens, positions)
     if batch.label_positions.shape[1] == batch.tokens.shape[1]:
         logits = model.logits(hidden)  # every position is labelled
@@ -83,7 +81,9 @@ class TrainStep:
     accumulation: int
 
     @partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
-    def __call__(self, state: TrainState, key: Array, knobs: Array, seq_len: int) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(
+        self, state: TrainState, key: Array, knobs: Array, seq_len: int
+    ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`.
 
         A step whose loss or gradients are not finite changes nothing, nor do the steps after it: `ok` is then False and
@@ -93,7 +93,7 @@ class TrainStep:
         def one_step(carry: tuple[TrainState, Array], knob: Array):
             state, ok = carry
             loss, grads = self.gradients(state, key, knob, seq_len)
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p + u * state.learning_rate, state.params, updates)

@@ -1,5 +1,5 @@
 """Attention over pages: `paged_attention`."""
 
-from pallas_kernels.paged_attention.api import NOWHERE, IMPLEMENTATIONS, paged_attention
+from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, NOWHERE, paged_attention
 
 __all__ = ["IMPLEMENTATIONS", "NOWHERE", "paged_attention"]

@@ -46,13 +46,30 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert set(record["quality"]["slices"]) == {"16:2", "24:3"}
     assert record["quality"]["value"] == pytest.approx(record["quality"]["parallel_value"], abs=0.1)
     memory = record["memory"]
-    assert set(memory) >= {"logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes", "context_len", "batch_size", "layers"}
+    assert set(memory) >= {
+        "logical_bytes",
+        "allocated_bytes",
+        "temp_bytes",
+        "peak_bytes",
+        "context_len",
+        "batch_size",
+        "layers",
+    }
     history = 2 * 16 * 4
-    assert memory["logical_bytes"] == 4 * (40 * 2 * 4 * 4 * 4 + history)  # 4 sequences, 40 tokens, K and V, 4 heads of 4, f32
+    assert memory["logical_bytes"] == 4 * (
+        40 * 2 * 4 * 4 * 4 + history
+    )  # 4 sequences, 40 tokens, K and V, 4 heads of 4, f32
     assert (memory["context_len"], memory["batch_size"]) == (40, 4)
     assert record["speed"]["train_step_ms"] > 0
     assert record["speed"]["decode_tokens_per_s"] > 0
-    assert set(record["provenance"]) >= {"git_commit", "git_dirty", "versions", "device", "xla_flags", "implementations"}
+    assert set(record["provenance"]) >= {
+        "git_commit",
+        "git_dirty",
+        "versions",
+        "device",
+        "xla_flags",
+        "implementations",
+    }
     assert [trial["learning_rate"] for trial in record["training"]["trials"]] == [0.01, 0.001]
     best = max(record["training"]["trials"], key=lambda trial: trial["validation"])
     assert record["training"]["learning_rate"] == best["learning_rate"]

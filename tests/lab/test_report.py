@@ -16,7 +16,10 @@ NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"do
 def results(tmp_path):
     made = [record("mha", seed, 0.99 + seed / 1000, 8000) for seed in range(3)]
     made += [record("mqa", 0, 0.98, 2000), record("swa16", 0, 0.3, 1000), record(NASTY, 0, 0.1, 9000)]
-    made += [record("mha", 0, 2.5, 8000, "text", "bits_per_byte"), record("swa16", 0, 2.6, 1000, "text", "bits_per_byte")]
+    made += [
+        record("mha", 0, 2.5, 8000, "text", "bits_per_byte"),
+        record("swa16", 0, 2.6, 1000, "text", "bits_per_byte"),
+    ]
     failed = record("mamba2", 0) | {"status": "failed", "reason": f"RuntimeError: {NASTY}"}
     for name in ("quality", "memory", "speed", "num_params", "training"):
         del failed[name]
@@ -83,7 +86,9 @@ def test_the_page_in_chromium(results, tmp_path, browser):
     write_report(results, tmp_path)
     browser.get((tmp_path / "report.html").as_uri())
     deadline = time.monotonic() + 20
-    while browser.find_element(By.TAG_NAME, "body").get_attribute("data-ready") != "yes" and time.monotonic() < deadline:
+    while (
+        browser.find_element(By.TAG_NAME, "body").get_attribute("data-ready") != "yes" and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     assert browser.get_log("browser") == []
     assert browser.title == "kvlab: made"

@@ -56,7 +56,8 @@ def test_other_settings_are_other_points_with_telling_names():
 def test_non_dominated_against_brute_force(metric, sign):
     rng = np.random.default_rng(0)
     made = [
-        record(f"v{i}", value=float(rng.integers(0, 6)), size=int(rng.integers(1, 8)) * 2, metric=metric) for i in range(30)
+        record(f"v{i}", value=float(rng.integers(0, 6)), size=int(rng.integers(1, 8)) * 2, metric=metric)
+        for i in range(30)
     ]
     found = points(made)
 

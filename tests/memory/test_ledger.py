@@ -35,7 +35,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.in_flight: dict[int, int] = {}
         self.next = 0
         # Tagged memory: who wrote each slot, as (sequence, position).
-        self.tags = [dict() for _ in self.ledger.classes]
+        self.tags = [{} for _ in self.ledger.classes]
 
     def _reserve(self, name, num_new):
         before = self.ledger.audit()

@@ -31,7 +31,9 @@ def test_live_is_the_mask(spec):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_pages_for_step_are_those_with_a_needed_slot(spec):
     for start, new, page in itertools.product(range(20), range(1, 7), (1, 2, 4, 5)):
-        needed = {p for n in range(start, start + new) for p in visible_by_mask(spec, n)} | set(range(start, start + new))
+        needed = {p for n in range(start, start + new) for p in visible_by_mask(spec, n)} | set(
+            range(start, start + new)
+        )
         assert pages_for_step(spec, start, new, page) == tuple(sorted({p // page for p in needed}))
 
 
@@ -39,9 +41,7 @@ def test_pages_for_step_are_those_with_a_needed_slot(spec):
 def test_max_pages_bounds_every_step_and_is_nearly_reached(spec):
     for max_len, chunk, page in itertools.product((1, 7, 24), (1, 3, 8), (1, 2, 4, 5)):
         chunk = min(chunk, max_len)
-        held = [
-            len(pages_for_step(spec, start, min(chunk, max_len - start), page)) for start in range(max_len)
-        ]
+        held = [len(pages_for_step(spec, start, min(chunk, max_len - start), page)) for start in range(max_len)]
         bound = max_pages_for_step(spec, max_len, chunk, page)
         assert max(held) <= bound <= max(held) + 2
 

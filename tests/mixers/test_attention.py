@@ -51,7 +51,9 @@ def test_equals_the_formula(fields):
 
 
 def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndarray:
-    weight = {name: np.asarray(getattr(layer, name).kernel[...], np.float64) for name in ("query", "key", "value", "out")}
+    weight = {
+        name: np.asarray(getattr(layer, name).kernel[...], np.float64) for name in ("query", "key", "value", "out")
+    }
     bias = {name: np.asarray(getattr(layer, name).bias[...]) if config.bias else 0.0 for name in weight}
     if config.short_conv:
         kernel = np.asarray(layer.short_conv.kernel[...], np.float64)

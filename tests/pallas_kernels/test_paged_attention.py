@@ -12,9 +12,7 @@ from pallas_kernels.paged_attention import NOWHERE, paged_attention
 
 def brute_force(query, keys, values, position, window, sinks, cap, scale):
     """One query head [D] over keys [n, D] and values [n, Dv] in float64; returns output and log-sum-exp."""
-    seen = [
-        p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)
-    ]
+    seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
     if not seen:
         return np.zeros(values.shape[1]), -np.inf
     scores = keys[seen] @ query * scale

@@ -18,7 +18,9 @@ def folder(tmp_path):
 
 def test_each_file_is_in_one_split(folder):
     corpus = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4)).corpus
-    owners = {name: {line for line in bytes(data).split(b"\n") if line.startswith(b"#")} for name, data in corpus.items()}
+    owners = {
+        name: {line for line in bytes(data).split(b"\n") if line.startswith(b"#")} for name, data in corpus.items()
+    }
     assert sum(len(lines) for lines in owners.values()) == 200
     assert not owners["train"] & owners["test"]
     assert not owners["train"] & owners["validation"]
