@@ -77,7 +77,7 @@ def matmul_gflops() -> float:
     return 2 * 1024**3 / statistics.median(times[2:]) / 1e9
 
 
-PEER = r'''
+PEER = r"""
 import sys, time
 import torch
 from torch import nn
@@ -150,7 +150,7 @@ for line in sys.stdin:  # one round a line
     for _ in range(STEPS):
         step()
     print((time.perf_counter() - began) * 1e3 / STEPS, flush=True)
-'''
+"""
 
 
 class Peer:

@@ -1,4 +1,4 @@
-"""The command line: kvlab run | plan | show | report."""
+"""The command line: kvlab run | plan | show | report | track."""
 
 import argparse
 import os
@@ -21,6 +21,7 @@ USAGE = """usage: kvlab <command> [...]
   plan [-m] [group=choice] [field=value]  the dry run: identity, state, bytes, FLOPs, fits or not
   show RESULTS                            a table in the terminal
   report RESULTS [--output FOLDER]        report.html, frontier.png, frontier.pdf, frontier.csv
+  track RESULTS [--output FOLDER]         TensorBoard event files
 
 Groups: mixer model memory task optimizer train hardware launcher experiment debug.
 `kvlab run --cfg job` prints the composed config, `kvlab run --help` Hydra's own options."""
@@ -28,7 +29,13 @@ Groups: mixer model memory task optimizer train hardware launcher experiment deb
 
 def main() -> int:
     """Entry point; returns the exit status: 0 fine, 1 something failed, 2 a wrong command or config, 130 interrupted."""
-    commands: dict[str, Callable[[list[str]], int]] = {"run": run, "plan": plan, "show": show, "report": report}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": run,
+        "plan": plan,
+        "show": show,
+        "report": report,
+        "track": track,
+    }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -39,12 +46,14 @@ def main() -> int:
         print(f"kvlab {version('kvlab')}")
         return 0
     name, *rest = arguments
+    if name in ("-sc", "--shell-completion"):
+        return complete(rest, list(commands))
     if name not in commands:
         print(f"kvlab: no command {name!r}; {nearest(name, commands)}", file=sys.stderr)
         return 2
     try:
         return commands[name](rest)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, ImportError) as error:
         print(f"kvlab: {error}", file=sys.stderr)
         return 2
 
@@ -173,6 +182,34 @@ def report(arguments: list[str]) -> int:
 
     for path in write_report(options.results, options.output or options.results):
         print(path)
+    return 0
+
+
+def track(arguments: list[str]) -> int:
+    """Copies a folder of results for TensorBoard."""
+    parser = argparse.ArgumentParser("kvlab track", description=track.__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--output", type=Path, help="where to write; default: RESULTS/tensorboard")
+    options = parser.parse_args(arguments)
+    from kvlab.lab.track import to_tensorboard
+
+    for folder in to_tensorboard(options.results, options.output or options.results / "tensorboard"):
+        print(folder)
+    return 0
+
+
+def complete(arguments: list[str], commands: list[str]) -> int:
+    """Tab completion: commands here, groups and fields by Hydra. Installed by `eval "$(kvlab -sc install=bash)"`."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    typing_command = len(words) < 2 or (len(words) == 2 and not line.endswith(" "))
+    if arguments[:1] == ["query=bash"] and typing_command:
+        prefix = words[1] if len(words) == 2 else ""
+        print(" ".join(command for command in commands if command.startswith(prefix)))
+        return 0
+    if len(words) >= 2:
+        os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
+    _through_hydra(["--shell-completion", *arguments])
     return 0
 
 

@@ -8,16 +8,15 @@ from jaxtyping import install_import_hook
 CHECKED = ["mixers", "models", "memory", "engine", "tasks", "training"]  # wherever arrays cross a boundary
 install_import_hook([*(f"kvlab.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
 
+# One compilation cache for the suite and the commands it starts, so that each program is compiled once.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-ROOT = Path(__file__).resolve().parents[1]
-
-# Subprocesses of the command line share one compilation cache, so that the suite compiles each program once.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -63,12 +64,14 @@ class Scorer:
         return tuple(scores)
 
     def _score_batch(self, session: Session, batch: Batch, one: EvalSlice) -> np.ndarray:
-        tokens, places = np.asarray(batch.tokens), np.asarray(batch.label_positions)
+        real_rows = np.asarray(batch.weights).any(axis=1)
+        batch = jax.tree.map(lambda x: np.asarray(x)[real_rows], batch)
+        tokens, places = batch.tokens, batch.label_positions
         labels, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
         for row in range(len(tokens)):  # scattered labels as dense rows, aligned with the tokens
-            real = np.asarray(batch.weights[row]) > 0
-            labels[row, places[row, real]] = np.asarray(batch.labels)[row, real]
-            weights[row, places[row, real]] = np.asarray(batch.weights)[row, real]
+            real = batch.weights[row] > 0
+            labels[row, places[row, real]] = batch.labels[row, real]
+            weights[row, places[row, real]] = batch.weights[row, real]
         total, width = np.zeros(3), session.layout.chunk_len
         starts = [*range(0, one.prompt_len, width), *range(one.prompt_len, one.seq_len)]
         for start in starts:
@@ -87,12 +90,13 @@ class Scorer:
         return total
 
     def _batch(self, split: str, one: EvalSlice, index: int) -> Batch:
-        """Examples [index, index + batch_size) of a slice, generated once; the last batch may be shorter."""
+        """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""
         place = (split, one.name, index)
         if place not in self._batches:
-            size = min(self.batch_size, one.num_examples - index)
             key = jax.random.fold_in(self.key, {"validation": 0, "test": 1}[split])
-            self._batches[place] = self.task.eval_batch(key, split, one, index, size)
+            batch = self.task.eval_batch(key, split, one, index, self.batch_size)
+            real = jnp.arange(index, index + self.batch_size) < one.num_examples
+            self._batches[place] = replace(batch, weights=jnp.where(real[:, None], batch.weights, 0))
         return self._batches[place]
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax import Array
 
 from kvlab.config import Config
 from kvlab.memory.layout import MemoryLayout
-from kvlab.models.transformer import Transformer, split
+from kvlab.models.transformer import Transformer, merge, split
 from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.training.optimizer import make_optimizer
@@ -30,10 +31,19 @@ class Laboratory:
     def of(cls, config: Config) -> "Laboratory":
         """Builds the model; parameters depend on the seed alone."""
         task = config.make_task()
-        rngs = nnx.Rngs(named_key(config.seed, "init"))
-        model = Transformer(config.layers(), config.model, task.vocab_size, rngs=rngs)
-        structure, params = split(model)
-        return cls(config, task, structure, params, model.states())
+
+        def build(key: Array) -> Transformer:
+            return Transformer(config.layers(), config.model, task.vocab_size, rngs=nnx.Rngs(key))
+
+        key = named_key(config.seed, "init")
+        model = nnx.eval_shape(build, key)
+        params = jax.jit(lambda key: split(build(key))[1])(key)  # one program instead of one an array
+        return cls(config, task, split(model)[0], params, model.states())
+
+    @property
+    def model(self) -> Transformer:
+        """The model with its parameters; printing it shows shapes and bytes."""
+        return merge(self.structure, self.params)
 
     @property
     def num_params(self) -> int:

@@ -50,7 +50,9 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     )
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes Python floats and integer counters; our own code does not
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax mixes Python floats and integer counters; our own code does not
             return chain.update(grads, state, params)
 
     return optax.GradientTransformation(chain.init, update)

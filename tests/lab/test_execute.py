@@ -22,7 +22,7 @@ SMALL = [
     "model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
     "task.test=[16:2,24:3]", "task.num_test=6", "task.num_validation=6", "measure.batch_size=4", "measure.decode_steps=4",
     "train.batch_size=4", "train.num_steps=16", "train.steps_per_call=2", "train.eval_every=8", "train.checkpoint_every=4",
-    "memory.page_size=4", "memory.chunk_len=3", "train.stop_at=null",
+    "memory.page_size=4", "memory.chunk_len=3", "train.stop_at=null", "optimizer.learning_rate=0.01",
 ]  # fmt: skip
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
           "provenance", "wall_s"}  # fmt: skip

@@ -91,3 +91,14 @@ def test_a_folder_without_runs_is_named(tmp_path):
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(tmp_path / "nowhere")
+
+
+def test_tensorboard_gets_every_row(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from kvlab.lab.track import to_tensorboard
+
+    (folder,) = to_tensorboard(write(tmp_path / "results", record()), tmp_path / "board")
+    (events,) = folder.iterdir()
+    content = events.read_bytes()
+    for tag in (b"lr 0.01/loss", b"quality/accuracy", b"memory/allocated_bytes"):
+        assert tag in content

@@ -1,0 +1,35 @@
+"""Finished runs for other viewers: the local files are the truth, this only copies them."""
+
+import json
+from pathlib import Path
+
+from kvlab.lab.results import flatten, read_records
+
+
+def to_tensorboard(results: Path, output: Path) -> list[Path]:
+    """Every run's metrics and final quality as TensorBoard event files, one folder a run; returns the folders.
+
+    Raises ImportError naming the extra when tensorboardX is missing, FileNotFoundError for a folder without runs.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ImportError("kvlab track needs the extra: pip install 'kvlab[track]'") from None
+    written = []
+    for record in read_records(results):
+        folder = output / f"{record['config']['mixer']['name']}-{record['run_id']}"
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_text("config", json.dumps(flatten(record["config"], ""), indent=2))
+            metrics = Path(record["directory"]) / "metrics.jsonl"
+            for line in metrics.read_text().splitlines() if metrics.exists() else ():
+                row = json.loads(line)
+                for name in ("loss", "grad_norm", "validation"):
+                    if name in row:
+                        writer.add_scalar(f"lr {row['learning_rate']:g}/{name}", row[name], row["step"])
+            if record["status"] == "done":
+                steps = record["training"]["num_steps"]
+                writer.add_scalar(f"quality/{record['quality']['metric']}", record["quality"]["value"], steps)
+                for axis in ("logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes"):
+                    writer.add_scalar(f"memory/{axis}", record["memory"][axis], steps)
+        written.append(folder)
+    return written
