@@ -150,7 +150,7 @@ def plan(arguments: list[str]) -> int:
     for config in configs:
         key = str({name: value for name, value in config.as_dict().items() if name not in ("seed", "results_dir")})
         if key not in alike:
-            alike[key] = predict(Laboratory.of(config))
+            alike[key] = predict(Laboratory.of(config, abstract=True))
         found = alike[key]
         sizes = (found.weights_bytes, found.optimizer_bytes, found.activations_bytes)
         sizes = (*sizes, found.state_bytes, found.temporaries_bytes)

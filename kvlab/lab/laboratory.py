@@ -28,8 +28,8 @@ class Laboratory:
     states: tuple[dict[str, Any], ...]
 
     @classmethod
-    def of(cls, config: Config) -> "Laboratory":
-        """Builds the model; parameters depend on the seed alone."""
+    def of(cls, config: Config, *, abstract: bool = False) -> "Laboratory":
+        """Builds the model; parameters depend on the seed alone. `abstract` gives shapes in their place: nothing is held."""
         task = config.make_task()
 
         def build(key: Array) -> Transformer:
@@ -37,7 +37,8 @@ class Laboratory:
 
         key = named_key(config.seed, "init")
         model = nnx.eval_shape(build, key)
-        params = jax.jit(lambda key: split(build(key))[1])(key)  # one program instead of one an array
+        init = jax.jit(lambda key: split(build(key))[1])  # one program instead of one an array
+        params = jax.eval_shape(init, key) if abstract else init(key)
         return cls(config, task, split(model)[0], params, model.states())
 
     @property

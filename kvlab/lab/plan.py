@@ -92,7 +92,7 @@ def _flops(compiled: Any) -> float:
 
 def explain_out_of_memory(config: Config) -> str:
     """Names the largest component by bytes and one change with its saving."""
-    plan = predict(Laboratory.of(config))
+    plan = predict(Laboratory.of(config, abstract=True))
     parts = {
         f"activations (train.batch_size = {config.train.batch_size})": (plan.activations_bytes, "train.accumulation"),
         f"state (measure.batch_size = {config.measure.batch_size})": (plan.state_bytes, "measure.batch_size"),

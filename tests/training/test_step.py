@@ -1,5 +1,6 @@
 """The training call: gradients against finite differences, accumulation, schedules, masks, and what a NaN does."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,8 +70,7 @@ def test_gradients_agree_with_finite_differences(lab):
 def test_accumulation_changes_nothing_but_memory(config_of):
     whole, _, _ = run_calls(Laboratory.of(config_of(*TINY)))
     parts, _, _ = run_calls(Laboratory.of(config_of(*TINY, "train.accumulation=4")))
-    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    chex.assert_trees_all_close(whole.params, parts.params, atol=1e-4)
 
 
 def test_several_steps_per_call_equal_single_steps(lab):

@@ -1,0 +1,109 @@
+"""The command line as a user types it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kvlab import cli
+from kvlab.lab.results import read_records
+
+TINY = ["debug=tiny", "model.model_dim=16", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
+        "task.test=[16:2]"]  # fmt: skip
+
+
+def kvlab(*arguments, **environment):
+    command = [sys.executable, "-m", "kvlab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def call(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["kvlab", *arguments])
+    status = cli.main()
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_version_and_unknown_commands(capsys, monkeypatch):
+    assert call(capsys, monkeypatch, "--help")[0] == 0
+    assert call(capsys, monkeypatch)[0] == 2
+    assert call(capsys, monkeypatch, "--version")[1].startswith("kvlab 0.")
+    status, _, errors = call(capsys, monkeypatch, "rnu")
+    assert status == 2
+    assert "did you mean run" in errors
+
+
+def test_results_that_are_not_there(capsys, monkeypatch, tmp_path):
+    for command in ("show", "report", "track"):
+        status, _, errors = call(capsys, monkeypatch, command, str(tmp_path / "nowhere"))
+        assert status == 2
+        assert "no such folder of results" in errors
+
+
+def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
+    from kvlab.lab.laboratory import Laboratory
+    from kvlab.lab.plan import predict
+    from kvlab.memory.pools import num_bytes
+
+    config = config_of(*TINY, "mixer.A.head_dim=4", "hardware=v5e")
+    plan = predict(Laboratory.of(config, abstract=True))
+    real = Laboratory.of(config)
+    assert plan.weights_bytes == num_bytes(real.params)
+    assert plan.num_params == real.num_params
+    assert plan.optimizer_bytes >= 2 * plan.weights_bytes  # two moments
+    layout = real.layout(config.context_len, config.measure.batch_size)
+    assert plan.state_bytes == num_bytes(layout.allocate())
+    assert plan.hardware_bytes == 16_000_000_000
+    assert plan.fits
+    assert plan.train_flops > 0
+    overrides = [*TINY, "mixer.A.head_dim=4"]
+    status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides, "seed=0,1", "results_dir=/nonexistent/never")
+    assert status == 0
+    assert out.count("new") == 2
+    assert not os.path.exists("/nonexistent/never")
+
+
+def test_a_model_too_large_for_the_chip_says_no(config_of):
+    from kvlab.hardware import CHIPS, HardwareConfig
+
+    assert HardwareConfig("h100", 2).memory_bytes() == 160_000_000_000
+    assert CHIPS["h200"].bandwidth_gb_s == 4800
+
+
+def test_hydra_options_still_work():
+    done = kvlab("run", "--cfg", "job", "mixer=gqa")
+    assert done.returncode == 0
+    assert "num_kv_heads: 2" in done.stdout
+
+
+def test_tab_completion():
+    done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
+    assert done.stdout.split() == ["mixer=mqa"]
+    assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.slow
+def test_sweeps_through_every_local_launcher(launcher, tmp_path):
+    arguments = ["run", "-m", *TINY, f"launcher={launcher}", "mixer=mha,mqa", f"results_dir={tmp_path}"]
+    first = kvlab(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "2 runs: 2 to run" in first.stderr
+    assert sorted(r["config"]["mixer"]["name"] for r in read_records(tmp_path)) == ["mha", "mqa"]
+    again = kvlab(*arguments)
+    assert "2 runs: 2 done already" in again.stderr
+    assert again.stderr.count("skipped") >= (2 if launcher == "joblib" else 0)
+
+
+def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path):
+    """One point's corpus is too short: that run is a failed row, the other is done, the exit status is 1."""
+    corpus = tmp_path / "book.txt"
+    corpus.write_bytes(b"tiny corpus " * 40)
+    arguments = ["-m", "debug=tiny", "task=text", f"task.path={corpus}", "task.decode_len=4", "model.num_layers=1"]
+    done = kvlab("run", *arguments, "task.seq_len=300,16", f"results_dir={tmp_path / 'results'}")
+    assert done.returncode == 1, done.stderr
+    records = read_records(tmp_path / "results")
+    assert sorted(record["status"] for record in records) == ["done", "failed"]
+    assert "failed: mha seed 0" in done.stdout
+    assert "task.seq_len = 300" in done.stdout.replace("\n", " ")
