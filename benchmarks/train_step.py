@@ -49,13 +49,13 @@ def ours(with_mlp: bool):
     step_fn = lab.train_step()
     state = init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, 1e-3)
     key, knobs = named_key(0, "train"), jnp.full(STEPS, PAIRS, jnp.int32)
-    compiled = type(step_fn).__call__.lower(step_fn, state, key, knobs, LENGTH).compile()
+    compiled = type(step_fn).__call__.lower(step_fn, state, (), key, knobs, LENGTH).compile()
     flops = float((compiled.cost_analysis() or {})["flops"])
 
     def round_ms() -> float:
         nonlocal state
         began = time.perf_counter()
-        state, metrics = step_fn(state, key, knobs, LENGTH)
+        state, metrics = step_fn(state, (), key, knobs, LENGTH)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - began) * 1e3 / STEPS
 

@@ -1,6 +1,7 @@
 """The command line: kvlab run | plan | show | report | track."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -73,10 +74,11 @@ def run(arguments: list[str]) -> int:
         statuses = [_execute(configs[0])]
     else:
         Console(stderr=True, highlight=False).print(_sweep_summary(configs), markup=False)
-        _through_hydra(["--multirun", *handed])
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # whatever ended the sweep, the runs' states tell
+            _through_hydra(["--multirun", *handed])
         statuses = [Run(config).state for config in configs]
     _print_runs(configs)
-    if "interrupted" in statuses or "cut" in statuses:
+    if {"interrupted", "cut", "new"} & set(statuses):
         return 130
     return 0 if all(status in ("done", "skipped") for status in statuses) else 1
 

@@ -54,11 +54,12 @@ def predict(lab: Laboratory) -> Plan:
     step_fn = lab.train_step()
     state = jax.eval_shape(lambda params: init_state(params, step_fn.optimizer, 1.0), lab.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
+    data = jax.eval_shape(lab.task.train_data)
     num_steps = config.train.steps_per_call
     knobs = jax.ShapeDtypeStruct((num_steps,), jnp.int32)
     activations, flops_of = 0, {}
     for seq_len in lab.task.train_shapes():
-        compiled = type(step_fn).__call__.lower(step_fn, state, key, knobs, seq_len).compile()
+        compiled = type(step_fn).__call__.lower(step_fn, state, data, key, knobs, seq_len).compile()
         activations = max(activations, _temp_bytes(compiled))
         # XLA counts a loop's body once: the body of the call is one optimizer step, that of a step one accumulated part.
         flops_of[seq_len] = _flops(compiled) * config.train.accumulation

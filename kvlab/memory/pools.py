@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvlab.memory.ledger import ClassPlan, Plan, StateClass
+from kvlab.memory.ledger import ClassPlan, StateClass
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention import paged_attention
@@ -48,8 +48,8 @@ class TokenMemory(Protocol):
         ...
 
 
-def _write(pool: Pool, plan: ClassPlan, keys: Keys, values: Values) -> Pool:
-    """Keys and values into their slots; a slot is (page, offset), and an index past the pool drops the write."""
+def write_tokens(pool: Pool, plan: ClassPlan, keys: Keys, values: Values) -> Pool:
+    """A pool with keys and values in their slots; a slot is (page, offset), and an index past the pool drops the write."""
     page_size = pool["keys"].shape[2]
     slots = jnp.asarray(plan.write_slots)
     pages, offsets = slots // page_size, slots % page_size
@@ -69,7 +69,7 @@ class PagedTokens:
     lens: Any  # [B] tokens stored once this step has written
 
     def append(self, keys: Keys, values: Values) -> "PagedTokens":
-        return replace(self, pool=_write(self.pool, self.plan, keys, values))
+        return replace(self, pool=write_tokens(self.pool, self.plan, keys, values))
 
     def attend(
         self, queries: Queries, positions: Positions, *, window: int | None, num_sinks: int, soft_cap: float | None
@@ -99,7 +99,7 @@ class DenseTokens:
     lens: Any
 
     def append(self, keys: Keys, values: Values) -> "DenseTokens":
-        return replace(self, pool=_write(self.pool, self.plan, keys, values))
+        return replace(self, pool=write_tokens(self.pool, self.plan, keys, values))
 
     def attend(
         self, queries: Queries, positions: Positions, *, window: int | None, num_sinks: int, soft_cap: float | None
@@ -176,17 +176,3 @@ def view(state: StateClass, pool: Pool, plan: ClassPlan, starts: Counts, counts:
 def num_bytes(pools: Any) -> int:
     """Bytes of every array in a tree: the truth that statements are checked against."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
-
-
-__all__ = [
-    "DenseTokens",
-    "PagedTokens",
-    "Plan",
-    "Pool",
-    "StateSlots",
-    "TokenMemory",
-    "View",
-    "allocate",
-    "num_bytes",
-    "view",
-]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from kvlab.memory.pools import TokenMemory
 from kvlab.memory.spec import StateSpec, TokenState
 from kvlab.mixers.base import LayerMemory, Mixer
 from kvlab.mixers.convolution import ShortConv
@@ -111,8 +112,9 @@ class Attention(Mixer):
                 soft_cap=config.soft_cap,
             )
         else:
-            after["kv"] = after["kv"].append(keys, values)
-            outputs = after["kv"].attend(
+            kv: TokenMemory = after["kv"]
+            after["kv"] = kv = kv.append(keys, values)
+            outputs = kv.attend(
                 queries, positions, window=config.window, num_sinks=config.num_sinks, soft_cap=config.soft_cap
             )
         y = self.out(outputs.reshape(*x.shape[:2], -1))

@@ -8,6 +8,7 @@ import jax
 from jax import Array
 
 from kvlab.schema import Schema
+from kvlab.typing import PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +60,13 @@ class Task(abc.ABC):
     def train_call(self, call: int, num_steps: int) -> tuple[int, list[int]]:
         """Sequence length of the call-th device call, and one knob (a traced integer) for each of its steps."""
 
+    def train_data(self) -> PyTree:
+        """Arrays that training batches are cut from, handed to every device call; nothing where the key determines all."""
+        return ()
+
     @abc.abstractmethod
-    def train_batch(self, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
-        """A training batch on device, a pure function of its arguments."""
+    def train_batch(self, data: PyTree, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
+        """A training batch on device, a pure function of its arguments; `data` is `train_data()`."""
 
     @abc.abstractmethod
     def slices(self, split: str) -> tuple[EvalSlice, ...]:

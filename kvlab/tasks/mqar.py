@@ -15,6 +15,7 @@ from jax import Array
 from kvlab.random import named_key
 from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
 from kvlab.tasks.base import Batch, EvalSlice, Task, round_robin
+from kvlab.typing import PyTree
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Mqar(Task):
         order = round_robin(tuple(w for _, w in pairs))
         return length, [pairs[order[(earlier * num_steps + i) % len(order)]][0] for i in range(num_steps)]
 
-    def train_batch(self, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
+    def train_batch(self, data: PyTree, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
         most = max(p for n, p, _ in self._mixture if n == seq_len)
         return self._generate(key, batch_size, seq_len, most, knob)
 

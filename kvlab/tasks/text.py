@@ -13,6 +13,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, Schema, integer, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.typing import PyTree
 
 SPLITS = {"validation": (0, 8), "test": (8, 16), "train": (16, 256)}
 """Which files go where: the first byte of the SHA-256 of a file's relative name lies in this half-open interval."""
@@ -60,10 +61,12 @@ class Text(Task):
     def train_call(self, call: int, num_steps: int) -> tuple[int, list[int]]:
         return self.config.seq_len, [0] * num_steps
 
-    def train_batch(self, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
-        corpus = self._train
-        starts = jax.random.randint(key, (batch_size, 1), 0, corpus.shape[0] - seq_len, jnp.int32)
-        return self._windows(corpus, starts, seq_len)
+    def train_data(self) -> PyTree:
+        return jnp.asarray(self.corpus["train"])
+
+    def train_batch(self, data: PyTree, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
+        starts = jax.random.randint(key, (batch_size, 1), 0, data.shape[0] - seq_len, jnp.int32)
+        return self._windows(data, starts, seq_len)
 
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         config = self.config
@@ -90,12 +93,6 @@ class Text(Task):
         labels = corpus[starts + places + 1].astype(jnp.int32)
         everywhere = jnp.broadcast_to(places, tokens.shape)
         return Batch(tokens, everywhere, labels, jnp.ones(tokens.shape, jnp.float32))
-
-    @cached_property
-    def _train(self) -> Array:
-        # May be asked for first while a step is being traced; the array must be a constant then, not a tracer.
-        with jax.ensure_compile_time_eval():
-            return jnp.asarray(self.corpus["train"])
 
     @cached_property
     def corpus(self) -> dict[str, np.ndarray]:

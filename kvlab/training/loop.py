@@ -97,7 +97,7 @@ def train(
     alone, not on how often the process was killed in between.
     """
     task: Task = step_fn.task
-    key = named_key(seed, "train")
+    key, data = named_key(seed, "train"), task.train_data()
     state = init_state(params, step_fn.optimizer, learning_rate)
     at = _Progress(num_rows=_num_rows(metrics_path))
     checkpoints = Checkpoints(directory, config.keep_checkpoints)
@@ -130,12 +130,12 @@ def train(
             while not at.finished:
                 began = time.perf_counter()
                 seq_len, knobs = task.train_call(at.call, config.steps_per_call)
-                state, metrics = step_fn(state, key, jnp.asarray(knobs, jnp.int32), seq_len)
+                state, metrics = step_fn(state, data, key, jnp.asarray(knobs, jnp.int32), seq_len)
                 loss = np.asarray(metrics["loss"])
                 if not bool(metrics["ok"]):
                     bad = int(state.step)
                     knob = jnp.asarray(knobs[bad % config.steps_per_call], jnp.int32)
-                    leaf = step_fn.first_bad_leaf(state, key, knob, seq_len)
+                    leaf = step_fn.first_bad_leaf(state, data, key, knob, seq_len)
                     raise NotFinite(f"step {bad}: {leaf} is not finite; last finite state saved at a checkpoint before")
                 call_ms.setdefault(seq_len, []).append((time.perf_counter() - began) * 1e3 / config.steps_per_call)
                 at.call += 1

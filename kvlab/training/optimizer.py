@@ -49,10 +49,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         optax.scale_by_learning_rate(schedule),
     )
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion(
             "standard"
         ):  # optax mixes Python floats and integer counters; our own code does not
-            return chain.update(grads, state, params)
+            return chain.update(updates, state, params)
 
     return optax.GradientTransformation(chain.init, update)

@@ -64,4 +64,4 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         """One permanent line."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from jax import Array
 
 from kvlab.models.transformer import Transformer, logits_at, merge, path_name
 from kvlab.tasks import Batch, Task
-from kvlab.typing import Params
+from kvlab.typing import Params, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -80,11 +80,11 @@ class TrainStep:
     batch_size: int
     accumulation: int
 
-    @partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
+    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
     def __call__(
-        self, state: TrainState, key: Array, knobs: Array, seq_len: int
+        self, state: TrainState, data: PyTree, key: Array, knobs: Array, seq_len: int
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`.
+        """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`; `data` is the task's `train_data()`.
 
         A step whose loss or gradients are not finite changes nothing, nor do the steps after it: `ok` is then False and
         `state.step` is the step to blame.
@@ -92,7 +92,7 @@ class TrainStep:
 
         def one_step(carry: tuple[TrainState, Array], knob: Array):
             state, ok = carry
-            loss, grads = self.gradients(state, key, knob, seq_len)
+            loss, grads = self.gradients(state, data, key, knob, seq_len)
             grad_norm = optax.tree.norm(grads)
             ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -104,14 +104,14 @@ class TrainStep:
         (state, ok), metrics = jax.lax.scan(one_step, (state, jnp.asarray(True)), knobs)
         return state, {**metrics, "ok": ok}
 
-    def gradients(self, state: TrainState, key: Array, knob: Array, seq_len: int) -> tuple[Array, Params]:
+    def gradients(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> tuple[Array, Params]:
         """Loss and gradients of the batch that belongs to `state.step`."""
-        batch = self.task.train_batch(jax.random.fold_in(key, state.step), self.batch_size, seq_len, knob)
+        batch = self.task.train_batch(data, jax.random.fold_in(key, state.step), self.batch_size, seq_len, knob)
         return _gradients(self.structure, state.params, batch, self.accumulation)
 
-    def first_bad_leaf(self, state: TrainState, key: Array, knob: Array, seq_len: int) -> str:
+    def first_bad_leaf(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> str:
         """Names what was not finite at `state.step`: a parameter, else a gradient, else the loss."""
-        loss, grads = jax.jit(self.gradients, static_argnums=3)(state, key, knob, seq_len)
+        loss, grads = jax.jit(self.gradients, static_argnums=4)(state, data, key, knob, seq_len)
         for kind, tree in (("parameter", state.params), ("gradient of", grads)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 if not bool(jnp.isfinite(leaf).all()):

@@ -64,7 +64,7 @@ def test_a_donated_write_copies_nothing(dtype):
     new = jnp.zeros((8, 1, state.spec.num_kv_heads, state.spec.key_dim), dtype)
 
     def write(pool, slots, new):
-        return device._write(pool, ClassPlan(slots, slots, slots), new, new)
+        return device.write_tokens(pool, ClassPlan(slots, slots, slots), new, new)
 
     slots = jnp.zeros((8, 1), jnp.int32)
     analysis = jax.jit(write, donate_argnums=0).lower(pool, slots, new).compile().memory_analysis()

@@ -198,6 +198,13 @@ def test_plans_are_deterministic():
     assert str(plans()) == str(plans())
 
 
+def test_nowhere_is_the_kernels_nowhere():
+    """Written twice because the ledger imports no JAX."""
+    from pallas_kernels.paged_attention import NOWHERE as KERNELS_NOWHERE
+
+    assert NOWHERE == KERNELS_NOWHERE
+
+
 def test_the_ledger_imports_no_jax():
     import subprocess
     import sys

@@ -13,7 +13,7 @@ from kvlab.tasks.mqar import Mqar, MqarConfig, window_accuracy
 @pytest.mark.parametrize(("length", "pairs"), [(64, 4), (64, 16), (128, 32)])
 def test_every_label_is_the_value_of_the_queried_key(length, pairs):
     task = Mqar(MqarConfig())
-    batch = jax.tree.map(np.asarray, task.train_batch(named_key(0, "x"), 50, length, jnp.asarray(pairs, jnp.int32)))
+    batch = jax.tree.map(np.asarray, task.train_batch((), named_key(0, "x"), 50, length, jnp.asarray(pairs, jnp.int32)))
     assert (batch.weights.sum(axis=1) == pairs).all()
     for row in range(50):
         tokens = batch.tokens[row]
@@ -34,7 +34,7 @@ def test_every_label_is_the_value_of_the_queried_key(length, pairs):
 def test_query_places_follow_the_power_law():
     """Near gaps are likelier: P(first draw = gap) is proportional to (gap + 1) ** (power - 1)."""
     task = Mqar(MqarConfig(train=("64:1",), train_weights=(1,), test=("64:1",)))
-    batch = task.train_batch(named_key(0, "x"), 20_000, 64, jnp.asarray(1, jnp.int32))
+    batch = task.train_batch((), named_key(0, "x"), 20_000, 64, jnp.asarray(1, jnp.int32))
     gaps = (np.asarray(batch.label_positions)[:, 0] - 2) // 2
     weights = (np.arange(31) + 1.0) ** (0.01 - 1)
     expected = weights / weights.sum()

@@ -29,7 +29,7 @@ def test_each_file_is_in_one_split(folder):
 
 def test_labels_are_the_next_bytes(folder):
     task = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4))
-    batch = task.train_batch(named_key(0, "x"), 8, 32, jnp.asarray(0, jnp.int32))
+    batch = task.train_batch(task.train_data(), named_key(0, "x"), 8, 32, jnp.asarray(0, jnp.int32))
     tokens, labels = np.asarray(batch.tokens), np.asarray(batch.labels)
     np.testing.assert_array_equal(tokens[:, 1:], labels[:, :-1])
     data = bytes(task.corpus["train"])

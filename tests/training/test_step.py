@@ -28,13 +28,13 @@ def run_calls(lab, num_calls=1, steps=4, state=None, learning_rate=1e-2):
     key, losses = named_key(0, "train"), []
     for call in range(num_calls):
         seq_len, knobs = lab.task.train_call(call, steps)
-        state, metrics = step_fn(state, key, jnp.asarray(knobs, jnp.int32), seq_len)
+        state, metrics = step_fn(state, (), key, jnp.asarray(knobs, jnp.int32), seq_len)
         losses.extend(np.asarray(metrics["loss"]).tolist())
     return state, losses, metrics
 
 
 def test_loss_is_the_mean_over_labels_only(lab):
-    batch = lab.task.train_batch(named_key(0, "x"), 4, 24, jnp.asarray(2, jnp.int32))
+    batch = lab.task.train_batch((), named_key(0, "x"), 4, 24, jnp.asarray(2, jnp.int32))
     model = merge(lab.structure, lab.params)
     positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32)[None], (4, 24))
     logits = np.asarray(model.logits(model.hidden(batch.tokens, positions)[0]), np.float64)
@@ -52,8 +52,8 @@ def test_gradients_agree_with_finite_differences(lab):
     step_fn = lab.train_step()
     state = init_state(lab.params, step_fn.optimizer, 1e-2)
     key, knob = named_key(0, "train"), jnp.asarray(2, jnp.int32)
-    _, grads = step_fn.gradients(state, key, knob, 16)
-    batch = lab.task.train_batch(jax.random.fold_in(key, 0), 8, 16, knob)
+    _, grads = step_fn.gradients(state, (), key, knob, 16)
+    batch = lab.task.train_batch((), jax.random.fold_in(key, 0), 8, 16, knob)
 
     def loss(params):
         return float(weighted_nll(merge(lab.structure, params), batch)[0].sum() / batch.weights.sum())
@@ -80,7 +80,7 @@ def test_several_steps_per_call_equal_single_steps(lab):
     state = init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, 1e-2)
     seq_len, knobs = lab.task.train_call(0, 4)
     for knob in knobs:
-        state, metrics = step_fn(state, named_key(0, "train"), jnp.asarray([knob], jnp.int32), seq_len)
+        state, metrics = step_fn(state, (), named_key(0, "train"), jnp.asarray([knob], jnp.int32), seq_len)
         single.append(float(metrics["loss"][0]))
     assert single == pytest.approx(losses, rel=1e-6)
     assert int(state.step) == int(many.step) == 4
@@ -98,10 +98,10 @@ def test_a_nan_stops_at_its_step_and_names_the_leaf(lab):
     step_fn = lab.train_step()
     state = init_state(poisoned, step_fn.optimizer, 1e-2)
     seq_len, knobs = lab.task.train_call(0, 4)
-    after, metrics = step_fn(state, named_key(0, "train"), jnp.asarray(knobs, jnp.int32), seq_len)
+    after, metrics = step_fn(state, (), named_key(0, "train"), jnp.asarray(knobs, jnp.int32), seq_len)
     assert not bool(metrics["ok"])
     assert int(after.step) == 0
-    leaf = step_fn.first_bad_leaf(after, named_key(0, "train"), jnp.asarray(knobs[0], jnp.int32), seq_len)
+    leaf = step_fn.first_bad_leaf(after, (), named_key(0, "train"), jnp.asarray(knobs[0], jnp.int32), seq_len)
     assert leaf == "parameter blocks.0.mixer.key.kernel"
 
 
@@ -135,7 +135,8 @@ def test_the_optimizer_is_adamw_with_warmup_and_cosine():
         grads = {"w": jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)}
         peer = optax.adamw(schedule(step), weight_decay=0.2)
         reference = reference or peer.init(params)
-        updates, reference = peer.update(grads, reference, params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, reference = peer.update(grads, reference, params)
         params = optax.apply_updates(params, updates)
         updates, state = ours.update(grads, state, mine)
         mine = jax.tree.map(lambda p, u: p + u * peak, mine, updates)
