@@ -75,5 +75,15 @@ def test_closed_form_of_the_window_matches_based_figure_2():
     slices = ("64:4", "64:8", "64:16", "128:32", "256:64", "512:128", "1024:256")
     config = MqarConfig(vocab_size=8192, train=slices, train_weights=(1,) * 7, test=slices)
     for window, expected in ((16, 0.146), (64, 0.514), (256, 0.797), (1024, 1.0)):
-        mean = np.mean([window_accuracy(config, one, window, num_examples=400) for one in slices])
+        mean = np.mean([window_accuracy(config, one, window, num_examples=1000) for one in slices])
         assert mean == pytest.approx(expected, abs=0.01)
+
+
+def test_closed_form_describes_the_sampler():
+    """The share of pairs whose value a window sees, counted on the task's own examples."""
+    task = Mqar(MqarConfig())
+    for one in task.slices("test"):
+        batch = task.eval_batch(named_key(0, "eval"), "test", one, 0, 2000)
+        distance = np.asarray(batch.label_positions)[:, : one.knob] - (2 * np.arange(one.knob)[None, :] + 1)
+        expected = window_accuracy(task.config, one.name, 32)
+        assert (distance < 32).mean() == pytest.approx(expected, abs=0.02)

@@ -1,0 +1,50 @@
+"""The recipes do what they say: the mixer of docs/adding-a-mixer.md is built from the page itself and meets the contract."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import yaml
+
+from kvlab.memory.layout import MemoryConfig
+from kvlab.mixers import MIXERS
+from kvlab.models.transformer import LayerConfig
+from tests.contracts import VARIANTS, assert_memory_equals_parallel
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
+    page = (ROOT / "docs" / "adding-a-mixer.md").read_text()
+    source, registry_line, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("kvlab.mixers.average")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/adding-a-mixer.md", "exec"), module.__dict__)
+    assert registry_line.strip() == '"average": Average,'
+    monkeypatch.setitem(MIXERS, "average", module.Average)
+    monkeypatch.setitem(VARIANTS, "average", [LayerConfig("average", module.AverageConfig(channels=5))])
+    assert_memory_equals_parallel("average", MemoryConfig(page_size=4, chunk_len=5), (1, 5, 9))
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert module.AverageConfig.build(yaml.safe_load(written)["E"]).channels == 64
+
+
+def test_the_map_names_what_is_there():
+    """Every file and folder in the README's map exists, and every package of kvlab is on the map."""
+    readme = (ROOT / "README.md").read_text()
+    house = readme.split("## The map of the house")[1].split("```")[1]
+    for package in (ROOT / "kvlab").iterdir():
+        if package.is_dir() and not package.name.startswith(("_", ".")):
+            assert f"{package.name}/" in house
+    for name in re.findall(r"\b(\w+\.py)\b", house):
+        assert list(ROOT.glob(f"kvlab/**/{name}")) or list(ROOT.glob(f"*/**/{name}")), name
+
+
+def test_no_pickle_anywhere():
+    """Nothing of ours imports pickle or its kin (RELIABILITY, security)."""
+    import ast
+
+    for path in [*ROOT.glob("kvlab/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py"), *ROOT.glob("experiments/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert not {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & set(names), path
