@@ -74,9 +74,12 @@ def run(arguments: list[str]) -> int:
         statuses = [_execute(configs[0])]
     else:
         Console(stderr=True, highlight=False).print(_sweep_summary(configs), markup=False)
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # whatever ended the sweep, the runs' states tell
+        from kvlab.training.interrupt import sweep_stops_together
+
+        stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
+        with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):  # the runs' states tell what happened
             _through_hydra(["--multirun", *handed])
-        statuses = [Run(config).state for config in configs]
+        statuses = ["locked" if Run(config).held_elsewhere else Run(config).state for config in configs]
     _print_runs(configs)
     if {"interrupted", "cut", "new"} & set(statuses):
         return 130
@@ -118,9 +121,10 @@ def _job(composed: Any) -> None:
     from omegaconf import OmegaConf
 
     from kvlab.config import Config
+    from kvlab.training.interrupt import stop_sweep
 
     if _execute(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
-        raise KeyboardInterrupt  # ends the whole sweep
+        stop_sweep()
 
 
 def use_compilation_cache() -> None:

@@ -9,6 +9,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -66,10 +67,13 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     An experiment may bring its own sweep; a value given on the command line replaces the sweep's axis of that name. All
     configs are checked here, before any is run. Raises ConfigError.
     """
-    overrides = list(overrides)
+    groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
+    # Hydra's habit +group=choice is for groups without a default; ours all have one, so both spellings are accepted.
+    overrides = [one[1:] if one.startswith("+") and one[1:].split("=")[0] in groups else one for one in overrides]
     with _hydra():
         try:
-            given = OverridesParser.create().parse_overrides(overrides)
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            given = parser.parse_overrides(overrides)
             fixed = [str(one.input_line) for one in given if not one.is_sweep_override()]
             hydra_config = hydra_compose("config", overrides=fixed, return_hydra_config=True).hydra
         except (HydraException, OmegaConfBaseException) as error:
@@ -78,14 +82,23 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     if not sweeping:
         if swept := [str(one.input_line) for one in given if one.is_sweep_override()]:
             raise ConfigError(swept[0].split("=")[0], swept[0].split("=", 1)[1], "sweeps over values need -m")
-        return [compose(overrides)], overrides
+        config = compose(overrides)
+        _ = config.run_dir
+        return [config], overrides
     axes = dict(hydra_config.sweeper.params or {})
     replaced = [name for name in axes if name in {one.key_or_group for one in given}]
     kept = [f"{name}={value}" for name, value in axes.items() if name not in replaced]
-    parsed = OverridesParser.create().parse_overrides([*kept, *overrides])
-    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    with _hydra():
+        try:
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([*kept, *overrides]), None)
+        except HydraException as error:
+            raise ConfigError("overrides", overrides, " ".join(str(error).split())) from None
     plain = [[one for one in job if not one.startswith(("hydra.", "hydra/"))] for job in jobs]
-    return [compose(job) for job in plain], [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+    configs = [compose(job) for job in plain]
+    for config in configs:
+        _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
+    return configs, [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
 
 
 def _explained(overrides: list[str], error: Exception) -> Exception:

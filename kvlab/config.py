@@ -37,8 +37,12 @@ class TuneConfig(Schema):
 
     learning_rate: tuple[float, ...] = reals((), 0.0, 10.0, open_low=True)
 
+    def cross_check(self) -> None:
+        if len(set(self.learning_rate)) < len(self.learning_rate):
+            raise ConfigError("learning_rate", list(self.learning_rate), "must not name a rate twice")
 
-def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Schema]:
+
+def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Any]:
     """A section {type: name, ...} as the registered name and its config."""
     if not isinstance(values, Mapping):
         raise ConfigError(path, values, "must be a mapping with a `type`")
@@ -160,8 +164,13 @@ class Config(Schema):
 
     @property
     def run_id(self) -> str:
-        """Ten hex digits of the SHA-256 of everything that determines the result."""
+        """Ten hex digits of the SHA-256 of everything that determines the result: the config, and data from outside.
+
+        Raises ConfigError when the task's data cannot be read or are too short.
+        """
         identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
+        if data := self.make_task().fingerprint():
+            identity["data"] = data
         text = json.dumps({"schema": SCHEMA_VERSION, **identity}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 def nearest(name: str, legal: Iterable[str]) -> str:
     """The sentence that answers an unknown name: the closest legal ones first, then all of them."""
-    names = sorted(legal)
+    names = sorted(set(legal))
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"{hint}legal: {', '.join(names)}"
@@ -115,7 +115,9 @@ def _sequence(item: Check, default: Iterable[object], min_len: int) -> Any:
         parsed = tuple(item.parse(one) for one in value)
         return None if any(one is None for one in parsed) else parsed
 
-    return _field(tuple(default), Check(f"a list (at least {min_len} long), each {item.legal}", parse))
+    return _field(
+        tuple(default), Check(f"a list{f' of at least {min_len}' if min_len else ''}, each {item.legal}", parse)
+    )
 
 
 def reals(default: Iterable[float], low: float, high: float, *, open_low: bool = False, min_len: int = 0) -> Any:

@@ -1,8 +1,11 @@
 """The command line as a user types it."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,14 +99,46 @@ def test_sweeps_through_every_local_launcher(launcher, tmp_path):
     assert again.stderr.count("skipped") >= (2 if launcher == "joblib" else 0)
 
 
+def test_a_corpus_that_is_too_short_is_answered_before_anything_is_written(tmp_path):
+    (tmp_path / "book.txt").write_text("tiny")
+    done = kvlab("run", "task=text", f"task.path={tmp_path / 'book.txt'}", f"results_dir={tmp_path / 'results'}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("kvlab: task.seq_len = 256: the train split of")
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path):
-    """One point's corpus is too short: that run is a failed row, the other is done, the exit status is 1."""
-    corpus = tmp_path / "book.txt"
-    corpus.write_bytes(b"tiny corpus " * 40)
-    arguments = ["-m", "debug=tiny", "task=text", f"task.path={corpus}", "task.decode_len=4", "model.num_layers=1"]
-    done = kvlab("run", *arguments, "task.seq_len=300,16", f"results_dir={tmp_path / 'results'}")
+    """One point diverges: that run is a failed row, the other is done, the exit status is 1."""
+    arguments = ["-m", *TINY, "optimizer.clip_norm=null", "optimizer.warmup_fraction=0", "optimizer.eps=1e-30"]
+    arguments += ["optimizer.weight_decay=10", "model.dtype=bfloat16", "train.num_steps=400", "train.eval_every=400"]
+    done = kvlab("run", *arguments, "optimizer.learning_rate=10,0.001", f"results_dir={tmp_path}")
     assert done.returncode == 1, done.stderr
-    records = read_records(tmp_path / "results")
-    assert sorted(record["status"] for record in records) == ["done", "failed"]
+    assert sorted(record["status"] for record in read_records(tmp_path)) == ["done", "failed"]
     assert "failed: mha seed 0" in done.stdout
-    assert "task.seq_len = 300" in done.stdout.replace("\n", " ")
+    assert "is not finite" in done.stdout
+
+
+def test_sigterm_to_a_sweep_stops_its_workers_and_saves(tmp_path):
+    """Two workers side by side; the signal goes to the parent alone, every run is cut and can be resumed."""
+    steps = ["train.num_steps=40000", "train.eval_every=40000", "train.checkpoint_every=40000"]
+    command = [sys.executable, "-m", "kvlab", "run", "-m", *TINY, *steps, "launcher=joblib", "seed=0,1,2"]
+    process = subprocess.Popen([*command, f"results_dir={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    begun = [json.loads(path.read_text()) for path in tmp_path.rglob("status.json")]
+    assert [status["status"] for status in begun] == ["interrupted"] * 2
+    assert not any(_alive(status["pid"]) for status in begun)
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    return False

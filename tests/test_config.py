@@ -57,6 +57,10 @@ WRONG = [
     ("train.eval_every=6", "train.eval_every = 6: must be a multiple of steps_per_call = 4"),
     ("train.patience=0", "train.patience = 0: must be an integer in [1, 2147483647] or null"),
     ("tune.learning_rate=[0.01,0]", "tune.learning_rate = [0.01, 0]: must be a list"),
+    ("tune.learning_rate=[0.01,0.01]", "tune.learning_rate = [0.01, 0.01]: must not name a rate twice"),
+    ("task.test=['64:4','64:4']", "task.test = ['64:4', '64:4']: must not name a slice twice"),
+    ("task.test=['9999999:4']", "task.test = '9999999:4': length must be at most 1048576"),
+    ("mixr=mha", "mixr = 'mha': no such field; did you mean mixer? legal:"),
     ("tune.learning_rate=0.01", "tune.learning_rate = 0.01: must be a list"),
     ("measure.batch_size=0", "measure.batch_size = 0: must be an integer in"),
     ("measure.context_len=1", "measure.context_len = 1: must be an integer in [2, 16777216] or null"),
@@ -154,6 +158,15 @@ def test_an_experiment_brings_its_sweep_and_the_command_line_narrows_it():
     assert [(c.mixer.name, c.task_name, c.seed) for c in configs] == [
         ("mha", "mqar", 0), ("mha", "mqar", 1), ("mha", "text", 0), ("mha", "text", 1),
     ]  # fmt: skip
+
+
+def test_hydra_habits_hold():
+    """+experiment=, glob choices; and what Hydra cannot sweep is answered in a sentence."""
+    assert len(expand(["+experiment=demo", "task=mqar"], multirun=False)[0]) == 9
+    configs, _ = expand(["mixer=glob(swa*)"], multirun=True)
+    assert [config.mixer.name for config in configs] == ["swa", "swa16", "swa32", "swa64"]
+    with pytest.raises(ConfigError, match="BasicSweeper does not support"):
+        expand(["seed=interval(0,3)"], multirun=True)
 
 
 def test_a_wrong_value_in_a_sweep_stops_the_whole_sweep(tmp_path):

@@ -30,16 +30,17 @@ class MeasureConfig(Schema):
 class MemoryReport:
     """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
 
-    logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: the
-    device's own high-water mark where it reports one ("device"), else the compiler's peak of a decode step ("compiled").
-    `pool_bytes` is the arrays' size, which includes free pages and the null page.
+    logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: all that
+    a decode step needs at once (weights, pools, plan, outputs, temporaries). `device_peak_bytes` is the device's own
+    high-water mark of this process, training included, where it reports one. `pool_bytes` is the arrays' size, which
+    includes free pages and the null page.
     """
 
     logical_bytes: int
     allocated_bytes: int
     temp_bytes: int
     peak_bytes: int
-    peak_source: str
+    device_peak_bytes: int | None
     pool_bytes: int
     context_len: int
     batch_size: int
@@ -75,13 +76,13 @@ def measure(step: MemoryStep, params: Params, vocab_size: int, decode_steps: int
     accounts = session.ledger.audit()
     analysis = compiled.memory_analysis()
     stats = jax.local_devices()[0].memory_stats() or {}
-    measured = stats.get("peak_bytes_in_use")
+    resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     report = MemoryReport(
         logical_bytes=sum(one.live for one in accounts),
         allocated_bytes=sum(one.allocated for one in accounts),
         temp_bytes=analysis.temp_size_in_bytes,
-        peak_bytes=measured or analysis.peak_memory_in_bytes,
-        peak_source="device" if measured else "compiled",
+        peak_bytes=resident + analysis.temp_size_in_bytes,
+        device_peak_bytes=stats.get("peak_bytes_in_use"),
         pool_bytes=layout.pool_bytes,
         context_len=num_tokens,
         batch_size=layout.max_sequences,

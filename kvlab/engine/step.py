@@ -66,7 +66,7 @@ class Session:
             plan = self.ledger.reserve(name, len(chunks[name]))
             if not isinstance(plan, Plan):
                 for reserved in names[:row]:
-                    self.ledger.commit(reserved, 0)
+                    self.ledger.cancel(reserved)
                 raise MemoryError(f"sequence {name!r}: {plan.reason}")
             plans.append(plan)
             tokens[row, : len(chunks[name])] = chunks[name]

@@ -1,5 +1,6 @@
 """One run from configuration to record: train (tuning on validation), score through the memory, measure, write."""
 
+import shutil
 import time
 import traceback
 from pathlib import Path
@@ -30,6 +31,8 @@ def execute(config: Config) -> str:
     with run.locked():
         if run.state == "done":
             return "skipped"
+        if StopRequest().reason:  # a sweep that is ending starts nothing new
+            return "interrupted"
         keep_freed_memory()
         jax.clear_caches()  # programs of earlier runs in this process would only accumulate
         with stop_on_signals() as stop:
@@ -74,8 +77,12 @@ def _run(config: Config, run: Run, stop: StopRequest) -> dict[str, Any]:
     _must_agree(through, parallel, lab.task, config.model.dtype)
     stop.check()
 
-    report, tokens_per_s = measure_memory(lab, best.params)
+    report, tokens_per_s = measure_memory(lab, best.params, config.context_len)
+    elsewhere = {}
+    if config.context_len != lab.task.context_len:
+        elsewhere["memory_at_task_context"] = measure_memory(lab, best.params, lab.task.context_len)[0].as_dict()
     return {
+        **elsewhere,
         "num_params": lab.num_params,
         "quality": {
             "metric": lab.task.metric,
@@ -98,12 +105,12 @@ def _run(config: Config, run: Run, stop: StopRequest) -> dict[str, Any]:
     }
 
 
-def measure_memory(lab: Laboratory, params: Params) -> tuple[MemoryReport, float]:
-    """Bytes and decode speed at the configured context and batch."""
+def measure_memory(lab: Laboratory, params: Params, context_len: int) -> tuple[MemoryReport, float]:
+    """Bytes and decode speed at a context of `context_len` tokens and the configured batch."""
     config = lab.config
-    layout = lab.layout(config.context_len, config.measure.batch_size)
+    layout = lab.layout(context_len, config.measure.batch_size)
     step = MemoryStep(lab.structure, layout)
-    return measure(step, params, lab.task.vocab_size, config.measure.decode_steps)
+    return measure(step, params, lab.task.vocab_size, min(config.measure.decode_steps, context_len - 1))
 
 
 def _tuned(
@@ -113,7 +120,7 @@ def _tuned(
     config, best = lab.config, None
     trials: list[dict[str, float]] = []
     step_fn = lab.train_step()
-    for learning_rate in config.tune.learning_rate or (config.optimizer.learning_rate,):
+    for index, learning_rate in enumerate(config.tune.learning_rate or (config.optimizer.learning_rate,)):
         trial = train(
             step_fn,
             jax.tree.map(lambda x: x.copy(), lab.params),  # the step donates its state
@@ -121,7 +128,7 @@ def _tuned(
             learning_rate=learning_rate,
             seed=config.seed,
             validate=lambda params: mean_metric(scorer.parallel(params, "validation"), lab.task),
-            directory=run.directory / "trials" / f"lr_{learning_rate:g}",
+            directory=run.directory / "trials" / str(index),
             metrics_path=run.directory / "metrics.jsonl",
             label=f"{config.label} lr {learning_rate:g}",
             stop=stop,
@@ -135,7 +142,8 @@ def _tuned(
 
 
 def _save_params(directory: Path, params: Params) -> None:
-    """The final parameters as a checkpoint of their own."""
+    """The final parameters as a checkpoint of their own, in place of what an earlier attempt may have left."""
+    shutil.rmtree(directory, ignore_errors=True)
     checkpoints = Checkpoints(directory, keep=1)
     try:
         checkpoints.save(0, params, {})

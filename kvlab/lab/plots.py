@@ -33,7 +33,7 @@ AXIS_NAMES = {
     "logical_bytes": "logical bytes per sequence (live tokens and states)",
     "allocated_bytes": "allocated bytes per sequence (pages held)",
     "temp_bytes": "temporary bytes of a decode step, per sequence",
-    "peak_bytes": "peak bytes, per sequence",
+    "peak_bytes": "peak bytes of a decode step, weights included, divided by its sequences",
 }
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier
-from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_records
+from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_metrics, read_records
 from kvlab.training.checkpoint import write_atomic
 from kvlab.training.progress import human_bytes
 
@@ -132,12 +132,10 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
 
 def _curve(record: dict[str, Any]) -> dict[str, Any] | None:
     """Loss over steps of a run's chosen trial (of all its rows while there is none), thinned."""
-    path = Path(record["directory"]) / "metrics.jsonl"
-    if not path.exists():
-        return None
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     chosen = record.get("training", {}).get("learning_rate")
-    rows = [row for row in rows if chosen is None or row["learning_rate"] == chosen]
+    rows = [row for row in read_metrics(record) if chosen is None or row["learning_rate"] == chosen]
+    if not rows:
+        return None
     rows = rows[:: max(1, len(rows) // MAX_CURVE_POINTS)]
     config = record["config"]
     return {

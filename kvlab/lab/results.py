@@ -25,17 +25,38 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{root}: no such folder of results")
     records = []
     for config_path in sorted(root.rglob("config.yaml")):
-        record_path = config_path.with_name("record.json")
-        if record_path.exists():
-            record = json.loads(record_path.read_text())
-        else:
-            config = yaml.safe_load(config_path.read_text())
-            record = {"status": "cut", "reason": "never finished", "config": config, "seed": config["seed"]}
-            record |= {"run_id": config_path.parent.name, "experiment": config["experiment"]}
-        records.append({**record, "directory": str(config_path.parent)})
+        record = _read_record(config_path)
+        if record is not None:
+            records.append({**record, "directory": str(config_path.parent)})
     if not records:
         raise FileNotFoundError(f"{root}: holds no run (no config.yaml in any folder below it)")
     return records
+
+
+def _read_record(config_path: Path) -> dict[str, Any] | None:
+    """The record beside a config, one made up for a run without a readable one; None where the config is not a run's."""
+    try:
+        config = yaml.safe_load(config_path.read_text())
+    except yaml.YAMLError:
+        return None
+    if not isinstance(config, dict) or not {"mixer", "task", "seed", "experiment"} <= set(config):
+        return None
+    path = config_path.with_name("record.json")
+    status, reason = "cut", "never finished"
+    if path.exists():
+        try:
+            return json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            status, reason = "failed", f"record.json is damaged: {error}"
+    base = {"status": status, "reason": reason, "config": config, "seed": config["seed"]}
+    return base | {"run_id": config_path.parent.name, "experiment": config["experiment"]}
+
+
+def read_metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run's metrics; a last line that a killed process left half written is left out."""
+    path = Path(record["directory"]) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def load(path: str | Path) -> pd.DataFrame:

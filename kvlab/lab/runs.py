@@ -46,6 +46,18 @@ class Run:
             return record["status"]
         return "cut" if (self.directory / "config.yaml").exists() else "new"
 
+    @property
+    def held_elsewhere(self) -> bool:
+        """Whether another process is working on this run now."""
+        if not (self.directory / "lock").exists():
+            return False
+        with (self.directory / "lock").open("r+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the run against other processes; the kernel lets go when this one dies, however it dies.
@@ -66,11 +78,15 @@ class Run:
             yield
 
     def begin(self, provenance: dict[str, Any]) -> None:
-        """Config and provenance first. A failed run starts over: its record and trials are removed."""
-        if self.state == "failed":
-            for name in ("metrics.jsonl", "record.json"):
+        """Config and provenance first. A failed run is tried again from its last checkpoint; only unreadable checkpoints
+        are thrown away, since nothing can be resumed from them."""
+        record = self.record
+        if record is not None and record["status"] == "failed":
+            if record["reason"].startswith("CheckpointError"):
+                (self.directory / "metrics.jsonl").unlink(missing_ok=True)
+                shutil.rmtree(self.directory / "trials", ignore_errors=True)
+            for name in ("traceback.txt", "record.json"):
                 (self.directory / name).unlink(missing_ok=True)
-            shutil.rmtree(self.directory / "trials", ignore_errors=True)
         write_atomic(self.directory / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
         write_json(self.directory / "provenance.json", provenance)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from kvlab.lab.results import flatten, read_records
+from kvlab.lab.results import flatten, read_metrics, read_records
 
 
 def to_tensorboard(results: Path, output: Path) -> list[Path]:
@@ -20,9 +20,7 @@ def to_tensorboard(results: Path, output: Path) -> list[Path]:
         folder = output / f"{record['config']['mixer']['name']}-{record['run_id']}"
         with SummaryWriter(str(folder)) as writer:
             writer.add_text("config", json.dumps(flatten(record["config"], ""), indent=2))
-            metrics = Path(record["directory"]) / "metrics.jsonl"
-            for line in metrics.read_text().splitlines() if metrics.exists() else ():
-                row = json.loads(line)
+            for row in read_metrics(record):
                 for name in ("loss", "grad_norm", "validation"):
                     if name in row:
                         writer.add_scalar(f"lr {row['learning_rate']:g}/{name}", row[name], row["step"])

@@ -61,7 +61,7 @@ class Never:
 
 @dataclass(frozen=True)
 class StateClass:
-    """A pool's description: layers whose states have equal specs share pages ids and one page table.
+    """A pool's description: layers whose states have equal specs share page ids and one page table.
 
     `page_size` is token slots a page (1 for recurrent states); `num_pages` counts the null page where there is one;
     `page_bytes` is one page of all the class's layers. `contiguous` means that one page holds a whole sequence up to its
@@ -103,7 +103,8 @@ class Account:
     """Where every byte of one class's pool is; the parts sum to `pool` exactly, after every step.
 
     `tail` is unused slots of last pages, `dead` slots held outside every live(n), `reserved` the unused rest of contiguous
-    reservations. The ledger shares nothing yet, so DESIGN's cached, duplicate and lookahead are identically zero and left out.
+    reservations. This ledger neither shares, speculates nor quantises, so cached, duplicate, lookahead, scale and padding bytes are
+    identically zero and left out.
     """
 
     name: str
@@ -185,11 +186,33 @@ class Ledger:
     def commit(self, sequence: Hashable, num_accepted: int) -> None:
         """The step ran and its first `num_accepted` tokens count; pages outside live(n) become free.
 
-        Raises ValueError when no step is in flight or more is accepted than was reserved.
+        Raises ValueError when no step is in flight, when more is accepted than was reserved, and when less is while a
+        recurrent state, which has absorbed every token, cannot be rolled back.
         """
         held = self._sequences[sequence]
         if not held.reserved_len or not 0 <= num_accepted <= held.reserved_len:
             raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {held.reserved_len}] reserved tokens")
+        recurrent = [state.name for state in self.classes if not state.spec.per_token]
+        if num_accepted < held.reserved_len and recurrent:
+            legal = f"must be all {held.reserved_len} reserved tokens, since {recurrent[0]} cannot be rolled back"
+            raise ValueError(f"num_accepted = {num_accepted}: {legal}")
+        self._settle(held, num_accepted)
+
+    def cancel(self, sequence: Hashable) -> None:
+        """The reserved step will not run: its pages are free again, and a sequence that holds nothing else is gone.
+
+        Raises ValueError when no step is in flight.
+        """
+        held = self._sequences[sequence]
+        if not held.reserved_len:
+            raise ValueError(f"sequence {sequence!r}: no step is in flight")
+        if held.length:
+            self._settle(held, 0)
+        else:
+            self.release(sequence)
+
+    def _settle(self, held: _Sequence, num_accepted: int) -> None:
+        """Ends a step: the tokens count, and pages that live(n) does not need are free."""
         held.length, held.reserved_len = held.length + num_accepted, 0
         for state, pages, free in zip(self.classes, held.pages, self._free, strict=True):
             keep = set(state.pages_for_step(held.length, 0))

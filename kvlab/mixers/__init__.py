@@ -1,7 +1,7 @@
 """Sequence mixers by name. A new one is a file, a line here, a YAML in `configs/mixer` and a row in the contract matrix."""
 
 from kvlab.mixers.attention import Attention
-from kvlab.mixers.base import LayerMemory, Mixer
+from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.mamba2 import Mamba2
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -9,4 +9,4 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba2": Mamba2,
 }
 
-__all__ = ["MIXERS", "Attention", "LayerMemory", "Mamba2", "Mixer"]
+__all__ = ["MIXERS", "Attention", "LayerMemory", "Mamba2", "Mixer", "MixerConfig"]

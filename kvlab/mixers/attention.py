@@ -8,16 +8,15 @@ from jax import Array
 
 from kvlab.memory.pools import TokenMemory
 from kvlab.memory.spec import StateSpec, TokenState
-from kvlab.mixers.base import LayerMemory, Mixer
-from kvlab.mixers.convolution import ShortConv
+from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, Schema, flag, integer, real
+from kvlab.schema import ConfigError, flag, integer, real
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.flash_attention import flash_attention
 
 
 @dataclass(frozen=True)
-class AttentionConfig(Schema):
+class AttentionConfig(MixerConfig):
     """Hyper-parameters of one attention layer. `window` counts visible tokens including the current one."""
 
     num_heads: int = integer(4, 1, 1024)
@@ -31,9 +30,9 @@ class AttentionConfig(Schema):
     soft_cap: float | None = real(None, 0.0, 1e6, open_low=True, optional=True)
     qk_norm: bool = flag(False)
     bias: bool = flag(False)
-    short_conv: int = integer(0, 0, 64)
 
     def cross_check(self) -> None:
+        super().cross_check()
         if self.num_heads % self.num_kv_heads:
             legal = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
@@ -42,8 +41,6 @@ class AttentionConfig(Schema):
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
-        if self.short_conv == 1:
-            raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
 
     @property
     def rotary_dim(self) -> int:
@@ -72,8 +69,6 @@ class Attention(Mixer):
         if config.qk_norm:
             self.query_norm = RMSNorm(dim)
             self.key_norm = RMSNorm(dim)
-        if config.short_conv:
-            self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, StateSpec]:
@@ -81,17 +76,12 @@ class Attention(Mixer):
         kv = TokenState(
             config.num_kv_heads, config.head_dim, config.head_dim, self.dtype, config.window, config.num_sinks
         )
-        if config.short_conv:
-            return {"kv": kv, "short_conv": self.short_conv.state()}
         return {"kv": kv}
 
     def __call__(
         self, x: Hidden, positions: Positions, memory: LayerMemory | None
     ) -> tuple[Hidden, LayerMemory | None]:
-        config, after = self.config, dict(memory or {})
-        if config.short_conv:
-            mixed, after["short_conv"] = self.short_conv(x, after.get("short_conv"))
-            x = x + mixed
+        config, after = self.config, memory
 
         def heads(projected: Array) -> Array:
             return projected.reshape(*projected.shape[:2], -1, config.head_dim)
@@ -112,13 +102,13 @@ class Attention(Mixer):
                 soft_cap=config.soft_cap,
             )
         else:
-            kv: TokenMemory = after["kv"]
-            after["kv"] = kv = kv.append(keys, values)
+            kv: TokenMemory = memory["kv"]
+            kv = kv.append(keys, values)
+            after = {"kv": kv}
             outputs = kv.attend(
                 queries, positions, window=config.window, num_sinks=config.num_sinks, soft_cap=config.soft_cap
             )
-        y = self.out(outputs.reshape(*x.shape[:2], -1))
-        return y, None if memory is None else after
+        return self.out(outputs.reshape(*x.shape[:2], -1)), after
 
 
 def rotary_angles(positions: Positions, rotary_dim: int, base: float) -> tuple[Array, Array]:

@@ -2,12 +2,13 @@
 
 import abc
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flax import nnx
 
 from kvlab.memory.spec import StateSpec
-from kvlab.schema import Schema
+from kvlab.schema import ConfigError, Schema, integer
 from kvlab.typing import Hidden, Positions
 
 # Modules are plain pytrees: no graph mode, no mutation under jit. Set once, where modules are first defined.
@@ -18,10 +19,21 @@ type LayerMemory = Mapping[str, Any]
 """Views of one layer's named states (`kvlab.memory.pools.View`), keyed as `Mixer.states`."""
 
 
+@dataclass(frozen=True)
+class MixerConfig(Schema):
+    """What every mixer can be asked for: `short_conv` puts a causal convolution of that width in front of it (0: none)."""
+
+    short_conv: int = integer(0, 0, 64)
+
+    def cross_check(self) -> None:
+        if self.short_conv == 1:
+            raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
+
+
 class Mixer(nnx.Module):
     """Mixes information along the sequence. Abstract: without `states` a mixer has no bytes and cannot be constructed."""
 
-    Config: ClassVar[type[Schema]]
+    Config: ClassVar[type[MixerConfig]]
 
     @abc.abstractmethod
     def states(self) -> dict[str, StateSpec]:

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlab.memory.spec import ArraySpec, RecurrentState, StateSpec
-from kvlab.mixers.base import LayerMemory, Mixer
+from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, Schema, integer
+from kvlab.schema import ConfigError, integer
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.ssd import ssd, ssd_step
 
 
 @dataclass(frozen=True)
-class Mamba2Config(Schema):
+class Mamba2Config(MixerConfig):
     """Hyper-parameters of one Mamba-2 layer: num_heads * head_dim inner channels, state_dim numbers for each."""
 
     state_dim: int = integer(16, 1, 4096)
@@ -25,14 +25,12 @@ class Mamba2Config(Schema):
     num_groups: int = integer(1, 1, 1024)
     conv_len: int = integer(4, 2, 64)
     chunk_len: int = integer(64, 1, 4096)
-    short_conv: int = integer(0, 0, 64)
 
     def cross_check(self) -> None:
+        super().cross_check()
         if self.num_heads % self.num_groups:
             legal = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
             raise ConfigError("num_groups", self.num_groups, f"must divide num_heads: one of {legal}")
-        if self.short_conv == 1:
-            raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
 
 
 class Mamba2(Mixer):
@@ -59,26 +57,18 @@ class Mamba2(Mixer):
         self.skip = nnx.Param(jnp.ones(heads))
         self.norm = RMSNorm(self.inner)
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
-        if config.short_conv:
-            self.short_conv = ShortConv(model_dim, config.short_conv, dtype=dtype, rngs=rngs)
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, StateSpec]:
         config = self.config
         ssm = RecurrentState((ArraySpec("ssm", (config.num_heads, config.head_dim, config.state_dim), "float32"),))
-        states: dict[str, StateSpec] = {"ssm": ssm, "conv": self.conv.state()}
-        if config.short_conv:
-            states["short_conv"] = self.short_conv.state()
-        return states
+        return {"ssm": ssm, "conv": self.conv.state()}
 
     def __call__(
         self, x: Hidden, positions: Positions, memory: LayerMemory | None
     ) -> tuple[Hidden, LayerMemory | None]:
         config, after = self.config, dict(memory or {})
         batch, num_tokens, _ = x.shape
-        if config.short_conv:
-            mixed, after["short_conv"] = self.short_conv(x, after.get("short_conv"))
-            x = x + mixed
         gate, channels, dt = jnp.split(self.split(x), [self.inner, self.inner + self.conv_channels], axis=-1)
         channels, after["conv"] = self.conv(channels, after.get("conv"))
         inputs, b, c = jnp.split(

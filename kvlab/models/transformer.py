@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlab.memory.spec import StateSpec
-from kvlab.mixers import MIXERS, LayerMemory, Mixer
+from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import Schema, choice, flag, integer, nearest
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
@@ -31,7 +32,7 @@ class LayerConfig:
     """One layer: a mixer's registered name and its config."""
 
     mixer: str
-    config: Schema
+    config: MixerConfig
 
 
 class GatedMLP(nnx.Module):
@@ -50,23 +51,38 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; a short convolution may stand before the mixer, which
+    then reads h + conv(h) in place of h = norm(x)."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(model.model_dim)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
+        self.has_conv = layer.config.short_conv > 0
+        if self.has_conv:
+            width = layer.config.short_conv
+            self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
         self.has_mlp = model.mlp_dim > 0
         if self.has_mlp:
             self.mlp_norm = RMSNorm(model.model_dim)
             self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
 
+    def states(self) -> dict[str, StateSpec]:
+        """The named states of the layer: the mixer's, and the short convolution's history."""
+        return self.mixer.states() | ({"short_conv": self.short_conv.state()} if self.has_conv else {})
+
     def __call__(
         self, x: Hidden, positions: Positions, memory: LayerMemory | None
     ) -> tuple[Hidden, LayerMemory | None]:
-        mixed, memory = self.mixer(self.mixer_norm(x), positions, memory)
-        x = x + mixed
-        return (x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x), memory
+        h, conv_memory = self.mixer_norm(x), {}
+        if self.has_conv:
+            mixed, slots = self.short_conv(h, None if memory is None else memory["short_conv"])
+            h, conv_memory = h + mixed, {"short_conv": slots}
+        y, after = self.mixer(h, positions, memory)
+        x = x + y
+        if self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, None if after is None else {**after, **conv_memory}
 
 
 class Transformer(nnx.Module):
@@ -84,7 +100,7 @@ class Transformer(nnx.Module):
 
     def states(self) -> tuple[dict[str, StateSpec], ...]:
         """The named states of every layer."""
-        return tuple(block.mixer.states() for block in self.blocks)
+        return tuple(block.states() for block in self.blocks)
 
     def hidden(
         self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory] | None = None
@@ -145,7 +161,7 @@ def describe(model: Transformer) -> str:
     for index, states in enumerate(model.states()):
         for name, spec in states.items():
             unit = "B/token" if spec.per_token else "B/sequence"
-            rows.append(f"  blocks.{index}.mixer state {name:<22} {'':>12} {'':>9} {spec.unit_bytes:>12,} {unit}")
+            rows.append(f"  blocks.{index} state {name:<28} {'':>12} {'':>9} {spec.unit_bytes:>12,} {unit}")
     return "\n".join(["Transformer", *rows])
 
 

@@ -31,8 +31,12 @@ class MqarConfig(Schema):
 
     def cross_check(self) -> None:
         for name, slices in (("train", self.train), ("test", self.test)):
+            if len(set(slices)) < len(slices):
+                raise ConfigError(name, list(slices), "must not name a slice twice")
             for one in slices:
                 length, pairs = parse_slice(name, one)
+                if length > 1 << 20:
+                    raise ConfigError(name, one, f"length must be at most {1 << 20}")
                 if pairs > self.vocab_size // 2 - 1:
                     limit = self.vocab_size // 2 - 1
                     raise ConfigError(name, one, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
@@ -98,10 +102,20 @@ class Mqar(Task):
 
     def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
         key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
-        key = jax.random.fold_in(key, index)
         slices = (parse_slice("test", each) for each in self.config.test)
         most = max(pairs for length, pairs in slices if length == one.seq_len)  # one program for all slices of a length
-        return self._generate(key, batch_size, one.seq_len, most, jnp.asarray(one.knob, jnp.int32))
+        examples = jnp.arange(index, index + batch_size, dtype=jnp.int32)
+        return self._examples(key, examples, one.seq_len, most, jnp.asarray(one.knob, jnp.int32))
+
+    @partial(jax.jit, static_argnums=(0, 3, 4))
+    def _examples(self, key: Array, examples: Array, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
+        """Each example from its own number, so that it is the same whatever batch it comes in."""
+
+        def one(example: Array) -> Batch:
+            batch = self._generate(jax.random.fold_in(key, example), 1, seq_len, most_pairs, num_pairs)
+            return jax.tree.map(lambda x: x[0], batch)
+
+        return jax.vmap(one)(examples)
 
     @partial(jax.jit, static_argnums=(0, 2, 3, 4))
     def _generate(self, key: Array, batch_size: int, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:

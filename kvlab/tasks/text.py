@@ -3,7 +3,7 @@
 import hashlib
 import sysconfig
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -81,10 +81,8 @@ class Text(Task):
 
     def fingerprint(self) -> str | None:
         """SHA-256 over all splits."""
-        digest = hashlib.sha256()
-        for name in SPLITS:
-            digest.update(self.corpus[name].tobytes())
-        return digest.hexdigest()
+        _ = self.corpus
+        return _read(self.config.path, self.config.pattern)[1]
 
     def _windows(self, corpus: Array, starts: Array, seq_len: int) -> Batch:
         """Windows [starts, starts + seq_len) and their next bytes; every position is labelled."""
@@ -94,16 +92,26 @@ class Text(Task):
         everywhere = jnp.broadcast_to(places, tokens.shape)
         return Batch(tokens, everywhere, labels, jnp.ones(tokens.shape, jnp.float32))
 
-    @cached_property
+    @property
     def corpus(self) -> dict[str, np.ndarray]:
         """Bytes of each split as uint8. Raises ConfigError when a split is shorter than one window."""
-        root = Path(self.config.path).expanduser() if self.config.path else Path(sysconfig.get_paths()["stdlib"])
-        parts = _split_file(root) if root.is_file() else _split_folder(root, self.config.pattern)
+        parts, _ = _read(self.config.path, self.config.pattern)
         for name, data in parts.items():
             if len(data) < self.config.seq_len + 2:
-                where = f"the {name} split of {root} has {len(data)} bytes"
+                where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} bytes"
                 raise ConfigError("task.seq_len", self.config.seq_len, f"{where}, which must exceed seq_len + 1")
         return parts
+
+
+@lru_cache(maxsize=8)
+def _read(path: str | None, pattern: str) -> tuple[dict[str, np.ndarray], str]:
+    """The splits of a corpus and their SHA-256, read once a process."""
+    root = Path(path).expanduser() if path else Path(sysconfig.get_paths()["stdlib"])
+    parts = _split_file(root) if root.is_file() else _split_folder(root, pattern)
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        digest.update(parts[name].tobytes())
+    return parts, digest.hexdigest()
 
 
 def _split_file(path: Path) -> dict[str, np.ndarray]:

@@ -107,7 +107,8 @@ def train(
         if restored is not None:
             _, tree, note = restored
             state, at = cast(TrainState, tree), _Progress(**note)
-        truncate_jsonl(metrics_path, at.num_rows)
+        if not at.finished:  # rows after a finished trial belong to the next one
+            truncate_jsonl(metrics_path, at.num_rows)
 
         with (
             metrics_path.open("a", buffering=1) as metrics_file,
@@ -136,7 +137,7 @@ def train(
                     bad = int(state.step)
                     knob = jnp.asarray(knobs[bad % config.steps_per_call], jnp.int32)
                     leaf = step_fn.first_bad_leaf(state, data, key, knob, seq_len)
-                    raise NotFinite(f"step {bad}: {leaf} is not finite; last finite state saved at a checkpoint before")
+                    raise NotFinite(f"step {bad}: {leaf} is not finite")
                 call_ms.setdefault(seq_len, []).append((time.perf_counter() - began) * 1e3 / config.steps_per_call)
                 at.call += 1
                 done = at.call * config.steps_per_call
@@ -150,7 +151,7 @@ def train(
                     at.finished = _judge(at, task, config) or done == config.num_steps
                 write({**row, "tokens": at.num_tokens})
                 progress.update(done, row["loss"], seen_tokens)
-                if done % config.checkpoint_every == 0 or at.finished or stop.signal_name:
+                if done % config.checkpoint_every == 0 or at.finished or stop.reason:
                     save()
                 stop.check()
     finally:

@@ -45,6 +45,8 @@ class TrainingProgress:
     def resumed(self, step: int) -> None:
         """Starts counting at a resumed step."""
         self._first_step = step
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=self.num_steps, completed=step)
         if step:
             self.say(f"{self.label}: resumed at step {step}")
 

@@ -36,10 +36,7 @@ def weighted_nll(model: Transformer, batch: Batch) -> tuple[Array, Array]:
     """Negative log-likelihood in nats and correctness, both [B, M] and zero where the weight is."""
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :], batch.tokens.shape)
     hidden, _ = model.hidden(batch.tokens, positions)
-    if batch.label_positions.shape[1] == batch.tokens.shape[1]:
-        logits = model.logits(hidden)  # every position is labelled
-    else:
-        logits = logits_at(model, hidden, batch.label_positions)
+    logits = logits_at(model, hidden, batch.label_positions)
     return score(logits, batch.labels, batch.weights)
 
 

@@ -12,6 +12,7 @@ from pallas_kernels.selection import select
 from pallas_kernels.ssd import reference
 
 IMPLEMENTATIONS = {"reference": reference.ssd}
+STEP_IMPLEMENTATIONS = {"reference": reference.ssd_step}
 
 
 def ssd(
@@ -45,6 +46,11 @@ def ssd_step(
     b: Float[Array, "B groups N"],
     c: Float[Array, "B groups N"],
     state: Float[Array, "B H P N"],
+    *,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B H P"], Float[Array, "B H P N"]]:
-    """One token of the recurrence, exactly; shapes as `ssd` without T."""
-    return reference.ssd_step(inputs, dt, decay_rate, b, c, state)
+    """One token of the recurrence, exactly; shapes and errors as `ssd` without T."""
+    if inputs.shape[1] % b.shape[1]:
+        raise ValueError(f"groups = {b.shape[1]}: must divide the number of heads {inputs.shape[1]}")
+    _, run = select("ssd_step", implementation, STEP_IMPLEMENTATIONS)
+    return run(inputs, dt, decay_rate, b, c, state)

@@ -95,6 +95,30 @@ def test_the_dense_baseline_and_text_run_too(tmp_path):
     assert record["training"]["data_sha256"]
 
 
+def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
+    """The first trial's rows and the second's survive; the result is that of an undisturbed run."""
+    from kvlab.training.interrupt import Interrupted
+    from kvlab.training.loop import TrainStep
+
+    tuned = ["tune.learning_rate=[0.01,0.001]"]
+    calm, cut = small(tmp_path / "calm", *tuned), small(tmp_path / "cut", *tuned)
+    assert execute(calm) == "done"
+    right, calls = TrainStep.__call__, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 8 + 5:  # the second trial has passed a checkpoint and written rows after it
+            raise Interrupted("the test")
+        return right(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    assert execute(cut) == "interrupted"
+    monkeypatch.undo()
+    assert execute(cut) == "done"
+    assert rows(cut) == rows(calm)
+    assert Run(cut).record["training"]["params_sha256"] == Run(calm).record["training"]["params_sha256"]
+
+
 def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatch):
     config = small(tmp_path)
 
@@ -211,7 +235,7 @@ def test_a_polite_stop_saves_and_resumes(tmp_path, number):
     status = json.loads((config.run_dir / "status.json").read_text())
     assert status["status"] == "interrupted"
     assert status["reason"] == f"stopped by {signal.Signals(number).name}; the same command resumes"
-    saved = [int(path.name) for path in (config.run_dir / "trials" / "lr_0.01").iterdir() if path.name.isdigit()]
+    saved = [int(path.name) for path in (config.run_dir / "trials" / "0").iterdir() if path.name.isdigit()]
     assert max(saved) == rows(config)[-1]["step"]
 
 

@@ -86,6 +86,16 @@ def test_a_cut_run_is_a_row(tmp_path):
     assert set(load(tmp_path)["status"]) == {"cut", "done"}
 
 
+def test_a_damaged_record_is_a_failed_row_and_foreign_configs_are_not_runs(tmp_path):
+    write(tmp_path, record())
+    (tmp_path / "made" / "mha0mqar" / "record.json").write_text('{"schema": 1, "sta')
+    (tmp_path / "config.yaml").write_text("defaults: [mixer]\n")
+    (tmp_path / "made" / "config.yaml").write_text("")
+    (row,) = read_records(tmp_path)
+    assert row["status"] == "failed"
+    assert row["reason"].startswith("record.json is damaged")
+
+
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load(tmp_path)

@@ -81,7 +81,7 @@ def test_measured_report_agrees_with_live_and_formula():
     assert report.pool_bytes >= report.allocated_bytes
     assert sum(row["allocated_bytes"] for row in report.layers) == report.allocated_bytes
     assert sum(row["logical_bytes"] for row in report.layers) == report.logical_bytes
-    assert report.peak_bytes > 0
+    assert report.peak_bytes >= num_bytes(params) + report.pool_bytes + report.temp_bytes
     assert tokens_per_s > 0
 
 

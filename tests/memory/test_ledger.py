@@ -15,22 +15,22 @@ WINDOWED = TokenState(2, 4, 4, window=5, num_sinks=2)
 STATE = RecurrentState((ArraySpec("ssm", (3, 3), "float32"),))
 
 
-def make_ledger(page_size=4, full_pages=9, window_pages=12, slots=3, max_len=24, chunk_len=6) -> Ledger:
+def make_ledger(page_size=4, full_pages=9, window_pages=12, slots=3, max_len=24, chunk_len=6, recurrent=True) -> Ledger:
     classes = (
         StateClass("full", FULL, page_size, full_pages, 24, num_layers=2),
         StateClass("windowed", WINDOWED, page_size, window_pages, 24, num_layers=1),
         StateClass("state", STATE, 1, slots, 1, num_layers=3),
     )
-    return Ledger(classes, max_len, chunk_len)
+    return Ledger(classes if recurrent else classes[:2], max_len, chunk_len)
 
 
 class LedgerMachine(RuleBasedStateMachine):
     """Random reserve, commit and release against a shadow that only counts tokens and tags slots."""
 
-    @initialize(page_size=st.sampled_from([1, 2, 4]))
-    def start(self, page_size):
-        self.page_size = page_size
-        self.ledger = make_ledger(page_size, full_pages=40 // page_size, window_pages=40 // page_size)
+    @initialize(page_size=st.sampled_from([1, 2, 4]), recurrent=st.booleans())
+    def start(self, page_size, recurrent):
+        self.recurrent = recurrent
+        self.ledger = make_ledger(page_size, 40 // page_size, 40 // page_size, recurrent=recurrent)
         self.lengths: dict[int, int] = {}
         self.in_flight: dict[int, int] = {}
         self.next = 0
@@ -77,10 +77,21 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def commit(self, data):
         name = data.draw(st.sampled_from(sorted(self.in_flight)))
-        accepted = data.draw(st.integers(0, self.in_flight.pop(name)))
+        reserved = self.in_flight.pop(name)
+        accepted = reserved if self.recurrent else data.draw(st.integers(0, reserved))
         self.ledger.commit(name, accepted)
         self.lengths[name] += accepted
         assert self.ledger.length(name) == self.lengths[name]
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def cancel(self, data):
+        name = data.draw(st.sampled_from(sorted(self.in_flight)))
+        self.ledger.cancel(name)
+        del self.in_flight[name]
+        if not self.lengths[name]:
+            del self.lengths[name]
+            assert name not in self.ledger.sequences
 
     @precondition(lambda self: self.lengths)
     @rule(data=st.data())
@@ -149,6 +160,19 @@ def test_wait_when_others_hold_the_pages():
     assert ledger.sequences == ("a",)
 
 
+def test_a_step_that_does_not_fit_leaves_every_sequence_as_it_was():
+    from tests.contracts import poisoned_session
+
+    session = poisoned_session("hybrid", MemoryConfig(page_size=4, chunk_len=4), rows=2, max_len=12)
+    session.advance({"a": [1, 2, 3]}, 4)
+    before = session.ledger.audit()
+    with pytest.raises(MemoryError, match="sequence 'c': ssm: 1 pages needed, 0 free"):
+        session.advance({"a": [4], "b": [1, 2], "c": [1]}, 4)
+    assert session.ledger.audit() == before
+    assert session.ledger.sequences == ("a",)
+    session.advance({"a": [4], "b": [1, 2]}, 4)
+
+
 def test_misuse_is_refused():
     ledger = make_ledger()
     with pytest.raises(ValueError, match=r"num_new = 0: must be in \[1, 6\]"):
@@ -160,6 +184,10 @@ def test_misuse_is_refused():
         ledger.reserve("a", 1)
     with pytest.raises(ValueError, match="num_accepted = 3"):
         ledger.commit("a", 3)
+    with pytest.raises(
+        ValueError, match="num_accepted = 1: must be all 2 reserved tokens, since state cannot be rolled"
+    ):
+        ledger.commit("a", 1)
     ledger.commit("a", 2)
     with pytest.raises(ValueError, match="num_accepted = 0"):
         ledger.commit("a", 0)

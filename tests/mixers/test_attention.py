@@ -37,7 +37,7 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 4},
         {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
         {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5},
-        {"num_kv_heads": 2, "rope": False, "short_conv": 3},
+        {"num_kv_heads": 2, "rope": False},
     ],
 )
 def test_equals_the_formula(fields):
@@ -55,10 +55,6 @@ def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndar
         name: np.asarray(getattr(layer, name).kernel[...], np.float64) for name in ("query", "key", "value", "out")
     }
     bias = {name: np.asarray(getattr(layer, name).bias[...]) if config.bias else 0.0 for name in weight}
-    if config.short_conv:
-        kernel = np.asarray(layer.short_conv.kernel[...], np.float64)
-        padded = np.concatenate([np.zeros((2, 16)), x])
-        x = x + sum(kernel[lag] * padded[2 - lag : 2 - lag + len(x)] for lag in range(3))
     heads = {name: (x @ weight[name] + bias[name]).reshape(len(x), -1, 8) for name in ("query", "key", "value")}
     if config.qk_norm:
         for name in ("query", "key"):

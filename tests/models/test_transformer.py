@@ -1,11 +1,15 @@
 """Patterns, tied heads, parameters held once, and a printed model that tells shapes and bytes."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 from kvlab.mixers.attention import AttentionConfig
-from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, parse_pattern, split
+from kvlab.models.transformer import Block, LayerConfig, ModelConfig, Transformer, merge, parse_pattern, split
 
 LAYER = LayerConfig("attention", AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8))
 
@@ -42,5 +46,22 @@ def test_printing_shows_shapes_and_bytes():
     assert "blocks.1.mixer.key.kernel" in printed
     assert "16x8" in printed
     assert "512 B" in printed
-    assert "blocks.0.mixer state kv" in printed
+    assert "blocks.0 state kv" in printed
     assert "64 B/token" in printed  # one KV head of 8, keys and values, float32
+
+
+def test_a_short_convolution_stands_before_the_mixer():
+    """Block output = x + mixer(h + conv(h)) with the convolution written out in numpy."""
+    block = Block(
+        LayerConfig("attention", replace(LAYER.config, short_conv=3)), ModelConfig(model_dim=16), rngs=nnx.Rngs(0)
+    )
+    x = np.random.default_rng(0).standard_normal((1, 7, 16)).astype(np.float32)
+    positions = jnp.arange(7, dtype=jnp.int32)[None]
+    outputs, _ = block(jnp.asarray(x), positions, None)
+    h = x[0] / np.sqrt((x[0] ** 2).mean(-1, keepdims=True) + 1e-6)
+    kernel = np.asarray(block.short_conv.kernel[...])
+    padded = np.concatenate([np.zeros((2, 16), np.float32), h])
+    h = h + sum(kernel[lag] * padded[2 - lag : 9 - lag] for lag in range(3))
+    mixed, _ = block.mixer(jnp.asarray(h)[None], positions, None)
+    np.testing.assert_allclose(outputs, x + np.asarray(mixed), atol=1e-5)
+    assert set(block.states()) == {"kv", "short_conv"}

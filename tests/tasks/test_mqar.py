@@ -51,6 +51,8 @@ def test_splits_and_slices_do_not_share_examples():
     rows = {bytes(row) for row in np.asarray(test.tokens)}
     assert len(rows) == 64
     assert not rows & {bytes(row) for row in np.asarray(validation.tokens)}
+    other = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 3, 5)
+    np.testing.assert_array_equal(other.tokens, np.asarray(test.tokens)[3:8])  # whatever batch an example comes in
     again = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 0, 64)
     np.testing.assert_array_equal(test.tokens, again.tokens)
 

@@ -114,7 +114,7 @@ def test_weight_decay_spares_vectors_and_convolutions(config_of):
     assert mixer["out"]["kernel"]
     for spared in (mixer["dt_bias"], mixer["log_rate"], mixer["skip"], mixer["norm"]["scale"], mixer["conv"]["kernel"]):
         assert not spared
-    assert not mixer["short_conv"]["kernel"]
+    assert not mask["blocks"][0]["short_conv"]["kernel"]
 
 
 def test_the_optimizer_is_adamw_with_warmup_and_cosine():
