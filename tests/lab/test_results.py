@@ -19,7 +19,7 @@ def record(variant="mha", seed=0, value=0.9, size=1000, task="mqar", metric="acc
                    "batch_size": 2, "layers": [{"layer": 0, "state": "kv", "logical_bytes": size,
                                                 "allocated_bytes": 2 * size, "pool_bytes": 3 * size}]},
         "speed": {"train_step_ms": 1.0 + seed, "decode_tokens_per_s": 10.0},
-        "training": {"learning_rate": 0.01},
+        "training": {"learning_rate": 0.01, "num_steps": 4},
         "provenance": {"git_commit": "c", "git_dirty": False, "versions": {"jax": "x"}, "xla_flags": "",
                        "device": {"kind": "cpu", "count": 1}, "implementations": {"ssd": "reference"}},
     }  # fmt: skip
