@@ -23,7 +23,7 @@ def to_tensorboard(results: Path, output: Path) -> list[Path]:
             for row in read_metrics(record):
                 for name in ("loss", "grad_norm", "validation"):
                     if name in row:
-                        writer.add_scalar(f"lr {row['learning_rate']:g}/{name}", row[name], row["step"])
+                        writer.add_scalar(f"lr_{row['learning_rate']:g}/{name}", row[name], row["step"])
             if record["status"] == "done":
                 steps = record["training"]["num_steps"]
                 writer.add_scalar(f"quality/{record['quality']['metric']}", record["quality"]["value"], steps)
