@@ -1,5 +1,6 @@
 """Mamba-2: a state-space layer with scalar decay per head, by state-space duality (arXiv 2405.21060)."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -10,14 +11,17 @@ from kvlab.memory.spec import ArraySpec, RecurrentState, StateSpec
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, integer
+from kvlab.schema import ConfigError, integer, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.ssd import ssd, ssd_step
 
 
 @dataclass(frozen=True)
 class Mamba2Config(MixerConfig):
-    """Hyper-parameters of one Mamba-2 layer: num_heads * head_dim inner channels, state_dim numbers for each."""
+    """Hyper-parameters of one Mamba-2 layer: num_heads * head_dim inner channels, state_dim numbers for each.
+
+    Initial time steps are log-uniform in `dt_range`, initial decay rates uniform in `rate_range`; defaults as published.
+    """
 
     state_dim: int = integer(16, 1, 4096)
     num_heads: int = integer(2, 1, 1024)
@@ -25,12 +29,18 @@ class Mamba2Config(MixerConfig):
     num_groups: int = integer(1, 1, 1024)
     conv_len: int = integer(4, 2, 64)
     chunk_len: int = integer(64, 1, 4096)
+    dt_range: tuple[float, ...] = reals((1e-3, 1e-1), 0.0, 100.0, open_low=True, min_len=2)
+    rate_range: tuple[float, ...] = reals((1.0, 16.0), 0.0, 1000.0, open_low=True, min_len=2)
 
     def cross_check(self) -> None:
         super().cross_check()
         if self.num_heads % self.num_groups:
             legal = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
             raise ConfigError("num_groups", self.num_groups, f"must divide num_heads: one of {legal}")
+        for name in ("dt_range", "rate_range"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or ends[0] > ends[1]:
+                raise ConfigError(name, list(ends), "must be two numbers [low, high] with low <= high")
 
 
 class Mamba2(Mixer):
@@ -50,10 +60,11 @@ class Mamba2(Mixer):
             model_dim, self.inner + self.conv_channels + heads, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs
         )
         self.conv = ShortConv(self.conv_channels, config.conv_len, dtype=dtype, rngs=rngs)
-        # dt starts log-uniform in [1e-3, 1e-1] through the inverse of softplus; decay rates uniform in [1, 16].
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (heads,), minval=jnp.log(1e-3), maxval=jnp.log(1e-1)))
+        (shortest, longest), (slowest, fastest) = config.dt_range, config.rate_range
+        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(shortest), maxval=math.log(longest))
+        dt = jnp.exp(log_dt)  # the bias is its inverse softplus
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1.0, maxval=16.0)))
+        self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=slowest, maxval=fastest)))
         self.skip = nnx.Param(jnp.ones(heads))
         self.norm = RMSNorm(self.inner)
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
