@@ -44,7 +44,7 @@ def main() -> int:
     results = Path(sys.argv[1] if len(sys.argv) > 1 else "results/mqar_frontier")
     found = points(read_records(results))
     frontier_frame(found).to_csv(HERE / "frontier.csv", index=False, float_format="%.6g")
-    title = "Recall against memory: MQAR, 3 seeds, learning rate tuned on validation"
+    title = "Recall against memory (MQAR, 3 seeds, tuned)"
     draw_frontier(found, title, [HERE / "frontier.png"])
     rows = checks(found)
     table = Table("claim", "expected", "found", "")
