@@ -90,4 +90,4 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
         panel.set_ylim(1.15 * max(point.high for point in members), 0)
     panel.set_title(f"{task}: {METRIC_NAMES.get(first.metric, first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
-    panel.legend(fontsize=8, loc="lower right", framealpha=0.9)
+    panel.legend(fontsize=8, loc="lower right" if first.higher_is_better else "upper right", framealpha=0.9)
