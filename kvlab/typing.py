@@ -10,7 +10,7 @@ Shapes are checked in tests only (jaxtyping's import hook with beartype).
 
 from typing import Any
 
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 type PyTree = Any
 type Params = dict[str, Any]
@@ -19,7 +19,6 @@ type Params = dict[str, Any]
 Hidden = Float[Array, "B T E"]
 Tokens = Int32[Array, "B T"]
 Positions = Int32[Array, "B T"]
-Valid = Bool[Array, "B T"]
 Counts = Int32[Array, "B"]
 Logits = Float[Array, "B T V"]
 LabelPositions = Int32[Array, "B M"]
@@ -28,9 +27,4 @@ Queries = Float[Array, "B T H D"]
 Keys = Float[Array, "B S K D"]
 Values = Float[Array, "B S K Dv"]
 HeadOutputs = Float[Array, "B T H Dv"]
-KeyPages = Float[Array, "P K page D"]
-ValuePages = Float[Array, "P K page Dv"]
-PageTable = Int32[Array, "B num_pages"]
 Channels = Float[Array, "B T C"]
-ConvHistory = Float[Array, "B W1 C"]
-Scalar = Float[Array, ""]
