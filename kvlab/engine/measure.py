@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from kvlab.engine.step import MemoryStep, Session
-from kvlab.memory.ledger import Account
+from kvlab.memory.accounting import Account
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
 from kvlab.typing import Params

@@ -12,8 +12,10 @@ import numpy.typing as npt
 from flax import nnx
 from jax import Array
 
+from kvlab.memory.answers import Ready
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.ledger import Plan, stack
+from kvlab.memory.plan import Plan
+from kvlab.memory.pools import copy_pages
 from kvlab.models.transformer import Transformer, merge
 from kvlab.typing import Logits, Params, Tokens
 
@@ -39,9 +41,31 @@ class MemoryStep:
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
         """The compiled step for chunks of `num_tokens`: what `memory_analysis()` is asked of. Nothing runs."""
         batch_size = self.layout.max_sequences
-        plan = stack([], self.layout.classes, batch_size, num_tokens)
+        plan = self.layout.ledger().plan([], batch_size, num_tokens)
         tokens = jax.ShapeDtypeStruct((batch_size, num_tokens), jnp.int32)
         return type(self).__call__.lower(self, params, pools, plan, tokens).compile()
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def copy(self, pools: Pools, copies: tuple[Array, ...]) -> Pools:
+        """The pools with every class's (source, destination) pages copied: what comes before a step that shares pages."""
+        return tuple(
+            {
+                name: copy_pages(pool, copies[states[name]][:, 0], copies[states[name]][:, 1])
+                for name, pool in layer.items()
+            }
+            for layer, states in zip(pools, self.layout.states, strict=True)
+        )
+
+    def run(self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Array, Pools]:
+        """One planned step, its copies first. Copies are padded to powers of two, so that few shapes are compiled."""
+        if plan.has_copies:
+            padded = []
+            for one, state in zip(plan.classes, self.layout.classes, strict=True):
+                size = 1 << max(0, len(one.copies) - 1).bit_length()
+                nothing = np.full((size - len(one.copies), 2), [0, state.num_pages], np.int32)
+                padded.append(jnp.asarray(np.concatenate([one.copies, nothing])))
+            pools = self.copy(pools, tuple(padded))
+        return self(params, pools, plan.without_copies(), jnp.asarray(tokens))
 
 
 class Session:
@@ -59,19 +83,17 @@ class Session:
         Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not fit;
         no sequence has then changed.
         """
-        plans: list[Plan] = []
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)
         for row, name in enumerate(names):
-            plan = self.ledger.reserve(name, len(chunks[name]))
-            if not isinstance(plan, Plan):
+            answer = self.ledger.reserve(name, len(chunks[name]))
+            if not isinstance(answer, Ready):
                 for reserved in names[:row]:
                     self.ledger.cancel(reserved)
-                raise MemoryError(f"sequence {name!r}: {plan.reason}")
-            plans.append(plan)
+                raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
-        plan = stack(plans, self.layout.classes, self.layout.max_sequences, width)
-        logits, self.pools = self.step(self.params, self.pools, plan, tokens)
+        plan = self.ledger.plan(names, self.layout.max_sequences, width)
+        logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
         return logits

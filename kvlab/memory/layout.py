@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvlab.memory import pools as device
-from kvlab.memory.ledger import Ledger, Plan, StateClass, sized_class
+from kvlab.memory.classes import StateClass, sized_class
+from kvlab.memory.ledger import Ledger
+from kvlab.memory.plan import Plan
 from kvlab.memory.spec import StateSpec
 from kvlab.schema import Schema, choice, integer
 
@@ -36,6 +38,7 @@ class MemoryLayout:
     max_sequences: int
     max_len: int
     chunk_len: int
+    page_size: int
 
     @classmethod
     def of(
@@ -63,11 +66,11 @@ class MemoryLayout:
             for index, (name, spec) in enumerate(zip(names, order, strict=True))
         )
         states = tuple({name: order.index(spec) for name, spec in layer.items()} for layer in layers)
-        return cls(classes, states, max_sequences, max_len, chunk_len)
+        return cls(classes, states, max_sequences, max_len, chunk_len, memory.page_size)
 
     def ledger(self) -> Ledger:
         """An empty ledger over these classes."""
-        return Ledger(self.classes, self.max_len, self.chunk_len)
+        return Ledger(self.classes, self.max_len, self.chunk_len, page_size=self.page_size)
 
     def allocate(self, fill: float = 0.0) -> tuple[dict[str, device.Pool], ...]:
         """The pools of every layer, zero unless a test asks for another fill."""

@@ -1,320 +1,590 @@
 """Who holds which page. Integers on the host, no JAX; the only way to the device is a `Plan`.
 
-    plan = ledger.reserve("request 7", num_new=16)      # Plan | Wait | Never, nothing changed unless a Plan
+    hit = ledger.lookup(prompt, namespace)               # what the index knows of the prompt, pinned
+    ledger.reserve("r7", 16, hit=hit)                    # Ready | Wait | Never; nothing changed unless Ready
+    plan = ledger.plan(["r7", ...], batch_size, width)   # one step's arrays, for all sequences that are ready
     ... the device step runs with the plan ...
-    ledger.commit("request 7", num_accepted=16)         # pages that left live(n) are free again
-    ledger.release("request 7")
+    ledger.commit("r7", 16)                              # tokens count; full pages are published, forgotten ones free
+    ledger.release("r7")
 
-A sequence's state of each class is a map from logical page (tokens [i * page_size, (i + 1) * page_size)) to the physical
-page of the pool that holds it. Recurrent states are the degenerate case: one page a sequence, no positions.
+A sequence's state of each class is a map from logical page (tokens [i * page_size, (i + 1) * page_size)) to the physical page of
+the pool that holds it; a recurrent state is one page without positions. All that a step needs is taken in `reserve`, all
+that it proved is settled in `commit`; in between nobody else sees it.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
-from kvlab.memory.spec import StateSpec, max_pages_for_step, pages_for_step
-
-NOWHERE = 2**30
-"""First position of an unused table entry: later than any query, so nothing of it is ever visible."""
-
-type Ints = npt.NDArray[np.int32]
-
-
-class ClassPlan(NamedTuple):
-    """One state class of a step, for B sequences."""
-
-    pages: Ints
-    """[B, table_len] physical pages a step reads; unused entries are 0 (token states) or out of range (recurrent)."""
-    page_starts: Ints
-    """[B, table_len] token position of each page's first slot; `NOWHERE` where unused."""
-    write_slots: Ints
-    """[B, T] flat slot (page * page_size + offset) of each new token; out of range for padding, so the write is dropped."""
+from kvlab.memory.accounting import Account, Held, account
+from kvlab.memory.answers import READY, Never, Ready, Wait
+from kvlab.memory.classes import Lengths, StateClass
+from kvlab.memory.contiguous import BlockStore
+from kvlab.memory.plan import Plan, Swap
+from kvlab.memory.prefix import ITEM, Checkpoints, PrefixIndex, TokenIds, encode, sha256
+from kvlab.memory.replacement import LRU, Policy
+from kvlab.memory.stores import Holding, PageStore, StateStore, Store
+from kvlab.memory.trie import CachedPage, Node
 
 
-class Plan(NamedTuple):
-    """What the host decided for one step: a pytree of int32 arrays. A saved list of plans replays a run."""
+@dataclass(eq=False)
+class Hit:
+    """The longest prefix of a prompt that can be read instead of computed, pinned until given to `reserve` or `unpin`."""
 
-    starts: Ints
-    """[B] tokens already stored of each sequence."""
-    counts: Ints
-    """[B] new tokens of each sequence in this step, at most T; the rest of a row is padding."""
-    classes: tuple[ClassPlan, ...]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Not now: pages are missing that running sequences will free."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Never:
-    """Not ever: the request does not fit an empty pool; says why, with the arithmetic."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class StateClass:
-    """A pool's description: layers whose states have equal specs share page ids and one page table.
-
-    `page_size` is token slots a page (1 for recurrent states); `num_pages` counts the null page where there is one;
-    `page_bytes` is one page of all the class's layers. `contiguous` means that one page holds a whole sequence up to its
-    maximum length, as caches did before paging: then nothing leaves it and its unused slots count as reserved.
-    """
-
-    name: str
-    spec: StateSpec
-    page_size: int
-    num_pages: int
-    table_len: int
-    num_layers: int
-    contiguous: bool = False
-
-    @property
-    def has_null_page(self) -> bool:
-        """Page 0 of a paged pool is never written, so that padded table entries are safe to read."""
-        return self.spec.per_token and not self.contiguous
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all layers of the class."""
-        return self.spec.unit_bytes * self.page_size * self.num_layers
-
-    @property
-    def pool_bytes(self) -> int:
-        """Bytes of the class's arrays, the null page included."""
-        return self.page_bytes * self.num_pages
-
-    def pages_for_step(self, start: int, num_new: int) -> tuple[int, ...]:
-        """Logical pages resident during a step; recurrent and contiguous states have one."""
-        if self.contiguous or not self.spec.per_token:
-            return (0,)
-        return pages_for_step(self.spec, start, num_new, self.page_size)
-
-
-@dataclass(frozen=True)
-class Account:
-    """Where every byte of one class's pool is; the parts sum to `pool` exactly, after every step.
-
-    `tail` is unused slots of last pages, `dead` slots held outside every live(n), `reserved` the unused rest of contiguous
-    reservations. This ledger neither shares, speculates nor quantises, so cached, duplicate, lookahead, scale and padding bytes are
-    identically zero and left out.
-    """
-
-    name: str
-    pool: int
-    free: int
-    null: int
-    live: int
-    tail: int
-    dead: int
-    reserved: int
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of pages that some sequence holds."""
-        return self.live + self.tail + self.dead + self.reserved
-
-    def as_dict(self) -> dict[str, int | str]:
-        """One row of a table."""
-        return {**asdict(self), "allocated": self.allocated}
+    length: int
+    """Tokens of the prefix: a multiple of the page size, below the prompt's length."""
+    num_tokens: int
+    ids: bytes
+    holdings: list[Holding]
+    path: list[Node]
+    junction: int
+    """Pages of the prompt that somebody computed, whether or not they are still resident."""
+    spent: bool = False
 
 
 @dataclass
+class Counters:
+    """What happened so far. `peak_bytes` is the most that sequences and hits held at once, `peak_pages` the same for each
+    class on its own: their difference is what pools of fixed types cost beside one pool for all."""
+
+    looked_up_tokens: int = 0
+    hit_tokens: int = 0
+    deduplicated_pages: int = 0
+    swapped_pages: int = 0
+    peak_bytes: int = 0
+    peak_pages: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
 class _Sequence:
+    """One sequence: what it holds of each class, and its path in the index, from the root."""
+
+    row: int
+    holdings: list[Holding]
+    path: list[Node]
+    ids: bytearray | None
+    """Token ids known so far; None for a sequence that began without a lookup and publishes nothing."""
+    prompt_len: int = 0
+    junction: int = 0
     length: int = 0
-    reserved_len: int = 0  # tokens of the step in flight; 0 between steps
-    pages: list[dict[int, int]] = field(default_factory=list)  # per class: logical page -> physical page
+    num_new: int = 0
+    lookahead: int = 0
+    room: int = 0
+    """A step that ends here needs no page: `reserve` has nothing to do."""
+    wake: int = 0
+    """Below this length `commit` has nothing to publish and nothing to free."""
+    rolling: list[CachedPage] = field(default_factory=list)
+    """The newest states published of the answer: the next ones replace them."""
 
 
 class Ledger:
     """Allocates pages of several state classes side by side. Deterministic; every method is transactional."""
 
-    def __init__(self, classes: Sequence[StateClass], max_len: int, chunk_len: int):
-        """`max_len` bounds a sequence and `chunk_len` a step, in tokens. Raises ValueError on empty bounds."""
-        if max_len < 1 or chunk_len < 1:
-            raise ValueError(f"max_len = {max_len}, chunk_len = {chunk_len}: both must be at least 1")
+    def __init__(
+        self,
+        classes: Sequence[StateClass],
+        max_len: int,
+        chunk_len: int,
+        *,
+        policy: Callable[[int], Policy] = LRU,
+        checkpoints: Checkpoints | None = None,
+        deduplicate: bool = True,
+        page_size: int = 16,
+        digest: Callable[[bytes], bytes] = sha256,
+    ):
+        """`max_len` bounds a sequence and `chunk_len` a step, in tokens.
+
+        `policy` makes the eviction policy of each class from its number of pages. With `deduplicate` a full page that the index
+        has already is given up for the indexed one; without, tables only grow and the duplicate is accounted for.
+        `page_size` is the index's where no class is paged, so that recurrent states alone can be found again.
+        Raises ValueError on empty bounds and on paged classes whose page sizes differ.
+        """
+        if min(max_len, chunk_len, page_size) < 1:
+            sizes = f"max_len = {max_len}, chunk_len = {chunk_len}, page_size = {page_size}"
+            raise ValueError(f"{sizes}: all must be at least 1")
+        page_sizes = {one.page_size for one in classes if one.paged} or {page_size}
+        if len(page_sizes) > 1:
+            raise ValueError(f"page_size = {sorted(page_sizes)}: paged classes of one ledger must share one")
         self.classes = tuple(classes)
         self.max_len, self.chunk_len = max_len, chunk_len
-        self._free = [list(range(c.num_pages - 1, 0 if c.has_null_page else -1, -1)) for c in self.classes]
-        self._sequences: dict[Hashable, _Sequence] = {}
+        self.deduplicate, self.checkpoints = deduplicate, checkpoints or Checkpoints()
+        (self._page_size,) = page_sizes
+        self.index = PrefixIndex(self.classes, policy, self._page_size, digest)
+        self.stores = tuple(self._store(number, one) for number, one in enumerate(self.classes))
+        self.counters = Counters(peak_pages=[0] * len(self.classes))
+        self.running: dict[Hashable, _Sequence] = {}
+        self.suspended: dict[Hashable, _Sequence] = {}
+        self.hits: dict[int, Hit] = {}
+        self.free_rows: list[int] = []
+        self._shares = not any(one.contiguous for one in self.classes)
+        self._states = [store for store in self.stores if not store.state.spec.per_token]
+
+    def _store(self, number: int, state: StateClass) -> Store:
+        if state.contiguous:
+            return BlockStore(number, state, self.index, self.max_len)
+        return (PageStore if state.paged else StateStore)(number, state, self.index)
+
+    # What there is.
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
-        """Sequences that hold pages, oldest first."""
-        return tuple(self._sequences)
+        """Sequences that hold pages of the device, oldest first."""
+        return tuple(self.running)
 
     def length(self, sequence: Hashable) -> int:
         """Committed tokens of a sequence. Raises KeyError if it holds nothing."""
-        return self._sequences[sequence].length
+        return (self.suspended.get(sequence) or self._get(sequence)).length
 
-    def reserve(self, sequence: Hashable, num_new: int) -> Plan | Wait | Never:
-        """Pages for the next `num_new` tokens of a sequence (a new name starts one), as a plan of batch 1.
+    def never(self, total_len: int) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could."""
+        if total_len > self.max_len:
+            return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
+        for one in self.classes:
+            needed = one.max_pages(total_len, self.chunk_len)
+            if needed > one.num_usable:
+                sizes = f"{one.page_size} tokens a page, steps of up to {self.chunk_len}"
+                return Never(
+                    f"{one.name}: {total_len} tokens need {needed} pages ({sizes}), the pool has {one.num_usable}"
+                )
+        return None
 
-        Returns `Wait` when pages are short and `Never` when an empty pool would be too small; neither changes anything.
-        Raises ValueError when num_new is out of [1, chunk_len] or the sequence's last step was not committed.
+    def clip(self, sequence: Hashable, num_new: int) -> int:
+        """`num_new`, shortened so that the step ends where a recurrent state is to be kept for later hits."""
+        held = self._get(sequence)
+        if held.ids is None or not self._states:
+            return num_new
+        first = held.length // self._page_size + 1
+        for boundary in range(first, (held.length + num_new) // self._page_size + 1):
+            if self._keeps(held, boundary):
+                return boundary * self._page_size - held.length
+        return num_new
+
+    def audit(self) -> tuple[Account, ...]:
+        """Where every byte is now, one account a class; they add up."""
+        starving = [store.num_available == 0 for store in self.stores]
+        accounts = []
+        for number, store in enumerate(self.stores):
+            num_free = store.num_available - self.index.num_loose[number]
+            others_starve = any(starving[:number] + starving[number + 1 :])
+            stranded = num_free * store.state.page_bytes if others_starve else 0
+            sequences = [Held(h.length, h.num_new, h.lookahead, h.holdings[number]) for h in self.running.values()]
+            accounts.append(account(store.state, num_free, sequences, self.index.cached(number), stranded))
+        return tuple(accounts)
+
+    def check(self) -> None:
+        """Raises AssertionError on a broken invariant; see `invariants`."""
+        from kvlab.memory.invariants import check  # which needs to know what a ledger is
+
+        check(self)
+
+    # A step: look up, reserve, plan, commit.
+
+    def lookup(self, tokens: TokenIds, namespace: str = "") -> Hit:
+        """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
+
+        Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and for
+        tokens that are no integers of [0, 2^31).
         """
-        if not 1 <= num_new <= self.chunk_len:
-            raise ValueError(f"num_new = {num_new}: must be in [1, {self.chunk_len}]")
-        held = self._sequences.get(sequence) or _Sequence(pages=[{} for _ in self.classes])
-        if held.reserved_len:
-            raise ValueError(f"sequence {sequence!r}: its step of {held.reserved_len} tokens is not committed")
-        start, end = held.length, held.length + num_new
-        if end > self.max_len:
-            return Never(f"{start} + {num_new} = {end} tokens exceed max_len = {self.max_len}")
-        missing: list[list[int]] = []
-        for state, pages, free in zip(self.classes, held.pages, self._free, strict=True):
-            needed = state.pages_for_step(start, num_new)
-            usable = state.num_pages - state.has_null_page
-            if len(needed) > usable:
-                return Never(f"{state.name}: tokens [0, {end}) need {len(needed)} pages, the pool has {usable}")
-            missing.append([page for page in needed if page not in pages])
-            if len(missing[-1]) > len(free):
-                return Wait(f"{state.name}: {len(missing[-1])} pages needed, {len(free)} free")
-        for pages, free, new in zip(held.pages, self._free, missing, strict=True):
-            pages.update((page, free.pop()) for page in new)
-        held.reserved_len = num_new
-        self._sequences[sequence] = held
-        return self._plan(held, num_new)
+        ids = encode(tokens)
+        if not ids:
+            raise ValueError("tokens = []: a prompt has at least one token")
+        self.index.count_lookup()
+        path, num_pages = self.index.match(namespace, ids, len(tokens)) if self._shares else ([], 0)
+        holdings = [Holding() for _ in self.classes]
+        for store, holding in zip(self.stores, holdings, strict=True):
+            for logical, cached in self.index.needed(path, store.number, num_pages):
+                holding.pages[logical] = cached.page
+                store.share(cached.page)
+                self.index.hit(cached)
+        path_from_root = [self.index.root(namespace), *path[:num_pages]]
+        self.index.lock(path_from_root[-1])
+        hit = Hit(num_pages * self._page_size, len(tokens), ids, holdings, path_from_root, len(path))
+        self.hits[id(hit)] = hit
+        self.counters.looked_up_tokens += hit.num_tokens
+        self.counters.hit_tokens += hit.length
+        self._note_peak()
+        return hit
 
-    def commit(self, sequence: Hashable, num_accepted: int) -> None:
-        """The step ran and its first `num_accepted` tokens count; pages outside live(n) become free.
+    def unpin(self, hit: Hit) -> None:
+        """Lets go of a hit that no sequence took. Raises ValueError if one did."""
+        self._spend(hit)
+        for store, holding in zip(self.stores, hit.holdings, strict=True):
+            for page in reversed(holding.pages.values()):
+                store.drop(page)
+        self.index.unlock(hit.path[-1])
 
-        Raises ValueError when no step is in flight, when more is accepted than was reserved, and when less is while a
-        recurrent state, which has absorbed every token, cannot be rolled back.
+    def reserve(
+        self,
+        sequence: Hashable,
+        num_new: int,
+        lookahead: int = 0,
+        *,
+        hit: Hit | None = None,
+        lengths: Lengths | None = None,
+    ) -> Ready | Wait | Never:
+        """Pages for the next `num_new` tokens of a sequence and `lookahead` speculative ones; a new name begins one.
+
+        A new sequence takes a `hit` over and starts behind it; with `lengths`, what cannot fit in the end is refused at once, and
+        contiguous reservations know their size. `Wait` when pages are short, `Never` when an empty pool would be too
+        small: neither changes anything, and the hit stays pinned. Raises ValueError for counts out of range and when the
+        sequence's last step is not settled.
         """
-        held = self._sequences[sequence]
-        if not held.reserved_len or not 0 <= num_accepted <= held.reserved_len:
-            raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {held.reserved_len}] reserved tokens")
-        recurrent = [state.name for state in self.classes if not state.spec.per_token]
-        if num_accepted < held.reserved_len and recurrent:
-            legal = f"must be all {held.reserved_len} reserved tokens, since {recurrent[0]} cannot be rolled back"
-            raise ValueError(f"num_accepted = {num_accepted}: {legal}")
-        self._settle(held, num_accepted)
+        held = self.running.get(sequence)
+        is_plain = held is not None and not (held.num_new or lookahead or hit or lengths)
+        if is_plain and 0 < num_new <= self.chunk_len and held.length + num_new <= held.room:
+            held.num_new = num_new
+            return READY
+        if num_new < 1 or lookahead < 0 or num_new + lookahead > self.chunk_len:
+            legal = f"num_new must be at least 1, and num_new + lookahead at most {self.chunk_len}"
+            raise ValueError(f"num_new = {num_new}, lookahead = {lookahead}: {legal}")
+        if held is None:
+            held = self._begin(sequence, hit)
+        elif hit is not None or lengths is not None:
+            raise ValueError(f"sequence {sequence!r}: has begun; hit and lengths belong to its first step")
+        elif held.num_new:
+            raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
+        end = held.length + num_new + lookahead
+        if never := self.never(max(end, lengths.final_len if lengths else 0)):
+            return never
+        missing = []
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            missing.append(store.missing(holding, held.length, end, lookahead))
+            if refusal := store.refusal(holding, missing[-1], end, lengths):
+                return refusal
+        taken = self._take([len(pages) for pages in missing])
+        if held.row < 0:
+            self._install(sequence, held, hit)
+        for store, holding, pages, new in zip(self.stores, held.holdings, missing, taken, strict=True):
+            store.give(held.row, holding, pages, new, lengths)
+        held.num_new, held.lookahead = num_new, lookahead
+        self._refresh(held)
+        self._note_peak()
+        return READY
+
+    def plan(self, sequences: Sequence[Hashable], batch_size: int, num_tokens: int) -> Plan:
+        """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest is
+        padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
+        steps = [self._get(sequence) for sequence in sequences]
+        longest = max((held.num_new + held.lookahead for held in steps), default=0)
+        if len(steps) > batch_size or longest > num_tokens:
+            raise ValueError(f"{len(steps)} steps of {longest} tokens do not fit [{batch_size}, {num_tokens}]")
+        if idle := [name for name, held in zip(sequences, steps, strict=True) if not held.num_new]:
+            raise ValueError(f"sequence {idle[0]!r}: no step is reserved")
+        starts, counts = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
+        starts[: len(steps)] = [held.length for held in steps]
+        counts[: len(steps)] = [held.num_new + held.lookahead for held in steps]
+        rows = np.array([held.row for held in steps], np.int32)
+        plans = []
+        for number, store in enumerate(self.stores):
+            holdings = [held.holdings[number] for held in steps]
+            plans.append(store.plan(rows, holdings, starts, counts, num_tokens))
+        return Plan(starts, counts, tuple(plans))
+
+    def commit(self, sequence: Hashable, num_accepted: int, tokens: TokenIds = ()) -> None:
+        """The step ran and its first `num_accepted` tokens count; `tokens` are ids that the prompt did not hold.
+
+        Full pages whose ids are known are published, pages outside live(n) become free. Raises ValueError when no step is in
+        flight, when more is accepted than was reserved, and when less is beside a recurrent state: that can only be
+        rejected as a whole, and only if the step had lookahead (feed the accepted tokens again).
+        """
+        held = self._get(sequence)
+        reserved = held.num_new + held.lookahead
+        if not 0 <= num_accepted <= reserved or not reserved:
+            raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {reserved}] reserved tokens")
+        if num_accepted < reserved and self._states and held.length and (num_accepted or not held.lookahead):
+            legal = f"must be {'0 or ' * (held.lookahead > 0)}all {reserved} reserved tokens"
+            name = self._states[0].state.name
+            raise ValueError(f"num_accepted = {num_accepted}: {legal}, since {name} cannot be rolled back further")
+        if held.ids is not None and len(tokens):
+            self._learn(held, held.length + num_accepted, tokens)
+        if held.length + num_accepted < held.wake and num_accepted == held.num_new:
+            held.length += num_accepted
+            held.num_new = 0
+        else:
+            self._settle(held, num_accepted, ran=True)
 
     def cancel(self, sequence: Hashable) -> None:
         """The reserved step will not run: its pages are free again, and a sequence that holds nothing else is gone.
 
         Raises ValueError when no step is in flight.
         """
-        held = self._sequences[sequence]
-        if not held.reserved_len:
+        held = self._get(sequence)
+        if not held.num_new:
             raise ValueError(f"sequence {sequence!r}: no step is in flight")
         if held.length:
-            self._settle(held, 0)
+            self._settle(held, 0, ran=False)
         else:
             self.release(sequence)
 
-    def _settle(self, held: _Sequence, num_accepted: int) -> None:
-        """Ends a step: the tokens count, and pages that live(n) does not need are free."""
-        held.length, held.reserved_len = held.length + num_accepted, 0
-        for state, pages, free in zip(self.classes, held.pages, self._free, strict=True):
-            keep = set(state.pages_for_step(held.length, 0))
-            for page in sorted(pages.keys() - keep):
-                free.append(pages.pop(page))
+    # The life of a sequence.
 
-    def release(self, sequence: Hashable) -> None:
-        """Frees everything a sequence holds. Raises KeyError if it holds nothing."""
-        held = self._sequences.pop(sequence)
-        for pages, free in zip(held.pages, self._free, strict=True):
-            free.extend(pages[page] for page in sorted(pages))
+    def fork(self, parent: Hashable, child: Hashable) -> None:
+        """`child` continues from where `parent` is and shares every page; the first to write a shared page copies it.
 
-    def audit(self) -> tuple[Account, ...]:
-        """Where every byte is now, one account a class."""
-        return tuple(self._account(index) for index in range(len(self.classes)))
+        Raises ValueError while a step is in flight, for a name in use, and beside contiguous reservations.
+        """
+        held = self._idle(parent)
+        if child in self.running or child in self.suspended:
+            raise ValueError(f"sequence {child!r}: the name is in use")
+        ids = None if held.ids is None else bytearray(held.ids)
+        twin = _Sequence(self._new_row(), [], list(held.path), ids, held.prompt_len, held.junction, held.length)
+        for store, one in zip(self.stores, held.holdings, strict=True):
+            twin.holdings.append(Holding(dict(one.pages), dict(one.duplicates)))
+            for page in (*one.pages.values(), *one.duplicates.values()):
+                store.share(page)
+            store.table[twin.row], store.starts[twin.row] = store.table[held.row], store.starts[held.row]
+        if twin.path:
+            self.index.lock(twin.path[-1])
+        self.running[child] = twin
+        self._refresh(held)
+        self._refresh(twin)
 
-    def check(self) -> None:
-        """Raises AssertionError on a broken invariant: every page free or held exactly once, accounts sum to pools."""
-        for index, (state, free) in enumerate(zip(self.classes, self._free, strict=True)):
-            held = [page for sequence in self._sequences.values() for page in sequence.pages[index].values()]
-            owned = sorted(free + held)
-            assert owned == list(range(int(state.has_null_page), state.num_pages)), f"{state.name}: {owned}"
-            account = self._account(index)
-            assert account.pool == account.free + account.null + account.allocated, account
-            assert min(account.free, account.live, account.tail, account.dead, account.reserved) >= 0, account
+    def release(self, sequence: Hashable, keep: bool = True) -> None:
+        """Frees everything a sequence holds, a step in flight included; what it published stays in the index, unless not
+        `keep`: then what nobody else uses of its path is freed as well. Raises KeyError if it holds nothing."""
+        if (held := self.suspended.pop(sequence, None)) is not None:
+            for store, holding in zip(self.stores, held.holdings, strict=True):
+                store.host_free.extend(holding.pages.values())
+        else:
+            held = self._get(sequence)
+            del self.running[sequence]
+            self._let_go(held)
+        if not keep:
+            for node in reversed(held.path[1:]):
+                for store, cached in zip(self.stores, node.pages, strict=True):
+                    if cached is not None and cached.queued is not None:
+                        store.withdraw(cached)
+        if held.path:
+            self.index.unlock(held.path[-1])
 
-    def _plan(self, held: _Sequence, num_new: int) -> Plan:
-        positions = np.arange(held.length, held.length + num_new)
-        plans = []
-        for state, pages in zip(self.classes, held.pages, strict=True):
-            table = np.full(state.table_len, 0 if state.has_null_page else state.num_pages, np.int32)
-            starts = np.full(state.table_len, NOWHERE, np.int32)
-            table[: len(pages)] = list(pages.values())
-            starts[: len(pages)] = np.fromiter(pages, np.int32) * state.page_size
-            slots = np.zeros(0, np.int32)
-            if state.spec.per_token:
-                owners = np.array([pages[page] for page in (positions // state.page_size).tolist()])
-                slots = (owners * state.page_size + positions % state.page_size).astype(np.int32)
-            plans.append(ClassPlan(table[None], starts[None], slots[None]))
-        return Plan(np.array([held.length], np.int32), np.array([num_new], np.int32), tuple(plans))
+    def evict(self, name: str, num_pages: int) -> int:
+        """Frees up to `num_pages` cached pages of a class in the policy's order; returns how many were."""
+        store = next((store for store in self.stores if store.state.name == name), None)
+        if store is None or num_pages < 0:
+            legal = ", ".join(one.name for one in self.classes)
+            raise ValueError(f"evict({name!r}, {num_pages}): must be at least 0 pages of one of {legal}")
+        count = min(num_pages, self.index.num_loose[store.number])
+        for _ in range(count):
+            store.evict()
+        return count
 
-    def _account(self, index: int) -> Account:
-        state, free = self.classes[index], self._free[index]
-        live = tail = dead = reserved = 0
-        slot_bytes = state.page_bytes // state.page_size
-        for held in self._sequences.values():
-            num_pages = len(held.pages[index])
-            if not state.spec.per_token:
-                live += num_pages * state.page_bytes
-                continue
-            live_len = state.spec.live_len(held.length)
-            slots = num_pages * state.page_size
-            end = (max(held.pages[index], default=-1) + 1) * state.page_size
-            unused = max(0, end - held.length)  # slots [length, end) were not written yet
-            live += live_len * slot_bytes
-            dead += (slots - unused - live_len) * slot_bytes
-            if state.contiguous:
-                reserved += unused * slot_bytes
+    def swap_out(self, sequence: Hashable) -> Swap | Wait:
+        """Moves a sequence to the host: its device pages are free once the swap has run. `Wait` when the host is full.
+
+        Raises ValueError while a step is in flight and beside contiguous reservations.
+        """
+        held = self._idle(sequence)
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            if len(holding.pages) > len(store.host_free):
+                needed = f"{len(holding.pages)} host pages needed, {len(store.host_free)} free"
+                return Wait(f"{store.state.name}: {needed}")
+        moves, host = [], []
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            host.append(Holding({logical: store.host_free.pop() for logical in holding.pages}))
+            moves.append([(page, host[-1].pages[logical]) for logical, page in holding.pages.items()])
+        self._let_go(held)
+        held.holdings, held.row = host, -1
+        self.suspended[sequence] = held
+        del self.running[sequence]
+        return self._swap(moves)
+
+    def swap_in(self, sequence: Hashable) -> Swap | Wait:
+        """Brings a sequence back; pages that the index still holds are shared instead of moved. `Wait` when pages are short."""
+        if sequence not in self.suspended:
+            raise KeyError(f"sequence {sequence!r}: is not swapped out")
+        held = self.suspended[sequence]
+        resident: list[dict[int, CachedPage]] = []
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            sealed = [i for i in holding.pages if store.state.paged and i + 1 < len(held.path)]
+            nodes = {i: held.path[i + 1].pages[store.number] for i in sealed}
+            resident.append({i: cached for i, cached in nodes.items() if cached is not None})
+            pinned = sum(cached.loose for cached in resident[-1].values())
+            if wait := store.shortage(len(holding.pages) - len(resident[-1]) + pinned):
+                return wait
+        for store, cached_pages in zip(self.stores, resident, strict=True):
+            for cached in cached_pages.values():
+                store.share(cached.page)
+        host, moves = held.holdings, []
+        missing = [[i for i in one.pages if i not in found] for one, found in zip(host, resident, strict=True)]
+        taken = self._take([len(pages) for pages in missing])
+        held.row, held.holdings = self._new_row(), [Holding() for _ in self.classes]
+        for store, old, new, found, need, pages in zip(
+            self.stores, host, held.holdings, resident, missing, taken, strict=True
+        ):
+            fresh = dict(zip(need, pages, strict=True))
+            for logical in old.pages:
+                store.assign(held.row, new, logical, found[logical].page if logical in found else fresh[logical])
+                if logical in fresh and store.state.paged and logical + 1 < len(held.path):
+                    store.publish(held.path[logical + 1], fresh[logical])
+            moves.append([(page, old.pages[logical]) for logical, page in fresh.items()])
+            store.host_free.extend(old.pages.values())
+        self.running[sequence] = held
+        del self.suspended[sequence]
+        self._refresh(held)
+        self._note_peak()
+        return self._swap(moves)
+
+    # How.
+
+    def _begin(self, sequence: Hashable, hit: Hit | None) -> _Sequence:
+        """A sequence that is not installed yet and holds what its hit pins."""
+        if sequence in self.suspended:
+            raise ValueError(f"sequence {sequence!r}: is swapped out")
+        if hit is None:
+            return _Sequence(-1, [Holding() for _ in self.classes], [], None)
+        if hit.spent:
+            raise ValueError("hit: is spent already")
+        ids = bytearray(hit.ids) if self._shares else None
+        return _Sequence(-1, hit.holdings, hit.path, ids, hit.num_tokens, hit.junction, hit.length)
+
+    def _install(self, sequence: Hashable, held: _Sequence, hit: Hit | None) -> None:
+        """A sequence begins: a row, and the hit's pins and lock, which are its own from now on."""
+        held.row = self._new_row()
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            for logical, page in holding.pages.items():
+                store.assign(held.row, holding, logical, page)
+        if hit is not None:
+            self._spend(hit)
+        self.running[sequence] = held
+
+    def _take(self, counts: Sequence[int]) -> list[list[int]]:
+        """New pages of every class, or none at all: what was taken before a failure goes back."""
+        taken: list[list[int]] = [[] for _ in self.stores]
+        try:
+            for store, pages, count in zip(self.stores, taken, counts, strict=True):
+                for _ in range(count):
+                    pages.append(store.take())
+        except BaseException:
+            for store, pages in zip(self.stores, taken, strict=True):
+                for page in pages:
+                    store.drop(page)
+            raise
+        return taken
+
+    def _learn(self, held: _Sequence, new_length: int, tokens: TokenIds) -> None:
+        """Appends ids of accepted tokens. Raises ValueError when there would be more ids than tokens."""
+        assert held.ids is not None
+        known = len(held.ids) // ITEM + len(tokens)
+        if known > max(held.prompt_len, new_length):
+            raise ValueError(f"tokens: {known} ids known, for {new_length} tokens stored: must not be more")
+        held.ids += encode(tokens)
+
+    def _settle(self, held: _Sequence, num_accepted: int, *, ran: bool) -> None:
+        """Ends a step: the tokens count, full pages are published, and what live(n) does not need is let go."""
+        held.length += num_accepted
+        held.num_new = held.lookahead = 0
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            store.settle(held.row, holding, held.length, num_accepted, ran=ran)
+        if held.ids is not None:
+            self._seal(held)
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            store.forget(held.row, holding, held.length)
+        self._refresh(held)
+
+    def _seal(self, held: _Sequence) -> None:
+        """Publishes full pages whose ids are known, and the recurrent states that are to be kept."""
+        assert held.ids is not None
+        page_bytes, tip = self._page_size * ITEM, held.path[-1]
+        num_sealed = min(held.length, len(held.ids) // ITEM) // self._page_size
+        while (logical := len(held.path) - 1) < num_sealed:
+            node = self.index.grow(held.path[-1], bytes(held.ids[logical * page_bytes : (logical + 1) * page_bytes]))
+            held.path.append(node)
+            for store, holding in zip(self.stores, held.holdings, strict=True):
+                if store.state.paged and logical in holding.pages:
+                    self._offer(store, held.row, holding, node, logical)
+        if num_sealed and held.length == num_sealed * self._page_size and self._keeps(held, num_sealed):
+            self._keep_states(held, in_answer=held.length > held.prompt_len)
+        if held.path[-1] is not tip:
+            self.index.lock(held.path[-1])
+            self.index.unlock(tip)
+
+    def _offer(self, store: Store, row: int, holding: Holding, node: Node, logical: int) -> None:
+        """Publishes a sequence's page, or settles what becomes of it when the index has an identical one."""
+        own, cached = holding.pages[logical], node.pages[store.number]
+        if cached is None:
+            store.publish(node, own)
+        elif cached.page != own:
+            store.share(cached.page)
+            if self.deduplicate or not store.state.paged:
+                store.drop(own)
+                store.assign(row, holding, logical, cached.page)
+                self.counters.deduplicated_pages += 1
             else:
-                tail += unused * slot_bytes
-        free_bytes, null_bytes = len(free) * state.page_bytes, state.has_null_page * state.page_bytes
-        return Account(state.name, state.pool_bytes, free_bytes, null_bytes, live, tail, dead, reserved)
+                holding.duplicates[logical] = cached.page
 
+    def _keeps(self, held: _Sequence, boundary: int) -> bool:
+        """Whether the recurrent state after `boundary` pages is to be kept."""
+        return self.checkpoints.wants(boundary, (held.prompt_len - 1) // self._page_size, held.junction)
 
-def stack(plans: Sequence[Plan], classes: Sequence[StateClass], batch_size: int, num_tokens: int) -> Plan:
-    """One plan of fixed shape [batch_size, num_tokens] from per-sequence plans; the rest is padding that reads the null
-    page and writes nowhere. Raises ValueError when the plans do not fit the shape."""
-    longest = max((int(plan.counts[0]) for plan in plans), default=0)
-    if len(plans) > batch_size or longest > num_tokens:
-        raise ValueError(f"{len(plans)} plans of {longest} tokens do not fit a step of [{batch_size}, {num_tokens}]")
-    starts, counts = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-    starts[: len(plans)] = [plan.starts[0] for plan in plans]
-    counts[: len(plans)] = [plan.counts[0] for plan in plans]
-    stacked = []
-    for index, state in enumerate(classes):
-        unused = 0 if state.has_null_page else state.num_pages
-        pages = np.full((batch_size, state.table_len), unused, np.int32)
-        page_starts = np.full((batch_size, state.table_len), NOWHERE, np.int32)
-        slots = np.full((batch_size, num_tokens), state.num_pages * state.page_size, np.int32)
-        for row, plan in enumerate(plans):
-            one = plan.classes[index]
-            pages[row], page_starts[row] = one.pages[0], one.page_starts[0]
-            slots[row, : one.write_slots.shape[1]] = one.write_slots[0]
-        stacked.append(ClassPlan(pages, page_starts, slots))
-    return Plan(starts, counts, tuple(stacked))
+    def _keep_states(self, held: _Sequence, *, in_answer: bool) -> None:
+        """Publishes the recurrent states at the end of the path; the newest of an answer replaces the one before."""
+        node = held.path[-1]
+        for store in self._states:
+            self._offer(store, held.row, held.holdings[store.number], node, 0)
+        if in_answer and self.checkpoints.name == "junctions":
+            for old in held.rolling:
+                if old.loose and old.uses == 1 and old.node.pages[old.state_class] is old:
+                    self.stores[old.state_class].withdraw(old)
+            kept = (node.pages[store.number] for store in self._states)
+            held.rolling = [cached for cached in kept if cached is not None]
 
+    def _refresh(self, held: _Sequence) -> None:
+        """Until when the next steps need nothing: see `_Sequence.room` and `wake`."""
+        pairs = list(zip(self.stores, held.holdings, strict=True))
+        held.room = min(self.max_len, *(store.room(holding, held.length) for store, holding in pairs))
+        held.wake = min(store.wake(holding) for store, holding in pairs)
+        if held.ids is not None:
+            held.wake = min(held.wake, (held.length // self._page_size + 1) * self._page_size)
+        if held.lookahead or any(holding.copies or holding.writing is not None for holding in held.holdings):
+            held.wake = 0
 
-def sized_class(
-    name: str,
-    spec: StateSpec,
-    *,
-    num_layers: int,
-    page_size: int,
-    contiguous: bool,
-    max_sequences: int,
-    max_len: int,
-    chunk_len: int,
-) -> StateClass:
-    """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order."""
-    if not spec.per_token:
-        return StateClass(name, spec, 1, max_sequences, 1, num_layers)
-    if contiguous:
-        return StateClass(name, spec, max_len, max_sequences, 1, num_layers, contiguous=True)
-    table_len = max_pages_for_step(spec, max_len, chunk_len, page_size)
-    return StateClass(name, spec, page_size, 1 + max_sequences * table_len, table_len, num_layers)
+    def _let_go(self, held: _Sequence) -> None:
+        """A sequence leaves the device."""
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            store.let_go(held.row, holding)
+        self.free_rows.append(held.row)
+
+    def _new_row(self) -> int:
+        if not self.free_rows:
+            num_rows = len(self.stores[0].table)
+            more = max(8, num_rows)
+            for store in self.stores:
+                store.add_rows(more)
+            self.free_rows = list(range(num_rows + more - 1, num_rows - 1, -1))
+        return self.free_rows.pop()
+
+    def _get(self, sequence: Hashable) -> _Sequence:
+        held = self.running.get(sequence)
+        if held is None:
+            raise KeyError(
+                f"sequence {sequence!r}: {'is swapped out' if sequence in self.suspended else 'holds nothing'}"
+            )
+        return held
+
+    def _idle(self, sequence: Hashable) -> _Sequence:
+        """A sequence that can be shared or moved: no step in flight, no contiguous reservation."""
+        held = self._get(sequence)
+        if held.num_new:
+            raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
+        if not self._shares:
+            raise ValueError(f"sequence {sequence!r}: contiguous reservations are neither shared nor swapped")
+        return held
+
+    def _spend(self, hit: Hit) -> None:
+        if hit.spent:
+            raise ValueError("hit: is spent already")
+        hit.spent = True
+        del self.hits[id(hit)]
+
+    def _swap(self, moves: Sequence[Sequence[tuple[int, int]]]) -> Swap:
+        self.counters.swapped_pages += sum(len(one) for one in moves)
+        return Swap(tuple(np.array(one, np.int32).reshape(-1, 2) for one in moves))
+
+    def _note_peak(self) -> None:
+        total = 0
+        for number, store in enumerate(self.stores):
+            num_held = store.state.num_usable - store.num_available
+            total += num_held * store.state.page_bytes
+            self.counters.peak_pages[number] = max(self.counters.peak_pages[number], num_held)
+        self.counters.peak_bytes = max(self.counters.peak_bytes, total)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvlab.memory.ledger import ClassPlan, StateClass
+from kvlab.memory.classes import StateClass
+from kvlab.memory.plan import ClassPlan
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention import paged_attention
@@ -150,8 +151,8 @@ class StateSlots:
         return {name: one(array) for name, array in self.pool.items()}
 
     def write(self, states: dict[str, Array]) -> "StateSlots":
-        """The memory with the states [B, ...] after the step; padded rows are dropped."""
-        slots = jnp.asarray(self.plan.pages)[:, 0]
+        """The memory with the states [B, ...] after the step, in the slots to write; padded rows are dropped."""
+        slots = jnp.asarray(self.plan.write_slots)[:, 0]
         pool = {
             name: array.at[slots].set(states[name].astype(array.dtype), mode="drop")
             for name, array in self.pool.items()
@@ -171,6 +172,14 @@ def view(state: StateClass, pool: Pool, plan: ClassPlan, starts: Counts, counts:
     if not state.spec.per_token:
         return StateSlots(pool, plan, starts, counts)
     return (DenseTokens if state.contiguous else PagedTokens)(pool, plan, starts + counts)
+
+
+def copy_pages(pool: Pool, sources: Array, destinations: Array) -> Pool:
+    """A pool with pages copied, bit for bit; a destination past the pool drops the copy. All sources are read first."""
+    return {
+        name: array.at[destinations].set(array.at[sources].get(mode="clip"), mode="drop")
+        for name, array in pool.items()
+    }
 
 
 def num_bytes(pools: Any) -> int:

@@ -8,7 +8,6 @@ from kvlab.engine import measure as measuring
 from kvlab.engine.measure import measure
 from kvlab.engine.step import MemoryStep
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.ledger import stack
 from kvlab.memory.pools import num_bytes
 from tests.contracts import VARIANTS, VOCAB, build
 
@@ -40,7 +39,7 @@ def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
     pools = step.layout.allocate()
     analysis = step.compiled(params, pools, 1).memory_analysis()
     assert analysis.alias_size_in_bytes == step.layout.pool_bytes
-    plan = stack([], step.layout.classes, 3, 1)
+    plan = step.layout.ledger().plan([], 3, 1)
     assert analysis.argument_size_in_bytes == _used(params, pools, plan, step)
 
 
@@ -56,7 +55,7 @@ def _used(params, pools, plan, step) -> int:
 def test_a_donated_write_copies_nothing(dtype):
     """Temporaries of the key-value write alone stay below 1% of the pool."""
     from kvlab.memory import pools as device
-    from kvlab.memory.ledger import ClassPlan
+    from kvlab.memory.plan import ClassPlan
 
     step, _ = layout_of("gqa", MEMORIES[0], rows=8, max_len=4096, dtype=dtype)
     state = step.layout.classes[0]
@@ -64,7 +63,7 @@ def test_a_donated_write_copies_nothing(dtype):
     new = jnp.zeros((8, 1, state.spec.num_kv_heads, state.spec.key_dim), dtype)
 
     def write(pool, slots, new):
-        return device.write_tokens(pool, ClassPlan(slots, slots, slots), new, new)
+        return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots), new, new)
 
     slots = jnp.zeros((8, 1), jnp.int32)
     analysis = jax.jit(write, donate_argnums=0).lower(pool, slots, new).compile().memory_analysis()

@@ -1,0 +1,25 @@
+"""What the ledger answers to a request."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The step is reserved: the sequence can be part of the next plan."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Not now: pages are missing that running sequences will free."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Never:
+    """Not ever: the request does not fit an empty pool; says why, with the arithmetic."""
+
+    reason: str
+
+
+READY = Ready()

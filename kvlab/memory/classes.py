@@ -1,0 +1,133 @@
+"""State classes: layers whose states have equal specs share page ids and one page table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvlab.memory.spec import StateSpec, max_pages_for_step
+from kvlab.schema import nearest
+
+
+class Lengths(NamedTuple):
+    """What is known of a sequence when it begins: its prompt, and the length it will reach (the oracle's knowledge)."""
+
+    prompt_len: int
+    final_len: int
+
+
+def _pow2(lengths: Lengths, max_len: int) -> int:
+    output_len = lengths.final_len - lengths.prompt_len
+    return min(max_len, lengths.prompt_len + (1 << max(0, output_len - 1).bit_length()))
+
+
+RESERVATIONS: dict[str, Callable[[Lengths, int], int]] = {
+    "max": lambda lengths, max_len: max_len,
+    "pow2": _pow2,
+    "oracle": lambda lengths, max_len: min(max_len, lengths.final_len),
+}
+"""Slots that a contiguous sequence reserves: the maximum length; the prompt and the output rounded up to a power of two; exactly
+what it will use."""
+
+
+@dataclass(frozen=True)
+class StateClass:
+    """A pool's description.
+
+    `page_size` is token slots a page (1 for recurrent states); `num_pages` counts the null page where there is one;
+    `page_bytes` is one page of all the class's layers. With a `reservation` ("max", "pow2", "oracle") a sequence holds one
+    contiguous run of pages from its first token on, as caches did before paging. `num_host_pages` is room to swap to.
+    """
+
+    name: str
+    spec: StateSpec
+    page_size: int
+    num_pages: int
+    table_len: int
+    num_layers: int = 1
+    reservation: str | None = None
+    num_host_pages: int = 0
+
+    def __post_init__(self) -> None:
+        for field, low in (("page_size", 1), ("table_len", 1), ("num_layers", 1), ("num_host_pages", 0)):
+            value = getattr(self, field)
+            if value < low:
+                raise ValueError(f"{self.name}: {field} = {value}: must be at least {low}")
+        if self.num_pages < 1 + self.has_null_page:
+            legal = f"must be at least {1 + self.has_null_page}{', the null page counted' * self.has_null_page}"
+            raise ValueError(f"{self.name}: num_pages = {self.num_pages}: {legal}")
+        if self.reservation is not None and self.reservation not in RESERVATIONS:
+            raise ValueError(
+                f"{self.name}: reservation = {self.reservation!r}: {nearest(self.reservation, RESERVATIONS)}"
+            )
+        if self.reservation is not None and not self.spec.per_token:
+            raise ValueError(f"{self.name}: reservation = {self.reservation!r}: recurrent states take none")
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether a sequence holds one run of pages up to a length fixed when it began."""
+        return self.reservation is not None
+
+    @property
+    def paged(self) -> bool:
+        """Whether pages are tokens' and given on demand."""
+        return self.spec.per_token and not self.contiguous
+
+    @property
+    def has_null_page(self) -> bool:
+        """Page 0 of a paged pool is never written, so that padded table entries are safe to read."""
+        return self.paged
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that sequences can hold."""
+        return self.num_pages - self.has_null_page
+
+    @property
+    def unused_page(self) -> int:
+        """What an unused table entry holds: the null page, or a page out of range."""
+        return 0 if self.has_null_page else self.num_pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers of the class."""
+        return self.spec.unit_bytes * self.page_size * self.num_layers
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the class's arrays, the null page included."""
+        return self.page_bytes * self.num_pages
+
+    def max_pages(self, max_len: int, chunk_len: int) -> int:
+        """The most pages a sequence holds that grows to max_len in steps of chunk_len: the one definition of fit."""
+        return max_pages_for_step(self.spec, max_len, chunk_len, self.page_size) if self.paged else 1
+
+    @property
+    def num_pinned_pages(self) -> int:
+        """Leading pages that hold sinks and are never freed."""
+        return -(-self.spec.num_pinned // self.page_size)
+
+    def table_index(self, page: int) -> int:
+        """Where a logical page stands in a sequence's table row: sinks first, the rest in a ring that never collides."""
+        if page < self.table_len:
+            return page
+        return self.num_pinned_pages + (page - self.num_pinned_pages) % (self.table_len - self.num_pinned_pages)
+
+
+def sized_class(
+    name: str,
+    spec: StateSpec,
+    *,
+    num_layers: int,
+    page_size: int,
+    contiguous: bool,
+    max_sequences: int,
+    max_len: int,
+    chunk_len: int,
+) -> StateClass:
+    """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order."""
+    if not spec.per_token:
+        return StateClass(name, spec, 1, max_sequences, 1, num_layers)
+    if contiguous:
+        return StateClass(name, spec, max_len, max_sequences, 1, num_layers, reservation="max")
+    table_len = max_pages_for_step(spec, max_len, chunk_len, page_size)
+    return StateClass(name, spec, page_size, 1 + max_sequences * table_len, table_len, num_layers)

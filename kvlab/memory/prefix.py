@@ -1,0 +1,297 @@
+"""The prefix index: a trie of sealed pages. What one sequence computed, another that begins with the same tokens can read.
+
+A node is one page of tokens behind its parent's; it holds, for each state class, the page with their state or nothing (evicted,
+never kept). Tokens are compared exactly; a SHA-256 chain only finds the candidates, so that a colliding hash costs time
+and nothing else. Namespaces (parameters, spec, page format, salt) are separate tries.
+"""
+
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlab.memory.classes import StateClass
+from kvlab.memory.replacement import Order, Policy
+from kvlab.memory.spec import live_pages
+from kvlab.memory.trie import CachedPage, Node
+
+type TokenIds = Sequence[int] | npt.NDArray[np.integer]
+
+ITEM = 4  # bytes of a stored token id
+
+
+def sha256(data: bytes) -> bytes:
+    """The chain's digest."""
+    return hashlib.sha256(data).digest()
+
+
+def namespace(*, parameters: str, spec: str, page_format: str = "", salt: str = "") -> str:
+    """The name of a trie: pages are shared only between runs in which all four are equal. `salt` separates users."""
+    return sha256(repr((parameters, spec, page_format, salt)).encode()).hex()
+
+
+def encode(tokens: TokenIds) -> bytes:
+    """Token ids as little-endian int32. Raises ValueError for ids that are no integers of [0, 2^31)."""
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return b""
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"tokens of shape {array.shape} and dtype {array.dtype}: must be one list of integers")
+    if int(array.min()) < 0 or int(array.max()) >= 2**31:
+        raise ValueError(f"token {int(array.min() if array.min() < 0 else array.max())}: must be in [0, {2**31})")
+    return array.astype("<i4").tobytes()
+
+
+def page_keys(
+    tokens: TokenIds, page_size: int, name: str = "", digest: Callable[[bytes], bytes] = sha256
+) -> list[bytes]:
+    """The keys of the pages that a lookup of these tokens could be given: all full pages short of the last token."""
+    ids, key, keys = encode(tokens), digest(name.encode()), []
+    for page in range(max(0, len(tokens) - 1) // page_size):
+        key = digest(key + ids[page * page_size * ITEM : (page + 1) * page_size * ITEM])
+        keys.append(key)
+    return keys
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """At which page boundaries a recurrent state is kept for later hits: each one costs a slot.
+
+    "none"; "every" `interval` pages; "junctions" (after Marconi, arXiv 2411.19379): the last boundary of the prompt, the boundary where the
+    prompt left what others had computed, and the newest boundary of the answer; "all".
+    """
+
+    name: str = "junctions"
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in ("none", "every", "junctions", "all"):
+            raise ValueError(f"checkpoints = {self.name!r}: must be one of none, every, junctions, all")
+        if self.interval < 1:
+            raise ValueError(f"checkpoint interval = {self.interval}: must be at least 1 page")
+
+    def wants(self, boundary: int, prompt_pages: int, junction: int) -> bool:
+        """Whether the state after `boundary` pages is kept; the prompt's last boundary is `prompt_pages`."""
+        if self.name == "junctions":
+            return boundary >= prompt_pages or boundary == junction
+        return self.name == "all" or (self.name == "every" and boundary % self.interval == 0)
+
+
+class PrefixIndex:
+    """The trie, and the order of eviction. It owns one reference on every page it holds; the ledger counts references."""
+
+    def __init__(
+        self,
+        classes: Sequence[StateClass],
+        policy: Callable[[int], Policy],
+        page_size: int,
+        digest: Callable[[bytes], bytes] = sha256,
+    ):
+        self._classes, self._digest = tuple(classes), digest
+        self.page_size = page_size
+        self.policies = [policy(one.num_usable) for one in classes]
+        self.num_loose = [0] * len(classes)
+        """Pages held by the index alone: all of them can be evicted, descendants first."""
+        self._whole_prefix = [one.spec.per_token and one.spec.span is None for one in classes]
+        self._nodes: dict[bytes, list[Node]] = {}
+        self._roots: dict[str, Node] = {}
+        self._owners: list[dict[int, CachedPage]] = [{} for _ in classes]
+        self._heaps: list[tuple[list[tuple[Order, int, int, int, CachedPage]], ...]] = [([], []) for _ in classes]
+        self._sizes = [[0, 0] for _ in classes]
+        self._stamps = itertools.count()
+
+    def root(self, name: str) -> Node:
+        """The root of a namespace."""
+        if name not in self._roots:
+            self._roots[name] = Node(None, b"", self._digest(name.encode()), 0, *self._empty())
+        return self._roots[name]
+
+    def find(self, parent: Node, tokens: bytes) -> Node | None:
+        """The child with exactly these tokens, if any."""
+        candidates = self._nodes.get(self._digest(parent.key + tokens), ())
+        return next((one for one in candidates if one.parent is parent and one.tokens == tokens), None)
+
+    def grow(self, parent: Node, tokens: bytes) -> Node:
+        """The child with these tokens, made if it is missing."""
+        if found := self.find(parent, tokens):
+            return found
+        key = self._digest(parent.key + tokens)
+        node = Node(parent, tokens, key, parent.depth + 1, *self._empty())
+        parent.children += 1
+        self._nodes.setdefault(key, []).append(node)
+        return node
+
+    def match(self, name: str, ids: bytes, num_tokens: int) -> tuple[list[Node], int]:
+        """The path of nodes that the first num_tokens - 1 tokens follow, and the longest joint hit on it, in pages.
+
+        A hit of p pages is valid iff, for every class, all pages of live(p * page_size) are resident on the path, and a
+        recurrent class holds a state at exactly p.
+        """
+        step, path, node = self.page_size * ITEM, [], self.root(name)
+        for page in range(max(0, num_tokens - 1) // self.page_size):
+            found = self.find(node, ids[page * step : (page + 1) * step])
+            if found is None:
+                break
+            path.append(found)
+            node = found
+        missing = [[0] for _ in self._classes]  # missing[c][i]: pages of class c absent from the path's first i nodes
+        for index, one in enumerate(self._classes):
+            if one.paged:
+                for node in path:
+                    missing[index].append(missing[index][-1] + (node.pages[index] is None))
+        for pages in range(len(path), 0, -1):
+            if all(self._valid(index, pages, path, missing[index]) for index in range(len(self._classes))):
+                return path, pages
+        return path, 0
+
+    def _valid(self, index: int, pages: int, path: Sequence[Node], missing: Sequence[int]) -> bool:
+        one = self._classes[index]
+        if not one.paged:
+            return path[pages - 1].pages[index] is not None
+        needed = live_pages(one.spec, pages * self.page_size, self.page_size)
+        return all(missing[run.stop] == missing[run.start] for run in needed)
+
+    def needed(self, path: Sequence[Node], index: int, pages: int) -> Iterator[tuple[int, CachedPage]]:
+        """Logical and cached pages of a class that a hit of `pages` pages reads; a recurrent state is page 0."""
+        one = self._classes[index]
+        runs = live_pages(one.spec, pages * self.page_size, self.page_size) if one.paged else ()
+        found = [(page, path[page].pages[index]) for run in runs for page in run]
+        if pages and not one.paged:
+            found = [(0, path[pages - 1].pages[index])]
+        for page, cached in found:
+            assert cached is not None
+            yield page, cached
+
+    def lock(self, node: Node) -> None:
+        """A path ends here: the node stays while it does."""
+        node.locks += 1
+
+    def unlock(self, node: Node) -> None:
+        """A path no longer ends here; what holds nothing and leads nowhere is forgotten."""
+        node.locks -= 1
+        self._prune(node)
+
+    def publish(self, node: Node, index: int, page: int) -> CachedPage:
+        """The index holds a page of class `index` at a node that has none; the caller adds the reference."""
+        assert node.pages[index] is None
+        assert node.parent is not None
+        one, end = self._classes[index], node.depth * self.page_size
+        start = end - self.page_size if one.paged else 0
+        cached = CachedPage(node, index, page, one.page_bytes, start, end)
+        node.pages[index] = self._owners[index][page] = cached
+        node.parent.resident_children[index] += 1
+        if self._whole_prefix[index] and (above := node.parent.pages[index]):
+            self._unqueue(above)
+        cached.created = cached.last_used = self._tick(index)
+        self.policies[index].admit(cached)
+        return cached
+
+    def owner(self, index: int, page: int) -> CachedPage | None:
+        """What the index holds a page for, if it does."""
+        return self._owners[index].get(page)
+
+    def hit(self, cached: CachedPage) -> None:
+        """Another sequence uses a page."""
+        cached.uses += 1
+        cached.last_used = self._tick(cached.state_class)
+        self.policies[cached.state_class].hit(cached)
+
+    def pin(self, cached: CachedPage) -> None:
+        """A page that the index held alone has another holder."""
+        self.num_loose[cached.state_class] -= 1
+        cached.loose = False
+        self._unqueue(cached)
+
+    def loosen(self, cached: CachedPage) -> None:
+        """The last other holder of a page let go of it."""
+        self.num_loose[cached.state_class] += 1
+        cached.loose = True
+        cached.last_used = self._tick(cached.state_class)
+        self._queue(cached)
+
+    def victim(self, index: int) -> CachedPage:
+        """The page of a class that the policy evicts next. Raises MemoryError when every page is pinned."""
+        policy, sizes = self.policies[index], self._sizes[index]
+        while any(sizes):
+            heap = self._heaps[index][policy.pick(sizes)]
+            cached = heap[0][4]
+            if cached.queued is None or heap[0][3] != cached.stamp:
+                heapq.heappop(heap)
+                continue
+            policy.clock += 1
+            if not policy.spare(cached):
+                return cached
+            self._unqueue(cached)
+            self._queue(cached)
+        raise MemoryError(f"{self._classes[index].name}: no page can be evicted")
+
+    def withdraw(self, cached: CachedPage) -> None:
+        """The index lets go of a page; the caller drops the reference."""
+        node, index = cached.node, cached.state_class
+        assert node.parent is not None
+        self._unqueue(cached)
+        self.num_loose[index] -= cached.loose
+        node.pages[index] = None
+        del self._owners[index][cached.page]
+        node.parent.resident_children[index] -= 1
+        if (above := node.parent.pages[index]) and above.loose and above.queued is None:
+            self._queue(above)
+        self._prune(node)
+
+    def cached(self, index: int) -> Mapping[int, CachedPage]:
+        """Every page of a class that the index holds, by its number."""
+        return self._owners[index]
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots."""
+        return (node for nodes in self._nodes.values() for node in nodes)
+
+    def roots(self) -> Iterator[Node]:
+        """Every root."""
+        return iter(self._roots.values())
+
+    def count_lookup(self) -> None:
+        """Tells the policies that a request came."""
+        for policy in self.policies:
+            policy.num_lookups += 1
+
+    def needs_whole_prefix(self, index: int) -> bool:
+        """Whether a cached page of a class is of use only behind all its ancestors."""
+        return self._whole_prefix[index]
+
+    def _tick(self, index: int) -> int:
+        self.policies[index].clock += 1
+        return self.policies[index].clock
+
+    def _queue(self, cached: CachedPage) -> None:
+        index = cached.state_class
+        if self._whole_prefix[index] and cached.node.resident_children[index]:
+            return
+        cached.queued = cached.segment
+        self._sizes[index][cached.segment] += 1
+        cached.stamp = next(self._stamps)
+        entry = (self.policies[index].order(cached), -cached.node.depth, cached.page, cached.stamp, cached)
+        heapq.heappush(self._heaps[index][cached.segment], entry)
+
+    def _unqueue(self, cached: CachedPage) -> None:
+        if cached.queued is not None:
+            self._sizes[cached.state_class][cached.queued] -= 1
+            cached.queued = None
+
+    def _prune(self, node: Node) -> None:
+        while node.parent and not (node.locks or node.children or any(node.pages)):
+            same = self._nodes[node.key]
+            same.remove(node)
+            if not same:
+                del self._nodes[node.key]
+            node.parent.children -= 1
+            node = node.parent
+        if node.parent is None and not (node.locks or node.children):
+            self._roots = {name: root for name, root in self._roots.items() if root is not node}
+
+    def _empty(self) -> tuple[list[CachedPage | None], int, list[int]]:
+        return [None] * len(self._classes), 0, [0] * len(self._classes)

@@ -1,0 +1,305 @@
+"""The pages of one state class: references, free list, page tables; and the rules of the three kinds of state.
+
+PageStore    token states: pages on demand, copied before a shared one is written, freed when forgotten
+StateStore   recurrent states: one slot a sequence; what others hold is read from one slot and written to another
+BlockStore   contiguous reservations: one block a sequence, its size fixed when it begins (in `contiguous`)
+"""
+
+import abc
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvlab.memory.answers import Never, Wait
+from kvlab.memory.classes import Lengths, StateClass
+from kvlab.memory.plan import NOWHERE, ClassPlan, Ints
+from kvlab.memory.prefix import PrefixIndex
+from kvlab.memory.spec import page_forgotten_at
+from kvlab.memory.trie import CachedPage, Node
+
+NEVER_WAKES = 2**62
+"""A length that no sequence reaches."""
+
+
+@dataclass(eq=False, slots=True)
+class Holding:
+    """What one sequence holds of one class. Everything here is a reference, except `block`."""
+
+    pages: dict[int, int] = field(default_factory=dict)
+    """Logical to physical page, ascending; of a recurrent state {0: slot}, of a contiguous block {0: its first page}."""
+    duplicates: dict[int, int] = field(default_factory=dict)
+    """Logical page to the indexed page that is identical to ours."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """(logical page, source) of pages copied for the step in flight; the source is held until it ends."""
+    writing: int | None = None
+    """Where the step in flight writes a recurrent state that it does not write in place."""
+    block: tuple[int, int, int] = (0, 0, 0)
+    """Of a contiguous block: its slots, the slots asked for, the slots that will be used."""
+
+
+class Store(abc.ABC):
+    """Pages of one class. A page is free (no references) or held: references are tables, pins and the index, exactly."""
+
+    def __init__(self, number: int, state: StateClass, index: PrefixIndex):
+        self.number, self.state, self.index = number, state, index
+        self.refs = [0] * state.num_pages
+        self.free = list(range(state.num_pages - 1, state.has_null_page - 1, -1))
+        self.host_free = list(range(state.num_host_pages - 1, -1, -1))
+        self.table = np.zeros((0, state.table_len), np.int32)
+        self.starts = np.zeros((0, state.table_len), np.int32)
+        self.evicted = self.copied = 0
+        self.copying: Counter[int] = Counter()
+        """References of steps in flight that copy a page before anything is written: they do not hinder its writer."""
+
+    # References.
+
+    @property
+    def num_available(self) -> int:
+        """Pages that are free or only cached."""
+        return len(self.free) + self.index.num_loose[self.number]
+
+    def take(self) -> int:
+        """A page with one reference: a free one, or the policy's victim. Raises MemoryError when there is none."""
+        if not self.free:
+            self.evict()
+        page = self.free.pop()
+        self.refs[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """One more reference."""
+        self.refs[page] += 1
+        if self.refs[page] == 2 and (cached := self.index.owner(self.number, page)):
+            self.index.pin(cached)
+
+    def drop(self, page: int) -> None:
+        """One reference less; the last one frees the page."""
+        assert self.refs[page] > 0, f"{self.state.name}: page {page} is free already"
+        self.refs[page] -= 1
+        if self.refs[page] == 0:
+            self.free.append(page)
+        elif self.refs[page] == 1 and (cached := self.index.owner(self.number, page)):
+            self.index.loosen(cached)
+
+    def _copied(self, source: int) -> None:
+        """A page was copied, or will not be: its reader lets go."""
+        self.copying[source] -= 1
+        if not self.copying[source]:
+            del self.copying[source]
+        self.drop(source)
+
+    def publish(self, node: Node, page: int) -> None:
+        """The index holds a page as well."""
+        self.refs[page] += 1
+        self.index.publish(node, self.number, page)
+
+    def withdraw(self, cached: CachedPage) -> None:
+        """The index lets go of a page."""
+        self.index.withdraw(cached)
+        self.drop(cached.page)
+
+    def evict(self) -> None:
+        """Frees the cached page that the policy would miss least. Raises MemoryError when every page is pinned."""
+        victim = self.index.victim(self.number)
+        self.withdraw(victim)
+        self.index.policies[self.number].evicted(victim)
+        self.evicted += 1
+
+    # Tables: row r lists what the sequence in row r reads.
+
+    def add_rows(self, count: int) -> None:
+        """Room for more sequences."""
+        unused = np.full((count, self.state.table_len), self.state.unused_page, np.int32)
+        self.table = np.concatenate([self.table, unused])
+        self.starts = np.concatenate([self.starts, np.full_like(unused, NOWHERE)])
+
+    def assign(self, row: int, holding: Holding, logical: int, page: int) -> None:
+        """A sequence reads a page from now on; the reference is the caller's."""
+        holding.pages[logical] = page
+        place = self.state.table_index(logical)
+        self.table[row, place], self.starts[row, place] = page, logical * self.state.page_size
+
+    def let_go(self, row: int, holding: Holding) -> None:
+        """A sequence leaves the device: every reference, latest pages first, and its row."""
+        for _, source in holding.copies:
+            self._copied(source)
+        if holding.writing is not None:
+            self.drop(holding.writing)
+        for logical in reversed(holding.pages):
+            self.drop(holding.pages[logical])
+            if logical in holding.duplicates:
+                self.drop(holding.duplicates[logical])
+        self.table[row], self.starts[row] = self.state.unused_page, NOWHERE
+
+    def plan(self, rows: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int) -> ClassPlan:
+        """One step's arrays for the sequences in `rows`; starts and counts [B], of which the rest is padding."""
+        num_rows, batch_size = len(rows), len(starts)
+        pages = np.full((batch_size, self.state.table_len), self.state.unused_page, np.int32)
+        page_starts = np.full_like(pages, NOWHERE)
+        pages[:num_rows], page_starts[:num_rows] = self.table[rows], self.starts[rows]
+        slots = self._write_slots(pages, holdings, starts, counts, num_tokens)
+        copied = [(source, one.pages[logical]) for one in holdings for logical, source in one.copies]
+        return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2))
+
+    # What each kind of state decides.
+
+    @abc.abstractmethod
+    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
+        """Logical pages that a step [start, end) must be given: new ones, and those it may not write in place."""
+
+    def refusal(
+        self, holding: Holding, missing: Sequence[int], end: int, lengths: Lengths | None
+    ) -> Wait | Never | None:
+        """Why the missing pages cannot be had; None: they can."""
+        total = len(holding.pages) + sum(page not in holding.pages for page in missing)
+        if total > self.state.num_usable:
+            return Never(
+                f"{self.state.name}: tokens [0, {end}) need {total} pages, the pool has {self.state.num_usable}"
+            )
+        return self.shortage(len(missing))
+
+    def shortage(self, num_pages: int) -> Wait | None:
+        """`Wait` when that many pages cannot be had now."""
+        if num_pages <= self.num_available:
+            return None
+        return Wait(f"{self.state.name}: {num_pages} pages needed, {self.num_available} free or cached")
+
+    @abc.abstractmethod
+    def give(
+        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
+    ) -> None:
+        """Gives a sequence the pages taken for those missing."""
+
+    @abc.abstractmethod
+    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+        """Ends a step after which the sequence has `length` tokens; undoes what a step that never ran was to copy."""
+
+    def forget(self, row: int, holding: Holding, length: int) -> None:  # noqa: B027  most states forget nothing
+        """Lets go of pages outside live(length)."""
+
+    @abc.abstractmethod
+    def room(self, holding: Holding, length: int) -> int:
+        """A step that ends here needs no page and no copy."""
+
+    def wake(self, holding: Holding) -> int:
+        """The first length at which a page is forgotten."""
+        return NEVER_WAKES
+
+    @abc.abstractmethod
+    def _write_slots(
+        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
+    ) -> Ints:
+        """`ClassPlan.write_slots`."""
+
+
+class PageStore(Store):
+    """Token states in pages of `page_size` tokens."""
+
+    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
+        needed = range(start // self.state.page_size, (end - 1) // self.state.page_size + 1)
+        held = holding.pages
+        return [i for i in needed if i not in held or self.refs[held[i]] - self.copying[held[i]] > 1]
+
+    def give(
+        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
+    ) -> None:
+        for logical, page in zip(missing, taken, strict=True):
+            if logical in holding.pages:
+                holding.copies.append((logical, holding.pages[logical]))
+                self.copying[holding.pages[logical]] += 1
+                self.copied += 1
+            self.assign(row, holding, logical, page)
+
+    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+        for logical, source in holding.copies:
+            if not ran:
+                self.drop(holding.pages[logical])
+                self.assign(row, holding, logical, source)
+                self.share(source)
+            self._copied(source)
+        holding.copies.clear()
+        self._give_up(row, holding, [page for page in holding.pages if page * self.state.page_size >= length])
+
+    def forget(self, row: int, holding: Holding, length: int) -> None:
+        if self.state.spec.span is not None:
+            ends = {page: page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages}
+            self._give_up(row, holding, [page for page, end in ends.items() if end is not None and end <= length])
+
+    def _give_up(self, row: int, holding: Holding, logical_pages: Iterable[int]) -> None:
+        for logical in logical_pages:
+            place = self.state.table_index(logical)
+            self.table[row, place], self.starts[row, place] = self.state.unused_page, NOWHERE
+            self.drop(holding.pages.pop(logical))
+            if logical in holding.duplicates:
+                self.drop(holding.duplicates.pop(logical))
+
+    def room(self, holding: Holding, length: int) -> int:
+        if not holding.pages:
+            return 0
+        last = next(reversed(holding.pages))
+        end = (last + 1) * self.state.page_size
+        return 0 if length < end and self.refs[holding.pages[last]] > 1 else end
+
+    def wake(self, holding: Holding) -> int:
+        if self.state.spec.span is None:
+            return NEVER_WAKES
+        ends = (page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages)
+        return next((end for end in ends if end is not None), NEVER_WAKES)
+
+    def _write_slots(
+        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
+    ) -> Ints:
+        offsets = np.arange(num_tokens, dtype=np.int32)
+        positions = starts[:, None] + offsets
+        logical = positions // self.state.page_size
+        num_pinned, table_len = self.state.num_pinned_pages, self.state.table_len
+        ring = num_pinned + (logical - num_pinned) % max(1, table_len - num_pinned)
+        owners = np.take_along_axis(pages, np.where(logical < table_len, logical, ring), axis=1)
+        slots = owners * self.state.page_size + positions % self.state.page_size
+        slots[offsets >= counts[:, None]] = self.state.num_pages * self.state.page_size
+        return slots
+
+
+class StateStore(Store):
+    """Recurrent states: one slot a sequence."""
+
+    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
+        if not holding.pages:
+            return [0]
+        slot = holding.pages[0]
+        if self.refs[slot] == 1 and not lookahead:
+            return []
+        # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.
+        sole = self.refs[slot] == 2 and self.index.owner(self.number, slot) is not None
+        return [] if sole and not lookahead and not self.num_available else [0]
+
+    def give(
+        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
+    ) -> None:
+        if missing and holding.pages:
+            (holding.writing,) = taken
+        elif missing:
+            self.assign(row, holding, 0, taken[0])
+        elif cached := self.index.owner(self.number, holding.pages[0]):
+            self.withdraw(cached)
+
+    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+        if holding.writing is not None:
+            old, new = holding.pages[0], holding.writing
+            self.drop(old if num_accepted else new)
+            self.assign(row, holding, 0, new if num_accepted else old)
+            holding.writing = None
+
+    def room(self, holding: Holding, length: int) -> int:
+        return NEVER_WAKES if self.refs[holding.pages[0]] == 1 else 0
+
+    def _write_slots(
+        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
+    ) -> Ints:
+        slots = pages.copy()
+        for row, one in enumerate(holdings):
+            if one.writing is not None:
+                slots[row, 0] = one.writing
+        return slots
