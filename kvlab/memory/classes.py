@@ -1,5 +1,6 @@
 """State classes: layers whose states have equal specs share page ids and one page table."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class StateClass:
         """Whether a sequence holds one run of pages up to a length fixed when it began."""
         return self.reservation is not None
 
-    @property
+    @functools.cached_property
     def paged(self) -> bool:
         """Whether pages are tokens' and given on demand."""
         return self.spec.per_token and not self.contiguous
@@ -87,7 +88,7 @@ class StateClass:
         """What an unused table entry holds: the null page, or a page out of range."""
         return 0 if self.has_null_page else self.num_pages
 
-    @property
+    @functools.cached_property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers of the class."""
         return self.spec.unit_bytes * self.page_size * self.num_layers
@@ -101,7 +102,7 @@ class StateClass:
         """The most pages a sequence holds that grows to max_len in steps of chunk_len: the one definition of fit."""
         return max_pages_for_step(self.spec, max_len, chunk_len, self.page_size) if self.paged else 1
 
-    @property
+    @functools.cached_property
     def num_pinned_pages(self) -> int:
         """Leading pages that hold sinks and are never freed."""
         return -(-self.spec.num_pinned // self.page_size)

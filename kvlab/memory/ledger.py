@@ -289,6 +289,12 @@ class Ledger:
         rejected as a whole, and only if the step had lookahead (feed the accepted tokens again).
         """
         held = self._get(sequence)
+        if num_accepted == held.num_new > 0 and held.length + num_accepted < held.wake:
+            if len(tokens) and held.ids is not None:
+                self._learn(held, held.length + num_accepted, tokens)
+            held.length += num_accepted
+            held.num_new = 0
+            return
         reserved = held.num_new + held.lookahead
         if not 0 <= num_accepted <= reserved or not reserved:
             raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {reserved}] reserved tokens")
@@ -298,11 +304,7 @@ class Ledger:
             raise ValueError(f"num_accepted = {num_accepted}: {legal}, since {name} cannot be rolled back further")
         if held.ids is not None and len(tokens):
             self._learn(held, held.length + num_accepted, tokens)
-        if held.length + num_accepted < held.wake and num_accepted == held.num_new:
-            held.length += num_accepted
-            held.num_new = 0
-        else:
-            self._settle(held, num_accepted, ran=True)
+        self._settle(held, num_accepted, ran=True)
 
     def cancel(self, sequence: Hashable) -> None:
         """The reserved step will not run: its pages are free again, and a sequence that holds nothing else is gone.
@@ -488,7 +490,9 @@ class Ledger:
         page_bytes, tip = self._page_size * ITEM, held.path[-1]
         num_sealed = min(held.length, len(held.ids) // ITEM) // self._page_size
         while (logical := len(held.path) - 1) < num_sealed:
-            node = self.index.grow(held.path[-1], bytes(held.ids[logical * page_bytes : (logical + 1) * page_bytes]))
+            ids = bytes(held.ids[logical * page_bytes : (logical + 1) * page_bytes])
+            node = self.index.find(held.path[-1], ids, grow=True)
+            assert node is not None
             held.path.append(node)
             for store, holding in zip(self.stores, held.holdings, strict=True):
                 if store.state.paged and logical in holding.pages:

@@ -36,6 +36,8 @@ def namespace(*, parameters: str, spec: str, page_format: str = "", salt: str = 
 
 def encode(tokens: TokenIds) -> bytes:
     """Token ids as little-endian int32. Raises ValueError for ids that are no integers of [0, 2^31)."""
+    if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < 2**31:
+        return tokens[0].to_bytes(ITEM, "little")  # one decoded token, at a tenth of the cost
     array = np.asarray(tokens)
     if array.size == 0:
         return b""
@@ -107,20 +109,18 @@ class PrefixIndex:
     def root(self, name: str) -> Node:
         """The root of a namespace."""
         if name not in self._roots:
-            self._roots[name] = Node(None, b"", self._digest(name.encode()), 0, *self._empty())
+            self._roots[name] = Node(None, b"", self._digest(name.encode()), 0, len(self._classes))
         return self._roots[name]
 
-    def find(self, parent: Node, tokens: bytes) -> Node | None:
-        """The child with exactly these tokens, if any."""
-        candidates = self._nodes.get(self._digest(parent.key + tokens), ())
-        return next((one for one in candidates if one.parent is parent and one.tokens == tokens), None)
-
-    def grow(self, parent: Node, tokens: bytes) -> Node:
-        """The child with these tokens, made if it is missing."""
-        if found := self.find(parent, tokens):
-            return found
+    def find(self, parent: Node, tokens: bytes, *, grow: bool = False) -> Node | None:
+        """The child with exactly these tokens; made if it is missing and may `grow`."""
         key = self._digest(parent.key + tokens)
-        node = Node(parent, tokens, key, parent.depth + 1, *self._empty())
+        for node in self._nodes.get(key, ()):
+            if node.parent is parent and node.tokens == tokens:
+                return node
+        if not grow:
+            return None
+        node = Node(parent, tokens, key, parent.depth + 1, len(self._classes))
         parent.children += 1
         self._nodes.setdefault(key, []).append(node)
         return node
@@ -292,6 +292,3 @@ class PrefixIndex:
             node = node.parent
         if node.parent is None and not (node.locks or node.children):
             self._roots = {name: root for name, root in self._roots.items() if root is not node}
-
-    def _empty(self) -> tuple[list[CachedPage | None], int, list[int]]:
-        return [None] * len(self._classes), 0, [0] * len(self._classes)

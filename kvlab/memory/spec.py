@@ -157,7 +157,8 @@ class TokenState(StateSpec):
 
     @property
     def span(self) -> int | None:
-        return next((size - 1 for size in (self.window, self.chunk) if size is not None), None)
+        longest = self.chunk if self.window is None else self.window
+        return None if longest is None else longest - 1
 
     @property
     def num_pinned(self) -> int:

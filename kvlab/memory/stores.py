@@ -9,6 +9,7 @@ import abc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -220,7 +221,8 @@ class PageStore(Store):
                 self.share(source)
             self._copied(source)
         holding.copies.clear()
-        self._give_up(row, holding, [page for page in holding.pages if page * self.state.page_size >= length])
+        behind = takewhile(lambda page: page * self.state.page_size >= length, reversed(holding.pages))
+        self._give_up(row, holding, list(behind))
 
     def forget(self, row: int, holding: Holding, length: int) -> None:
         if self.state.spec.span is not None:

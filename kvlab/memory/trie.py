@@ -1,6 +1,6 @@
 """The nodes of the prefix index, and what they hold."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(eq=False, slots=True)
@@ -29,17 +29,16 @@ class CachedPage:
         return self.node.key
 
 
-@dataclass(eq=False, slots=True)
 class Node:
     """One page of tokens behind its parent's; a root has no tokens."""
 
-    parent: "Node | None"
-    tokens: bytes
-    key: bytes
-    depth: int
-    pages: list[CachedPage | None]
-    children: int = 0
-    resident_children: list[int] = field(default_factory=list)
-    """Per class: how many children hold a page of it."""
-    locks: int = 0
-    """Sequences and hits whose path ends here."""
+    __slots__ = ("children", "depth", "key", "locks", "pages", "parent", "resident_children", "tokens")
+
+    def __init__(self, parent: "Node | None", tokens: bytes, key: bytes, depth: int, num_classes: int):
+        self.parent, self.tokens, self.key, self.depth = parent, tokens, key, depth
+        self.pages: list[CachedPage | None] = [None] * num_classes
+        self.children = 0
+        self.resident_children = [0] * num_classes
+        """Per class: how many children hold a page of it."""
+        self.locks = 0
+        """Sequences and hits whose path ends here."""
