@@ -1,4 +1,4 @@
-"""The command line: kvlab run | plan | show | report | track."""
+"""The command line: kvlab run | plan | show | report | track | capacity | reproduce."""
 
 import argparse
 import contextlib
@@ -23,8 +23,11 @@ USAGE = """usage: kvlab <command> [...]
   show RESULTS                            a table in the terminal
   report RESULTS [--output FOLDER]        report.html, frontier.png, frontier.pdf, frontier.csv
   track RESULTS [--output FOLDER]         TensorBoard event files
+  capacity [-m] [group=choice] [field=value] [--output FOLDER]
+                                          what a published model's memory holds, for whom, how fast; -m compares
+  reproduce EXPERIMENT                    makes an experiment's figures and checks them against published values
 
-Groups: mixer model memory task optimizer train hardware launcher experiment debug.
+Groups: mixer model memory task optimizer train hardware launcher experiment debug; of capacity: model hardware memory workload.
 `kvlab run --cfg job` prints the composed config, `kvlab run --help` Hydra's own options."""
 
 
@@ -36,6 +39,8 @@ def main() -> int:
         "show": show,
         "report": report,
         "track": track,
+        "capacity": capacity,
+        "reproduce": reproduce,
     }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -202,6 +207,55 @@ def track(arguments: list[str]) -> int:
     for folder in to_tensorboard(options.results, options.output or options.results / "tensorboard"):
         print(folder)
     return 0
+
+
+def capacity(arguments: list[str]) -> int:
+    """Answers for one deployment, or with -m for each of a comma list, side by side with a picture."""
+    overrides, flags = _sorted_arguments([one for one in arguments if not one.startswith("--output")])
+    output = next((one.removeprefix("--output=") for one in arguments if one.startswith("--output=")), None)
+    if "--output" in arguments:
+        place = arguments.index("--output")
+        output = arguments[place + 1] if place + 1 < len(arguments) else None
+        overrides = [one for one in overrides if one != output]
+        if output is None:
+            raise ConfigError("--output", None, "must name a folder")
+    if flags and set(flags) <= {"-h", "--help"}:
+        print(USAGE)
+        return 0
+    if unknown := set(flags) - {"-m", "--multirun"}:
+        raise ConfigError("option", sorted(unknown)[0], "kvlab capacity takes -m, --output, groups and fields only")
+    from kvlab.capacity.estimate import estimate
+    from kvlab.capacity.report import many_answers, one_answer, write
+    from kvlab.compose import compose_capacity, expand_capacity
+
+    configs = expand_capacity(overrides) if flags else [compose_capacity(overrides)]
+    answers = [estimate(config) for config in configs]
+    _console().print(one_answer(configs[0], answers[0]) if len(answers) == 1 else many_answers(answers))
+    if output is not None or len(answers) > 1:
+        for path in write(Path(output or "results/capacity"), configs, answers):
+            print(path)
+    return 0
+
+
+def reproduce(arguments: list[str]) -> int:
+    """Runs an experiment's sweep if it has one, draws its figures and prints its claims; 1 if a claim fails."""
+    from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure, names
+
+    parser = argparse.ArgumentParser("kvlab reproduce", description=reproduce.__doc__)
+    parser.add_argument("experiment", help=", ".join(names()))
+    parser.add_argument("--output", type=Path, help="where figures are written; default: the experiment's own folder")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are kept; default: results")
+    options = parser.parse_args(arguments)
+    if options.experiment not in names():
+        raise ConfigError("experiment", options.experiment, nearest(options.experiment, names()))
+    figure = load_figure(options.experiment)
+    if hasattr(figure, "RUNS"):
+        status = run(["-m", f"experiment={options.experiment}", f"results_dir={options.results}"])
+        if status:
+            return status
+    output = options.output or EXPERIMENTS_DIR / options.experiment
+    output.mkdir(parents=True, exist_ok=True)
+    return figure.main(output, options.results / options.experiment)
 
 
 def complete(arguments: list[str], commands: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Hydra, and nothing else: composing configurations, expanding sweeps, and answering typos with the nearest legal names."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kvlab.capacity.estimate import CapacityConfig
 from kvlab.config import Config, defaults
 from kvlab.mixers import MIXERS
 from kvlab.schema import ConfigError, nearest
@@ -34,9 +36,18 @@ def register() -> None:
     """Puts the dataclasses' defaults into Hydra's ConfigStore, as plain values: YAML groups say what differs."""
     store = ConfigStore.instance()
     store.store(name="defaults", node=defaults())
+    store.store(name="capacity_defaults", node=capacity_defaults())
     for group, registry in (("mixer", MIXERS), ("task", TASKS)):
         for name, kind in registry.items():
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
+
+
+def capacity_defaults() -> dict[str, Any]:
+    """The defaults of `kvlab capacity`; a model's name, size and layers come from its file alone."""
+    values = CapacityConfig.defaults()
+    for name in ("name", "source", "num_params", "layers"):
+        del values["model"][name]
+    return values
 
 
 @contextlib.contextmanager
@@ -51,12 +62,34 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return Config.build(_composed(overrides))
 
 
-def _composed(overrides: Sequence[str]) -> dict[str, Any]:
+def compose_capacity(overrides: Sequence[str] = ()) -> CapacityConfig:
+    """The config that `kvlab capacity <overrides>` would answer. Raises ConfigError."""
+    return CapacityConfig.build(_composed(_named_chips(overrides), "capacity"))
+
+
+def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
+    """Every config of `kvlab capacity -m <overrides>`: comma lists are swept. Raises ConfigError."""
     with _hydra():
         try:
-            composed = hydra_compose("config", overrides=list(overrides))
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(_named_chips(overrides)), None)
+        except HydraException as error:
+            raise ConfigError("overrides", list(overrides), " ".join(str(error).split())) from None
+    return [compose_capacity(job) for job in jobs]
+
+
+def _named_chips(overrides: Sequence[str]) -> list[str]:
+    """hardware=h100x2 as hardware.name=h100x2: every number of chips is legal, not only those with a file."""
+    counted = re.compile(r"\+?hardware=(?=.*\w+x\d)")
+    return [counted.sub("hardware.name=", one) if counted.match(one) else one for one in overrides]
+
+
+def _composed(overrides: Sequence[str], primary: str = "config") -> dict[str, Any]:
+    with _hydra():
+        try:
+            composed = hydra_compose(primary, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
-            raise _explained(list(overrides), error) from None
+            raise _explained(list(overrides), error, primary) from None
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     return plain
 
@@ -67,6 +100,7 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     An experiment may bring its own sweep; a value given on the command line replaces the sweep's axis of that name. All
     configs are checked here, before any is run. Raises ConfigError.
     """
+    overrides = _named_chips(overrides)
     groups = {path.name for path in configs_dir().iterdir() if path.is_dir()}
     # Hydra's habit +group=choice is for groups without a default; ours all have one, so both spellings are accepted.
     overrides = [one[1:] if one.startswith("+") and one[1:].split("=")[0] in groups else one for one in overrides]
@@ -101,7 +135,7 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     return configs, [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
 
 
-def _explained(overrides: list[str], error: Exception) -> Exception:
+def _explained(overrides: list[str], error: Exception, primary: str = "config") -> Exception:
     """The composition error as a ConfigError that names the nearest legal group, choice or field; itself when unknown."""
     try:
         given = OverridesParser.create().parse_overrides(overrides)
@@ -119,7 +153,7 @@ def _explained(overrides: list[str], error: Exception) -> Exception:
     for one in given:
         if one.key_or_group in groups or one.key_or_group.startswith("hydra"):
             continue
-        node: Any = OmegaConf.to_container(hydra_compose("config", overrides=choices), resolve=True)
+        node: Any = OmegaConf.to_container(hydra_compose(primary, overrides=choices), resolve=True)
         place: list[str] = []
         for part in one.key_or_group.split("."):
             if not isinstance(node, dict) or part not in node:

@@ -1,5 +1,6 @@
 """Chips by name: memory, bandwidth and peak, from the makers' datasheets (dense bf16; sparse figures are not used)."""
 
+import re
 from dataclasses import dataclass
 
 from kvlab.schema import ConfigError, Schema, integer, nearest, text
@@ -14,6 +15,11 @@ class Chip:
     bandwidth_gb_s: float
     bf16_tflops: float
     source: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs for each byte above which the chip is bound by compute."""
+        return self.bf16_tflops * 1e3 / self.bandwidth_gb_s
 
     @property
     def memory_bytes(self) -> int:
@@ -39,19 +45,50 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class HardwareConfig(Schema):
-    """The chip that `kvlab plan` fits against; "host" is the machine it runs on."""
+    """The chips that `kvlab plan` and `kvlab capacity` fit against: "h100", "h100x2" for two; "host" is the machine it runs on."""
 
     name: str = text("host")
     num_chips: int = integer(1, 1, 1 << 16)
 
     def cross_check(self) -> None:
-        if self.name != "host" and self.name not in CHIPS:
+        if self.name != "host" and self._parts()[0] not in CHIPS:
             raise ConfigError("name", self.name, nearest(self.name, ["host", *CHIPS]))
+
+    def _parts(self) -> tuple[str, int]:
+        match = re.fullmatch(r"(\w+?)x([1-9]\d{0,4})", self.name)
+        return (match[1], int(match[2])) if match and self.name not in CHIPS else (self.name, 1)
+
+    @property
+    def total_chips(self) -> int:
+        """Chips in all."""
+        return self._parts()[1] * self.num_chips
+
+    @property
+    def label(self) -> str:
+        """How people write it: h100x2."""
+        return self._parts()[0] + (f"x{self.total_chips}" if self.total_chips > 1 else "")
+
+    @property
+    def chip(self) -> Chip:
+        """One of the chips. Raises ConfigError for the host, of which no datasheet is known."""
+        if self.name == "host":
+            raise ConfigError("hardware.name", self.name, nearest("host", CHIPS))
+        return CHIPS[self._parts()[0]]
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of all chips together."""
+        return self.chip.bandwidth_gb_s * 1e9 * self.total_chips
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 FLOPs a second of all chips together."""
+        return self.chip.bf16_tflops * 1e12 * self.total_chips
 
     def memory_bytes(self) -> int:
         """Memory of all chips together, or of this machine."""
         if self.name != "host":
-            return CHIPS[self.name].memory_bytes * self.num_chips
+            return self.chip.memory_bytes * self.total_chips
         import os
 
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -77,7 +77,7 @@ def predict(lab: Laboratory) -> Plan:
         state_bytes=layout.pool_bytes,
         temporaries_bytes=_temp_bytes(decode),
         train_flops=flops * max(1, len(config.tune.learning_rate)),
-        hardware=config.hardware.name,
+        hardware=config.hardware.label,
         hardware_bytes=config.hardware.memory_bytes(),
     )
 

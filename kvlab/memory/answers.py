@@ -7,12 +7,15 @@ from dataclasses import dataclass
 class Ready:
     """The step is reserved: the sequence can be part of the next plan."""
 
+    ready = True
+
 
 @dataclass(frozen=True)
 class Wait:
     """Not now: pages are missing that running sequences will free."""
 
     reason: str
+    ready = False
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Never:
     """Not ever: the request does not fit an empty pool; says why, with the arithmetic."""
 
     reason: str
+    ready = False
 
 
 READY = Ready()

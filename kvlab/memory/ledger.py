@@ -149,9 +149,15 @@ class Ledger:
                 )
         return None
 
-    def clip(self, sequence: Hashable, num_new: int) -> int:
-        """`num_new`, shortened so that the step ends where a recurrent state is to be kept for later hits."""
+    def in_flight(self, sequence: Hashable) -> int:
+        """Tokens of a sequence's reserved step, lookahead included; 0 between steps. Raises KeyError if it holds nothing."""
         held = self._get(sequence)
+        return held.num_new + held.lookahead
+
+    def clip(self, sequence: Hashable | Hit, num_new: int) -> int:
+        """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent state is
+        to be kept for later hits."""
+        held = self._begin(None, sequence) if isinstance(sequence, Hit) else self._get(sequence)
         if held.ids is None or not self._states:
             return num_new
         first = held.length // self._page_size + 1
@@ -159,6 +165,12 @@ class Ledger:
             if self._keeps(held, boundary):
                 return boundary * self._page_size - held.length
         return num_new
+
+    @property
+    def split_peak_bytes(self) -> int:
+        """Bytes that pools of fixed types needed so far: each class's own peak. `counters.peak_bytes` is what one pool for
+        all would have."""
+        return sum(n * one.page_bytes for n, one in zip(self.counters.peak_pages, self.classes, strict=True))
 
     def audit(self) -> tuple[Account, ...]:
         """Where every byte is now, one account a class; they add up."""

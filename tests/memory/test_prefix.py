@@ -29,12 +29,7 @@ def serve(ledger, name, prompt, answer=(), space="", keep=True):
     while done < len(tokens):
         limit = len(prompt) - done if done < len(prompt) else 1
         count = min(ledger.chunk_len, limit)
-        if begun:
-            count = ledger.clip(name, count)
-        else:
-            first = found // ledger.index.page_size + 1
-            wanted = [b for b in range(first, first + 99) if ledger.checkpoints.wants(b, (len(prompt) - 1) // ledger.index.page_size, hit.junction)]
-            count = min(count, wanted[0] * ledger.index.page_size - done) if wanted else count
+        count = ledger.clip(name if begun else hit, count)
         assert isinstance(ledger.reserve(name, count, hit=None if begun else hit), Ready)
         begun = True
         ledger.check()

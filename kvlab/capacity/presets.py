@@ -1,0 +1,189 @@
+"""Published models as their states and sizes: what capacity is computed from. One YAML each in `configs/model`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from kvlab.memory.spec import ArraySpec, LatentState, RecurrentState, RetrievalState, StateSpec, TokenState
+from kvlab.schema import ConfigError, Schema, choice, integer, integers, text, to_plain
+
+KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
+VARIANTS = ("published", "mha", "gqa", "mqa", "mla", "window", "recurrent")
+WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
+KV_DTYPES = ("bfloat16", "float16", "float8", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class LayerGroup(Schema):
+    """`count` layers of one kind. Attention: heads and dims; `window`, `num_sinks`, `chunk` for local kinds; `rank` and
+    `rope_dim` for latent ones; `index_dim`, `num_selected` for retrieval; the shapes of one state for recurrent ones."""
+
+    kind: str = choice("full", KINDS)
+    count: int = integer(1, 1, 4096)
+    num_heads: int = integer(1, 1, 4096)
+    num_kv_heads: int = integer(1, 1, 4096)
+    head_dim: int = integer(128, 1, 4096)
+    window: int | None = integer(None, 1, 1 << 24, optional=True)
+    num_sinks: int = integer(0, 0, 65536)
+    chunk: int | None = integer(None, 1, 1 << 24, optional=True)
+    rank: int | None = integer(None, 1, 65536, optional=True)
+    rope_dim: int | None = integer(None, 1, 4096, optional=True)
+    index_dim: int | None = integer(None, 1, 4096, optional=True)
+    num_selected: int | None = integer(None, 1, 1 << 24, optional=True)
+    state_shape: tuple[int, ...] = integers((), 1)
+    conv_shape: tuple[int, ...] = integers((), 1)
+
+    def cross_check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads = {self.num_heads}")
+        needed = {
+            "window": ("window",),
+            "chunked": ("chunk",),
+            "latent": ("rank", "rope_dim"),
+            "retrieval": ("index_dim", "num_selected"),
+            "recurrent": ("state_shape",),
+        }
+        for name in needed.get(self.kind, ()):
+            if not getattr(self, name):
+                raise ConfigError(name, getattr(self, name), f"must be given for kind {self.kind}")
+
+    def spec(self, dtype: str) -> StateSpec:
+        """The state of one layer. 8 and 4 bit integers carry a float16 scale a token and head; latents and states stay
+        at 16 bits or float8."""
+        if self.kind == "recurrent":
+            return RecurrentState(_arrays(dtype, ssm=self.state_shape, conv=self.conv_shape))
+        if self.kind == "latent":
+            return LatentState(cast(int, self.rank), cast(int, self.rope_dim), _wide(dtype))
+        heads = (self.num_kv_heads, self.head_dim, self.head_dim)
+        if self.kind == "retrieval":
+            return RetrievalState(*heads, cast(int, self.index_dim), cast(int, self.num_selected), _wide(dtype))
+        scale = "float16" if dtype in ("int8", "int4") else None
+        local = {"window": self.window, "num_sinks": self.num_sinks} if self.kind == "window" else {}
+        chunk = self.chunk if self.kind == "chunked" else None
+        return TokenState(*heads, dtype, **cast(dict[str, Any], local), chunk=chunk, scale_dtype=scale)
+
+    def decode_flops(self, n: int) -> int:
+        """FLOPs of one layer's mixing for token n, projections apart (they are among the parameters)."""
+        if self.kind == "recurrent":
+            return 5 * math.prod(self.state_shape)  # decay, outer product and sum; product with the output row
+        seen = self.spec("bfloat16").live_len(n) + 1
+        if self.kind == "latent":  # absorbed: scores over rank and rope, values over rank
+            return 2 * self.num_heads * (2 * cast(int, self.rank) + cast(int, self.rope_dim)) * seen
+        index = 2 * cast(int, self.index_dim) * seen if self.kind == "retrieval" else 0
+        if self.kind == "retrieval":
+            seen = min(seen, cast(int, self.num_selected))
+        return index + 4 * self.num_heads * self.head_dim * seen
+
+
+def _wide(dtype: str) -> str:
+    return "bfloat16" if dtype in ("int8", "int4") else dtype
+
+
+def _arrays(dtype: str, **shapes: tuple[int, ...]) -> tuple[ArraySpec, ...]:
+    return tuple(ArraySpec(name, shape, _wide(dtype)) for name, shape in shapes.items() if shape)
+
+
+@dataclass(frozen=True)
+class Preset(Schema):
+    """A published model: its parameters, its states, and where both are printed.
+
+    `num_active_params` is what one token uses of a mixture of experts, of which `experts_per_token` in `num_experts` are
+    chosen. `variant` replaces the attention of every layer by another one of the same width: one model, many memories.
+    """
+
+    name: str = text("none")
+    source: str = text("none")
+    num_params: int = integer(1, 1, 1 << 62)
+    num_active_params: int | None = integer(None, 1, 1 << 62, optional=True)
+    num_experts: int = integer(1, 1, 65536)
+    experts_per_token: int = integer(1, 1, 65536)
+    weight_dtype: str = choice("bfloat16", WEIGHT_BYTES)
+    variant: str = choice("published", VARIANTS)
+    layers: tuple[LayerGroup, ...] = ()
+
+    @classmethod
+    def build(cls, values: object, path: str = "") -> "Preset":
+        """From a mapping whose `layers` are named groups. Raises ConfigError with the full name of the field."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(path or "model", values, "must be a mapping")
+        fields = dict(cast(Mapping[str, object], values))
+        groups = fields.pop("layers", None)
+        if not isinstance(groups, Mapping) or not groups:
+            legal = "must be a mapping of layer groups; kvlab capacity takes presets such as model=llama3-70b"
+            raise ConfigError(f"{path}.layers" if path else "layers", groups, legal)
+        named = cast(Mapping[str, object], groups)
+        layers = tuple(LayerGroup.build(one, f"{path}.layers.{name}") for name, one in named.items())
+        return replace(super().build(fields, path), layers=layers)
+
+    def cross_check(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            legal = f"must be at most num_experts = {self.num_experts}"
+            raise ConfigError("experts_per_token", self.experts_per_token, legal)
+        if self.num_active_params is not None and self.num_active_params > self.num_params:
+            raise ConfigError("num_active_params", self.num_active_params, f"must be at most {self.num_params}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that hold a state."""
+        return sum(group.count for group in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return int(self.num_params * WEIGHT_BYTES[self.weight_dtype])
+
+    def read_weight_bytes(self, batch_size: int) -> float:
+        """Expected bytes of parameters that a step of `batch_size` tokens reads: every dense one, and the experts that
+        some token chooses (independently, uniformly)."""
+        active = self.num_active_params or self.num_params
+        chosen = self.experts_per_token / self.num_experts
+        routed = 0.0 if chosen == 1 else (self.num_params - active) / (1 - chosen)
+        touched = self.num_params - routed + routed * (1 - (1 - chosen) ** batch_size)
+        return touched * WEIGHT_BYTES[self.weight_dtype]
+
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """The layers under `variant`."""
+        return tuple(_varied(group, self.variant) for group in self.layers)
+
+    def specs(self, dtype: str) -> dict[StateSpec, int]:
+        """Every distinct state with its number of layers."""
+        counts: dict[StateSpec, int] = {}
+        for group in self.groups():
+            spec = group.spec(dtype)
+            counts[spec] = counts.get(spec, 0) + group.count
+        return counts
+
+    def logical_bytes(self, n: int, dtype: str) -> int:
+        """Bytes of live state of one sequence of n tokens."""
+        return sum(count * spec.logical_bytes(n) for spec, count in self.specs(dtype).items())
+
+    def read_bytes(self, n: int, dtype: str) -> int:
+        """Bytes of state that decoding token n reads; recurrent states are written back as well."""
+        return sum(
+            count * spec.read_bytes(n) * (1 if spec.per_token else 2) for spec, count in self.specs(dtype).items()
+        )
+
+    def decode_flops(self, n: int) -> float:
+        """FLOPs of decoding token n: two for each active parameter, and the mixing of every layer."""
+        mixing = sum(group.count * group.decode_flops(n) for group in self.groups())
+        return 2.0 * (self.num_active_params or self.num_params) + mixing
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return to_plain(self)
+
+
+def _varied(group: LayerGroup, variant: str) -> LayerGroup:
+    """The same layer with another mixer; recurrent layers of a hybrid stay as they are, except for "recurrent"."""
+    if variant == "published" or group.kind == "recurrent":
+        return group
+    heads = {"mha": group.num_heads, "gqa": max(1, group.num_heads // 8), "mqa": 1}
+    if variant in heads:
+        return replace(group, kind="full", num_kv_heads=heads[variant])
+    if variant == "mla":  # DeepSeek-V3's latent: 512 + 64 numbers a token
+        return replace(group, kind="latent", rank=512, rope_dim=64)
+    if variant == "window":
+        return replace(group, kind="window", window=4096, num_sinks=4)
+    width = 2 * group.num_heads * group.head_dim  # Mamba-2 of expansion 2: heads of 64, state 128, convolution of 4
+    return replace(group, kind="recurrent", state_shape=(width // 64, 64, 128), conv_shape=(width + 256, 4))

@@ -1,0 +1,127 @@
+"""Answers for people: a table, a CSV and one picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from kvlab.capacity.estimate import Answer, CapacityConfig
+
+DECIMAL = ("B", "kB", "MB", "GB", "TB")
+BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def both_units(num_bytes: float) -> str:
+    """Bytes in powers of 1,000 and of 1,024: the two that published figures confuse."""
+    return f"{_scaled(num_bytes, 1000, DECIMAL)} ({_scaled(num_bytes, 1024, BINARY)})"
+
+
+def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+    unit = 0
+    while value >= base and unit < len(units) - 1:
+        value, unit = value / base, unit + 1
+    return f"{value:,.0f} {units[unit]}" if unit == 0 else f"{value:,.2f} {units[unit]}"
+
+
+def one_answer(config: CapacityConfig, answer: Answer) -> Table:
+    """Everything about one deployment, one line each."""
+    table = Table(title=f"{_title(answer)} on {answer.hardware}, {answer.workload}", title_justify="left", show_header=False)
+    rows = [
+        ("weights", both_units(answer.weight_bytes)),
+        ("left for the cache", f"{both_units(answer.budget_bytes)} at {config.memory.utilization:.0%} utilization"),
+        ("state of one token", both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow"),
+        (f"state of {answer.context_len:,} tokens", both_units(answer.sequence_bytes)),
+        (f"sequences of {answer.context_len:,} tokens that fit", f"{answer.users:,}"),
+        ("decode roofline", f"{answer.decode_tokens_per_s:,.0f} tokens/s, {answer.decode_ms:.2f} ms a step of {_batch(config, answer)}"),
+        ("of which", f"weights {answer.weight_share:.0%}, state {answer.state_share:.0%}, compute {answer.compute_share:.0%}"),
+        ("bound by", _bound(config, answer)),
+        ("moved for one token", both_units(answer.moved_bytes_per_token)),
+    ]
+    if answer.cost_per_million is not None:
+        rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
+    if found := answer.simulated:
+        rows += [
+            ("simulated requests", f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit, {found['preempted']:,.0f} preempted"),
+            ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
+            ("of held bytes", ", ".join(f"{name} {found[name]:.1%}" for name in ("live", "tail", "dead", "reserved"))),
+            ("prefix hits", f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes"),
+            ("typed pools", f"{found['stranded']:.1%} stranded; one pool for all would have needed {found['unified_saving']:.1%} less"),
+        ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def many_answers(answers: Sequence[Answer]) -> Table:
+    """One row a deployment."""
+    names = ("model", "hardware", "memory", "workload", "weights", "B/token", "state at context", "users")
+    table = Table(*names, "decode tok/s", "bound", "live", "hits", "$/M tokens", title_justify="left")
+    for one in answers:
+        live = f"{one.simulated['live']:.1%}" if one.simulated else "-"
+        hits = f"{one.simulated['prefix_hits']:.1%}" if one.simulated else "-"
+        cost = "-" if one.cost_per_million is None else f"{one.cost_per_million:,.3f}"
+        sizes = (_scaled(one.weight_bytes, 1000, DECIMAL), f"{one.bytes_per_token:,}")
+        state = f"{_scaled(one.sequence_bytes, 1024, BINARY)} at {one.context_len:,}"
+        place = (_title(one), one.hardware, one.memory, one.workload)
+        table.add_row(*place, *sizes, state, f"{one.users:,}", f"{one.decode_tokens_per_s:,.0f}", one.bound, live, hits, cost)
+    return table
+
+
+def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Answer]) -> list[Path]:
+    """capacity.csv and capacity.png: one colour a deployment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "capacity.csv", folder / "capacity.png"]
+    pd.DataFrame([one.as_dict() for one in answers]).to_csv(paths[0], index=False, float_format="%.6g")
+    figure, (grows, fits, speed) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[1.3, 1, 1], layout="constrained")
+    colours = plt.get_cmap("tab10").colors
+    labels = _labels(answers)
+    lengths = [2**power for power in range(7, 21)]
+    for index, (config, label) in enumerate(zip(configs, labels, strict=True)):
+        sizes = [config.model.logical_bytes(n, config.memory.kv_dtype) for n in lengths]
+        grows.loglog(lengths, sizes, color=colours[index % 10], label=label, linewidth=2)
+    grows.set(xlabel="context, tokens", ylabel="state of one sequence, bytes", title="What a sequence holds")
+    grows.legend(fontsize=8)
+    grows.grid(alpha=0.3)
+    bar_colours = [colours[index % 10] for index in range(len(answers))]
+    contexts = sorted({one.context_len for one in answers})
+    at = f"{contexts[0]:,}" if len(contexts) == 1 else "their mean"
+    fits.barh(labels, [one.users for one in answers], color=bar_colours)
+    fits.set(xscale="log", xlabel=f"sequences of {at} tokens that fit", title="Users")
+    speed.barh(labels, [one.decode_tokens_per_s for one in answers], color=bar_colours)
+    speed.set(xscale="log", xlabel="tokens/s, roofline", title="Decode")
+    speed.set_yticklabels([])
+    for axes in (fits, speed):
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+    figure.savefig(paths[1], dpi=130)
+    plt.close(figure)
+    return paths
+
+
+def _title(answer: Answer) -> str:
+    return answer.model + (f", {answer.variant}" if answer.variant != "published" else "")
+
+
+def _labels(answers: Sequence[Answer]) -> list[str]:
+    """The parts of a deployment's name that differ."""
+    parts = [(one.model, one.variant, one.hardware, one.memory, one.workload) for one in answers]
+    varying = [place for place in range(5) if len({part[place] for part in parts}) > 1] or [0]
+    return [" ".join(part[place] for place in varying) for part in parts]
+
+
+def _batch(config: CapacityConfig, answer: Answer) -> str:
+    batch = min(answer.users, config.max_batch)
+    return f"{batch:,} sequences" + (" (max_batch)" if batch < answer.users else "")
+
+
+def _bound(config: CapacityConfig, answer: Answer) -> str:
+    ridge = config.hardware.chip.ridge
+    words = {"weights": "reading the weights", "state": "reading the state", "compute": "compute"}[answer.bound]
+    side = "below" if answer.intensity < ridge else "above"
+    return f"{words}; mixing does {answer.intensity:,.1f} FLOP for each byte, {side} the chip's ridge of {ridge:,.0f}"

@@ -1,0 +1,41 @@
+"""Claims of an experiment against published values: a table that passes or fails."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: what, what was published or is exact, what was found, and whether that is close enough."""
+
+    what: str
+    expected: str
+    found: str
+    passed: bool
+
+    @classmethod
+    def near(cls, what: str, expected: float, found: float, tolerance: float, unit: str = "") -> "Claim":
+        """`found` within `tolerance` of `expected`."""
+        passed = abs(found - expected) <= tolerance
+        return cls(what, f"{expected:,.4g}{unit} ± {tolerance:.3g}", f"{found:,.4g}{unit}", passed)
+
+    @classmethod
+    def exact(cls, what: str, expected: int, found: int, unit: str = "") -> "Claim":
+        """Equal integers."""
+        return cls(what, f"{expected:,}{unit}", f"{found:,}{unit}", expected == found)
+
+
+def verdict(claims: Sequence[Claim], title: str = "") -> int:
+    """Prints the table; returns the exit status, 1 if any claim failed."""
+    table = Table("claim", "expected", "found", "", title=title or None, title_justify="left")
+    for claim in claims:
+        table.add_row(claim.what, claim.expected, claim.found, "pass" if claim.passed else "FAIL")
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=120)
+    console.print(table)
+    num_failed = sum(not claim.passed for claim in claims)
+    console.print(f"{len(claims) - num_failed} of {len(claims)} claims pass")
+    return int(num_failed > 0)

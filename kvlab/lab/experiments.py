@@ -1,0 +1,25 @@
+"""The experiments' folder: one folder a figure, each with a `figure.py` whose `main(output, results)` draws and checks it."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSIDE = _PACKAGE / "experiments"
+EXPERIMENTS_DIR = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "experiments"
+"""Beside the package in a checkout, inside it in an installed wheel."""
+
+
+def names() -> list[str]:
+    """Every experiment that can be reproduced."""
+    return sorted(path.parent.name for path in EXPERIMENTS_DIR.glob("*/figure.py"))
+
+
+def load_figure(name: str) -> ModuleType:
+    """An experiment's module: `main(output, results) -> exit status`, and `RUNS` where a sweep comes first."""
+    spec = importlib.util.spec_from_file_location(f"experiments.{name}.figure", EXPERIMENTS_DIR / name / "figure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
