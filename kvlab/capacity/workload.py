@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from kvlab.memory.prefix import TokenIds
 from kvlab.schema import ConfigError, Schema, choice, integer, real, text
 
 MOONCAKE_BLOCK = 512
+STRATUM = 128
+SHAPES = ("lognormal", "gamma")
 
 
 class Request(NamedTuple):
@@ -34,8 +37,8 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkloadConfig(Schema):
-    """Lengths are log-normal with these means and coefficients of variation before values beyond the maxima are rejected; or
-    they come from a trace (`path`). Arrivals: "poisson" at `rate` a second, "saturated" (all are waiting from the start) or
+    """Lengths are log-normal, or gamma distributed, with these means and coefficients of variation before values beyond the
+    maxima are rejected; or they come from a trace (`path`). Arrivals: "poisson" at `rate` a second, "saturated" (all are waiting from the start) or
     "trace". `num_prefixes` > 0 puts one of so many shared prefixes of `prefix_len` tokens before each prompt."""
 
     name: str = text("sharegpt")
@@ -43,10 +46,12 @@ class WorkloadConfig(Schema):
     arrival: str = choice("saturated", ("poisson", "saturated", "trace"))
     rate: float = real(1.0, 0.0, 1e9, open_low=True)
     num_requests: int = integer(400, 1, 10_000_000)
-    prompt_mean: float = real(182.0, 0.0, 1e9, open_low=True)
+    prompt_mean: float = real(184.0, 0.0, 1e9, open_low=True)
     prompt_cv: float = real(1.4, 0.0, 100.0)
-    output_mean: float = real(352.0, 0.0, 1e9, open_low=True)
-    output_cv: float = real(0.95, 0.0, 100.0)
+    prompt_shape: str = choice("lognormal", SHAPES)
+    output_mean: float = real(340.0, 0.0, 1e9, open_low=True)
+    output_cv: float = real(0.87, 0.0, 100.0)
+    output_shape: str = choice("gamma", SHAPES)
     max_prompt: int = integer(1024, 1, 1 << 24)
     max_total: int = integer(2048, 2, 1 << 24)
     num_prefixes: int = integer(0, 0, 1_000_000)
@@ -75,9 +80,9 @@ def requests(config: WorkloadConfig) -> list[Request]:
         return _from_trace(config)
     rng = np.random.default_rng(config.seed)
     found: list[tuple[int, int]] = []
-    for _ in range(1000):
-        prompts = _log_normal(rng, config.prompt_mean, config.prompt_cv, config.num_requests)
-        outputs = _log_normal(rng, config.output_mean, config.output_cv, config.num_requests)
+    for _ in range(100 + 10 * config.num_requests // STRATUM):
+        prompts = _lengths(rng, config.prompt_shape, config.prompt_mean, config.prompt_cv)
+        outputs = _lengths(rng, config.output_shape, config.output_mean, config.output_cv)
         fits = (prompts <= config.max_prompt) & (config.prefix_len + prompts + outputs <= config.max_total)
         found += zip(prompts[fits].tolist(), outputs[fits].tolist(), strict=True)
         if len(found) >= config.num_requests:
@@ -99,10 +104,18 @@ def requests(config: WorkloadConfig) -> list[Request]:
     return result
 
 
-def _log_normal(rng: np.random.Generator, mean: float, cv: float, count: int) -> np.ndarray:
-    """Integers of at least 1, log-normal with this mean and coefficient of variation before rounding."""
-    variance = math.log1p(cv * cv)
-    return np.maximum(1, np.rint(rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), count))).astype(int)
+def _lengths(rng: np.random.Generator, shape: str, mean: float, cv: float) -> np.ndarray:
+    """`STRATUM` integers of at least 1 with this mean and coefficient of variation before rounding: one in each of as many
+    equal parts of probability, shuffled, so that a short workload has the stated lengths as well."""
+    parts = (rng.permutation(STRATUM) + rng.uniform(1e-9, 1, STRATUM)) / STRATUM
+    if cv == 0:
+        lengths = np.full(STRATUM, mean)
+    elif shape == "gamma":
+        lengths = stats.gamma.ppf(parts, 1 / cv**2, scale=mean * cv**2)
+    else:
+        variance = math.log1p(cv * cv)
+        lengths = np.exp(stats.norm.ppf(parts, math.log(mean) - variance / 2, math.sqrt(variance)))
+    return np.maximum(1, np.rint(lengths)).astype(int)
 
 
 def _from_trace(config: WorkloadConfig) -> list[Request]:
