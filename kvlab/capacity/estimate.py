@@ -9,9 +9,9 @@ from kvlab.capacity.presets import KV_DTYPES, Preset
 from kvlab.capacity.simulator import Outcome, Policy, Simulator
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
 from kvlab.hardware import HardwareConfig
+from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
 from kvlab.memory.ledger import Ledger
-from kvlab.memory.prefix import Checkpoints
 from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import StateSpec, max_pages_for_step
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, real
@@ -119,7 +119,9 @@ def estimate(config: CapacityConfig) -> Answer:
     ledger = make_ledger(config, budget, context, max(longest, context))
     users = users_that_fit(ledger, context)
     if users < 1:
-        names = f"{model.logical_bytes(context, dtype) / 1e9:,.2f} GB beside {model.weight_bytes / 1e9:,.1f} GB of weights"
+        names = (
+            f"{model.logical_bytes(context, dtype) / 1e9:,.2f} GB beside {model.weight_bytes / 1e9:,.1f} GB of weights"
+        )
         raise ConfigError("context_len", context, f"one sequence does not fit: {names} on {config.hardware.label}")
     batch = min(users, config.max_batch)
     roof = decode_roofline(config, [context] * batch)
@@ -267,6 +269,7 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
     """What a finished simulation says, as numbers: shares are of bytes that sequences held."""
     held = max(1.0, outcome.mean("allocated"))
     counters = ledger.counters
+    split = sum(pages * one.page_bytes for pages, one in zip(counters.peak_pages, ledger.classes, strict=True))
     return {
         "batch": outcome.mean("batch"),
         "live": outcome.mean("live") / held,
@@ -276,7 +279,7 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
         "stranded": outcome.mean("stranded") / outcome.mean("pool"),
         "shared": outcome.mean("shared") / held,
         "prefix_hits": counters.hit_tokens / max(1, counters.looked_up_tokens),
-        "unified_saving": 1 - counters.peak_bytes / max(1, ledger.split_peak_bytes),
+        "unified_saving": 1 - counters.peak_bytes / max(1, split),
         "preempted": float(outcome.preempted),
         "recomputed_tokens": float(outcome.recomputed_tokens),
         "rejected": float(len(outcome.rejected)),

@@ -26,15 +26,26 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
 
 def one_answer(config: CapacityConfig, answer: Answer) -> Table:
     """Everything about one deployment, one line each."""
-    table = Table(title=f"{_title(answer)} on {answer.hardware}, {answer.workload}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"{_title(answer)} on {answer.hardware}, {answer.workload}", title_justify="left", show_header=False
+    )
     rows = [
         ("weights", both_units(answer.weight_bytes)),
         ("left for the cache", f"{both_units(answer.budget_bytes)} at {config.memory.utilization:.0%} utilization"),
-        ("state of one token", both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow"),
+        (
+            "state of one token",
+            both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow",
+        ),
         (f"state of {answer.context_len:,} tokens", both_units(answer.sequence_bytes)),
         (f"sequences of {answer.context_len:,} tokens that fit", f"{answer.users:,}"),
-        ("decode roofline", f"{answer.decode_tokens_per_s:,.0f} tokens/s, {answer.decode_ms:.2f} ms a step of {_batch(config, answer)}"),
-        ("of which", f"weights {answer.weight_share:.0%}, state {answer.state_share:.0%}, compute {answer.compute_share:.0%}"),
+        (
+            "decode roofline",
+            f"{answer.decode_tokens_per_s:,.0f} tokens/s, {answer.decode_ms:.2f} ms a step of {_batch(config, answer)}",
+        ),
+        (
+            "of which",
+            f"weights {answer.weight_share:.0%}, state {answer.state_share:.0%}, compute {answer.compute_share:.0%}",
+        ),
         ("bound by", _bound(config, answer)),
         ("moved for one token", both_units(answer.moved_bytes_per_token)),
     ]
@@ -42,11 +53,20 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
         rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
     if found := answer.simulated:
         rows += [
-            ("simulated requests", f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit, {found['preempted']:,.0f} preempted"),
+            (
+                "simulated requests",
+                f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit, {found['preempted']:,.0f} preempted",
+            ),
             ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
             ("of held bytes", ", ".join(f"{name} {found[name]:.1%}" for name in ("live", "tail", "dead", "reserved"))),
-            ("prefix hits", f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes"),
-            ("typed pools", f"{found['stranded']:.1%} stranded; one pool for all would have needed {found['unified_saving']:.1%} less"),
+            (
+                "prefix hits",
+                f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes",
+            ),
+            (
+                "typed pools",
+                f"{found['stranded']:.1%} stranded; one pool for all would have needed {found['unified_saving']:.1%} less",
+            ),
         ]
     for name, value in rows:
         table.add_row(name, value)
@@ -64,7 +84,9 @@ def many_answers(answers: Sequence[Answer]) -> Table:
         sizes = (_scaled(one.weight_bytes, 1000, DECIMAL), f"{one.bytes_per_token:,}")
         state = f"{_scaled(one.sequence_bytes, 1024, BINARY)} at {one.context_len:,}"
         place = (_title(one), one.hardware, one.memory, one.workload)
-        table.add_row(*place, *sizes, state, f"{one.users:,}", f"{one.decode_tokens_per_s:,.0f}", one.bound, live, hits, cost)
+        table.add_row(
+            *place, *sizes, state, f"{one.users:,}", f"{one.decode_tokens_per_s:,.0f}", one.bound, live, hits, cost
+        )
     return table
 
 

@@ -85,7 +85,8 @@ class Simulator:
     def run(self, requests: Sequence[Request], until: float = float("inf")) -> Outcome:
         """Serves every request, or what can be served `until` that many seconds."""
         arriving = deque(
-            _Running(one, name, one.prompt_len + one.output_len - 1, one.prompt_len) for name, one in enumerate(requests)
+            _Running(one, name, one.prompt_len + one.output_len - 1, one.prompt_len)
+            for name, one in enumerate(requests)
         )
         while (arriving or self.waiting or self.running or self.away) and self.clock < until:
             if not (self.waiting or self.running or self.away):
@@ -108,7 +109,9 @@ class Simulator:
         if not chunks and not decoding:
             if not self.waiting and not self.away and not self.running:
                 return  # everything that came was rejected
-            raise RuntimeError(f"no progress: {len(self.running)} running, {len(self.waiting)} waiting, {len(self.away)} away")
+            raise RuntimeError(
+                f"no progress: {len(self.running)} running, {len(self.waiting)} waiting, {len(self.away)} away"
+            )
         seconds = self.step_time([one.length for one in decoding], list(chunks.values()))
         if self.outcome.steps % self.policy.sample_every == 0:
             self._sample(seconds)
@@ -203,7 +206,7 @@ class Simulator:
         self.running.remove(one)
         one.active = False
         self.outcome.preempted += 1
-        if self.ledger.in_flight(one.name):
+        if self.ledger.running[one.name].num_new:
             self.ledger.cancel(one.name)
         if one.name not in self.ledger.sequences:  # it had only begun
             self.waiting.appendleft(one)

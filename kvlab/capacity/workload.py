@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from kvlab.memory.prefix import TokenIds
+from kvlab.memory.tokens import TokenIds
 from kvlab.schema import ConfigError, Schema, choice, integer, real, text
 
 MOONCAKE_BLOCK = 512
@@ -65,7 +65,9 @@ class WorkloadConfig(Schema):
         if self.max_prompt >= self.max_total:
             raise ConfigError("max_prompt", self.max_prompt, f"must be below max_total = {self.max_total}")
         if (self.num_prefixes > 0) != (self.prefix_len > 0):
-            raise ConfigError("prefix_len", self.prefix_len, f"must be positive iff num_prefixes = {self.num_prefixes} is")
+            raise ConfigError(
+                "prefix_len", self.prefix_len, f"must be positive iff num_prefixes = {self.num_prefixes} is"
+            )
         if self.prefix_len + self.max_prompt >= self.max_total:
             raise ConfigError("prefix_len", self.prefix_len, f"must leave room below max_total = {self.max_total}")
         for name in ("prompt", "output"):
@@ -175,7 +177,10 @@ def _seconds(path: Path, line: int, field: str, value: object) -> float:
     return seconds
 
 
-CSV_COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("arrived_at", "num_prefill_tokens", "num_decode_tokens"))
+CSV_COLUMNS = (
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ("arrived_at", "num_prefill_tokens", "num_decode_tokens"),
+)
 
 
 def _csv_rows(path: Path, lines: list[str]) -> Iterator[Request]:
@@ -213,7 +218,9 @@ def _json_rows(path: Path, lines: list[str]) -> Iterator[Request]:
             tokens = _expand(path, line, ids, prompt_len)
             answer = np.full(output_len, (1 << 30) + line, np.int32)  # nobody else's
         if output_len:
-            yield Request(_seconds(path, line, "timestamp", row["timestamp"]) / 1e3, prompt_len, output_len, tokens, answer)
+            yield Request(
+                _seconds(path, line, "timestamp", row["timestamp"]) / 1e3, prompt_len, output_len, tokens, answer
+            )
 
 
 def _expand(path: Path, line: int, ids: object, prompt_len: int) -> np.ndarray:

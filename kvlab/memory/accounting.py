@@ -12,7 +12,8 @@ import numpy as np
 from kvlab.memory.classes import StateClass
 from kvlab.memory.stores import Holding
 
-PARTS = tuple("free null live cached tail dead duplicate lookahead reserved scale padding".split())
+SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared")
+PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,14 @@ def account(
 
 def _blocks(state: StateClass, sequences: Sequence[Held]) -> dict[str, int]:
     """Slots of contiguous blocks. What will be used later is reserved, what was asked for and will not be is tail."""
-    slots = dict.fromkeys(
-        ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared"), 0
-    )
-    for one in sequences:
-        size, asked, used = one.holding.block
-        live, unwritten = state.spec.live_len(one.length), asked - one.length - one.lookahead
-        reserved = min(unwritten, max(0, used - one.length - one.lookahead))
-        slots["live"] += live
-        slots["dead"] += one.length - live
-        slots["lookahead"] += one.lookahead
-        slots["reserved"] += reserved
+    slots = dict.fromkeys(SLOTS, 0)
+    for length, _, lookahead, holding in sequences:
+        size, asked = holding.block
+        used, unwritten = holding.lengths.final_len if holding.lengths else asked, asked - length - lookahead
+        slots["live"] += state.spec.live_len(length)
+        slots["dead"] += length - state.spec.live_len(length)
+        slots["lookahead"] += lookahead
+        slots["reserved"] += (reserved := min(unwritten, max(0, used - length - lookahead)))
         slots["tail"] += unwritten - reserved
         slots["padding"] += size - asked
     return slots
@@ -154,15 +152,15 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
     in_tables = set(np.flatnonzero(num_tables).tolist())
     alone = set(indexed) - in_tables
     counted = (num_tables > 0) & ~duplicate
-    num_live, num_written, num_speculative = (int(mask[counted].sum()) for mask in (live, written, speculative & ~written))
-    return {
+    num_live, num_written, num_speculative = (
+        int(mask[counted].sum()) for mask in (live, written, speculative & ~written)
+    )
+    return dict.fromkeys(SLOTS, 0) | {
         "live": num_live,
         "dead": num_written - num_live + len(copied - in_tables - alone) * state.page_size,
         "lookahead": num_speculative,
         "tail": state.page_size * int(counted.sum()) - num_written - num_speculative,
         "duplicate": state.page_size * int(duplicate.sum()),
-        "reserved": 0,
-        "padding": 0,
         "cached": len(alone),
         "shared": int(np.maximum(num_tables - 1, 0).sum()),
     }

@@ -79,18 +79,16 @@ class BlockStore(Store):
     def num_available(self) -> int:
         return self.buddy.num_free
 
-    def _asked(self, lengths: Lengths | None) -> int:
+    def _asked(self, holding: Holding) -> int:
         """Slots that a sequence reserves; what is not known is the maximum."""
         assert self.state.reservation is not None
-        return RESERVATIONS[self.state.reservation](lengths or Lengths(0, self.max_len), self.max_len)
+        return RESERVATIONS[self.state.reservation](holding.lengths or Lengths(0, self.max_len), self.max_len)
 
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         return []
 
-    def refusal(
-        self, holding: Holding, missing: Sequence[int], end: int, lengths: Lengths | None
-    ) -> Wait | Never | None:
-        asked = holding.block[1] or self._asked(lengths)
+    def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
+        asked = holding.block[1] or self._asked(holding)
         if end > asked:
             return Never(f"{self.state.name}: tokens [0, {end}) exceed the {asked} slots reserved")
         num_pages = -(-asked // self.state.page_size)
@@ -102,34 +100,30 @@ class BlockStore(Store):
             f"{self.state.name}: {num_pages} adjacent pages needed, {self.buddy.num_free} free, not in one block"
         )
 
-    def give(
-        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
-    ) -> None:
+    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         if not holding.pages:
-            asked = self._asked(lengths)
+            asked = self._asked(holding)
             first, num_pages = self.buddy.take(-(-asked // self.state.page_size))
-            holding.block = (num_pages * self.state.page_size, asked, lengths.final_len if lengths else asked)
-            self.assign(row, holding, 0, first)
+            holding.block = (num_pages * self.state.page_size, asked)
+            self.assign(holding, 0, first)
             for page in range(first, first + num_pages):
                 self.refs[page] = 1
 
-    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
         pass
 
-    def let_go(self, row: int, holding: Holding) -> None:
+    def let_go(self, holding: Holding) -> None:
         first, num_pages = holding.pages.pop(0), holding.block[0] // self.state.page_size
         self.buddy.give(first, num_pages)
         for page in range(first, first + num_pages):
             self.refs[page] = 0
-        super().let_go(row, holding)
+        super().let_go(holding)
 
     def room(self, holding: Holding, length: int) -> int:
         return holding.block[1]
 
-    def _write_slots(
-        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
-    ) -> Ints:
-        offsets = np.arange(num_tokens, dtype=np.int32)
+    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
+        offsets = np.arange(width, dtype=np.int32)
         slots = pages[:, :1] * self.state.page_size + starts[:, None] + offsets
         slots[offsets >= counts[:, None]] = self.state.num_pages * self.state.page_size
         return slots

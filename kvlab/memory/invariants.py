@@ -33,8 +33,8 @@ def check(ledger: Ledger) -> None:
 
 def _check_pages(ledger: Ledger, store: Store) -> None:
     name, number = store.state.name, store.number
-    holders: Counter[int] = Counter(list(store.index.cached(number)))
-    for held in (*ledger.running.values(), *ledger.hits.values()):
+    holders: Counter[int] = Counter(list(store.index.cached[number]))
+    for held in (*ledger.running.values(), *ledger.hits):
         holding = held.holdings[number]
         if store.state.contiguous:
             first, size = next(iter(holding.pages.values()), 0), holding.block[0] // store.state.page_size
@@ -56,17 +56,19 @@ def _check_pages(ledger: Ledger, store: Store) -> None:
 
 
 def _check_table(ledger: Ledger, store: Store) -> None:
-    rows = [held.row for held in ledger.running.values()]
+    rows = [held.holdings[0].row for held in ledger.running.values()]
     assert sorted([*rows, *ledger.free_rows]) == list(range(len(store.table))), f"rows {rows}, free {ledger.free_rows}"
     for sequence, held in ledger.running.items():
         holding = held.holdings[store.number]
         expected = {store.state.table_index(logical): page for logical, page in holding.pages.items()}
         listed = {
-            place: page for place, page in enumerate(store.table[held.row].tolist()) if page != store.state.unused_page
+            place: page
+            for place, page in enumerate(store.table[holding.row].tolist())
+            if page != store.state.unused_page
         }
         assert listed == expected, f"{store.state.name}: table of {sequence!r} lists {listed}, it holds {expected}"
         for logical in holding.pages:
-            start = store.starts[held.row, store.state.table_index(logical)]
+            start = store.starts[holding.row, store.state.table_index(logical)]
             assert start == logical * store.state.page_size, (
                 f"{store.state.name}: {sequence!r} page {logical} starts at {start}"
             )
@@ -80,25 +82,25 @@ def _check_index(ledger: Ledger, store: Store) -> None:
             assert cached.node is node, f"{name}: page {cached.page} is at another node"
             assert cached.page not in in_nodes, f"{name}: page {cached.page} is at two nodes"
             in_nodes[cached.page] = cached
-            if index.needs_whole_prefix(number) and node.parent and node.parent.parent:
+            if index.whole_prefix[number] and node.parent and node.parent.parent:
                 assert node.parent.pages[number], f"{name}: page {cached.page} is cached, its parent is not"
-    assert in_nodes == index.cached(number), (
-        f"{name}: pages at nodes {sorted(in_nodes)}, indexed {sorted(index.cached(number))}"
+    assert in_nodes == index.cached[number], (
+        f"{name}: pages at nodes {sorted(in_nodes)}, indexed {sorted(index.cached[number])}"
     )
     for cached in in_nodes.values():
         alone = store.refs[cached.page] == 1
         assert cached.loose == alone, f"{name}: page {cached.page} is {'not ' * (not cached.loose)}loose"
-        built_on = index.needs_whole_prefix(number) and cached.node.resident_children[number] > 0
+        built_on = index.whole_prefix[number] and cached.node.resident_children[number] > 0
         assert (cached.queued is not None) == (alone and not built_on), f"{name}: page {cached.page} in the wrong queue"
     loose = sum(cached.loose for cached in in_nodes.values())
     assert index.num_loose[number] == loose, f"{name}: {index.num_loose[number]} counted loose, {loose} are"
 
 
 def _check_nodes(ledger: Ledger) -> None:
-    sequences = [*ledger.running.values(), *ledger.suspended.values(), *ledger.hits.values()]
+    sequences = [*ledger.running.values(), *ledger.suspended.values(), *ledger.hits]
     ends = Counter(id(held.path[-1]) for held in sequences if held.path)
     nodes = list(ledger.index.nodes())
-    for node in (*nodes, *ledger.index.roots()):
+    for node in (*nodes, *ledger.index.roots.values()):
         below = [child for child in nodes if child.parent is node]
         assert node.locks == ends.get(id(node), 0), (
             f"{node.locks} locks on a node where {ends.get(id(node), 0)} paths end"
@@ -108,6 +110,6 @@ def _check_nodes(ledger: Ledger) -> None:
             resident = sum(child.pages[number] is not None for child in below)
             assert node.resident_children[number] == resident, "resident children are miscounted"
         assert node.locks or node.children or any(node.pages), "a node that holds nothing and leads nowhere"
-    reachable = {id(node) for node in (*nodes, *ledger.index.roots())}
+    reachable = {id(node) for node in (*nodes, *ledger.index.roots.values())}
     for held in sequences:
         assert all(id(node) in reachable for node in held.path), "a path through a node that is not in the index"

@@ -19,28 +19,15 @@ import numpy as np
 
 from kvlab.memory.accounting import Account, Held, account
 from kvlab.memory.answers import READY, Never, Ready, Wait
+from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import Lengths, StateClass
 from kvlab.memory.contiguous import BlockStore
 from kvlab.memory.plan import Plan, Swap
-from kvlab.memory.prefix import ITEM, Checkpoints, PrefixIndex, TokenIds, encode, sha256
+from kvlab.memory.prefix import PrefixIndex
 from kvlab.memory.replacement import LRU, Policy
 from kvlab.memory.stores import Holding, PageStore, StateStore, Store
+from kvlab.memory.tokens import ITEM, TokenIds, encode, sha256
 from kvlab.memory.trie import CachedPage, Node
-
-
-@dataclass(eq=False)
-class Hit:
-    """The longest prefix of a prompt that can be read instead of computed, pinned until given to `reserve` or `unpin`."""
-
-    length: int
-    """Tokens of the prefix: a multiple of the page size, below the prompt's length."""
-    num_tokens: int
-    ids: bytes
-    holdings: list[Holding]
-    path: list[Node]
-    junction: int
-    """Pages of the prompt that somebody computed, whether or not they are still resident."""
-    spent: bool = False
 
 
 @dataclass
@@ -57,25 +44,23 @@ class Counters:
 
 
 @dataclass(eq=False, slots=True)
-class _Sequence:
-    """One sequence: what it holds of each class, and its path in the index, from the root."""
+class Tracked:
+    """One sequence: what it holds of each class. A hit is one without a name yet: the longest prefix of a prompt that can be
+    read instead of computed, pinned until given to `reserve` or `unpin`."""
 
-    row: int
     holdings: list[Holding]
-    path: list[Node]
-    ids: bytearray | None
-    """Token ids known so far; None for a sequence that began without a lookup and publishes nothing."""
+    path: list[Node] = field(default_factory=list)  # in the index, from the root
+    ids: bytearray | None = None  # of the tokens known so far; None: began without a lookup, and publishes nothing
     prompt_len: int = 0
-    junction: int = 0
+    junction: int = 0  # pages of the prompt that somebody computed, whether or not they are still resident
     length: int = 0
     num_new: int = 0
     lookahead: int = 0
-    room: int = 0
-    """A step that ends here needs no page: `reserve` has nothing to do."""
-    wake: int = 0
-    """Below this length `commit` has nothing to publish and nothing to free."""
-    rolling: list[CachedPage] = field(default_factory=list)
-    """The newest states published of the answer: the next ones replace them."""
+    room: int = 0  # a step that ends here needs no page: `reserve` has nothing to do
+    wake: int = 0  # below this length `commit` has nothing to publish and nothing to free
+    rolling: list[CachedPage] = field(
+        default_factory=list
+    )  # states last published of the answer: the next replace them
 
 
 class Ledger:
@@ -111,19 +96,19 @@ class Ledger:
         self.deduplicate, self.checkpoints = deduplicate, checkpoints or Checkpoints()
         (self._page_size,) = page_sizes
         self.index = PrefixIndex(self.classes, policy, self._page_size, digest)
-        self.stores = tuple(self._store(number, one) for number, one in enumerate(self.classes))
+        self.stores: tuple[Store, ...] = tuple(
+            BlockStore(number, one, self.index, max_len)
+            if one.contiguous
+            else (PageStore if one.paged else StateStore)(number, one, self.index)
+            for number, one in enumerate(self.classes)
+        )
         self.counters = Counters(peak_pages=[0] * len(self.classes))
-        self.running: dict[Hashable, _Sequence] = {}
-        self.suspended: dict[Hashable, _Sequence] = {}
-        self.hits: dict[int, Hit] = {}
+        self.running: dict[Hashable, Tracked] = {}
+        self.suspended: dict[Hashable, Tracked] = {}
+        self.hits: set[Tracked] = set()
         self.free_rows: list[int] = []
         self._shares = not any(one.contiguous for one in self.classes)
         self._states = [store for store in self.stores if not store.state.spec.per_token]
-
-    def _store(self, number: int, state: StateClass) -> Store:
-        if state.contiguous:
-            return BlockStore(number, state, self.index, self.max_len)
-        return (PageStore if state.paged else StateStore)(number, state, self.index)
 
     # What there is.
 
@@ -149,15 +134,10 @@ class Ledger:
                 )
         return None
 
-    def in_flight(self, sequence: Hashable) -> int:
-        """Tokens of a sequence's reserved step, lookahead included; 0 between steps. Raises KeyError if it holds nothing."""
-        held = self._get(sequence)
-        return held.num_new + held.lookahead
-
-    def clip(self, sequence: Hashable | Hit, num_new: int) -> int:
+    def clip(self, sequence: Hashable | Tracked, num_new: int) -> int:
         """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent state is
         to be kept for later hits."""
-        held = self._begin(None, sequence) if isinstance(sequence, Hit) else self._get(sequence)
+        held = sequence if isinstance(sequence, Tracked) else self._get(sequence)
         if held.ids is None or not self._states:
             return num_new
         first = held.length // self._page_size + 1
@@ -165,12 +145,6 @@ class Ledger:
             if self._keeps(held, boundary):
                 return boundary * self._page_size - held.length
         return num_new
-
-    @property
-    def split_peak_bytes(self) -> int:
-        """Bytes that pools of fixed types needed so far: each class's own peak. `counters.peak_bytes` is what one pool for
-        all would have."""
-        return sum(n * one.page_bytes for n, one in zip(self.counters.peak_pages, self.classes, strict=True))
 
     def audit(self) -> tuple[Account, ...]:
         """Where every byte is now, one account a class; they add up."""
@@ -181,7 +155,7 @@ class Ledger:
             others_starve = any(starving[:number] + starving[number + 1 :])
             stranded = num_free * store.state.page_bytes if others_starve else 0
             sequences = [Held(h.length, h.num_new, h.lookahead, h.holdings[number]) for h in self.running.values()]
-            accounts.append(account(store.state, num_free, sequences, self.index.cached(number), stranded))
+            accounts.append(account(store.state, num_free, sequences, self.index.cached[number], stranded))
         return tuple(accounts)
 
     def check(self) -> None:
@@ -192,7 +166,7 @@ class Ledger:
 
     # A step: look up, reserve, plan, commit.
 
-    def lookup(self, tokens: TokenIds, namespace: str = "") -> Hit:
+    def lookup(self, tokens: TokenIds, namespace: str = "") -> Tracked:
         """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
 
         Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and for
@@ -201,7 +175,8 @@ class Ledger:
         ids = encode(tokens)
         if not ids:
             raise ValueError("tokens = []: a prompt has at least one token")
-        self.index.count_lookup()
+        for policy in self.index.policies:
+            policy.num_lookups += 1
         path, num_pages = self.index.match(namespace, ids, len(tokens)) if self._shares else ([], 0)
         holdings = [Holding() for _ in self.classes]
         for store, holding in zip(self.stores, holdings, strict=True):
@@ -209,18 +184,22 @@ class Ledger:
                 holding.pages[logical] = cached.page
                 store.share(cached.page)
                 self.index.hit(cached)
-        path_from_root = [self.index.root(namespace), *path[:num_pages]]
-        self.index.lock(path_from_root[-1])
-        hit = Hit(num_pages * self._page_size, len(tokens), ids, holdings, path_from_root, len(path))
-        self.hits[id(hit)] = hit
-        self.counters.looked_up_tokens += hit.num_tokens
+        hit = Tracked(
+            holdings, [self.index.root(namespace), *path[:num_pages]], bytearray(ids) if self._shares else None
+        )
+        hit.prompt_len, hit.junction, hit.length = len(tokens), len(path), num_pages * self._page_size
+        hit.path[-1].locks += 1
+        self.hits.add(hit)
+        self.counters.looked_up_tokens += hit.prompt_len
         self.counters.hit_tokens += hit.length
         self._note_peak()
         return hit
 
-    def unpin(self, hit: Hit) -> None:
+    def unpin(self, hit: Tracked) -> None:
         """Lets go of a hit that no sequence took. Raises ValueError if one did."""
-        self._spend(hit)
+        if hit not in self.hits:
+            raise ValueError("hit: is spent already")
+        self.hits.remove(hit)
         for store, holding in zip(self.stores, hit.holdings, strict=True):
             for page in reversed(holding.pages.values()):
                 store.drop(page)
@@ -232,7 +211,7 @@ class Ledger:
         num_new: int,
         lookahead: int = 0,
         *,
-        hit: Hit | None = None,
+        hit: Tracked | None = None,
         lengths: Lengths | None = None,
     ) -> Ready | Wait | Never:
         """Pages for the next `num_new` tokens of a sequence and `lookahead` speculative ones; a new name begins one.
@@ -251,7 +230,7 @@ class Ledger:
             legal = f"num_new must be at least 1, and num_new + lookahead at most {self.chunk_len}"
             raise ValueError(f"num_new = {num_new}, lookahead = {lookahead}: {legal}")
         if held is None:
-            held = self._begin(sequence, hit)
+            held = self._begin(sequence, hit, lengths)
         elif hit is not None or lengths is not None:
             raise ValueError(f"sequence {sequence!r}: has begun; hit and lengths belong to its first step")
         elif held.num_new:
@@ -262,13 +241,13 @@ class Ledger:
         missing = []
         for store, holding in zip(self.stores, held.holdings, strict=True):
             missing.append(store.missing(holding, held.length, end, lookahead))
-            if refusal := store.refusal(holding, missing[-1], end, lengths):
+            if refusal := store.refusal(holding, missing[-1], end):
                 return refusal
         taken = self._take([len(pages) for pages in missing])
-        if held.row < 0:
-            self._install(sequence, held, hit)
+        if sequence not in self.running:
+            self._install(sequence, held)
         for store, holding, pages, new in zip(self.stores, held.holdings, missing, taken, strict=True):
-            store.give(held.row, holding, pages, new, lengths)
+            store.give(holding, pages, new)
         held.num_new, held.lookahead = num_new, lookahead
         self._refresh(held)
         self._note_peak()
@@ -286,11 +265,8 @@ class Ledger:
         starts, counts = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
         starts[: len(steps)] = [held.length for held in steps]
         counts[: len(steps)] = [held.num_new + held.lookahead for held in steps]
-        rows = np.array([held.row for held in steps], np.int32)
-        plans = []
-        for number, store in enumerate(self.stores):
-            holdings = [held.holdings[number] for held in steps]
-            plans.append(store.plan(rows, holdings, starts, counts, num_tokens))
+        by_class = ([held.holdings[number] for held in steps] for number in range(len(self.stores)))
+        plans = (store.plan(one, starts, counts, num_tokens) for store, one in zip(self.stores, by_class, strict=True))
         return Plan(starts, counts, tuple(plans))
 
     def commit(self, sequence: Hashable, num_accepted: int, tokens: TokenIds = ()) -> None:
@@ -342,14 +318,14 @@ class Ledger:
         if child in self.running or child in self.suspended:
             raise ValueError(f"sequence {child!r}: the name is in use")
         ids = None if held.ids is None else bytearray(held.ids)
-        twin = _Sequence(self._new_row(), [], list(held.path), ids, held.prompt_len, held.junction, held.length)
+        twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), self._new_row()
         for store, one in zip(self.stores, held.holdings, strict=True):
-            twin.holdings.append(Holding(dict(one.pages), dict(one.duplicates)))
+            twin.holdings.append(Holding(dict(one.pages), dict(one.duplicates), row=row))
             for page in (*one.pages.values(), *one.duplicates.values()):
                 store.share(page)
-            store.table[twin.row], store.starts[twin.row] = store.table[held.row], store.starts[held.row]
+            store.table[row], store.starts[row] = store.table[one.row], store.starts[one.row]
         if twin.path:
-            self.index.lock(twin.path[-1])
+            twin.path[-1].locks += 1
         self.running[child] = twin
         self._refresh(held)
         self._refresh(twin)
@@ -395,10 +371,11 @@ class Ledger:
                 return Wait(f"{store.state.name}: {needed}")
         moves, host = [], []
         for store, holding in zip(self.stores, held.holdings, strict=True):
-            host.append(Holding({logical: store.host_free.pop() for logical in holding.pages}))
+            pages = {logical: store.host_free.pop() for logical in holding.pages}
+            host.append(Holding(pages, lengths=holding.lengths))
             moves.append([(page, host[-1].pages[logical]) for logical, page in holding.pages.items()])
         self._let_go(held)
-        held.holdings, held.row = host, -1
+        held.holdings = host
         self.suspended[sequence] = held
         del self.running[sequence]
         return self._swap(moves)
@@ -422,13 +399,14 @@ class Ledger:
         host, moves = held.holdings, []
         missing = [[i for i in one.pages if i not in found] for one, found in zip(host, resident, strict=True)]
         taken = self._take([len(pages) for pages in missing])
-        held.row, held.holdings = self._new_row(), [Holding() for _ in self.classes]
+        row = self._new_row()
+        held.holdings = [Holding(row=row, lengths=one.lengths) for one in host]
         for store, old, new, found, need, pages in zip(
             self.stores, host, held.holdings, resident, missing, taken, strict=True
         ):
             fresh = dict(zip(need, pages, strict=True))
             for logical in old.pages:
-                store.assign(held.row, new, logical, found[logical].page if logical in found else fresh[logical])
+                store.assign(new, logical, found[logical].page if logical in found else fresh[logical])
                 if logical in fresh and store.state.paged and logical + 1 < len(held.path):
                     store.publish(held.path[logical + 1], fresh[logical])
             moves.append([(page, old.pages[logical]) for logical, page in fresh.items()])
@@ -441,25 +419,25 @@ class Ledger:
 
     # How.
 
-    def _begin(self, sequence: Hashable, hit: Hit | None) -> _Sequence:
+    def _begin(self, sequence: Hashable, hit: Tracked | None, lengths: Lengths | None) -> Tracked:
         """A sequence that is not installed yet and holds what its hit pins."""
         if sequence in self.suspended:
             raise ValueError(f"sequence {sequence!r}: is swapped out")
-        if hit is None:
-            return _Sequence(-1, [Holding() for _ in self.classes], [], None)
-        if hit.spent:
+        if hit is not None and hit not in self.hits:
             raise ValueError("hit: is spent already")
-        ids = bytearray(hit.ids) if self._shares else None
-        return _Sequence(-1, hit.holdings, hit.path, ids, hit.num_tokens, hit.junction, hit.length)
+        held = hit or Tracked([Holding() for _ in self.classes])
+        for holding in held.holdings:
+            holding.lengths = lengths
+        return held
 
-    def _install(self, sequence: Hashable, held: _Sequence, hit: Hit | None) -> None:
-        """A sequence begins: a row, and the hit's pins and lock, which are its own from now on."""
-        held.row = self._new_row()
+    def _install(self, sequence: Hashable, held: Tracked) -> None:
+        """A sequence begins: a row, and a hit's pins and lock, which are its own from now on."""
+        row = self._new_row()
         for store, holding in zip(self.stores, held.holdings, strict=True):
+            holding.row = row
             for logical, page in holding.pages.items():
-                store.assign(held.row, holding, logical, page)
-        if hit is not None:
-            self._spend(hit)
+                store.assign(holding, logical, page)
+        self.hits.discard(held)
         self.running[sequence] = held
 
     def _take(self, counts: Sequence[int]) -> list[list[int]]:
@@ -476,7 +454,7 @@ class Ledger:
             raise
         return taken
 
-    def _learn(self, held: _Sequence, new_length: int, tokens: TokenIds) -> None:
+    def _learn(self, held: Tracked, new_length: int, tokens: TokenIds) -> None:
         """Appends ids of accepted tokens. Raises ValueError when there would be more ids than tokens."""
         assert held.ids is not None
         known = len(held.ids) // ITEM + len(tokens)
@@ -484,19 +462,19 @@ class Ledger:
             raise ValueError(f"tokens: {known} ids known, for {new_length} tokens stored: must not be more")
         held.ids += encode(tokens)
 
-    def _settle(self, held: _Sequence, num_accepted: int, *, ran: bool) -> None:
+    def _settle(self, held: Tracked, num_accepted: int, *, ran: bool) -> None:
         """Ends a step: the tokens count, full pages are published, and what live(n) does not need is let go."""
         held.length += num_accepted
         held.num_new = held.lookahead = 0
         for store, holding in zip(self.stores, held.holdings, strict=True):
-            store.settle(held.row, holding, held.length, num_accepted, ran=ran)
+            store.settle(holding, held.length, num_accepted, ran=ran)
         if held.ids is not None:
             self._seal(held)
         for store, holding in zip(self.stores, held.holdings, strict=True):
-            store.forget(held.row, holding, held.length)
+            store.forget(holding, held.length)
         self._refresh(held)
 
-    def _seal(self, held: _Sequence) -> None:
+    def _seal(self, held: Tracked) -> None:
         """Publishes full pages whose ids are known, and the recurrent states that are to be kept."""
         assert held.ids is not None
         page_bytes, tip = self._page_size * ITEM, held.path[-1]
@@ -508,14 +486,14 @@ class Ledger:
             held.path.append(node)
             for store, holding in zip(self.stores, held.holdings, strict=True):
                 if store.state.paged and logical in holding.pages:
-                    self._offer(store, held.row, holding, node, logical)
+                    self._offer(store, holding, node, logical)
         if num_sealed and held.length == num_sealed * self._page_size and self._keeps(held, num_sealed):
             self._keep_states(held, in_answer=held.length > held.prompt_len)
         if held.path[-1] is not tip:
-            self.index.lock(held.path[-1])
+            held.path[-1].locks += 1
             self.index.unlock(tip)
 
-    def _offer(self, store: Store, row: int, holding: Holding, node: Node, logical: int) -> None:
+    def _offer(self, store: Store, holding: Holding, node: Node, logical: int) -> None:
         """Publishes a sequence's page, or settles what becomes of it when the index has an identical one."""
         own, cached = holding.pages[logical], node.pages[store.number]
         if cached is None:
@@ -524,20 +502,20 @@ class Ledger:
             store.share(cached.page)
             if self.deduplicate or not store.state.paged:
                 store.drop(own)
-                store.assign(row, holding, logical, cached.page)
+                store.assign(holding, logical, cached.page)
                 self.counters.deduplicated_pages += 1
             else:
                 holding.duplicates[logical] = cached.page
 
-    def _keeps(self, held: _Sequence, boundary: int) -> bool:
+    def _keeps(self, held: Tracked, boundary: int) -> bool:
         """Whether the recurrent state after `boundary` pages is to be kept."""
         return self.checkpoints.wants(boundary, (held.prompt_len - 1) // self._page_size, held.junction)
 
-    def _keep_states(self, held: _Sequence, *, in_answer: bool) -> None:
+    def _keep_states(self, held: Tracked, *, in_answer: bool) -> None:
         """Publishes the recurrent states at the end of the path; the newest of an answer replaces the one before."""
         node = held.path[-1]
         for store in self._states:
-            self._offer(store, held.row, held.holdings[store.number], node, 0)
+            self._offer(store, held.holdings[store.number], node, 0)
         if in_answer and self.checkpoints.name == "junctions":
             for old in held.rolling:
                 if old.loose and old.uses == 1 and old.node.pages[old.state_class] is old:
@@ -545,8 +523,8 @@ class Ledger:
             kept = (node.pages[store.number] for store in self._states)
             held.rolling = [cached for cached in kept if cached is not None]
 
-    def _refresh(self, held: _Sequence) -> None:
-        """Until when the next steps need nothing: see `_Sequence.room` and `wake`."""
+    def _refresh(self, held: Tracked) -> None:
+        """Until when the next steps need nothing: see `Tracked.room` and `wake`."""
         pairs = list(zip(self.stores, held.holdings, strict=True))
         held.room = min(self.max_len, *(store.room(holding, held.length) for store, holding in pairs))
         held.wake = min(store.wake(holding) for store, holding in pairs)
@@ -555,11 +533,11 @@ class Ledger:
         if held.lookahead or any(holding.copies or holding.writing is not None for holding in held.holdings):
             held.wake = 0
 
-    def _let_go(self, held: _Sequence) -> None:
+    def _let_go(self, held: Tracked) -> None:
         """A sequence leaves the device."""
         for store, holding in zip(self.stores, held.holdings, strict=True):
-            store.let_go(held.row, holding)
-        self.free_rows.append(held.row)
+            store.let_go(holding)
+        self.free_rows.append(held.holdings[0].row)
 
     def _new_row(self) -> int:
         if not self.free_rows:
@@ -570,7 +548,7 @@ class Ledger:
             self.free_rows = list(range(num_rows + more - 1, num_rows - 1, -1))
         return self.free_rows.pop()
 
-    def _get(self, sequence: Hashable) -> _Sequence:
+    def _get(self, sequence: Hashable) -> Tracked:
         held = self.running.get(sequence)
         if held is None:
             raise KeyError(
@@ -578,7 +556,7 @@ class Ledger:
             )
         return held
 
-    def _idle(self, sequence: Hashable) -> _Sequence:
+    def _idle(self, sequence: Hashable) -> Tracked:
         """A sequence that can be shared or moved: no step in flight, no contiguous reservation."""
         held = self._get(sequence)
         if held.num_new:
@@ -586,12 +564,6 @@ class Ledger:
         if not self._shares:
             raise ValueError(f"sequence {sequence!r}: contiguous reservations are neither shared nor swapped")
         return held
-
-    def _spend(self, hit: Hit) -> None:
-        if hit.spent:
-            raise ValueError("hit: is spent already")
-        hit.spent = True
-        del self.hits[id(hit)]
 
     def _swap(self, moves: Sequence[Sequence[tuple[int, int]]]) -> Swap:
         self.counters.swapped_pages += sum(len(one) for one in moves)

@@ -5,82 +5,15 @@ never kept). Tokens are compared exactly; a SHA-256 chain only finds the candida
 and nothing else. Namespaces (parameters, spec, page format, salt) are separate tries.
 """
 
-import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Iterator, Sequence
 
 from kvlab.memory.classes import StateClass
 from kvlab.memory.replacement import Order, Policy
 from kvlab.memory.spec import live_pages
+from kvlab.memory.tokens import ITEM, sha256
 from kvlab.memory.trie import CachedPage, Node
-
-type TokenIds = Sequence[int] | npt.NDArray[np.integer]
-
-ITEM = 4  # bytes of a stored token id
-
-
-def sha256(data: bytes) -> bytes:
-    """The chain's digest."""
-    return hashlib.sha256(data).digest()
-
-
-def namespace(*, parameters: str, spec: str, page_format: str = "", salt: str = "") -> str:
-    """The name of a trie: pages are shared only between runs in which all four are equal. `salt` separates users."""
-    return sha256(repr((parameters, spec, page_format, salt)).encode()).hex()
-
-
-def encode(tokens: TokenIds) -> bytes:
-    """Token ids as little-endian int32. Raises ValueError for ids that are no integers of [0, 2^31)."""
-    if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < 2**31:
-        return tokens[0].to_bytes(ITEM, "little")  # one decoded token, at a tenth of the cost
-    array = np.asarray(tokens)
-    if array.size == 0:
-        return b""
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"tokens of shape {array.shape} and dtype {array.dtype}: must be one list of integers")
-    if int(array.min()) < 0 or int(array.max()) >= 2**31:
-        raise ValueError(f"token {int(array.min() if array.min() < 0 else array.max())}: must be in [0, {2**31})")
-    return array.astype("<i4").tobytes()
-
-
-def page_keys(
-    tokens: TokenIds, page_size: int, name: str = "", digest: Callable[[bytes], bytes] = sha256
-) -> list[bytes]:
-    """The keys of the pages that a lookup of these tokens could be given: all full pages short of the last token."""
-    ids, key, keys = encode(tokens), digest(name.encode()), []
-    for page in range(max(0, len(tokens) - 1) // page_size):
-        key = digest(key + ids[page * page_size * ITEM : (page + 1) * page_size * ITEM])
-        keys.append(key)
-    return keys
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """At which page boundaries a recurrent state is kept for later hits: each one costs a slot.
-
-    "none"; "every" `interval` pages; "junctions" (after Marconi, arXiv 2411.19379): the last boundary of the prompt, the boundary where the
-    prompt left what others had computed, and the newest boundary of the answer; "all".
-    """
-
-    name: str = "junctions"
-    interval: int = 1
-
-    def __post_init__(self) -> None:
-        if self.name not in ("none", "every", "junctions", "all"):
-            raise ValueError(f"checkpoints = {self.name!r}: must be one of none, every, junctions, all")
-        if self.interval < 1:
-            raise ValueError(f"checkpoint interval = {self.interval}: must be at least 1 page")
-
-    def wants(self, boundary: int, prompt_pages: int, junction: int) -> bool:
-        """Whether the state after `boundary` pages is kept; the prompt's last boundary is `prompt_pages`."""
-        if self.name == "junctions":
-            return boundary >= prompt_pages or boundary == junction
-        return self.name == "all" or (self.name == "every" and boundary % self.interval == 0)
 
 
 class PrefixIndex:
@@ -98,19 +31,20 @@ class PrefixIndex:
         self.policies = [policy(one.num_usable) for one in classes]
         self.num_loose = [0] * len(classes)
         """Pages held by the index alone: all of them can be evicted, descendants first."""
-        self._whole_prefix = [one.spec.per_token and one.spec.span is None for one in classes]
+        # Per class: whether a cached page is of use only behind all its ancestors; the pages held, by number.
+        self.whole_prefix = [one.spec.per_token and one.spec.span is None for one in classes]
         self._nodes: dict[bytes, list[Node]] = {}
-        self._roots: dict[str, Node] = {}
-        self._owners: list[dict[int, CachedPage]] = [{} for _ in classes]
+        self.roots: dict[str, Node] = {}
+        self.cached: list[dict[int, CachedPage]] = [{} for _ in classes]
         self._heaps: list[tuple[list[tuple[Order, int, int, int, CachedPage]], ...]] = [([], []) for _ in classes]
         self._sizes = [[0, 0] for _ in classes]
         self._stamps = itertools.count()
 
     def root(self, name: str) -> Node:
         """The root of a namespace."""
-        if name not in self._roots:
-            self._roots[name] = Node(None, b"", self._digest(name.encode()), 0, len(self._classes))
-        return self._roots[name]
+        if name not in self.roots:
+            self.roots[name] = Node(None, b"", self._digest(name.encode()), 0, len(self._classes))
+        return self.roots[name]
 
     def find(self, parent: Node, tokens: bytes, *, grow: bool = False) -> Node | None:
         """The child with exactly these tokens; made if it is missing and may `grow`."""
@@ -166,10 +100,6 @@ class PrefixIndex:
             assert cached is not None
             yield page, cached
 
-    def lock(self, node: Node) -> None:
-        """A path ends here: the node stays while it does."""
-        node.locks += 1
-
     def unlock(self, node: Node) -> None:
         """A path no longer ends here; what holds nothing and leads nowhere is forgotten."""
         node.locks -= 1
@@ -182,23 +112,19 @@ class PrefixIndex:
         one, end = self._classes[index], node.depth * self.page_size
         start = end - self.page_size if one.paged else 0
         cached = CachedPage(node, index, page, one.page_bytes, start, end)
-        node.pages[index] = self._owners[index][page] = cached
+        node.pages[index] = self.cached[index][page] = cached
         node.parent.resident_children[index] += 1
-        if self._whole_prefix[index] and (above := node.parent.pages[index]):
+        if self.whole_prefix[index] and (above := node.parent.pages[index]):
             self._unqueue(above)
         cached.created = cached.last_used = self._tick(index)
-        self.policies[index].admit(cached)
+        self.policies[index].used(cached)
         return cached
-
-    def owner(self, index: int, page: int) -> CachedPage | None:
-        """What the index holds a page for, if it does."""
-        return self._owners[index].get(page)
 
     def hit(self, cached: CachedPage) -> None:
         """Another sequence uses a page."""
         cached.uses += 1
         cached.last_used = self._tick(cached.state_class)
-        self.policies[cached.state_class].hit(cached)
+        self.policies[cached.state_class].used(cached)
 
     def pin(self, cached: CachedPage) -> None:
         """A page that the index held alone has another holder."""
@@ -236,32 +162,15 @@ class PrefixIndex:
         self._unqueue(cached)
         self.num_loose[index] -= cached.loose
         node.pages[index] = None
-        del self._owners[index][cached.page]
+        del self.cached[index][cached.page]
         node.parent.resident_children[index] -= 1
         if (above := node.parent.pages[index]) and above.loose and above.queued is None:
             self._queue(above)
         self._prune(node)
 
-    def cached(self, index: int) -> Mapping[int, CachedPage]:
-        """Every page of a class that the index holds, by its number."""
-        return self._owners[index]
-
     def nodes(self) -> Iterator[Node]:
         """Every node but the roots."""
         return (node for nodes in self._nodes.values() for node in nodes)
-
-    def roots(self) -> Iterator[Node]:
-        """Every root."""
-        return iter(self._roots.values())
-
-    def count_lookup(self) -> None:
-        """Tells the policies that a request came."""
-        for policy in self.policies:
-            policy.num_lookups += 1
-
-    def needs_whole_prefix(self, index: int) -> bool:
-        """Whether a cached page of a class is of use only behind all its ancestors."""
-        return self._whole_prefix[index]
 
     def _tick(self, index: int) -> int:
         self.policies[index].clock += 1
@@ -269,7 +178,7 @@ class PrefixIndex:
 
     def _queue(self, cached: CachedPage) -> None:
         index = cached.state_class
-        if self._whole_prefix[index] and cached.node.resident_children[index]:
+        if self.whole_prefix[index] and cached.node.resident_children[index]:
             return
         cached.queued = cached.segment
         self._sizes[index][cached.segment] += 1
@@ -291,4 +200,4 @@ class PrefixIndex:
             node.parent.children -= 1
             node = node.parent
         if node.parent is None and not (node.locks or node.children):
-            self._roots = {name: root for name, root in self._roots.items() if root is not node}
+            self.roots = {name: root for name, root in self.roots.items() if root is not node}

@@ -29,11 +29,8 @@ class Policy:
         """The priority, as a tuple of numbers: the lowest goes first. Fixed while nobody uses the page."""
         raise NotImplementedError
 
-    def admit(self, page: CachedPage) -> None:
-        """A page was published."""
-
-    def hit(self, page: CachedPage) -> None:
-        """A page was used by another sequence; `page.uses` counts it already."""
+    def used(self, page: CachedPage) -> None:
+        """A page was published (`page.uses` is 1), or another sequence found it (the count includes it)."""
 
     def pick(self, sizes: Sequence[int]) -> int:
         """The segment to evict from, given each one's number of evictable pages (not all of them zero)."""
@@ -79,8 +76,8 @@ class SLRU(Policy):
     def order(self, page: CachedPage) -> Order:
         return (page.last_used,)
 
-    def hit(self, page: CachedPage) -> None:
-        page.segment = 1
+    def used(self, page: CachedPage) -> None:
+        page.segment = int(page.uses > 1)
 
     def pick(self, sizes: Sequence[int]) -> int:
         probation, protected = sizes
@@ -106,12 +103,12 @@ class S3FIFO(Policy):
     def order(self, page: CachedPage) -> Order:
         return (page.created,)  # the time it entered its queue
 
-    def admit(self, page: CachedPage) -> None:
-        page.segment = int(page.key in self._ghosts)
-        self._ghosts.pop(page.key, None)
-
-    def hit(self, page: CachedPage) -> None:
-        page.credit = min(page.credit + 1, 3)
+    def used(self, page: CachedPage) -> None:
+        if page.uses == 1:
+            page.segment = int(page.key in self._ghosts)
+            self._ghosts.pop(page.key, None)
+        else:
+            page.credit = min(page.credit + 1, 3)
 
     def pick(self, sizes: Sequence[int]) -> int:
         small, main = sizes
@@ -140,20 +137,12 @@ class CostAware(Policy):
 
     linear, quadratic = 1.0, 1e-4
 
-    def __init__(self, capacity: int):
-        super().__init__(capacity)
-        self._age = 0.0
+    _age = 0.0
 
     def order(self, page: CachedPage) -> Order:
         return (page.credit,)
 
-    def admit(self, page: CachedPage) -> None:
-        self._renew(page)
-
-    def hit(self, page: CachedPage) -> None:
-        self._renew(page)
-
-    def _renew(self, page: CachedPage) -> None:
+    def used(self, page: CachedPage) -> None:
         start, end = page.start, page.end
         flops = self.linear * (end - start) + self.quadratic * (end * end - start * start) / 2
         page.credit = self._age + page.uses * flops / page.num_bytes
@@ -177,7 +166,7 @@ class Belady(Policy):
 
 
 def belady(uses: Mapping[bytes, Sequence[int]]) -> Callable[[int], Policy]:
-    """A factory for `Ledger(policy=...)` that knows the future of one trace; keys come from `prefix.page_keys`."""
+    """A factory for `Ledger(policy=...)` that knows the future of one trace; keys come from `tokens.page_keys`."""
     return lambda capacity: Belady(capacity, uses)
 
 

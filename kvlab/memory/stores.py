@@ -36,8 +36,12 @@ class Holding:
     """(logical page, source) of pages copied for the step in flight; the source is held until it ends."""
     writing: int | None = None
     """Where the step in flight writes a recurrent state that it does not write in place."""
-    block: tuple[int, int, int] = (0, 0, 0)
-    """Of a contiguous block: its slots, the slots asked for, the slots that will be used."""
+    row: int = -1
+    """The sequence's row of the page table; -1 while it has none."""
+    lengths: Lengths | None = None
+    """What was known of the sequence when it began."""
+    block: tuple[int, int] = (0, 0)
+    """Of a contiguous block: its slots, and the slots asked for."""
 
 
 class Store(abc.ABC):
@@ -72,7 +76,7 @@ class Store(abc.ABC):
     def share(self, page: int) -> None:
         """One more reference."""
         self.refs[page] += 1
-        if self.refs[page] == 2 and (cached := self.index.owner(self.number, page)):
+        if self.refs[page] == 2 and (cached := self.index.cached[self.number].get(page)):
             self.index.pin(cached)
 
     def drop(self, page: int) -> None:
@@ -81,7 +85,7 @@ class Store(abc.ABC):
         self.refs[page] -= 1
         if self.refs[page] == 0:
             self.free.append(page)
-        elif self.refs[page] == 1 and (cached := self.index.owner(self.number, page)):
+        elif self.refs[page] == 1 and (cached := self.index.cached[self.number].get(page)):
             self.index.loosen(cached)
 
     def _copied(self, source: int) -> None:
@@ -116,13 +120,13 @@ class Store(abc.ABC):
         self.table = np.concatenate([self.table, unused])
         self.starts = np.concatenate([self.starts, np.full_like(unused, NOWHERE)])
 
-    def assign(self, row: int, holding: Holding, logical: int, page: int) -> None:
+    def assign(self, holding: Holding, logical: int, page: int) -> None:
         """A sequence reads a page from now on; the reference is the caller's."""
         holding.pages[logical] = page
         place = self.state.table_index(logical)
-        self.table[row, place], self.starts[row, place] = page, logical * self.state.page_size
+        self.table[holding.row, place], self.starts[holding.row, place] = page, logical * self.state.page_size
 
-    def let_go(self, row: int, holding: Holding) -> None:
+    def let_go(self, holding: Holding) -> None:
         """A sequence leaves the device: every reference, latest pages first, and its row."""
         for _, source in holding.copies:
             self._copied(source)
@@ -132,16 +136,16 @@ class Store(abc.ABC):
             self.drop(holding.pages[logical])
             if logical in holding.duplicates:
                 self.drop(holding.duplicates[logical])
-        self.table[row], self.starts[row] = self.state.unused_page, NOWHERE
+        self.table[holding.row], self.starts[holding.row] = self.state.unused_page, NOWHERE
 
-    def plan(self, rows: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int) -> ClassPlan:
-        """One step's arrays for the sequences in `rows`; starts and counts [B], of which the rest is padding."""
-        num_rows, batch_size = len(rows), len(starts)
-        pages = np.full((batch_size, self.state.table_len), self.state.unused_page, np.int32)
+    def plan(self, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> ClassPlan:
+        """One step's arrays for these sequences; starts and counts [B], of which the rest is padding."""
+        rows = [one.row for one in steps]
+        pages = np.full((len(starts), self.state.table_len), self.state.unused_page, np.int32)
         page_starts = np.full_like(pages, NOWHERE)
-        pages[:num_rows], page_starts[:num_rows] = self.table[rows], self.starts[rows]
-        slots = self._write_slots(pages, holdings, starts, counts, num_tokens)
-        copied = [(source, one.pages[logical]) for one in holdings for logical, source in one.copies]
+        pages[: len(rows)], page_starts[: len(rows)] = self.table[rows], self.starts[rows]
+        slots = self._write_slots(pages, steps, starts, counts, width)
+        copied = [(source, one.pages[logical]) for one in steps for logical, source in one.copies]
         return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2))
 
     # What each kind of state decides.
@@ -150,9 +154,7 @@ class Store(abc.ABC):
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         """Logical pages that a step [start, end) must be given: new ones, and those it may not write in place."""
 
-    def refusal(
-        self, holding: Holding, missing: Sequence[int], end: int, lengths: Lengths | None
-    ) -> Wait | Never | None:
+    def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
         """Why the missing pages cannot be had; None: they can."""
         total = len(holding.pages) + sum(page not in holding.pages for page in missing)
         if total > self.state.num_usable:
@@ -168,16 +170,14 @@ class Store(abc.ABC):
         return Wait(f"{self.state.name}: {num_pages} pages needed, {self.num_available} free or cached")
 
     @abc.abstractmethod
-    def give(
-        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
-    ) -> None:
+    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         """Gives a sequence the pages taken for those missing."""
 
     @abc.abstractmethod
-    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
         """Ends a step after which the sequence has `length` tokens; undoes what a step that never ran was to copy."""
 
-    def forget(self, row: int, holding: Holding, length: int) -> None:  # noqa: B027  most states forget nothing
+    def forget(self, holding: Holding, length: int) -> None:  # noqa: B027  most states forget nothing
         """Lets go of pages outside live(length)."""
 
     @abc.abstractmethod
@@ -189,9 +189,7 @@ class Store(abc.ABC):
         return NEVER_WAKES
 
     @abc.abstractmethod
-    def _write_slots(
-        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
-    ) -> Ints:
+    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
         """`ClassPlan.write_slots`."""
 
 
@@ -203,36 +201,34 @@ class PageStore(Store):
         held = holding.pages
         return [i for i in needed if i not in held or self.refs[held[i]] - self.copying[held[i]] > 1]
 
-    def give(
-        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
-    ) -> None:
+    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         for logical, page in zip(missing, taken, strict=True):
             if logical in holding.pages:
                 holding.copies.append((logical, holding.pages[logical]))
                 self.copying[holding.pages[logical]] += 1
                 self.copied += 1
-            self.assign(row, holding, logical, page)
+            self.assign(holding, logical, page)
 
-    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
         for logical, source in holding.copies:
             if not ran:
                 self.drop(holding.pages[logical])
-                self.assign(row, holding, logical, source)
+                self.assign(holding, logical, source)
                 self.share(source)
             self._copied(source)
         holding.copies.clear()
         behind = takewhile(lambda page: page * self.state.page_size >= length, reversed(holding.pages))
-        self._give_up(row, holding, list(behind))
+        self._give_up(holding, list(behind))
 
-    def forget(self, row: int, holding: Holding, length: int) -> None:
+    def forget(self, holding: Holding, length: int) -> None:
         if self.state.spec.span is not None:
             ends = {page: page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages}
-            self._give_up(row, holding, [page for page, end in ends.items() if end is not None and end <= length])
+            self._give_up(holding, [page for page, end in ends.items() if end is not None and end <= length])
 
-    def _give_up(self, row: int, holding: Holding, logical_pages: Iterable[int]) -> None:
+    def _give_up(self, holding: Holding, logical_pages: Iterable[int]) -> None:
         for logical in logical_pages:
             place = self.state.table_index(logical)
-            self.table[row, place], self.starts[row, place] = self.state.unused_page, NOWHERE
+            self.table[holding.row, place], self.starts[holding.row, place] = self.state.unused_page, NOWHERE
             self.drop(holding.pages.pop(logical))
             if logical in holding.duplicates:
                 self.drop(holding.duplicates.pop(logical))
@@ -250,10 +246,8 @@ class PageStore(Store):
         ends = (page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages)
         return next((end for end in ends if end is not None), NEVER_WAKES)
 
-    def _write_slots(
-        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
-    ) -> Ints:
-        offsets = np.arange(num_tokens, dtype=np.int32)
+    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
+        offsets = np.arange(width, dtype=np.int32)
         positions = starts[:, None] + offsets
         logical = positions // self.state.page_size
         num_pinned, table_len = self.state.num_pinned_pages, self.state.table_len
@@ -274,34 +268,30 @@ class StateStore(Store):
         if self.refs[slot] == 1 and not lookahead:
             return []
         # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.
-        sole = self.refs[slot] == 2 and self.index.owner(self.number, slot) is not None
+        sole = self.refs[slot] == 2 and self.index.cached[self.number].get(slot) is not None
         return [] if sole and not lookahead and not self.num_available else [0]
 
-    def give(
-        self, row: int, holding: Holding, missing: Sequence[int], taken: Sequence[int], lengths: Lengths | None
-    ) -> None:
+    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         if missing and holding.pages:
             (holding.writing,) = taken
         elif missing:
-            self.assign(row, holding, 0, taken[0])
-        elif cached := self.index.owner(self.number, holding.pages[0]):
+            self.assign(holding, 0, taken[0])
+        elif cached := self.index.cached[self.number].get(holding.pages[0]):
             self.withdraw(cached)
 
-    def settle(self, row: int, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
+    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
         if holding.writing is not None:
             old, new = holding.pages[0], holding.writing
             self.drop(old if num_accepted else new)
-            self.assign(row, holding, 0, new if num_accepted else old)
+            self.assign(holding, 0, new if num_accepted else old)
             holding.writing = None
 
     def room(self, holding: Holding, length: int) -> int:
         return NEVER_WAKES if self.refs[holding.pages[0]] == 1 else 0
 
-    def _write_slots(
-        self, pages: Ints, holdings: Sequence[Holding], starts: Ints, counts: Ints, num_tokens: int
-    ) -> Ints:
+    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
         slots = pages.copy()
-        for row, one in enumerate(holdings):
+        for row, one in enumerate(steps):
             if one.writing is not None:
                 slots[row, 0] = one.writing
         return slots

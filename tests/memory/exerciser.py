@@ -14,10 +14,10 @@ import numpy as np
 
 from kvlab.memory.accounting import PARTS
 from kvlab.memory.answers import Never, Ready, Wait
+from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Hit, Ledger
+from kvlab.memory.ledger import Ledger, Tracked
 from kvlab.memory.plan import NOWHERE, Plan
-from kvlab.memory.prefix import Checkpoints
 from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import ArraySpec, LatentState, RecurrentState, TokenState
 from tests.memory.test_spec import visible_by_mask
@@ -47,7 +47,17 @@ def make_ledger(model: str, page_size: int, num_pages: int, num_slots: int, **op
         name = f"{number}.{type(spec).__name__}"
         if spec.per_token:
             whole = StateClass(name, spec, page_size, num_pages, 99, 1 + number, num_host_pages=HOST_PAGES)
-            classes.append(StateClass(name, spec, page_size, num_pages, whole.max_pages(MAX_LEN, CHUNK_LEN), 1 + number, num_host_pages=HOST_PAGES))
+            classes.append(
+                StateClass(
+                    name,
+                    spec,
+                    page_size,
+                    num_pages,
+                    whole.max_pages(MAX_LEN, CHUNK_LEN),
+                    1 + number,
+                    num_host_pages=HOST_PAGES,
+                )
+            )
         else:
             classes.append(StateClass(name, spec, 1, num_slots, 1, 2, num_host_pages=3))
     return Ledger(classes, MAX_LEN, CHUNK_LEN, page_size=page_size, **options)
@@ -72,7 +82,9 @@ class Exerciser:
         self.model = self.pick(list(MODELS))
         self.page_size = self.pick([1, 2, 3, 4])
         self.policy = self.pick(list(POLICIES))
-        checkpoints = self.pick([Checkpoints("none"), Checkpoints("every", 2), Checkpoints("junctions"), Checkpoints("all")])
+        checkpoints = self.pick(
+            [Checkpoints("none"), Checkpoints("every", 2), Checkpoints("junctions"), Checkpoints("all")]
+        )
         collide = draw(4) == 0
         digest = {"digest": lambda data: b"same"} if collide else {}
         self.ledger = make_ledger(
@@ -88,7 +100,7 @@ class Exerciser:
         self.options = (self.model, self.page_size, self.policy, checkpoints, collide, self.ledger.deduplicate)
         self.live: dict[int, Shadow] = {}
         self.away: dict[int, Shadow] = {}
-        self.hits: list[tuple[Hit, Shadow]] = []
+        self.hits: list[tuple[Tracked, Shadow]] = []
         self.tags: list[dict[int, tuple]] = [{} for _ in self.ledger.classes]
         self.host: list[dict[int, tuple]] = [{} for _ in self.ledger.classes]
         self.published: set[tuple] = set()
@@ -104,8 +116,26 @@ class Exerciser:
 
     def step(self) -> str:
         """One random operation and all checks; returns its name."""
-        actions = [self.submit, self.submit, self.advance, self.advance, self.advance, self.settle, self.settle, self.settle]
-        actions += [self.speculate, self.cancel, self.fork, self.abort, self.swap_out, self.swap_in, self.evict, self.look]
+        actions = [
+            self.submit,
+            self.submit,
+            self.advance,
+            self.advance,
+            self.advance,
+            self.settle,
+            self.settle,
+            self.settle,
+        ]
+        actions += [
+            self.speculate,
+            self.cancel,
+            self.fork,
+            self.abort,
+            self.swap_out,
+            self.swap_in,
+            self.evict,
+            self.look,
+        ]
         action = self.pick(actions)
         action()
         self.verify()
@@ -133,7 +163,7 @@ class Exerciser:
             shadow = Shadow(self.pick(["x", "y"]), self._prompt())
             self.hits.append((self._lookup(shadow), shadow))
 
-    def _lookup(self, shadow: Shadow) -> Hit:
+    def _lookup(self, shadow: Shadow) -> Tracked:
         expected = self.longest_hit(shadow)
         hit = self.ledger.lookup(shadow.prompt, shadow.space)
         assert hit.length == expected, f"hit {hit.length}, by brute force {expected}"
@@ -166,7 +196,7 @@ class Exerciser:
         if idle := self._idle():
             self._reserve(self.pick(idle), lookahead=1 + self.draw(CHUNK_LEN - 1))
 
-    def _reserve(self, name: int, lookahead: int = 0, hit: Hit | None = None) -> bool:
+    def _reserve(self, name: int, lookahead: int = 0, hit: Tracked | None = None) -> bool:
         one = self.live[name]
         known = len(one.prompt) - len(one.ids)
         num_new = 1 if lookahead or known <= 0 else 1 + self.draw(min(known, CHUNK_LEN))
@@ -325,7 +355,7 @@ class Exerciser:
     def _nobody_minds(self, name: int, number: int, page: int, position: int) -> None:
         """A page that is written is not published, and whoever else holds it has no token at the position, nor beyond:
         only a sequence that cancelled its own copy of the page does."""
-        assert page not in self.ledger.index.cached(number), "a published page is written"
+        assert page not in self.ledger.index.cached[number], "a published page is written"
         for other, one in self.live.items():
             if other != name and page in self.ledger.running[other].holdings[number].pages.values():
                 assert len(one.ids) <= position, "a page that others hold is written"
@@ -337,8 +367,8 @@ class Exerciser:
         ledger = self.ledger
         return (
             [(list(store.refs), sorted(store.free), sorted(store.host_free)) for store in ledger.stores],
-            {name: (held.length, held.num_new, held.row) for name, held in ledger.running.items()},
-            [sorted(ledger.index.cached(number)) for number in range(len(ledger.classes))],
+            {name: (held.length, held.num_new, held.holdings[0].row) for name, held in ledger.running.items()},
+            [sorted(ledger.index.cached[number]) for number in range(len(ledger.classes))],
             ledger.audit(),
         )
 
@@ -376,7 +406,7 @@ class Exerciser:
                         what = "lookahead" if speculative else "tail"
                     kind[page, offset] = max(kind.get((page, offset), what), what, key=ranks.index)
         in_tables = {page for page, _ in kind}
-        cached = set(self.ledger.index.cached(number)) - in_tables
+        cached = set(self.ledger.index.cached[number]) - in_tables
         for one in self.ledger.running.values():
             for _, source in one.holdings[number].copies:
                 if source not in in_tables | cached:
@@ -400,7 +430,7 @@ class Exerciser:
             while above.parent is not None:
                 ids = np.frombuffer(above.tokens, "<i4").tolist() + ids
                 above = above.parent
-            root = next(name for name, one in self.ledger.index._roots.items() if one is above)
+            root = next(name for name, one in self.ledger.index.roots.items() if one is above)
             if root == shadow.space:
                 for number, cached in enumerate(node.pages):
                     if cached is not None:
@@ -410,7 +440,10 @@ class Exerciser:
             whole = True
             for state, known in zip(self.ledger.classes, tries, strict=True):
                 if state.spec.per_token:
-                    ends = {p // self.page_size * self.page_size + self.page_size for p in visible_by_mask(state.spec, length)}
+                    ends = {
+                        p // self.page_size * self.page_size + self.page_size
+                        for p in visible_by_mask(state.spec, length)
+                    }
                     whole &= all(tuple(shadow.prompt[:end]) in known for end in ends)
                 else:
                     whole &= tuple(shadow.prompt[:length]) in known
@@ -428,17 +461,17 @@ class Exerciser:
                 index, number = self.ledger.index, store.number
                 eligible = [
                     cached
-                    for cached in index.cached(number).values()
+                    for cached in index.cached[number].values()
                     if store.refs[cached.page] == 1
                     and not (
-                        index.needs_whole_prefix(number)
+                        index.whole_prefix[number]
                         and any(n.parent is cached.node and n.pages[number] for n in index.nodes())
                     )
                 ]
                 order = sorted(eligible, key=lambda one: (policy.order(one), -one.node.depth, one.page))
-                before = set(index.cached(number))
+                before = set(index.cached[number])
                 evict()
-                (gone,) = before - set(index.cached(number))
+                (gone,) = before - set(index.cached[number])
                 assert gone in {one.page for one in eligible}, "a pinned page was evicted"
                 assert not plain or gone == order[0].page, "not the policy's first"
 
@@ -457,5 +490,5 @@ class Exerciser:
             assert account.free + account.null == account.pool
             assert not any(store.refs)
         assert not list(self.ledger.index.nodes())
-        assert not list(self.ledger.index.roots())
+        assert not list(self.ledger.index.roots)
         assert len(self.ledger.free_rows) == len(self.ledger.stores[0].table)

@@ -62,7 +62,9 @@ def test_random_operations_keep_every_invariant(start):
 def test_same_seed_same_plans_byte_for_byte():
     def digest(seed):
         plans = exercise(seed).plans
-        leaves = [plan.starts.tobytes() + b"".join(array.tobytes() for one in plan.classes for array in one) for plan in plans]
+        leaves = [
+            plan.starts.tobytes() + b"".join(array.tobytes() for one in plan.classes for array in one) for plan in plans
+        ]
         return hashlib.sha256(b"".join(leaves)).hexdigest()
 
     for seed in range(5):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from kvlab.memory.answers import Ready
+from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
 from kvlab.memory.ledger import Ledger
-from kvlab.memory.prefix import Checkpoints, encode, namespace, page_keys
+from kvlab.memory.tokens import encode, namespace, page_keys
 from tests.memory.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
 
 
@@ -53,7 +54,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("checkpoints", [Checkpoints("junctions"), Checkpoints("all"), Checkpoints("every", 1)], ids=str)
+@pytest.mark.parametrize(
+    "checkpoints", [Checkpoints("junctions"), Checkpoints("all"), Checkpoints("every", 1)], ids=str
+)
 def test_a_resent_prompt_of_any_length_hits(model, checkpoints):
     """All but its last page: hybrids included, where public engines report none."""
     for length in range(1, 70):
@@ -91,7 +94,7 @@ def test_the_next_turn_of_a_conversation_hits_behind_the_answer():
     prompt, answer = list(range(21)), list(range(50, 73))
     serve(ledger, "a", prompt, answer)
     assert serve(ledger, "b", [*prompt, *answer, 1, 2, 3]) == 44
-    kept = len(ledger.index.cached(2))
+    kept = len(ledger.index.cached[2])
     assert kept <= 4, f"{kept} states are kept of two turns: an answer's older ones are replaced"
 
 
@@ -137,15 +140,15 @@ def test_rejected_drafts_are_never_published():
     ledger.commit("a", 2, [50, 51])
     ledger.release("a")
     assert ledger.lookup([*range(7), 50, 51, 52, 53, 54]).length == 8
-    assert len(ledger.index.cached(0)) == 2
+    assert len(ledger.index.cached[0]) == 2
 
 
 def test_release_without_keep_leaves_nothing_of_its_own():
     ledger = make(MODELS["hybrid"])
     serve(ledger, "a", list(range(10)))
-    before = [set(ledger.index.cached(number)) for number in range(3)]
+    before = [set(ledger.index.cached[number]) for number in range(3)]
     serve(ledger, "b", [*range(8), *range(90, 110)], keep=False)
-    after = [set(ledger.index.cached(number)) for number in range(3)]
+    after = [set(ledger.index.cached[number]) for number in range(3)]
     assert all(now <= then for now, then in zip(after, before, strict=True))
 
 
