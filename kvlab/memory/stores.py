@@ -6,7 +6,6 @@ BlockStore   contiguous reservations: one block a sequence, its size fixed when 
 """
 
 import abc
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -55,8 +54,6 @@ class Store(abc.ABC):
         self.table = np.zeros((0, state.table_len), np.int32)
         self.starts = np.zeros((0, state.table_len), np.int32)
         self.evicted = self.copied = 0
-        self.copying: Counter[int] = Counter()
-        """References of steps in flight that copy a page before anything is written: they do not hinder its writer."""
 
     # References.
 
@@ -87,13 +84,6 @@ class Store(abc.ABC):
             self.free.append(page)
         elif self.refs[page] == 1 and (cached := self.index.cached[self.number].get(page)):
             self.index.loosen(cached)
-
-    def _copied(self, source: int) -> None:
-        """A page was copied, or will not be: its reader lets go."""
-        self.copying[source] -= 1
-        if not self.copying[source]:
-            del self.copying[source]
-        self.drop(source)
 
     def publish(self, node: Node, page: int) -> None:
         """The index holds a page as well."""
@@ -129,7 +119,7 @@ class Store(abc.ABC):
     def let_go(self, holding: Holding) -> None:
         """A sequence leaves the device: every reference, latest pages first, and its row."""
         for _, source in holding.copies:
-            self._copied(source)
+            self.drop(source)
         if holding.writing is not None:
             self.drop(holding.writing)
         for logical in reversed(holding.pages):
@@ -198,24 +188,22 @@ class PageStore(Store):
 
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         needed = range(start // self.state.page_size, (end - 1) // self.state.page_size + 1)
-        held = holding.pages
-        return [i for i in needed if i not in held or self.refs[held[i]] - self.copying[held[i]] > 1]
+        return [page for page in needed if page not in holding.pages or self.refs[holding.pages[page]] > 1]
 
     def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         for logical, page in zip(missing, taken, strict=True):
             if logical in holding.pages:
                 holding.copies.append((logical, holding.pages[logical]))
-                self.copying[holding.pages[logical]] += 1
                 self.copied += 1
             self.assign(holding, logical, page)
 
     def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
         for logical, source in holding.copies:
-            if not ran:
+            if ran:
+                self.drop(source)
+            else:
                 self.drop(holding.pages[logical])
                 self.assign(holding, logical, source)
-                self.share(source)
-            self._copied(source)
         holding.copies.clear()
         behind = takewhile(lambda page: page * self.state.page_size >= length, reversed(holding.pages))
         self._give_up(holding, list(behind))

@@ -346,19 +346,11 @@ class Exerciser:
             for n in range(start, start + width):
                 slot = int(step.write_slots[0, n - start])
                 assert readable[n] == slot, "a token is written where the table says it is read"
-                self._nobody_minds(name, number, slot // state.page_size, n)
+                assert refs[slot // state.page_size] == 1, "a page that others hold is written"
                 tags[slot] = history[: n + 1]
             for n in range(start, start + width):
                 for position in visible_by_mask(state.spec, n):
                     assert tags[readable[position]] == history[: position + 1], "another history is read"
-
-    def _nobody_minds(self, name: int, number: int, page: int, position: int) -> None:
-        """A page that is written is not published, and whoever else holds it has no token at the position, nor beyond:
-        only a sequence that cancelled its own copy of the page does."""
-        assert page not in self.ledger.index.cached[number], "a published page is written"
-        for other, one in self.live.items():
-            if other != name and page in self.ledger.running[other].holdings[number].pages.values():
-                assert len(one.ids) <= position, "a page that others hold is written"
 
     # Checks.
 

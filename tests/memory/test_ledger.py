@@ -213,20 +213,23 @@ def test_impossible_pools_are_refused(make, message):
         make()
 
 
-def test_a_shared_page_is_copied_once_by_the_first_to_write_it():
+def test_a_shared_page_is_copied_by_whoever_writes_it_and_kept_by_the_last():
+    """A page with two holders is never written: while the copier's step is in flight it holds the source as well."""
     ledger = make_ledger(recurrent=False)
     grow(ledger, "a", 6)
     ledger.fork("a", "b")
     ledger.check()
     shared = dict(ledger.running["a"].holdings[0].pages)
     ledger.reserve("a", 1)
-    ledger.reserve("b", 1)
-    copies = ledger.plan(["a", "b"], 2, 1).classes[0].copies
+    copies = ledger.plan(["a"], 2, 1).classes[0].copies
     assert copies.tolist() == [[shared[1], ledger.running["a"].holdings[0].pages[1]]]
+    ledger.commit("a", 1)
+    ledger.reserve("b", 1)
     assert ledger.running["b"].holdings[0].pages == shared
     assert ledger.plan(["b"], 2, 1).has_copies is False
-    ledger.commit("a", 1)
     ledger.commit("b", 1)
+    ledger.reserve("a", 1)
+    assert ledger.plan(["a"], 2, 1).has_copies is False, "copied once"
     ledger.check()
 
 
@@ -240,6 +243,22 @@ def test_a_cancelled_copy_gives_the_shared_page_back():
     ledger.cancel("a")
     ledger.check()
     assert ledger.audit() == before
+
+
+def test_a_cancelled_copy_never_lets_two_write_one_page():
+    """The soak's find: writing in place beside a copy in flight is wrong once the copier cancels and comes back."""
+    ledger = make_ledger(recurrent=False)
+    grow(ledger, "a", 6)
+    ledger.fork("a", "b")
+    ledger.reserve("a", 1)
+    ledger.reserve("b", 1)
+    ledger.commit("b", 1)
+    ledger.cancel("a")
+    for name in "ba":
+        ledger.reserve(name, 1)
+        slot = int(ledger.plan([name], 1, 1).classes[0].write_slots[0, 0])
+        assert ledger.stores[0].refs[slot // 4] == 1
+        ledger.check()
 
 
 def test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was():
