@@ -1,4 +1,4 @@
-"""The README's picture from a finished demo: python experiments/demo/figure.py [results/demo]."""
+"""The README's picture, from the demo's runs: kvlab reproduce demo."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,16 @@ from pathlib import Path
 from kvlab.lab.plots import draw_frontier
 from kvlab.lab.results import points, read_records
 
+RUNS = True  # a sweep of this name comes first
+
+
+def main(output: Path, results: Path) -> int:
+    """Writes demo.png."""
+    draw_frontier(points(read_records(results)), "Quality against the bytes a sequence holds", [output / "demo.png"])
+    print(output / "demo.png")
+    return 0
+
+
 if __name__ == "__main__":
-    results = sys.argv[1] if len(sys.argv) > 1 else "results/demo"
-    picture = Path(__file__).resolve().parents[2] / "docs" / "demo.png"
-    draw_frontier(points(read_records(results)), "Quality against the bytes a sequence holds", [picture])
-    print(picture)
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    sys.exit(main(docs, Path(sys.argv[1] if len(sys.argv) > 1 else "results/demo")))

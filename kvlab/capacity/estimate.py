@@ -108,6 +108,7 @@ class Answer:
 def estimate(config: CapacityConfig) -> Answer:
     """Answers for one config. Raises ConfigError when the weights, or one sequence beside them, do not fit."""
     model, dtype = config.model, config.memory.kv_dtype
+    _ = config.hardware.chip  # of the host no datasheet is known: that is the first error to make
     budget = int(config.hardware.memory_bytes() * config.memory.utilization) - model.weight_bytes
     if budget <= 0:
         room = f"{config.hardware.memory_bytes() * config.memory.utilization / 1e9:,.1f} GB of {config.hardware.label}"
@@ -232,22 +233,36 @@ def _sequence_bytes(spec: StateSpec, count: int, context_len: int, chunk_len: in
 
 
 def users_that_fit(ledger: Ledger, context_len: int) -> int:
-    """Sequences of `context_len` tokens that hold their pages at once: by really giving them out, in chunks."""
-    users = 0
-    while True:
-        done = 0
-        while done < context_len:
-            count = min(ledger.chunk_len, context_len - done)
-            if not ledger.reserve(users, count).ready:
-                break
-            ledger.commit(users, count)
-            done += count
-        if done < context_len:
-            break
-        users += 1
+    """Sequences of `context_len` tokens that an empty ledger holds at once, grown one after the other in chunks.
+
+    Paged classes: one sequence is really run; of all others each holds what it holds at rest, and the last one must still
+    find the most that it needed on the way. Contiguous blocks are given out until none is left.
+    """
+    if any(one.contiguous for one in ledger.classes):
+        users = 0
+        while _grow(ledger, users, context_len):
+            users += 1
+    else:
+        if not _grow(ledger, 0, context_len):
+            return 0
+        at_rest = [len(holding.pages) for holding in ledger.running[0].holdings]
+        needs = zip(ledger.classes, ledger.counters.peak_pages, at_rest, strict=True)
+        users = min((one.num_usable - peak) // held + 1 for one, peak, held in needs if held)
     for name in ledger.sequences:
         ledger.release(name)
     return users
+
+
+def _grow(ledger: Ledger, name: int, context_len: int) -> bool:
+    """One sequence up to `context_len` tokens; False when pages run out."""
+    done = 0
+    while done < context_len:
+        count = min(ledger.chunk_len, context_len - done)
+        if not ledger.reserve(name, count).ready:
+            return False
+        ledger.commit(name, count)
+        done += count
+    return True
 
 
 def _simulate(config: CapacityConfig, ledger: Ledger, asked: list[Request]) -> dict[str, float]:

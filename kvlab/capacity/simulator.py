@@ -42,6 +42,8 @@ class _Running:
     prompt_len: int
     """Tokens to compute before one can be decoded: after a preemption, all those generated before as well."""
     length: int = 0
+    produced: int = 0
+    """Tokens of the answer known so far; a preemption forgets their state, not them."""
     active: bool = False
     """Whether it holds pages of the device."""
 
@@ -98,7 +100,7 @@ class Simulator:
         return self.outcome
 
     def _step(self) -> None:
-        preempted = self.outcome.preempted
+        preempted, num_running = self.outcome.preempted, len(self.running)
         decoding = self._decode() if self.policy.mixed else []
         chunks = self._continue(self.policy.token_budget)
         if self.outcome.preempted == preempted:  # whoever made room is not let in again at once
@@ -107,8 +109,8 @@ class Simulator:
             decoding = self._decode()
         decoding = [one for one in decoding if one.active]
         if not chunks and not decoding:
-            if not self.waiting and not self.away and not self.running:
-                return  # everything that came was rejected
+            if len(self.running) > num_running or not (self.waiting or self.away or self.running):
+                return  # sequences came back and will run next, or everything that came was rejected
             raise RuntimeError(
                 f"no progress: {len(self.running)} running, {len(self.waiting)} waiting, {len(self.away)} away"
             )
@@ -231,7 +233,9 @@ class Simulator:
             self.ledger.commit(one.name, count, [int(request.answer[start - request.prompt_len])])
         else:
             self.ledger.commit(one.name, count)
-        self.outcome.decoded_tokens += length >= one.prompt_len
+        if length - request.prompt_len >= one.produced:
+            one.produced += 1
+            self.outcome.decoded_tokens += 1
         if length >= one.target:
             self.ledger.release(one.name)
             self.running.remove(one)

@@ -37,7 +37,8 @@ class PrefixIndex:
         self.roots: dict[str, Node] = {}
         self.cached: list[dict[int, CachedPage]] = [{} for _ in classes]
         self._heaps: list[tuple[list[tuple[Order, int, int, int, CachedPage]], ...]] = [([], []) for _ in classes]
-        self._sizes = [[0, 0] for _ in classes]
+        self._evictable = [[0, 0] for _ in classes]
+        self._resident = [[0, 0] for _ in classes]
         self._stamps = itertools.count()
 
     def root(self, name: str) -> Node:
@@ -117,14 +118,14 @@ class PrefixIndex:
         if self.whole_prefix[index] and (above := node.parent.pages[index]):
             self._unqueue(above)
         cached.created = cached.last_used = self._tick(index)
-        self.policies[index].used(cached)
+        self._use(cached, residents=1)
         return cached
 
     def hit(self, cached: CachedPage) -> None:
         """Another sequence uses a page."""
         cached.uses += 1
         cached.last_used = self._tick(cached.state_class)
-        self.policies[cached.state_class].used(cached)
+        self._use(cached)
 
     def pin(self, cached: CachedPage) -> None:
         """A page that the index held alone has another holder."""
@@ -141,15 +142,19 @@ class PrefixIndex:
 
     def victim(self, index: int) -> CachedPage:
         """The page of a class that the policy evicts next. Raises MemoryError when every page is pinned."""
-        policy, sizes = self.policies[index], self._sizes[index]
-        while any(sizes):
-            heap = self._heaps[index][policy.pick(sizes)]
+        policy, evictable = self.policies[index], self._evictable[index]
+        while any(evictable):
+            segment = policy.pick(self._resident[index])
+            heap = self._heaps[index][segment if evictable[segment] else 1 - segment]
             cached = heap[0][4]
             if cached.queued is None or heap[0][3] != cached.stamp:
                 heapq.heappop(heap)
                 continue
             policy.clock += 1
-            if not policy.spare(cached):
+            self._resident[index][cached.segment] -= 1
+            spared = policy.spare(cached)
+            self._resident[index][cached.segment] += 1
+            if not spared:
                 return cached
             self._unqueue(cached)
             self._queue(cached)
@@ -161,6 +166,7 @@ class PrefixIndex:
         assert node.parent is not None
         self._unqueue(cached)
         self.num_loose[index] -= cached.loose
+        self._resident[index][cached.segment] -= 1
         node.pages[index] = None
         del self.cached[index][cached.page]
         node.parent.resident_children[index] -= 1
@@ -172,6 +178,13 @@ class PrefixIndex:
         """Every node but the roots."""
         return (node for nodes in self._nodes.values() for node in nodes)
 
+    def _use(self, cached: CachedPage, residents: int = 0) -> None:
+        """Tells the policy; it may move the page to another segment. `residents` is 1 for a page that was not cached yet."""
+        counts = self._resident[cached.state_class]
+        counts[cached.segment] -= 1 - residents
+        self.policies[cached.state_class].used(cached)
+        counts[cached.segment] += 1
+
     def _tick(self, index: int) -> int:
         self.policies[index].clock += 1
         return self.policies[index].clock
@@ -181,14 +194,14 @@ class PrefixIndex:
         if self.whole_prefix[index] and cached.node.resident_children[index]:
             return
         cached.queued = cached.segment
-        self._sizes[index][cached.segment] += 1
+        self._evictable[index][cached.segment] += 1
         cached.stamp = next(self._stamps)
         entry = (self.policies[index].order(cached), -cached.node.depth, cached.page, cached.stamp, cached)
         heapq.heappush(self._heaps[index][cached.segment], entry)
 
     def _unqueue(self, cached: CachedPage) -> None:
         if cached.queued is not None:
-            self._sizes[cached.state_class][cached.queued] -= 1
+            self._evictable[cached.state_class][cached.queued] -= 1
             cached.queued = None
 
     def _prune(self, node: Node) -> None:

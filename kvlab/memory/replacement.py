@@ -1,7 +1,7 @@
 """Which cached page goes first. A policy is one priority function; two of them also keep segments.
 
     order(page)    lowest goes first: the whole of most policies
-    pick(sizes)    which segment gives the next victim; one segment unless said otherwise
+    pick(sizes)    which segment gives the next victim, if it has one; one segment unless said otherwise
     spare(page)    a second chance: True if the victim was moved to another place instead
 
 The index asks only about pages that nobody but itself holds, and, where a state needs its whole prefix, that no longer cached
@@ -33,7 +33,7 @@ class Policy:
         """A page was published (`page.uses` is 1), or another sequence found it (the count includes it)."""
 
     def pick(self, sizes: Sequence[int]) -> int:
-        """The segment to evict from, given each one's number of evictable pages (not all of them zero)."""
+        """The segment to evict from, given the cached pages of each; the other one serves where it has none to evict."""
         return 0
 
     def spare(self, page: CachedPage) -> bool:

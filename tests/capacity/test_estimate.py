@@ -1,0 +1,188 @@
+"""`kvlab capacity`: the published byte tables exactly, users against a closed form, rooflines by hand, and its errors."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from kvlab.capacity.estimate import decode_roofline, estimate, make_ledger, users_that_fit
+from kvlab.compose import compose_capacity, configs_dir
+from kvlab.hardware import CHIPS
+from kvlab.lab.experiments import load_figure
+from kvlab.schema import ConfigError
+
+PRESETS = sorted(
+    path.stem for path in (configs_dir() / "model").glob("*.yaml") if "layers" in yaml.safe_load(path.read_text())
+)
+
+
+def test_every_figure_of_the_byte_tables():
+    """FIGURES' tables, both readings of the formula, the chips: the claims of the experiment, one by one."""
+    failed = [claim for claim in load_figure("kv_arithmetic").claims() if not claim.passed]
+    assert not failed
+
+
+def test_no_chip_has_a_sparse_figure():
+    """Datasheets print 1,979 (H100, H200) and 2,615 (MI300X) with 2:4 sparsity."""
+    assert not {chip.bf16_tflops for chip in CHIPS.values()} & {1_979, 2_615, 4_500, 624}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_answers(name):
+    answer = estimate(
+        compose_capacity(
+            [f"model={name}", "hardware=h200x16", "simulate=false", "context_len=8192", "workload=azure_conv"]
+        )
+    )
+    assert answer.users > 0
+    assert answer.weight_share + answer.state_share + answer.compute_share == pytest.approx(1)
+    assert "arXiv" in compose_capacity([f"model={name}"]).model.source
+
+
+@pytest.mark.parametrize("name", ["llama3-8b", "gpt-oss-20b", "gemma3-4b", "mamba2-2.7b", "jamba"])
+@pytest.mark.parametrize("memory", ["paged", "pow2"])
+def test_users_are_those_that_a_ledger_really_holds(name, memory):
+    config = compose_capacity([f"model={name}", "hardware=h200x2", f"memory={memory}"])
+    budget = 5_000_000_000
+    users = users_that_fit(make_ledger(config, budget, 1500, 2048), 1500)
+    ledger = make_ledger(config, budget, 1500, 2048)
+    assert sum(one.pool_bytes for one in ledger.classes) <= budget
+    held = 0
+    while all(_advance(ledger, held, count) for count in (512, 512, 476)):
+        held += 1
+    assert users == held > 3
+
+
+def _advance(ledger, name, count):
+    if ready := ledger.reserve(name, count).ready:
+        ledger.commit(name, count)
+    return ready
+
+
+def test_the_roofline_by_hand():
+    """Llama-3-70B on two H100: 141.1 GB of weights and 17 states over 6.7 TB/s."""
+    config = compose_capacity(["model=llama3-70b", "hardware=h100x2"])
+    roof = decode_roofline(config, [1000] * 17)
+    assert roof["weights"] == pytest.approx(141.107e9 / 6.7e12, rel=1e-4)
+    assert roof["state"] == pytest.approx(17 * 1000 * 327_680 / 6.7e12, rel=1e-4)
+    assert roof["compute"] == 0
+    assert roof["seconds"] == pytest.approx(roof["weights"] + roof["state"])
+    many = decode_roofline(config, [1] * 4096)
+    assert many["weights"] == 0
+    assert many["compute"] == pytest.approx(2 * 70.553706496e9 * 4096 / (2 * 989e12), rel=1e-3)
+
+
+def test_experts_are_read_when_some_token_chooses_them():
+    model = compose_capacity(["model=mixtral-8x7b"]).model
+    assert model.read_weight_bytes(1) == pytest.approx(2 * model.num_active_params)
+    assert model.read_weight_bytes(10_000) == pytest.approx(model.weight_bytes)
+
+
+def test_cost_and_units():
+    answer = estimate(compose_capacity(["hardware=h100x4", "price=2.5", "simulate=false"]))
+    assert answer.cost_per_million == pytest.approx(2.5 * 4 / 3600 / answer.decode_tokens_per_s * 1e6)
+    from kvlab.capacity.report import both_units
+
+    assert both_units(70_272) == "70.27 kB (68.62 KiB)"
+    assert both_units(40 * 2**30) == "42.95 GB (40.00 GiB)"
+    assert both_units(3) == "3 B (3 B)"
+
+
+def test_quantised_pages_count_their_scales():
+    half = estimate(compose_capacity(["model=llama3-8b", "hardware=h200", "memory.kv_dtype=int8", "simulate=false"]))
+    assert half.bytes_per_token == 32 * (2 * 8 * 128 + 2 * 8 * 2)
+
+
+def test_a_simulation_reports_waste_hits_and_typed_pools():
+    shared = ["model=gpt-oss-20b", "hardware=h100", "workload=shared_prefix", "workload.num_requests=60"]
+    found = estimate(compose_capacity(shared)).simulated
+    assert found["finished"] == 60
+    assert 0.5 < found["prefix_hits"] < 0.9
+    assert 0 < found["tail"] < 0.05
+    assert found["shared"] > 0.5
+    assert 0 <= found["unified_saving"] < 0.5
+    without = estimate(compose_capacity([*shared, "memory.prefix_cache=false"])).simulated
+    assert without["prefix_hits"] == 0
+    for memory in ("max", "pow2", "oracle"):
+        name = {"max": "dense"}.get(memory, memory)
+        one = estimate(
+            compose_capacity(["model=opt-13b", "hardware=a100", f"memory={name}", "workload.num_requests=60"])
+        )
+        assert one.simulated["live"] < 0.75
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=lama3-8b"], "model = 'lama3-8b': did you mean llama3-8b"),
+        (["model=mqar"], "no such field|model.layers"),
+        (["hardware=h101x2"], "hardware.name = 'h101x2': did you mean h100"),
+        (["hardware=host"], "hardware.name = 'host'"),
+        (["hardware=h100"], "model = 'llama3-70b': 141.1 GB of weights do not fit in 72.0 GB of h100"),
+        (
+            ["model=llama3-8b", "hardware=h100", "context_len=1000000", "workload.max_total=2000000"],
+            "context_len = 1000000: one sequence does not fit",
+        ),
+        (["context_len=5000"], "context_len = 5000: must be at most workload.max_total = 2048"),
+        (["memory=pagd"], "memory = 'pagd': did you mean paged"),
+        (["memory.kv_dtype=float7"], "memory.kv_dtype = 'float7'"),
+        (["memory.page_size=0"], r"memory.page_size = 0: must be an integer in \[1"),
+        (["memory.policy=lra"], "memory.policy = 'lra'"),
+        (["workload=sharegtp"], "workload = 'sharegtp': did you mean sharegpt"),
+        (["workload=trace"], "workload.path = None: must name a trace"),
+        (["model.variant=mla2"], "model.variant = 'mla2'"),
+        (
+            ["model.layers.attention.num_kv_heads=3"],
+            "model.layers.attention.num_kv_heads = 3: must divide num_heads = 64",
+        ),
+        (["model.layers.attention.kind=window"], "model.layers.attention.window = None: must be given for kind window"),
+        (["nothing=1"], "nothing = 1: no such field"),
+        (["price=-1"], "price = -1"),
+    ],
+)
+def test_bad_questions_are_answered_with_the_field(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        estimate(compose_capacity(overrides))
+
+
+def test_the_command_line_prints_and_draws(tmp_path, monkeypatch, capsys):
+    from kvlab.cli import main
+
+    def kvlab(*arguments):
+        monkeypatch.setattr("sys.argv", ["kvlab", "capacity", *arguments])
+        return main(), capsys.readouterr()
+
+    status, printed = kvlab("hardware=h100x2", "workload.num_requests=30", "price=2")
+    assert status == 0
+    for words in (
+        "141.11 GB (131.42 GiB)",
+        "327.68 kB (320.00 KiB)",
+        "cost of a million tokens",
+        "prefix hits",
+        "ridge of 295",
+    ):
+        assert words in printed.out
+    status, printed = kvlab(
+        "-m", "model.variant=mha,mla,recurrent", "hardware=h200x8", "simulate=false", f"--output={tmp_path}"
+    )
+    assert status == 0
+    frame = pd.read_csv(tmp_path / "capacity.csv")
+    assert frame.variant.tolist() == ["mha", "mla", "recurrent"]
+    assert frame.users[0] < frame.users[2] < frame.users[1], "at 500 tokens a recurrent state is the larger one"
+    assert (tmp_path / "capacity.png").stat().st_size > 10_000
+    assert kvlab("hardware=h100", "--output")[0] == 2
+    assert kvlab("--fast")[0] == 2
+    status, printed = kvlab("model=lama")
+    assert status == 2
+    assert "did you mean" in printed.err
+
+
+def test_math_is_sane_at_the_edges():
+    model = compose_capacity(["model=gemma3-27b"]).model
+    sizes = [model.logical_bytes(n, "bfloat16") for n in (0, 1, 1024, 10_000)]
+    assert sizes[0] == 0
+    assert sizes == sorted(sizes)
+    assert math.isclose(sizes[1], 62 * 2 * 16 * 128 * 2)
+    assert Path(configs_dir() / "capacity.yaml").is_file()

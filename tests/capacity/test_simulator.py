@@ -1,0 +1,105 @@
+"""The simulator is the ledger with a clock: everything is served, nothing leaks, and simple cases are closed form."""
+
+import random
+
+import numpy as np
+import pytest
+
+from kvlab.capacity.simulator import Policy, Simulator
+from kvlab.capacity.workload import Request
+from kvlab.memory.checkpoints import Checkpoints
+from kvlab.memory.classes import StateClass
+from kvlab.memory.ledger import Ledger
+from tests.memory.exerciser import FULL, STATE, WINDOWED
+
+
+def make(num_pages=20, slots=6, specs=(FULL, WINDOWED, STATE), max_len=60, host=0, **options):
+    classes = []
+    for number, spec in enumerate(specs):
+        if spec.per_token:
+            classes.append(StateClass(f"c{number}", spec, 4, num_pages, 15, num_host_pages=host))
+        else:
+            classes.append(StateClass(f"c{number}", spec, 1, slots, 1, num_host_pages=host))
+    return Ledger(classes, max_len, 8, page_size=4, **options)
+
+
+def traffic(seed, count=40, shared=True):
+    rng = random.Random(seed)
+    stem = [rng.randrange(100) for _ in range(20)]
+    asked, clock = [], 0.0
+    for _ in range(count):
+        clock += rng.expovariate(0.5)
+        own = [rng.randrange(100) for _ in range(rng.randrange(1, 12))]
+        tokens = (stem[: rng.randrange(1, 20)] if shared else []) + own
+        answer = np.array([rng.randrange(100) for _ in range(rng.randrange(1, 20))])
+        asked.append(Request(clock, len(tokens), len(answer), np.array(tokens), answer))
+    return asked
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("num_pages", [17, 40])
+def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pages):
+    for seed in range(6):
+        ledger = make(num_pages, host=30, checkpoints=Checkpoints("junctions"))
+        asked = traffic(seed)
+        policy = Policy(max_batch=8, token_budget=12, mixed=mixed, preemption=preemption, sample_every=1)
+        simulator = Simulator(ledger, lambda decoding, chunks: 1.0, policy, caches=True)
+        step = simulator._step
+
+        def checked(step=step, ledger=ledger):
+            step()
+            ledger.check()
+
+        simulator._step = checked
+        outcome = simulator.run(asked)
+        assert outcome.finished == len(asked)
+        assert outcome.decoded_tokens == sum(one.output_len for one in asked)
+        assert not ledger.sequences
+        assert not ledger.suspended
+        assert not ledger.hits
+        assert ledger.counters.hit_tokens > 0
+        assert (outcome.preempted > 0) or num_pages == 40
+        assert min(outcome.latencies) >= 0
+
+
+def test_a_lone_request_takes_a_step_a_chunk_and_a_step_a_token():
+    ledger = make(specs=(FULL,))
+    outcome = Simulator(ledger, lambda decoding, chunks: 2.0, Policy(sample_every=1)).run([Request(5.0, 20, 7)])
+    assert outcome.steps == 3 + 6  # the last chunk of the prompt gives the first token, whose successor ends the answer
+    assert outcome.seconds == 5.0 + 2.0 * 9
+    assert (outcome.prefilled_tokens, outcome.decoded_tokens) == (20, 7)
+    assert outcome.latencies == [2.0 * 9]
+
+
+def test_what_can_never_fit_is_rejected_with_the_arithmetic_and_the_rest_is_served():
+    ledger = make(num_pages=5, specs=(FULL,))
+    outcome = Simulator(ledger, lambda decoding, chunks: 1.0, Policy()).run(
+        [Request(0, 30, 5), Request(0, 3, 3), Request(0, 59, 9)]
+    )
+    assert outcome.finished == 1
+    assert len(outcome.rejected) == 2
+    assert "34 tokens need 9 pages" in outcome.rejected[0]
+    assert "67 tokens exceed max_len = 60" in outcome.rejected[1]
+
+
+def test_the_mean_is_weighted_by_time():
+    ledger = make(specs=(FULL,))
+    times = iter([1.0, 3.0, 5.0])
+    outcome = Simulator(ledger, lambda decoding, chunks: next(times), Policy(sample_every=1)).run([Request(0, 8, 3)])
+    slots = FULL.unit_bytes
+    expected = (1.0 * 0 + 3.0 * 8 + 5.0 * 9) * slots / 9
+    assert outcome.mean("live") == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no sample in"):
+        outcome.mean("live", 100)
+
+
+def test_caching_changes_what_is_computed_and_nothing_else():
+    asked = traffic(3)
+    outcomes = []
+    for caches in (True, False):
+        simulator = Simulator(make(60, 30), lambda decoding, chunks: 1.0, Policy(max_batch=4), caches=caches)
+        outcomes.append(simulator.run(asked))
+    assert outcomes[0].finished == outcomes[1].finished
+    assert outcomes[0].decoded_tokens == outcomes[1].decoded_tokens
+    assert outcomes[0].prefilled_tokens < outcomes[1].prefilled_tokens == sum(one.prompt_len for one in asked)
