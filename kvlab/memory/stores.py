@@ -55,8 +55,6 @@ class Store(abc.ABC):
         self.starts = np.zeros((0, state.table_len), np.int32)
         self.evicted = self.copied = 0
 
-    # References.
-
     @property
     def num_available(self) -> int:
         """Pages that are free or only cached."""
@@ -102,8 +100,6 @@ class Store(abc.ABC):
         self.index.policies[self.number].evicted(victim)
         self.evicted += 1
 
-    # Tables: row r lists what the sequence in row r reads.
-
     def add_rows(self, count: int) -> None:
         """Room for more sequences."""
         unused = np.full((count, self.state.table_len), self.state.unused_page, np.int32)
@@ -138,19 +134,12 @@ class Store(abc.ABC):
         copied = [(source, one.pages[logical]) for one in steps for logical, source in one.copies]
         return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2))
 
-    # What each kind of state decides.
-
     @abc.abstractmethod
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         """Logical pages that a step [start, end) must be given: new ones, and those it may not write in place."""
 
     def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
-        """Why the missing pages cannot be had; None: they can."""
-        total = len(holding.pages) + sum(page not in holding.pages for page in missing)
-        if total > self.state.num_usable:
-            return Never(
-                f"{self.state.name}: tokens [0, {end}) need {total} pages, the pool has {self.state.num_usable}"
-            )
+        """Why the missing pages cannot be had; None: they can. What could never fit alone, `Ledger.never` has refused."""
         return self.shortage(len(missing))
 
     def shortage(self, num_pages: int) -> Wait | None:
@@ -252,12 +241,20 @@ class StateStore(Store):
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         if not holding.pages:
             return [0]
-        slot = holding.pages[0]
-        if self.refs[slot] == 1 and not lookahead:
+        if self.refs[holding.pages[0]] == 1 and not lookahead:
             return []
         # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.
-        sole = self.refs[slot] == 2 and self.index.cached[self.number].get(slot) is not None
-        return [] if sole and not lookahead and not self.num_available else [0]
+        return [] if self._sole(holding) and not lookahead and not self.num_available else [0]
+
+    def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
+        if missing and holding.pages and self._sole(holding) and self.state.num_usable < 2:
+            return Never(f"{self.state.name}: a step that may be rejected needs 2 slots, the pool has 1")
+        return self.shortage(len(missing))
+
+    def _sole(self, holding: Holding) -> bool:
+        """Whether no other sequence or hit shares the state."""
+        slot = holding.pages[0]
+        return self.refs[slot] == 1 + (slot in self.index.cached[self.number])
 
     def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         if missing and holding.pages:

@@ -61,6 +61,22 @@ def test_never_names_the_arithmetic_and_changes_nothing():
     assert too_long == Never("6 tokens exceed max_len = 5")
 
 
+def test_a_wait_that_nobody_can_end_is_never():
+    """Alone in the pool, there is nobody to wait for: all but the null page is its own, or there is no second slot."""
+    ledger = make_ledger(page_size=1, full_pages=7, window_pages=30, chunk_len=6)
+    grow(ledger, "a", 6)
+    assert isinstance(ledger.reserve("a", 1), Never)
+    single = make_ledger(slots=1)
+    grow(single, "a", 4)
+    assert single.reserve("a", 1, lookahead=2) == Never(
+        "state: a step that may be rejected needs 2 slots, the pool has 1"
+    )
+    assert single.reserve("a", 1) == Ready()
+    single.commit("a", 1)
+    single.fork("a", "b")
+    assert single.reserve("a", 1) == Wait("state: 1 pages needed, 0 free or cached")
+
+
 def test_what_cannot_fit_in_the_end_is_refused_at_the_beginning():
     """Admission and sizing use one definition, so that no request runs until it is stuck."""
     ledger = make_ledger(full_pages=4)

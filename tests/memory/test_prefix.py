@@ -9,6 +9,7 @@ from kvlab.memory.answers import Ready
 from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
 from kvlab.memory.ledger import Ledger
+from kvlab.memory.spec import TokenState
 from kvlab.memory.tokens import encode, namespace, page_keys
 from tests.memory.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
 
@@ -72,6 +73,21 @@ def test_states_kept_every_few_pages_hit_there(interval):
         ledger = make(MODELS["hybrid"], checkpoints=Checkpoints("every", interval))
         serve(ledger, "a", list(range(length)))
         assert serve(ledger, "b", list(range(length))) == (length - 1) // (4 * interval) * 4 * interval
+
+
+def test_a_hit_needs_every_page_that_is_live_there():
+    """A window of 9 over pages of 4 needs the last two full pages; with any one of them gone the hit falls back."""
+    spec = TokenState(1, 1, 1, window=9)
+    prompt = list(range(21))
+    for gone in range(5):
+        ledger = make((spec,))
+        serve(ledger, "a", prompt)
+        for cached in list(ledger.index.cached[0].values()):
+            if cached.start == 4 * gone:
+                ledger.stores[0].withdraw(cached)
+        ledger.check()
+        expected = max(p for p in (0, 4, 8, 12, 16, 20) if gone not in range(max(0, p - 8) // 4, p // 4))
+        assert ledger.lookup(prompt).length == expected
 
 
 def test_no_kept_states_no_hit_on_hybrids():

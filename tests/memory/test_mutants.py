@@ -1,0 +1,250 @@
+"""Deliberately planted bugs, each with the named test that catches it: proof that those tests can fail.
+
+A mutant is one method with one piece of its source replaced. The classes are the ones the tests use, so the named test simply
+runs again and must now fail.
+"""
+
+import inspect
+import textwrap
+from typing import NamedTuple
+
+import pytest
+
+from kvlab.memory import accounting, prefix, spec, stores
+from kvlab.memory import ledger as ledger_module
+from tests.memory import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_spec
+
+
+class Mutant(NamedTuple):
+    """What is wrong, where, the text replaced, and the test that must notice."""
+
+    bug: str
+    owner: object
+    method: str
+    old: str
+    new: str
+    caught_by: object
+    arguments: tuple = ()
+
+
+RANDOM = (test_machine.test_random_operations_keep_every_invariant, (0,))
+MUTANTS = [
+    Mutant(
+        "a double free is clamped at zero",
+        stores.Store,
+        "drop",
+        "self.refs[page] -= 1",
+        "self.refs[page] = max(0, self.refs[page] - 2)",
+        *RANDOM,
+    ),
+    Mutant(
+        "a fork does not count its references",
+        ledger_module.Ledger,
+        "fork",
+        "store.share(page)",
+        "pass",
+        test_ledger.test_a_shared_page_is_copied_by_whoever_writes_it_and_kept_by_the_last,
+    ),
+    Mutant(
+        "a shared page is written in place",
+        stores.PageStore,
+        "missing",
+        "self.refs[holding.pages[page]] > 1",
+        "self.refs[holding.pages[page]] > 9",
+        test_ledger.test_a_shared_page_is_copied_by_whoever_writes_it_and_kept_by_the_last,
+    ),
+    Mutant(
+        "a cancelled copy keeps the page that was never copied",
+        stores.PageStore,
+        "settle",
+        "if ran:",
+        "if True:",
+        test_ledger.test_a_cancelled_copy_gives_the_shared_page_back,
+    ),
+    Mutant(
+        "pages are visible before the step that writes them is committed",
+        ledger_module.Ledger,
+        "reserve",
+        "held.num_new, held.lookahead = num_new, lookahead",
+        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; held.ids and self._seal(held); held.length -= num_new",
+        test_prefix.test_nothing_is_visible_before_its_step_was_committed,
+    ),
+    Mutant(
+        "rejected drafts are published",
+        ledger_module.Ledger,
+        "_settle",
+        "held.length += num_accepted",
+        "held.length += num_accepted or held.num_new",
+        test_ledger.test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was,
+    ),
+    Mutant(
+        "a hit is not pinned",
+        ledger_module.Ledger,
+        "lookup",
+        "store.share(cached.page)",
+        "pass",
+        test_prefix.test_a_hit_is_pinned_until_it_is_let_go,
+    ),
+    Mutant(
+        "a hit covers the whole prompt",
+        prefix.PrefixIndex,
+        "match",
+        "max(0, num_tokens - 1)",
+        "num_tokens",
+        test_prefix.test_a_resent_prompt_of_any_length_hits,
+        ("full", test_prefix.Checkpoints("all")),
+    ),
+    Mutant(
+        "tokens are not compared, only their hash",
+        prefix.PrefixIndex,
+        "find",
+        "node.parent is parent and node.tokens == tokens",
+        "True",
+        test_prefix.test_a_hash_that_always_collides_costs_time_only,
+    ),
+    Mutant(
+        "a window's hit looks for one page less",
+        prefix.PrefixIndex,
+        "_valid",
+        "missing[run.stop] == missing[run.start]",
+        "missing[run.stop] == missing[min(run.start + 1, run.stop)]",
+        test_prefix.test_a_hit_needs_every_page_that_is_live_there,
+    ),
+    Mutant(
+        "a hybrid's hit forgets the recurrent state",
+        prefix.PrefixIndex,
+        "_valid",
+        "return path[pages - 1].pages[index] is not None",
+        "return True",
+        test_prefix.test_no_kept_states_no_hit_on_hybrids,
+    ),
+    Mutant(
+        "an ancestor is evicted before its descendants",
+        prefix.PrefixIndex,
+        "_queue",
+        "self.whole_prefix[index] and cached.node.resident_children[index]",
+        "False",
+        *RANDOM,
+    ),
+    Mutant(
+        "pages leave the window one token early",
+        spec.TokenState,
+        "forgotten_at",
+        "position + self.window",
+        "position + self.window - 1",
+        test_spec.test_a_page_is_free_when_its_last_slot_is_forgotten,
+        (spec.TokenState(1, 1, 1, window=5),),
+    ),
+    Mutant(
+        "pages leave the window one token late",
+        stores.PageStore,
+        "forget",
+        "end <= length",
+        "end < length",
+        test_ledger.test_windowed_layers_free_what_leaves_the_window,
+    ),
+    Mutant(
+        "sinks are forgotten with the window",
+        spec.TokenState,
+        "forgotten_at",
+        "position < self.num_sinks",
+        "position < 0",
+        test_spec.test_nothing_forgotten_is_recalled,
+        (spec.TokenState(1, 1, 1, window=5, num_sinks=2),),
+    ),
+    Mutant(
+        "a failed allocation keeps what it took",
+        ledger_module.Ledger,
+        "_take",
+        "store.drop(page)",
+        "pass",
+        test_ledger.test_an_allocation_that_fails_in_the_middle_changes_nothing,
+    ),
+    Mutant(
+        "admission forgets the null page",
+        ledger_module.Ledger,
+        "never",
+        "needed > one.num_usable",
+        "needed > one.num_pages",
+        test_ledger.test_a_wait_that_nobody_can_end_is_never,
+    ),
+    Mutant(
+        "lookahead slots count as live",
+        accounting,
+        "_pages",
+        "written[physical] |= positions < length",
+        "written[physical] |= positions < length + num_new + lookahead",
+        test_ledger.test_lookahead_slots_are_accounted_and_given_back,
+    ),
+    Mutant(
+        "a shared page is accounted twice",
+        accounting,
+        "_pages",
+        "counted = (num_tables > 0) & ~duplicate",
+        "counted = num_tables * ~duplicate",
+        test_ledger.test_accounts_add_up_in_sums_tables_and_frames,
+    ),
+    Mutant(
+        "what is swapped out keeps its device pages",
+        ledger_module.Ledger,
+        "swap_out",
+        "self._let_go(held)",
+        "self.free_rows.append(held.holdings[0].row)",
+        test_ledger.test_swapping_frees_the_device_and_brings_the_same_pages_back,
+    ),
+    Mutant(
+        "a recurrent step is always in place",
+        stores.StateStore,
+        "missing",
+        "if self.refs[holding.pages[0]] == 1 and not lookahead:",
+        "if self.refs[holding.pages[0]] == 1:",
+        test_ledger.test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was,
+    ),
+    Mutant(
+        "buddies do not merge",
+        test_contiguous.Buddy,
+        "give",
+        "while (neighbour",
+        "while False and (neighbour",
+        test_contiguous.test_blocks_never_overlap_and_merge_back,
+        (48,),
+    ),
+    Mutant(
+        "the most recently used goes first",
+        test_replacement.POLICIES["lru"],
+        "order",
+        "page.last_used,",
+        "-page.last_used,",
+        test_replacement.test_every_policy_is_its_textbook,
+        ("lru",),
+    ),
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_the_named_test_catches(mutant, monkeypatch, tmp_path):
+    function = getattr(mutant.owner, mutant.method)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutant.old) >= 1, f"{mutant.method} no longer holds {mutant.old!r}: rewrite this mutant"
+    namespace: dict = {}
+    module = inspect.getmodule(function)
+    exec(
+        compile(source.replace(mutant.old, mutant.new), f"<mutant of {mutant.method}>", "exec"),
+        vars(module) | namespace,
+        namespace,
+    )
+    monkeypatch.setattr(mutant.owner, mutant.method, namespace[mutant.method])
+    wanted = inspect.signature(mutant.caught_by).parameters
+    fixtures = {"monkeypatch": monkeypatch, "tmp_path": tmp_path}
+    arguments = [*mutant.arguments, *(fixtures[name] for name in wanted if name in fixtures)]
+    with pytest.raises(
+        (AssertionError, pytest.fail.Exception, KeyError, ValueError, MemoryError, IndexError, RuntimeError)
+    ):
+        mutant.caught_by(*arguments)
+
+
+def test_the_tests_pass_without_mutants():
+    """The same calls, on the code as it is: a named test that fails anyway proves nothing."""
+    for mutant in {(one.caught_by, one.arguments): one for one in MUTANTS}.values():
+        if not {"monkeypatch", "tmp_path"} & set(inspect.signature(mutant.caught_by).parameters):
+            mutant.caught_by(*mutant.arguments)
