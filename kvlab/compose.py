@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kvlab.capacity.estimate import CapacityConfig
+from kvlab.capacity.presets import Preset
 from kvlab.config import Config, defaults
 from kvlab.mixers import MIXERS
 from kvlab.schema import ConfigError, nearest
@@ -44,10 +45,9 @@ def register() -> None:
 
 def capacity_defaults() -> dict[str, Any]:
     """The defaults of `kvlab capacity`; a model's name, size and layers come from its file alone."""
-    values = CapacityConfig.defaults()
-    for name in ("name", "source", "num_params", "layers"):
-        del values["model"][name]
-    return values
+    of_its_own = ("name", "source", "num_params", "layers")
+    model = {name: value for name, value in Preset.defaults().items() if name not in of_its_own}
+    return CapacityConfig.defaults() | {"model": model}
 
 
 @contextlib.contextmanager

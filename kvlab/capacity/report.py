@@ -101,7 +101,7 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
     paths = [folder / "capacity.csv", folder / "capacity.png"]
     pd.DataFrame([one.as_dict() for one in answers]).to_csv(paths[0], index=False, float_format="%.6g")
     figure, (grows, fits, speed) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[1.3, 1, 1], layout="constrained")
-    colours = plt.get_cmap("tab10").colors
+    colours = [plt.get_cmap("tab10")(index) for index in range(10)]
     labels = _labels(answers)
     lengths = [2**power for power in range(7, 21)]
     for index, (config, label) in enumerate(zip(configs, labels, strict=True)):

@@ -111,7 +111,7 @@ def account(
 
 def _blocks(state: StateClass, sequences: Sequence[Held]) -> dict[str, int]:
     """Slots of contiguous blocks. What will be used later is reserved, what was asked for and will not be is tail."""
-    slots = dict.fromkeys(SLOTS, 0)
+    slots: dict[str, int] = dict.fromkeys(SLOTS, 0)
     for length, _, lookahead, holding in sequences:
         size, asked = holding.block
         used, unwritten = holding.lengths.final_len if holding.lengths else asked, asked - length - lookahead

@@ -222,10 +222,10 @@ class Ledger:
         sequence's last step is not settled.
         """
         held = self.running.get(sequence)
-        is_plain = held is not None and not (held.num_new or lookahead or hit or lengths)
-        if is_plain and 0 < num_new <= self.chunk_len and held.length + num_new <= held.room:
-            held.num_new = num_new
-            return READY
+        if held is not None and not (held.num_new or lookahead or hit or lengths) and 0 < num_new <= self.chunk_len:  # noqa: SIM102
+            if held.length + num_new <= held.room:
+                held.num_new = num_new
+                return READY
         if num_new < 1 or lookahead < 0 or num_new + lookahead > self.chunk_len:
             legal = f"num_new must be at least 1, and num_new + lookahead at most {self.chunk_len}"
             raise ValueError(f"num_new = {num_new}, lookahead = {lookahead}: {legal}")
