@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers
+.PHONY: demo test test-slow lint clean install peers peers-ledger
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -36,6 +36,15 @@ peers: .peers/.installed
 	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
 	@touch $@
 
+# vLLM's block manager, for benchmarks/ledger.py: beside PyTorch's CPU build, without its own dependencies.
+peers-ledger: .peers-ledger/.installed
+
+.peers-ledger/.installed: benchmarks/peers_ledger.txt .peers/.installed
+	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers-ledger
+	.peers-ledger/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers_ledger.txt
+	@ls -d "$$PWD"/.peers/lib/python*/site-packages > "$$(ls -d .peers-ledger/lib/python*/site-packages)/peers.pth"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .peers build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
