@@ -109,9 +109,19 @@ def draw(growth: list[dict], path: Path) -> None:
         for caching, colour in ((False, "#0072b2"), (True, "#d55e00")):
             some = [row for row in rows if row["prefix_caching"] == caching]
             total = [row["manage_ms"] + row["tables_ms"] for row in some]
-            panel.loglog([row[axis] for row in some], total, "o-", color=colour, label=f"prefix index {'on' if caching else 'off'}")
+            panel.loglog(
+                [row[axis] for row in some],
+                total,
+                "o-",
+                color=colour,
+                label=f"prefix index {'on' if caching else 'off'}",
+            )
         first = rows[0]
-        scale = [(first["manage_ms"] + first["tables_ms"]) * row[axis] / first[axis] for row in rows if not row["prefix_caching"]]
+        scale = [
+            (first["manage_ms"] + first["tables_ms"]) * row[axis] / first[axis]
+            for row in rows
+            if not row["prefix_caching"]
+        ]
         panel.loglog([row[axis] for row in rows if not row["prefix_caching"]], scale, "--", color="0.6", label="linear")
         panel.axhline(1, color="0.8", lw=1)
         panel.set(xlabel=f"{axis} ({rows[0][fixed]:,} {fixed})", ylabel="ms a step, planning included")
@@ -141,24 +151,44 @@ def main() -> None:
                 found["kvlab"].append(in_its_own_process(Path(sys.executable), me, "--one", *arguments))
                 if peer_python.exists():
                     found["vllm"].append(in_its_own_process(peer_python, me.with_name("ledger_peer.py"), *arguments))
-            row = {"sequences": num_sequences, "prefix_caching": bool(caching), "floor_tables_ms": floor_ms(num_sequences)}
+            row = {
+                "sequences": num_sequences,
+                "prefix_caching": bool(caching),
+                "floor_tables_ms": floor_ms(num_sequences),
+            }
             row |= {name: median_of(rounds) for name, rounds in found.items() if rounds}
             rows.append(row)
             total = {name: row[name]["manage_ms"] + row[name]["tables_ms"] for name in found if name in row}
             row["ratio"] = round(total["vllm"] / total["kvlab"], 2) if "vllm" in total else None
             per_token = total["kvlab"] / num_sequences * 1e3
-            print(f"{num_sequences:4} sequences, index {'on ' if caching else 'off'}: {total} ms a step, "
-                  f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, floor of the tables {row['floor_tables_ms']:.3f} ms", flush=True)
+            print(
+                f"{num_sequences:4} sequences, index {'on ' if caching else 'off'}: {total} ms a step, "
+                f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, floor of the tables {row['floor_tables_ms']:.3f} ms",
+                flush=True,
+            )
     growth = []
-    for axis, points in (("sequences", [(n, 2048) for n in (16, 64, 256, 1024)]), ("tokens", [(64, n) for n in (512, 2048, 8192, 32_768)])):
+    for axis, points in (
+        ("sequences", [(n, 2048) for n in (16, 64, 256, 1024)]),
+        ("tokens", [(64, n) for n in (512, 2048, 8192, 32_768)]),
+    ):
         for caching in (False, True):
             for sequences, tokens in points:
-                one = in_its_own_process(Path(sys.executable), me, "--one", str(sequences), str(tokens), str(int(caching)))
-                growth.append({"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **one})
+                one = in_its_own_process(
+                    Path(sys.executable), me, "--one", str(sequences), str(tokens), str(int(caching))
+                )
+                growth.append(
+                    {"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **one}
+                )
                 print(growth[-1], flush=True)
-    machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version(), "date": str(date.today())}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "date": str(date.today()),
+    }
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "ledger.json").write_text(json.dumps({"machine": machine, "steps": rows, "growth": growth}, indent=1) + "\n")
+    (options.output / "ledger.json").write_text(
+        json.dumps({"machine": machine, "steps": rows, "growth": growth}, indent=1) + "\n"
+    )
     draw(growth, options.output / "ledger.png")
 
 

@@ -14,7 +14,7 @@ import time
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
-import torch  # noqa: E402
+import torch
 
 PAGE, STEPS = 16, 64
 

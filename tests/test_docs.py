@@ -7,7 +7,10 @@ from pathlib import Path
 
 import yaml
 
+from kvlab.memory.classes import StateClass
 from kvlab.memory.layout import MemoryConfig
+from kvlab.memory.ledger import Ledger
+from kvlab.memory.spec import TokenState
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
@@ -27,6 +30,21 @@ def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     assert_memory_equals_parallel("average", MemoryConfig(page_size=4, chunk_len=5), (1, 5, 9))
     (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert module.AverageConfig.build(yaml.safe_load(written)["E"]).channels == 64
+
+
+def test_the_ledgers_page_runs():
+    """docs/ledger.md: the example, and the policy of its recipe in use."""
+    page = (ROOT / "docs" / "ledger.md").read_text()
+    example, recipe = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/ledger.md", "exec"), {})
+    namespace: dict = {}
+    exec(compile(recipe, "docs/ledger.md", "exec"), namespace)
+    ledger = Ledger([StateClass("kv", TokenState(1, 1, 1), 1, 9, 9)], 9, 9, policy=namespace["DeepFirst"])
+    ledger.reserve("a", 5, hit=ledger.lookup(list(range(5))))
+    ledger.commit("a", 5)
+    ledger.release("a")
+    ledger.evict("kv", 2)
+    assert sorted(page.start for page in ledger.index.cached[0].values()) == [0, 1, 2]
 
 
 def test_the_map_names_what_is_there():

@@ -13,7 +13,7 @@ that it proved is settled in `commit`; in between nobody else sees it.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -245,7 +245,7 @@ class Ledger:
                 return refusal
         taken = self._take([len(pages) for pages in missing])
         if sequence not in self.running:
-            self._install(sequence, held)
+            self._install(sequence, held, hit)
         for store, holding, pages, new in zip(self.stores, held.holdings, missing, taken, strict=True):
             store.give(holding, pages, new)
         held.num_new, held.lookahead = num_new, lookahead
@@ -425,19 +425,20 @@ class Ledger:
             raise ValueError(f"sequence {sequence!r}: is swapped out")
         if hit is not None and hit not in self.hits:
             raise ValueError("hit: is spent already")
-        held = hit or Tracked([Holding() for _ in self.classes])
+        held = Tracked([Holding() for _ in self.classes]) if hit is None else replace(hit, path=list(hit.path))
         for holding in held.holdings:
             holding.lengths = lengths
         return held
 
-    def _install(self, sequence: Hashable, held: Tracked) -> None:
+    def _install(self, sequence: Hashable, held: Tracked, hit: Tracked | None) -> None:
         """A sequence begins: a row, and a hit's pins and lock, which are its own from now on."""
         row = self._new_row()
         for store, holding in zip(self.stores, held.holdings, strict=True):
             holding.row = row
             for logical, page in holding.pages.items():
                 store.assign(holding, logical, page)
-        self.hits.discard(held)
+        if hit is not None:
+            self.hits.remove(hit)
         self.running[sequence] = held
 
     def _take(self, counts: Sequence[int]) -> list[list[int]]:
