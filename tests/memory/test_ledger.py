@@ -303,6 +303,9 @@ def test_lookahead_slots_are_accounted_and_given_back():
     ledger.commit("a", 2)
     full = ledger.audit()[0]
     assert (full.live, full.lookahead, full.tail) == (6 * slot, 0, 2 * slot)
+    ledger.reserve("a", 3, lookahead=2)
+    full = ledger.audit()[0]
+    assert (full.live, full.lookahead, full.tail) == (6 * slot, 2 * slot, 4 * slot)
 
 
 def test_swapping_frees_the_device_and_brings_the_same_pages_back():
@@ -381,6 +384,26 @@ def test_accounts_add_up_in_sums_tables_and_frames():
     assert "lookahead" not in text, "rows that are zero everywhere are left out"
     assert f"{accounts[0].live:,}" in text
     assert str(accounts[0]).splitlines()[1].split() == ["pool", f"{accounts[0].pool:,}", "100.0%"]
+
+
+def test_counters_start_at_nothing_and_count():
+    ledger = make_ledger(host=9, full_pages=20, window_pages=20)
+    assert vars(ledger.counters) == {
+        "looked_up_tokens": 0,
+        "hit_tokens": 0,
+        "deduplicated_pages": 0,
+        "swapped_pages": 0,
+        "peak_bytes": 0,
+        "peak_pages": [0, 0, 0],
+    }
+    ledger.reserve("a", 6, hit=ledger.lookup(list(range(9))))
+    ledger.commit("a", 6)
+    ledger.swap_out("a")
+    ledger.swap_in("a")
+    assert ledger.counters.looked_up_tokens == 9
+    # Two pages of each token class and one state go; the published page of each comes back from the index, not from the host.
+    assert ledger.counters.swapped_pages == 5 + 3
+    assert ledger.counters.peak_pages == [2, 2, 1]
 
 
 def test_stranded_bytes_and_the_pool_for_all():

@@ -166,6 +166,9 @@ def test_release_without_keep_leaves_nothing_of_its_own():
     serve(ledger, "b", [*range(8), *range(90, 110)], keep=False)
     after = [set(ledger.index.cached[number]) for number in range(3)]
     assert all(now <= then for now, then in zip(after, before, strict=True))
+    alone = make(MODELS["hybrid"])
+    serve(alone, "a", list(range(10)), keep=False)
+    assert not any(alone.index.cached)
 
 
 def test_a_hit_is_pinned_until_it_is_let_go():
