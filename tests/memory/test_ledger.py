@@ -293,6 +293,15 @@ def test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was():
     assert ledger.length("a") == 4
 
 
+def test_a_rejection_names_the_first_state_that_cannot_roll_back():
+    states = [StateClass(name, STATE, 1, 4, 1) for name in ("first", "second")]
+    ledger = Ledger(states, 9, 9)
+    grow(ledger, "a", 2)
+    ledger.reserve("a", 3)
+    with pytest.raises(ValueError, match="since first cannot be rolled back"):
+        ledger.commit("a", 2)
+
+
 def test_lookahead_slots_are_accounted_and_given_back():
     ledger = make_ledger(recurrent=False)
     grow(ledger, "a", 4)
@@ -371,6 +380,7 @@ def test_accounts_add_up_in_sums_tables_and_frames():
     accounts = ledger.audit()
     total = accounts[0] + accounts[1] + accounts[2]
     assert total.balanced
+    assert all(type(value) is int for one in accounts for value in list(one.as_dict().values())[1:])
     frame = pd.DataFrame([one.as_dict() for one in accounts])
     assert (frame[list(PARTS)].sum(axis=1) == frame["pool"]).all()
     assert frame["pool"].sum() == total.pool == sum(state.pool_bytes for state in ledger.classes)
