@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlab.capacity.presets import KV_DTYPES, Preset
-from kvlab.capacity.simulator import Outcome, Policy, Simulator
+from kvlab.capacity.simulator import Outcome, Schedule, Simulator
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass
+from kvlab.memory.classes import Lengths, StateClass
 from kvlab.memory.ledger import Ledger
 from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import StateSpec, max_pages_for_step
@@ -31,7 +31,6 @@ class ServingMemory(Schema):
     policy: str = choice("lru", POLICIES)
     checkpoints: str = choice("junctions", ("none", "every", "junctions", "all"))
     checkpoint_interval: int = integer(1, 1, 65536)
-    deduplicate: bool = flag(True)
     preemption: str = choice("recompute", ("recompute", "swap"))
     host_gb: float = real(0.0, 0.0, 1e6)
 
@@ -109,6 +108,10 @@ def estimate(config: CapacityConfig) -> Answer:
     """Answers for one config. Raises ConfigError when the weights, or one sequence beside them, do not fit."""
     model, dtype = config.model, config.memory.kv_dtype
     _ = config.hardware.chip  # of the host no datasheet is known: that is the first error to make
+    try:
+        _ = model.logical_bytes(1, dtype)
+    except ValueError as error:
+        raise ConfigError("memory.kv_dtype", dtype, str(error)) from None
     budget = int(config.hardware.memory_bytes() * config.memory.utilization) - model.weight_bytes
     if budget <= 0:
         room = f"{config.hardware.memory_bytes() * config.memory.utilization / 1e9:,.1f} GB of {config.hardware.label}"
@@ -117,8 +120,10 @@ def estimate(config: CapacityConfig) -> Answer:
     mean_total = sum(one.prompt_len + one.output_len for one in asked) / len(asked)
     context = config.context_len or max(1, round(mean_total))
     longest = max(one.prompt_len + one.output_len for one in asked)
-    ledger = make_ledger(config, budget, context, max(longest, context))
-    users = users_that_fit(ledger, context)
+    max_len = max(longest, context) if config.workload.path else config.workload.max_total
+    ledger = make_ledger(config, budget, context, max_len)
+    prompt_share = sum(one.prompt_len for one in asked) / (mean_total * len(asked))
+    users = users_that_fit(ledger, context, max(1, round(context * prompt_share)))
     if users < 1:
         names = (
             f"{model.logical_bytes(context, dtype) / 1e9:,.2f} GB beside {model.weight_bytes / 1e9:,.1f} GB of weights"
@@ -164,7 +169,11 @@ def intensity(model: Preset, context_len: int, dtype: str = "bfloat16") -> float
 
 def decode_roofline(config: CapacityConfig, lengths: Sequence[int]) -> dict[str, float]:
     """The least seconds in which one token of each sequence can be decoded: parameters and states are read once at full
-    bandwidth, or all FLOPs done at dense bf16 peak, whichever takes longer, for the parameters and for the states apart."""
+    bandwidth, or all FLOPs done at dense bf16 peak, whichever takes longer, for the parameters and for the states apart.
+
+    Several chips count as one large chip: nothing is replicated, no time goes into talking. Models whose heads are fewer than
+    the chips (MQA, MLA) would in truth hold their state more than once.
+    """
     model, hardware = config.model, config.hardware
     bandwidth, peak = hardware.bandwidth, hardware.peak_flops
     weight_bytes = model.read_weight_bytes(len(lengths))
@@ -212,7 +221,6 @@ def make_ledger(config: CapacityConfig, budget: int, context_len: int, max_len: 
         chunk_len,
         policy=POLICIES[memory.policy],
         checkpoints=checkpoints,
-        deduplicate=memory.deduplicate,
         page_size=memory.page_size,
     )
 
@@ -232,18 +240,19 @@ def _sequence_bytes(spec: StateSpec, count: int, context_len: int, chunk_len: in
     return pages * memory.page_size * spec.unit_bytes * count
 
 
-def users_that_fit(ledger: Ledger, context_len: int) -> int:
-    """Sequences of `context_len` tokens that an empty ledger holds at once, grown one after the other in chunks.
+def users_that_fit(ledger: Ledger, context_len: int, prompt_len: int) -> int:
+    """Sequences of `context_len` tokens, `prompt_len` of them a prompt, that an empty ledger holds at once, grown one after
+    the other in chunks.
 
     Paged classes: one sequence is really run; of all others each holds what it holds at rest, and the last one must still
     find the most that it needed on the way. Contiguous blocks are given out until none is left.
     """
     if any(one.contiguous for one in ledger.classes):
         users = 0
-        while _grow(ledger, users, context_len):
+        while _grow(ledger, users, Lengths(prompt_len, context_len)):
             users += 1
     else:
-        if not _grow(ledger, 0, context_len):
+        if not _grow(ledger, 0, Lengths(prompt_len, context_len)):
             return 0
         at_rest = [len(holding.pages) for holding in ledger.running[0].holdings]
         needs = zip(ledger.classes, ledger.counters.peak_pages, at_rest, strict=True)
@@ -253,12 +262,12 @@ def users_that_fit(ledger: Ledger, context_len: int) -> int:
     return users
 
 
-def _grow(ledger: Ledger, name: int, context_len: int) -> bool:
-    """One sequence up to `context_len` tokens; False when pages run out."""
+def _grow(ledger: Ledger, name: int, lengths: Lengths) -> bool:
+    """One sequence up to its final length; False when pages run out."""
     done = 0
-    while done < context_len:
-        count = min(ledger.chunk_len, context_len - done)
-        if not ledger.reserve(name, count).ready:
+    while done < lengths.final_len:
+        count = min(ledger.chunk_len, lengths.final_len - done)
+        if not ledger.reserve(name, count, lengths=None if done else lengths).ready:
             return False
         ledger.commit(name, count)
         done += count
@@ -274,9 +283,9 @@ def _simulate(config: CapacityConfig, ledger: Ledger, asked: list[Request]) -> d
         return decode + 2.0 * (model.num_active_params or model.num_params) * sum(chunks) / hardware.peak_flops
 
     memory = config.memory
-    policy = Policy(max_batch=config.max_batch, token_budget=memory.chunk_len, preemption=memory.preemption)
+    schedule = Schedule(max_batch=config.max_batch, token_budget=memory.chunk_len, preemption=memory.preemption)
     caches = memory.prefix_cache and memory.reservation is None
-    outcome = Simulator(ledger, step_time, policy, caches=caches).run(asked)
+    outcome = Simulator(ledger, step_time, schedule, caches=caches).run(asked)
     return summary(ledger, outcome)
 
 

@@ -22,7 +22,7 @@ type StepTime = Callable[[Sequence[int], Sequence[int]], float]
 
 
 @dataclass(frozen=True)
-class Policy:
+class Schedule:
     """How steps are made. With `mixed` prompts and decodes share steps (chunked prefill); without, a step that computes
     prompts decodes nothing. `preemption` is "recompute" or "swap". `sample_every` steps the ledger is audited."""
 
@@ -31,6 +31,11 @@ class Policy:
     mixed: bool = True
     preemption: str = "recompute"
     sample_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "token_budget", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
 @dataclass(eq=False)
@@ -75,9 +80,9 @@ class Outcome:
 class Simulator:
     """Runs requests through a ledger. Deterministic; raises RuntimeError should a step make no progress."""
 
-    def __init__(self, ledger: Ledger, step_time: StepTime, policy: Policy, *, caches: bool = False):
+    def __init__(self, ledger: Ledger, step_time: StepTime, schedule: Schedule, *, caches: bool = False):
         """`caches`: prompts with token ids are looked up in, and published to, the prefix index."""
-        self.ledger, self.step_time, self.policy, self.caches = ledger, step_time, policy, caches
+        self.ledger, self.step_time, self.schedule, self.caches = ledger, step_time, schedule, caches
         self.outcome = Outcome()
         self.running: list[_Running] = []
         self.waiting: deque[_Running] = deque()
@@ -101,11 +106,11 @@ class Simulator:
 
     def _step(self) -> None:
         preempted, num_running = self.outcome.preempted, len(self.running)
-        decoding = self._decode() if self.policy.mixed else []
-        chunks = self._continue(self.policy.token_budget)
+        decoding = self._decode() if self.schedule.mixed else []
+        chunks = self._continue(self.schedule.token_budget)
         if self.outcome.preempted == preempted:  # whoever made room is not let in again at once
-            chunks |= self._admit(self.policy.token_budget - sum(chunks.values()))
-        if not self.policy.mixed and not chunks:
+            chunks |= self._admit(self.schedule.token_budget - sum(chunks.values()))
+        if not self.schedule.mixed and not chunks:
             decoding = self._decode()
         decoding = [one for one in decoding if one.active]
         if not chunks and not decoding:
@@ -115,7 +120,7 @@ class Simulator:
                 f"no progress: {len(self.running)} running, {len(self.waiting)} waiting, {len(self.away)} away"
             )
         seconds = self.step_time([one.length for one in decoding], list(chunks.values()))
-        if self.outcome.steps % self.policy.sample_every == 0:
+        if self.outcome.steps % self.schedule.sample_every == 0:
             self._sample(seconds)
         self.clock += seconds
         self.outcome.steps += 1
@@ -141,11 +146,11 @@ class Simulator:
     def _admit(self, budget: int) -> dict[_Running, int]:
         """Brings sequences back from the host, then begins those waiting, the oldest first."""
         chunks: dict[_Running, int] = {}
-        while self.away and len(self.running) < self.policy.max_batch:
+        while self.away and len(self.running) < self.schedule.max_batch:
             if isinstance(self.ledger.swap_in(self.away[0].name), Wait):
                 return chunks
             self._activate(self.away.popleft())
-        while self.waiting and budget > 0 and len(self.running) < self.policy.max_batch:
+        while self.waiting and budget > 0 and len(self.running) < self.schedule.max_batch:
             count = self._begin(self.waiting[0], budget)
             if count is None:
                 break
@@ -167,7 +172,8 @@ class Simulator:
         if self.caches and request.tokens is not None:
             tokens = request.tokens
             if one.prompt_len > request.prompt_len:
-                assert request.answer is not None
+                if request.answer is None:
+                    raise ValueError(f"request {one.name}: has tokens and no answer, whose ids a preemption needs")
                 tokens = np.concatenate([tokens, request.answer[: one.prompt_len - request.prompt_len]])
             hit = self.ledger.lookup(tokens)
         start = hit.length if hit else 0
@@ -210,10 +216,10 @@ class Simulator:
         self.outcome.preempted += 1
         if self.ledger.running[one.name].num_new:
             self.ledger.cancel(one.name)
-        if one.name not in self.ledger.sequences:  # it had only begun
+        if one.name not in self.ledger.running:  # it had only begun
             self.waiting.appendleft(one)
             return
-        if self.policy.preemption == "swap" and not isinstance(self.ledger.swap_out(one.name), Wait):
+        if self.schedule.preemption == "swap" and not isinstance(self.ledger.swap_out(one.name), Wait):
             self.away.appendleft(one)
             return
         self.ledger.release(one.name)

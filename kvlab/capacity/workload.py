@@ -110,7 +110,7 @@ def _lengths(rng: np.random.Generator, shape: str, mean: float, cv: float) -> np
     """`STRATUM` integers of at least 1 with this mean and coefficient of variation before rounding: one in each of as many
     equal parts of probability, shuffled, so that a short workload has the stated lengths as well."""
     parts = (rng.permutation(STRATUM) + rng.uniform(1e-9, 1, STRATUM)) / STRATUM
-    if cv == 0:
+    if cv < 1e-3:
         lengths = np.full(STRATUM, mean)
     elif shape == "gamma":
         lengths = stats.gamma.ppf(parts, 1 / cv**2, scale=mean * cv**2)
@@ -140,11 +140,14 @@ def read_trace(path: Path) -> list[Request]:
     Raises ConfigError naming the file, the line and the field of the first row that is malformed or truncated.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except UnicodeDecodeError as error:
         raise ConfigError("workload.path", str(path), f"is no text ({error})") from None
     rows = _json_rows(path, lines) if path.suffix in (".jsonl", ".json") else _csv_rows(path, lines)
-    found = sorted(rows, key=lambda request: request.arrival_s)
+    try:
+        found = sorted(rows, key=lambda request: request.arrival_s)
+    except csv.Error as error:
+        raise ConfigError("workload.path", str(path), f"is no CSV ({error})") from None
     if not found:
         raise ConfigError("workload.path", str(path), "holds no request")
     return [request._replace(arrival_s=request.arrival_s - found[0].arrival_s) for request in found]
@@ -156,7 +159,9 @@ def _wrong(path: Path, line: int, field: str, value: object, legal: str) -> Conf
 
 def _length(path: Path, line: int, field: str, value: object, low: int) -> int:
     try:
-        number = int(value) if isinstance(value, str) else value
+        number = (
+            int(value) if isinstance(value, str) and value.isascii() and value.strip().lstrip("-").isdigit() else value
+        )
     except ValueError:
         number = None
     if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= 1 << 24:
@@ -166,10 +171,11 @@ def _length(path: Path, line: int, field: str, value: object, low: int) -> int:
 
 def _seconds(path: Path, line: int, field: str, value: object) -> float:
     try:
-        seconds = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
-        try:  # Azure prints seven digits of a second
-            seconds = datetime.datetime.fromisoformat(str(value)[:26]).replace(tzinfo=datetime.UTC).timestamp()
+        seconds = math.nan if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
+    except (ValueError, OverflowError):
+        try:
+            moment = datetime.datetime.fromisoformat(str(value))
+            seconds = (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
         except ValueError:
             seconds = math.nan
     if not math.isfinite(seconds):
@@ -195,16 +201,16 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Request]:
         if len(row) != len(header):
             raise _wrong(path, line, "row", ",".join(row), f"must have {len(header)} columns; is the file truncated?")
         time, prompt, output = (row[place] for place in places)
-        output_len = _length(path, line, names[2], output, 0)
-        if output_len:  # traces record failed requests with no output
-            yield Request(_seconds(path, line, names[0], time), _length(path, line, names[1], prompt, 1), output_len)
+        arrival_s, prompt_len = _seconds(path, line, names[0], time), _length(path, line, names[1], prompt, 1)
+        if output_len := _length(path, line, names[2], output, 0):  # traces record failed requests with no output
+            yield Request(arrival_s, prompt_len, output_len)
 
 
 def _json_rows(path: Path, lines: list[str]) -> Iterator[Request]:
     for line, content in enumerate(lines, 1):
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _wrong(path, line, "row", content[:60], f"must be JSON ({error}); is the file truncated?") from None
         if not isinstance(row, dict):
             raise _wrong(path, line, "row", content[:60], "must be a JSON object")

@@ -22,7 +22,7 @@ class Account:
 
     live: tokens in live(n) of some sequence, counted once, and recurrent states · cached: pages held by the index or by hits
     alone · tail: slots of held pages without a committed token · dead: slots held outside every live(n) · duplicate: sealed
-    pages identical to an indexed one (zero when the ledger deduplicates) · lookahead: speculative slots of steps in flight ·
+    pages identical to an indexed one (none: they are given up for it, which `invariants` checks) · lookahead: speculative slots of steps in flight ·
     reserved: the part of a contiguous reservation that its sequence will still use · scale: quantisation scales of held pages ·
     padding: the part of a contiguous block that was not asked for.
 
@@ -128,13 +128,11 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
     """Slots of pages; a slot that several sequences hold counts once, as live if it is live for one of them."""
     num_tables = np.zeros(state.num_pages, np.int64)
     live, written, speculative = np.zeros((3, state.num_pages, state.page_size), bool)
-    duplicate = np.zeros(state.num_pages, bool)
     copied: set[int] = set()
     offsets = np.arange(state.page_size)
     for length, num_new, lookahead, holding in sequences:
         physical = np.fromiter(holding.pages.values(), np.int64, len(holding.pages))
         num_tables[physical] += 1
-        duplicate[[holding.pages[page] for page in holding.duplicates]] = True
         copied.update(source for _, source in holding.copies)
         if holding.writing is not None:
             num_tables[holding.writing] += 1
@@ -151,7 +149,7 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
         speculative[physical] |= (positions >= first) & (positions < first + lookahead)
     in_tables = set(np.flatnonzero(num_tables).tolist())
     alone = set(indexed) - in_tables
-    counted = (num_tables > 0) & ~duplicate
+    counted = num_tables > 0
     num_live, num_written, num_speculative = (
         int(mask[counted].sum()) for mask in (live, written, speculative & ~written)
     )
@@ -160,7 +158,6 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
         "dead": num_written - num_live + len(copied - in_tables - alone) * state.page_size,
         "lookahead": num_speculative,
         "tail": state.page_size * int(counted.sum()) - num_written - num_speculative,
-        "duplicate": state.page_size * int(duplicate.sum()),
         "cached": len(alone),
         "shared": int(np.maximum(num_tables - 1, 0).sum()),
     }

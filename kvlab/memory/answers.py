@@ -12,7 +12,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Wait:
-    """Not now: pages are missing that running sequences will free."""
+    """Not now: pages are missing that others hold. When all who could go on wait, release or swap one of them."""
 
     reason: str
     ready = False

@@ -51,9 +51,12 @@ class StateClass:
     def __post_init__(self) -> None:
         for field, low in (("page_size", 1), ("table_len", 1), ("num_layers", 1), ("num_host_pages", 0)):
             value = getattr(self, field)
-            if value < low:
+            if type(value) is not int or value < low:
                 raise ValueError(f"{self.name}: {field} = {value}: must be at least {low}")
-        if self.num_pages < 1 + self.has_null_page:
+        if not self.spec.per_token and (self.page_size, self.table_len) != (1, 1):
+            sizes = f"page_size = {self.page_size}, table_len = {self.table_len}"
+            raise ValueError(f"{self.name}: {sizes}: must be 1 and 1 for a recurrent state")
+        if type(self.num_pages) is not int or self.num_pages < 1 + self.has_null_page:
             legal = f"must be at least {1 + self.has_null_page}{', the null page counted' * self.has_null_page}"
             raise ValueError(f"{self.name}: num_pages = {self.num_pages}: {legal}")
         if self.reservation is not None and self.reservation not in RESERVATIONS:

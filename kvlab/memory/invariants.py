@@ -40,7 +40,7 @@ def _check_pages(ledger: Ledger, store: Store) -> None:
             first, size = next(iter(holding.pages.values()), 0), holding.block[0] // store.state.page_size
             holders.update(range(first, first + size))
             continue
-        holders.update([*holding.pages.values(), *holding.duplicates.values()])
+        holders.update(holding.pages.values())
         holders.update(source for _, source in holding.copies)
         if holding.writing is not None:
             holders[holding.writing] += 1
@@ -74,6 +74,10 @@ def _check_table(ledger: Ledger, store: Store) -> None:
 
 def _check_index(ledger: Ledger, store: Store) -> None:
     name, number, index = store.state.name, store.number, ledger.index
+    for held in ledger.running.values():
+        for logical, page in held.holdings[number].pages.items() if store.state.paged else ():
+            indexed = held.path[logical + 1].pages[number] if logical + 1 < len(held.path) else None
+            assert indexed is None or indexed.page == page, f"{name}: page {page} is a duplicate of {indexed}"
     in_nodes = {}
     for node in index.nodes():
         if cached := node.pages[number]:

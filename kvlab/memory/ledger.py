@@ -12,6 +12,7 @@ the pool that holds it; a recurrent state is one page without positions. All tha
 that it proved is settled in `commit`; in between nobody else sees it.
 """
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -74,26 +75,31 @@ class Ledger:
         *,
         policy: Callable[[int], Policy] = LRU,
         checkpoints: Checkpoints | None = None,
-        deduplicate: bool = True,
         page_size: int = 16,
         digest: Callable[[bytes], bytes] = sha256,
     ):
         """`max_len` bounds a sequence and `chunk_len` a step, in tokens.
 
-        `policy` makes the eviction policy of each class from its number of pages. With `deduplicate` a full page that the index
-        has already is given up for the indexed one; without, tables only grow and the duplicate is accounted for.
-        `page_size` is the index's where no class is paged, so that recurrent states alone can be found again.
-        Raises ValueError on empty bounds and on paged classes whose page sizes differ.
+        `policy` makes the eviction policy of each class from its number of pages. `page_size` is the index's where no class is
+        paged, so that recurrent states alone can be found again. Raises ValueError on empty bounds, on names that repeat, on
+        paged classes whose page sizes differ, and on page tables too short for max_len.
         """
-        if min(max_len, chunk_len, page_size) < 1:
+        if not all(type(size) is int and size > 0 for size in (max_len, chunk_len, page_size)):
             sizes = f"max_len = {max_len}, chunk_len = {chunk_len}, page_size = {page_size}"
-            raise ValueError(f"{sizes}: all must be at least 1")
+            raise ValueError(f"{sizes}: all must be integers of at least 1")
+        if not classes or len({one.name for one in classes}) < len(classes):
+            raise ValueError(f"classes = {[one.name for one in classes]}: must be at least one, each with its own name")
         page_sizes = {one.page_size for one in classes if one.paged} or {page_size}
         if len(page_sizes) > 1:
             raise ValueError(f"page_size = {sorted(page_sizes)}: paged classes of one ledger must share one")
         self.classes = tuple(classes)
         self.max_len, self.chunk_len = max_len, chunk_len
-        self.deduplicate, self.checkpoints = deduplicate, checkpoints or Checkpoints()
+        self.checkpoints = checkpoints or Checkpoints()
+        for one in self.classes:
+            if one.paged and one.table_len < (needed := min(one.num_usable, one.max_pages(max_len, chunk_len))):
+                raise ValueError(
+                    f"{one.name}: table_len = {one.table_len}: must be at least {needed} for max_len = {max_len}"
+                )
         (self._page_size,) = page_sizes
         self.index = PrefixIndex(self.classes, policy, self._page_size, digest)
         self.stores: tuple[Store, ...] = tuple(
@@ -109,8 +115,6 @@ class Ledger:
         self.free_rows: list[int] = []
         self._shares = not any(one.contiguous for one in self.classes)
         self._states = [store for store in self.stores if not store.state.spec.per_token]
-
-    # What there is.
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
@@ -164,8 +168,6 @@ class Ledger:
 
         check(self)
 
-    # A step: look up, reserve, plan, commit.
-
     def lookup(self, tokens: TokenIds, namespace: str = "") -> Tracked:
         """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
 
@@ -175,23 +177,18 @@ class Ledger:
         ids = encode(tokens)
         if not ids:
             raise ValueError("tokens = []: a prompt has at least one token")
-        for policy in self.index.policies:
-            policy.num_lookups += 1
         path, num_pages = self.index.match(namespace, ids, len(tokens)) if self._shares else ([], 0)
         holdings = [Holding() for _ in self.classes]
         for store, holding in zip(self.stores, holdings, strict=True):
             for logical, cached in self.index.needed(path, store.number, num_pages):
                 holding.pages[logical] = cached.page
                 store.share(cached.page)
-                self.index.hit(cached)
         hit = Tracked(
             holdings, [self.index.root(namespace), *path[:num_pages]], bytearray(ids) if self._shares else None
         )
         hit.prompt_len, hit.junction, hit.length = len(tokens), len(path), num_pages * self._page_size
         hit.path[-1].locks += 1
         self.hits.add(hit)
-        self.counters.looked_up_tokens += hit.prompt_len
-        self.counters.hit_tokens += hit.length
         self._note_peak()
         return hit
 
@@ -222,10 +219,12 @@ class Ledger:
         sequence's last step is not settled.
         """
         held = self.running.get(sequence)
-        if held is not None and not (held.num_new or lookahead or hit or lengths) and 0 < num_new <= self.chunk_len:  # noqa: SIM102
+        plain = type(num_new) is int and 0 < num_new <= self.chunk_len
+        if held is not None and plain and not (held.num_new or lookahead or hit or lengths):  # noqa: SIM102
             if held.length + num_new <= held.room:
                 held.num_new = num_new
                 return READY
+        num_new, lookahead = operator.index(num_new), operator.index(lookahead)
         if num_new < 1 or lookahead < 0 or num_new + lookahead > self.chunk_len:
             legal = f"num_new must be at least 1, and num_new + lookahead at most {self.chunk_len}"
             raise ValueError(f"num_new = {num_new}, lookahead = {lookahead}: {legal}")
@@ -256,6 +255,8 @@ class Ledger:
     def plan(self, sequences: Sequence[Hashable], batch_size: int, num_tokens: int) -> Plan:
         """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest is
         padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
+        if len(set(sequences)) < len(sequences):
+            raise ValueError(f"sequences = {list(sequences)}: each may be in a step once")
         steps = [self._get(sequence) for sequence in sequences]
         longest = max((held.num_new + held.lookahead for held in steps), default=0)
         if len(steps) > batch_size or longest > num_tokens:
@@ -277,16 +278,17 @@ class Ledger:
         rejected as a whole, and only if the step had lookahead (feed the accepted tokens again).
         """
         held = self._get(sequence)
-        if num_accepted == held.num_new > 0 and held.length + num_accepted < held.wake:
+        if num_accepted == held.num_new > 0 and held.length + held.num_new < held.wake:
             if len(tokens) and held.ids is not None:
-                self._learn(held, held.length + num_accepted, tokens)
-            held.length += num_accepted
+                self._learn(held, held.length + held.num_new, tokens)
+            held.length += held.num_new
             held.num_new = 0
             return
+        num_accepted = operator.index(num_accepted)
         reserved = held.num_new + held.lookahead
         if not 0 <= num_accepted <= reserved or not reserved:
             raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {reserved}] reserved tokens")
-        if num_accepted < reserved and self._states and held.length and (num_accepted or not held.lookahead):
+        if num_accepted < reserved and self._states and (num_accepted or (held.length and not held.lookahead)):
             legal = f"must be {'0 or ' * (held.lookahead > 0)}all {reserved} reserved tokens"
             name = self._states[0].state.name
             raise ValueError(f"num_accepted = {num_accepted}: {legal}, since {name} cannot be rolled back further")
@@ -307,8 +309,6 @@ class Ledger:
         else:
             self.release(sequence)
 
-    # The life of a sequence.
-
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """`child` continues from where `parent` is and shares every page; the first to write a shared page copies it.
 
@@ -320,8 +320,8 @@ class Ledger:
         ids = None if held.ids is None else bytearray(held.ids)
         twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), self._new_row()
         for store, one in zip(self.stores, held.holdings, strict=True):
-            twin.holdings.append(Holding(dict(one.pages), dict(one.duplicates), row=row))
-            for page in (*one.pages.values(), *one.duplicates.values()):
+            twin.holdings.append(Holding(dict(one.pages), row=row))
+            for page in one.pages.values():
                 store.share(page)
             store.table[row], store.starts[row] = store.table[one.row], store.starts[one.row]
         if twin.path:
@@ -417,18 +417,21 @@ class Ledger:
         self._note_peak()
         return self._swap(moves)
 
-    # How.
-
     def _begin(self, sequence: Hashable, hit: Tracked | None, lengths: Lengths | None) -> Tracked:
         """A sequence that is not installed yet and holds what its hit pins."""
         if sequence in self.suspended:
             raise ValueError(f"sequence {sequence!r}: is swapped out")
         if hit is not None and hit not in self.hits:
             raise ValueError("hit: is spent already")
-        held = Tracked([Holding() for _ in self.classes]) if hit is None else replace(hit, path=list(hit.path))
-        for holding in held.holdings:
-            holding.lengths = lengths
-        return held
+        if (
+            lengths is not None
+            and not 0 <= (lengths := Lengths(*map(operator.index, lengths))).prompt_len <= lengths.final_len
+        ):
+            raise ValueError(f"lengths = {tuple(lengths)}: must be 0 <= prompt_len <= final_len")
+        if hit is None:
+            return Tracked([Holding(lengths=lengths) for _ in self.classes])
+        holdings = [replace(holding, lengths=lengths) for holding in hit.holdings]
+        return replace(hit, holdings=holdings, path=list(hit.path))
 
     def _install(self, sequence: Hashable, held: Tracked, hit: Tracked | None) -> None:
         """A sequence begins: a row, and a hit's pins and lock, which are its own from now on."""
@@ -439,6 +442,12 @@ class Ledger:
                 store.assign(holding, logical, page)
         if hit is not None:
             self.hits.remove(hit)
+            self.counters.looked_up_tokens += hit.prompt_len
+            self.counters.hit_tokens += hit.length
+            for store, holding in zip(self.stores, held.holdings, strict=True):
+                self.index.policies[store.number].num_lookups += 1
+                for page in holding.pages.values():
+                    self.index.hit(self.index.cached[store.number][page])
         self.running[sequence] = held
 
     def _take(self, counts: Sequence[int]) -> list[list[int]]:
@@ -456,11 +465,11 @@ class Ledger:
         return taken
 
     def _learn(self, held: Tracked, new_length: int, tokens: TokenIds) -> None:
-        """Appends ids of accepted tokens. Raises ValueError when there would be more ids than tokens."""
+        """Appends ids of accepted tokens. Raises ValueError unless every token's id is then known."""
         assert held.ids is not None
         known = len(held.ids) // ITEM + len(tokens)
-        if known > max(held.prompt_len, new_length):
-            raise ValueError(f"tokens: {known} ids known, for {new_length} tokens stored: must not be more")
+        if known != max(held.prompt_len, new_length):
+            raise ValueError(f"tokens: {known} ids known, for {new_length} tokens stored: must be as many")
         held.ids += encode(tokens)
 
     def _settle(self, held: Tracked, num_accepted: int, *, ran: bool) -> None:
@@ -495,18 +504,15 @@ class Ledger:
             self.index.unlock(tip)
 
     def _offer(self, store: Store, holding: Holding, node: Node, logical: int) -> None:
-        """Publishes a sequence's page, or settles what becomes of it when the index has an identical one."""
+        """Publishes a sequence's page, or gives it up for the identical one that the index has."""
         own, cached = holding.pages[logical], node.pages[store.number]
         if cached is None:
             store.publish(node, own)
         elif cached.page != own:
             store.share(cached.page)
-            if self.deduplicate or not store.state.paged:
-                store.drop(own)
-                store.assign(holding, logical, cached.page)
-                self.counters.deduplicated_pages += 1
-            else:
-                holding.duplicates[logical] = cached.page
+            store.drop(own)
+            store.assign(holding, logical, cached.page)
+            self.counters.deduplicated_pages += 1
 
     def _keeps(self, held: Tracked, boundary: int) -> bool:
         """Whether the recurrent state after `boundary` pages is to be kept."""

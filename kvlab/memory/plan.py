@@ -6,7 +6,7 @@ A saved list of plans replays a run: the device needs nothing else of the host.
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -59,13 +59,15 @@ class Swap(NamedTuple):
 
 def save_plans(path: Path, plans: Sequence[Plan]) -> None:
     """Writes plans as one compressed npz file of int32 arrays."""
+    if not plans:
+        raise ValueError("plans = []: there is nothing to save")
     arrays: dict[str, Ints] = {}
     for step, plan in enumerate(plans):
         arrays[f"{step}/starts"], arrays[f"{step}/counts"] = plan.starts, plan.counts
         for index, one in enumerate(plan.classes):
             arrays |= {f"{step}/{index}/{name}": array for name, array in one._asdict().items()}
     with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez_compressed(file, **cast(dict[str, Any], arrays))
 
 
 def load_plans(path: Path) -> list[Plan]:
@@ -73,8 +75,10 @@ def load_plans(path: Path) -> list[Plan]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a file of plans ({error})") from None
+    except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of plans ({type(error).__name__})") from None
+    if wrong := [name for name, array in arrays.items() if array.dtype != np.int32]:
+        raise ValueError(f"{path}: {wrong[0]} is {arrays[wrong[0]].dtype}, not int32: not a file of plans")
     plans = []
     while f"{len(plans)}/starts" in arrays:
         step, classes = len(plans), []
@@ -86,6 +90,8 @@ def load_plans(path: Path) -> list[Plan]:
         starts, counts = arrays.pop(f"{step}/starts"), arrays.pop(f"{step}/counts", None)
         if counts is None:
             raise ValueError(f"{path}: step {step} lacks counts: not a file of plans")
+        if not classes:
+            raise ValueError(f"{path}: step {step} has no class: not a file of plans")
         plans.append(Plan(starts, counts, tuple(classes)))
     if arrays or not plans:
         raise ValueError(f"{path}: {next(iter(arrays), 'nothing')} in it: not a file of plans")

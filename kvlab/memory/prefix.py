@@ -196,8 +196,12 @@ class PrefixIndex:
         cached.queued = cached.segment
         self._evictable[index][cached.segment] += 1
         cached.stamp = next(self._stamps)
+        heap = self._heaps[index][cached.segment]
+        if len(heap) > 64 + 2 * self._evictable[index][cached.segment]:  # most of it is stale
+            heap[:] = [one for one in heap if one[4].queued is not None and one[3] == one[4].stamp]
+            heapq.heapify(heap)
         entry = (self.policies[index].order(cached), -cached.node.depth, cached.page, cached.stamp, cached)
-        heapq.heappush(self._heaps[index][cached.segment], entry)
+        heapq.heappush(heap, entry)
 
     def _unqueue(self, cached: CachedPage) -> None:
         if cached.queued is not None:

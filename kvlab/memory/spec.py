@@ -247,18 +247,6 @@ def live_pages(spec: StateSpec, n: int, page_size: int) -> tuple[range, ...]:
     return tuple(pages)
 
 
-def pages_for_step(spec: StateSpec, start: int, num_new: int, page_size: int) -> tuple[int, ...]:
-    """Logical pages that must be resident to compute and store tokens [start, start + num_new), ascending.
-
-    The union of live(n) over the step's tokens is live(start) joined with the new tokens themselves, since what was
-    forgotten is never recalled.
-    """
-    pages = {page for one in live_pages(spec, start, page_size) for page in one}
-    if num_new:
-        pages.update(range(start // page_size, (start + num_new - 1) // page_size + 1))
-    return tuple(sorted(pages))
-
-
 def page_forgotten_at(spec: StateSpec, page: int, page_size: int) -> int | None:
     """The first length n at which no slot of a full logical page is in live(n), so that the page is free; None: never."""
     if page * page_size < spec.num_pinned:

@@ -29,8 +29,6 @@ class Holding:
 
     pages: dict[int, int] = field(default_factory=dict)
     """Logical to physical page, ascending; of a recurrent state {0: slot}, of a contiguous block {0: its first page}."""
-    duplicates: dict[int, int] = field(default_factory=dict)
-    """Logical page to the indexed page that is identical to ours."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(logical page, source) of pages copied for the step in flight; the source is held until it ends."""
     writing: int | None = None
@@ -120,8 +118,6 @@ class Store(abc.ABC):
             self.drop(holding.writing)
         for logical in reversed(holding.pages):
             self.drop(holding.pages[logical])
-            if logical in holding.duplicates:
-                self.drop(holding.duplicates[logical])
         self.table[holding.row], self.starts[holding.row] = self.state.unused_page, NOWHERE
 
     def plan(self, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> ClassPlan:
@@ -207,8 +203,6 @@ class PageStore(Store):
             place = self.state.table_index(logical)
             self.table[holding.row, place], self.starts[holding.row, place] = self.state.unused_page, NOWHERE
             self.drop(holding.pages.pop(logical))
-            if logical in holding.duplicates:
-                self.drop(holding.duplicates.pop(logical))
 
     def room(self, holding: Holding, length: int) -> int:
         if not holding.pages:

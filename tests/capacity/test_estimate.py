@@ -11,6 +11,7 @@ from kvlab.capacity.estimate import decode_roofline, estimate, make_ledger, user
 from kvlab.compose import compose_capacity, configs_dir
 from kvlab.hardware import CHIPS
 from kvlab.lab.experiments import load_figure
+from kvlab.memory.classes import Lengths
 from kvlab.schema import ConfigError
 
 PRESETS = sorted(
@@ -46,17 +47,17 @@ def test_every_preset_answers(name):
 def test_users_are_those_that_a_ledger_really_holds(name, memory):
     config = compose_capacity([f"model={name}", "hardware=h200x2", f"memory={memory}"])
     budget = 5_000_000_000
-    users = users_that_fit(make_ledger(config, budget, 1500, 2048), 1500)
+    users = users_that_fit(make_ledger(config, budget, 1500, 2048), 1500, 500)
     ledger = make_ledger(config, budget, 1500, 2048)
     assert sum(one.pool_bytes for one in ledger.classes) <= budget
     held = 0
-    while all(_advance(ledger, held, count) for count in (512, 512, 476)):
+    while all(_advance(ledger, held, count, first) for count, first in ((512, True), (512, False), (476, False))):
         held += 1
     assert users == held > 3
 
 
-def _advance(ledger, name, count):
-    if ready := ledger.reserve(name, count).ready:
+def _advance(ledger, name, count, first):
+    if ready := ledger.reserve(name, count, lengths=Lengths(500, 1500) if first else None).ready:
         ledger.commit(name, count)
     return ready
 
@@ -80,8 +81,18 @@ def test_experts_are_read_when_some_token_chooses_them():
     assert model.read_weight_bytes(10_000) == pytest.approx(model.weight_bytes)
 
 
+def test_what_is_known_beforehand_decides_how_many_fit():
+    """Dense reserves the maximum, an oracle what is used: users between them are in that order."""
+    users = []
+    for memory in ("dense", "pow2", "oracle", "paged"):
+        overrides = ["model=opt-13b", "hardware=h200", f"memory={memory}", "simulate=false"]
+        users.append(estimate(compose_capacity(overrides)).users)
+    assert users == sorted(users)
+    assert users[0] * 2 < users[2] <= users[3]
+
+
 def test_cost_and_units():
-    answer = estimate(compose_capacity(["hardware=h100x4", "price=2.5", "simulate=false"]))
+    answer = estimate(compose_capacity(["model=llama3-70b", "hardware=h100x4", "price=2.5", "simulate=false"]))
     assert answer.cost_per_million == pytest.approx(2.5 * 4 / 3600 / answer.decode_tokens_per_s * 1e6)
     from kvlab.capacity.report import both_units
 
@@ -120,7 +131,10 @@ def test_a_simulation_reports_waste_hits_and_typed_pools():
         (["model=mqar"], "no such field|model.layers"),
         (["hardware=h101x2"], "hardware.name = 'h101x2': did you mean h100"),
         (["hardware=host"], "hardware.name = 'host'"),
-        (["hardware=h100"], "model = 'llama3-70b': 141.1 GB of weights do not fit in 72.0 GB of h100"),
+        (
+            ["model=llama3-70b", "hardware=h100"],
+            "model = 'llama3-70b': 141.1 GB of weights do not fit in 72.0 GB of h100",
+        ),
         (
             ["model=llama3-8b", "hardware=h100", "context_len=1000000", "workload.max_total=2000000"],
             "context_len = 1000000: one sequence does not fit",
@@ -135,11 +149,20 @@ def test_a_simulation_reports_waste_hits_and_typed_pools():
         (["model.variant=mla2"], "model.variant = 'mla2'"),
         (
             ["model.layers.attention.num_kv_heads=3"],
-            "model.layers.attention.num_kv_heads = 3: must divide num_heads = 64",
+            "model.layers.attention.num_kv_heads = 3: must divide num_heads = 32",
         ),
         (["model.layers.attention.kind=window"], "model.layers.attention.window = None: must be given for kind window"),
         (["nothing=1"], "nothing = 1: no such field"),
         (["price=-1"], "price = -1"),
+        (
+            [
+                "memory.kv_dtype=int4",
+                "model.layers.attention.num_heads=3",
+                "model.layers.attention.num_kv_heads=3",
+                "model.layers.attention.head_dim=3",
+            ],
+            "memory.kv_dtype = 'int4': .* does not fill whole bytes",
+        ),
     ],
 )
 def test_bad_questions_are_answered_with_the_field(overrides, message):
@@ -154,7 +177,7 @@ def test_the_command_line_prints_and_draws(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["kvlab", "capacity", *arguments])
         return main(), capsys.readouterr()
 
-    status, printed = kvlab("hardware=h100x2", "workload.num_requests=30", "price=2")
+    status, printed = kvlab("model=llama3-70b", "hardware=h100x2", "workload.num_requests=30", "price=2")
     assert status == 0
     for words in (
         "141.11 GB (131.42 GiB)",

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from kvlab.capacity.simulator import Policy, Simulator
+from kvlab.capacity.simulator import Schedule, Simulator
 from kvlab.capacity.workload import Request
 from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
@@ -41,9 +41,9 @@ def traffic(seed, count=40, shared=True):
 @pytest.mark.parametrize("num_pages", [17, 40])
 def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pages):
     for seed in range(6):
-        ledger = make(num_pages, host=30, checkpoints=Checkpoints("junctions"))
+        ledger = make(num_pages, slots=20, host=30, checkpoints=Checkpoints("junctions"))
         asked = traffic(seed)
-        policy = Policy(max_batch=8, token_budget=12, mixed=mixed, preemption=preemption, sample_every=1)
+        policy = Schedule(max_batch=8, token_budget=12, mixed=mixed, preemption=preemption, sample_every=1)
         simulator = Simulator(ledger, lambda decoding, chunks: 1.0, policy, caches=True)
         step = simulator._step
 
@@ -65,7 +65,7 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
 
 def test_a_lone_request_takes_a_step_a_chunk_and_a_step_a_token():
     ledger = make(specs=(FULL,))
-    outcome = Simulator(ledger, lambda decoding, chunks: 2.0, Policy(sample_every=1)).run([Request(5.0, 20, 7)])
+    outcome = Simulator(ledger, lambda decoding, chunks: 2.0, Schedule(sample_every=1)).run([Request(5.0, 20, 7)])
     assert outcome.steps == 3 + 6  # the last chunk of the prompt gives the first token, whose successor ends the answer
     assert outcome.seconds == 5.0 + 2.0 * 9
     assert (outcome.prefilled_tokens, outcome.decoded_tokens) == (20, 7)
@@ -74,7 +74,7 @@ def test_a_lone_request_takes_a_step_a_chunk_and_a_step_a_token():
 
 def test_what_can_never_fit_is_rejected_with_the_arithmetic_and_the_rest_is_served():
     ledger = make(num_pages=5, specs=(FULL,))
-    outcome = Simulator(ledger, lambda decoding, chunks: 1.0, Policy()).run(
+    outcome = Simulator(ledger, lambda decoding, chunks: 1.0, Schedule()).run(
         [Request(0, 30, 5), Request(0, 3, 3), Request(0, 59, 9)]
     )
     assert outcome.finished == 1
@@ -86,7 +86,7 @@ def test_what_can_never_fit_is_rejected_with_the_arithmetic_and_the_rest_is_serv
 def test_the_mean_is_weighted_by_time():
     ledger = make(specs=(FULL,))
     times = iter([1.0, 3.0, 5.0])
-    outcome = Simulator(ledger, lambda decoding, chunks: next(times), Policy(sample_every=1)).run([Request(0, 8, 3)])
+    outcome = Simulator(ledger, lambda decoding, chunks: next(times), Schedule(sample_every=1)).run([Request(0, 8, 3)])
     slots = FULL.unit_bytes
     expected = (1.0 * 0 + 3.0 * 8 + 5.0 * 9) * slots / 9
     assert outcome.mean("live") == pytest.approx(expected)
@@ -98,7 +98,7 @@ def test_caching_changes_what_is_computed_and_nothing_else():
     asked = traffic(3)
     outcomes = []
     for caches in (True, False):
-        simulator = Simulator(make(60, 30), lambda decoding, chunks: 1.0, Policy(max_batch=4), caches=caches)
+        simulator = Simulator(make(60, 30), lambda decoding, chunks: 1.0, Schedule(max_batch=4), caches=caches)
         outcomes.append(simulator.run(asked))
     assert outcomes[0].finished == outcomes[1].finished
     assert outcomes[0].decoded_tokens == outcomes[1].decoded_tokens

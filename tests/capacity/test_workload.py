@@ -64,7 +64,7 @@ def test_traces_of_every_form(tmp_path):
     first, second = read_trace(tmp_path / "azure.csv")
     assert (first.prompt_len, first.output_len, second.prompt_len) == (4808, 10, 3180)
     assert second.arrival_s == pytest.approx(0.052, abs=1e-5)
-    (tmp_path / "processed.csv").write_text("\ufeff" + PROCESSED)
+    (tmp_path / "processed.csv").write_text("\ufeff" + PROCESSED + "\n")
     asked = read_trace(tmp_path / "processed.csv")
     assert [(r.arrival_s, r.prompt_len, r.output_len) for r in asked] == [(0.0, 374, 44), (4.3, 396, 109)]
     (tmp_path / "mooncake.jsonl").write_text(MOONCAKE)
@@ -113,6 +113,12 @@ def test_a_trace_takes_the_arrivals_asked_for(tmp_path):
             "hash_ids = -1",
         ),
         ("a.jsonl", "\x00\x01", "must be JSON"),
+        ("a.jsonl", "[" * 100_000, "must be JSON"),
+        ("a.jsonl", '{"timestamp": ' + "9" * 400 + ', "input_length": 3, "output_length": 3}', "timestamp = 999"),
+        ("a.jsonl", '{"timestamp": false, "input_length": 3, "output_length": 3}', "timestamp = False"),
+        ("a.csv", PROCESSED + "10.0,1_0,4\n", "num_prefill_tokens = '1_0'"),
+        ("a.csv", PROCESSED + "10.0,-1,0\n", "num_prefill_tokens = '-1'"),
+        ("a.csv", PROCESSED + "1" * 200_000 + ",3,4\n", "is no CSV|must be a time"),
     ],
 )
 def test_malformed_traces_name_file_line_and_field(tmp_path, name, text, message):

@@ -94,10 +94,9 @@ class Exerciser:
             1 + draw(6),
             policy=POLICIES[self.policy],
             checkpoints=checkpoints,
-            deduplicate=draw(3) > 0,
             **digest,
         )
-        self.options = (self.model, self.page_size, self.policy, checkpoints, collide, self.ledger.deduplicate)
+        self.options = (self.model, self.page_size, self.policy, checkpoints, collide)
         self.live: dict[int, Shadow] = {}
         self.away: dict[int, Shadow] = {}
         self.hits: list[tuple[Tracked, Shadow]] = []
@@ -221,7 +220,7 @@ class Exerciser:
             assert end > MAX_LEN or any(alone) or any(slots)
         else:
             # Somebody or something else holds pages: alone, it would not wait.
-            assert len(self.live) + len(self.away) + len(self.hits) > 1 or one.ids
+            assert len(self.live) + len(self.hits) > 1
 
     def settle(self) -> None:
         """The device runs the step of one sequence, and what it proved counts."""
@@ -232,7 +231,7 @@ class Exerciser:
         self._run(name)
         accepted = len(one.drafts)
         recurrent = any(not state.spec.per_token for state in self.ledger.classes)
-        if one.lookahead and recurrent:
+        if (one.lookahead and recurrent) or (not one.ids and recurrent):
             accepted = self.pick([0, accepted])
         elif one.lookahead or not recurrent:
             accepted = self.draw(accepted + 1)
@@ -379,10 +378,8 @@ class Exerciser:
         slots = dict.fromkeys(PARTS, 0)
         kind: dict[tuple[int, int], str] = {}
         ranks = ["tail", "dead", "lookahead", "live"]
-        identical = set()
         for name, one in self.live.items():
             holding = self.ledger.running[name].holdings[number]
-            identical |= {holding.pages[logical] for logical in holding.duplicates}
             seen = visible_by_mask(state.spec, len(one.ids)) if state.paged else set()
             first_draft = len(one.ids) + len(one.drafts) - one.lookahead
             pages = [*holding.pages.items(), *([(1, holding.writing)] if holding.writing is not None else [])]
@@ -403,8 +400,8 @@ class Exerciser:
             for _, source in one.holdings[number].copies:
                 if source not in in_tables | cached:
                     kind |= {(source, offset): "dead" for offset in range(state.page_size)}
-        for (page, _), what in kind.items():
-            slots["duplicate" if page in identical else what] += 1
+        for what in kind.values():
+            slots[what] += 1
         held = {page for page, _ in kind}
         scale = state.spec.scale_bytes * state.num_layers
         sizes = {part: count * (state.spec.unit_bytes * state.num_layers - scale) for part, count in slots.items()}

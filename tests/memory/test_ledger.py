@@ -211,7 +211,17 @@ def test_misuse_is_refused_and_changes_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Ledger([], 0, 1), "max_len = 0, chunk_len = 1, page_size = 16: all must be at least 1"),
+        (
+            lambda: Ledger([StateClass("a", FULL, 4, 9, 9)], 0, 1),
+            "max_len = 0, chunk_len = 1, page_size = 16: all must be integers",
+        ),
+        (
+            lambda: Ledger([StateClass("a", FULL, 4, 99, 4)], 64, 8),
+            "a: table_len = 4: must be at least 16 for max_len = 64",
+        ),
+        (lambda: Ledger([StateClass("a", FULL, 4, 9, 9)] * 2, 8, 2), "each with its own name"),
+        (lambda: StateClass("a", STATE, 16, 9, 1), "page_size = 16, table_len = 1: must be 1 and 1"),
+        (lambda: StateClass("a", FULL, 4.5, 9, 9), "page_size = 4.5"),
         (
             lambda: Ledger([StateClass("a", FULL, 4, 9, 9), StateClass("b", WINDOWED, 2, 9, 9)], 8, 2),
             r"page_size = \[2, 4\]",
@@ -275,6 +285,66 @@ def test_a_cancelled_copy_never_lets_two_write_one_page():
         slot = int(ledger.plan([name], 1, 1).classes[0].write_slots[0, 0])
         assert ledger.stores[0].refs[slot // 4] == 1
         ledger.check()
+
+
+def test_a_first_step_is_accepted_whole_or_not_at_all_beside_a_state():
+    ledger = make_ledger()
+    ledger.reserve("a", 6, hit=ledger.lookup(list(range(9))))
+    with pytest.raises(ValueError, match="num_accepted = 4: must be all 6 reserved tokens"):
+        ledger.commit("a", 4)
+    ledger.commit("a", 0)
+    ledger.check()
+    assert ledger.length("a") == 0
+
+
+def test_counts_are_integers():
+    """numpy's become Python's, so that nothing wraps around; others are refused."""
+    classes = [StateClass("full", FULL, 4, 300, 150), StateClass("state", STATE, 1, 3, 1)]
+    ledger = Ledger(classes, 600, 255)
+    for _ in range(2):
+        ledger.reserve("a", np.uint8(200))
+        ledger.commit("a", np.uint8(200))
+    assert ledger.length("a") == 400
+    assert type(ledger.length("a")) is int
+    for bad in (1.0, float("nan"), "1", None):
+        with pytest.raises(TypeError):
+            ledger.reserve("a", bad)
+    ledger.reserve("a", 2)
+    with pytest.raises(TypeError):
+        ledger.commit("a", 1.5)
+    ledger.commit("a", 2)
+    ledger.check()
+    with pytest.raises(ValueError, match=r"lengths = \(9, 3\)"):
+        ledger.reserve("b", 1, lengths=Lengths(9, 3))
+
+
+def test_a_sequence_is_in_a_step_once():
+    ledger = make_ledger()
+    ledger.reserve("a", 2)
+    with pytest.raises(ValueError, match="each may be in a step once"):
+        ledger.plan(["a", "a"], 2, 2)
+
+
+def test_a_refused_hit_is_what_it_was():
+    ledger = make_ledger()
+    hit = ledger.lookup(list(range(9)))
+    assert isinstance(ledger.reserve("a", 4, hit=hit, lengths=Lengths(9, 99)), Never)
+    assert all(holding.lengths is None for holding in hit.holdings)
+    assert hit in ledger.hits
+
+
+def test_looking_alone_is_neither_a_hit_nor_a_use():
+    ledger = make_ledger(full_pages=20, window_pages=20)
+    ledger.reserve("a", 4, hit=ledger.lookup(list(range(9))))
+    ledger.commit("a", 4)
+    for _ in range(500):
+        ledger.unpin(ledger.lookup(list(range(9))))
+    assert ledger.counters.hit_tokens == 0
+    assert all(page.uses == 1 for page in ledger.index.cached[0].values())
+    ledger.release("a")
+    for _ in range(500):
+        ledger.unpin(ledger.lookup(list(range(9))))
+    assert max(len(heap) for heaps in ledger.index._heaps for heap in heaps) < 100, "stale entries are swept"
 
 
 def test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was():
@@ -351,25 +421,17 @@ def test_a_kept_state_is_given_up_before_its_own_sequence_must_wait():
     assert not ledger.index.cached[2]
 
 
-@pytest.mark.parametrize("deduplicate", [True, False])
-def test_pages_computed_twice_are_given_up_or_accounted_for(deduplicate):
-    ledger = make_ledger(recurrent=False, deduplicate=deduplicate, window_pages=20, full_pages=20)
+def test_pages_computed_twice_are_given_up_for_the_first():
+    ledger = make_ledger(recurrent=False, window_pages=20, full_pages=20)
     prompt = list(range(9))
     for name in ("a", "b"):
         ledger.reserve(name, 6, hit=ledger.lookup(prompt))
     for name in ("a", "b"):
         ledger.commit(name, 6)
     ledger.check()
-    full, windowed = ledger.audit()
-    one_page = [0 if deduplicate else state.page_bytes for state in ledger.classes]
-    assert [full.duplicate, windowed.duplicate] == one_page
-    assert ledger.counters.deduplicated_pages == (2 if deduplicate else 0)
-    ledger.evict("full", 99)
-    ledger.check()
-    for name in ("b", "a"):
-        ledger.release(name)
-        ledger.check()
-    assert ledger.audit()[0].duplicate == 0
+    assert [account.duplicate for account in ledger.audit()] == [0, 0]
+    assert ledger.counters.deduplicated_pages == 2
+    assert ledger.running["a"].holdings[0].pages[0] == ledger.running["b"].holdings[0].pages[0]
 
 
 def test_accounts_add_up_in_sums_tables_and_frames():
@@ -457,7 +519,7 @@ def test_saved_plans_come_back_and_nothing_else_does(tmp_path):
     for saved, plan in zip(load_plans(tmp_path / "plans.npz"), plans, strict=True):
         np.testing.assert_equal(saved, plan)
     np.savez(tmp_path / "other.npz", x=np.zeros(2))
-    with pytest.raises(ValueError, match=r"other\.npz: x in it: not a file of plans"):
+    with pytest.raises(ValueError, match=r"other\.npz: x is float64, not int32: not a file of plans"):
         load_plans(tmp_path / "other.npz")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "plans.npz").read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"cut\.npz: not a file of plans"):

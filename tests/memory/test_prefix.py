@@ -159,6 +159,23 @@ def test_rejected_drafts_are_never_published():
     assert len(ledger.index.cached[0]) == 2
 
 
+def test_a_gap_in_the_ids_is_refused_and_closed_later():
+    """Ids that came too late would stand for the wrong tokens: all up to the newest, or none."""
+    ledger = make(MODELS["full"])
+    ledger.reserve("a", 4, hit=ledger.lookup([1, 2, 3, 4]))
+    ledger.commit("a", 4)
+    ledger.reserve("a", 1)
+    ledger.commit("a", 1)
+    ledger.reserve("a", 1)
+    with pytest.raises(ValueError, match="5 ids known, for 6 tokens stored: must be as many"):
+        ledger.commit("a", 1, [10])
+    ledger.commit("a", 1, [9, 10])
+    for token in (11, 12):
+        ledger.reserve("a", 1)
+        ledger.commit("a", 1, [token])
+    assert ledger.lookup([1, 2, 3, 4, 9, 10, 11, 12, 0]).length == 8
+
+
 def test_release_without_keep_leaves_nothing_of_its_own():
     ledger = make(MODELS["hybrid"])
     serve(ledger, "a", list(range(10)))
