@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from kvlab.memory.spec import ArraySpec, LatentState, RecurrentState, RetrievalState, StateSpec, TokenState
-from kvlab.schema import ConfigError, Schema, choice, integer, integers, text, to_plain
+from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
 
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
 VARIANTS = ("published", "mha", "gqa", "mqa", "mla", "window", "recurrent")
@@ -168,10 +168,6 @@ class Preset(Schema):
         """FLOPs of decoding token n: two for each active parameter, and the mixing of every layer."""
         mixing = sum(group.count * group.decode_flops(n) for group in self.groups())
         return 2.0 * (self.num_active_params or self.num_params) + mixing
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return to_plain(self)
 
 
 def _varied(group: LayerGroup, variant: str) -> LayerGroup:
