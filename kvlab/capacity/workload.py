@@ -9,7 +9,7 @@ import csv
 import datetime
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -237,10 +237,3 @@ def _expand(path: Path, line: int, ids: object, prompt_len: int) -> np.ndarray:
     for one in ids:
         _length(path, line, "hash_ids", one, 0)
     return np.repeat(np.array(ids, np.int32), MOONCAKE_BLOCK)[:prompt_len]
-
-
-def moments(lengths: Iterable[int]) -> dict[str, float]:
-    """Mean, median, 99th percentile and coefficient of variation: what generators are fitted to."""
-    array = np.fromiter(lengths, np.float64)
-    median, p99 = np.quantile(array, [0.5, 0.99]).tolist()
-    return {"mean": float(array.mean()), "median": median, "p99": p99, "cv": float(array.std() / array.mean())}
