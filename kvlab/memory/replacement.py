@@ -8,6 +8,7 @@ The index asks only about pages that nobody but itself holds, and, where a state
 prefix builds on: an ancestor is never evicted before its descendants. Ties go to the deeper page, then to the older.
 """
 
+import abc
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from kvlab.memory.trie import CachedPage
 type Order = tuple[int | float, ...]
 
 
-class Policy:
+class Policy(abc.ABC):
     """What a policy may override. The index sets `clock` (events) and `num_lookups` (requests) before it asks."""
 
     def __init__(self, capacity: int):
@@ -25,11 +26,11 @@ class Policy:
         self.capacity = capacity
         self.clock = self.num_lookups = 0
 
+    @abc.abstractmethod
     def order(self, page: CachedPage) -> Order:
         """The priority, as a tuple of numbers: the lowest goes first. Fixed while nobody uses the page."""
-        raise NotImplementedError
 
-    def used(self, page: CachedPage) -> None:
+    def used(self, page: CachedPage) -> None:  # noqa: B027  most policies need not know
         """A page was published (`page.uses` is 1), or another sequence found it (the count includes it)."""
 
     def pick(self, sizes: Sequence[int]) -> int:
@@ -40,7 +41,7 @@ class Policy:
         """Whether the victim moved elsewhere (its `segment` or its order changed) rather than being evicted."""
         return False
 
-    def evicted(self, page: CachedPage) -> None:
+    def evicted(self, page: CachedPage) -> None:  # noqa: B027  most policies need not know
         """A page was evicted."""
 
 
