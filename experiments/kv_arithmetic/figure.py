@@ -81,11 +81,7 @@ def claims() -> list[Claim]:
         for (name, variant), expected in PER_TOKEN.items()
     ]
     for (name, variant, length), (expected, tolerance) in AT_LENGTH.items():
-        found = preset(name, variant).logical_bytes(length + 1, "bfloat16") / 2**30
-        if variant == "published" and name in ("gpt-oss-120b", "gemma3-27b"):
-            found = _published_window_bytes(preset(name), length) / 2**30
-        elif any(spec.per_token for spec in preset(name, variant).specs("bfloat16")):
-            found = preset(name, variant).logical_bytes(length, "bfloat16") / 2**30
+        found = _published_bytes(preset(name, variant), length) / 2**30
         rows.append(Claim.near(f"{name}, {variant}: {length:,} tokens", expected, found, tolerance + 1e-9, " GiB"))
     for name, expected in PER_SEQUENCE.items():
         found = [preset(name).logical_bytes(length, "bfloat16") for length in (1, LONG)]
@@ -131,11 +127,11 @@ def claims() -> list[Claim]:
     return rows
 
 
-def _published_window_bytes(model: Preset, length: int) -> int:
-    """As printed: a window's tokens counted whole, the current one included; `live(n)` leaves the current one out."""
+def _published_bytes(model: Preset, length: int) -> int:
+    """As printed: a window's tokens counted with the current one, which `live(n)` leaves out; states once."""
     total = 0
     for spec, count in model.specs("bfloat16").items():
-        held = length if spec.span is None else min(length, spec.span + 1)
+        held = 1 if not spec.per_token else length if spec.span is None else min(length, spec.span + 1)
         total += count * spec.unit_bytes * held
     return total
 
