@@ -23,7 +23,7 @@ type StepTime = Callable[[Sequence[int], Sequence[int]], float]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How steps are made. With `mixed` prompts and decodes share steps (chunked prefill); without, a step that computes
+    """How steps are made: at most `token_budget` tokens, decoded ones first. With `mixed` prompts and decodes share steps (chunked prefill); without, a step that computes
     prompts decodes nothing. `preemption` is "recompute" or "swap". `sample_every` steps the ledger is audited."""
 
     max_batch: int = 1 << 30
@@ -107,9 +107,10 @@ class Simulator:
     def _step(self) -> None:
         preempted, num_running = self.outcome.preempted, len(self.running)
         decoding = self._decode() if self.schedule.mixed else []
-        chunks = self._continue(self.schedule.token_budget)
+        budget = self.schedule.token_budget - len(decoding)
+        chunks = self._continue(budget)
         if self.outcome.preempted == preempted:  # whoever made room is not let in again at once
-            chunks |= self._admit(self.schedule.token_budget - sum(chunks.values()))
+            chunks |= self._admit(budget - sum(chunks.values()))
         if not self.schedule.mixed and not chunks:
             decoding = self._decode()
         decoding = [one for one in decoding if one.active]
@@ -192,12 +193,13 @@ class Simulator:
         return 0
 
     def _decode(self) -> list[_Running]:
-        """Reserves one token of every sequence whose prompt is computed."""
+        """Reserves one token of every sequence whose prompt is computed, the oldest first, within the token budget."""
         reserve = self.ledger.reserve
-        for one in [one for one in self.running if one.length >= one.prompt_len]:
+        ready = [one for one in self.running if one.length >= one.prompt_len][: self.schedule.token_budget]
+        for one in ready:
             if one.active and reserve(one.name, 1) is not READY:
                 self._reserve(one, 1)
-        return [one for one in self.running if one.length >= one.prompt_len]
+        return [one for one in ready if one.active]
 
     def _reserve(self, one: _Running, count: int) -> bool:
         """Reserves, preempting younger sequences, in the end the sequence itself; False: it was preempted."""

@@ -43,8 +43,14 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
     for seed in range(6):
         ledger = make(num_pages, slots=20, host=30, checkpoints=Checkpoints("junctions"))
         asked = traffic(seed)
-        policy = Schedule(max_batch=8, token_budget=12, mixed=mixed, preemption=preemption, sample_every=1)
-        simulator = Simulator(ledger, lambda decoding, chunks: 1.0, policy, caches=True)
+        budget = 3 if seed % 2 else 12
+        schedule = Schedule(max_batch=8, token_budget=budget, mixed=mixed, preemption=preemption, sample_every=1)
+
+        def step_time(decoding, chunks, budget=budget):
+            assert 1 <= len(decoding) + sum(chunks) <= budget, "every step makes progress within its budget"
+            return 1.0
+
+        simulator = Simulator(ledger, step_time, schedule, caches=True)
         step = simulator._step
 
         def checked(step=step, ledger=ledger):
