@@ -18,8 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from kvlab.capacity.simulator import Outcome, Schedule, Simulator
+from kvlab.capacity.simulator import Outcome, Simulator
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
+from kvlab.engine.scheduler import Schedule
 from kvlab.lab.claims import Claim, verdict
 from kvlab.memory.classes import StateClass
 from kvlab.memory.ledger import Ledger
@@ -83,7 +84,7 @@ def ledger(reservation: str | None, page_size: int = 16) -> Ledger:
 def serve(reservation: str | None, workload: str, asked: list[Request]) -> Outcome:
     """One system under one workload. Paging is served at the paper's rates; reservations are overloaded by them, so that
     their requests are all waiting from the start, and time is spent where the figure varies most between requests."""
-    simulator = Simulator(ledger(reservation), step_seconds, Schedule(sample_every=20))
+    simulator = Simulator(ledger(reservation), step_seconds, Schedule(), sample_every=20)
     if reservation is None:
         return simulator.run(asked, until=asked[-1].arrival_s)
     return simulator.run([one._replace(arrival_s=0.0) for one in asked], until=SECONDS[workload][reservation])

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvlab.capacity.presets import KV_DTYPES, Preset
-from kvlab.capacity.simulator import Outcome, Schedule, Simulator
+from kvlab.capacity.simulator import Outcome, Simulator
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
+from kvlab.engine.scheduler import Schedule
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import Lengths, StateClass

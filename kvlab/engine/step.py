@@ -12,12 +12,13 @@ import numpy.typing as npt
 from flax import nnx
 from jax import Array
 
+from kvlab.engine.sampling import Choices, Drawn, Mode, draw
 from kvlab.memory.answers import Ready
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.plan import Plan
 from kvlab.memory.pools import copy_pages
-from kvlab.models.transformer import Transformer, merge
-from kvlab.typing import Logits, Params, Tokens
+from kvlab.models.transformer import Transformer, logits_at, merge
+from kvlab.typing import Hidden, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
 
@@ -32,11 +33,39 @@ class MemoryStep:
     @partial(jax.jit, static_argnums=0, donate_argnums=2)
     def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
         """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are noise."""
+        model, hidden, pools = self.forward(params, pools, plan, tokens)
+        return model.logits(hidden), pools
+
+    @partial(jax.jit, static_argnums=0, static_argnames=("mode", "everywhere"), donate_argnums=2)
+    def generate(
+        self,
+        params: Params,
+        pools: Pools,
+        plan: Plan,
+        tokens: Tokens,
+        choices: Choices,
+        seen: Array | None,
+        *,
+        mode: Mode,
+        everywhere: bool,
+    ) -> tuple[Drawn, Pools]:
+        """The tokens drawn after each row's last one, M = 1, or with `everywhere` after each of its tokens, M = T."""
+        model, hidden, pools = self.forward(params, pools, plan, tokens)
+        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+        offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+        last = jnp.maximum(counts - 1, 0)[:, None]
+        places = jnp.broadcast_to(offsets, tokens.shape) if everywhere else last
+        drawn = draw(logits_at(model, hidden, places), starts[:, None] + places + 1, choices, seen, mode)
+        finite = jnp.isfinite(hidden).all(axis=-1) | (offsets >= counts[:, None])
+        return drawn._replace(ok=drawn.ok & finite.all(axis=1)), pools
+
+    def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
+        """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not compiled."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
         assert views is not None
-        return model.logits(hidden), self.layout.pools(views)
+        return model, hidden, self.layout.pools(views)
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
         """The compiled step for chunks of `num_tokens`: what `memory_analysis()` is asked of. Nothing runs."""
@@ -57,7 +86,12 @@ class MemoryStep:
         )
 
     def run(self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Array, Pools]:
-        """One planned step, its copies first. Copies are padded to powers of two, so that few shapes are compiled."""
+        """One planned step, its copies first."""
+        plan, pools = self.copied(pools, plan)
+        return self(params, pools, plan, jnp.asarray(tokens))
+
+    def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
+        """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are compiled."""
         if plan.has_copies:
             padded = []
             for one, state in zip(plan.classes, self.layout.classes, strict=True):
@@ -65,7 +99,7 @@ class MemoryStep:
                 nothing = np.full((size - len(one.copies), 2), [0, state.num_pages], np.int32)
                 padded.append(jnp.asarray(np.concatenate([one.copies, nothing])))
             pools = self.copy(pools, tuple(padded))
-        return self(params, pools, plan.without_copies(), jnp.asarray(tokens))
+        return plan.without_copies(), pools
 
 
 class Session:

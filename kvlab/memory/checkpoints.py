@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+CHECKPOINTS = ("none", "every", "junctions", "all")
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -15,8 +17,8 @@ class Checkpoints:
     interval: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in ("none", "every", "junctions", "all"):
-            raise ValueError(f"checkpoints = {self.name!r}: must be one of none, every, junctions, all")
+        if self.name not in CHECKPOINTS:
+            raise ValueError(f"checkpoints = {self.name!r}: must be one of {', '.join(CHECKPOINTS)}")
         if self.interval < 1:
             raise ValueError(f"checkpoint interval = {self.interval}: must be at least 1 page")
 

@@ -127,11 +127,28 @@ def sized_class(
     max_sequences: int,
     max_len: int,
     chunk_len: int,
+    pool_len: int | None = None,
+    host_len: int = 0,
+    spare_states: int = 0,
 ) -> StateClass:
-    """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order."""
+    """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order.
+
+    With `pool_len` the pool is smaller: what as many tokens are of max_sequences * max_len, and never less than one
+    sequence needs. `host_len` tokens can be swapped out by the same measure, and `spare_states` recurrent states are kept
+    beside one for each sequence.
+    """
     if not spec.per_token:
-        return StateClass(name, spec, 1, max_sequences, 1, num_layers)
+        num_states = max_sequences + spare_states
+        if pool_len is not None:
+            num_states = max(1 + (spare_states > 0), -(-num_states * pool_len // (max_sequences * max_len)))
+        num_host = max_sequences if host_len else 0
+        return StateClass(name, spec, 1, num_states, 1, num_layers, num_host_pages=num_host)
     if contiguous:
         return StateClass(name, spec, max_len, max_sequences, 1, num_layers, reservation="max")
     table_len = max_pages_for_step(spec, max_len, chunk_len, page_size)
-    return StateClass(name, spec, page_size, 1 + max_sequences * table_len, table_len, num_layers)
+
+    def share(num_tokens: int) -> int:
+        return -(-num_tokens * table_len // max_len)
+
+    num_pages = max(table_len, share(max_sequences * max_len if pool_len is None else pool_len))
+    return StateClass(name, spec, page_size, 1 + num_pages, table_len, num_layers, num_host_pages=share(host_len))

@@ -7,9 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvlab.memory import pools as device
+from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass, sized_class
 from kvlab.memory.ledger import Ledger
 from kvlab.memory.plan import Plan
+from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import StateSpec
 from kvlab.schema import Schema, choice, integer
 
@@ -42,9 +44,18 @@ class MemoryLayout:
 
     @classmethod
     def of(
-        cls, layers: Sequence[LayerStates], memory: MemoryConfig, *, max_sequences: int, max_len: int
+        cls,
+        layers: Sequence[LayerStates],
+        memory: MemoryConfig,
+        *,
+        max_sequences: int,
+        max_len: int,
+        pool_len: int | None = None,
+        host_len: int = 0,
+        spare_states: int = 0,
     ) -> "MemoryLayout":
-        """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len."""
+        """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len; with
+        `pool_len` all of them together to that many only. See `sized_class` for the rest."""
         chunk_len = min(memory.chunk_len, max_len)
         specs: dict[StateSpec, int] = {}
         for layer in layers:
@@ -62,15 +73,25 @@ class MemoryLayout:
                 max_sequences=max_sequences,
                 max_len=max_len,
                 chunk_len=chunk_len,
+                pool_len=pool_len,
+                host_len=host_len,
+                spare_states=spare_states,
             )
             for index, (name, spec) in enumerate(zip(names, order, strict=True))
         )
         states = tuple({name: order.index(spec) for name, spec in layer.items()} for layer in layers)
         return cls(classes, states, max_sequences, max_len, chunk_len, memory.page_size)
 
-    def ledger(self) -> Ledger:
-        """An empty ledger over these classes."""
-        return Ledger(self.classes, self.max_len, self.chunk_len, page_size=self.page_size)
+    def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
+        """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
+        return Ledger(
+            self.classes,
+            self.max_len,
+            self.chunk_len,
+            policy=POLICIES[policy],
+            checkpoints=Checkpoints(checkpoints),
+            page_size=self.page_size,
+        )
 
     def allocate(self, fill: float = 0.0) -> tuple[dict[str, device.Pool], ...]:
         """The pools of every layer, zero unless a test asks for another fill."""

@@ -1,5 +1,6 @@
 """Softmax attention: MHA, MQA (arXiv 1911.02150) and GQA (arXiv 2305.13245) by `num_kv_heads`, full or windowed."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -10,14 +11,19 @@ from kvlab.memory.pools import TokenMemory
 from kvlab.memory.spec import StateSpec, TokenState
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, flag, integer, real
+from kvlab.schema import ConfigError, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.flash_attention import flash_attention
 
 
 @dataclass(frozen=True)
 class AttentionConfig(MixerConfig):
-    """Hyper-parameters of one attention layer. `window` counts visible tokens including the current one."""
+    """Hyper-parameters of one attention layer. `window` counts visible tokens including the current one.
+
+    `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv 2306.15595);
+    [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len tokens, and blends up
+    to `high` turns (arXiv 2407.21783).
+    """
 
     num_heads: int = integer(4, 1, 1024)
     num_kv_heads: int = integer(4, 1, 1024)
@@ -25,6 +31,7 @@ class AttentionConfig(MixerConfig):
     rope: bool = flag(True)
     rope_base: float = real(10_000.0, 1.0, 1e9)
     rope_fraction: float = real(1.0, 0.0, 1.0, open_low=True)
+    rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
     window: int | None = integer(None, 1, optional=True)
     num_sinks: int = integer(0, 0, 4096)
     soft_cap: float | None = real(None, 0.0, 1e6, open_low=True, optional=True)
@@ -38,6 +45,11 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
         if self.num_sinks and self.window is None:
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
+        if len(self.rope_scaling) not in (0, 1, 4) or (
+            len(self.rope_scaling) == 4 and not self.rope_scaling[1] < self.rope_scaling[2]
+        ):
+            legal_scaling = "must be [], [factor] or [factor, low, high, original_len] with low < high"
+            raise ConfigError("rope_scaling", list(self.rope_scaling), legal_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
@@ -67,8 +79,8 @@ class Attention(Mixer):
         self.value = linear(model_dim, kv_heads * dim, config.bias)
         self.out = linear(heads * dim, model_dim, config.bias)
         if config.qk_norm:
-            self.query_norm = RMSNorm(dim)
-            self.key_norm = RMSNorm(dim)
+            self.query_norm = RMSNorm(dim, eps=config.norm_eps)
+            self.key_norm = RMSNorm(dim, eps=config.norm_eps)
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, StateSpec]:
@@ -90,7 +102,7 @@ class Attention(Mixer):
         if config.qk_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if config.rope:
-            cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base)
+            cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         if memory is None:
             outputs = flash_attention(
@@ -111,9 +123,17 @@ class Attention(Mixer):
         return self.out(outputs.reshape(*x.shape[:2], -1)), after
 
 
-def rotary_angles(positions: Positions, rotary_dim: int, base: float) -> tuple[Array, Array]:
-    """Cosine and sine [B, T, 1, rotary_dim / 2] of position * base ** (-2 i / rotary_dim), in float32."""
+def rotary_angles(
+    positions: Positions, rotary_dim: int, base: float, scaling: tuple[float, ...] = ()
+) -> tuple[Array, Array]:
+    """Cosine and sine [B, T, 1, rotary_dim / 2] of position * base ** (-2 i / rotary_dim), in float32; scaled as
+    `AttentionConfig.rope_scaling` says."""
     frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    if scaling:
+        factor, low, high, original_len = (*scaling, 1.0, 1.0, 0.0)[:4]
+        turns = original_len * frequencies / (2 * math.pi)
+        kept = jnp.clip((turns - low) / max(high - low, 1e-9), 0, 1)  # of one factor alone: nothing
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from flax import nnx
 
 from kvlab.memory.spec import StateSpec
-from kvlab.schema import ConfigError, Schema, integer
+from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.typing import Hidden, Positions
 
 # Modules are plain pytrees: no graph mode, no mutation under jit. Set once, where modules are first defined.
@@ -21,9 +21,11 @@ type LayerMemory = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class MixerConfig(Schema):
-    """What every mixer can be asked for: `short_conv` puts a causal convolution of that width in front of it (0: none)."""
+    """What every mixer can be asked for: `short_conv` puts a causal convolution of that width in front of it (0: none);
+    `norm_eps` is that of the norms inside."""
 
     short_conv: int = integer(0, 0, 64)
+    norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
 
     def cross_check(self) -> None:
         if self.short_conv == 1:

@@ -20,15 +20,16 @@ class Linear(nnx.Linear):
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), in float32, returned in the input's dtype.
 
-    Flax's own mixes float32 statistics with bfloat16 inputs, which strict promotion refuses.
+    With `num_groups` each of as many equal parts of the axis has its own mean. Flax's own norm mixes float32 statistics with
+    bfloat16 inputs, which strict promotion refuses.
     """
 
-    def __init__(self, dim: int, *, eps: float = 1e-6):
+    def __init__(self, dim: int, *, eps: float = 1e-6, num_groups: int = 1):
         self.scale = nnx.Param(jnp.ones(dim))
-        self.eps = eps
+        self.eps, self.num_groups = eps, num_groups
 
     def __call__(self, inputs: Array) -> Array:
-        x = inputs.astype(jnp.float32)
-        scale = self.scale[...].reshape(*(1,) * (x.ndim - 1), -1)
+        x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.num_groups, -1)
+        scale = self.scale[...].reshape(*(1,) * (x.ndim - 2), *x.shape[-2:])
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
-        return normed.astype(inputs.dtype)
+        return normed.reshape(inputs.shape).astype(inputs.dtype)

@@ -66,7 +66,7 @@ class Mamba2(Mixer):
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=slowest, maxval=fastest)))
         self.skip = nnx.Param(jnp.ones(heads))
-        self.norm = RMSNorm(self.inner)
+        self.norm = RMSNorm(self.inner, eps=config.norm_eps, num_groups=config.num_groups)
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
         self.config, self.dtype = config, dtype
 

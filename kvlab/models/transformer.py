@@ -12,7 +12,7 @@ from kvlab.memory.spec import StateSpec
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import Schema, choice, flag, integer, nearest
+from kvlab.schema import Schema, choice, flag, integer, nearest, real
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 
 
@@ -24,6 +24,7 @@ class ModelConfig(Schema):
     num_layers: int | None = integer(None, 1, 1024, optional=True)
     mlp_dim: int = integer(0, 0, 262144)
     tie_embeddings: bool = flag(True)
+    norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
     dtype: str = choice("float32", ("float32", "bfloat16"))
 
 
@@ -55,7 +56,7 @@ class Block(nnx.Module):
     then reads h + conv(h) in place of h = norm(x)."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(model.model_dim)
+        self.mixer_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
         self.has_conv = layer.config.short_conv > 0
@@ -64,7 +65,7 @@ class Block(nnx.Module):
             self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
         self.has_mlp = model.mlp_dim > 0
         if self.has_mlp:
-            self.mlp_norm = RMSNorm(model.model_dim)
+            self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
 
     def states(self) -> dict[str, StateSpec]:
@@ -93,7 +94,7 @@ class Transformer(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(vocab_size, model.model_dim, dtype=dtype, embedding_init=init, rngs=rngs)
         self.blocks = nnx.List([Block(layer, model, rngs=rngs) for layer in layers])
-        self.norm = RMSNorm(model.model_dim)
+        self.norm = RMSNorm(model.model_dim, eps=model.norm_eps)
         if not model.tie_embeddings:
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.config = model

@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from kvlab.capacity.simulator import Schedule, Simulator
+from kvlab.capacity.simulator import Simulator
 from kvlab.capacity.workload import Request
+from kvlab.engine.scheduler import Schedule
 from kvlab.memory.checkpoints import Checkpoints
 from kvlab.memory.classes import StateClass
 from kvlab.memory.ledger import Ledger
@@ -44,13 +45,13 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
         ledger = make(num_pages, slots=20, host=30, checkpoints=Checkpoints("junctions"))
         asked = traffic(seed)
         budget = 3 if seed % 2 else 12
-        schedule = Schedule(max_batch=8, token_budget=budget, mixed=mixed, preemption=preemption, sample_every=1)
+        schedule = Schedule(max_batch=8, token_budget=budget, mixed=mixed, preemption=preemption)
 
         def step_time(decoding, chunks, budget=budget):
             assert 1 <= len(decoding) + sum(chunks) <= budget, "every step makes progress within its budget"
             return 1.0
 
-        simulator = Simulator(ledger, step_time, schedule, caches=True)
+        simulator = Simulator(ledger, step_time, schedule, caches=True, sample_every=1)
         step = simulator._step
 
         def checked(step=step, ledger=ledger):
@@ -71,7 +72,7 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
 
 def test_a_lone_request_takes_a_step_a_chunk_and_a_step_a_token():
     ledger = make(specs=(FULL,))
-    outcome = Simulator(ledger, lambda decoding, chunks: 2.0, Schedule(sample_every=1)).run([Request(5.0, 20, 7)])
+    outcome = Simulator(ledger, lambda decoding, chunks: 2.0, Schedule(), sample_every=1).run([Request(5.0, 20, 7)])
     assert outcome.steps == 3 + 6  # the last chunk of the prompt gives the first token, whose successor ends the answer
     assert outcome.seconds == 5.0 + 2.0 * 9
     assert (outcome.prefilled_tokens, outcome.decoded_tokens) == (20, 7)
@@ -92,7 +93,9 @@ def test_what_can_never_fit_is_rejected_with_the_arithmetic_and_the_rest_is_serv
 def test_the_mean_is_weighted_by_time():
     ledger = make(specs=(FULL,))
     times = iter([1.0, 3.0, 5.0])
-    outcome = Simulator(ledger, lambda decoding, chunks: next(times), Schedule(sample_every=1)).run([Request(0, 8, 3)])
+    outcome = Simulator(ledger, lambda decoding, chunks: next(times), Schedule(), sample_every=1).run(
+        [Request(0, 8, 3)]
+    )
     slots = FULL.unit_bytes
     expected = (1.0 * 0 + 3.0 * 8 + 5.0 * 9) * slots / 9
     assert outcome.mean("live") == pytest.approx(expected)

@@ -1,0 +1,64 @@
+"""Beam search over forked sequences: each beam shares the pages of its past, and a page is copied when two beams write it."""
+
+from dataclasses import dataclass, field
+
+from kvlab.engine.requests import Completion, Request, Sample
+
+
+@dataclass
+class BeamGroup:
+    """The beams of one request. They advance together: each pauses with its candidates until the last one has some."""
+
+    request: Request
+    finished: list[Completion] = field(default_factory=list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every live beam has its candidates."""
+        return all(one.candidates is not None for one in self.request.samples)
+
+    def select(self) -> list[tuple[Sample, int, float]]:
+        """The next beams as (parent, token, log-probability), best first; a candidate that stops becomes a finished answer if
+        it ranks among the best `beam_width`. Empty when the search has ended."""
+        sampling = self.request.sampling
+        width = sampling.beam_width or 1
+        ranked = sorted(
+            (
+                (-(one.score + logprob), order, rank, one, token, logprob)
+                for order, one in enumerate(self.request.samples)
+                if one.candidates is not None
+                for rank, (token, logprob) in enumerate(zip(*one.candidates, strict=True))
+            ),
+            key=lambda candidate: candidate[:3],
+        )[: 2 * width]
+        chosen: list[tuple[Sample, int, float]] = []
+        for place, (_, _, _, one, token, logprob) in enumerate(ranked):
+            if token in sampling.stop_tokens:
+                if place < width:
+                    self.finished.append(self.completion(one, [token], [logprob], "stop"))
+            elif len(chosen) < width:
+                chosen.append((one, token, logprob))
+        self.finished.sort(key=lambda one: -(one.score or 0.0))
+        del self.finished[width:]
+        if len(chosen[0][0].answer) + 1 >= sampling.max_tokens:
+            self.finished += [self.completion(one, [token], [lp], "length") for one, token, lp in chosen]
+            chosen = []
+        elif len(self.finished) == width and self._cannot_improve(chosen):
+            chosen = []
+        self.finished.sort(key=lambda one: -(one.score or 0.0))
+        del self.finished[width:]
+        return chosen
+
+    def _cannot_improve(self, chosen: list[tuple[Sample, int, float]]) -> bool:
+        """Whether the best live beam, scored as it is now, is no better than the worst finished one."""
+        best, _, logprob = chosen[0]
+        length = len(best.answer) + 1
+        attainable = (best.score + logprob) / length**self.request.sampling.length_penalty
+        return attainable <= (self.finished[-1].score or 0.0)
+
+    def completion(self, one: Sample, tokens: list[int], logprobs: list[float], reason: str) -> Completion:
+        """A beam's answer with these tokens added."""
+        answer, all_logprobs = one.answer + tokens, one.logprobs + logprobs
+        total = one.score + sum(logprobs)
+        score = total / max(1, len(answer)) ** self.request.sampling.length_penalty
+        return Completion(answer, all_logprobs, "stop" if reason == "stop" else "length", score=score)

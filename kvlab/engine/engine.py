@@ -1,0 +1,585 @@
+"""The engine: many requests at once from one memory.
+
+    engine = Engine(structure, params, memory=MemoryConfig(page_size=16), config=EngineConfig(max_len=4096))
+    answers = engine.generate(prompts, Sampling(max_tokens=100))     # all of them, in order
+    for event in engine.stream(prompts, Sampling()): ...             # token by token
+    name = engine.submit(prompt); engine.step(); engine.cancel(name) # by hand
+
+Every step: the scheduler says who computes what, the ledger plans the pages, the device computes and draws tokens, and what
+they mean is settled: tokens accepted, pages published, sequences ended.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvlab.engine.beam import BeamGroup
+from kvlab.engine.requests import (
+    Alternatives,
+    Answer,
+    Completion,
+    Event,
+    FinishReason,
+    GenerationError,
+    Request,
+    Sample,
+)
+from kvlab.engine.sampling import Choices, Drawn, Mode, Sampling
+from kvlab.engine.scheduler import Schedule, Scheduler, Work
+from kvlab.engine.speculative import Drafter, ModelDrafter, NgramDrafter
+from kvlab.engine.step import MemoryStep
+from kvlab.engine.swap import HostTier
+from kvlab.engine.text import Tokenizer, Transcript
+from kvlab.memory.checkpoints import CHECKPOINTS
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.replacement import POLICIES
+from kvlab.models.transformer import Transformer, merge
+from kvlab.schema import ConfigError, Schema, choice, flag, integer
+from kvlab.typing import Params
+
+
+@dataclass(frozen=True)
+class EngineConfig(Schema):
+    """How requests are served. At most `max_batch` sequences run at once, each of up to `max_len` tokens, together of up to
+    `pool_len` (null: max_batch * max_len, so that nobody is ever preempted).
+
+    `token_budget`, `mixed` and `preemption` as in `Schedule`; `host_len` tokens can be swapped to the host. `prefix_cache` finds
+    prompts again whose pages are resident, evicted by `policy`, recurrent states kept by `checkpoints`. `speculation` guesses
+    `num_drafts` tokens a step: "ngram" looks them up in the sequence itself, "draft" asks the engine's draft model.
+    """
+
+    max_batch: int = integer(8, 1, 65536)
+    max_len: int = integer(2048, 2, 1 << 24)
+    pool_len: int | None = integer(None, 2, 1 << 40, optional=True)
+    token_budget: int = integer(512, 1, 1 << 30)
+    mixed: bool = flag(True)
+    preemption: str = choice("recompute", ("recompute", "swap"))
+    host_len: int = integer(0, 0, 1 << 40)
+    prefix_cache: bool = flag(True)
+    policy: str = choice("lru", tuple(POLICIES))
+    checkpoints: str = choice("junctions", CHECKPOINTS)
+    speculation: str = choice("none", ("none", "ngram", "draft"))
+    num_drafts: int = integer(4, 1, 64)
+    seed: int = integer(0, 0)
+
+    def cross_check(self) -> None:
+        if self.pool_len is not None and self.pool_len < self.max_len:
+            raise ConfigError(
+                "pool_len", self.pool_len, f"must hold one sequence of max_len = {self.max_len}, or be null"
+            )
+        if self.preemption == "swap" and not self.host_len:
+            raise ConfigError("host_len", 0, "must be at least 1 with preemption=swap")
+
+
+@dataclass
+class Stats:
+    """What the engine did so far. Seconds: `host_s` planning and settling, `wait_s` waiting for the device."""
+
+    steps: int = 0
+    launches: int = 0
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    failed: int = 0
+    read_bytes: int = 0
+    """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
+    host_s: float = 0.0
+    wait_s: float = 0.0
+    shapes: set[tuple[Any, ...]] = field(default_factory=set)
+    """Every (rows, width, mode, everywhere) that was launched: as many programs were compiled."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts of those proposed; NaN when there were none."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else float("nan")
+
+
+class Engine:
+    """Generates from a model through its memory. Not thread-safe: one engine, one caller."""
+
+    def __init__(
+        self,
+        model: nnx.GraphDef[Transformer],
+        params: Params,
+        *,
+        memory: MemoryConfig | None = None,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        draft: tuple[nnx.GraphDef[Transformer], Params] | None = None,
+    ):
+        """`model` and `params` as of `split(transformer)` or `load_checkpoint`; `draft` is the pair of the draft model.
+
+        Raises ConfigError for settings that do not fit together.
+        """
+        memory, self.config, self.tokenizer = memory or MemoryConfig(), config or EngineConfig(), tokenizer
+        config, self.params = self.config, params
+        whole = merge(model, params)
+        self.vocab_size: int = whole.embedding.num_embeddings
+        has_states = any(not spec.per_token for layer in whole.states() for spec in layer.values())
+        keeps_states = config.speculation != "none" or config.prefix_cache
+        layout = MemoryLayout.of(
+            whole.states(),
+            memory,
+            max_sequences=config.max_batch,
+            max_len=config.max_len,
+            pool_len=config.pool_len,
+            host_len=config.host_len,
+            spare_states=config.max_batch if keeps_states else 0,
+        )
+        self.caches = config.prefix_cache and memory.name == "paged"
+        self.step_fn = MemoryStep(model, layout)
+        self.ledger = layout.ledger(config.policy, config.checkpoints)
+        self.scheduler = Scheduler(
+            self.ledger, Schedule(config.max_batch, config.token_budget, config.mixed, config.preemption)
+        )
+        self.pools, self.host = layout.allocate(), HostTier(layout)
+        self.drafter = self._make_drafter(memory, draft)
+        self.requests: dict[str, Request] = {}
+        self.answers: dict[str, Answer] = {}
+        """Of requests that ended and were not taken yet."""
+        self.stats = Stats()
+        self._beams: dict[str, BeamGroup] = {}
+        self._num_submitted = 0
+        self._rolls_back = not has_states
+        self._shares = memory.name == "paged"
+        self._batch: tuple[list[Sample], int, Choices, Mode] = ([], 0, Choices.of([], 1), Mode())
+        self._read_bytes = [
+            np.array([one.spec.read_bytes(n) * one.num_layers for n in range(config.max_len + 1)])
+            for one in layout.classes
+        ]
+        self._weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+    def _make_drafter(self, memory: MemoryConfig, draft: tuple[Any, Params] | None) -> Drafter | None:
+        config = self.config
+        if (draft is not None) != (config.speculation == "draft"):
+            raise ConfigError("speculation", config.speculation, 'must be "draft" with a draft model, and only then')
+        if draft is None:
+            return NgramDrafter(config.num_drafts) if config.speculation == "ngram" else None
+        if (draft_vocab := merge(*draft).embedding.num_embeddings) != self.vocab_size:
+            raise ConfigError(
+                "draft", f"vocabulary of {draft_vocab}", f"must have the model's {self.vocab_size} tokens"
+            )
+        return ModelDrafter(
+            *draft, memory, num_drafts=config.num_drafts, max_sequences=config.max_batch, max_len=config.max_len
+        )
+
+    # Requests come and go.
+
+    def submit(
+        self,
+        prompt: Sequence[int] | str,
+        sampling: Sampling | None = None,
+        *,
+        name: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+    ) -> str:
+        """Queues a request and returns its name. Higher priorities go first; prompts share pages within a namespace only.
+
+        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use, and
+        text or stop strings without a tokenizer. Nothing has then changed.
+        """
+        sampling = sampling or Sampling()
+        ids = self._encoded(prompt)
+        self._check(ids, sampling)
+        name = f"request-{self._num_submitted}" if name is None else name
+        if name in self.requests or name in self.answers:
+            raise ValueError(f"name = {name!r}: is in use")
+        seed = sampling.seed
+        if seed is None:
+            seed = int(np.random.default_rng([self.config.seed, self._num_submitted]).integers(2**31))
+        self._num_submitted += 1
+        request = Request(name, ids, sampling, seed, priority, namespace)
+        self.requests[name] = request
+        if sampling.beam_width:
+            self._beams[name] = BeamGroup(request)
+        first = self._sample(request, 0, ids)
+        if sampling.num_samples > 1 and self._shares:
+            first.hold = len(ids) - 1  # its last token is fed by every sample, from memory that they share
+        self.scheduler.submit(first)
+        if first.hold == 0 or not self._shares:
+            self._start_others(first)
+        return name
+
+    def _encoded(self, prompt: Sequence[int] | str) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise ValueError("prompt: is text, and the engine has no tokenizer; give token ids")
+        return self.tokenizer.encode(prompt)
+
+    def _check(self, ids: list[int], sampling: Sampling) -> None:
+        if not ids:
+            raise ValueError("prompt = []: must have at least one token")
+        wrong = next((one for one in ids if not isinstance(one, int | np.integer) or isinstance(one, bool)), None)
+        if wrong is not None:
+            raise ValueError(f"prompt: token {wrong!r}: must be an integer")
+        if wrong_ids := [one for one in ids if not 0 <= one < self.vocab_size]:
+            raise ValueError(f"prompt: token {wrong_ids[0]}: must be in [0, {self.vocab_size})")
+        longest = self.config.max_len - len(ids) + 1
+        if sampling.max_tokens > longest:
+            if longest < 1:
+                raise ValueError(f"prompt: {len(ids)} tokens: must be at most max_len = {self.config.max_len}")
+            legal = f"must be in [1, {longest}], since prompt and answer share max_len = {self.config.max_len}"
+            raise ValueError(f"max_tokens = {sampling.max_tokens}: {legal}")
+        if never := self.ledger.never(len(ids) + sampling.max_tokens - 1):
+            raise ValueError(f"prompt: {len(ids)} tokens and max_tokens = {sampling.max_tokens}: {never.reason}")
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop = {list(sampling.stop)}: stop strings need a tokenizer")
+        if (sampling.beam_width or 0) > self.config.max_batch:
+            raise ValueError(f"beam_width = {sampling.beam_width}: must be at most max_batch = {self.config.max_batch}")
+        if sampling.beam_width and not self._shares:
+            raise ValueError(f"beam_width = {sampling.beam_width}: beams need memory=paged, which can be shared")
+        most = self.vocab_size // 2 if sampling.beam_width else self.vocab_size
+        for field_name, value in (("num_logprobs", sampling.num_logprobs), ("beam_width", sampling.beam_width or 0)):
+            if value > most:
+                raise ValueError(f"{field_name} = {value}: must be at most {most} of a vocabulary of {self.vocab_size}")
+
+    def _sample(self, request: Request, index: int, ids: list[int]) -> Sample:
+        """A sequence of a request, not scheduled yet."""
+        one = Sample(
+            f"{request.name}/{request.num_started}",
+            len(ids),
+            request.final_len,
+            request.priority,
+            ids if self.caches else None,
+            request.namespace,
+            request=request,
+            index=index,
+            ids=list(ids),
+        )
+        if self.caches:
+            one.prompt = one.ids
+        request.num_started += 1
+        request.samples.append(one)
+        if self.tokenizer is not None:
+            one.transcript = Transcript(self.tokenizer, request.sampling.stop)
+        if request.sampling.repetition_penalty != 1:
+            one.seen = np.zeros(self.vocab_size, bool)
+            one.seen[ids] = True
+        return one
+
+    def _start_others(self, first: Sample) -> None:
+        """The other samples of a request, behind what the first one has computed of the prompt."""
+        first.hold = None
+        for index in range(1, first.request.sampling.num_samples):
+            self.scheduler.branch(first, self._sample(first.request, index, first.request.prompt))
+
+    def cancel(self, name: str) -> None:
+        """Ends a request now; its answer has what was generated so far. Raises KeyError for an unknown name."""
+        if name not in self.requests:
+            raise KeyError(f"request {name!r}: is not running")
+        request = self.requests[name]
+        for one in request.samples[:]:
+            self._finish(one, "cancelled")
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests without an answer."""
+        return len(self.requests)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Answer]:
+        """Answers in the order of the prompts, each with its own sampling or all with one.
+
+        Raises ValueError for the first bad prompt before anything is computed, and GenerationError, with every answer, when
+        requests failed.
+        """
+        names = self._submit_all(prompts, sampling)
+        while any(name in self.requests for name in names):
+            self.step()
+        answers = [self.answers.pop(name) for name in names]
+        if any(one.error for one in answers):
+            raise GenerationError(answers)
+        return answers
+
+    def stream(
+        self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> Iterator[Event]:
+        """Events of these requests as they happen. Whoever stops listening cancels what is left."""
+        names = self._submit_all(prompts, sampling)
+        try:
+            while any(name in self.requests for name in names):
+                yield from (event for event in self.step() if event.name in names)
+        finally:
+            for name in names:
+                if name in self.requests:
+                    self.cancel(name)
+                self.answers.pop(name, None)
+
+    def _submit_all(self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None) -> dict[str, None]:
+        each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            raise ValueError("prompts: must be a list of prompts; put a single one into a list")
+        if len(each) != len(prompts):
+            raise ValueError(f"sampling: {len(each)} of them for {len(prompts)} prompts: must be one, or one for each")
+        names: dict[str, None] = {}
+        try:
+            for prompt, one in zip(prompts, each, strict=True):
+                names[self.submit(prompt, one)] = None
+        except ValueError:
+            for name in names:
+                self.cancel(name)
+                del self.answers[name]
+            raise
+        return names
+
+    # A step.
+
+    def step(self) -> list[Event]:
+        """Advances every sequence that the budget allows; returns what happened. Nothing to do is no event."""
+        began = time.perf_counter()
+        if self.drafter is not None:
+            self._draft(self.drafter)
+        work = self.scheduler.schedule()
+        for move in self.scheduler.moves:
+            if move.direction == "out":
+                self.host.take(self.pools, move.swap)
+            else:
+                self.pools = self.host.give_back(self.pools, move.swap)
+        self.scheduler.moves.clear()
+        events = [event for entry, reason in self.scheduler.rejected for event in self._fail(entry, reason)]  # type: ignore[arg-type]
+        self.scheduler.rejected.clear()
+        launched = [(group, self._launch(*group)) for group in self._groups(work)]
+        waited = time.perf_counter()
+        fetched = [(group, jax.device_get(drawn)) for group, drawn in launched]
+        self.stats.wait_s += (done := time.perf_counter()) - waited
+        for (rows, _, everywhere), drawn in fetched:
+            events += self._settle(rows, drawn, everywhere)
+        for group in [one for one in self._beams.values() if one.ready]:
+            events += self._advance_beams(group)
+        self.stats.steps += bool(work)
+        self.stats.host_s += waited - began + time.perf_counter() - done
+        return events
+
+    def _draft(self, drafter: Drafter) -> None:
+        """Guesses for the sequences that decode next."""
+        asked = []
+        for one in self.scheduler.running:
+            assert isinstance(one, Sample)
+            one.draft_ids, one.drafts = [], 0
+            pending, room = one.num_known - one.num_computed, one.final_len - one.num_known
+            plain = one.seen is None and not one.request.sampling.beam_width and one.hold is None
+            # What a recurrent state rejected is fed again before it guesses anew.
+            if plain and room > 0 and pending == 1 and one.num_computed >= one.prefill_len:
+                asked.append((one, room))
+        for (one, room), guess in zip(asked, drafter.propose([one for one, _ in asked]), strict=True):
+            one.draft_ids = guess[:room]
+            one.drafts = len(one.draft_ids)
+
+    def _groups(self, work: list[Work]) -> list[tuple[list[Work], int, bool]]:
+        """Work that shares a program: (rows, width, whether every place is drawn). Widths are powers of two."""
+        groups: dict[tuple[int, bool], list[Work]] = {}
+        for one in work:
+            tokens = one.num_new + one.lookahead
+            width = 1 if tokens == 1 else min(1 << (tokens - 1).bit_length(), self.ledger.chunk_len)
+            groups.setdefault((width, one.lookahead > 0), []).append(one)
+        return [(rows, *key) for key, rows in groups.items()]
+
+    def _launch(self, rows: list[Work], width: int, everywhere: bool) -> Drawn:
+        """Plans and dispatches one program; returns its arrays, not waited for."""
+        samples: list[Any] = [one.entry for one in rows]
+        batch_size = min(1 << (len(rows) - 1).bit_length(), self.config.max_batch)
+        plan = self.ledger.plan([one.name for one in samples], batch_size, width)
+        tokens = np.zeros((batch_size, width), np.int32)
+        if width == 1:
+            tokens[: len(rows), 0] = [one.ids[one.num_computed] for one in samples]
+        else:
+            for row, (one, (_, count, lookahead)) in enumerate(zip(samples, rows, strict=True)):
+                tokens[row, :count] = one.ids[one.num_computed : one.num_computed + count]
+                tokens[row, count : count + lookahead] = one.draft_ids[:lookahead]
+        choices, mode = self._choices(samples, batch_size)
+        seen = None
+        if mode.penalty:
+            seen = np.zeros((batch_size, self.vocab_size), bool)
+            for row, one in enumerate(samples):
+                if one.seen is not None:
+                    seen[row] = one.seen
+        ends = plan.starts[: len(rows)] + plan.counts[: len(rows)]
+        self.stats.read_bytes += self._weight_bytes + sum(int(table[ends].sum()) for table in self._read_bytes)
+        self.stats.launches += 1
+        self.stats.shapes.add((batch_size, width, mode, everywhere))
+        plan, self.pools = self.step_fn.copied(self.pools, plan)
+        drawn, self.pools = self.step_fn.generate(
+            self.params, self.pools, plan, tokens, choices, seen, mode=mode, everywhere=everywhere
+        )
+        return drawn
+
+    def _choices(self, samples: list[Sample], batch_size: int) -> tuple[Choices, Mode]:
+        """The sampling of these rows; kept while the same sequences decode together."""
+        if (samples, batch_size) != self._batch[:2]:
+            choices = Choices.of([(one.request.sampling, one.request.seed, one.index) for one in samples], batch_size)
+            choices = Choices(*(jnp.asarray(one) for one in choices))
+            self._batch = samples, batch_size, choices, Mode.of([one.request.sampling for one in samples])
+        return self._batch[2:]
+
+    # What a step means.
+
+    def _settle(self, rows: list[Work], drawn: Drawn, everywhere: bool) -> list[Event]:
+        events: list[Event] = []
+        tokens, logprobs, ok = drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.ok.tolist()
+        for row, (one, count, lookahead) in enumerate(rows):
+            assert isinstance(one, Sample)
+            if one.state == "gone":  # another sample of its request failed in this step
+                continue
+            if not ok[row]:
+                events += self._fail(
+                    one, f"logits or states at tokens [{one.num_computed}, {one.num_computed + count}) are not finite"
+                )
+                continue
+            place, accepted = count - 1 if everywhere else 0, 0
+            reached = one.num_computed + count == one.num_known
+            row_tokens = tokens[row]
+            while accepted < lookahead and row_tokens[place + accepted] == one.draft_ids[accepted]:
+                accepted += 1
+            if lookahead:
+                self.stats.drafted_tokens += lookahead
+                self.stats.accepted_tokens += accepted
+            finish: FinishReason | None = None
+            if reached and one.request.sampling.beam_width:
+                one.candidates = Alternatives(drawn.top_tokens[row, 0].tolist(), drawn.top_logprobs[row, 0].tolist())
+                one.paused = True
+            elif reached:
+                for index in range(place, place + accepted + 1):
+                    if one.request.sampling.num_logprobs:
+                        one.alternatives.append(self._alternatives(one, drawn, row, index))
+                    event = self._accept(one, row_tokens[index], logprobs[row][index])
+                    events.append(event)
+                    if (finish := event.finish_reason) is not None:
+                        break
+            self._commit(one, count, lookahead, accepted)
+            if finish is not None:
+                self._finish(one, finish)
+            elif one.hold is not None and one.num_computed >= one.hold:
+                self._start_others(one)
+        return events
+
+    def _commit(self, one: Sample, count: int, lookahead: int, accepted: int) -> None:
+        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its accepted
+        tokens, known now, are fed again."""
+        if one.num_computed >= one.prefill_len:
+            self.stats.decoded_tokens += accepted + 1
+        else:
+            self.stats.prefilled_tokens += count
+        stored = count + accepted if self._rolls_back or accepted == lookahead else 0
+        begin, end = max(one.prefill_len, one.num_computed), one.num_computed + stored
+        self.ledger.commit(one.name, stored, one.ids[begin:end] if self.caches and begin < end else ())
+        one.num_computed = end
+
+    @staticmethod
+    def _alternatives(one: Sample, drawn: Drawn, row: int, index: int) -> Alternatives:
+        most = one.request.sampling.num_logprobs
+        return Alternatives(
+            drawn.top_tokens[row, index, :most].tolist(), drawn.top_logprobs[row, index, :most].tolist()
+        )
+
+    def _accept(self, one: Sample, token: int, logprob: float) -> Event:
+        """One more token of an answer, and whether it ends there."""
+        sampling = one.request.sampling
+        one.ids.append(token)
+        one.logprobs.append(logprob)
+        one.num_known += 1
+        if one.seen is not None:
+            one.seen[token] = True
+        text = one.transcript.add(token) if one.transcript is not None else ""
+        finish: FinishReason | None = None
+        if token in sampling.stop_tokens or (one.transcript is not None and one.transcript.stopped):
+            finish = "stop"
+        elif one.num_known > one.final_len:
+            finish = "length"
+        if finish and one.transcript is not None:
+            text += one.transcript.finish()
+        return Event(one.request.name, one.index, token, logprob, text, finish)
+
+    def _advance_beams(self, group: BeamGroup) -> list[Event]:
+        """The group's next beams: the first child of each goes on in its place, the others are forked from it."""
+        request = group.request
+        chosen = group.select()
+        if not chosen:
+            return self._end_beams(group)
+        parents = {one: [] for one in request.samples}
+        for parent, token, logprob in chosen:
+            parents[parent].append((token, logprob))
+        for parent, children in parents.items():
+            for token, logprob in children[1:]:
+                child = self._sample(request, parent.index, parent.ids)
+                child.logprobs, child.score = list(parent.logprobs), parent.score
+                self.scheduler.branch(parent, child)
+                self._extend_beam(child, token, logprob)
+        for parent, children in parents.items():
+            if children:
+                self._extend_beam(parent, *children[0])
+            else:
+                self._drop(parent)
+        return []
+
+    @staticmethod
+    def _extend_beam(one: Sample, token: int, logprob: float) -> None:
+        one.ids.append(token)
+        one.logprobs.append(logprob)
+        one.num_known += 1
+        one.score += logprob
+        one.candidates, one.paused = None, False
+
+    def _end_beams(self, group: BeamGroup) -> list[Event]:
+        request = group.request
+        for one in request.samples[:]:
+            self._drop(one)
+        tokenizer = self.tokenizer
+        for index, found in enumerate(group.finished):
+            text = tokenizer.decode(found.tokens) if tokenizer else ""
+            request.completions[index] = Completion(
+                found.tokens, found.logprobs, found.finish_reason, text, score=found.score
+            )
+        best = request.completions[0]
+        self._answer(request)
+        return [Event(request.name, 0, None, 0.0, best.text, best.finish_reason)]
+
+    # Endings.
+
+    def _drop(self, one: Sample, *, keep: bool = True) -> None:
+        """A sequence leaves scheduler, ledger, drafter and request."""
+        if one.state != "gone":
+            self.scheduler.remove(one, keep=keep)
+        if self.drafter is not None:
+            self.drafter.forget(one)
+        one.request.samples.remove(one)
+
+    def _finish(self, one: Sample, reason: FinishReason) -> None:
+        """A sequence has its completion; the last one of a request makes the answer."""
+        request = one.request
+        self._drop(one)
+        text = ""
+        if one.transcript is not None:
+            one.transcript.finish()
+            text = one.transcript.text
+        request.completions[one.index] = Completion(one.answer, one.logprobs, reason, text, one.alternatives)
+        if not request.samples:
+            if reason == "cancelled":  # samples that were never started
+                for index in range(request.sampling.num_samples):
+                    request.completions.setdefault(index, Completion([], [], reason))
+            self._answer(request)
+
+    def _fail(self, one: Sample, reason: str) -> list[Event]:
+        """A request ends in error; what its sequences published and nobody else uses is withdrawn."""
+        request = one.request
+        self.stats.failed += 1
+        for other in request.samples[:]:
+            request.completions[other.index] = Completion(other.answer, other.logprobs, "error")
+            self._drop(other, keep=False)
+        self._answer(request, reason)
+        return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]
+
+    def _answer(self, request: Request, error: str | None = None) -> None:
+        completions = [request.completions[index] for index in sorted(request.completions)]
+        self.answers[request.name] = Answer(request.name, request.prompt, completions, error)
+        self._beams.pop(request.name, None)
+        del self.requests[request.name]

@@ -1,0 +1,203 @@
+"""Drafting: guesses of the next tokens, which one step of the model then checks together (arXiv 2211.17192).
+
+A draft is accepted where it equals the token that the model's own sampler draws at that position, so speculation changes no
+token, greedy or random: see `sampling`. For drafts that are certain (prompt lookup) that accepts as often as the rejection
+rule of the paper; for a draft model, which draws with the same noise, with probability at least (1 - d) / (1 + d) where the
+paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978).
+"""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+from jax import Array
+
+from kvlab.engine.requests import Sample
+from kvlab.engine.sampling import Choices, Mode, draw
+from kvlab.engine.step import MemoryStep, Pools
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.plan import ClassPlan, Plan
+from kvlab.models.transformer import Transformer, logits_at, merge
+from kvlab.typing import Params, Tokens
+
+
+class Drafter(abc.ABC):
+    """Proposes tokens for sequences that decode."""
+
+    num_drafts: int
+    """The most tokens proposed for one sequence."""
+
+    @abc.abstractmethod
+    def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Up to `num_drafts` tokens to follow each sequence's known ones; none where there is no guess."""
+
+    def forget(self, sample: Sample) -> None:  # noqa: B027  most keep nothing
+        """A sequence ended."""
+
+
+class NgramDrafter(Drafter):
+    """Prompt lookup: what followed the last occurrence of the sequence's last tokens, the longest match first."""
+
+    def __init__(self, num_drafts: int, max_ngram: int = 3):
+        self.num_drafts, self.max_ngram = num_drafts, max_ngram
+        self._seen: dict[Sample, tuple[int, dict[tuple[int, ...], int]]] = {}
+
+    def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return [self._propose(one) for one in samples]
+
+    def forget(self, sample: Sample) -> None:
+        self._seen.pop(sample, None)
+
+    def _propose(self, one: Sample) -> list[int]:
+        ids = one.ids
+        done, ends = self._seen.get(one, (0, {}))
+        for end in range(done + 1, len(ids)):  # n-grams that something follows
+            for length in range(1, min(self.max_ngram, end) + 1):
+                ends[tuple(ids[end - length : end])] = end
+        self._seen[one] = max(done, len(ids) - 1), ends
+        for length in range(min(self.max_ngram, len(ids) - 1), 0, -1):
+            end = ends.get(tuple(ids[-length:]))
+            if end is not None:
+                return ids[end : end + self.num_drafts]
+        return []
+
+
+@dataclass(frozen=True, eq=False)
+class _DraftStep:
+    """Several tokens of the draft model in one program."""
+
+    step: MemoryStep
+    num_drafts: int
+
+    @partial(jax.jit, static_argnums=0, static_argnames="mode", donate_argnums=2)
+    def __call__(
+        self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, choices: Choices, *, mode: Mode
+    ) -> tuple[Array, Pools]:
+        """Drafts [B, num_drafts] behind tokens [B, T]; the plan counts all of them but the last draft, whose state nobody
+        needs."""
+        counts = jnp.maximum(jnp.asarray(plan.counts) - (self.num_drafts - 1), 0)
+        starts, drafts = jnp.asarray(plan.starts), []
+        fed, offset = tokens[:, : tokens.shape[1] - (self.num_drafts - 1)], None
+        for index in range(self.num_drafts):
+            classes = tuple(
+                _columns(one, state.spec.per_token, offset, fed.shape[1])
+                for one, state in zip(plan.classes, self.step.layout.classes, strict=True)
+            )
+            now = plan._replace(starts=starts, counts=counts, classes=classes)
+            model, hidden, pools = self.step.forward(params, pools, now, fed)
+            logits = logits_at(model, hidden, jnp.maximum(counts - 1, 0)[:, None])
+            starts = starts + counts
+            drawn = draw(logits, starts[:, None], choices, None, mode)
+            drafts.append(drawn.tokens[:, 0])
+            offset = jnp.asarray(plan.counts) - (self.num_drafts - 1) + index
+            counts, fed = jnp.minimum(counts, 1), drawn.tokens
+        return jnp.stack(drafts, axis=1), pools
+
+
+def _columns(one: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:
+    """A class's plan for `width` tokens of the whole, from each row's offset on (None: the first). Slots of later tokens may be
+    among them: what is written there too early is written again. A recurrent state is read where it was written last."""
+    slots = jnp.asarray(one.write_slots)
+    if not per_token:
+        return one if offset is None else one._replace(pages=slots)
+    if offset is None:
+        return one._replace(write_slots=slots[:, :width])
+    column = jnp.clip(offset, 0, slots.shape[1] - 1)[:, None]
+    return one._replace(write_slots=jnp.take_along_axis(slots, column, axis=1))
+
+
+class ModelDrafter(Drafter):
+    """A smaller model with a memory of its own, which guesses with the same noise as the sampler of the large one."""
+
+    def __init__(
+        self,
+        structure: nnx.GraphDef[Transformer],
+        params: Params,
+        memory: MemoryConfig,
+        *,
+        num_drafts: int,
+        max_sequences: int,
+        max_len: int,
+    ):
+        self.num_drafts, self.params = num_drafts, params
+        states = merge(structure, params).states()
+        layout = MemoryLayout.of(
+            states,
+            MemoryConfig(memory.name, memory.page_size, max(memory.chunk_len, 2 * num_drafts)),
+            max_sequences=max_sequences,
+            max_len=max_len + num_drafts,
+            spare_states=max_sequences,  # a step that may be rejected writes beside what it reads
+        )
+        self.step, self.ledger, self.pools = MemoryStep(structure, layout), layout.ledger(), layout.allocate()
+        self._draft_step = _DraftStep(self.step, num_drafts)
+        self._in_flight: dict[Sample, tuple[int, list[int]]] = {}
+        """Of the last round: known tokens when it began, and the drafts."""
+
+    def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
+        for one in samples:
+            self._settle(one)
+        longest = self.ledger.chunk_len - (self.num_drafts - 1)
+        while behind := [one for one in samples if self._pending(one) > longest]:
+            self._prefill(behind)
+        ready = [one for one in samples if self.ledger.reserve(one, self._pending(one), self.num_drafts - 1).ready]
+        proposed = self._draft(ready) if ready else {}
+        self._in_flight |= {one: (len(one.ids), guess) for one, guess in proposed.items()}
+        return [proposed.get(one, []) for one in samples]
+
+    def forget(self, sample: Sample) -> None:
+        self._in_flight.pop(sample, None)
+        if sample in self.ledger.running:
+            self.ledger.release(sample)
+
+    def _pending(self, one: Sample) -> int:
+        return len(one.ids) - (self.ledger.length(one) if one in self.ledger.running else 0)
+
+    def _settle(self, one: Sample) -> None:
+        """Keeps of the last round what the large model accepted."""
+        if (last := self._in_flight.pop(one, None)) is None:
+            return
+        known, guess = last
+        fed, said = guess[: self.num_drafts - 1], one.ids[known : known + self.num_drafts - 1]
+        matched = next((i for i, pair in enumerate(zip(fed, said, strict=False)) if pair[0] != pair[1]), len(said))
+        count = known - self.ledger.length(one)
+        rolls_back = all(state.spec.per_token for state in self.step.layout.classes)
+        self.ledger.commit(one, count + matched if rolls_back or matched == len(fed) else 0)
+
+    def _prefill(self, rows: Sequence[Sample]) -> None:
+        """The next chunk of sequences of which the drafter knows too little to guess."""
+        chunk_len = self.ledger.chunk_len
+        counts = [min(chunk_len, self._pending(one) - 1) for one in rows]
+        tokens, plan = self._planned(rows, counts, chunk_len, reserve=True)
+        _, self.pools = self.step(self.params, self.pools, plan, jnp.asarray(tokens))
+        for one, count in zip(rows, counts, strict=True):
+            self.ledger.commit(one, count)
+
+    def _draft(self, rows: Sequence[Sample]) -> dict[Sample, list[int]]:
+        """Drafts behind all that is known of sequences with a reservation."""
+        counts, lookahead = [self._pending(one) for one in rows], self.num_drafts - 1
+        width = min(1 << (max(counts) - 1).bit_length(), self.ledger.chunk_len - lookahead)
+        tokens, plan = self._planned(rows, counts, width + lookahead, reserve=False)
+        asked = [(one.request.sampling, one.request.seed, one.index) for one in rows]
+        mode = Mode.of([sampling for sampling, _, _ in asked])._replace(num_logprobs=0, penalty=False)
+        choices = Choices.of(asked, len(tokens))
+        drafts, self.pools = self._draft_step(self.params, self.pools, plan, jnp.asarray(tokens), choices, mode=mode)
+        return dict(zip(rows, np.asarray(drafts).tolist(), strict=False))
+
+    def _planned(
+        self, rows: Sequence[Sample], counts: Sequence[int], width: int, *, reserve: bool
+    ) -> tuple[npt.NDArray[np.int32], Plan]:
+        """The tokens and the plan of a step of these rows."""
+        tokens = np.zeros((1 << (len(rows) - 1).bit_length(), width), np.int32)
+        for row, (one, count) in enumerate(zip(rows, counts, strict=True)):
+            if reserve and not (answer := self.ledger.reserve(one, count)).ready:
+                raise RuntimeError(f"a drafter's pool has room for every sequence: {answer}")
+            start = self.ledger.length(one)
+            tokens[row, :count] = one.ids[start : start + count]
+        plan, self.pools = self.step.copied(self.pools, self.ledger.plan(rows, *tokens.shape))
+        return tokens, plan

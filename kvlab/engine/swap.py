@@ -1,0 +1,78 @@
+"""The host tier: where the pages of sequences that were swapped out wait, in plain numpy arrays."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import Array
+
+from kvlab.engine.step import Pools
+from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.plan import Swap
+
+
+class HostTier:
+    """Host pages of every layer's state, in the layout of the device's; `num_bytes` once it was first used."""
+
+    def __init__(self, layout: MemoryLayout):
+        self.layout = layout
+        self._arrays: dict[tuple[int, str, str], npt.NDArray[np.generic]] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held on the host."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def take(self, pools: Pools, swap: Swap) -> None:
+        """Copies pages from the device; returns when they are on the host."""
+        for layer, states in enumerate(self.layout.states):
+            for name, index in states.items():
+                moves = swap.classes[index]
+                if not len(moves):
+                    continue
+                for field, array in pools[layer][name].items():
+                    pages = np.asarray(_gather(array, _padded(moves[:, 0], 0)))[: len(moves)]
+                    host = self._arrays.get((layer, name, field))
+                    if host is None:
+                        num_pages = self.layout.classes[index].num_host_pages
+                        host = self._arrays[layer, name, field] = np.zeros((num_pages, *array.shape[1:]), array.dtype)
+                    host[moves[:, 1]] = pages
+
+    def give_back(self, pools: Pools, swap: Swap) -> Pools:
+        """The pools with pages copied back from the host."""
+        layers = []
+        for layer, states in enumerate(self.layout.states):
+            after = dict(pools[layer])
+            for name, index in states.items():
+                moves = swap.classes[index]
+                if not len(moves):
+                    continue
+                beyond = self.layout.classes[index].num_pages
+                after[name] = {
+                    field: _scatter(
+                        array,
+                        _padded(moves[:, 0], beyond),
+                        jnp.asarray(self._arrays[layer, name, field][_padded(moves[:, 1], 0)]),
+                    )
+                    for field, array in pools[layer][name].items()
+                }
+            layers.append(after)
+        return tuple(layers)
+
+
+def _padded(pages: npt.NDArray[np.int32], fill: int) -> npt.NDArray[np.int32]:
+    """Page ids up to the next power of two, so that few shapes are compiled."""
+    size = 1 << (len(pages) - 1).bit_length()
+    return np.concatenate([pages, np.full(size - len(pages), fill, np.int32)])
+
+
+@jax.jit
+def _gather(array: Array, pages: Array) -> Array:
+    return array.at[pages].get(mode="clip")
+
+
+@partial(jax.jit, donate_argnums=0)
+def _scatter(array: Array, pages: Array, values: Array) -> Array:
+    return array.at[pages].set(values, mode="drop")

@@ -1,0 +1,128 @@
+"""Loading and saving a model in the layout of the Hugging Face hub: config.json, safetensors, tokenizer.json."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from flax import nnx
+
+from kvlab.models.transformer import Transformer, path_name, split
+from kvlab.typing import Params
+from kvlab.weights.architectures import Architecture, read_architecture, write_architecture
+from kvlab.weights.files import FLOATS, Stored, WeightsError, read_headers, read_json, read_tensor, write_shards
+from kvlab.weights.tables import Table, table_of
+
+DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
+"""What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too small
+for activations in bfloat16's place."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that was loaded: `Engine(one.structure, one.params)` generates from it."""
+
+    architecture: Architecture
+    structure: nnx.GraphDef[Transformer]
+    params: Params
+
+
+def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrained:
+    """A model from a folder with config.json and safetensors, one file or sharded.
+
+    `dtype` ("float32", "bfloat16"; None: as stored) is that of matrices and of the computation; norms, decays and time
+    steps are float32. Holds one parameter at a time beside the model. Raises WeightsError naming every missing,
+    unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
+    """
+    directory = Path(directory).expanduser()
+    values, headers = read_json(directory / "config.json"), read_headers(directory)
+    architecture, problems = read_architecture(values, dtype or _stored_dtype(headers))
+    if architecture is None:
+        raise WeightsError(directory, problems)
+    structure, abstract = abstract_model(architecture)
+    table = table_of(architecture.family, architecture.layers, architecture.model)
+    if problems := _mismatches(table, abstract, headers, architecture.model.tie_embeddings):
+        raise WeightsError(directory, problems)
+
+    def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        entry = table[path_name(path)]
+        whole = entry.transform.load([read_tensor(headers[name], name) for name in entry.names])
+        return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
+
+    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(one, abstract))
+
+
+def save_checkpoint(
+    pretrained: Pretrained, directory: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Writes config.json and safetensors that `load_checkpoint` and transformers read back.
+
+    `dtype` of the tensors; None: each as it is. Raises ValueError for a model that its family's config cannot describe, and
+    FileExistsError when the folder holds a model already.
+    """
+    directory, architecture = Path(directory).expanduser(), pretrained.architecture
+    values = write_architecture(architecture)
+    if found := [*directory.glob("*.safetensors"), *directory.glob("config.json")]:
+        raise FileExistsError(f"{found[0]}: the folder holds a model already")
+    directory.mkdir(parents=True, exist_ok=True)
+    table = table_of(architecture.family, architecture.layers, architecture.model)
+
+    def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.params):
+            entry = table[path_name(path)]
+            whole = np.asarray(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)))
+            yield from zip(entry.names, entry.transform.unload(whole), strict=True)
+
+    write_shards(directory, tensors(), max_shard_bytes)
+    (directory / "config.json").write_text(json.dumps(values | {"dtype": dtype or architecture.model.dtype}, indent=2))
+
+
+def abstract_model(architecture: Architecture) -> tuple[nnx.GraphDef[Transformer], Params]:
+    """Structure, and shapes and dtypes in place of parameters: matrices in the model's dtype, the rest float32."""
+    model = nnx.eval_shape(
+        lambda: Transformer(architecture.layers, architecture.model, architecture.vocab_size, rngs=nnx.Rngs(0))
+    )
+    structure, params = split(model)
+
+    def typed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_matrix = path_name(path).endswith((".kernel", ".embedding"))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(architecture.model.dtype) if is_matrix else jnp.float32)
+
+    return structure, jax.tree_util.tree_map_with_path(typed, params)
+
+
+def as_dtype(architecture: Architecture, dtype: str) -> Architecture:
+    """The same architecture computing in another dtype."""
+    return replace(architecture, model=replace(architecture.model, dtype=dtype))
+
+
+def _stored_dtype(headers: dict[str, Stored]) -> str:
+    """The commonest type by number of tensors, in the words of `ModelConfig.dtype`."""
+    kinds = [one.dtype for one in headers.values() if one.dtype in DTYPES]
+    return DTYPES[max(DTYPES, key=kinds.count)]
+
+
+def _mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
+    """Everything in which the file differs from the model."""
+    problems, expected = [], set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        entry = table[path_name(path)]
+        for name, shape in zip(entry.names, entry.shapes(leaf.shape), strict=True):
+            expected.add(name)
+            if name not in headers:
+                problems.append(f"{name}: is missing; must be {list(shape)}")
+                continue
+            stored = headers[name]
+            if stored.shape != shape:
+                problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
+            if stored.dtype not in FLOATS:
+                problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
+    ignored = {"lm_head.weight"} if tied else set()  # some files store a tied head twice
+    unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
+    problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]
+    return problems

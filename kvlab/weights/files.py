@@ -1,0 +1,127 @@
+"""A folder of safetensors: headers first, then one tensor at a time, so that a model never lies in memory twice."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  numpy learns bfloat16 from it
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FLOATS = ("F32", "F16", "BF16")
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be loaded: says which files, names, shapes or options, all of them at once."""
+
+    def __init__(self, where: Path, problems: Iterable[str]):
+        listed = list(problems)
+        more = f"\n  and {len(listed) - 40} more" if len(listed) > 40 else ""
+        super().__init__(f"{where}: " + "\n  ".join(["cannot be loaded:", *listed[:40]]) + more)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, by its header."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Raises WeightsError when it is missing or anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(path.parent, [f"{path.name} is missing"]) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(path, [f"not JSON ({type(error).__name__}: {error})"]) from None
+    if not isinstance(value, dict):
+        raise WeightsError(path, [f"is a {type(value).__name__}, not an object"])
+    return value
+
+
+def read_headers(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a folder, from the headers alone. Raises WeightsError for missing, damaged or foreign files."""
+    headers: dict[str, Stored] = {}
+    problems = []
+    for shard, promised in _shards(directory).items():
+        path = directory / shard
+        try:
+            with safe_open(path, "np") as file:
+                names = set(file.keys())
+                for name in sorted(names):
+                    part = file.get_slice(name)
+                    headers[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{shard}: {error}")
+            continue
+        problems += [f"{shard}: lacks {name}, which the index says it holds" for name in sorted(promised - names)]
+    if problems:
+        raise WeightsError(directory, problems)
+    return headers
+
+
+def _shards(directory: Path) -> dict[str, set[str]]:
+    """File names and the tensors that the index promises of each; a single file promises nothing."""
+    if (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightsError(directory / INDEX, ["weight_map must be an object of tensor names and file names"])
+        shards: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise WeightsError(directory / INDEX, [f"{shard!r}: must be a .safetensors file of this folder"])
+            shards.setdefault(shard, set()).add(name)
+        return shards
+    if (directory / SINGLE).exists():
+        return {SINGLE: set()}
+    if pickled := sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*")):
+        raise WeightsError(
+            directory, [f"{pickled[0].name} is a pickle, which is never read; convert it to safetensors"]
+        )
+    raise WeightsError(directory, [f"holds neither {SINGLE} nor {INDEX}"])
+
+
+def read_tensor(stored: Stored, name: str) -> npt.NDArray[Any]:
+    """One tensor. The file is opened anew, so that what is mapped of it is let go of afterwards."""
+    with safe_open(stored.path, "np") as file:
+        return file.get_tensor(name)
+
+
+def write_shards(directory: Path, tensors: Iterator[tuple[str, npt.NDArray[Any]]], max_shard_bytes: int) -> None:
+    """Writes tensors as they come, a file each `max_shard_bytes`, and the index where there are several files."""
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, npt.NDArray[Any]] = {}
+    total = 0
+
+    def flush() -> None:
+        path = directory / f".shard-{len(shards)}.safetensors"
+        save_file(pending, path, metadata={"format": "pt"})
+        shards.append((path, list(pending)))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and sum(one.nbytes for one in pending.values()) + tensor.nbytes > max_shard_bytes:
+            flush()
+        pending[name] = np.ascontiguousarray(tensor)
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.replace(shards[0][0], directory / SINGLE)
+        return
+    weight_map: Mapping[str, str] = {}
+    for index, (path, names) in enumerate(shards, 1):
+        final = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(path, directory / final)
+        weight_map |= dict.fromkeys(names, final)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    (directory / INDEX).write_text(text + "\n")

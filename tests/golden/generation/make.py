@@ -1,0 +1,129 @@
+"""Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by numpy.
+
+    make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER]
+
+Runs in the peers' environment and imports nothing of kvlab.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, MistralConfig, Qwen3Config
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1] / "weights"))
+from random_checkpoint import draw, prompt  # noqa: E402
+
+VOCAB, NEW, WINDOW = 320, 40, 24
+DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES = {
+    "llama_gqa": LlamaConfig(**DECODER, num_key_value_heads=2),
+    "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
+    "llama_mha": LlamaConfig(**DECODER, num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-5),
+    "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
+    "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
+    "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
+    "mamba2": Mamba2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        state_size=16,
+        num_heads=8,
+        head_dim=16,
+        n_groups=2,
+        chunk_size=16,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    ),
+}
+LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
+"""Around multiples of the page sizes and chunks tested, and around the window."""
+
+
+def build(config):
+    """The model with every tensor drawn from its name."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape))))
+    return model
+
+
+def answers(model, ids: list[int], **options) -> dict:
+    """Greedy continuation of one prompt, and the log-probability of each of its tokens under the model."""
+    inputs = torch.tensor([ids])
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=NEW,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    tokens = out.sequences[0, len(ids) :].tolist()
+    if options:
+        return {"tokens": tokens, "score": float(out.sequences_scores[0])}
+    chosen = [float(torch.log_softmax(x[0].double(), -1)[t]) for x, t in zip(out.logits, tokens, strict=True)]
+    return {"tokens": tokens, "logprobs": [round(value, 6) for value in chosen]}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for family, config in FAMILIES.items():
+        model = build(config)
+        shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del shapes["lm_head.weight"]
+        results = {}
+        for length in LENGTHS:
+            results[str(length)] = answers(model, prompt(length, VOCAB))
+        golden = {
+            "made_with": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]},
+            "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
+            "shapes": shapes,
+            "answers": results,
+        }
+        golden["config"]["architectures"] = [type(model).__name__]
+        if family == "llama_gqa":
+            golden["beams"] = {
+                f"{length}/{beams}": answers(
+                    model, prompt(length, VOCAB), num_beams=beams, length_penalty=1.0, output_scores=True
+                )
+                for length in (1, 17, 33)
+                for beams in (2, 4)
+            }
+        text = json.dumps(golden, default=str, allow_nan=True)
+        (folder / f"{family}.json").write_text(text + "\n")
+        distinct = [len(set(one["tokens"])) for one in results.values()]
+        print(f"{family:14} distinct tokens of {NEW}: {min(distinct)} to {max(distinct)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)

@@ -1,0 +1,27 @@
+"""Checkpoints whose every number follows from a tensor's name: numpy alone, so that both sides draw the same weights."""
+
+import zlib
+
+import numpy as np
+
+
+def draw(name: str, shape: tuple[int, ...], scale: float = 0.3) -> np.ndarray:
+    """The float32 tensor of that name: norms near one, decays and time steps in their usual ranges, the rest normal.
+
+    A wide scale makes random models say many different tokens.
+    """
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("A_log"):
+        values = np.log(rng.uniform(1.0, 16.0, shape))
+    elif name.endswith("dt_bias"):
+        values = np.log(np.expm1(rng.uniform(1e-3, 1e-1, shape)))
+    elif name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight", ".D")):
+        values = 1 + 0.1 * rng.standard_normal(shape)
+    else:
+        values = scale * rng.standard_normal(shape)
+    return values.astype(np.float32)
+
+
+def prompt(length: int, vocab_size: int, seed: int = 0) -> list[int]:
+    """Token ids of a prompt, from its length."""
+    return np.random.default_rng([seed, length]).integers(0, vocab_size, length).tolist()
