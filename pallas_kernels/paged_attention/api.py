@@ -3,13 +3,14 @@
 from jax import Array
 from jaxtyping import Float, Int32
 
-from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
 
 NOWHERE = 2**30
 """First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention}
+IMPLEMENTATIONS = {"blocked": blocked.paged_attention, "reference": reference.paged_attention}
+"""The first is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
 
 
 def paged_attention(

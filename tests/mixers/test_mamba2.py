@@ -38,8 +38,8 @@ def test_equals_the_recurrence():
             added = dt[t, head] * np.outer(inputs[t, head], b[t, head // 2])
             state[head] = np.exp(rate[head] * dt[t, head]) * state[head] + added
             outputs[t, head] = state[head] @ c[t, head // 2] + param(layer.skip)[head] * inputs[t, head]
-    gated = outputs.reshape(13, 24) * silu(gate)
-    normed = gated / np.sqrt((gated**2).mean(-1, keepdims=True) + 1e-6) * param(layer.norm.scale)
+    gated = (outputs.reshape(13, 24) * silu(gate)).reshape(13, 2, 12)  # the norm is each group's own
+    normed = (gated / np.sqrt((gated**2).mean(-1, keepdims=True) + 1e-6)).reshape(13, 24) * param(layer.norm.scale)
     np.testing.assert_allclose(y[0], normed @ param(layer.out.kernel), atol=2e-5)
 
 

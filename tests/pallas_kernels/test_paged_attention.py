@@ -1,13 +1,14 @@
 """Paged attention against a float64 brute force, over its option space, with NaN in all that must not be read."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.paged_attention import NOWHERE, paged_attention
+from pallas_kernels.paged_attention import NOWHERE, blocked, paged_attention
 
 
 def brute_force(query, keys, values, position, window, sinks, cap, scale):
@@ -20,6 +21,13 @@ def brute_force(query, keys, values, position, window, sinks, cap, scale):
         scores = cap * np.tanh(scores / cap)
     weights = np.exp(scores - scores.max())
     return weights @ values[seen] / weights.sum(), np.log(weights.sum()) + scores.max()
+
+
+@pytest.fixture(params=["blocked", "reference"])
+def implementation(request, monkeypatch):
+    """Every implementation; blocks so short that even short sequences have several."""
+    monkeypatch.setattr(blocked, "BLOCK_LEN", 4)
+    return request.param
 
 
 @given(
@@ -35,9 +43,9 @@ def brute_force(query, keys, values, position, window, sinks, cap, scale):
     magnitude=st.sampled_from([1.0, 40.0]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_brute_force(
-    lengths, num_queries, num_kv_heads, group, dims, page_size, window, sinks, cap, magnitude, seed
+    implementation, lengths, num_queries, num_kv_heads, group, dims, page_size, window, sinks, cap, magnitude, seed
 ):
     rng = np.random.default_rng(seed)
     sinks = sinks if window is not None else 0
@@ -71,6 +79,7 @@ def test_equals_brute_force(
         window=window,
         num_sinks=sinks,
         soft_cap=cap,
+        implementation=implementation,
     )
     for row, (keys, values) in enumerate(stored):
         for t in range(num_queries):
@@ -127,7 +136,7 @@ def _arguments(**changes):
         ({"window": 0}, "window = 0: must be at least 1"),
         ({"num_sinks": -1}, "num_sinks = -1"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
-        ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, reference"),
+        ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, blocked, reference"),
     ],
 )
 def test_wrong_arguments_name_the_limit(changes, message):
@@ -136,5 +145,27 @@ def test_wrong_arguments_name_the_limit(changes, message):
 
 
 def test_a_named_implementation_is_honoured():
-    outputs, _ = paged_attention(**_arguments(implementation="reference"))
-    assert outputs.shape == (1, 1, 4, 8)
+    """Only the reference can be differentiated."""
+    total = lambda queries, name: paged_attention(**_arguments(queries=queries, implementation=name))[0].sum()  # noqa: E731
+    assert jax.grad(total)(jnp.zeros((1, 1, 4, 8)), "reference").shape == (1, 1, 4, 8)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.jit(jax.grad(total), static_argnums=1)(jnp.zeros((1, 1, 4, 8)), None)
+
+
+def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
+    rng = np.random.default_rng(0)
+    queries, keys = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 1, 4, 8), (5, 2, 4, 8)))
+    table, starts = jnp.asarray([[1, 2], [3, 4]], jnp.int32), jnp.asarray([[0, 4], [0, 4]], jnp.int32)
+    run = lambda keys: paged_attention(  # noqa: E731
+        queries,
+        keys,
+        keys,
+        table,
+        starts,
+        jnp.full((2, 1), 7, jnp.int32),
+        jnp.full(2, 8, jnp.int32),
+        implementation=implementation,
+    )[0]
+    clean, spoiled = run(keys), run(keys.at[3, :, 1].set(jnp.nan))
+    np.testing.assert_array_equal(clean[0], spoiled[0])
+    assert not np.isfinite(spoiled[1]).any()

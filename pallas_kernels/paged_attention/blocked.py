@@ -1,0 +1,154 @@
+"""Paged attention for XLA on CPU: a loop over blocks of pages that stay in cache, as long as what is live.
+
+The work list holds every (sequence, block of table entries) in which some query sees something. Each turn of the loop takes a
+few items of it, gathers their tiles, attends, and merges the partial results online (arXiv 1805.02867). So the cost follows
+the sum of the live lengths, not the width of the page table nor the longest sequence, and the temporaries are one turn's.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int32
+
+from pallas_kernels.masking import visible
+
+BLOCK_LEN = 256
+"""Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""
+NOWHERE = 2**30
+
+
+def paged_attention(
+    queries: Float[Array, "B T H D"],
+    key_pages: Float[Array, "P K page D"],
+    value_pages: Float[Array, "P K page Dv"],
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    window: int | None,
+    num_sinks: int,
+    soft_cap: float | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """See `api.paged_attention`. Not differentiable: the loop's length is known on the device only."""
+    batch, num_queries, num_heads, dim = queries.shape
+    _, num_kv_heads, page_size, value_dim = value_pages.shape
+    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
+    # Few items a turn waste little on the last one; many short queries want more work than one item is.
+    num_blocks = batch * -(-page_table.shape[1] // block_pages)
+    num_items = min(max(8, batch // 4) if num_queries < 8 else 2, num_blocks)
+
+    tables, starts, owners, num_live = _work_list(
+        page_table, page_starts, query_positions, kv_lens, window, num_sinks, page_size, block_pages, num_items
+    )
+    grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, dim)
+    rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, dim)  # [B, K, G * T, D]
+    offsets = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
+
+    def turn(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, outputs = state
+        pages, begins, owner = (
+            lax.dynamic_slice_in_dim(x, index * num_items, num_items) for x in (tables, starts, owners)
+        )
+        positions = (begins[:, :, None] + offsets).reshape(num_items, 1, -1)
+        seen = visible(query_positions[owner][:, :, None], positions, window, num_sinks)
+        seen = seen & (positions < kv_lens[owner][:, None, None])
+        part, part_highest, part_total = _attend(rows[owner], key_pages, value_pages, pages, seen, soft_cap, scale)
+        # Several items of a turn may belong to one sequence.
+        new = highest.at[owner].max(part_highest)
+        keep, take = jnp.exp(highest - _finite(new)), jnp.exp(part_highest - _finite(new)[owner])
+        outputs = (outputs * keep[..., None]).at[owner].add(take[..., None] * part)
+        return new, (total * keep).at[owner].add(take * part_total), outputs
+
+    shape = rows.shape[:3]
+    state = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
+    highest, total, outputs = lax.fori_loop(0, -(-num_live // num_items), turn, state)
+
+    outputs = outputs / jnp.where(total == 0, 1, total)[..., None]
+    shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries)
+    outputs = outputs.reshape(*shape, value_dim).transpose(0, 3, 1, 2, 4)
+    log_sum_exp = (jnp.log(total) + _finite(highest)).reshape(shape).transpose(0, 3, 1, 2)
+    outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)
+    return outputs, log_sum_exp.reshape(batch, num_queries, num_heads)
+
+
+def _work_list(
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    window: int | None,
+    num_sinks: int,
+    page_size: int,
+    block_pages: int,
+    num_items: int,
+) -> tuple[Int32[Array, "N c"], Int32[Array, "N c"], Int32[Array, "N"], Int32[Array, ""]]:
+    """Pages, first positions and sequence of every item in which a query sees something, those first; and how many these are.
+    N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
+    padding = ((0, 0), (0, -page_table.shape[1] % block_pages))
+    tables = jnp.pad(page_table, padding).reshape(-1, block_pages)
+    starts = jnp.pad(page_starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
+    owners = jnp.arange(len(tables), dtype=jnp.int32) // (len(tables) // len(page_table))
+    last = jnp.minimum(query_positions.max(axis=1), kv_lens - 1)[owners, None]
+    live = starts <= last
+    if window is not None:
+        first = (query_positions.min(axis=1) - window + 1)[owners, None]
+        live = live & ((starts + page_size > first) | (starts < num_sinks))
+    live = live.any(axis=1)
+    size = -(-len(tables) // num_items) * num_items
+    (order,) = jnp.nonzero(live, size=size, fill_value=len(tables))
+    tables = jnp.pad(tables, ((0, 1), (0, 0)))[order]
+    starts = jnp.pad(starts, ((0, 1), (0, 0)), constant_values=NOWHERE)[order]
+    return tables, starts, jnp.pad(owners, (0, 1))[order], live.sum(dtype=jnp.int32)
+
+
+def _attend(
+    queries: Float[Array, "I K M D"],
+    key_pages: Float[Array, "P K page D"],
+    value_pages: Float[Array, "P K page Dv"],
+    pages: Int32[Array, "I c"],
+    seen: Bool[Array, "I T S"],
+    soft_cap: float | None,
+    scale: float,
+) -> tuple[Float[Array, "I K M Dv"], Float[Array, "I K M"], Float[Array, "I K M"]]:
+    """Outputs of each item's queries over its own pages, not normalised, with the highest score and the sum of weights."""
+    num_items, num_kv_heads, num_rows, _ = queries.shape
+    num_pages, _, page_size, value_dim = value_pages.shape
+    num_slots = pages.shape[1] * page_size
+    # Rows of one whole (page, head) tile are long contiguous copies, already in the order that the products want.
+    heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
+    tiles = pages[:, None, :] * num_kv_heads + heads
+
+    def gather(pool: Array) -> Array:
+        flat = pool.reshape(num_pages * num_kv_heads, page_size * pool.shape[-1])
+        return flat.at[tiles].get(mode="clip")
+
+    # Barriers keep XLA from computing the mask anew in each consumer, and from gathering into layouts of its own.
+    seen = lax.optimization_barrier(seen)
+    keys = lax.optimization_barrier(gather(key_pages)).reshape(num_items, num_kv_heads, num_slots, -1)
+    batched = ((0, 1), (0, 1))
+    scores = lax.dot_general(queries, keys, (((3,), (3,)), batched), preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = scores.reshape(num_items, num_kv_heads, -1, seen.shape[1], num_slots)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(num_items, num_kv_heads, num_rows, num_slots)
+    highest = scores.max(axis=-1)
+    weights = jnp.exp(scores - _finite(highest)[..., None])
+
+    # A weight of zero does not silence a NaN. Most items are seen whole and need no silencing.
+    readable = seen.any(axis=1)
+
+    def silenced() -> Array:
+        values = gather(value_pages).reshape(num_items, num_kv_heads, -1, page_size, value_dim)
+        values = jnp.where(readable.reshape(num_items, 1, -1, page_size, 1), values, 0)
+        return values.reshape(num_items, num_kv_heads, -1, page_size * value_dim)
+
+    values = lax.cond(readable.all(), lambda: gather(value_pages), silenced)
+    values = lax.optimization_barrier(values).reshape(num_items, num_kv_heads, num_slots, value_dim)
+    outputs = lax.dot_general(weights, values.astype(jnp.float32), (((3,), (2,)), batched))
+    return outputs, highest, weights.sum(axis=-1)
+
+
+def _finite(highest: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A shift that leaves what saw nothing at zero weight."""
+    return jnp.where(highest == -jnp.inf, 0, highest)
