@@ -1,0 +1,84 @@
+"""Small models of every family with weights drawn from names, loaded from real safetensors folders, and what `transformers` says
+they answer (tests/golden/generation)."""
+
+import functools
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import save_file
+
+from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.requests import Sample
+from kvlab.engine.speculative import Drafter
+from kvlab.memory.layout import MemoryConfig
+from kvlab.weights import Pretrained, load_checkpoint
+from tests.weights.random_checkpoint import draw
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "generation"
+FAMILIES = ("llama_gqa", "llama_mqa", "llama_mha", "llama3_rope", "qwen3", "mistral", "mamba2")
+VOCAB, WINDOW, NUM_NEW = 320, 24, 40
+MAX_LEN = 112
+
+
+@functools.cache
+def golden(family: str) -> dict[str, Any]:
+    """Config, tensor shapes and answers of a family."""
+    return json.loads((GOLDEN / f"{family}.json").read_text())
+
+
+def write_folder(family: str, directory: Path) -> Path:
+    """The family's checkpoint as the hub would have it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: draw(name, tuple(shape)) for name, shape in golden(family)["shapes"].items()}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(golden(family)["config"]))
+    return directory
+
+
+@functools.cache
+def pretrained(family: str) -> Pretrained:
+    """The family's model, loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_checkpoint(write_folder(family, Path(folder)))
+
+
+def engine_of(family: str, *, page_size: int = 16, chunk_len: int = 32, memory: str = "paged", **fields: Any) -> Engine:
+    """An engine whose ledger is checked after every step."""
+    model = pretrained(family)
+    config = EngineConfig(**{"max_batch": 4, "max_len": MAX_LEN, **fields})
+    engine = Engine(model.structure, model.params, memory=MemoryConfig(memory, page_size, chunk_len), config=config)
+    return checked(engine)
+
+
+def checked(engine: Engine) -> Engine:
+    """The same engine, checking every invariant of its ledger after each step."""
+    step = engine.step
+
+    def step_and_check():
+        events = step()
+        engine.ledger.check()
+        return events
+
+    engine.step = step_and_check
+    return engine
+
+
+class Oracle(Drafter):
+    """Knows the answers and spoils some: drafts that are accepted in part, wholly and not at all."""
+
+    def __init__(self, answers: dict[tuple[int, ...], Sequence[int]], num_drafts: int):
+        self.answers, self.num_drafts = answers, num_drafts
+
+    def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
+        guesses = []
+        for one in samples:
+            done = len(one.answer)
+            guess = list(self.answers[tuple(one.request.prompt)][done : done + self.num_drafts])
+            spoiled = done % (self.num_drafts + 2)
+            if spoiled < len(guess):
+                guess[spoiled] = (guess[spoiled] + 1) % VOCAB
+            guesses.append(guess)
+        return guesses
