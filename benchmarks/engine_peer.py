@@ -44,7 +44,9 @@ def batch(model, lengths: list[int], num_new: list[int], max_batch_tokens: int) 
         began = time.perf_counter()
         out = model.generate_batch(
             prompts(chosen, model.config.vocab_size),
-            generation_config=GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0),
+            generation_config=GenerationConfig(
+                max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            ),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=16, num_blocks=2048, max_batch_tokens=max_batch_tokens, allow_block_sharing=False
             ),

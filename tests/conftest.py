@@ -6,7 +6,17 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Wherever arrays cross a boundary; ledger and scheduler are plain integers, and their tests call them millions of times.
-CHECKED = ["mixers", "models", "memory.pools", "memory.layout", "engine.step", "engine.sampling", "engine.score", "tasks", "training"]
+CHECKED = [
+    "mixers",
+    "models",
+    "memory.pools",
+    "memory.layout",
+    "engine.step",
+    "engine.sampling",
+    "engine.score",
+    "tasks",
+    "training",
+]
 install_import_hook([*(f"kvlab.{name}" for name in CHECKED), "pallas_kernels"], "beartype.beartype")
 
 # One compilation cache for the suite and the commands it starts, so that each program is compiled once.

@@ -9,6 +9,7 @@ Every step: the scheduler says who computes what, the ledger plans the pages, th
 they mean is settled: tokens accepted, pages published, sequences ended.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from kvlab.engine.requests import (
     Request,
     Sample,
 )
-from kvlab.engine.sampling import Choices, Drawn, Mode, Sampling
+from kvlab.engine.sampling import Choices, Drawn, Mode, Sampling, draw_tokens
 from kvlab.engine.scheduler import Schedule, Scheduler, Work
 from kvlab.engine.speculative import Drafter, ModelDrafter, NgramDrafter
 from kvlab.engine.step import MemoryStep
@@ -93,7 +94,7 @@ class Stats:
     host_s: float = 0.0
     wait_s: float = 0.0
     shapes: set[tuple[Any, ...]] = field(default_factory=set)
-    """Every (rows, width, mode, everywhere) that was launched: as many programs were compiled."""
+    """Every (rows, width, everywhere) that was launched: the model was compiled as many times."""
 
     @property
     def acceptance_rate(self) -> float:
@@ -348,12 +349,13 @@ class Engine:
         self.scheduler.moves.clear()
         events = [event for entry, reason in self.scheduler.rejected for event in self._fail(entry, reason)]  # type: ignore[arg-type]
         self.scheduler.rejected.clear()
-        launched = [(group, self._launch(*group)) for group in self._groups(work)]
+        groups = self._groups(work)
+        launched = [self._launch(*group) for group in groups]
         waited = time.perf_counter()
-        fetched = [(group, jax.device_get(drawn)) for group, drawn in launched]
+        fetched = jax.device_get(launched)
         self.stats.wait_s += (done := time.perf_counter()) - waited
-        for (rows, _, everywhere), drawn in fetched:
-            events += self._settle(rows, drawn, everywhere)
+        for (rows, _, everywhere), (drawn, finite) in zip(groups, fetched, strict=True):
+            events += self._settle(rows, drawn, finite.tolist(), everywhere)
         for group in [one for one in self._beams.values() if one.ready]:
             events += self._advance_beams(group)
         self.stats.steps += bool(work)
@@ -384,8 +386,8 @@ class Engine:
             groups.setdefault((width, one.lookahead > 0), []).append(one)
         return [(rows, *key) for key, rows in groups.items()]
 
-    def _launch(self, rows: list[Work], width: int, everywhere: bool) -> Drawn:
-        """Plans and dispatches one program; returns its arrays, not waited for."""
+    def _launch(self, rows: list[Work], width: int, everywhere: bool) -> tuple[Drawn, Any]:
+        """Plans and dispatches one step; returns what is drawn and which rows are finite, not waited for."""
         samples: list[Any] = [one.entry for one in rows]
         batch_size = min(1 << (len(rows) - 1).bit_length(), self.config.max_batch)
         plan = self.ledger.plan([one.name for one in samples], batch_size, width)
@@ -406,12 +408,14 @@ class Engine:
         ends = plan.starts[: len(rows)] + plan.counts[: len(rows)]
         self.stats.read_bytes += self._weight_bytes + sum(int(table[ends].sum()) for table in self._read_bytes)
         self.stats.launches += 1
-        self.stats.shapes.add((batch_size, width, mode, everywhere))
+        self.stats.shapes.add((batch_size, width, everywhere))
         plan, self.pools = self.step_fn.copied(self.pools, plan)
-        drawn, self.pools = self.step_fn.generate(
-            self.params, self.pools, plan, tokens, choices, seen, mode=mode, everywhere=everywhere
+        logits, finite, self.pools = self.step_fn.next_logits(
+            self.params, self.pools, plan, jnp.asarray(tokens), everywhere=everywhere
         )
-        return drawn
+        first = plan.starts + 1 if everywhere else plan.starts + plan.counts
+        positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
+        return draw_tokens(logits, positions, choices, seen, mode=mode), finite
 
     def _choices(self, samples: list[Sample], batch_size: int) -> tuple[Choices, Mode]:
         """The sampling of these rows; kept while the same sequences decode together."""
@@ -423,14 +427,14 @@ class Engine:
 
     # What a step means.
 
-    def _settle(self, rows: list[Work], drawn: Drawn, everywhere: bool) -> list[Event]:
+    def _settle(self, rows: list[Work], drawn: Drawn, finite: list[bool], everywhere: bool) -> list[Event]:
         events: list[Event] = []
-        tokens, logprobs, ok = drawn.tokens.tolist(), drawn.logprobs.tolist(), drawn.ok.tolist()
+        tokens, logprobs = drawn.tokens.tolist(), drawn.logprobs.tolist()
         for row, (one, count, lookahead) in enumerate(rows):
             assert isinstance(one, Sample)
             if one.state == "gone":  # another sample of its request failed in this step
                 continue
-            if not ok[row]:
+            if not finite[row] or not math.isfinite(logprobs[row][0]):
                 events += self._fail(
                     one, f"logits or states at tokens [{one.num_computed}, {one.num_computed + count}) are not finite"
                 )

@@ -98,14 +98,13 @@ class Mode(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What a step says of its sampled positions [B, M]: tokens, their log-probabilities under the model itself (before
-    temperature and filters), and the most likely alternatives [B, M, N]; `ok` [B] is false where anything was not finite."""
+    """What was drawn at positions [B, M]: tokens, their log-probabilities under the model itself (before temperature and
+    filters), and the most likely alternatives [B, M, N]."""
 
     tokens: Any
     logprobs: Any
     top_tokens: Any
     top_logprobs: Any
-    ok: Any
 
 
 def draw(
@@ -128,7 +127,7 @@ def draw(
     tokens = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logprobs, tokens[:, :, None], axis=-1)[:, :, 0]
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(mode.num_logprobs, logits.shape[-1]))
-    return Drawn(tokens, chosen, top_tokens.astype(jnp.int32), top_logprobs, jnp.isfinite(chosen).all(axis=1))
+    return Drawn(tokens, chosen, top_tokens.astype(jnp.int32), top_logprobs)
 
 
 def _randomised(scores: Array, positions: Array, choices: Choices, mode: Mode) -> Array:
@@ -160,5 +159,5 @@ def filter_threshold(scores: Float[Array, "B M V"], choices: Choices) -> Float[A
     return jnp.maximum(jnp.maximum(kth, pth), floor)[:, :, 0]
 
 
-draw_alone = partial(jax.jit, static_argnames="mode")(draw)
-"""`draw` as a program of its own, for tests and experiments."""
+draw_tokens = partial(jax.jit, static_argnames="mode")(draw)
+"""`draw` as a program of its own: what a request asks for does not compile the model anew."""

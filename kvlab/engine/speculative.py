@@ -81,10 +81,10 @@ class _DraftStep:
     ) -> tuple[Array, Pools]:
         """Drafts [B, num_drafts] behind tokens [B, T]; the plan counts all of them but the last draft, whose state nobody
         needs."""
-        counts = jnp.maximum(jnp.asarray(plan.counts) - (self.num_drafts - 1), 0)
-        starts, drafts = jnp.asarray(plan.starts), []
-        fed, offset = tokens[:, : tokens.shape[1] - (self.num_drafts - 1)], None
-        for index in range(self.num_drafts):
+        known = jnp.maximum(jnp.asarray(plan.counts) - (self.num_drafts - 1), 0)
+        starts, rest = jnp.asarray(plan.starts), self.num_drafts - 1
+
+        def guess(pools: Pools, starts: Array, counts: Array, fed: Array, offset: Array | None) -> tuple[Pools, Array]:
             classes = tuple(
                 _columns(one, state.spec.per_token, offset, fed.shape[1])
                 for one, state in zip(plan.classes, self.step.layout.classes, strict=True)
@@ -92,12 +92,16 @@ class _DraftStep:
             now = plan._replace(starts=starts, counts=counts, classes=classes)
             model, hidden, pools = self.step.forward(params, pools, now, fed)
             logits = logits_at(model, hidden, jnp.maximum(counts - 1, 0)[:, None])
-            starts = starts + counts
-            drawn = draw(logits, starts[:, None], choices, None, mode)
-            drafts.append(drawn.tokens[:, 0])
-            offset = jnp.asarray(plan.counts) - (self.num_drafts - 1) + index
-            counts, fed = jnp.minimum(counts, 1), drawn.tokens
-        return jnp.stack(drafts, axis=1), pools
+            return pools, draw(logits, (starts + counts)[:, None], choices, None, mode).tokens
+
+        def follow(carry: tuple[Pools, Array], index: Array) -> tuple[tuple[Pools, Array], Array]:
+            pools, fed = carry
+            pools, drawn = guess(pools, starts + known + index, jnp.minimum(known, 1), fed, known + index)
+            return (pools, drawn), drawn
+
+        pools, first = guess(pools, starts, known, tokens[:, : tokens.shape[1] - rest], None)
+        (pools, _), others = jax.lax.scan(follow, (pools, first), jnp.arange(rest, dtype=jnp.int32))
+        return jnp.concatenate([first, others[:, :, 0].T], axis=1), pools
 
 
 def _columns(one: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool
 
-from kvlab.engine.sampling import Choices, Drawn, Mode, draw
 from kvlab.memory.answers import Ready
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.plan import Plan
 from kvlab.memory.pools import copy_pages
 from kvlab.models.transformer import Transformer, logits_at, merge
-from kvlab.typing import Hidden, Logits, Params, Tokens
+from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
 
@@ -36,28 +36,18 @@ class MemoryStep:
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         return model.logits(hidden), pools
 
-    @partial(jax.jit, static_argnums=0, static_argnames=("mode", "everywhere"), donate_argnums=2)
-    def generate(
-        self,
-        params: Params,
-        pools: Pools,
-        plan: Plan,
-        tokens: Tokens,
-        choices: Choices,
-        seen: Array | None,
-        *,
-        mode: Mode,
-        everywhere: bool,
-    ) -> tuple[Drawn, Pools]:
-        """The tokens drawn after each row's last one, M = 1, or with `everywhere` after each of its tokens, M = T."""
+    @partial(jax.jit, static_argnums=0, static_argnames="everywhere", donate_argnums=2)
+    def next_logits(
+        self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, everywhere: bool = False
+    ) -> tuple[LabelLogits, Bool[Array, "B"], Pools]:
+        """Logits [B, M, V] after each row's last token, M = 1, or with `everywhere` after each of its tokens, M = T; and whether
+        all that a row computed is finite."""
         model, hidden, pools = self.forward(params, pools, plan, tokens)
-        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+        counts = jnp.asarray(plan.counts)[:, None]
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        last = jnp.maximum(counts - 1, 0)[:, None]
-        places = jnp.broadcast_to(offsets, tokens.shape) if everywhere else last
-        drawn = draw(logits_at(model, hidden, places), starts[:, None] + places + 1, choices, seen, mode)
-        finite = jnp.isfinite(hidden).all(axis=-1) | (offsets >= counts[:, None])
-        return drawn._replace(ok=drawn.ok & finite.all(axis=1)), pools
+        finite = jnp.isfinite(hidden).all(axis=-1) | (offsets >= counts)
+        logits = model.logits(hidden) if everywhere else logits_at(model, hidden, jnp.maximum(counts - 1, 0))
+        return logits, finite.all(axis=1), pools
 
     def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
         """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not compiled."""

@@ -43,7 +43,7 @@ def implementation(request, monkeypatch):
     magnitude=st.sampled_from([1.0, 40.0]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_brute_force(
     implementation, lengths, num_queries, num_kv_heads, group, dims, page_size, window, sinks, cap, magnitude, seed
 ):

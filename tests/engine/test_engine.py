@@ -1,0 +1,359 @@
+"""What the engine promises whatever the model: the same tokens however it runs, clear ends, clear errors."""
+
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.requests import GenerationError
+from kvlab.engine.sampling import Sampling
+from kvlab.engine.text import ByteTokenizer
+from kvlab.memory.layout import MemoryConfig
+from kvlab.schema import ConfigError
+from tests.contracts import build as build_variant
+from tests.engine.families import MAX_LEN, VOCAB, checked, engine_of, pretrained
+from tests.weights.random_checkpoint import prompt
+
+PROMPTS = [prompt(n, VOCAB) for n in (1, 5, 16, 17, 33, 40)]
+SAMPLED = Sampling(max_tokens=20, temperature=0.9, top_k=50, top_p=0.95, seed=3)
+WAYS = {
+    "page 1": {"page_size": 1},
+    "page 7": {"page_size": 7, "chunk_len": 5},
+    "one by one": {"max_batch": 1},
+    "budget of 3": {"token_budget": 3},
+    "no cache": {"prefix_cache": False},
+    "prompts first": {"mixed": False},
+    "preempted": {"pool_len": MAX_LEN, "page_size": 4},
+    "swapped": {"pool_len": MAX_LEN, "page_size": 4, "preemption": "swap", "host_len": 300},
+    "looked up": {"speculation": "ngram", "num_drafts": 2},
+}
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mistral", "mamba2"])
+def test_the_way_it_runs_changes_no_token(family):
+    """Sampled and penalised requests, too: noise belongs to (seed, sample, position)."""
+    prompts = [PROMPTS[i] for i in (1, 3, 4, 5)]
+    samplings = [SAMPLED, Sampling(max_tokens=20), Sampling(max_tokens=20, repetition_penalty=1.3), SAMPLED]
+    expected = engine_of(family).generate(prompts, samplings)
+    assert len({tuple(one.tokens) for one in expected}) == len(prompts)
+    for name, way in WAYS.items():
+        order = random.Random(name).sample(range(len(prompts)), len(prompts))
+        engine = engine_of(family, **{"max_batch": 2, "chunk_len": 8, **way})
+        found = engine.generate([prompts[i] for i in order], [samplings[i] for i in order])
+        for i, answer in zip(order, found, strict=True):
+            assert answer.tokens == expected[i].tokens, f"{name}, prompt {i}"
+
+
+def test_the_place_of_pages_changes_no_token():
+    """Free pages in another order, so that every sequence lies elsewhere."""
+    expected = engine_of("llama_gqa", page_size=4).generate(PROMPTS, SAMPLED)
+    engine = engine_of("llama_gqa", page_size=4)
+    random.Random(0).shuffle(engine.ledger.stores[0].free)
+    assert [one.tokens for one in engine.generate(PROMPTS, SAMPLED)] == [one.tokens for one in expected]
+
+
+def test_dense_memory_gives_the_same_tokens():
+    expected = engine_of("mistral").generate(PROMPTS, SAMPLED)
+    found = engine_of("mistral", memory="dense").generate(PROMPTS, SAMPLED)
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+
+
+def test_what_was_computed_once_is_found_again():
+    engine = engine_of("llama_gqa", page_size=4)
+    first = engine.generate([PROMPTS[4]], Sampling(max_tokens=8))[0]
+    computed = engine.stats.prefilled_tokens
+    longer = PROMPTS[4] + first.tokens + [7, 9]
+    again = engine.generate([longer], Sampling(max_tokens=8))[0]
+    assert (
+        engine.stats.prefilled_tokens - computed <= 6
+    )  # 43 tokens, of which 40 were stored and 4 * 9 or 4 * 10 shared
+    assert engine_of("llama_gqa").generate([longer], Sampling(max_tokens=8))[0].tokens == again.tokens
+    elsewhere = engine.submit(longer, Sampling(max_tokens=1), namespace="another")
+    before = engine.stats.prefilled_tokens
+    while elsewhere in engine.requests:
+        engine.step()
+    assert engine.stats.prefilled_tokens - before == len(longer), "namespaces share nothing"
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mamba2"])
+@pytest.mark.parametrize("way", [{}, {"pool_len": MAX_LEN, "page_size": 4}, {"prefix_cache": False}, {"max_batch": 2}])
+def test_samples_of_one_prompt_are_what_separate_requests_would_say(family, way):
+    """They share the prompt's memory; the first one is the request's own."""
+    engine = engine_of(family, **way)
+    for ids in (PROMPTS[0], PROMPTS[3]):
+        sampling = Sampling(max_tokens=12, temperature=1.0, seed=11, num_samples=3)
+        (together,) = engine.generate([ids], sampling)
+        assert len({tuple(one.tokens) for one in together.completions}) == 3
+        (alone,) = engine.generate([ids], Sampling(max_tokens=12, temperature=1.0, seed=11))
+        assert alone.tokens == together.tokens
+    if way == {}:  # forked: the prompt was computed once
+        engine = engine_of(family)
+        engine.generate([PROMPTS[3]], Sampling(max_tokens=12, num_samples=3))
+        assert engine.stats.prefilled_tokens == len(PROMPTS[3]) - 1 + 3
+
+
+def test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right():
+    model, other = pretrained("llama_gqa"), pretrained("llama_mqa")
+    for family, drafting in (("llama_gqa", model), ("llama_gqa", other), ("mamba2", pretrained("mamba2"))):
+        target = pretrained(family)
+        config = EngineConfig(max_batch=2, max_len=MAX_LEN, speculation="draft", num_drafts=3)
+        draft = (drafting.structure, drafting.params)
+        engine = checked(
+            Engine(target.structure, target.params, memory=MemoryConfig("paged", 4, 8), config=config, draft=draft)
+        )
+        for sampling in (Sampling(max_tokens=17), Sampling(max_tokens=17, temperature=0.8, seed=1)):
+            expected = engine_of(family).generate(PROMPTS[1:4], sampling)
+            found = engine.generate(PROMPTS[1:4], sampling)
+            assert [one.tokens for one in found] == [one.tokens for one in expected]
+        assert engine.stats.drafted_tokens
+        if drafting is target:
+            assert engine.stats.acceptance_rate > 0.99  # near ties may round differently in another batch shape
+        assert not engine.drafter.ledger.sequences
+
+
+def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
+    engine = engine_of("mamba2", speculation="ngram", num_drafts=3, prefix_cache=False, chunk_len=16)
+    engine.submit(PROMPTS[2], Sampling(max_tokens=10))
+    engine.step()
+
+    class Wrong(type(engine.drafter)):
+        def propose(self, samples):
+            return [[1, 2, 3] for _ in samples]
+
+    engine.drafter = Wrong(3)
+    (sample,) = engine.scheduler.running
+    slot = lambda: [h.pages[0] for h in engine.ledger.running[sample.name].holdings]  # noqa: E731
+    before = [
+        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.pools[0].values(), strict=True)
+    ]
+    engine.step()
+    assert engine.stats.drafted_tokens == 3
+    assert engine.stats.accepted_tokens == 0
+    after = [
+        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.pools[0].values(), strict=True)
+    ]
+    for old, new in zip(before, after, strict=True):
+        for name in old:
+            np.testing.assert_array_equal(old[name], new[name])
+
+
+def test_programs_are_few_and_bounded():
+    """However ragged the requests: rows and widths are powers of two."""
+    engine = engine_of("llama_gqa", max_batch=4, chunk_len=16)
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 60) for _ in range(30)]
+    engine.generate(
+        [prompt(n, VOCAB, seed=1) for n in lengths], [Sampling(max_tokens=rng.randrange(1, 30)) for _ in lengths]
+    )
+    assert len(engine.stats.shapes) <= 3 * 5
+    compiled, launched = type(engine.step_fn).next_logits._cache_size(), len(engine.stats.shapes)
+    engine.generate([prompt(n, VOCAB, seed=2) for n in lengths], Sampling(max_tokens=9))
+    assert type(engine.step_fn).next_logits._cache_size() - compiled == len(engine.stats.shapes) - launched
+
+
+def test_steps_stay_within_the_budget_and_always_progress():
+    engine = engine_of("llama_gqa", token_budget=5, chunk_len=16, pool_len=MAX_LEN, page_size=4)
+    schedule = engine.scheduler.schedule
+
+    def watched():
+        work = schedule()
+        assert 1 <= sum(one.num_new + one.lookahead for one in work) <= 5
+        return work
+
+    engine.scheduler.schedule = watched
+    engine.generate(PROMPTS, Sampling(max_tokens=10))
+
+
+def test_priorities_go_first():
+    engine = engine_of("llama_gqa", max_batch=1)
+    names = [engine.submit(PROMPTS[1], Sampling(max_tokens=3), priority=priority) for priority in (0, 0, 5)]
+    ended = []
+    while engine.requests:
+        ended += [event.name for event in engine.step() if event.finish_reason]
+    assert ended == [names[2], names[0], names[1]]
+
+
+def test_stops_and_text_and_streams():
+    """A model over bytes: stop strings are cut off, stop tokens kept, and the stream spells the text."""
+    model = build_bytes()
+    engine = checked(
+        Engine(*model, config=EngineConfig(max_batch=2, max_len=80, prefix_cache=False), tokenizer=ByteTokenizer())
+    )
+    (free,) = engine.generate(["hello"], Sampling(max_tokens=30))
+    assert free.text == bytes(free.tokens).decode(errors="replace")
+    stop_token = free.tokens[7]
+    (stopped,) = engine.generate(["hello"], Sampling(max_tokens=30, stop_tokens=(stop_token,)))
+    assert stopped.tokens == free.tokens[: free.tokens.index(stop_token) + 1]
+    assert stopped.completions[0].finish_reason == "stop"
+    stop = free.text[9:12]
+    (cut,) = engine.generate(["hello"], Sampling(max_tokens=30, stop=(stop, "never said")))
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert cut.completions[0].finish_reason == "stop"
+    events = list(engine.stream(["hello"], Sampling(max_tokens=30, stop=(stop,))))
+    assert "".join(event.text for event in events) == cut.text
+    assert [event.token for event in events] == cut.tokens
+    assert not engine.requests
+    assert not engine.answers
+
+
+def build_bytes():
+    """A random model over the 256 bytes."""
+    from flax import nnx
+
+    from kvlab.mixers.attention import AttentionConfig
+    from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split
+
+    layers = [LayerConfig("attention", AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8))]
+    structure, params = split(Transformer(layers, ModelConfig(model_dim=16), 256, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(5)
+    return structure, jax.tree.map(lambda leaf: leaf + rng.standard_normal(leaf.shape).astype(np.float32), params)
+
+
+def test_alternatives_are_the_most_likely():
+    (answer,) = engine_of("llama_gqa").generate([PROMPTS[2]], Sampling(max_tokens=6, num_logprobs=3))
+    completion = answer.completions[0]
+    assert [one.tokens[0] for one in completion.alternatives] == completion.tokens
+    assert all(
+        len(one.tokens) == 3 and one.logprobs == sorted(one.logprobs, reverse=True) for one in completion.alternatives
+    )
+    np.testing.assert_allclose([one.logprobs[0] for one in completion.alternatives], completion.logprobs, atol=1e-6)
+
+
+def test_a_cancelled_request_keeps_what_it_said_and_disturbs_nobody():
+    expected = engine_of("llama_gqa").generate(PROMPTS, Sampling(max_tokens=12))
+    engine = engine_of("llama_gqa", pool_len=MAX_LEN, page_size=4)
+    names = [engine.submit(ids, Sampling(max_tokens=12)) for ids in PROMPTS]
+    for _ in range(9):
+        engine.step()
+    for name in (names[0], names[5]):
+        if name in engine.requests:
+            engine.cancel(name)
+    while engine.requests:
+        engine.step()
+    for place, name in enumerate(names):
+        answer = engine.answers.pop(name)
+        completion = answer.completions[0]
+        if completion.finish_reason == "cancelled":
+            assert completion.tokens == expected[place].tokens[: len(completion.tokens)]
+        else:
+            assert answer.tokens == expected[place].tokens
+    with pytest.raises(KeyError, match="is not running"):
+        engine.cancel(names[0])
+    assert not engine.ledger.sequences
+
+
+def test_a_stream_that_nobody_hears_is_cancelled():
+    engine = engine_of("llama_gqa")
+    stream = engine.stream(PROMPTS, Sampling(max_tokens=30))
+    next(stream)
+    stream.close()
+    assert not engine.requests
+    assert not engine.ledger.sequences
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "mamba2"])
+def test_a_request_whose_numbers_break_ends_in_error_and_shares_nothing(family):
+    """NaN enters through the embedding of one token: its request fails, others do not notice, nothing of it is published,
+    and what reuses its pages is right."""
+    model = pretrained(family)
+    table = model.params["embedding"]["embedding"]
+    params = {**model.params, "embedding": {"embedding": table.at[300].set(np.nan)}}
+    engine = checked(
+        Engine(
+            model.structure,
+            params,
+            memory=MemoryConfig("paged", 4, 8),
+            config=EngineConfig(max_batch=4, max_len=MAX_LEN),
+        )
+    )
+    clean = [[token % 300 for token in ids] for ids in PROMPTS]
+    poisoned = [*clean[4][:25], 300, *clean[4][25:]]
+    expected = engine_of(family).generate(clean, Sampling(max_tokens=8))
+    with pytest.raises(
+        GenerationError, match="1 of 7 requests failed: request-2: logits or states at tokens"
+    ) as caught:
+        engine.generate([*clean[:2], poisoned, *clean[2:]], Sampling(max_tokens=8))
+    answers = caught.value.answers
+    assert answers[2].error
+    assert answers[2].completions[0].finish_reason == "error"
+    allowed = [one for place, one in enumerate(answers) if place != 2]
+    assert [one.tokens for one in allowed] == [one.tokens for one in expected]
+    hit = engine.ledger.lookup([*poisoned, 1])
+    assert hit.length <= 24
+    engine.ledger.unpin(hit)
+    assert [one.tokens for one in engine.generate(clean, Sampling(max_tokens=8))] == [one.tokens for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("ids", "sampling", "message"),
+    [
+        ([], {}, r"prompt = \[\]: must have at least one token"),
+        ([1, -1], {}, r"prompt: token -1: must be in \[0, 320\)"),
+        ([320], {}, "prompt: token 320: must be in"),
+        ([1.5], {}, "prompt: token 1.5: must be an integer"),
+        ([True], {}, "prompt: token True: must be an integer"),
+        ([1] * 113, {}, "prompt: 113 tokens: must be at most max_len = 112"),
+        ([1] * 100, {"max_tokens": 50}, r"max_tokens = 50: must be in \[1, 13\]"),
+        ("text", {}, "prompt: is text, and the engine has no tokenizer"),
+        ([1], {"stop": ("x",)}, "stop strings need a tokenizer"),
+        ([1], {"beam_width": 5}, "beam_width = 5: must be at most max_batch = 4"),
+    ],
+)
+def test_bad_requests_are_refused_and_others_go_on(ids, sampling, message):
+    engine = engine_of("llama_gqa")
+    name = engine.submit(PROMPTS[1], Sampling(max_tokens=4))
+    with pytest.raises(ValueError, match=message):
+        engine.submit(ids, Sampling(**{"max_tokens": 4, **sampling}))
+    with pytest.raises(ValueError, match=message):
+        engine.generate([PROMPTS[2], ids], Sampling(**{"max_tokens": 4, **sampling}))
+    assert list(engine.requests) == [name], "a batch with a bad prompt leaves nothing behind"
+    with pytest.raises(ValueError, match="is in use"):
+        engine.submit(PROMPTS[1], name=name)
+    while engine.requests:
+        engine.step()
+    assert engine.answers[name].tokens == golden_start(PROMPTS[1])
+
+
+def golden_start(ids):
+    return engine_of("llama_gqa").generate([ids], Sampling(max_tokens=4))[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_batch": 0}, "max_batch = 0"),
+        ({"pool_len": 50}, "pool_len = 50: must hold one sequence of max_len = 112"),
+        ({"preemption": "swap"}, "host_len = 0"),
+        ({"speculation": "guess"}, "speculation = 'guess'"),
+        ({"speculation": "draft"}, "speculation = 'draft'"),
+        ({"policy": "mru"}, "policy = 'mru'"),
+        ({"checkpoints": "some"}, "checkpoints = 'some'"),
+    ],
+)
+def test_wrong_configurations_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        engine_of("llama_gqa", **fields)
+
+
+def test_one_prompt_is_not_a_list_of_prompts():
+    with pytest.raises(ValueError, match="must be a list of prompts"):
+        engine_of("llama_gqa").generate([1, 2, 3], Sampling(max_tokens=2))
+    with pytest.raises(ValueError, match="2 of them for 1 prompts"):
+        engine_of("llama_gqa").generate([[1]], [Sampling(), Sampling()])
+
+
+@pytest.mark.parametrize("variant", ["window_sinks", "hybrid", "mamba2_groups"])
+def test_variants_without_a_reference_equal_their_parallel_form(variant):
+    """Greedy tokens are the argmax of the parallel form at every place, speculation and a pool too small included."""
+    _, structure, params, forward = build_variant(variant)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 31, n).tolist() for n in (3, 8, 21)]
+    for way in ({}, {"pool_len": 40, "speculation": "ngram", "num_drafts": 3}):
+        config = EngineConfig(max_batch=2, max_len=40, **way)
+        engine = checked(Engine(structure, params, memory=MemoryConfig("paged", 4, 8), config=config))
+        for ids, answer in zip(prompts, engine.generate(prompts, Sampling(max_tokens=15)), strict=True):
+            whole = np.array([ids + answer.tokens + [0] * (40 - len(ids) - 15)], np.int32)
+            said = np.asarray(forward(whole))[0].argmax(-1)
+            assert said[len(ids) - 1 : len(ids) + 14].tolist() == answer.tokens
