@@ -151,6 +151,7 @@ class Engine:
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
         self._batch: tuple[list[Sample], int, Choices, Mode] = ([], 0, Choices.of([], 1), Mode())
+        self._plain = False
         self._read_bytes = [
             np.array([one.spec.read_bytes(n) * one.num_layers for n in range(config.max_len + 1)])
             for one in layout.classes
@@ -255,6 +256,7 @@ class Engine:
             request=request,
             index=index,
             ids=list(ids),
+            stop_tokens=request.sampling.stop_tokens,
         )
         if self.caches:
             one.prompt = one.ids
@@ -354,8 +356,12 @@ class Engine:
         waited = time.perf_counter()
         fetched = jax.device_get(launched)
         self.stats.wait_s += (done := time.perf_counter()) - waited
-        for (rows, _, everywhere), (drawn, finite) in zip(groups, fetched, strict=True):
-            events += self._settle(rows, drawn, finite.tolist(), everywhere)
+        for (rows, width, everywhere), (drawn, finite) in zip(groups, fetched, strict=True):
+            samples: list[Any] = [one.entry for one in rows]
+            if width == 1 and finite.all() and np.isfinite(drawn.logprobs).all() and self._are_plain(samples):
+                events += self._settle_plain(samples, drawn)
+            else:
+                events += self._settle(rows, drawn, finite.tolist(), everywhere)
         for group in [one for one in self._beams.values() if one.ready]:
             events += self._advance_beams(group)
         self.stats.steps += bool(work)
@@ -380,9 +386,13 @@ class Engine:
     def _groups(self, work: list[Work]) -> list[tuple[list[Work], int, bool]]:
         """Work that shares a program: (rows, width, whether every place is drawn). Widths are powers of two."""
         groups: dict[tuple[int, bool], list[Work]] = {}
-        for one in work:
+        if decoding := [one for one in work if one is one.entry.decoding]:
+            groups[1, False] = decoding
+        for one in work if len(decoding) < len(work) else ():
+            if one is one.entry.decoding:
+                continue
             tokens = one.num_new + one.lookahead
-            width = 1 if tokens == 1 else min(1 << (tokens - 1).bit_length(), self.ledger.chunk_len)
+            width = min(1 << (tokens - 1).bit_length(), self.ledger.chunk_len)
             groups.setdefault((width, one.lookahead > 0), []).append(one)
         return [(rows, *key) for key, rows in groups.items()]
 
@@ -423,9 +433,41 @@ class Engine:
             choices = Choices.of([(one.request.sampling, one.request.seed, one.index) for one in samples], batch_size)
             choices = Choices(*(jnp.asarray(one) for one in choices))
             self._batch = samples, batch_size, choices, Mode.of([one.request.sampling for one in samples])
+            self._plain = all(
+                one.transcript is None and one.seen is None and not one.request.sampling.reports_more for one in samples
+            )
         return self._batch[2:]
 
+    def _are_plain(self, samples: list[Sample]) -> bool:
+        """Whether these rows decode and ask for tokens and log-probabilities only."""
+        return samples == self._batch[0] and self._plain and all(one.num_computed >= one.prefill_len for one in samples)
+
     # What a step means.
+
+    def _settle_plain(self, samples: list[Sample], drawn: Drawn) -> list[Event]:
+        """What `_settle` does, for rows that decode one token each and want nothing but tokens: the common case, quickly."""
+        tokens, logprobs = drawn.tokens[: len(samples), 0].tolist(), drawn.logprobs[: len(samples), 0].tolist()
+        fed = [one.ids[-1] for one in samples]
+        events: list[Event] = []
+        ended: list[tuple[Sample, FinishReason]] = []
+        for one, token, logprob in zip(samples, tokens, logprobs, strict=True):
+            one.ids.append(token)
+            one.logprobs.append(logprob)
+            one.num_computed = known = one.num_known
+            one.num_known = known + 1
+            finish: FinishReason | None = None
+            if token in one.stop_tokens:
+                finish = "stop"
+            elif known >= one.final_len:
+                finish = "length"
+            if finish is not None:
+                ended.append((one, finish))
+            events.append(Event(one.request.name, one.index, token, logprob, "", finish))
+        self.ledger.commit_each([one.name for one in samples], fed)
+        self.stats.decoded_tokens += len(samples)
+        for one, finish in ended:
+            self._finish(one, finish)
+        return events
 
     def _settle(self, rows: list[Work], drawn: Drawn, finite: list[bool], everywhere: bool) -> list[Event]:
         events: list[Event] = []

@@ -106,6 +106,7 @@ class Sample(Entry):
     index: int = 0
     ids: list[int] = field(default_factory=list)
     """Prompt and answer."""
+    stop_tokens: tuple[int, ...] = ()
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[Alternatives] = field(default_factory=list)
     transcript: Transcript | None = None

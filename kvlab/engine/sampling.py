@@ -49,6 +49,11 @@ class Sampling(Schema):
             raise ConfigError("beam_width", self.beam_width, "must be null beside sampling, penalties and num_samples")
 
     @property
+    def reports_more(self) -> bool:
+        """Whether more than each token and its log-probability is wanted."""
+        return self.num_logprobs > 0 or self.beam_width is not None
+
+    @property
     def filters(self) -> bool:
         """Whether any filter needs the sorted distribution."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)

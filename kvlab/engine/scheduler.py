@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.memory.answers import READY, Never, Ready, Wait
+from kvlab.memory.answers import Never, Ready, Wait
 from kvlab.memory.classes import Lengths
 from kvlab.memory.ledger import Ledger
 from kvlab.memory.plan import Swap
@@ -56,6 +56,11 @@ class Entry:
     """Takes part in nothing: it waits for others of its group."""
     arrival: int = -1
     state: Literal["new", "waiting", "running", "away", "gone"] = "new"
+    decoding: "Work" = field(init=False, repr=False)
+    """Its part of a step that decodes one token: made once, so that it can be told apart at a glance."""
+
+    def __post_init__(self) -> None:
+        self.decoding = Work(self, 1, 0)
 
     @property
     def target(self) -> int:
@@ -150,28 +155,31 @@ class Scheduler:
         if config.mixed:
             self._decode(work, config.token_budget)
         budget = config.token_budget - sum(one.num_new + one.lookahead for one in work.values())
-        budget = self._continue(work, budget)
+        if len(work) < len(self.running):
+            budget = self._continue(work, budget)
         if self.counters.preempted == preempted:  # whoever made room is not let in again at once
             self._admit(work, budget)
         if not config.mixed and not work:
             self._decode(work, config.token_budget)
         if not work and (len(self.away), len(self.rejected)) == came:
             self._unblock()
-        return list(work.values())
+        return [work[one] for one in self.running if one in work]
 
     # Who takes part.
 
     def _decode(self, work: dict[Entry, Work], budget: int) -> None:
         """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when short."""
-        reserve = self.ledger.reserve
-        for one in self.running[:]:
+        ready = [one for one in self.running if one.prefill_len <= one.num_computed < one.num_known and not one.paused]
+        plain = [one for one in ready[:budget] if one.num_known - one.num_computed == 1 and not one.drafts]
+        for one, done in zip(plain, self.ledger.reserve_each([one.name for one in plain]), strict=True):
+            if done:  # nearly always: the token falls into a page that the sequence has
+                work[one] = one.decoding
+        budget -= len(work)
+        if len(work) == len(ready):
+            return
+        for one in ready:
             count = one.num_known - one.num_computed
-            if budget <= 0 or one.num_computed < one.prefill_len or not count or one.paused or one.state != "running":
-                continue
-            if count == 1 and not one.drafts:
-                if reserve(one.name, 1) is READY or self._reserve(one, 1, work):
-                    work[one] = Work(one, 1, 0)
-                    budget -= 1
+            if budget <= 0 or one.state != "running" or one in work:
                 continue
             count = self._chunk(one, count, budget)
             lookahead = 0
@@ -180,7 +188,7 @@ class Scheduler:
             if lookahead and not self.ledger.reserve(one.name, count, lookahead).ready:
                 lookahead = 0
             if lookahead or self._reserve(one, count, work):
-                work[one] = Work(one, count, lookahead)
+                work[one] = one.decoding if count + lookahead == 1 else Work(one, count, lookahead)
                 budget -= count + lookahead
 
     def _continue(self, work: dict[Entry, Work], budget: int) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kvlab.memory import swapping
 from kvlab.memory.accounting import Account, Held, account
 from kvlab.memory.answers import READY, Never, Ready, Wait
 from kvlab.memory.checkpoints import Checkpoints
@@ -252,20 +253,31 @@ class Ledger:
         self._note_peak()
         return READY
 
+    def reserve_each(self, sequences: Sequence[Hashable]) -> list[bool]:
+        """One more token for each sequence of which that only raises a count; False where `reserve` must be asked."""
+        ready = []
+        for name in sequences:
+            held = self.running[name]
+            if plain := held.length < held.room and not held.num_new:
+                held.num_new = 1
+            ready.append(plain)
+        return ready
+
     def plan(self, sequences: Sequence[Hashable], batch_size: int, num_tokens: int) -> Plan:
         """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest is
         padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
         if len(set(sequences)) < len(sequences):
             raise ValueError(f"sequences = {list(sequences)}: each may be in a step once")
-        steps = [self._get(sequence) for sequence in sequences]
-        longest = max((held.num_new + held.lookahead for held in steps), default=0)
-        if len(steps) > batch_size or longest > num_tokens:
-            raise ValueError(f"{len(steps)} steps of {longest} tokens do not fit [{batch_size}, {num_tokens}]")
-        if idle := [name for name, held in zip(sequences, steps, strict=True) if not held.num_new]:
-            raise ValueError(f"sequence {idle[0]!r}: no step is reserved")
+        steps = [self.running.get(sequence) or self._get(sequence) for sequence in sequences]
         starts, counts = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-        starts[: len(steps)] = [held.length for held in steps]
-        counts[: len(steps)] = [held.num_new + held.lookahead for held in steps]
+        new = [held.num_new for held in steps]
+        if not all(new):
+            raise ValueError(f"sequence {sequences[new.index(0)]!r}: no step is reserved")
+        sizes = [held.num_new + held.lookahead for held in steps]
+        if len(steps) > batch_size or max(sizes, default=0) > num_tokens:
+            shape = f"{len(steps)} steps of {max(sizes, default=0)} tokens"
+            raise ValueError(f"{shape} do not fit [{batch_size}, {num_tokens}]")
+        starts[: len(steps)], counts[: len(steps)] = [held.length for held in steps], sizes
         by_class = ([held.holdings[number] for held in steps] for number in range(len(self.stores)))
         plans = (store.plan(one, starts, counts, num_tokens) for store, one in zip(self.stores, by_class, strict=True))
         return Plan(starts, counts, tuple(plans))
@@ -295,6 +307,19 @@ class Ledger:
         if held.ids is not None and len(tokens):
             self._learn(held, held.length + num_accepted, tokens)
         self._settle(held, num_accepted, ran=True)
+
+    def commit_each(self, sequences: Sequence[Hashable], tokens: Sequence[int]) -> None:
+        """`commit(sequence, 1, [token])` for each of these, quickly where it only raises a count."""
+        data = encode(tokens)
+        for place, name in enumerate(sequences):
+            held = self.running[name]
+            end, ids = held.length + 1, held.ids
+            if held.num_new != 1 or end >= held.wake or (ids is not None and len(ids) != held.length * ITEM):
+                self.commit(name, 1, tokens[place : place + 1])
+                continue
+            if ids is not None:
+                ids += data[place * ITEM : (place + 1) * ITEM]
+            held.length, held.num_new = end, 0
 
     def cancel(self, sequence: Hashable) -> None:
         """The reserved step will not run: its pages are free again, and a sequence that holds nothing else is gone.
@@ -364,58 +389,13 @@ class Ledger:
 
         Raises ValueError while a step is in flight and beside contiguous reservations.
         """
-        held = self._idle(sequence)
-        for store, holding in zip(self.stores, held.holdings, strict=True):
-            if len(holding.pages) > len(store.host_free):
-                needed = f"{len(holding.pages)} host pages needed, {len(store.host_free)} free"
-                return Wait(f"{store.state.name}: {needed}")
-        moves, host = [], []
-        for store, holding in zip(self.stores, held.holdings, strict=True):
-            pages = {logical: store.host_free.pop() for logical in holding.pages}
-            host.append(Holding(pages, lengths=holding.lengths))
-            moves.append([(page, host[-1].pages[logical]) for logical, page in holding.pages.items()])
-        self._let_go(held)
-        held.holdings = host
-        self.suspended[sequence] = held
-        del self.running[sequence]
-        return self._swap(moves)
+        return swapping.swap_out(self, sequence, self._idle(sequence))
 
     def swap_in(self, sequence: Hashable) -> Swap | Wait:
         """Brings a sequence back; pages that the index still holds are shared instead of moved. `Wait` when pages are short."""
         if sequence not in self.suspended:
             raise KeyError(f"sequence {sequence!r}: is not swapped out")
-        held = self.suspended[sequence]
-        resident: list[dict[int, CachedPage]] = []
-        for store, holding in zip(self.stores, held.holdings, strict=True):
-            sealed = [i for i in holding.pages if store.state.paged and i + 1 < len(held.path)]
-            nodes = {i: held.path[i + 1].pages[store.number] for i in sealed}
-            resident.append({i: cached for i, cached in nodes.items() if cached is not None})
-            pinned = sum(cached.loose for cached in resident[-1].values())
-            if wait := store.shortage(len(holding.pages) - len(resident[-1]) + pinned):
-                return wait
-        for store, cached_pages in zip(self.stores, resident, strict=True):
-            for cached in cached_pages.values():
-                store.share(cached.page)
-        host, moves = held.holdings, []
-        missing = [[i for i in one.pages if i not in found] for one, found in zip(host, resident, strict=True)]
-        taken = self._take([len(pages) for pages in missing])
-        row = self._new_row()
-        held.holdings = [Holding(row=row, lengths=one.lengths) for one in host]
-        for store, old, new, found, need, pages in zip(
-            self.stores, host, held.holdings, resident, missing, taken, strict=True
-        ):
-            fresh = dict(zip(need, pages, strict=True))
-            for logical in old.pages:
-                store.assign(new, logical, found[logical].page if logical in found else fresh[logical])
-                if logical in fresh and store.state.paged and logical + 1 < len(held.path):
-                    store.publish(held.path[logical + 1], fresh[logical])
-            moves.append([(page, old.pages[logical]) for logical, page in fresh.items()])
-            store.host_free.extend(old.pages.values())
-        self.running[sequence] = held
-        del self.suspended[sequence]
-        self._refresh(held)
-        self._note_peak()
-        return self._swap(moves)
+        return swapping.swap_in(self, sequence)
 
     def _begin(self, sequence: Hashable, hit: Tracked | None, lengths: Lengths | None) -> Tracked:
         """A sequence that is not installed yet and holds what its hit pins."""
@@ -571,10 +551,6 @@ class Ledger:
         if not self._shares:
             raise ValueError(f"sequence {sequence!r}: contiguous reservations are neither shared nor swapped")
         return held
-
-    def _swap(self, moves: Sequence[Sequence[tuple[int, int]]]) -> Swap:
-        self.counters.swapped_pages += sum(len(one) for one in moves)
-        return Swap(tuple(np.array(one, np.int32).reshape(-1, 2) for one in moves))
 
     def _note_peak(self) -> None:
         total = 0

@@ -122,10 +122,11 @@ class Store(abc.ABC):
 
     def plan(self, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> ClassPlan:
         """One step's arrays for these sequences; starts and counts [B], of which the rest is padding."""
-        rows = [one.row for one in steps]
-        pages = np.full((len(starts), self.state.table_len), self.state.unused_page, np.int32)
-        page_starts = np.full_like(pages, NOWHERE)
-        pages[: len(rows)], page_starts[: len(rows)] = self.table[rows], self.starts[rows]
+        rows = np.array([one.row for one in steps], np.intp)
+        pages, page_starts = self.table[rows], self.starts[rows]
+        if padding := len(starts) - len(rows):
+            pages = np.pad(pages, ((0, padding), (0, 0)), constant_values=self.state.unused_page)
+            page_starts = np.pad(page_starts, ((0, padding), (0, 0)), constant_values=NOWHERE)
         slots = self._write_slots(pages, steps, starts, counts, width)
         copied = [(source, one.pages[logical]) for one in steps for logical, source in one.copies]
         return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2))
@@ -220,11 +221,12 @@ class PageStore(Store):
     def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
         offsets = np.arange(width, dtype=np.int32)
         positions = starts[:, None] + offsets
-        logical = positions // self.state.page_size
+        columns, places = np.divmod(positions, self.state.page_size)
         num_pinned, table_len = self.state.num_pinned_pages, self.state.table_len
-        ring = num_pinned + (logical - num_pinned) % max(1, table_len - num_pinned)
-        owners = np.take_along_axis(pages, np.where(logical < table_len, logical, ring), axis=1)
-        slots = owners * self.state.page_size + positions % self.state.page_size
+        if columns.max(initial=0) >= table_len:
+            ring = num_pinned + (columns - num_pinned) % max(1, table_len - num_pinned)
+            columns = np.where(columns < table_len, columns, ring)
+        slots = pages[np.arange(len(pages))[:, None], columns] * self.state.page_size + places
         slots[offsets >= counts[:, None]] = self.state.num_pages * self.state.page_size
         return slots
 

@@ -547,7 +547,7 @@ def test_the_ledger_imports_no_jax():
 
 
 def test_ledger_trie_policies_and_accounting_stay_small():
-    """Together at most 1,500 lines: smaller than any public cache manager that does as much."""
+    """Together at most 1,500 lines: smaller than any public cache manager that does as much. The host tier stands apart."""
     from pathlib import Path
 
     import kvlab.memory

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from kvlab.memory import accounting, prefix, spec, stores
+from kvlab.memory import accounting, prefix, spec, stores, swapping
 from kvlab.memory import ledger as ledger_module
 from tests.memory import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_spec
 
@@ -186,10 +186,10 @@ MUTANTS = [
     ),
     Mutant(
         "what is swapped out keeps its device pages",
-        ledger_module.Ledger,
+        swapping,
         "swap_out",
-        "self._let_go(held)",
-        "self.free_rows.append(held.holdings[0].row)",
+        "ledger._let_go(held)",
+        "ledger.free_rows.append(held.holdings[0].row)",
         test_ledger.test_swapping_frees_the_device_and_brings_the_same_pages_back,
     ),
     Mutant(
