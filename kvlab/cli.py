@@ -1,4 +1,4 @@
-"""The command line: kvlab run | plan | show | report | track | capacity | reproduce."""
+"""The command line: kvlab run | plan | show | report | track | capacity | generate | reproduce."""
 
 import argparse
 import contextlib
@@ -25,9 +25,12 @@ USAGE = """usage: kvlab <command> [...]
   track RESULTS [--output FOLDER]         TensorBoard event files
   capacity [-m] [group=choice] [field=value] [--output FOLDER]
                                           what a published model's memory holds, for whom, how fast; -m compares
+  generate FOLDER [--prompt TEXT] [--input FILE] [--jsonl] [--output FILE] [field=value]
+                                          a run's directory or a published checkpoint answers prompts
   reproduce EXPERIMENT                    makes an experiment's figures and checks them against published values
 
-Groups: mixer model memory task optimizer train hardware launcher experiment debug; of capacity: model hardware memory workload.
+Groups: mixer model memory task optimizer train hardware launcher experiment debug; of capacity: model hardware memory workload;
+sections of generate: sampling engine memory.
 `kvlab run --cfg job` prints the composed config, `kvlab run --help` Hydra's own options."""
 
 
@@ -40,6 +43,7 @@ def main() -> int:
         "report": report,
         "track": track,
         "capacity": capacity,
+        "generate": generate,
         "reproduce": reproduce,
     }
     arguments = sys.argv[1:]
@@ -235,6 +239,29 @@ def capacity(arguments: list[str]) -> int:
         for path in write(Path(output or "results/capacity"), configs, answers):
             print(path)
     return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """Answers prompts from a run's directory or a published checkpoint; fields such as sampling.temperature=0.7,
+    engine.max_batch=16, memory.page_size=32, draft=FOLDER."""
+    parser = argparse.ArgumentParser("kvlab generate", description=generate.__doc__)
+    parser.add_argument("folder", type=Path, help="a run's directory, or a folder with config.json and safetensors")
+    parser.add_argument("--prompt", action="append", default=[], help="text, or token ids 1,2,3; may be given again")
+    parser.add_argument("--input", type=Path, help='JSONL of {"prompt": ..., "sampling": {...}}; - is standard input')
+    parser.add_argument("--output", type=Path, help="write the answers as JSONL")
+    parser.add_argument("--jsonl", action="store_true", help="JSONL on standard input and output")
+    parser.add_argument("fields", nargs="*", metavar="field=value")
+    options = parser.parse_intermixed_args(arguments)
+    from kvlab.lab.generation import GenerateConfig
+    from kvlab.lab.generation import generate as run_requests
+
+    config = GenerateConfig.parse(options.fields)
+    use_compilation_cache()
+    try:
+        return run_requests(options.folder, config, options.prompt, options.input, options.output, options.jsonl)
+    except ValueError as error:  # a bad request, line or checkpoint: nothing was computed
+        print(f"kvlab: {error}", file=sys.stderr)
+        return 2
 
 
 def reproduce(arguments: list[str]) -> int:

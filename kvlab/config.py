@@ -25,6 +25,7 @@ from kvlab.schema import ConfigError, Schema, integer, nearest, reals, text, to_
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
+from kvlab.weights.section import WeightsConfig, with_pretrained
 
 SCHEMA_VERSION = 1
 NOT_IDENTITY = ("hardware", "results_dir")
@@ -54,6 +55,7 @@ def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str,
 
 
 SECTIONS: dict[str, type[Schema]] = {
+    "weights": WeightsConfig,
     "model": ModelConfig,
     "memory": MemoryConfig,
     "optimizer": OptimizerConfig,
@@ -100,6 +102,7 @@ class Config(Schema):
     mixer: MixerConfig
     task: Schema
     task_name: str
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -120,6 +123,9 @@ class Config(Schema):
         for name in ("mixer", "task"):
             if name not in fields:
                 raise ConfigError(name, None, "is missing and has no default")
+        weights = WeightsConfig.build(fields.get("weights", {}), "weights")
+        if weights.path is not None:
+            fields = with_pretrained(fields, weights)
         mixer = MixerConfig.build(fields.pop("mixer"))
         task_name, task = _typed(fields.pop("task"), "task", TASKS)
         for name in fields:
@@ -136,6 +142,13 @@ class Config(Schema):
             self.layers()
         except ValueError as error:
             raise ConfigError("mixer.pattern", self.mixer.pattern, str(error)) from None
+        if self.train.num_steps and getattr(self.task, "whole", False):
+            legal = "must be false to train: the whole text is what is evaluated"
+            raise ConfigError("task.whole", True, legal)
+        if self.train.num_steps == 0 and self.tune.learning_rate:
+            raise ConfigError(
+                "tune.learning_rate", list(self.tune.learning_rate), "must be [] with train.num_steps = 0"
+            )
         if self.measure.decode_steps >= self.context_len:
             legal = f"must be below the measured context of {self.context_len} tokens"
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
@@ -171,6 +184,8 @@ class Config(Schema):
         identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
         if data := self.make_task().fingerprint():
             identity["data"] = data
+        if self.weights.path is not None:
+            identity["weights_sha256"] = self.weights.fingerprint()
         text = json.dumps({"schema": SCHEMA_VERSION, **identity}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 

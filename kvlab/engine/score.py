@@ -1,5 +1,6 @@
 """Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -26,8 +27,11 @@ class SliceScore:
     weight: float
 
     def metric(self, task: Task) -> float:
-        """Accuracy, or bits per byte from nats."""
-        return self.correct / self.weight if task.metric == "accuracy" else self.nll / self.weight / float(np.log(2))
+        """Accuracy, or from nats bits per byte or perplexity."""
+        if task.metric == "accuracy":
+            return self.correct / self.weight
+        nats = self.nll / self.weight
+        return math.exp(min(nats, 700.0)) if task.metric == "perplexity" else nats / math.log(2)
 
 
 class Scorer:

@@ -119,6 +119,9 @@ def _tuned(
     """The best trial by validation over the learning rates of `tune`, or the only one; ties go to the first."""
     config, best = lab.config, None
     trials: list[dict[str, float]] = []
+    if config.train.num_steps == 0:
+        validation = mean_metric(scorer.parallel(lab.params, "validation"), lab.task)
+        return TrialResult(lab.params, validation, 0, 0, 0.0), config.optimizer.learning_rate, trials
     step_fn = lab.train_step()
     for index, learning_rate in enumerate(config.tune.learning_rate or (config.optimizer.learning_rate,)):
         trial = train(
@@ -151,12 +154,13 @@ def _save_params(directory: Path, params: Params) -> None:
         checkpoints.close()
 
 
-def load_params(config: Config) -> tuple[Laboratory, Params]:
-    """The model of a finished run and its parameters. Raises FileNotFoundError when the run has none."""
+def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory, Params]:
+    """The model of a finished run and its parameters, from where the config says or from `run_dir`. Raises FileNotFoundError
+    when the run has none."""
     lab = Laboratory.of(config)
-    directory = config.run_dir / "params"
+    directory = (run_dir or config.run_dir) / "params"
     if not directory.exists():
-        raise FileNotFoundError(f"{directory}: this run has no final parameters; its state is {Run(config).state}")
+        raise FileNotFoundError(f"{directory}: this run has no final parameters; is it done?")
     checkpoints = Checkpoints(directory, keep=1)
     try:
         restored = checkpoints.restore(lab.params)
@@ -175,6 +179,8 @@ def _must_agree(through: tuple[SliceScore, ...], parallel: tuple[SliceScore, ...
     tolerance = 1e-3 if dtype == "float32" else 2e-2
     for paged, plain in zip(through, parallel, strict=True):
         difference = abs(paged.metric(task) - plain.metric(task))
+        if task.metric == "perplexity":
+            difference = abs(paged.nll / paged.weight - plain.nll / plain.weight)
         allowed = max(tolerance, (2 / paged.weight if task.metric == "accuracy" else 0))
         if not difference <= allowed:
             raise RuntimeError(

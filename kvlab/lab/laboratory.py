@@ -11,10 +11,13 @@ from kvlab.config import Config
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.transformer import Transformer, merge, split
 from kvlab.random import named_key
+from kvlab.schema import ConfigError
 from kvlab.tasks import Task
 from kvlab.training.optimizer import make_optimizer
 from kvlab.training.step import TrainStep
 from kvlab.typing import Params
+from kvlab.weights import load_checkpoint
+from kvlab.weights.checkpoint import abstract_model, peek_architecture
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,11 @@ class Laboratory:
 
     @classmethod
     def of(cls, config: Config, *, abstract: bool = False) -> "Laboratory":
-        """Builds the model; parameters depend on the seed alone. `abstract` gives shapes in their place: nothing is held."""
+        """Builds the model; parameters depend on the seed alone, or are loaded from `weights.path`. `abstract` gives shapes in
+        their place: nothing is held."""
         task = config.make_task()
+        if config.weights.path is not None:
+            return cls._pretrained(config, task, abstract=abstract)
 
         def build(key: Array) -> Transformer:
             return Transformer(config.layers(), config.model, task.vocab_size, rngs=nnx.Rngs(key))
@@ -40,6 +46,21 @@ class Laboratory:
         init = jax.jit(lambda key: split(build(key))[1])  # one program instead of one an array
         params = jax.eval_shape(init, key) if abstract else init(key)
         return cls(config, task, split(model)[0], params, model.states())
+
+    @classmethod
+    def _pretrained(cls, config: Config, task: Task, *, abstract: bool) -> "Laboratory":
+        """A published checkpoint under a task whose tokens it knows."""
+        folder, dtype = config.weights.folder, config.weights.compute_dtype
+        architecture = peek_architecture(folder, dtype)
+        if task.vocab_size > architecture.vocab_size:
+            legal = f"its vocabulary of {architecture.vocab_size} must hold the task's {task.vocab_size} tokens"
+            raise ConfigError("weights.path", config.weights.path, legal)
+        if abstract:
+            structure, params = abstract_model(architecture)
+        else:
+            loaded = load_checkpoint(folder, dtype)
+            structure, params = loaded.structure, loaded.params
+        return cls(config, task, structure, params, merge(structure, params).states())
 
     @property
     def model(self) -> Transformer:

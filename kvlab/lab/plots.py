@@ -28,7 +28,7 @@ COLOURS = {
     "hybrid": "#d55e00",
 }
 OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
-METRIC_NAMES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+METRIC_NAMES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "perplexity": "perplexity"}
 AXIS_NAMES = {
     "logical_bytes": "logical bytes per sequence (live tokens and states)",
     "allocated_bytes": "allocated bytes per sequence (pages held)",

@@ -81,8 +81,13 @@ class Text(Task):
 
     def fingerprint(self) -> str | None:
         """SHA-256 over all splits."""
+        return self.corpus_digest
+
+    @property
+    def corpus_digest(self) -> str:
+        """SHA-256 over all splits. Raises ConfigError as `corpus` does."""
         _ = self.corpus
-        return _read(self.config.path, self.config.pattern)[1]
+        return read_splits(self.config.path, self.config.pattern)[1]
 
     def _windows(self, corpus: Array, starts: Array, seq_len: int) -> Batch:
         """Windows [starts, starts + seq_len) and their next bytes; every position is labelled."""
@@ -95,16 +100,19 @@ class Text(Task):
     @property
     def corpus(self) -> dict[str, np.ndarray]:
         """Bytes of each split as uint8. Raises ConfigError when a split is shorter than one window."""
-        parts, _ = _read(self.config.path, self.config.pattern)
+        return self.long_enough(read_splits(self.config.path, self.config.pattern)[0])
+
+    def long_enough(self, parts: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same splits. Raises ConfigError when one is shorter than a window."""
         for name, data in parts.items():
             if len(data) < self.config.seq_len + 2:
-                where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} bytes"
+                where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} tokens"
                 raise ConfigError("task.seq_len", self.config.seq_len, f"{where}, which must exceed seq_len + 1")
         return parts
 
 
 @lru_cache(maxsize=8)
-def _read(path: str | None, pattern: str) -> tuple[dict[str, np.ndarray], str]:
+def read_splits(path: str | None, pattern: str) -> tuple[dict[str, np.ndarray], str]:
     """The splits of a corpus and their SHA-256, read once a process."""
     root = Path(path).expanduser() if path else Path(sysconfig.get_paths()["stdlib"])
     parts = _split_file(root) if root.is_file() else _split_folder(root, pattern)

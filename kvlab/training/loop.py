@@ -25,12 +25,12 @@ from kvlab.typing import Params
 
 @dataclass(frozen=True)
 class TrainConfig(Schema):
-    """How long and how often. `eval_every` and `checkpoint_every` are in steps and multiples of `steps_per_call`.
+    """How long and how often; `num_steps` 0 evaluates the parameters as they are. `eval_every` and `checkpoint_every` are in steps and multiples of `steps_per_call`.
 
     Training stops early when the validation metric reaches `stop_at`, or has not improved for `patience` validations.
     """
 
-    num_steps: int = integer(1000, 1)
+    num_steps: int = integer(1000, 0)
     batch_size: int = integer(64, 1, 1 << 20)
     accumulation: int = integer(1, 1, 1 << 20)
     steps_per_call: int = integer(4, 1, 10_000)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
     """
     directory = Path(directory).expanduser()
-    values, headers = read_json(directory / "config.json"), read_headers(directory)
-    architecture, problems = read_architecture(values, dtype or _stored_dtype(headers))
-    if architecture is None:
-        raise WeightsError(directory, problems)
+    headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
     structure, abstract = abstract_model(architecture)
     table = table_of(architecture.family, architecture.layers, architecture.model)
     if problems := _mismatches(table, abstract, headers, architecture.model.tie_embeddings):
@@ -55,6 +52,15 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
     return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(one, abstract))
+
+
+def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
+    """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not supported."""
+    values = read_json(directory / "config.json")
+    architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
+    if architecture is None:
+        raise WeightsError(directory, problems)
+    return architecture
 
 
 def save_checkpoint(
@@ -94,11 +100,6 @@ def abstract_model(architecture: Architecture) -> tuple[nnx.GraphDef[Transformer
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(architecture.model.dtype) if is_matrix else jnp.float32)
 
     return structure, jax.tree_util.tree_map_with_path(typed, params)
-
-
-def as_dtype(architecture: Architecture, dtype: str) -> Architecture:
-    """The same architecture computing in another dtype."""
-    return replace(architecture, model=replace(architecture.model, dtype=dtype))
 
 
 def _stored_dtype(headers: dict[str, Stored]) -> str:

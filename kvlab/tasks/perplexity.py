@@ -1,0 +1,106 @@
+"""Perplexity of a model over a text in windows: what language modelling papers report, through any memory."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax import Array
+
+from kvlab.engine.text import FileTokenizer
+from kvlab.schema import ConfigError, flag, text
+from kvlab.tasks.base import Batch, EvalSlice
+from kvlab.tasks.text import Text, TextConfig, read_splits
+
+
+@dataclass(frozen=True)
+class PerplexityConfig(TextConfig):
+    """As `TextConfig`; tokens come from `tokenizer`, a tokenizer.json (null: bytes). With `whole` the text is not split:
+    windows follow each other from its beginning, at most `num_test` of them; training needs whole=false."""
+
+    tokenizer: str | None = text(None, legal="a tokenizer.json", optional=True)
+    whole: bool = flag(True)
+
+    def cross_check(self) -> None:
+        super().cross_check()
+        check_tokenizer(self.tokenizer)
+
+
+class Perplexity(Text):
+    """exp of the mean negative log-likelihood of a token, over windows of `seq_len` tokens that know nothing of each other."""
+
+    Config = PerplexityConfig
+    metric = "perplexity"
+    higher_is_better = False
+
+    def __init__(self, config: PerplexityConfig):
+        super().__init__(config)
+        self.whole, self.tokenizer = config.whole, config.tokenizer
+        self.vocab_size = tokenizer_of(config.tokenizer).vocab_size if config.tokenizer else 256
+
+    def slices(self, split: str) -> tuple[EvalSlice, ...]:
+        (one,) = super().slices(split)
+        if not self.whole:
+            return (one,)
+        num_windows = (len(self.corpus[split]) - 1) // one.seq_len
+        return (EvalSlice(one.name, one.seq_len, one.prompt_len, min(one.num_examples, num_windows), one.knob),)
+
+    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+        if not self.whole:
+            return super().eval_batch(key, split, one, index, batch_size)
+        rows = np.arange(index, index + batch_size, dtype=np.int32) % one.num_examples
+        return self._windows(jnp.asarray(self.corpus[split]), jnp.asarray(rows * one.seq_len)[:, None], one.seq_len)
+
+    def fingerprint(self) -> str | None:
+        return hashlib.sha256(
+            repr([self.corpus_digest, self.tokenizer and file_digest(self.tokenizer)]).encode()
+        ).hexdigest()
+
+    @property
+    def corpus(self) -> dict[str, npt.NDArray[np.integer]]:
+        parts = token_splits(self.config.path, self.config.pattern, self.tokenizer)
+        if self.whole:
+            everything = np.concatenate([parts[name] for name in ("train", "validation", "test")])
+            parts = {"train": everything, "validation": everything, "test": everything}
+        return self.long_enough(parts)
+
+
+@lru_cache(maxsize=8)
+def tokenizer_of(path: str) -> FileTokenizer:
+    """The tokenizer of a file, read once a process."""
+    return FileTokenizer(Path(path).expanduser())
+
+
+def check_tokenizer(path: str | None) -> None:
+    """Raises ConfigError for a file that is not there or no tokenizer."""
+    if path is None:
+        return
+    if not Path(path).expanduser().is_file():
+        raise ConfigError("tokenizer", path, "must be an existing tokenizer.json, or null for bytes")
+    try:
+        tokenizer_of(path)
+    except ValueError as error:
+        raise ConfigError("tokenizer", path, str(error)) from None
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def token_splits(path: str | None, pattern: str, tokenizer: str | None) -> dict[str, npt.NDArray[np.integer]]:
+    """The splits of a corpus as token ids: bytes, or the tokenizer's."""
+    parts, _ = read_splits(path, pattern)
+    if tokenizer is None:
+        return dict(parts)
+    encode = tokenizer_of(tokenizer).encode
+    return {
+        name: np.array(encode(data.tobytes().decode(errors="replace")), np.int32)
+        if len(data)
+        else np.zeros(0, np.int32)
+        for name, data in parts.items()
+    }
