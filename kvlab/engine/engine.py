@@ -439,8 +439,10 @@ class Engine:
         return self._batch[2:]
 
     def _are_plain(self, samples: list[Sample]) -> bool:
-        """Whether these rows decode and ask for tokens and log-probabilities only."""
-        return samples == self._batch[0] and self._plain and all(one.num_computed >= one.prefill_len for one in samples)
+        """Whether these rows compute their last known token and ask for tokens and log-probabilities only."""
+        if samples != self._batch[0] or not self._plain:
+            return False
+        return all([one.prefill_len <= one.num_computed == one.num_known - 1 for one in samples])  # noqa: C419  quicker
 
     # What a step means.
 
@@ -450,6 +452,7 @@ class Engine:
         fed = [one.ids[-1] for one in samples]
         events: list[Event] = []
         ended: list[tuple[Sample, FinishReason]] = []
+        new = tuple.__new__  # half the time of naming the fields
         for one, token, logprob in zip(samples, tokens, logprobs, strict=True):
             one.ids.append(token)
             one.logprobs.append(logprob)
@@ -462,7 +465,7 @@ class Engine:
                 finish = "length"
             if finish is not None:
                 ended.append((one, finish))
-            events.append(Event(one.request.name, one.index, token, logprob, "", finish))
+            events.append(new(Event, (one.request.name, one.index, token, logprob, "", finish, None)))
         self.ledger.commit_each([one.name for one in samples], fed)
         self.stats.decoded_tokens += len(samples)
         for one, finish in ended:

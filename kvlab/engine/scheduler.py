@@ -149,6 +149,8 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work, reserved. Empty only when every sequence is paused, has just come back or was just
         rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
+        if not (self.waiting or self.away) and (steady := self._steady()) is not None:
+            return steady
         config, preempted = self.schedule_config, self.counters.preempted
         work: dict[Entry, Work] = {}
         came = len(self.away), len(self.rejected)
@@ -166,6 +168,21 @@ class Scheduler:
         return [work[one] for one in self.running if one in work]
 
     # Who takes part.
+
+    def _steady(self) -> list[Work] | None:
+        """The step in which every sequence decodes one token, nobody waits and no page is short: nearly all steps, quickly.
+        None where any of this does not hold; nothing is reserved then but what may stay reserved."""
+        running = self.running
+        plain = [one.prefill_len <= one.num_computed == one.num_known - 1 and not one.drafts for one in running]
+        if not all(plain) or len(running) > self.schedule_config.token_budget or any([one.paused for one in running]):  # noqa: C419
+            return None
+        done = self.ledger.reserve_each([one.name for one in running])
+        for place, reserved in enumerate(done):
+            if not reserved and not self.ledger.reserve(running[place].name, 1).ready:
+                for name in [one.name for one in running if self.ledger.running[one.name].num_new]:
+                    self.ledger.cancel(name)
+                return None
+        return [one.decoding for one in running]
 
     def _decode(self, work: dict[Entry, Work], budget: int) -> None:
         """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when short."""
