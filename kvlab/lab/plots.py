@@ -91,3 +91,46 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
     panel.set_title(f"{task}: {METRIC_NAMES.get(first.metric, first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8, loc="lower right" if first.higher_is_better else "upper right", framealpha=0.9)
+
+
+def draw_needle(found: list[Point], paths: list[Path]) -> None:
+    """Heat maps of the needle task, one a variant: accuracy at every context length and depth. Raises ValueError when there
+    is no point of that task."""
+    members = [point for point in found if point.task == "needle"]
+    if not members:
+        raise ValueError("there is no finished run of task=needle to draw")
+    columns = min(len(members), 4)
+    rows = -(-len(members) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns + 0.8, 3.2 * rows), squeeze=False, layout="constrained"
+    )
+    image = None
+    for panel, point in zip(axes.flat, members, strict=False):
+        cells = {tuple(int(part) for part in name.split("@")): value for name, value in point.slices.items()}
+        contexts, depths = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
+        grid = [[cells.get((context, depth), float("nan")) for context in contexts] for depth in depths]
+        image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for y, values in enumerate(grid):
+            for x, value in enumerate(values):
+                panel.text(
+                    x,
+                    y,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    color="white" if value < 0.6 else "black",
+                    fontsize=8,
+                )
+        panel.set_xticks(range(len(contexts)), [str(context) for context in contexts])
+        panel.set_yticks(range(len(depths)), [f"{depth}%" for depth in depths])
+        panel.set_xlabel("context, tokens")
+        panel.set_ylabel("depth of the needle")
+        size = human_bytes(point.bytes_per_sequence["allocated_bytes"])
+        panel.set_title(f"{point.name}\n{size} a sequence", fontsize=9)
+    for panel in list(axes.flat)[len(members) :]:
+        panel.axis("off")
+    assert image is not None
+    figure.colorbar(image, ax=axes, label="accuracy of the digits")
+    for path in paths:
+        figure.savefig(path, dpi=160, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+    plt.close(figure)

@@ -1,5 +1,7 @@
-"""The report of a folder of results: one self-contained page, the frontier as PNG and PDF, and its data as CSV."""
+"""The report of a folder of results: one self-contained page, the frontier as PNG and PDF, its data as CSV; of the needle task its
+heat maps."""
 
+import base64
 import html
 import importlib.resources
 import json
@@ -10,7 +12,7 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier
+from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier, draw_needle
 from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_metrics, read_records
 from kvlab.training.checkpoint import write_atomic
 from kvlab.training.progress import human_bytes
@@ -35,8 +37,13 @@ def write_report(results: Path, output: Path) -> list[Path]:
         table = output / "frontier.csv"
         write_atomic(table, frontier_frame(found).to_csv(index=False))
         written = [*pictures, table]
+    heat_map = None
+    if any(point.task == "needle" for point in found):
+        written += [output / "needle.png", output / "needle.pdf"]
+        draw_needle(found, written[-2:])
+        heat_map = written[-2].read_bytes()
     page = output / "report.html"
-    write_atomic(page, render_page(title, records, found))
+    write_atomic(page, render_page(title, records, found, heat_map))
     return [page, *written]
 
 
@@ -56,8 +63,8 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def render_page(title: str, records: list[dict[str, Any]], found: list[Point]) -> str:
-    """The page's HTML. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
+def render_page(title: str, records: list[dict[str, Any]], found: list[Point], heat_map: bytes | None = None) -> str:
+    """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
     failed = [record for record in records if record["status"] != "done"]
     tasks = by_task(found)
@@ -67,6 +74,12 @@ def render_page(title: str, records: list[dict[str, Any]], found: list[Point]) -
         "</section>"
         for index, task in enumerate(tasks)
     )
+    if heat_map is not None:
+        encoded = base64.b64encode(heat_map).decode()
+        picture = (
+            f'<img alt="accuracy by context and depth" style="max-width:100%" src="data:image/png;base64,{encoded}">'
+        )
+        charts += f"<section><h2>needle: context and depth</h2>{picture}</section>"
     return template.substitute(
         title=html.escape(title),
         summary=html.escape(summary),

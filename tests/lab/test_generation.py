@@ -1,0 +1,205 @@
+"""`kvlab generate` and runs over published weights, as a user would: folders in, text and records out."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlab.cli import main
+from kvlab.compose import compose
+from kvlab.lab.execute import execute
+from kvlab.lab.generation import GenerateConfig, load_source
+from kvlab.models.transformer import merge
+from kvlab.schema import ConfigError
+from tests.engine.families import golden, pretrained, write_folder
+from tests.weights.random_checkpoint import prompt
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["kvlab", *words])
+    return main()
+
+
+def word_tokenizer(path: Path, vocab_size: int = 320) -> Path:
+    """A tokenizer.json whose words are w0, w1, ...: made by the library itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_checkpoint_answers_ids_text_and_jsonl(tmp_path, monkeypatch, capsys):
+    folder = write_folder("llama_gqa", tmp_path / "model")
+    ids, expected = prompt(17, 320), golden("llama_gqa")["answers"]["17"]["tokens"]
+    assert (
+        command(monkeypatch, "generate", str(folder), "--prompt", ",".join(map(str, ids)), "sampling.max_tokens=40")
+        == 0
+    )
+    assert str(expected) in capsys.readouterr().out.replace("\n", "")
+    lines = [{"prompt": ids, "name": "mine"}, {"prompt": ids, "sampling": {"max_tokens": 3, "num_logprobs": 2}}]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(one) for one in lines))
+    out = tmp_path / "out.jsonl"
+    words = [
+        "generate",
+        str(folder),
+        "--input",
+        str(tmp_path / "in.jsonl"),
+        "--output",
+        str(out),
+        "sampling.max_tokens=40",
+    ]
+    assert command(monkeypatch, *words, "engine.max_batch=2", "memory.page_size=4") == 0
+    answers = {one["name"]: one for one in map(json.loads, out.read_text().splitlines())}
+    assert answers["mine"]["completions"][0]["tokens"] == expected
+    (short,) = [one for name, one in answers.items() if name != "mine"]
+    assert short["completions"][0]["tokens"] == expected[:3]
+    assert short["completions"][0]["alternatives"][1][0][0] == expected[1]
+
+    word_tokenizer(folder / "tokenizer.json")
+    capsys.readouterr()
+    text = " ".join(f"w{i}" for i in ids)
+    assert command(monkeypatch, "generate", str(folder), "--prompt", text, "sampling.max_tokens=40") == 0
+    assert "".join(f"w{i}" for i in expected) in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_draft_model_is_a_folder(tmp_path, monkeypatch, capsys):
+    target, draft = (write_folder(name, tmp_path / name) for name in ("llama_gqa", "llama_mqa"))
+    words = ["generate", str(target), "--prompt", "1 2 3", "--jsonl", "sampling.max_tokens=6"]
+    assert command(monkeypatch, *words) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert command(monkeypatch, *words, f"draft={draft}", "engine.speculation=draft", "engine.num_drafts=2") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["completions"] == plain["completions"]
+    assert "drafts accepted" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "x"], "prompt = 'x': must be token ids"),
+        (["--prompt", "999"], "token 999: must be in"),
+        ([], "give --prompt"),
+        (["--prompt", "1", "sampling.temprature=1"], "did you mean temperature"),
+        (["--prompt", "1", "sampling.top_p=2"], "sampling.top_p = 2"),
+        (["--prompt", "1", "engine.max_len=4"], "max_tokens = 64: must be in"),
+        (["--prompt", "1", "page_size=4"], "page_size = 4: no such field"),
+        (["--prompt", "1", "sampling"], "must be field=value"),
+        (["--prompt", "1", "engine.speculation=draft"], "speculation = 'draft'"),
+    ],
+)
+def test_bad_commands_say_what_is_legal(words, message, tmp_path, monkeypatch, capsys):
+    folder = write_folder("llama_gqa", tmp_path)
+    assert command(monkeypatch, "generate", str(folder), *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_lines_and_folders_say_where(tmp_path, monkeypatch, capsys):
+    folder = write_folder("llama_gqa", tmp_path / "model")
+    source = tmp_path / "in.jsonl"
+    for line, message in (
+        ("{", "line 2: "),
+        ('{"prompt": [1], "sampler": 1}', "line 2: 'sampler'"),
+        ('{"prompt": [1], "sampling": {"top_k": -1}}', "line 2: sampling.top_k = -1"),
+        ("[1]", 'line 2: must be an object with "prompt"'),
+    ):
+        source.write_text('{"prompt": [1]}\n' + line)
+        assert command(monkeypatch, "generate", str(folder), "--input", str(source)) == 2
+        assert message in capsys.readouterr().err
+    assert command(monkeypatch, "generate", str(tmp_path), "--prompt", "1") == 2
+    assert "neither a run's directory" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="dtype"):
+        GenerateConfig.parse(["dtype=float64"])
+
+
+def test_a_run_answers_text(tmp_path, monkeypatch, capsys):
+    """Trained here for half a minute's worth of nothing, moved elsewhere, and asked: bytes in, text out."""
+    config = compose(["task=text", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=64", "task.decode_len=8"])
+    assert execute(config) == "done"
+    moved = tmp_path / "elsewhere"
+    config.run_dir.rename(moved)
+    assert command(monkeypatch, "generate", str(moved), "--prompt", "def f(", "sampling.max_tokens=5", "--jsonl") == 0
+    (one,) = json.loads(capsys.readouterr().out)["completions"]
+    assert one["text"] == bytes(one["tokens"]).decode(errors="replace")
+    source = load_source(moved)
+    whole = merge(source.structure, source.params)
+    ids = jnp.asarray([list(b"def f(")], jnp.int32)
+    logits = whole.logits(whole.hidden(ids, jnp.arange(6, dtype=jnp.int32)[None])[0])
+    assert int(logits[0, -1].argmax()) == one["tokens"][0]
+
+
+def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
+    """Over a whole file of words, in windows, through pages: against a plain loop over the parallel form in float64."""
+    folder = write_folder("mistral", tmp_path / "mistral-tiny")
+    word_tokenizer(folder / "tokenizer.json")
+    ids = np.random.default_rng(0).integers(0, 320, 400)
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"w{i}" for i in ids))
+    words = [
+        "task=perplexity", f"weights.path={folder}", f"task.path={book}", "task.seq_len=60", "task.decode_len=10",
+        "measure.batch_size=3", "memory.page_size=8", f"results_dir={tmp_path / 'r'}",
+    ]  # fmt: skip
+    config = compose(words)
+    assert config.mixer.name == "mistral-tiny"
+    assert execute(config) == "done"
+    record = json.loads((config.run_dir / "record.json").read_text())
+    model = pretrained("mistral")
+    whole = merge(model.structure, model.params)
+
+    @jax.jit
+    def forward(tokens):
+        return whole.logits(whole.hidden(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])[0])
+
+    nats = []
+    for start in range(0, 399 - 60, 60):
+        logits = np.asarray(forward(jnp.asarray(ids[None, start : start + 60], jnp.int32)))[0].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nats += [-logprobs[i, ids[start + i + 1]] for i in range(60)]
+    assert len(nats) == 360
+    assert record["quality"]["value"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+    assert record["training"]["num_steps"] == 0
+    assert execute(compose(words)) == "skipped"
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, folder / "model.safetensors")
+    assert compose(words).run_id != config.run_id, "other weights are another run"
+
+
+def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
+    folder = write_folder("llama_gqa", tmp_path)
+    with pytest.raises(ConfigError, match=r"weights\.path"):
+        compose(["task=perplexity", f"weights.path={tmp_path / 'none'}"])
+    with pytest.raises(ConfigError, match=r"task\.whole = True: must be false to train"):
+        compose(["task=perplexity", f"weights.path={folder}", "train.num_steps=8"])
+    with pytest.raises(ConfigError, match=r"tune\.learning_rate"):
+        compose(["task=perplexity", f"weights.path={folder}", "tune.learning_rate=[0.1]"])
+
+
+def test_the_needle_grid_becomes_a_heat_map(tmp_path, monkeypatch):
+    assert command(
+        monkeypatch, "run", "-m", "task=needle", "mixer=mha,swa", "debug=tiny", f"results_dir={tmp_path}",
+        "task.contexts=[64,96]", "task.depths=[0,100]",
+    ) == 0  # fmt: skip
+    assert command(monkeypatch, "report", str(tmp_path / "tiny")) == 0
+    assert (tmp_path / "tiny" / "needle.png").stat().st_size > 5_000
+    assert (tmp_path / "tiny" / "needle.pdf").exists()
+
+
+def test_the_command_works_as_installed(tmp_path):
+    folder = write_folder("mamba2", tmp_path)
+    program = [str(Path(sys.executable).parent / "kvlab"), "generate", str(folder), "--jsonl", "sampling.max_tokens=3"]
+    done = subprocess.run(program, input='{"prompt": [1, 2]}\n', capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["completions"][0]["tokens"]) == 3
