@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from kvlab.engine.requests import Completion, Request, Sample
+from kvlab.engine.requests import Completion, FinishReason, Request, Sample
 
 
 @dataclass
@@ -30,7 +30,7 @@ class BeamGroup:
                 for rank, (token, logprob) in enumerate(zip(*one.candidates, strict=True))
             ),
             key=lambda candidate: candidate[:3],
-        )[: 2 * width]
+        )[: sampling.num_candidates]
         chosen: list[tuple[Sample, int, float]] = []
         for place, (_, _, _, one, token, logprob) in enumerate(ranked):
             if token in sampling.stop_tokens:
@@ -40,6 +40,8 @@ class BeamGroup:
                 chosen.append((one, token, logprob))
         self.finished.sort(key=lambda one: -(one.score or 0.0))
         del self.finished[width:]
+        if not chosen:
+            return []
         if len(chosen[0][0].answer) + 1 >= sampling.max_tokens:
             self.finished += [self.completion(one, [token], [lp], "length") for one, token, lp in chosen]
             chosen = []
@@ -56,9 +58,15 @@ class BeamGroup:
         attainable = (best.score + logprob) / length**self.request.sampling.length_penalty
         return attainable <= (self.finished[-1].score or 0.0)
 
-    def completion(self, one: Sample, tokens: list[int], logprobs: list[float], reason: str) -> Completion:
+    def end(self, reason: FinishReason) -> None:
+        """The search ends here, by a cancellation or an error: live beams count as they are."""
+        self.finished += [self.completion(one, [], [], reason) for one in self.request.samples]
+        self.finished.sort(key=lambda one: -(one.score or 0.0))
+        del self.finished[self.request.sampling.beam_width :]
+
+    def completion(self, one: Sample, tokens: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
         """A beam's answer with these tokens added."""
         answer, all_logprobs = one.answer + tokens, one.logprobs + logprobs
         total = one.score + sum(logprobs)
         score = total / max(1, len(answer)) ** self.request.sampling.length_penalty
-        return Completion(answer, all_logprobs, "stop" if reason == "stop" else "length", score=score)
+        return Completion(answer, all_logprobs, reason, score=score)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,15 @@ class Stats:
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else float("nan")
 
 
+class _Batch(NamedTuple):
+    """Rows that compute together, with what they ask of the sampler; `wants_more` than tokens and log-probabilities."""
+
+    samples: list[Sample]
+    choices: Choices
+    mode: Mode
+    wants_more: bool
+
+
 class Engine:
     """Generates from a model through its memory. Not thread-safe: one engine, one caller."""
 
@@ -150,8 +159,9 @@ class Engine:
         self._num_submitted = 0
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
-        self._batch: tuple[list[Sample], int, Choices, Mode] = ([], 0, Choices.of([], 1), Mode())
-        self._plain = False
+        self._batches: dict[tuple[int, bool], _Batch] = {}
+        self._drafted: set[Any] = set()
+        """Sequences that the drafter may hold memory of."""
         self._read_bytes = [
             np.array([one.spec.read_bytes(n) * one.num_layers for n in range(config.max_len + 1)])
             for one in layout.classes
@@ -183,7 +193,8 @@ class Engine:
         priority: int = 0,
         namespace: str = "",
     ) -> str:
-        """Queues a request and returns its name. Higher priorities go first; prompts share pages within a namespace only.
+        """Queues a request and returns its name. Higher priorities are admitted first and make room last, but do not interrupt
+        what runs; prompts share pages within a namespace only.
 
         Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use, and
         text or stop strings without a tokenizer. Nothing has then changed.
@@ -191,9 +202,10 @@ class Engine:
         sampling = sampling or Sampling()
         ids = self._encoded(prompt)
         self._check(ids, sampling)
-        name = f"request-{self._num_submitted}" if name is None else name
-        if name in self.requests or name in self.answers:
-            raise ValueError(f"name = {name!r}: is in use")
+        if name is None:
+            name = self._free_name()
+        elif not isinstance(name, str) or name in self.requests or name in self.answers:
+            raise ValueError(f"name = {name!r}: {'is in use' if isinstance(name, str) else 'must be a string'}")
         seed = sampling.seed
         if seed is None:
             seed = int(np.random.default_rng([self.config.seed, self._num_submitted]).integers(2**31))
@@ -210,9 +222,17 @@ class Engine:
             self._start_others(first)
         return name
 
+    def _free_name(self) -> str:
+        number = self._num_submitted
+        while (name := f"request-{number}") in self.requests or name in self.answers:
+            number += 1
+        return name
+
     def _encoded(self, prompt: Sequence[int] | str) -> list[int]:
-        if not isinstance(prompt, str):
+        if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
             return list(prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt = {prompt!r}: must be text or a list of token ids")
         if self.tokenizer is None:
             raise ValueError("prompt: is text, and the engine has no tokenizer; give token ids")
         return self.tokenizer.encode(prompt)
@@ -280,6 +300,10 @@ class Engine:
         if name not in self.requests:
             raise KeyError(f"request {name!r}: is not running")
         request = self.requests[name]
+        if name in self._beams:
+            self._beams[name].end("cancelled")
+            self._end_beams(self._beams[name])
+            return
         for one in request.samples[:]:
             self._finish(one, "cancelled")
 
@@ -297,8 +321,12 @@ class Engine:
         requests failed.
         """
         names = self._submit_all(prompts, sampling)
-        while any(name in self.requests for name in names):
-            self.step()
+        try:
+            while any(name in self.requests for name in names):
+                self.step()
+        except BaseException:
+            self._abandon(names)
+            raise
         answers = [self.answers.pop(name) for name in names]
         if any(one.error for one in answers):
             raise GenerationError(answers)
@@ -307,20 +335,26 @@ class Engine:
     def stream(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> Iterator[Event]:
-        """Events of these requests as they happen. Whoever stops listening cancels what is left."""
-        names = self._submit_all(prompts, sampling)
+        """Events of these requests as they happen. Whoever stops listening cancels what is left. Bad prompts raise here."""
+        return self._events(self._submit_all(prompts, sampling))
+
+    def _events(self, names: dict[str, None]) -> Iterator[Event]:
         try:
             while any(name in self.requests for name in names):
                 yield from (event for event in self.step() if event.name in names)
         finally:
-            for name in names:
-                if name in self.requests:
-                    self.cancel(name)
-                self.answers.pop(name, None)
+            self._abandon(names)
+
+    def _abandon(self, names: dict[str, None]) -> None:
+        """Ends these requests, whatever became of them, and forgets their answers."""
+        for name in names:
+            if name in self.requests:
+                self.cancel(name)
+            self.answers.pop(name, None)
 
     def _submit_all(self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None) -> dict[str, None]:
         each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             raise ValueError("prompts: must be a list of prompts; put a single one into a list")
         if len(each) != len(prompts):
             raise ValueError(f"sampling: {len(each)} of them for {len(prompts)} prompts: must be one, or one for each")
@@ -328,10 +362,8 @@ class Engine:
         try:
             for prompt, one in zip(prompts, each, strict=True):
                 names[self.submit(prompt, one)] = None
-        except ValueError:
-            for name in names:
-                self.cancel(name)
-                del self.answers[name]
+        except BaseException:
+            self._abandon(names)
             raise
         return names
 
@@ -351,6 +383,8 @@ class Engine:
         self.scheduler.moves.clear()
         events = [event for entry, reason in self.scheduler.rejected for event in self._fail(entry, reason)]  # type: ignore[arg-type]
         self.scheduler.rejected.clear()
+        if events:  # a request that was rejected may have had other sequences
+            work = [one for one in work if one.entry.state != "gone"]
         groups = self._groups(work)
         launched = [self._launch(*group) for group in groups]
         waited = time.perf_counter()
@@ -358,7 +392,13 @@ class Engine:
         self.stats.wait_s += (done := time.perf_counter()) - waited
         for (rows, width, everywhere), (drawn, finite) in zip(groups, fetched, strict=True):
             samples: list[Any] = [one.entry for one in rows]
-            if width == 1 and finite.all() and np.isfinite(drawn.logprobs).all() and self._are_plain(samples):
+            if (
+                width == 1
+                and not everywhere
+                and finite.all()
+                and np.isfinite(drawn.logprobs).all()
+                and self._are_plain(samples)
+            ):
                 events += self._settle_plain(samples, drawn)
             else:
                 events += self._settle(rows, drawn, finite.tolist(), everywhere)
@@ -370,6 +410,8 @@ class Engine:
 
     def _draft(self, drafter: Drafter) -> None:
         """Guesses for the sequences that decode next."""
+        for one in self._drafted - set(self.scheduler.running):
+            drafter.forget(one)
         asked = []
         for one in self.scheduler.running:
             assert isinstance(one, Sample)
@@ -379,6 +421,7 @@ class Engine:
             # What a recurrent state rejected is fed again before it guesses anew.
             if plain and room > 0 and pending == 1 and one.num_computed >= one.prefill_len:
                 asked.append((one, room))
+        self._drafted = {one for one, _ in asked} | self._drafted & set(self.scheduler.running)
         for (one, room), guess in zip(asked, drafter.propose([one for one, _ in asked]), strict=True):
             one.draft_ids = guess[:room]
             one.drafts = len(one.draft_ids)
@@ -399,7 +442,7 @@ class Engine:
     def _launch(self, rows: list[Work], width: int, everywhere: bool) -> tuple[Drawn, Any]:
         """Plans and dispatches one step; returns what is drawn and which rows are finite, not waited for."""
         samples: list[Any] = [one.entry for one in rows]
-        batch_size = min(1 << (len(rows) - 1).bit_length(), self.config.max_batch)
+        batch_size = min(_row_bucket(len(rows)), self.config.max_batch)
         plan = self.ledger.plan([one.name for one in samples], batch_size, width)
         tokens = np.zeros((batch_size, width), np.int32)
         if width == 1:
@@ -408,7 +451,7 @@ class Engine:
             for row, (one, (_, count, lookahead)) in enumerate(zip(samples, rows, strict=True)):
                 tokens[row, :count] = one.ids[one.num_computed : one.num_computed + count]
                 tokens[row, count : count + lookahead] = one.draft_ids[:lookahead]
-        choices, mode = self._choices(samples, batch_size)
+        choices, mode = self._batch(samples, batch_size, width, everywhere)[1:3]
         seen = None
         if mode.penalty:
             seen = np.zeros((batch_size, self.vocab_size), bool)
@@ -427,20 +470,21 @@ class Engine:
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
         return draw_tokens(logits, positions, choices, seen, mode=mode), finite
 
-    def _choices(self, samples: list[Sample], batch_size: int) -> tuple[Choices, Mode]:
-        """The sampling of these rows; kept while the same sequences decode together."""
-        if (samples, batch_size) != self._batch[:2]:
-            choices = Choices.of([(one.request.sampling, one.request.seed, one.index) for one in samples], batch_size)
-            choices = Choices(*(jnp.asarray(one) for one in choices))
-            self._batch = samples, batch_size, choices, Mode.of([one.request.sampling for one in samples])
-            self._plain = all(
-                one.transcript is None and one.seen is None and not one.request.sampling.reports_more for one in samples
-            )
-        return self._batch[2:]
+    def _batch(self, samples: list[Sample], batch_size: int, width: int, everywhere: bool) -> "_Batch":
+        """What is the same for these rows as long as they compute together."""
+        kept = self._batches.get((width, everywhere))
+        if kept is not None and kept.samples == samples and len(kept.choices.temperature) == batch_size:
+            return kept
+        asked = [(one.request.sampling, one.request.seed, one.index) for one in samples]
+        choices = Choices(*(jnp.asarray(one) for one in Choices.of(asked, batch_size)))
+        samplings = [sampling for sampling, _, _ in asked]
+        wants_more = any(one.transcript or one.seen is not None or one.request.sampling.reports_more for one in samples)
+        made = self._batches[width, everywhere] = _Batch(samples, choices, Mode.of(samplings), wants_more)
+        return made
 
     def _are_plain(self, samples: list[Sample]) -> bool:
         """Whether these rows compute their last known token and ask for tokens and log-probabilities only."""
-        if samples != self._batch[0] or not self._plain:
+        if self._batches[1, False].wants_more:
             return False
         return all([one.prefill_len <= one.num_computed == one.num_known - 1 for one in samples])  # noqa: C419  quicker
 
@@ -489,26 +533,27 @@ class Engine:
             row_tokens = tokens[row]
             while accepted < lookahead and row_tokens[place + accepted] == one.draft_ids[accepted]:
                 accepted += 1
-            if lookahead:
-                self.stats.drafted_tokens += lookahead
-                self.stats.accepted_tokens += accepted
             finish: FinishReason | None = None
             if reached and one.request.sampling.beam_width:
                 one.candidates = Alternatives(drawn.top_tokens[row, 0].tolist(), drawn.top_logprobs[row, 0].tolist())
                 one.paused = True
             elif reached:
-                for index in range(place, place + accepted + 1):
+                for kept, index in enumerate(range(place, place + accepted + 1)):
                     if one.request.sampling.num_logprobs:
                         one.alternatives.append(self._alternatives(one, drawn, row, index))
                     event = self._accept(one, row_tokens[index], logprobs[row][index])
                     events.append(event)
                     if (finish := event.finish_reason) is not None:
+                        accepted = kept  # the tokens behind the end are not known, so they cannot be stored
                         break
+            if lookahead:
+                self.stats.drafted_tokens += lookahead
+                self.stats.accepted_tokens += accepted
             self._commit(one, count, lookahead, accepted)
+            if one.hold is not None and one.num_computed >= one.hold:
+                self._start_others(one)
             if finish is not None:
                 self._finish(one, finish)
-            elif one.hold is not None and one.num_computed >= one.hold:
-                self._start_others(one)
         return events
 
     def _commit(self, one: Sample, count: int, lookahead: int, accepted: int) -> None:
@@ -588,7 +633,7 @@ class Engine:
             request.completions[index] = Completion(
                 found.tokens, found.logprobs, found.finish_reason, text, score=found.score
             )
-        best = request.completions[0]
+        best = request.completions.get(0, Completion([], [], "stop"))
         self._answer(request)
         return [Event(request.name, 0, None, 0.0, best.text, best.finish_reason)]
 
@@ -621,8 +666,12 @@ class Engine:
         """A request ends in error; what its sequences published and nobody else uses is withdrawn."""
         request = one.request
         self.stats.failed += 1
+        if request.name in self._beams:
+            group = self._beams[request.name]
+            group.end("error")
+            request.completions = dict(enumerate(group.finished))
         for other in request.samples[:]:
-            request.completions[other.index] = Completion(other.answer, other.logprobs, "error")
+            request.completions.setdefault(other.index, Completion(other.answer, other.logprobs, "error"))
             self._drop(other, keep=False)
         self._answer(request, reason)
         return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]
@@ -632,3 +681,9 @@ class Engine:
         self.answers[request.name] = Answer(request.name, request.prompt, completions, error)
         self._beams.pop(request.name, None)
         del self.requests[request.name]
+
+
+def _row_bucket(num_rows: int) -> int:
+    """The least power of two, or one and a half of one, that holds as many rows: few programs, and at most a third padding."""
+    power = 1 << (num_rows - 1).bit_length()
+    return 3 * power // 4 if num_rows <= 3 * power // 4 and power >= 4 else power

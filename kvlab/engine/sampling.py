@@ -18,6 +18,9 @@ from jaxtyping import Bool, Float, Int32
 
 from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
 
+COLD = 1e-5
+"""A temperature below this is greedy."""
+
 
 @dataclass(frozen=True)
 class Sampling(Schema):
@@ -45,13 +48,20 @@ class Sampling(Schema):
     seed: int | None = integer(None, 0, optional=True)
 
     def cross_check(self) -> None:
-        if self.beam_width and (self.num_samples > 1 or self.temperature > 0 or self.repetition_penalty != 1):
-            raise ConfigError("beam_width", self.beam_width, "must be null beside sampling, penalties and num_samples")
+        sampled = self.num_samples > 1 or self.temperature > 0 or self.repetition_penalty != 1
+        if self.beam_width and (sampled or self.stop or self.num_logprobs):
+            legal = "must be null beside temperature, repetition_penalty, num_samples, stop and num_logprobs"
+            raise ConfigError("beam_width", self.beam_width, legal)
 
     @property
     def reports_more(self) -> bool:
         """Whether more than each token and its log-probability is wanted."""
         return self.num_logprobs > 0 or self.beam_width is not None
+
+    @property
+    def num_candidates(self) -> int:
+        """Continuations of a beam to look at: enough for `beam_width` to go on, whatever stops."""
+        return (self.beam_width or 0) * max(2, 1 + len(self.stop_tokens))
 
     @property
     def filters(self) -> bool:
@@ -77,7 +87,8 @@ class Choices(NamedTuple):
         real_rows[1:] = 1
         whole_rows = np.zeros((3, batch_size), np.int32)
         for row, (one, seed, sample) in enumerate(rows):
-            real_rows[:, row] = one.temperature, one.top_p, one.min_p, one.repetition_penalty
+            warm = one.temperature if one.temperature >= COLD else 0.0  # divided by less, scores would overflow
+            real_rows[:, row] = warm, one.top_p, one.min_p, one.repetition_penalty
             whole_rows[:, row] = one.top_k, seed, sample
         return cls(real_rows[0], whole_rows[0], real_rows[1], real_rows[2], real_rows[3], whole_rows[1:].T)
 
@@ -93,7 +104,7 @@ class Mode(NamedTuple):
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "Mode":
         """The least that serves all of these."""
-        most = max((max(one.num_logprobs, 2 * (one.beam_width or 0)) for one in samplings), default=0)
+        most = max((max(one.num_logprobs, one.num_candidates) for one in samplings), default=0)
         return cls(
             any(one.temperature > 0 for one in samplings),
             any(one.filters for one in samplings),

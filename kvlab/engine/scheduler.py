@@ -51,7 +51,7 @@ class Entry:
     drafts: int = 0
     """Speculative tokens that may follow the known ones in the next step."""
     hold: int | None = None
-    """It computes up to here and then pauses, until the engine says otherwise."""
+    """It computes up to here and then waits for the caller to branch it and to lift this; beyond, it has no effect."""
     paused: bool = False
     """Takes part in nothing: it waits for others of its group."""
     arrival: int = -1
@@ -65,7 +65,8 @@ class Entry:
     @property
     def target(self) -> int:
         """Tokens to compute for now."""
-        return self.num_known if self.hold is None else min(self.hold, self.num_known)
+        held = self.hold is not None and self.num_computed < self.hold
+        return self.hold if held else self.num_known  # type: ignore[return-value]
 
     @property
     def order(self) -> tuple[int, int]:
@@ -102,7 +103,8 @@ class Scheduler:
     """Chooses each step's sequences, reserves their pages, and makes room. Deterministic.
 
     Invariants: the scheduled tokens stay within the budget; every step schedules something or raises RuntimeError; the first
-    in order is never preempted for another, so that it ends within as many steps as it has tokens.
+    in order is never preempted for another and has a token in every step once it runs. Order is by priority, then age; it
+    says who is admitted first and who makes room last, but nobody is interrupted only because somebody more urgent came.
     """
 
     ledger: Ledger
@@ -124,10 +126,11 @@ class Scheduler:
         self._queue(entry)
 
     def branch(self, parent: Entry, child: Entry) -> None:
-        """`child` continues from where `parent` is: forked in memory where it can be, otherwise computed when its turn
-        comes (and found in the index)."""
+        """`child` continues from where `parent` is: forked in memory where that leaves it something to compute and there is
+        room, otherwise computed when its turn comes (and found in the index)."""
         child.arrival = parent.arrival
-        if parent.state == "running" and len(self.running) < self.schedule_config.max_batch:
+        has_room = parent.state == "running" and len(self.running) < self.schedule_config.max_batch
+        if has_room and 0 < parent.num_computed < child.num_known:
             self.ledger.fork(parent.name, child.name)
             child.num_computed, child.prefill_len = parent.num_computed, parent.prefill_len
             self._run(child)
@@ -155,7 +158,7 @@ class Scheduler:
         work: dict[Entry, Work] = {}
         came = len(self.away), len(self.rejected)
         if config.mixed:
-            self._decode(work, config.token_budget)
+            self._decode(work, self._decode_budget())
         budget = config.token_budget - sum(one.num_new + one.lookahead for one in work.values())
         if len(work) < len(self.running):
             budget = self._continue(work, budget)
@@ -183,6 +186,19 @@ class Scheduler:
                     self.ledger.cancel(name)
                 return None
         return [one.decoding for one in running]
+
+    def _decode_budget(self) -> int:
+        """The tokens that decoding may take: all, but for one where somebody who computes a prompt, or could begin one, goes
+        before the last of those decoding."""
+        budget = self.schedule_config.token_budget
+        prompts = [one for one in self.running if one.num_computed < one.prefill_len and not one.paused]
+        if len(self.running) < self.schedule_config.max_batch:
+            prompts += [one for one in self.waiting if not one.paused][:1]
+        if not prompts:
+            return budget
+        first = min(one.order for one in prompts)
+        ahead = sum(one.order < first for one in self.running if one.num_computed >= one.prefill_len)
+        return budget if ahead >= budget else max(ahead, budget - 1)
 
     def _decode(self, work: dict[Entry, Work], budget: int) -> None:
         """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when short."""
@@ -223,21 +239,23 @@ class Scheduler:
         return self.ledger.clip(one.name, min(left, budget, self.ledger.chunk_len))
 
     def _admit(self, work: dict[Entry, Work], budget: int) -> None:
-        """Brings sequences back from the host, then begins those waiting, in order."""
-        config = self.schedule_config
-        while self.away and len(self.running) < config.max_batch:
-            one = self.away[0]
-            swap = self.ledger.swap_in(one.name)
-            if isinstance(swap, Wait):
+        """Brings sequences back from the host and begins those waiting, in order; who must wait lets nobody past."""
+        candidates = [one for one in (*self.away, *self.waiting) if not one.paused]
+        if self.away:
+            candidates.sort(key=lambda one: one.order)
+        for one in candidates:
+            if len(self.running) >= self.schedule_config.max_batch:
                 return
-            self.moves.append(Move("in", swap))
-            self.away.pop(0)
-            self._run(one)
-        for one in self.waiting[:]:
-            if budget <= 0 or len(self.running) >= config.max_batch:
-                return
-            if one.paused:
+            if one.state == "away":
+                swap = self.ledger.swap_in(one.name)
+                if isinstance(swap, Wait):
+                    return
+                self.moves.append(Move("in", swap))
+                self.away.remove(one)
+                self._run(one)
                 continue
+            if budget <= 0:
+                return
             count = self._begin(one, budget)
             if count is None:
                 return
@@ -250,19 +268,18 @@ class Scheduler:
     def _begin(self, one: Entry, budget: int) -> int | None:
         """Reserves a sequence's first chunk and returns its size; 0 if it can never fit, None if it must wait."""
         hit = None if one.prompt is None else self.ledger.lookup(one.prompt, one.namespace)
-        start = hit.length if hit else 0
-        if one.hold is not None and one.hold <= start:
-            one.hold = None  # found whole: there is nothing to compute before the point of the pause
+        start = one.num_computed = hit.length if hit else 0
         count = min(one.target - start, budget, self.ledger.chunk_len)
         if hit:
             count = self.ledger.clip(hit, count)
         answer = self.ledger.reserve(one.name, count, hit=hit, lengths=Lengths(one.num_known, one.final_len))
         if isinstance(answer, Ready):
-            one.num_computed, one.prefill_len = start, one.num_known
+            one.prefill_len = one.num_known
             self.counters.hit_tokens += start
             return count
         if hit:
             self.ledger.unpin(hit)
+        one.num_computed = 0
         if isinstance(answer, Wait):
             return None
         self.waiting.remove(one)
@@ -277,7 +294,9 @@ class Scheduler:
         while not isinstance(answer := self.ledger.reserve(one.name, count), Ready):
             if isinstance(answer, Never):
                 raise RuntimeError(f"admitted and then refused: {answer.reason}")
-            victim = self.running[-1]
+            # Who pauses has nothing to do now, and goes before who could: unless that would let somebody past.
+            pausing = [other for other in self.running if other.paused and other.order >= one.order]
+            victim = (pausing or self.running)[-1]
             self._preempt(victim, work)
             if victim is one:
                 return False

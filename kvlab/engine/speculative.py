@@ -38,7 +38,7 @@ class Drafter(abc.ABC):
         """Up to `num_drafts` tokens to follow each sequence's known ones; none where there is no guess."""
 
     def forget(self, sample: Sample) -> None:  # noqa: B027  most keep nothing
-        """A sequence ended."""
+        """A sequence ended, or left the device for a while."""
 
 
 class NgramDrafter(Drafter):
@@ -144,6 +144,8 @@ class ModelDrafter(Drafter):
         """Of the last round: known tokens when it began, and the drafts."""
 
     def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
+        again = {one: guess for one in samples if (guess := self._unanswered(one)) is not None}
+        asked, samples = samples, [one for one in samples if one not in again]
         for one in samples:
             self._settle(one)
         longest = self.ledger.chunk_len - (self.num_drafts - 1)
@@ -152,7 +154,12 @@ class ModelDrafter(Drafter):
         ready = [one for one in samples if self.ledger.reserve(one, self._pending(one), self.num_drafts - 1).ready]
         proposed = self._draft(ready) if ready else {}
         self._in_flight |= {one: (len(one.ids), guess) for one, guess in proposed.items()}
-        return [proposed.get(one, []) for one in samples]
+        return [(again | proposed).get(one, []) for one in asked]
+
+    def _unanswered(self, one: Sample) -> list[int] | None:
+        """The last guess, where the large model has said nothing since."""
+        known, guess = self._in_flight.get(one, (0, []))
+        return guess if known == len(one.ids) else None
 
     def forget(self, sample: Sample) -> None:
         self._in_flight.pop(sample, None)
@@ -169,6 +176,7 @@ class ModelDrafter(Drafter):
         known, guess = last
         fed, said = guess[: self.num_drafts - 1], one.ids[known : known + self.num_drafts - 1]
         matched = next((i for i, pair in enumerate(zip(fed, said, strict=False)) if pair[0] != pair[1]), len(said))
+        matched = min(matched, len(one.ids) - known - 1)  # the last known token is always fed again: a guess follows it
         count = known - self.ledger.length(one)
         rolls_back = all(state.spec.per_token for state in self.step.layout.classes)
         self.ledger.commit(one, count + matched if rolls_back or matched == len(fed) else 0)

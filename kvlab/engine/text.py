@@ -8,8 +8,8 @@ from typing import Protocol
 class Tokenizer(Protocol):
     """What the engine needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with what the model expects in front of it."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, where `special` with the tokens that the model expects around it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -22,7 +22,7 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -44,8 +44,8 @@ class FileTokenizer:
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
         self.vocab_size: int = self._loaded.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        return self._loaded.encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        return self._loaded.encode(text, add_special_tokens=special).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._loaded.decode(list(ids), skip_special_tokens=True)

@@ -84,6 +84,8 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
     Raises FileNotFoundError for a folder that is neither, and what the loaders raise.
     """
     if (folder / "record.json").exists() or (folder / "status.json").exists():
+        if dtype not in (None, "stored"):
+            raise ConfigError("dtype", dtype, 'must be "stored" for a run: it computes as it was trained')
         config = Config.build(yaml.safe_load((folder / "config.yaml").read_text()))
         lab, params = load_params(config, folder)
         is_bytes = isinstance(lab.task, Text) and lab.task.vocab_size == ByteTokenizer.vocab_size
@@ -128,7 +130,10 @@ def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[tuple[An
                 raise ValueError(
                     f"{sorted(unknown)[0]!r}: {nearest(sorted(unknown)[0], ('prompt', 'sampling', 'name'))}"
                 )
-            own = Sampling.build({**sampling_values(sampling), **value.get("sampling", {})}, "sampling")
+            given = value.get("sampling") or {}
+            if not isinstance(given, Mapping):
+                raise ValueError(f"sampling = {given!r}: must be an object")
+            own = Sampling.build({**sampling_values(sampling), **given}, "sampling")
             yield value["prompt"], own, value.get("name")
         except (ValueError, TypeError) as error:
             raise ValueError(f"line {number}: {error}") from None
@@ -156,12 +161,21 @@ def as_line(answer: Answer) -> str:
     return json.dumps(line, allow_nan=False)
 
 
-def answer_all(
-    engine: Engine, requests: Iterable[tuple[Any, Sampling, str | None]], console: Console, output: TextIO | None
-) -> list[Answer]:
-    """Answers every request, showing the live table on a terminal; each answer is written to `output` as soon as it is
-    there. A bad request is refused before anything is computed."""
-    names = [engine.submit(prompt, sampling, name=name) for prompt, sampling, name in requests]
+def submit_all(engine: Engine, requests: Iterable[tuple[Any, Sampling, str | None]]) -> list[str]:
+    """Queues every request and returns their names. Raises ValueError that says which one is bad, before anything is
+    computed."""
+    names = []
+    for number, (prompt, sampling, name) in enumerate(requests, 1):
+        try:
+            names.append(engine.submit(prompt, sampling, name=name))
+        except ValueError as error:
+            raise ValueError(f"request {number}: {error}") from None
+    return names
+
+
+def answer_all(engine: Engine, names: Sequence[str], console: Console, output: TextIO | None) -> list[Answer]:
+    """Answers the queued requests, showing the live table on a terminal; each answer is written to `output` as soon as it is
+    there."""
     answers: list[Answer] = []
     began = time.perf_counter()
     live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
@@ -232,19 +246,23 @@ def generate(
     engine = make_engine(folder, config)
     asked: list[tuple[Any, Sampling, str | None]] = [(_prompt(one, engine), config.sampling, None) for one in prompts]
     if source is not None or (jsonl and not prompts):
-        lines = sys.stdin if source is None or str(source) == "-" else source.read_text().splitlines()
-        asked += read_requests(lines, config.sampling)
+        if source is None or str(source) == "-":
+            asked += read_requests(sys.stdin, config.sampling)
+        else:
+            with source.open(encoding="utf-8") as lines:
+                asked += read_requests(lines, config.sampling)
     if not asked:
         raise ConfigError(
             "prompt", None, "give --prompt TEXT, --input FILE, or --jsonl with requests on standard input"
         )
     console = Console(stderr=True, highlight=False)
+    names = submit_all(engine, asked)
     began = time.perf_counter()
     if output is not None:
-        with output.open("w") as file:
-            answers = answer_all(engine, asked, console, file)
+        with output.open("w", encoding="utf-8") as file:
+            answers = answer_all(engine, names, console, file)
     else:
-        answers = answer_all(engine, asked, console, sys.stdout if jsonl else None)
+        answers = answer_all(engine, names, console, sys.stdout if jsonl else None)
     if not jsonl and output is None:
         print_answers(answers, Console(highlight=False))
     console.print(summary(engine, time.perf_counter() - began), markup=False)

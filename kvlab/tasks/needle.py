@@ -57,9 +57,12 @@ class Needle(Task):
         self.config = config
         tokenizer: Tokenizer = tokenizer_of(config.tokenizer) if config.tokenizer else ByteTokenizer()
         self.vocab_size = tokenizer_of(config.tokenizer).vocab_size if config.tokenizer else 256
-        self._statement = np.array(tokenizer.encode(config.statement), np.int32)
-        self._stop = np.array(tokenizer.encode(".\n"), np.int32)
-        self._digits = np.array([tokenizer.encode(str(digit))[-1] for digit in range(10)], np.int32)
+        self._statement = np.array(tokenizer.encode(config.statement, special=False), np.int32)
+        self._stop = np.array(tokenizer.encode(".\n", special=False), np.int32)
+        digits = [tokenizer.encode(str(digit), special=False) for digit in range(10)]
+        if not all(digits) or len({one[-1] for one in digits}) < 10:
+            raise ConfigError("tokenizer", config.tokenizer, "must have a token of its own for every digit")
+        self._digits = np.array([one[-1] for one in digits], np.int32)
 
     @property
     def least_context(self) -> int:
@@ -97,7 +100,7 @@ class Needle(Task):
         key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
         examples = jnp.arange(index, index + batch_size, dtype=jnp.int32)
         depth = jnp.asarray(one.knob, jnp.int32)
-        return self._examples(jnp.asarray(self.haystack[split]), key, examples, one.seq_len, depth)
+        return self._examples(self._on_device[split], key, examples, one.seq_len, depth)
 
     def fingerprint(self) -> str | None:
         """What the haystack and the tokenizer are made of."""
@@ -115,6 +118,10 @@ class Needle(Task):
                 where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} tokens"
                 raise ConfigError("task.contexts", self.context_len, f"{where}, which must exceed every context")
         return {name: data.astype(np.int32) for name, data in parts.items()}
+
+    @cached_property
+    def _on_device(self) -> dict[str, Array]:
+        return {name: jnp.asarray(data) for name, data in self.haystack.items()}
 
     @partial(jax.jit, static_argnums=(0, 4))
     def _examples(self, haystack: Array, key: Array, examples: Array, seq_len: int, depth: Array) -> Batch:

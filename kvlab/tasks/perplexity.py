@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -52,7 +52,12 @@ class Perplexity(Text):
         if not self.whole:
             return super().eval_batch(key, split, one, index, batch_size)
         rows = np.arange(index, index + batch_size, dtype=np.int32) % one.num_examples
-        return self._windows(jnp.asarray(self.corpus[split]), jnp.asarray(rows * one.seq_len)[:, None], one.seq_len)
+        return self._windows(self._on_device, jnp.asarray(rows * one.seq_len)[:, None], one.seq_len)
+
+    @cached_property
+    def _on_device(self) -> Array:
+        """The whole text."""
+        return jnp.asarray(self.corpus["test"])
 
     def fingerprint(self) -> str | None:
         return hashlib.sha256(
@@ -61,11 +66,10 @@ class Perplexity(Text):
 
     @property
     def corpus(self) -> dict[str, npt.NDArray[np.integer]]:
-        parts = token_splits(self.config.path, self.config.pattern, self.tokenizer)
         if self.whole:
-            everything = np.concatenate([parts[name] for name in ("train", "validation", "test")])
-            parts = {"train": everything, "validation": everything, "test": everything}
-        return self.long_enough(parts)
+            everything = whole_tokens(self.config.path, self.config.pattern, self.tokenizer)
+            return self.long_enough({"train": everything, "validation": everything, "test": everything})
+        return self.long_enough(token_splits(self.config.path, self.config.pattern, self.tokenizer))
 
 
 @lru_cache(maxsize=8)
@@ -95,12 +99,17 @@ def file_digest(path: str) -> str:
 def token_splits(path: str | None, pattern: str, tokenizer: str | None) -> dict[str, npt.NDArray[np.integer]]:
     """The splits of a corpus as token ids: bytes, or the tokenizer's."""
     parts, _ = read_splits(path, pattern)
+    return {name: _tokens(data, tokenizer) for name, data in parts.items()}
+
+
+@lru_cache(maxsize=8)
+def whole_tokens(path: str | None, pattern: str, tokenizer: str | None) -> npt.NDArray[np.integer]:
+    """A corpus as token ids, tokenised in one piece: no word is cut where a split would be."""
+    parts, _ = read_splits(path, pattern)
+    return _tokens(np.concatenate([parts[name] for name in ("train", "validation", "test")]), tokenizer)
+
+
+def _tokens(data: npt.NDArray[np.uint8], tokenizer: str | None) -> npt.NDArray[np.integer]:
     if tokenizer is None:
-        return dict(parts)
-    encode = tokenizer_of(tokenizer).encode
-    return {
-        name: np.array(encode(data.tobytes().decode(errors="replace")), np.int32)
-        if len(data)
-        else np.zeros(0, np.int32)
-        for name, data in parts.items()
-    }
+        return data
+    return np.array(tokenizer_of(tokenizer).encode(data.tobytes().decode(errors="replace"), special=False), np.int32)

@@ -20,6 +20,9 @@ class Architecture:
     vocab_size: int
 
 
+MAX_LAYERS = 10_000
+
+
 class Fields:
     """A config.json being read: every value is asked for once, every problem is kept."""
 
@@ -34,6 +37,9 @@ class Fields:
         if type(value) is not int or not 0 < value < 2**31:
             self.problems.append(f"config.json: {name} = {value!r}: must be a positive integer")
             return 1
+        if name == "num_hidden_layers" and value > MAX_LAYERS:
+            self.problems.append(f"config.json: {name} = {value}: must be at most {MAX_LAYERS}")
+            return 1
         return value
 
     def real(self, name: str, default: float) -> float:
@@ -46,15 +52,15 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self.values.get(name, default)
+        """True or false; null counts as absent."""
+        value = default if self.values.get(name) is None else self.values[name]
         if not isinstance(value, bool):
             self.problems.append(f"config.json: {name} = {value!r}: must be true or false")
         return bool(value)
 
     def require(self, name: str, *legal: Any) -> None:
-        """An option that may be absent, and otherwise is one of those that are built."""
-        if name in self.values and self.values[name] not in legal:
+        """An option that may be absent or null, and otherwise is one of those that are built."""
+        if self.values.get(name) is not None and self.values[name] not in legal:
             self.problems.append(f"config.json: {name} = {self.values[name]!r}: only {legal[0]!r} is supported")
 
 
@@ -64,6 +70,9 @@ def _rope(fields: Fields) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         fields.problems.append(f"config.json: rope_parameters = {given!r}: must be an object")
         given = {}
+    both = [fields.values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if all(both) and both[0] != both[1]:
+        fields.problems.append("config.json: rope_parameters and rope_scaling: must not contradict each other")
     inner = Fields({"rope_theta": fields.values.get("rope_theta"), **given})
     kind = given.get("rope_type", given.get("type", "default"))
     scaling: tuple[float, ...] = ()
@@ -74,6 +83,7 @@ def _rope(fields: Fields) -> dict[str, Any]:
         scaling = tuple(inner.real(name, 1.0) for name in names)
     elif kind != "default":
         fields.problems.append(f"config.json: rope_type = {kind!r}: must be one of default, linear, llama3")
+    inner.require("partial_rotary_factor", 1.0)
     base = inner.real("rope_theta", 10_000.0)
     fields.problems += inner.problems
     return {"rope_base": base, "rope_scaling": scaling}
@@ -175,9 +185,14 @@ FAMILIES: dict[str, Callable[[Fields], tuple[list[LayerConfig], dict[str, Any]]]
 def read_architecture(values: Mapping[str, Any], dtype: str) -> tuple[Architecture | None, list[str]]:
     """The architecture of a config.json, or every reason why it cannot be built."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         return None, [f"config.json: model_type = {family!r}: {nearest(str(family), FAMILIES)}"]
     fields = Fields(values)
+    if values.get("quantization_config") is not None:
+        fields.problems.append("config.json: quantization_config: quantised weights are not read")
+    fields.require("partial_rotary_factor", 1.0)
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        fields.require(name, 0)
     try:
         layers, model = FAMILIES[family](fields)
         tied, vocab_size = fields.flag("tie_word_embeddings", False), fields.integer("vocab_size")

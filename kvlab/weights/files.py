@@ -53,12 +53,17 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     """Every tensor of a folder, from the headers alone. Raises WeightsError for missing, damaged or foreign files."""
     headers: dict[str, Stored] = {}
     problems = []
-    for shard, promised in _shards(directory).items():
+    shards = _shards(directory)
+    for shard, promised in shards.items():
         path = directory / shard
         try:
             with safe_open(path, "np") as file:
                 names = set(file.keys())
                 for name in sorted(names):
+                    if promised and name not in promised and any(name in others for others in shards.values()):
+                        continue  # the index says that another file's is meant
+                    if name in headers:
+                        problems.append(f"{shard}: {name} is in {headers[name].path.name} as well")
                     part = file.get_slice(name)
                     headers[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
         except (OSError, SafetensorError) as error:

@@ -112,6 +112,11 @@ def test_penalty_greedy_rows_and_log_probabilities():
     np.testing.assert_allclose(np.asarray(drawn.top_logprobs)[2, 0], exact[:2], atol=1e-6)
 
 
+def test_a_temperature_near_nothing_is_greedy():
+    for temperature in (1e-30, 1e-38, 1e-6):
+        assert (draws(np.array([1.0, 5.0, 9.0, 2.0]), Sampling(temperature=temperature), 50) == 2).all()
+
+
 def test_shared_noise_accepts_a_draft_models_tokens_as_often_as_the_theory_says():
     """Two models, distributions p and q at total variation d: equal tokens with probability at least (1 - d) / (1 + d)
     (arXiv 2408.07978), at most 1 - d, which is the rejection rule's (arXiv 2211.17192)."""
@@ -139,7 +144,8 @@ def test_shared_noise_accepts_a_draft_models_tokens_as_often_as_the_theory_says(
         ({"max_tokens": 0}, "max_tokens = 0"),
         ({"num_samples": 0}, "num_samples = 0"),
         ({"beam_width": 1}, "beam_width = 1"),
-        ({"beam_width": 2, "temperature": 1.0}, "beam_width = 2: must be null beside sampling"),
+        ({"beam_width": 2, "temperature": 1.0}, "beam_width = 2: must be null beside temperature"),
+        ({"beam_width": 2, "stop": ["x"]}, "beam_width = 2: must be null beside"),
         ({"num_logprobs": 1000}, "num_logprobs = 1000"),
         ({"stop_tokens": [-1]}, "stop_tokens"),
         ({"stop": [""]}, "stop"),

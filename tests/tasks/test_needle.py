@@ -35,7 +35,7 @@ def test_every_example_hides_its_answer_once_at_its_depth(tmp_path):
 
 
 def test_wrong_grids_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="contexts = 40: must be at least 50"):
+    with pytest.raises(ConfigError, match="contexts = 40: must be at least 52"):
         NeedleConfig(contexts=(40, 200))
     with pytest.raises(ConfigError, match="must not name a value twice"):
         NeedleConfig(depths=(0, 0))

@@ -142,7 +142,7 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(WeightsError):
         load_checkpoint(folder)
-    with pytest.raises(WeightsError, match="is missing"):
+    with pytest.raises(WeightsError, match="holds neither"):
         load_checkpoint(tmp_path / "nowhere")
 
     sharded = tmp_path / "b"
@@ -161,7 +161,8 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_loading_holds_little_more_than_the_model(tmp_path):
-    """Peak resident memory of a fresh process, less what it had before loading, below 1.3 times the weights (200 MB here)."""
+    """Peak resident memory of a fresh process, less what it had after loading a tiny model (code, compilation), below 1.3 times
+    the weights (190 MB here)."""
     from flax import nnx
 
     from kvlab.mixers.attention import AttentionConfig
@@ -169,29 +170,32 @@ def test_loading_holds_little_more_than_the_model(tmp_path):
     from kvlab.weights import Pretrained
     from kvlab.weights.architectures import Architecture
 
-    layers = (LayerConfig("attention", AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=64)),) * 12
-    config = ModelConfig(model_dim=512, mlp_dim=2048, tie_embeddings=False)
-    structure, params = split(Transformer(layers, config, 6000, rngs=nnx.Rngs(0)))
+    layers = (LayerConfig("attention", AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64)),) * 40
+    config = ModelConfig(model_dim=256, mlp_dim=1024, tie_embeddings=False)
+    structure, params = split(Transformer(layers, config, 1000, rngs=nnx.Rngs(0)))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     save_checkpoint(
-        Pretrained(Architecture("llama", layers, config, 6000), structure, params), tmp_path, max_shard_bytes=40 << 20
+        Pretrained(Architecture("llama", layers, config, 1000), structure, params),
+        tmp_path / "big",
+        max_shard_bytes=40 << 20,
     )
+    tiny = write_folder("llama_gqa", tmp_path / "tiny")
     script = f"""
 import re
 from kvlab.host import keep_freed_memory
 import jax
 from kvlab.weights import load_checkpoint
-jax.block_until_ready(jax.numpy.ones(3) + 1)
+jax.block_until_ready(load_checkpoint({str(tiny)!r}).params)
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-model = load_checkpoint({str(tmp_path)!r})
+model = load_checkpoint({str(tmp_path / "big")!r})
 jax.block_until_ready(model.params)
 print((kib("VmHWM") - before) * 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(done.stdout) < 1.3 * size
+    assert int(done.stdout) < 1.3 * size, f"{int(done.stdout) / size:.2f} times the weights"
 
 
 def test_what_a_config_cannot_say_is_not_written(tmp_path):
