@@ -14,6 +14,7 @@ from kvlab.memory.spec import TokenState
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
+from tests.engine.families import write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +46,15 @@ def test_the_ledgers_page_runs():
     ledger.release("a")
     ledger.evict("kv", 2)
     assert sorted(page.start for page in ledger.index.cached[0].values()) == [0, 1, 2]
+
+
+def test_the_engines_page_runs(tmp_path, capsys):
+    """docs/engine.md: the example, on a tiny checkpoint in place of a downloaded one."""
+    page = (ROOT / "docs" / "engine.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = write_folder("qwen3", tmp_path)
+    exec(compile(example.replace("/models/Qwen3-0.6B", str(folder)), "docs/engine.md", "exec"), {})
+    assert "Stats(steps=" in capsys.readouterr().out
 
 
 def test_the_map_names_what_is_there():

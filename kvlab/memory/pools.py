@@ -54,10 +54,14 @@ def write_tokens(pool: Pool, plan: ClassPlan, keys: Keys, values: Values) -> Poo
     page_size = pool["keys"].shape[2]
     slots = jnp.asarray(plan.write_slots)
     pages, offsets = slots // page_size, slots % page_size
-    return {
-        name: pool[name].at[pages, :, offsets].set(new.astype(pool[name].dtype), mode="drop")
-        for name, new in (("keys", keys), ("values", values))
-    }
+
+    def written(array: Array, new: Array) -> Array:
+        # 8-bit numbers are stored as bits: XLA on CPU widens a scatter of anything else of that size, pool and all.
+        if array.dtype == jnp.uint8 and new.dtype.itemsize == 1:
+            new = jax.lax.bitcast_convert_type(new, jnp.uint8)
+        return array.at[pages, :, offsets].set(new.astype(array.dtype), mode="drop")
+
+    return {name: written(pool[name], new) for name, new in (("keys", keys), ("values", values))}
 
 
 @jax.tree_util.register_dataclass

@@ -2,12 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kvlab.engine import measure as measuring
 from kvlab.engine.measure import measure
 from kvlab.engine.step import MemoryStep
+from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.plan import ClassPlan
 from kvlab.memory.pools import num_bytes
 from tests.contracts import VARIANTS, VOCAB, build
 
@@ -51,23 +54,45 @@ def _used(params, pools, plan, step) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in closed.jaxpr.invars if id(v) in used)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_donated_write_copies_nothing(dtype):
-    """Temporaries of the key-value write alone stay below 1% of the pool."""
-    from kvlab.memory import pools as device
-    from kvlab.memory.plan import ClassPlan
+DTYPES = ["float32", "bfloat16", "float16", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"]
+"""What a page may hold; 8-bit numbers as bits."""
 
-    step, _ = layout_of("gqa", MEMORIES[0], rows=8, max_len=4096, dtype=dtype)
-    state = step.layout.classes[0]
-    pool = device.allocate(state)
-    new = jnp.zeros((8, 1, state.spec.num_kv_heads, state.spec.key_dim), dtype)
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 32])
+def test_a_donated_write_copies_nothing(dtype, num_tokens):
+    """Temporaries of the key-value write alone stay below 1% of the pool, whatever a page holds, and the write is right."""
+    shape = (2049, 2, 16, 32)
+    rows, slots = 4, np.arange(4 * num_tokens).reshape(4, num_tokens).astype(np.int32) * 7 + 16
+    slots[-1, -1] = 2049 * 16  # dropped
+    new = jnp.asarray(np.random.default_rng(0).integers(0, 3, (rows, num_tokens, 2, 32)), dtype)
 
     def write(pool, slots, new):
         return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots), new, new)
 
-    slots = jnp.zeros((8, 1), jnp.int32)
-    analysis = jax.jit(write, donate_argnums=0).lower(pool, slots, new).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < 0.01 * num_bytes(pool)
+    stored = dtype if jnp.dtype(dtype).itemsize > 1 else "uint8"
+    pool = {name: jnp.zeros(shape, stored) for name in ("keys", "values")}
+    compiled = jax.jit(write, donate_argnums=0).lower(pool, jnp.asarray(slots), new).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * num_bytes(pool)
+    expected = np.zeros(shape, np.float32)
+    for row, column in np.ndindex(slots.shape):
+        page, offset = divmod(int(slots[row, column]), 16)
+        if page < 2049:
+            expected[page, :, offset] = np.asarray(new[row, column], np.float32)
+    after = compiled(pool, jnp.asarray(slots), new)
+    np.testing.assert_array_equal(np.asarray(after["keys"]).view(jnp.dtype(dtype)).astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_the_engine_leaves_its_pool_in_place(dtype):
+    """Temporaries of a whole decode step below 1% of a large pool: nothing of it is copied."""
+    model, structure, params, _ = build("gqa", dtype)
+    layout = MemoryLayout.of(model.states(), MEMORIES[0], max_sequences=8, max_len=8192)
+    step, pools = MemoryStep(structure, layout), jax.eval_shape(layout.allocate)
+    plan, tokens = layout.ledger().plan([], 8, 1), jax.ShapeDtypeStruct((8, 1), jnp.int32)
+    analysis = MemoryStep.next_logits.lower(step, params, pools, plan, tokens).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes == layout.pool_bytes
+    assert analysis.temp_size_in_bytes < 0.01 * layout.pool_bytes + 600_000  # the blocks of one turn of attention
 
 
 def test_measured_report_agrees_with_live_and_formula():
