@@ -54,7 +54,7 @@ def _used(params, pools, plan, step) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in closed.jaxpr.invars if id(v) in used)
 
 
-DTYPES = ["float32", "bfloat16", "float16", "uint8", "int8", "float8_e4m3fn", "float8_e5m2"]
+DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 """What a page may hold; 8-bit numbers as bits."""
 
 
