@@ -190,7 +190,7 @@ def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
 
 def test_the_needle_grid_becomes_a_heat_map(tmp_path, monkeypatch):
     assert command(
-        monkeypatch, "run", "-m", "task=needle", "mixer=mha,swa", "debug=tiny", f"results_dir={tmp_path}",
+        monkeypatch, "run", "task=needle", "mixer=mha", "debug=tiny", f"results_dir={tmp_path}",
         "task.contexts=[64,96]", "task.depths=[0,100]",
     ) == 0  # fmt: skip
     assert command(monkeypatch, "report", str(tmp_path / "tiny")) == 0
