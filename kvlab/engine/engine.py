@@ -486,7 +486,11 @@ class Engine:
         """Whether these rows compute their last known token and ask for tokens and log-probabilities only."""
         if self._batches[1, False].wants_more:
             return False
-        return all([one.prefill_len <= one.num_computed == one.num_known - 1 for one in samples])  # noqa: C419  quicker
+        # A row may be gone: another sample of its request failed in this step.
+        decoding = [
+            one.prefill_len <= one.num_computed == one.num_known - 1 and one.state == "running" for one in samples
+        ]
+        return all(decoding)
 
     # What a step means.
 
@@ -523,12 +527,12 @@ class Engine:
             assert isinstance(one, Sample)
             if one.state == "gone":  # another sample of its request failed in this step
                 continue
-            if not finite[row] or not math.isfinite(logprobs[row][0]):
+            place, accepted = count - 1 if everywhere else 0, 0
+            if not finite[row] or not all(map(math.isfinite, logprobs[row][place : place + lookahead + 1])):
                 events += self._fail(
                     one, f"logits or states at tokens [{one.num_computed}, {one.num_computed + count}) are not finite"
                 )
                 continue
-            place, accepted = count - 1 if everywhere else 0, 0
             reached = one.num_computed + count == one.num_known
             row_tokens = tokens[row]
             while accepted < lookahead and row_tokens[place + accepted] == one.draft_ids[accepted]:

@@ -456,3 +456,33 @@ def test_names_of_the_engine_leave_those_of_users_alone():
     mine = engine.submit(PROMPTS[1], Sampling(max_tokens=2), name="request-1")
     (answer,) = engine.generate([PROMPTS[2]], Sampling(max_tokens=2))
     assert answer.name not in (mine, "")
+
+
+def test_a_failing_sample_takes_the_others_of_its_request_in_the_same_step():
+    """One sample's row breaks in one program while its siblings decode in another: the request fails, nobody else does."""
+    engine = engine_of("llama_gqa", max_batch=4)
+    alone = engine_of("llama_gqa").generate([PROMPTS[4]], Sampling(max_tokens=12))[0].tokens
+    other = engine.submit(PROMPTS[4], Sampling(max_tokens=12))
+    name = engine.submit(PROMPTS[1], Sampling(max_tokens=12, num_samples=2, temperature=1.0))
+    while len(engine.scheduler.running) < 3 or any(
+        one.num_computed < one.prefill_len for one in engine.scheduler.running
+    ):
+        engine.step()
+    (broken, sibling) = engine.requests[name].samples
+    groups, launch = engine._groups, engine._launch
+    engine._groups = lambda work: [
+        ([one for one in work if one.entry is broken], 1, False), ([one for one in work if one.entry is not broken], 1, False)
+    ]  # fmt: skip
+
+    def spoiled(rows, width, everywhere):
+        drawn, finite = launch(rows, width, everywhere)
+        return drawn, finite & (rows[0].entry is not broken)
+
+    engine._launch = spoiled
+    engine.step()
+    assert sibling.state == "gone"
+    engine._groups, engine._launch = groups, launch
+    assert engine.answers[name].error
+    while engine.requests:
+        engine.step()
+    assert engine.answers[other].tokens == alone
