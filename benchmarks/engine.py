@@ -31,7 +31,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from kvlab.engine.engine import Engine, EngineConfig  # noqa: E402
+from kvlab.engine.config import EngineConfig  # noqa: E402
+from kvlab.engine.engine import Engine  # noqa: E402
 from kvlab.engine.sampling import Choices, Mode, Sampling, draw_tokens  # noqa: E402
 from kvlab.memory.layout import MemoryConfig  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402

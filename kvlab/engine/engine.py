@@ -12,7 +12,6 @@ they mean is settled: tokens accepted, pages published, sequences ended.
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from kvlab.engine.beam import BeamGroup
+from kvlab.engine.config import EngineConfig, Stats
 from kvlab.engine.requests import (
     Alternatives,
     Answer,
@@ -37,69 +37,10 @@ from kvlab.engine.speculative import Drafter, ModelDrafter, NgramDrafter
 from kvlab.engine.step import MemoryStep
 from kvlab.engine.swap import HostTier
 from kvlab.engine.text import Tokenizer, Transcript
-from kvlab.memory.checkpoints import CHECKPOINTS
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.replacement import POLICIES
 from kvlab.models.transformer import Transformer, merge
-from kvlab.schema import ConfigError, Schema, choice, flag, integer
+from kvlab.schema import ConfigError
 from kvlab.typing import Params
-
-
-@dataclass(frozen=True)
-class EngineConfig(Schema):
-    """How requests are served. At most `max_batch` sequences run at once, each of up to `max_len` tokens, together of up to
-    `pool_len` (null: max_batch * max_len, so that nobody is ever preempted).
-
-    `token_budget`, `mixed` and `preemption` as in `Schedule`; `host_len` tokens can be swapped to the host. `prefix_cache` finds
-    prompts again whose pages are resident, evicted by `policy`, recurrent states kept by `checkpoints`. `speculation` guesses
-    `num_drafts` tokens a step: "ngram" looks them up in the sequence itself, "draft" asks the engine's draft model.
-    """
-
-    max_batch: int = integer(8, 1, 65536)
-    max_len: int = integer(2048, 2, 1 << 24)
-    pool_len: int | None = integer(None, 2, 1 << 40, optional=True)
-    token_budget: int = integer(512, 1, 1 << 30)
-    mixed: bool = flag(True)
-    preemption: str = choice("recompute", ("recompute", "swap"))
-    host_len: int = integer(0, 0, 1 << 40)
-    prefix_cache: bool = flag(True)
-    policy: str = choice("lru", tuple(POLICIES))
-    checkpoints: str = choice("junctions", CHECKPOINTS)
-    speculation: str = choice("none", ("none", "ngram", "draft"))
-    num_drafts: int = integer(4, 1, 64)
-    seed: int = integer(0, 0)
-
-    def cross_check(self) -> None:
-        if self.pool_len is not None and self.pool_len < self.max_len:
-            raise ConfigError(
-                "pool_len", self.pool_len, f"must hold one sequence of max_len = {self.max_len}, or be null"
-            )
-        if self.preemption == "swap" and not self.host_len:
-            raise ConfigError("host_len", 0, "must be at least 1 with preemption=swap")
-
-
-@dataclass
-class Stats:
-    """What the engine did so far. Seconds: `host_s` planning and settling, `wait_s` waiting for the device."""
-
-    steps: int = 0
-    launches: int = 0
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    failed: int = 0
-    read_bytes: int = 0
-    """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
-    host_s: float = 0.0
-    wait_s: float = 0.0
-    shapes: set[tuple[Any, ...]] = field(default_factory=set)
-    """Every (rows, width, everywhere) that was launched: the model was compiled as many times."""
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted drafts of those proposed; NaN when there were none."""
-        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else float("nan")
 
 
 class _Batch(NamedTuple):
@@ -266,20 +207,19 @@ class Engine:
 
     def _sample(self, request: Request, index: int, ids: list[int]) -> Sample:
         """A sequence of a request, not scheduled yet."""
+        own = list(ids)
         one = Sample(
             f"{request.name}/{request.num_started}",
-            len(ids),
+            len(own),
             request.final_len,
             request.priority,
-            ids if self.caches else None,
+            own if self.caches else None,
             request.namespace,
             request=request,
             index=index,
-            ids=list(ids),
+            ids=own,
             stop_tokens=request.sampling.stop_tokens,
         )
-        if self.caches:
-            one.prompt = one.ids
         request.num_started += 1
         request.samples.append(one)
         if self.tokenizer is not None:
@@ -306,11 +246,6 @@ class Engine:
             return
         for one in request.samples[:]:
             self._finish(one, "cancelled")
-
-    @property
-    def num_unfinished(self) -> int:
-        """Requests without an answer."""
-        return len(self.requests)
 
     def generate(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None

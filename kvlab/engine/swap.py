@@ -14,16 +14,11 @@ from kvlab.memory.plan import Swap
 
 
 class HostTier:
-    """Host pages of every layer's state, in the layout of the device's; `num_bytes` once it was first used."""
+    """Host pages of every layer's state, in the layout of the device's; made when they are first used."""
 
     def __init__(self, layout: MemoryLayout):
         self.layout = layout
         self._arrays: dict[tuple[int, str, str], npt.NDArray[np.generic]] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held on the host."""
-        return sum(array.nbytes for array in self._arrays.values())
 
     def take(self, pools: Pools, swap: Swap) -> None:
         """Copies pages from the device; returns when they are on the host."""

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text as RichText
 
 from kvlab.config import Config
-from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.text import ByteTokenizer, Tokenizer, load_tokenizer

@@ -10,7 +10,8 @@ from typing import Any
 
 from safetensors.numpy import save_file
 
-from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Sample
 from kvlab.engine.speculative import Drafter
 from kvlab.memory.layout import MemoryConfig

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
 from kvlab.engine.requests import GenerationError
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.text import ByteTokenizer

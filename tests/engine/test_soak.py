@@ -5,7 +5,8 @@ import resource
 
 import pytest
 
-from kvlab.engine.engine import Engine, EngineConfig
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
 from kvlab.memory.layout import MemoryConfig
 from tests.engine.families import pretrained

@@ -1,0 +1,65 @@
+"""How an engine is set up, and what it says of its work."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvlab.memory.checkpoints import CHECKPOINTS
+from kvlab.memory.replacement import POLICIES
+from kvlab.schema import ConfigError, Schema, choice, flag, integer
+
+
+@dataclass(frozen=True)
+class EngineConfig(Schema):
+    """How requests are served. At most `max_batch` sequences run at once, each of up to `max_len` tokens, together of up to
+    `pool_len` (null: max_batch * max_len, so that nobody is ever preempted).
+
+    `token_budget`, `mixed` and `preemption` as in `Schedule`; `host_len` tokens can be swapped to the host. `prefix_cache` finds
+    prompts again whose pages are resident, evicted by `policy`, recurrent states kept by `checkpoints`. `speculation` guesses
+    `num_drafts` tokens a step: "ngram" looks them up in the sequence itself, "draft" asks the engine's draft model.
+    """
+
+    max_batch: int = integer(8, 1, 65536)
+    max_len: int = integer(2048, 2, 1 << 24)
+    pool_len: int | None = integer(None, 2, 1 << 40, optional=True)
+    token_budget: int = integer(512, 1, 1 << 30)
+    mixed: bool = flag(True)
+    preemption: str = choice("recompute", ("recompute", "swap"))
+    host_len: int = integer(0, 0, 1 << 40)
+    prefix_cache: bool = flag(True)
+    policy: str = choice("lru", tuple(POLICIES))
+    checkpoints: str = choice("junctions", CHECKPOINTS)
+    speculation: str = choice("none", ("none", "ngram", "draft"))
+    num_drafts: int = integer(4, 1, 64)
+    seed: int = integer(0, 0)
+
+    def cross_check(self) -> None:
+        if self.pool_len is not None and self.pool_len < self.max_len:
+            raise ConfigError(
+                "pool_len", self.pool_len, f"must hold one sequence of max_len = {self.max_len}, or be null"
+            )
+        if self.preemption == "swap" and not self.host_len:
+            raise ConfigError("host_len", 0, "must be at least 1 with preemption=swap")
+
+
+@dataclass
+class Stats:
+    """What the engine did so far. Seconds: `host_s` planning and settling, `wait_s` waiting for the device."""
+
+    steps: int = 0
+    launches: int = 0
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    failed: int = 0
+    read_bytes: int = 0
+    """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
+    host_s: float = 0.0
+    wait_s: float = 0.0
+    shapes: set[tuple[Any, ...]] = field(default_factory=set)
+    """Every (rows, width, everywhere) that was launched: the model was compiled as many times."""
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafts of those proposed; NaN when there were none."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else float("nan")
