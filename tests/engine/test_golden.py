@@ -102,10 +102,17 @@ def test_every_way_gives_the_reference_tokens(number, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_combination(family):
-    rest = {name: values for name, values in AXES.items() if name != "family"}
-    for number, values in enumerate(itertools.product(*rest.values())):
-        case = {"family": family, **dict(zip(rest, values, strict=True))}
+@pytest.mark.parametrize("page_size", AXES["page_size"])
+@pytest.mark.parametrize("chunk_len", AXES["chunk_len"])
+def test_every_combination(family, page_size, chunk_len):
+    rest = [name for name in AXES if name not in ("family", "page_size", "chunk_len")]
+    for number, values in enumerate(itertools.product(*(AXES[name] for name in rest))):
+        case = {
+            "family": family,
+            "page_size": page_size,
+            "chunk_len": chunk_len,
+            **dict(zip(rest, values, strict=True)),
+        }
         assert_exact(build(case), family, lengths_of(number))
 
 
