@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
 def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
     """64 requests, all there from the beginning: prompts log-uniform in 16 to 256 tokens, answers of 32 to 256, that is twice as
-    much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out)."""
+    much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out). The peer does it in three ways, see
+    `engine_peer.batch`; tokens count as far as they were asked for."""
     rng = np.random.default_rng(3)
     lengths = np.exp(rng.uniform(np.log(16), np.log(256), 64)).astype(int).tolist()
     new = rng.choice([32, 64, 128, 256], 64).tolist()
@@ -225,14 +227,21 @@ def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
             engine.submit(ids, Sampling(max_tokens=most))
         return run_all(engine)
 
-    def theirs() -> float:
-        return peer("batch", lengths=lengths, num_new=new, max_batch_tokens=1024)["seconds"]
+    def theirs(way: str) -> float:
+        return peer("batch", lengths=lengths, num_new=new, max_batch_tokens=1024, way=way)["seconds"]
 
-    mine, reference = rounds_of(max(2, count // 2), ours, theirs)
+    ways = {
+        "whole": ("64 ragged requests, over one call of generate_batch", ">= 4"),
+        "grouped": ("the same, over a call for every length of answer", "-"),
+        "manager": ("the same, over its manager with each request's own bound", "-"),
+    }
+    mine, *others = rounds_of(max(2, count // 2), ours, *(partial(theirs, way) for way in ways))
     total = sum(new)
-    ours_rate, their_rate = (total / statistics.median(one) for one in (mine, reference))
-    name = "64 ragged requests, over generate_batch"
-    return [row(name, ">= 4", ratio(reference, mine), ours_rate, their_rate, "tok/s", None)]
+    rows = []
+    for (name, goal), seconds in zip(ways.values(), others, strict=True):
+        ours_rate, their_rate = (total / statistics.median(one) for one in (mine, seconds))
+        rows.append(row(name, goal, ratio(seconds, mine), ours_rate, their_rate, "tok/s", None))
+    return rows
 
 
 def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -359,21 +368,13 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
 
 
 def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """What a step costs beside the device's work. At B8: a whole step less the same programs run back to back. At 256
-    sequences of a tiny model: everything but waiting for the device."""
+    """What a step costs beside the device's work: a whole step less the same programs run back to back. At B8 of the real model,
+    and for 256 sequences of a tiny one, whose pages of 16 tokens run out 16 times a step."""
     del peer, bandwidth
     engine = engine_of(model, max_len=512)
     for ids in prompts([128] * BATCH):
         engine.submit(ids, Sampling(max_tokens=300))
-    prefill(engine)
-    steps, devices = [], []
-    for _ in range(40 * max(1, count // 3)):
-        began = time.perf_counter()
-        engine.step()
-        steps.append(time.perf_counter() - began)
-        devices.append(device_seconds(engine))
-    whole, alone = (statistics.median(one) * 1e3 for one in (steps, devices))
-    cost = statistics.median(a - b for a, b in zip(steps, devices, strict=True)) * 1e3
+    whole, alone, cost = beside_device(engine, 40 * max(1, count // 3))
     rows = [row("host work of a step at B8, percent of the step", "< 10", 100 * cost / whole, cost, whole, "ms", alone)]
     tiny = [LayerConfig("attention", AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=4))]
     structure, params = split(Transformer(tiny, ModelConfig(model_dim=8), 64, rngs=nnx.Rngs(0)))
@@ -383,46 +384,42 @@ def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
         rng = np.random.default_rng(0)
         for n in rng.integers(100, 140, 256):
             many.submit(rng.integers(0, 64, n).tolist(), Sampling(max_tokens=200))
-        prefill(many)
-        for _ in range(8):
-            many.step()
-        gc.collect()
-        gc.freeze()  # what benchmarks before this one left is not this step's work
-        times = []
-        for _ in range(100):
-            before = many.stats.host_s
-            many.step()
-            times.append((many.stats.host_s - before) * 1e3)
+        whole, alone, cost = beside_device(many, 100)
         name = f"host, 256 sequences, pages of {page_size}, {'with' if cache else 'without'} the index"
-        rows.append(
-            row(
-                name,
-                "< 1 ms",
-                statistics.mean(times),
-                statistics.mean(times),
-                statistics.median(times),
-                "ms mean, median",
-                None,
-            )
-        )
+        rows.append(row(name, "< 1 ms", cost, cost, whole, "ms", alone))
     return rows
 
 
+def beside_device(engine: Engine, num_steps: int) -> tuple[float, float, float]:
+    """Medians in ms: a decode step, its programs alone, and the difference."""
+    prefill(engine)
+    for _ in range(8):
+        engine.step()
+    device_seconds(engine)
+    gc.collect()
+    gc.freeze()  # what benchmarks before this one left is not this step's work
+    pairs = []
+    for _ in range(num_steps):
+        began = time.perf_counter()
+        engine.step()
+        pairs.append((time.perf_counter() - began, device_seconds(engine)))
+    whole, alone = zip(*pairs, strict=True)
+    costs = [a - b for a, b in pairs]
+    return statistics.median(whole) * 1e3, statistics.median(alone) * 1e3, statistics.median(costs) * 1e3
+
+
 def device_seconds(engine: Engine) -> float:
-    """The same step's programs once more, on a copy of nothing: planned for the next token, run and waited for, not kept."""
-    names = list(engine.ledger.sequences)
-    if not names or not all(engine.ledger.reserve_each(names)):
-        for name in names:
-            if engine.ledger.running[name].num_new:
-                engine.ledger.cancel(name)
-        return float("nan")
-    plan = engine.ledger.plan(names, BATCH, 1)
-    tokens = jnp.zeros((BATCH, 1), jnp.int32)
+    """The same step's programs once more: planned for the next token, run and waited for, not kept."""
+    names, batch = list(engine.ledger.sequences), engine.config.max_batch
+    for name, reserved in zip(names, engine.ledger.reserve_each(names), strict=True):
+        assert reserved or engine.ledger.reserve(name, 1).ready
+    plan = engine.ledger.plan(names, batch, 1)
+    tokens, positions = np.zeros((batch, 1), np.int32), np.zeros((batch, 1), np.int32)
+    choices = Choices(*(jnp.asarray(one) for one in Choices.of([], batch)))
     jax.block_until_ready(engine.pools)
     began = time.perf_counter()
-    logits, _, engine.pools = engine.step_fn.next_logits(engine.params, engine.pools, plan, tokens)
-    positions = jnp.zeros((BATCH, 1), jnp.int32)
-    jax.block_until_ready(draw_tokens(logits, positions, Choices.of([], BATCH), None, mode=Mode()))
+    logits, finite, engine.pools = engine.step_fn.next_logits(engine.params, engine.pools, plan, tokens)
+    jax.device_get((draw_tokens(logits, positions, choices, None, mode=Mode()), finite))
     seconds = time.perf_counter() - began
     for name in names:
         engine.ledger.cancel(name)

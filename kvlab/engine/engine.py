@@ -399,7 +399,7 @@ class Engine:
         self.stats.shapes.add((batch_size, width, everywhere))
         plan, self.pools = self.step_fn.copied(self.pools, plan)
         logits, finite, self.pools = self.step_fn.next_logits(
-            self.params, self.pools, plan, jnp.asarray(tokens), everywhere=everywhere
+            self.params, self.pools, plan, tokens, everywhere=everywhere
         )
         first = plan.starts + 1 if everywhere else plan.starts + plan.counts
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)

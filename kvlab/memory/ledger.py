@@ -27,7 +27,7 @@ from kvlab.memory.contiguous import BlockStore
 from kvlab.memory.plan import Plan, Swap
 from kvlab.memory.prefix import PrefixIndex
 from kvlab.memory.replacement import LRU, Policy
-from kvlab.memory.stores import Holding, PageStore, StateStore, Store
+from kvlab.memory.stores import NEVER_WAKES, Holding, PageStore, StateStore, Store
 from kvlab.memory.tokens import ITEM, TokenIds, encode, sha256
 from kvlab.memory.trie import CachedPage, Node
 
@@ -512,13 +512,13 @@ class Ledger:
 
     def _refresh(self, held: Tracked) -> None:
         """Until when the next steps need nothing: see `Tracked.room` and `wake`."""
-        pairs = list(zip(self.stores, held.holdings, strict=True))
-        held.room = min(self.max_len, *(store.room(holding, held.length) for store, holding in pairs))
-        held.wake = min(store.wake(holding) for store, holding in pairs)
+        room, wake, busy = self.max_len, NEVER_WAKES, held.lookahead > 0
+        for store, holding in zip(self.stores, held.holdings, strict=True):
+            room, wake = min(room, store.room(holding, held.length)), min(wake, store.wake(holding))
+            busy = busy or bool(holding.copies) or holding.writing is not None
         if held.ids is not None:
-            held.wake = min(held.wake, (held.length // self._page_size + 1) * self._page_size)
-        if held.lookahead or any(holding.copies or holding.writing is not None for holding in held.holdings):
-            held.wake = 0
+            wake = min(wake, (held.length // self._page_size + 1) * self._page_size)
+        held.room, held.wake = room, 0 if busy else wake
 
     def _let_go(self, held: Tracked) -> None:
         """A sequence leaves the device."""
