@@ -63,8 +63,8 @@ def main() -> int:
         return 2
     try:
         return commands[name](rest)
-    except (ConfigError, FileNotFoundError, ImportError) as error:
-        print(f"kvlab: {error}", file=sys.stderr)
+    except (ConfigError, OSError, ImportError, MemoryError) as error:
+        print(f"kvlab: {error or type(error).__name__}", file=sys.stderr)
         return 2
 
 

@@ -11,7 +11,8 @@ they mean is settled: tokens accepted, pages published, sequences ended.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from kvlab.engine.sampling import Choices, Drawn, Mode, Sampling, draw_tokens
 from kvlab.engine.scheduler import Schedule, Scheduler, Work
 from kvlab.engine.speculative import Drafter, ModelDrafter, NgramDrafter
 from kvlab.engine.step import MemoryStep
+from kvlab.engine.stream import Stream
 from kvlab.engine.swap import HostTier
 from kvlab.engine.text import Tokenizer, Transcript
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
@@ -97,6 +99,7 @@ class Engine:
         """Of requests that ended and were not taken yet."""
         self.stats = Stats()
         self._beams: dict[str, BeamGroup] = {}
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._num_submitted = 0
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
@@ -137,16 +140,21 @@ class Engine:
         """Queues a request and returns its name. Higher priorities are admitted first and make room last, but do not interrupt
         what runs; prompts share pages within a namespace only.
 
-        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use, and
-        text or stop strings without a tokenizer. Nothing has then changed.
+        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use, text or
+        stop strings without a tokenizer, and a priority or namespace of another type. Nothing has then changed.
         """
         sampling = sampling or Sampling()
         ids = self._encoded(prompt)
         self._check(ids, sampling)
+        ids = [int(one) for one in ids]
         if name is None:
             name = self._free_name()
         elif not isinstance(name, str) or name in self.requests or name in self.answers:
             raise ValueError(f"name = {name!r}: {'is in use' if isinstance(name, str) else 'must be a string'}")
+        if type(priority) is not int:
+            raise ValueError(f"priority = {priority!r}: must be an integer")
+        if not isinstance(namespace, str):
+            raise ValueError(f"namespace = {namespace!r}: must be a string")
         seed = sampling.seed
         if seed is None:
             seed = int(np.random.default_rng([self.config.seed, self._num_submitted]).integers(2**31))
@@ -243,9 +251,10 @@ class Engine:
         if name in self._beams:
             self._beams[name].end("cancelled")
             self._end_beams(self._beams[name])
-            return
-        for one in request.samples[:]:
-            self._finish(one, "cancelled")
+        else:
+            for one in request.samples[:]:
+                self._finish(one, "cancelled")
+        self._tell([Event(name, 0, None, float("nan"), "", "cancelled")])
 
     def generate(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
@@ -269,18 +278,20 @@ class Engine:
 
     def stream(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> Iterator[Event]:
+    ) -> Stream:
         """Events of these requests as they happen. Whoever stops listening cancels what is left. Bad prompts raise here."""
-        return self._events(self._submit_all(prompts, sampling))
+        names = self._submit_all(prompts, sampling)
+        made = Stream(names, self.step, self.requests.__contains__, self._abandon)
+        self._streams.add(made)
+        return made
 
-    def _events(self, names: dict[str, None]) -> Iterator[Event]:
-        try:
-            while any(name in self.requests for name in names):
-                yield from (event for event in self.step() if event.name in names)
-        finally:
-            self._abandon(names)
+    def _tell(self, events: list[Event]) -> list[Event]:
+        """Everybody who listens hears of what happened, whoever stepped."""
+        for one in list(self._streams):
+            one.take(events)
+        return events
 
-    def _abandon(self, names: dict[str, None]) -> None:
+    def _abandon(self, names: Collection[str]) -> None:
         """Ends these requests, whatever became of them, and forgets their answers."""
         for name in names:
             if name in self.requests:
@@ -341,7 +352,7 @@ class Engine:
             events += self._advance_beams(group)
         self.stats.steps += bool(work)
         self.stats.host_s += waited - began + time.perf_counter() - done
-        return events
+        return self._tell(events)
 
     def _draft(self, drafter: Drafter) -> None:
         """Guesses for the sequences that decode next."""
@@ -586,15 +597,20 @@ class Engine:
             self.drafter.forget(one)
         one.request.samples.remove(one)
 
-    def _finish(self, one: Sample, reason: FinishReason) -> None:
-        """A sequence has its completion; the last one of a request makes the answer."""
-        request = one.request
-        self._drop(one)
+    @staticmethod
+    def _completion(one: Sample, reason: FinishReason) -> Completion:
+        """What a sequence has said until now."""
         text = ""
         if one.transcript is not None:
             one.transcript.finish()
             text = one.transcript.text
-        request.completions[one.index] = Completion(one.answer, one.logprobs, reason, text, one.alternatives)
+        return Completion(one.answer, one.logprobs, reason, text, one.alternatives)
+
+    def _finish(self, one: Sample, reason: FinishReason) -> None:
+        """A sequence has its completion; the last one of a request makes the answer."""
+        request = one.request
+        self._drop(one)
+        request.completions[one.index] = self._completion(one, reason)
         if not request.samples:
             if reason == "cancelled":  # samples that were never started
                 for index in range(request.sampling.num_samples):
@@ -610,7 +626,7 @@ class Engine:
             group.end("error")
             request.completions = dict(enumerate(group.finished))
         for other in request.samples[:]:
-            request.completions.setdefault(other.index, Completion(other.answer, other.logprobs, "error"))
+            request.completions.setdefault(other.index, self._completion(other, "error"))
             self._drop(other, keep=False)
         self._answer(request, reason)
         return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]

@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,18 +32,21 @@ from kvlab.training.progress import human_bytes
 from kvlab.typing import Params
 from kvlab.weights import load_checkpoint
 
+TOP = ("dtype", "draft", "stop_at_end")
 SECTIONS: dict[str, type[Schema]] = {"sampling": Sampling, "engine": EngineConfig, "memory": MemoryConfig}
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Schema):
-    """What `kvlab generate` takes as field=value. `dtype` null: as stored; `draft` is the folder of a draft model."""
+    """What `kvlab generate` takes as field=value. `dtype` null: as stored; `draft` is the folder of a draft model; with `stop_at_end`
+    answers end at the checkpoint's own end tokens, too."""
 
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(max_batch=8))
     memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(chunk_len=256))
     dtype: str | None = choice("stored", ("stored", "float32", "bfloat16"))
     draft: str | None = text(None, legal="a folder", optional=True)
+    stop_at_end: bool = True
 
     @classmethod
     def parse(cls, overrides: Sequence[str]) -> "GenerateConfig":
@@ -62,10 +65,10 @@ class GenerateConfig(Schema):
             section, dot, inner = name.partition(".")
             if dot and section in sections:
                 sections[section][inner] = parsed
-            elif not dot and name in ("dtype", "draft"):
+            elif not dot and name in TOP:
                 values[name] = parsed
             else:
-                raise ConfigError(name, parsed, f"no such field; {nearest(section, (*SECTIONS, 'dtype', 'draft'))}")
+                raise ConfigError(name, parsed, f"no such field; {nearest(section, (*SECTIONS, *TOP))}")
         built = {name: kind.build(sections[name], name) for name, kind in SECTIONS.items()}
         return cls.build({**values, **built})
 
@@ -77,6 +80,7 @@ class Source:
     structure: nnx.GraphDef[Transformer]
     params: Params
     tokenizer: Tokenizer | None
+    end_tokens: tuple[int, ...] = ()
 
 
 def load_source(folder: Path, dtype: str | None = None) -> Source:
@@ -96,13 +100,11 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
             f"{folder}: neither a run's directory (config.yaml, params/) nor a checkpoint (config.json)"
         )
     loaded = load_checkpoint(folder, None if dtype == "stored" else dtype)
-    return Source(loaded.structure, loaded.params, load_tokenizer(folder))
+    return Source(loaded.structure, loaded.params, load_tokenizer(folder), loaded.end_tokens)
 
 
-def make_engine(folder: Path, config: GenerateConfig) -> Engine:
+def make_engine(source: Source, config: GenerateConfig) -> Engine:
     """The engine over a folder's model."""
-    keep_freed_memory()
-    source = load_source(folder, config.dtype)
     draft = None
     if config.draft is not None:
         drafting = load_source(Path(config.draft), config.dtype)
@@ -244,7 +246,11 @@ def generate(
     folder: Path, config: GenerateConfig, prompts: Sequence[str], source: Path | None, output: Path | None, jsonl: bool
 ) -> int:
     """The command; returns the exit status, 1 when a request failed."""
-    engine = make_engine(folder, config)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError("--output", str(output), "must be a file in a folder that exists")
+    keep_freed_memory()
+    loaded = load_source(folder, config.dtype)
+    engine = make_engine(loaded, config)
     asked: list[tuple[Any, Sampling, str | None]] = [(_prompt(one, engine), config.sampling, None) for one in prompts]
     if source is not None or (jsonl and not prompts):
         if source is None or str(source) == "-":
@@ -256,6 +262,11 @@ def generate(
         raise ConfigError(
             "prompt", None, "give --prompt TEXT, --input FILE, or --jsonl with requests on standard input"
         )
+    if config.stop_at_end and loaded.end_tokens:
+        asked = [
+            (prompt, replace(sampling, stop_tokens=(*sampling.stop_tokens, *loaded.end_tokens)), name)
+            for prompt, sampling, name in asked
+        ]
     console = Console(stderr=True, highlight=False)
     names = submit_all(engine, asked)
     began = time.perf_counter()

@@ -42,13 +42,13 @@ class Fields:
             return 1
         return value
 
-    def real(self, name: str, default: float) -> float:
+    def real(self, name: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.values.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             self.problems.append(f"config.json: {name} = {value!r}: must be a positive number")
-            return default
+            return 1.0
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -77,10 +77,10 @@ def _rope(fields: Fields) -> dict[str, Any]:
     kind = given.get("rope_type", given.get("type", "default"))
     scaling: tuple[float, ...] = ()
     if kind == "linear":
-        scaling = (inner.real("factor", 1.0),)
+        scaling = (inner.real("factor"),)
     elif kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = tuple(inner.real(name, 1.0) for name in names)
+        scaling = tuple(inner.real(name) for name in names)
     elif kind != "default":
         fields.problems.append(f"config.json: rope_type = {kind!r}: must be one of default, linear, llama3")
     inner.require("partial_rotary_factor", 1.0)
@@ -134,7 +134,8 @@ def _llama(fields: Fields) -> tuple[list[LayerConfig], dict[str, Any]]:
 
 def _mistral(fields: Fields) -> tuple[list[LayerConfig], dict[str, Any]]:
     # transformers masks keys at distance `sliding_window` and beyond: the current token counts, as here.
-    window = fields.integer("sliding_window") if fields.values.get("sliding_window") is not None else None
+    # Absent means transformers' default, null none.
+    window = fields.integer("sliding_window", 4096) if fields.values.get("sliding_window", 4096) is not None else None
     return _decoder(fields, window=window)
 
 

@@ -1,4 +1,4 @@
-"""Loading and saving a model in the layout of the Hugging Face hub: config.json, safetensors, tokenizer.json."""
+"""Loading and saving a model in the layout of the Hugging Face hub: config.json and safetensors."""
 
 import json
 from collections.abc import Iterator
@@ -30,6 +30,8 @@ class Pretrained:
     architecture: Architecture
     structure: nnx.GraphDef[Transformer]
     params: Params
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer, as the folder says; nothing stops at them unless `Sampling.stop_tokens` asks."""
 
 
 def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrained:
@@ -51,7 +53,8 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
         whole = entry.transform.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
-    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(one, abstract))
+    end_tokens = read_end_tokens(directory, architecture.vocab_size)
+    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(one, abstract), end_tokens)
 
 
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
@@ -63,14 +66,30 @@ def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture
     return architecture
 
 
+def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. Raises WeightsError for
+    anything else."""
+    for name in ("generation_config.json", "config.json"):
+        if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
+            continue
+        ids = tuple(given) if isinstance(given, list) else (given,)
+        if wrong := [one for one in ids if type(one) is not int or not 0 <= one < vocab_size]:
+            legal = f"must be token ids in [0, {vocab_size})"
+            raise WeightsError(directory, [f"{name}: eos_token_id = {wrong[0]!r}: {legal}"])
+        return ids
+    return ()
+
+
 def save_checkpoint(
     pretrained: Pretrained, directory: str | Path, *, dtype: str | None = None, max_shard_bytes: int = 5 << 30
 ) -> None:
     """Writes config.json and safetensors that `load_checkpoint` and transformers read back.
 
-    `dtype` of the tensors; None: each as it is. Raises ValueError for a model that its family's config cannot describe, and
-    FileExistsError when the folder holds a model already.
+    `dtype` of the tensors ("float32", "bfloat16", "float16"); None: each as it is. Raises ValueError for another, and for a
+    model that its family's config cannot describe, and FileExistsError when the folder holds a model already.
     """
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype = {dtype!r}: must be None, float32, bfloat16 or float16")
     directory, architecture = Path(directory).expanduser(), pretrained.architecture
     values = write_architecture(architecture)
     if found := [*directory.glob("*.safetensors"), *directory.glob("config.json")]:
@@ -85,7 +104,10 @@ def save_checkpoint(
             yield from zip(entry.names, entry.transform.unload(whole), strict=True)
 
     write_shards(directory, tensors(), max_shard_bytes)
-    (directory / "config.json").write_text(json.dumps(values | {"dtype": dtype or architecture.model.dtype}, indent=2))
+    values |= {"dtype": dtype or architecture.model.dtype}
+    if pretrained.end_tokens:
+        values["eos_token_id"] = list(pretrained.end_tokens)
+    (directory / "config.json").write_text(json.dumps(values, indent=2))
 
 
 def abstract_model(architecture: Architecture) -> tuple[nnx.GraphDef[Transformer], Params]:

@@ -252,6 +252,45 @@ def test_a_stream_that_nobody_hears_is_cancelled():
     stream.close()
     assert not engine.requests
     assert not engine.ledger.sequences
+    engine.stream(PROMPTS, Sampling(max_tokens=30)).close()
+    assert not engine.requests
+    unheard = engine.stream(PROMPTS, Sampling(max_tokens=30))
+    assert engine.requests
+    del unheard
+    assert not engine.requests
+    assert not engine.answers
+
+
+def test_streams_hear_everything_whoever_steps():
+    """Two streams in turns, a `generate` in between, a request cancelled from outside."""
+    engine = engine_of("llama_gqa")
+    expected = [one.tokens for one in engine.generate(PROMPTS[:3], Sampling(max_tokens=12))]
+    first, second = (engine.stream([ids], Sampling(max_tokens=12)) for ids in PROMPTS[:2])
+    heard = [[], []]
+    for _ in range(5):
+        heard[0].append(next(first).token)
+        heard[1].append(next(second).token)
+    (third,) = engine.generate(PROMPTS[2:3], Sampling(max_tokens=12))
+    assert third.tokens == expected[2]
+    for tokens, stream in zip(heard, (first, second), strict=True):
+        tokens += [event.token for event in stream]
+    assert heard == expected[:2]
+    assert not engine.answers
+    cut = engine.stream(PROMPTS[:1], Sampling(max_tokens=12))
+    begun = next(cut)
+    engine.cancel(begun.name)
+    assert [event.finish_reason for event in cut] == ["cancelled"]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"priority": None}, {"priority": float("nan")}, {"namespace": [1]}, {"namespace": None}]
+)
+def test_who_asks_with_the_wrong_type_changes_nothing(bad):
+    engine = engine_of("llama_gqa")
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        engine.submit(PROMPTS[0], **bad)
+    assert not engine.requests
+    assert engine.generate(PROMPTS[:1], Sampling(max_tokens=3))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "mamba2"])

@@ -39,6 +39,21 @@ def word_tokenizer(path: Path, vocab_size: int = 320) -> Path:
     return path
 
 
+def test_answers_stop_at_the_checkpoints_own_end(tmp_path, monkeypatch, capsys):
+    folder = write_folder("llama_gqa", tmp_path / "model")
+    expected = golden("llama_gqa")["answers"]["17"]["tokens"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": expected[9]}))
+    words = ["generate", str(folder), "--prompt", ",".join(map(str, prompt(17, 320))), "sampling.max_tokens=40"]
+    assert command(monkeypatch, *words) == 0
+    stopped = expected[: expected.index(expected[9]) + 1]
+    assert f"{stopped}\n" in capsys.readouterr().out
+    assert command(monkeypatch, *words, "stop_at_end=false") == 0
+    assert f"{expected}\n" in capsys.readouterr().out
+    assert command(monkeypatch, *words, "--output", str(tmp_path)) == 2
+    assert "--output" in capsys.readouterr().err
+
+
 def test_a_checkpoint_answers_ids_text_and_jsonl(tmp_path, monkeypatch, capsys):
     folder = write_folder("llama_gqa", tmp_path / "model")
     ids, expected = prompt(17, 320), golden("llama_gqa")["answers"]["17"]["tokens"]

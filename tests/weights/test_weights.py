@@ -88,6 +88,10 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"num_key_value_heads": 3}, "num_kv_heads = 3: must divide"),
         ("llama_gqa", {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "linear"}}, "factor = None"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
+        ("llama_gqa", {"eos_token_id": 320}, "eos_token_id = 320"),
+        ("llama_gqa", {"eos_token_id": ["x"]}, "eos_token_id = 'x'"),
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("mistral", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
@@ -101,6 +105,25 @@ def test_options_that_are_not_built_are_refused(family, changes, message, tmp_pa
     edit(folder, **changes)
     with pytest.raises(WeightsError, match=message):
         load_checkpoint(folder)
+
+
+def test_end_tokens_and_what_an_absent_window_means(tmp_path):
+    folder = write_folder("mistral", tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    del config["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    loaded = load_checkpoint(folder)
+    assert loaded.end_tokens == (7,)
+    assert {layer.config.window for layer in loaded.architecture.layers} == {4096}  # transformers' own default
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    loaded = load_checkpoint(folder)
+    assert loaded.end_tokens == (7, 9)
+    save_checkpoint(loaded, tmp_path / "b")
+    assert load_checkpoint(tmp_path / "b").end_tokens == (7, 9)
+    for dtype in ("int8", "float64", "no"):
+        with pytest.raises(ValueError, match="dtype ="):
+            save_checkpoint(loaded, tmp_path / "c", dtype=dtype)
+    assert not (tmp_path / "c").exists()
 
 
 def test_every_mismatch_is_reported_at_once(tmp_path):
