@@ -277,7 +277,7 @@ def generate(
         answers = answer_all(engine, names, console, sys.stdout if jsonl else None)
     if not jsonl and output is None:
         print_answers(answers, Console(highlight=False))
-    console.print(summary(engine, time.perf_counter() - began), markup=False)
+    console.print(summary(engine, time.perf_counter() - began), markup=False, soft_wrap=True)
     return 1 if any(one.error for one in answers) else 0
 
 
