@@ -1,0 +1,271 @@
+"""Paged attention for TPUs in Pallas Mosaic: pages come by DMA, one block ahead, also across sequences.
+
+An item is (sequence, KV head, tile of queries): its rows are the queries of all heads that share the KV head. XLA lists, for
+every item, the pages in which some row sees something; the kernel walks the items in order. While it attends over one
+block of pages, the next one, of this item or the first of the following, is on its way into the other half of the buffer.
+So what moves is each live page once, and a page that nobody sees is not touched.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int32
+
+BLOCK_LEN = 512
+"""Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
+ROWS = 256
+"""Most rows of an item."""
+NOWHERE = 2**30
+
+
+def paged_attention(
+    queries: Float[Array, "B T H D"],
+    key_pages: Float[Array, "P K page D"],
+    value_pages: Float[Array, "P K page Dv"],
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    window: int | None,
+    num_sinks: int,
+    soft_cap: float | None,
+    scale: float,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """See `api.paged_attention`."""
+    batch, num_queries, num_heads, dim = queries.shape
+    _, num_kv_heads, page_size, value_dim = value_pages.shape
+    group = num_heads // num_kv_heads
+    tile_len = min(num_queries, max(1, ROWS // group))
+    num_tiles = -(-num_queries // tile_len)
+    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
+
+    # Rows: [B, K, tiles, tile_len * G], padded to whole registers; padding sees nothing.
+    def tiled(x: Array, fill: int) -> Array:
+        padding = [(0, 0), (0, num_tiles * tile_len - num_queries), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.pad(x, padding, constant_values=fill).reshape(batch, num_tiles, tile_len, *x.shape[2:])
+
+    last = tiled(jnp.minimum(query_positions, kv_lens[:, None] - 1), -1)  # [B, tiles, tile_len]
+    first = tiled(jnp.zeros_like(query_positions) if window is None else query_positions - window + 1, NOWHERE)
+    pages, starts, counts = _live_pages(page_table, page_starts, last, first, num_sinks, page_size, window)
+    rows = tiled(queries, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
+    rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
+    num_rows = -(-rows.shape[1] // 16) * 16
+    missing = num_rows - rows.shape[1]
+    rows = jnp.pad(rows, ((0, 0), (0, missing), (0, 0)))
+
+    def bounds(x: Array, fill: int) -> Array:
+        x = jnp.pad(jnp.repeat(x, group, axis=2), ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+        return jnp.repeat(x[:, None], num_kv_heads, axis=1).reshape(-1, num_rows)
+
+    def per_head(x: Array) -> Array:
+        return jnp.repeat(x[:, None], num_kv_heads, axis=1).reshape(-1, *x.shape[2:])
+
+    items, table_len = len(rows), pages.shape[-1]
+    counts = per_head(counts)
+    ends = jnp.stack([bounds(first, NOWHERE), bounds(last, -1)], axis=1)  # [items, 2, rows]
+    tables = jnp.stack([per_head(pages), per_head(starts)], axis=1)  # [items, 2, N]
+    table_spec = partial(pl.BlockSpec, (1, 2, table_len), memory_space=pltpu.SMEM)
+    outputs, log_sum_exp = pl.pallas_call(
+        partial(
+            _kernel,
+            num_items=items,
+            num_kv_heads=num_kv_heads,
+            num_tiles=num_tiles,
+            num_sinks=num_sinks if window is not None else None,
+            soft_cap=soft_cap,
+            scale=scale,
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(items,),
+            in_specs=[
+                table_spec(lambda i, _: (i, 0, 0)),
+                table_spec(lambda i, _: (jnp.minimum(i + 1, items - 1), 0, 0)),
+                pl.BlockSpec((1, num_rows, dim), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec((1, 2, num_rows), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec((1, num_rows, 2), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[
+                pl.BlockSpec((1, num_rows, value_dim), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec((1, num_rows, 1), lambda i, _: (i, 0, 0)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((2, block_pages, page_size, dim), key_pages.dtype),
+                pltpu.VMEM((2, block_pages, page_size, value_dim), value_pages.dtype),
+                pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((items, num_rows, value_dim), queries.dtype),
+            jax.ShapeDtypeStruct((items, num_rows, 1), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="paged_attention",
+    )(counts, tables, tables, rows, ends, ends.swapaxes(1, 2), key_pages, value_pages)
+
+    def untiled(x: Array) -> Array:
+        x = x[:, : tile_len * group].reshape(batch, num_kv_heads, num_tiles * tile_len, group, -1)[:, :, :num_queries]
+        return x.transpose(0, 2, 1, 3, 4).reshape(batch, num_queries, num_heads, -1)
+
+    return untiled(outputs), untiled(log_sum_exp)[..., 0]
+
+
+def _live_pages(
+    page_table: Int32[Array, "B num_pages"],
+    page_starts: Int32[Array, "B num_pages"],
+    last: Int32[Array, "B tiles T"],
+    first: Int32[Array, "B tiles T"],
+    num_sinks: int,
+    page_size: int,
+    window: int | None,
+) -> tuple[Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles"]]:
+    """Pages and first positions in which some query of a tile sees something, those first, and how many these are."""
+    starts = page_starts[:, None, :]
+    live = starts <= last.max(axis=2)[:, :, None]
+    if window is not None:
+        live = live & ((starts + page_size > first.min(axis=2)[:, :, None]) | (starts < num_sinks))
+    order = jnp.argsort(~live, axis=2, stable=True)
+    pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (page_table, page_starts))
+    return pages, starts, live.sum(axis=2, dtype=jnp.int32)
+
+
+def _kernel(
+    counts: Any,
+    table,
+    next_table,
+    rows,
+    ends_across,
+    ends_down,
+    key_pages,
+    value_pages,
+    outputs,
+    log_sum_exp,
+    keys,
+    values,
+    arrived,
+    half,
+    *,
+    num_items: int,
+    num_kv_heads: int,
+    num_tiles: int,
+    num_sinks: int | None,
+    soft_cap: float | None,
+    scale: float,
+) -> None:
+    """One item. `half` is the half of the buffer that holds, or will hold, its first block; `arrived` counts its copies."""
+    item = pl.program_id(0)
+    _, block_pages, page_size, _ = keys.shape
+    count = counts[item]
+    num_blocks = pl.cdiv(count, block_pages)
+
+    def copies(of, table, block, entry, into):
+        """The two copies of one page."""
+        head, page = of // num_tiles % num_kv_heads, table[0, 0, block * block_pages + entry]
+        pairs = ((key_pages, keys), (value_pages, values))
+        return [
+            pltpu.make_async_copy(pool.at[page, head], buffer.at[into, entry], arrived.at[which, into])
+            for which, (pool, buffer) in enumerate(pairs)
+        ]
+
+    def each_live(count, block, do):
+        """For every entry of a block that lists a page."""
+
+        def one(entry, _):
+            do(entry)
+
+        lax.fori_loop(0, jnp.minimum(block_pages, count - block * block_pages), one, None)
+
+    def fetch(of, table, count, block, into):
+        each_live(count, block, lambda entry: [one.start() for one in copies(of, table, block, entry, into)])
+
+    before = counts[jnp.maximum(item - 1, 0)]
+
+    @pl.when(item == 0)
+    def _():
+        half[0] = 0
+
+    @pl.when((count > 0) & ((item == 0) | (before == 0)))
+    def _():
+        fetch(item, table, count, 0, half[0])
+
+    num_slots = block_pages * page_size
+
+    def attend(block, state):
+        highest, total, sums = state
+        here = (half[0] + block) % 2
+        following = jnp.minimum(item + 1, num_items - 1)
+
+        @pl.when(block + 1 < num_blocks)
+        def _():
+            fetch(item, table, count, block + 1, 1 - here)
+
+        @pl.when((block + 1 == num_blocks) & (item + 1 < num_items))
+        def _():
+            fetch(following, next_table, counts[following], 0, 1 - here)
+
+        each_live(count, block, lambda entry: [one.wait() for one in copies(item, table, block, entry, here)])
+
+        entries = [block * block_pages + entry for entry in range(block_pages)]
+        starts = [jnp.where(entry < count, table[0, 1, jnp.minimum(entry, count - 1)], NOWHERE) for entry in entries]
+
+        def visible(axis, first, last):
+            """[rows, slots] with the slots along axis 1, or the other way round along axis 0."""
+            offsets = lax.broadcasted_iota(jnp.int32, (page_size, 1) if axis == 0 else (1, page_size), axis)
+            positions = jnp.concatenate([start + offsets for start in starts], axis=axis)
+            seen = positions <= last
+            if num_sinks is not None:
+                seen = seen & ((positions >= first) | (positions < num_sinks))
+            return seen
+
+        seen = visible(1, ends_down[0, :, 0:1], ends_down[0, :, 1:2])
+        scores = lax.dot_general(
+            rows[0], keys[here].reshape(num_slots, -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        scores = scores * scale
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        new = jnp.maximum(highest, scores.max(axis=1, keepdims=True))
+        shift = jnp.where(new == -jnp.inf, 0, new)
+        keep, weights = jnp.exp(highest - shift), jnp.exp(scores - shift)
+        total = total * keep + weights.sum(axis=1, keepdims=True)
+        # A weight of zero does not silence a NaN: what no row sees is replaced.
+        readable = visible(0, ends_across[0, 0:1], ends_across[0, 1:2]).astype(jnp.float32).max(axis=1, keepdims=True)
+        block_values = jnp.where(readable > 0, values[here].reshape(num_slots, -1), 0)
+        part = _product(weights, block_values)
+        return new, total, sums * keep + part
+
+    num_rows, value_dim = rows.shape[1], values.shape[3]
+    state = (
+        jnp.full((num_rows, 1), -jnp.inf),
+        jnp.zeros((num_rows, 1)),
+        jnp.zeros((num_rows, value_dim)),
+    )
+    highest, total, sums = lax.fori_loop(0, num_blocks, attend, state)
+    half[0] = (half[0] + num_blocks) % 2
+    outputs[0] = (sums / jnp.where(total == 0, 1, total)).astype(outputs.dtype)
+    log_sum_exp[0] = jnp.log(total) + jnp.where(highest == -jnp.inf, 0, highest)
+
+
+def _product(weights: Float[Array, "R S"], values: Float[Array, "S Dv"]) -> Float[Array, "R Dv"]:
+    """weights @ values in float32. Values of 16 bits meet the weights in two halves of 16 bits, so that these lose nothing: the
+    time is in the copies, not here."""
+
+    def product(weights: Array) -> Array:
+        return lax.dot_general(weights, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    if values.dtype == jnp.float32:
+        return product(weights)
+    high = weights.astype(values.dtype)
+    return product(high) + product((weights - high.astype(jnp.float32)).astype(values.dtype))
