@@ -100,6 +100,7 @@ class Engine:
         self.stats = Stats()
         self._beams: dict[str, BeamGroup] = {}
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._stepping, self._unheard = False, list[str]()
         self._num_submitted = 0
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
@@ -292,7 +293,11 @@ class Engine:
         return events
 
     def _abandon(self, names: Collection[str]) -> None:
-        """Ends these requests, whatever became of them, and forgets their answers."""
+        """Ends these requests, whatever became of them, and forgets their answers; after the step, if one is under way: Python may
+        let go of a stream anywhere."""
+        if self._stepping:
+            self._unheard += names
+            return
         for name in names:
             if name in self.requests:
                 self.cancel(name)
@@ -317,6 +322,16 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Advances every sequence that the budget allows; returns what happened. Nothing to do is no event."""
+        self._stepping = True
+        try:
+            events = self._advance()
+        finally:
+            self._stepping = False
+        unheard, self._unheard = self._unheard, []
+        self._abandon(unheard)
+        return self._tell(events)
+
+    def _advance(self) -> list[Event]:
         began = time.perf_counter()
         if self.drafter is not None:
             self._draft(self.drafter)
@@ -352,7 +367,7 @@ class Engine:
             events += self._advance_beams(group)
         self.stats.steps += bool(work)
         self.stats.host_s += waited - began + time.perf_counter() - done
-        return self._tell(events)
+        return events
 
     def _draft(self, drafter: Drafter) -> None:
         """Guesses for the sequences that decode next."""

@@ -261,6 +261,20 @@ def test_a_stream_that_nobody_hears_is_cancelled():
     assert not engine.answers
 
 
+def test_a_stream_that_goes_in_the_middle_of_a_step_is_cancelled_after_it(monkeypatch):
+    engine = engine_of("llama_gqa")
+    streams = [engine.stream(PROMPTS[:2], Sampling(max_tokens=30))]
+    next(streams[0])
+    settle = engine._settle_plain
+    monkeypatch.setattr(engine, "_settle_plain", lambda *args: (streams.clear(), settle(*args))[1])
+    while engine.requests:
+        engine.step()
+    assert not streams
+    assert engine.stats.decoded_tokens < 60
+    assert not engine.answers
+    assert not engine.ledger.sequences
+
+
 def test_streams_hear_everything_whoever_steps():
     """Two streams in turns, a `generate` in between, a request cancelled from outside."""
     engine = engine_of("llama_gqa")
