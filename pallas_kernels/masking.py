@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
+NOWHERE = 2**30
+"""First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
+
 
 def visible(
     query_positions: Int32[Array, "..."], key_positions: Int32[Array, "..."], window: int | None, num_sinks: int

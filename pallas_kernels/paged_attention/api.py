@@ -6,9 +6,6 @@ from jaxtyping import Float, Int32
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
 
-NOWHERE = 2**30
-"""First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
-
 IMPLEMENTATIONS = {"blocked": blocked.paged_attention, "reference": reference.paged_attention}
 """The first is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
 

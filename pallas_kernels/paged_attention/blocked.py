@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32
 
-from pallas_kernels.masking import visible
+from pallas_kernels.masking import NOWHERE, visible
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""
-NOWHERE = 2**30
 
 
 def paged_attention(

@@ -16,11 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
+from pallas_kernels.masking import NOWHERE
+
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
 ROWS = 256
 """Most rows of an item."""
-NOWHERE = 2**30
 
 
 def paged_attention(
