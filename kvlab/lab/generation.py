@@ -104,7 +104,7 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
 
 
 def make_engine(source: Source, config: GenerateConfig) -> Engine:
-    """The engine over a folder's model."""
+    """The engine over a loaded model, with its draft model if one is named."""
     draft = None
     if config.draft is not None:
         drafting = load_source(Path(config.draft), config.dtype)
