@@ -36,6 +36,7 @@ from kvlab.engine.config import EngineConfig  # noqa: E402
 from kvlab.engine.engine import Engine  # noqa: E402
 from kvlab.engine.sampling import Choices, Mode, Sampling, draw_tokens  # noqa: E402
 from kvlab.memory.layout import MemoryConfig  # noqa: E402
+from kvlab.memory.plan import Plan  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split  # noqa: E402
 from kvlab.weights import Pretrained, save_checkpoint  # noqa: E402
@@ -393,37 +394,39 @@ def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
 def beside_device(engine: Engine, num_steps: int) -> tuple[float, float, float]:
     """Medians in ms: a decode step, its programs alone, and the difference."""
     prefill(engine)
+    plans, make_plan = [], engine.ledger.plan
+
+    def kept_plan(*asked: Any) -> Plan:
+        plans.append(make_plan(*asked))
+        return plans[-1]
+
+    engine.ledger.plan = kept_plan  # type: ignore[method-assign]
     for _ in range(8):
         engine.step()
-    device_seconds(engine)
+    device_seconds(engine, plans[-1])
     gc.collect()
     gc.freeze()  # what benchmarks before this one left is not this step's work
     pairs = []
     for _ in range(num_steps):
         began = time.perf_counter()
         engine.step()
-        pairs.append((time.perf_counter() - began, device_seconds(engine)))
+        pairs.append((time.perf_counter() - began, device_seconds(engine, plans.pop())))
     whole, alone = zip(*pairs, strict=True)
     costs = [a - b for a, b in pairs]
     return statistics.median(whole) * 1e3, statistics.median(alone) * 1e3, statistics.median(costs) * 1e3
 
 
-def device_seconds(engine: Engine) -> float:
-    """The same step's programs once more: planned for the next token, run and waited for, not kept."""
-    names, batch = list(engine.ledger.sequences), engine.config.max_batch
-    for name, reserved in zip(names, engine.ledger.reserve_each(names), strict=True):
-        assert reserved or engine.ledger.reserve(name, 1).ready
-    plan = engine.ledger.plan(names, batch, 1)
-    tokens, positions = np.zeros((batch, 1), np.int32), np.zeros((batch, 1), np.int32)
-    choices = Choices(*(jnp.asarray(one) for one in Choices.of([], batch)))
+def device_seconds(engine: Engine, plan: Plan) -> float:
+    """The programs of a decode step that just ran, once more; they write the same keys and values to the same places."""
+    samples: list[Any] = list(engine.scheduler.running)
+    tokens = np.array([[one.ids[-2]] for one in samples], np.int32)
+    positions = (plan.starts + plan.counts)[:, None]
+    choices = Choices(*(jnp.asarray(one) for one in Choices.of([], len(plan.starts))))
     jax.block_until_ready(engine.pools)
     began = time.perf_counter()
     logits, finite, engine.pools = engine.step_fn.next_logits(engine.params, engine.pools, plan, tokens)
     jax.device_get((draw_tokens(logits, positions, choices, None, mode=Mode()), finite))
-    seconds = time.perf_counter() - began
-    for name in names:
-        engine.ledger.cancel(name)
-    return seconds
+    return time.perf_counter() - began
 
 
 PARTS = {

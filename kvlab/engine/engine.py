@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 
 from kvlab.engine.beam import BeamGroup
@@ -348,19 +349,14 @@ class Engine:
             work = [one for one in work if one.entry.state != "gone"]
         groups = self._groups(work)
         launched = [self._launch(*group) for group in groups]
+        self.ledger.publish()
+        committed = [self._commit_early(*group) for group in groups]
         waited = time.perf_counter()
         fetched = jax.device_get(launched)
         self.stats.wait_s += (done := time.perf_counter()) - waited
-        for (rows, width, everywhere), (drawn, finite) in zip(groups, fetched, strict=True):
-            samples: list[Any] = [one.entry for one in rows]
-            if (
-                width == 1
-                and not everywhere
-                and finite.all()
-                and np.isfinite(drawn.logprobs).all()
-                and self._are_plain(samples)
-            ):
-                events += self._settle_plain(samples, drawn)
+        for (rows, _, everywhere), done_early, (drawn, finite) in zip(groups, committed, fetched, strict=True):
+            if done_early is not None:
+                events += self._settle_plain([one.entry for one in rows], done_early, drawn, finite)  # type: ignore[misc]
             else:
                 events += self._settle(rows, drawn, finite.tolist(), everywhere)
         for group in [one for one in self._beams.values() if one.ready]:
@@ -443,26 +439,38 @@ class Engine:
         made = self._batches[width, everywhere] = _Batch(samples, choices, Mode.of(samplings), wants_more)
         return made
 
-    def _are_plain(self, samples: list[Sample]) -> bool:
-        """Whether these rows compute their last known token and ask for tokens and log-probabilities only."""
-        if self._batches[1, False].wants_more:
-            return False
-        # A row may be gone: another sample of its request failed in this step.
-        decoding = [
-            one.prefill_len <= one.num_computed == one.num_known - 1 and one.state == "running" for one in samples
-        ]
-        return all(decoding)
-
     # What a step means.
 
-    def _settle_plain(self, samples: list[Sample], drawn: Drawn) -> list[Event]:
-        """What `_settle` does, for rows that decode one token each and want nothing but tokens: the common case, quickly."""
-        tokens, logprobs = drawn.tokens[: len(samples), 0].tolist(), drawn.logprobs[: len(samples), 0].tolist()
-        fed = [one.ids[-1] for one in samples]
+    def _commit_early(self, rows: list[Work], width: int, everywhere: bool) -> list[bool] | None:
+        """Commits while the device works, for rows that compute their last known token and ask for tokens and log-probabilities
+        only: the common case. Returns which are done; None where any row wants more.
+
+        What is not finite, as it then turns out, nobody has seen: pages are published in the next step.
+        """
+        if width > 1 or everywhere or self._batches[1, False].wants_more:
+            return None
+        samples: list[Any] = [one.entry for one in rows]
+        if not all([one.prefill_len <= one.num_computed == one.num_known - 1 for one in samples]):  # noqa: C419
+            return None
+        return self.ledger.commit_each([one.name for one in samples], [one.ids[-1] for one in samples])
+
+    def _settle_plain(
+        self, samples: list[Sample], committed: list[bool], drawn: Drawn, finite: npt.NDArray[np.bool_]
+    ) -> list[Event]:
+        """What `_settle` does, for rows that `_commit_early` took, quickly."""
         events: list[Event] = []
+        whole = finite[: len(samples)] & np.isfinite(drawn.logprobs[: len(samples), 0])
+        for row in np.flatnonzero(~whole):
+            if samples[row].state != "gone":
+                events += self._fail_at(samples[row], 1)
+        tokens, logprobs = drawn.tokens[: len(samples), 0].tolist(), drawn.logprobs[: len(samples), 0].tolist()
         ended: list[tuple[Sample, FinishReason]] = []
         new = tuple.__new__  # half the time of naming the fields
-        for one, token, logprob in zip(samples, tokens, logprobs, strict=True):
+        for one, done, token, logprob in zip(samples, committed, tokens, logprobs, strict=True):
+            if one.state == "gone":  # it failed, or another sample of its request did
+                continue
+            if not done:
+                self.ledger.commit(one.name, 1, one.ids[-1:])
             one.ids.append(token)
             one.logprobs.append(logprob)
             one.num_computed = known = one.num_known
@@ -475,7 +483,6 @@ class Engine:
             if finish is not None:
                 ended.append((one, finish))
             events.append(new(Event, (one.request.name, one.index, token, logprob, "", finish, None)))
-        self.ledger.commit_each([one.name for one in samples], fed)
         self.stats.decoded_tokens += len(samples)
         for one, finish in ended:
             self._finish(one, finish)
@@ -490,9 +497,7 @@ class Engine:
                 continue
             place, accepted = count - 1 if everywhere else 0, 0
             if not finite[row] or not all(map(math.isfinite, logprobs[row][place : place + lookahead + 1])):
-                events += self._fail(
-                    one, f"logits or states at tokens [{one.num_computed}, {one.num_computed + count}) are not finite"
-                )
+                events += self._fail_at(one, count)
                 continue
             reached = one.num_computed + count == one.num_known
             row_tokens = tokens[row]
@@ -645,6 +650,11 @@ class Engine:
             self._drop(other, keep=False)
         self._answer(request, reason)
         return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]
+
+    def _fail_at(self, one: Sample, count: int) -> list[Event]:
+        """Fails a sequence of which the next `count` tokens came out wrong."""
+        computed = f"[{one.num_computed}, {one.num_computed + count})"
+        return self._fail(one, f"logits or states at tokens {computed} are not finite")
 
     def _answer(self, request: Request, error: str | None = None) -> None:
         completions = [request.completions[index] for index in sorted(request.completions)]

@@ -66,7 +66,7 @@ class StateClass:
         if self.reservation is not None and not self.spec.per_token:
             raise ValueError(f"{self.name}: reservation = {self.reservation!r}: recurrent states take none")
 
-    @property
+    @functools.cached_property
     def contiguous(self) -> bool:
         """Whether a sequence holds one run of pages up to a length fixed when it began."""
         return self.reservation is not None
@@ -76,17 +76,17 @@ class StateClass:
         """Whether pages are tokens' and given on demand."""
         return self.spec.per_token and not self.contiguous
 
-    @property
+    @functools.cached_property
     def has_null_page(self) -> bool:
         """Page 0 of a paged pool is never written, so that padded table entries are safe to read."""
         return self.paged
 
-    @property
+    @functools.cached_property
     def num_usable(self) -> int:
         """Pages that sequences can hold."""
         return self.num_pages - self.has_null_page
 
-    @property
+    @functools.cached_property
     def unused_page(self) -> int:
         """What an unused table entry holds: the null page, or a page out of range."""
         return 0 if self.has_null_page else self.num_pages

@@ -12,6 +12,7 @@ the pool that holds it; a recurrent state is one page without positions. All tha
 that it proved is settled in `commit`; in between nobody else sees it.
 """
 
+import bisect
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,7 +60,8 @@ class Tracked:
     num_new: int = 0
     lookahead: int = 0
     room: int = 0  # a step that ends here needs no page: `reserve` has nothing to do
-    wake: int = 0  # below this length `commit` has nothing to publish and nothing to free
+    wake: int = 0  # below this length `commit` has nothing to free, copy or keep
+    full: int = 0  # below this length it has nothing to publish
     rolling: list[CachedPage] = field(
         default_factory=list
     )  # states last published of the answer: the next replace them
@@ -116,6 +118,9 @@ class Ledger:
         self.free_rows: list[int] = []
         self._shares = not any(one.contiguous for one in self.classes)
         self._states = [store for store in self.stores if not store.state.spec.per_token]
+        self._unpublished: list[Tracked] = []
+        lengths = range(1, max_len + 1)
+        self._longest_alone = bisect.bisect_left(lengths, True, key=lambda length: self.never(length) is not None)
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
@@ -175,6 +180,7 @@ class Ledger:
         Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and for
         tokens that are no integers of [0, 2^31).
         """
+        self.publish()
         ids = encode(tokens)
         if not ids:
             raise ValueError("tokens = []: a prompt has at least one token")
@@ -221,10 +227,10 @@ class Ledger:
         """
         held = self.running.get(sequence)
         plain = type(num_new) is int and 0 < num_new <= self.chunk_len
-        if held is not None and plain and not (held.num_new or lookahead or hit or lengths):  # noqa: SIM102
-            if held.length + num_new <= held.room:
-                held.num_new = num_new
-                return READY
+        idle = held is not None and not (held.num_new or lookahead or hit or lengths)
+        if plain and idle and held.length + num_new <= held.room:
+            held.num_new = num_new
+            return READY
         num_new, lookahead = operator.index(num_new), operator.index(lookahead)
         if num_new < 1 or lookahead < 0 or num_new + lookahead > self.chunk_len:
             legal = f"num_new must be at least 1, and num_new + lookahead at most {self.chunk_len}"
@@ -236,13 +242,17 @@ class Ledger:
         elif held.num_new:
             raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
         end = held.length + num_new + lookahead
-        if never := self.never(max(end, lengths.final_len if lengths else 0)):
+        final = max(end, lengths.final_len) if lengths else end
+        if final > self._longest_alone and (never := self.never(final)):
             return never
         missing = []
         for store, holding in zip(self.stores, held.holdings, strict=True):
             missing.append(store.missing(holding, held.length, end, lookahead))
             if refusal := store.refusal(holding, missing[-1], end):
-                return refusal
+                if not self._unpublished:
+                    return refusal
+                self.publish()  # which frees pages that others have published as well
+                return self.reserve(sequence, num_new, lookahead, hit=hit, lengths=lengths)
         taken = self._take([len(pages) for pages in missing])
         if sequence not in self.running:
             self._install(sequence, held, hit)
@@ -290,7 +300,7 @@ class Ledger:
         rejected as a whole, and only if the step had lookahead (feed the accepted tokens again).
         """
         held = self._get(sequence)
-        if num_accepted == held.num_new > 0 and held.length + held.num_new < held.wake:
+        if num_accepted == held.num_new > 0 and held.length + held.num_new < min(held.wake, held.full):
             if len(tokens) and held.ids is not None:
                 self._learn(held, held.length + held.num_new, tokens)
             held.length += held.num_new
@@ -308,18 +318,28 @@ class Ledger:
             self._learn(held, held.length + num_accepted, tokens)
         self._settle(held, num_accepted, ran=True)
 
-    def commit_each(self, sequences: Sequence[Hashable], tokens: Sequence[int]) -> None:
-        """`commit(sequence, 1, [token])` for each of these, quickly where it only raises a count."""
-        data = encode(tokens)
+    def commit_each(self, sequences: Sequence[Hashable], tokens: Sequence[int]) -> list[bool]:
+        """`commit(sequence, 1, [token])` for each of these where it only raises a count; False where `commit` must be asked. Pages
+        that are full then wait for `publish`: until it is called, nobody sees what was computed."""
+        data, done = encode(tokens), list[bool]()
         for place, name in enumerate(sequences):
             held = self.running[name]
-            end, ids = held.length + 1, held.ids
-            if held.num_new != 1 or end >= held.wake or (ids is not None and len(ids) != held.length * ITEM):
-                self.commit(name, 1, tokens[place : place + 1])
-                continue
-            if ids is not None:
-                ids += data[place * ITEM : (place + 1) * ITEM]
-            held.length, held.num_new = end, 0
+            ids, end = held.ids, held.length + 1
+            if plain := held.num_new == 1 and end < held.wake and (ids is None or len(ids) == held.length * ITEM):
+                if ids is not None:
+                    ids += data[place * ITEM : (place + 1) * ITEM]
+                held.length, held.num_new = end, 0
+                if end >= held.full:
+                    held.full = NEVER_WAKES
+                    self._unpublished.append(held)
+            done.append(plain)
+        return done
+
+    def publish(self) -> None:
+        """Publishes what `commit_each` has put off. Whoever could tell the difference does so first."""
+        while self._unpublished:
+            self._seal(held := self._unpublished.pop(0))
+            self._refresh(held)
 
     def cancel(self, sequence: Hashable) -> None:
         """The reserved step will not run: its pages are free again, and a sequence that holds nothing else is gone.
@@ -363,6 +383,10 @@ class Ledger:
                 store.host_free.extend(holding.pages.values())
         else:
             held = self._get(sequence)
+            if keep:
+                self.publish()
+            elif held in self._unpublished:
+                self._unpublished.remove(held)
             del self.running[sequence]
             self._let_go(held)
         if not keep:
@@ -403,10 +427,8 @@ class Ledger:
             raise ValueError(f"sequence {sequence!r}: is swapped out")
         if hit is not None and hit not in self.hits:
             raise ValueError("hit: is spent already")
-        if (
-            lengths is not None
-            and not 0 <= (lengths := Lengths(*map(operator.index, lengths))).prompt_len <= lengths.final_len
-        ):
+        lengths = lengths and Lengths(*map(operator.index, lengths))
+        if lengths and not 0 <= lengths.prompt_len <= lengths.final_len:
             raise ValueError(f"lengths = {tuple(lengths)}: must be 0 <= prompt_len <= final_len")
         if hit is None:
             return Tracked([Holding(lengths=lengths) for _ in self.classes])
@@ -516,8 +538,9 @@ class Ledger:
         for store, holding in zip(self.stores, held.holdings, strict=True):
             room, wake = min(room, store.room(holding, held.length)), min(wake, store.wake(holding))
             busy = busy or bool(holding.copies) or holding.writing is not None
-        if held.ids is not None:
-            wake = min(wake, (held.length // self._page_size + 1) * self._page_size)
+        held.full = NEVER_WAKES if held.ids is None else (held.length // self._page_size + 1) * self._page_size
+        if self._states:  # the next step overwrites what is to be kept
+            wake = min(wake, held.full)
         held.room, held.wake = room, 0 if busy else wake
 
     def _let_go(self, held: Tracked) -> None:
@@ -538,13 +561,13 @@ class Ledger:
     def _get(self, sequence: Hashable) -> Tracked:
         held = self.running.get(sequence)
         if held is None:
-            raise KeyError(
-                f"sequence {sequence!r}: {'is swapped out' if sequence in self.suspended else 'holds nothing'}"
-            )
+            where = "is swapped out" if sequence in self.suspended else "holds nothing"
+            raise KeyError(f"sequence {sequence!r}: {where}")
         return held
 
     def _idle(self, sequence: Hashable) -> Tracked:
-        """A sequence that can be shared or moved: no step in flight, no contiguous reservation."""
+        """A sequence that can be shared or moved: no step in flight, no contiguous reservation, everything published."""
+        self.publish()
         held = self._get(sequence)
         if held.num_new:
             raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
@@ -553,9 +576,9 @@ class Ledger:
         return held
 
     def _note_peak(self) -> None:
-        total = 0
+        total, counters = 0, self.counters
         for number, store in enumerate(self.stores):
             num_held = store.state.num_usable - store.num_available
             total += num_held * store.state.page_bytes
-            self.counters.peak_pages[number] = max(self.counters.peak_pages[number], num_held)
-        self.counters.peak_bytes = max(self.counters.peak_bytes, total)
+            counters.peak_pages[number] = max(counters.peak_pages[number], num_held)
+        counters.peak_bytes = max(counters.peak_bytes, total)

@@ -540,3 +540,29 @@ def test_a_failing_sample_takes_the_others_of_its_request_in_the_same_step():
     while engine.requests:
         engine.step()
     assert engine.answers[other].tokens == alone
+
+
+def test_a_page_filled_by_a_step_that_breaks_is_given_to_nobody():
+    """Two requests of the same tokens decode side by side; the first breaks in the step that fills a page."""
+    engine = checked(engine_of("llama_gqa", max_batch=2, page_size=4))
+    names = [engine.submit(PROMPTS[1], Sampling(max_tokens=20)) for _ in range(2)]
+    first, second = (engine.requests[name].samples[0] for name in names)
+    while first.num_computed % 4 != 3 or min(first.num_computed, second.num_computed) <= first.prefill_len:
+        engine.step()
+    launch, shared = engine._launch, engine.ledger.counters.deduplicated_pages
+
+    def spoiled(rows, width, everywhere):
+        drawn, finite = launch(rows, width, everywhere)
+        return drawn, finite & (np.array([one.entry is not first for one in rows]))
+
+    engine._launch = spoiled
+    engine.step()
+    assert engine.answers[names[0]].error
+    engine._launch = launch
+    while engine.requests:
+        engine.step()
+    assert engine.ledger.counters.deduplicated_pages == shared
+    assert (
+        engine.answers[names[1]].tokens
+        == engine_of("llama_gqa").generate([PROMPTS[1]], Sampling(max_tokens=20))[0].tokens
+    )

@@ -78,6 +78,22 @@ MUTANTS = [
         test_ledger.test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was,
     ),
     Mutant(
+        "a lookup misses the pages that commit_each has put off",
+        ledger_module.Ledger,
+        "lookup",
+        "self.publish()",
+        "pass",
+        test_prefix.test_pages_that_commit_each_fills_are_published_before_anybody_could_miss_them,
+    ),
+    Mutant(
+        "a sequence waits although its page has a twin",
+        ledger_module.Ledger,
+        "reserve",
+        "if not self._unpublished:",
+        "if True:",
+        test_prefix.test_a_full_page_is_given_up_for_its_twin_before_a_sequence_is_told_to_wait,
+    ),
+    Mutant(
         "a hit is not pinned",
         ledger_module.Ledger,
         "lookup",

@@ -238,3 +238,46 @@ def test_encode_is_little_endian_int32():
 def test_unknown_checkpoints_are_refused(name, interval):
     with pytest.raises(ValueError, match="checkpoint"):
         Checkpoints(name, interval)
+
+
+def decoded(ledger, names, token):
+    """One token each, committed together."""
+    for name in names:
+        assert ledger.reserve(name, 1).ready
+    assert all(ledger.commit_each(names, [token] * len(names)))
+
+
+def test_pages_that_commit_each_fills_are_published_before_anybody_could_miss_them():
+    ledger = make(MODELS["full"])
+    ledger.reserve("a", 3, hit=ledger.lookup([1, 2, 3]))
+    ledger.commit("a", 3)
+    decoded(ledger, ["a"], 7)
+    assert not ledger.index.cached[0]
+    assert ledger.lookup([1, 2, 3, 7, 9]).length == 4
+    decoded(ledger, ["a"], 8)
+    ledger.check()
+
+
+def test_a_full_page_is_given_up_for_its_twin_before_a_sequence_is_told_to_wait():
+    """Three usable pages, all held; two hold the same tokens, which is found out only when they are published."""
+    ledger = make(MODELS["full"], num_pages=4, max_len=8, chunk_len=4)
+    for name in ("a", "b"):
+        ledger.reserve(name, 3, hit=ledger.lookup([1, 2, 3]))
+        ledger.commit(name, 3)
+    decoded(ledger, ["a", "b"], 7)
+    ledger.reserve("c", 1)
+    assert ledger.stores[0].num_available == 0
+    assert ledger.reserve("a", 1).ready
+    assert ledger.counters.deduplicated_pages == 1
+    ledger.check()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_a_released_sequence_had_not_published_yet_is_kept_or_not(keep):
+    ledger = make(MODELS["full"])
+    ledger.reserve("a", 3, hit=ledger.lookup([1, 2, 3]))
+    ledger.commit("a", 3)
+    decoded(ledger, ["a"], 7)
+    ledger.release("a", keep=keep)
+    assert ledger.lookup([1, 2, 3, 7, 9]).length == (4 if keep else 0)
+    ledger.check()
