@@ -226,9 +226,8 @@ class Ledger:
         sequence's last step is not settled.
         """
         held = self.running.get(sequence)
-        plain = type(num_new) is int and 0 < num_new <= self.chunk_len
-        idle = held is not None and not (held.num_new or lookahead or hit or lengths)
-        if plain and idle and held.length + num_new <= held.room:
+        plain = type(num_new) is int and 0 < num_new <= self.chunk_len and not (lookahead or hit or lengths)
+        if held and plain and not held.num_new and held.length + num_new <= held.room:
             held.num_new = num_new
             return READY
         num_new, lookahead = operator.index(num_new), operator.index(lookahead)

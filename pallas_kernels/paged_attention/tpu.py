@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
 from pallas_kernels.masking import NOWHERE
+from pallas_kernels.paged_attention.pages import live_pages
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -54,7 +55,7 @@ def paged_attention(
 
     last = tiled(jnp.minimum(query_positions, kv_lens[:, None] - 1), -1)  # [B, tiles, tile_len]
     first = tiled(jnp.zeros_like(query_positions) if window is None else query_positions - window + 1, NOWHERE)
-    pages, starts, counts = _live_pages(page_table, page_starts, last, first, num_sinks, page_size, window)
+    pages, starts, counts = live_pages(page_table, page_starts, last, first, num_sinks, page_size, window)
     rows = tiled(queries, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
     rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
     num_rows = -(-rows.shape[1] // 16) * 16
@@ -120,25 +121,6 @@ def paged_attention(
         return x.transpose(0, 2, 1, 3, 4).reshape(batch, num_queries, num_heads, -1)
 
     return untiled(outputs), untiled(log_sum_exp)[..., 0]
-
-
-def _live_pages(
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
-    last: Int32[Array, "B tiles T"],
-    first: Int32[Array, "B tiles T"],
-    num_sinks: int,
-    page_size: int,
-    window: int | None,
-) -> tuple[Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles"]]:
-    """Pages and first positions in which some query of a tile sees something, those first, and how many these are."""
-    starts = page_starts[:, None, :]
-    live = starts <= last.max(axis=2)[:, :, None]
-    if window is not None:
-        live = live & ((starts + page_size > first.min(axis=2)[:, :, None]) | (starts < num_sinks))
-    order = jnp.argsort(~live, axis=2, stable=True)
-    pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (page_table, page_starts))
-    return pages, starts, live.sum(axis=2, dtype=jnp.int32)
 
 
 def _kernel(

@@ -1,0 +1,68 @@
+"""The GPU kernel of paged attention in the simulator, with race detection."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention import gpu
+from tests.pallas_kernels.contract import CASES, check
+
+simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Two stages and few pieces, so that the ring turns and short sequences are split; a clean simulator afterwards."""
+    monkeypatch.setattr(gpu, "MAX_STAGES", 2)
+    monkeypatch.setattr(gpu, "PIECES", 3)
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_float64_without_a_race(case, capfd):
+    check(simulated, **case, dtype=jnp.bfloat16)
+    assert "RACE" not in capfd.readouterr().out
+
+
+LONG = {"lengths": [600], "num_queries": 1, "group": 1, "kv_heads": 1, "dtype": jnp.bfloat16}
+"""In pieces of four blocks, so that both stages of the ring are used again."""
+
+
+@pytest.mark.parametrize(("page_size", "dims", "dtype"), [(64, (64, 64), jnp.float16), (128, (16, 144), jnp.bfloat16)])
+def test_pages_of_any_size_and_wide_values(page_size, dims, dtype, capfd):
+    check(simulated, **{**LONG, "lengths": [page_size * 3 + 9], "dims": dims, "page_size": page_size, "dtype": dtype})
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_the_ring_is_used_again_without_a_race(capfd):
+    check(simulated, **LONG)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_a_wrong_page_is_caught():
+    with pytest.raises(AssertionError):
+        check(simulated, misread=1, **CASES["one head each"], dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("side", ["who reads does not wait for the copy", "who copies does not wait for the reader"])
+def test_a_missing_barrier_is_caught(monkeypatch, side, capfd):
+    """The first wait of a loop is the producer's for a free stage; all others are the consumer's."""
+    real, in_producer = plgpu.barrier_wait, side.startswith("who copies")
+
+    def wait(barrier):
+        frees = getattr(getattr(barrier, "ref", barrier), "shape", ()) == (gpu.MAX_STAGES,)
+        if frees != in_producer:
+            real(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait)
+    said = ""
+    try:
+        check(simulated, **LONG)
+    except (AssertionError, jax.errors.JaxRuntimeError) as error:
+        said = str(error)
+    assert "race" in (said + capfd.readouterr().out).lower()
