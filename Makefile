@@ -1,10 +1,10 @@
-# make demo | test | lint | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
+# make demo | test | lint | kernels-check | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger
+.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -45,6 +45,15 @@ peers-ledger: .peers-ledger/.installed
 	@ls -d "$$PWD"/.peers/lib/python*/site-packages > "$$(ls -d .peers-ledger/lib/python*/site-packages)/peers.pth"
 	@touch $@
 
+# Compiles every kernel for every chip, on a machine that has none: the compilers, some 4 GB, live apart.
+kernels-check: .venv-kernels/.installed
+	.venv-kernels/bin/python -m pallas_kernels.targets
+
+.venv-kernels/.installed: pallas_kernels/compilers.txt pyproject.toml .ci/find_python.sh
+	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r pallas_kernels/compilers.txt -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-kernels .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

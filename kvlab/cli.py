@@ -28,6 +28,7 @@ USAGE = """usage: kvlab <command> [...]
   generate FOLDER [--prompt TEXT] [--input FILE] [--jsonl] [--output FILE] [field=value]
                                           a run's directory or a published checkpoint answers prompts
   reproduce EXPERIMENT                    makes an experiment's figures and checks them against published values
+  kernels [TARGET ...]                    simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x
 
 Groups: mixer model memory task optimizer train hardware launcher experiment debug; of capacity: model hardware memory workload;
 sections of generate: sampling engine memory.
@@ -45,6 +46,7 @@ def main() -> int:
         "capacity": capacity,
         "generate": generate,
         "reproduce": reproduce,
+        "kernels": kernels,
     }
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -283,6 +285,39 @@ def reproduce(arguments: list[str]) -> int:
     output = options.output or EXPERIMENTS_DIR / options.experiment
     output.mkdir(parents=True, exist_ok=True)
     return figure.main(output, options.results / options.experiment)
+
+
+def kernels(arguments: list[str]) -> int:
+    """What runs here, what the simulators say, and what each kernel takes on chips that are not here."""
+    from rich.table import Table
+
+    from pallas_kernels import flash_attention, paged_attention, ssd, targets
+
+    if set(arguments) & {"-h", "--help"}:
+        print(USAGE)
+        return 0
+    if unknown := [one for one in arguments if one not in targets.TARGETS]:
+        raise ConfigError("target", unknown[0], f"must be some of {', '.join(targets.TARGETS)}")
+    console, chosen = _console(), [targets.TARGETS[one] for one in arguments or targets.TARGETS]
+    for op in (paged_attention, flash_attention, ssd):
+        console.print(f"{op.__name__.rsplit('.', 1)[-1]}: here {', then '.join(op.implementations())}")
+    status = 0
+    for backend in dict.fromkeys(one.backend for one in chosen):
+        said = targets.simulate(backend)
+        status |= said.startswith("FAILED")
+        console.print(f"paged_attention for {backend}s, simulated with race detection: {said}")
+    table = Table(*targets.HEADER)
+    for target in chosen:
+        if reason := targets.missing(target):
+            console.print(f"{target.name}: {reason}")
+            continue
+        compiled = targets.compile_for(target)
+        status |= bool(targets.failures(compiled))
+        for one in compiled:
+            table.add_row(*targets.row(one))
+    if table.rows:
+        console.print(table)
+    return int(status)
 
 
 def complete(arguments: list[str], commands: list[str]) -> int:

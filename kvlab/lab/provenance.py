@@ -34,7 +34,7 @@ def provenance() -> dict[str, Any]:
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "implementations": {
-            op.__name__.rsplit(".", 1)[-1]: select(op.__name__, None, op.IMPLEMENTATIONS)[0]
+            op.__name__.rsplit(".", 1)[-1]: select(op.__name__, None, op.implementations())[0]
             for op in (pallas_kernels.paged_attention, pallas_kernels.flash_attention, pallas_kernels.ssd)
         },
     }

@@ -1,5 +1,8 @@
 """Causal attention of whole sequences: the parallel form, for training and scoring."""
 
+from collections.abc import Callable
+from typing import Any
+
 from jax import Array
 from jaxtyping import Float
 
@@ -7,6 +10,11 @@ from pallas_kernels.flash_attention import reference
 from pallas_kernels.selection import select
 
 IMPLEMENTATIONS = {"reference": reference.flash_attention}
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """What can run on this device, the most preferred first."""
+    return dict(IMPLEMENTATIONS)
 
 
 def flash_attention(

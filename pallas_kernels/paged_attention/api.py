@@ -1,13 +1,63 @@
 """Attention of a chunk of queries over the pages of each sequence (arXiv 2309.06180); decode is a chunk of one."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 from jax import Array
 from jaxtyping import Float, Int32
 
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
 
-IMPLEMENTATIONS = {"blocked": blocked.paged_attention, "reference": reference.paged_attention}
-"""The first is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
+
+def _mosaic_gpu(*arrays: Array, **options: Any) -> tuple[Array, Array]:
+    from pallas_kernels.paged_attention import gpu  # which takes a second to import, for nothing on most machines
+
+    return gpu.paged_attention(*arrays, **options)
+
+
+def _mosaic_tpu(*arrays: Array, **options: Any) -> tuple[Array, Array]:
+    from pallas_kernels.paged_attention import tpu
+
+    return tpu.paged_attention(*arrays, **options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "mosaic_gpu": _mosaic_gpu,
+    "mosaic_tpu": _mosaic_tpu,
+    "blocked": blocked.paged_attention,
+    "reference": reference.paged_attention,
+}
+"""The first that can run is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
+
+
+def refusals(
+    dtype: Any = "bfloat16", page_size: int = 64, head_dims: tuple[int, int] = (128, 128), group: int = 1
+) -> dict[str, str]:
+    """Why an implementation cannot serve such pages on this process' first device, for those that cannot."""
+    device, refused = jax.devices()[0], {}
+    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
+        refused["mosaic_gpu"] = f"it needs a Hopper GPU, this is {device.device_kind}"
+    else:
+        from pallas_kernels.paged_attention import gpu
+
+        if reason := gpu.refusal(dtype, page_size, head_dims, group):
+            refused["mosaic_gpu"] = reason
+    if device.platform != "tpu":
+        refused["mosaic_tpu"] = f"it needs a TPU, this is {device.device_kind}"
+    else:
+        from pallas_kernels.paged_attention import tpu
+
+        if reason := tpu.refusal(dtype, page_size, head_dims):
+            refused["mosaic_tpu"] = reason
+    return refused
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """What can run on this device, the most preferred first, for the pages that kernels like best."""
+    refused = refusals()
+    return {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
 
 
 def paged_attention(
@@ -53,7 +103,10 @@ def paged_attention(
         raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap = {soft_cap}: must be positive")
-    _, run = select("paged_attention", implementation, IMPLEMENTATIONS)
+    head_dims = key_pages.shape[3], value_pages.shape[3]
+    refused = refusals(key_pages.dtype, key_pages.shape[2], head_dims, num_heads // num_kv_heads)
+    here = {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
+    _, run = select("paged_attention", implementation, here, refused)
     return run(
         queries,
         key_pages,

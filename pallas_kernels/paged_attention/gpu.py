@@ -36,7 +36,7 @@ LOG2_E = math.log2(math.e)
 
 def refusal(dtype: Any, page_size: int, head_dims: tuple[int, int], group: int) -> str | None:
     """Why this kernel cannot serve such pages; None: it can."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"dtype = {jnp.dtype(dtype).name}: the tensor cores take bfloat16 and float16 here"
     if page_size not in (8, 16, 32) and page_size % BLOCK_LEN:
         return f"page_size = {page_size}: must be 8, 16, 32 or a multiple of {BLOCK_LEN}"
@@ -45,6 +45,14 @@ def refusal(dtype: Any, page_size: int, head_dims: tuple[int, int], group: int) 
     if group > ROWS:
         return f"group size = {group}: must be at most {ROWS} query heads for a KV head"
     return None
+
+
+def ring(dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
+    """Stages of the ring for these head dims, and bytes of shared memory with them, but for barriers."""
+    fixed = ROWS * ((dim + 2 * BLOCK_LEN) * itemsize + (_stripes(value_dim)[0].size + 1) * 4)
+    stage = BLOCK_LEN * (dim + value_dim) * itemsize
+    num_stages = min(MAX_STAGES, (SHARED_BYTES - fixed) // stage)
+    return num_stages, fixed + num_stages * stage
 
 
 def paged_attention(
@@ -102,8 +110,7 @@ def paged_attention(
     )  # [items, 2]
 
     stripe = _stripes(value_dim)[0].size
-    taken = ROWS * ((dim + 2 * BLOCK_LEN) * dtype.itemsize + (stripe + 1) * 4)
-    num_stages = min(MAX_STAGES, (SHARED_BYTES - taken) // (BLOCK_LEN * (dim + value_dim) * dtype.itemsize))
+    num_stages = ring(dim, value_dim, dtype.itemsize)[0]
 
     def shared(shape: tuple[int, ...], of: Any, width: int) -> Any:
         """Laid out for products with what is `width` wide: both factors must be alike."""

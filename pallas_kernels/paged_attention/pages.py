@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
+ENOUGH = 8
+"""So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""
+
 
 def live_pages(
     page_table: Int32[Array, "B num_pages"],
@@ -30,8 +33,12 @@ def live_pages(
 
 def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, table_len: int) -> Int32[Array, "pieces 3"]:
     """Cuts every item's list of `counts` pages into pieces of whole blocks, nearly equal over all items: (item, first entry,
-    entries). About `num_pieces` of them, however ragged the lengths; what is left over is empty and names the last item."""
+    entries). About `num_pieces` of them, however ragged the lengths; what is left over is empty and names the last item. Where there
+    are many items anyway, each is one piece."""
     items = len(counts)
+    if items >= ENOUGH * num_pieces:
+        numbers = jnp.arange(items, dtype=jnp.int32)
+        return jnp.stack([numbers, jnp.zeros_like(numbers), counts], axis=1)
     longest = -(-table_len // block_pages)
     blocks = -(-counts // block_pages)
     share = jnp.maximum(1, -(-blocks.sum() // num_pieces))
@@ -54,6 +61,8 @@ def merge(
     """Attention over all pieces of each item from normalised outputs of each; what empty pieces hold is not read."""
     item, empty = pieces[:, 0], pieces[:, 2, None, None] == 0
     log_sum_exp = jnp.where(empty, -jnp.inf, log_sum_exp)
+    if len(pieces) == num_items:  # one piece each, in order: `split` makes more wherever it cuts
+        return jnp.where(empty[..., None], 0, outputs), log_sum_exp
     highest = jax.ops.segment_max(log_sum_exp, item, num_items, indices_are_sorted=True)
     highest = jnp.where(highest == -jnp.inf, 0, highest)
     weights = jnp.exp(log_sum_exp - highest[item])

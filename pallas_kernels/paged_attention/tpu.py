@@ -25,6 +25,20 @@ ROWS = 256
 """Most rows of an item."""
 
 
+def refusal(dtype: Any, page_size: int, head_dims: tuple[int, int]) -> str | None:
+    """Why this kernel should not serve such pages; None: it can."""
+    rows = {jnp.dtype("bfloat16"): 16, jnp.dtype("float32"): 8}.get(jnp.dtype(dtype))
+    if rows is None:
+        return f"dtype = {jnp.dtype(dtype).name}: must be bfloat16 or float32"
+    if page_size % rows:
+        return (
+            f"page_size = {page_size}: must be a multiple of {rows}, the rows of a register of {jnp.dtype(dtype).name}"
+        )
+    if any(dim % 128 for dim in head_dims):
+        return f"head dims = {head_dims}: must be multiples of 128; XLA would copy the whole pool to widen its rows"
+    return None
+
+
 def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],

@@ -1,5 +1,7 @@
 """Paged attention against a float64 brute force, over its option space, with NaN in all that must not be read."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,19 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.paged_attention import NOWHERE, blocked, paged_attention
-
-
-def brute_force(query, keys, values, position, window, sinks, cap, scale):
-    """One query head [D] over keys [n, D] and values [n, Dv] in float64; returns output and log-sum-exp."""
-    seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
-    if not seen:
-        return np.zeros(values.shape[1]), -np.inf
-    scores = keys[seen] @ query * scale
-    if cap is not None:
-        scores = cap * np.tanh(scores / cap)
-    weights = np.exp(scores - scores.max())
-    return weights @ values[seen] / weights.sum(), np.log(weights.sum()) + scores.max()
+from pallas_kernels.paged_attention import NOWHERE, api, blocked, paged_attention
+from pallas_kernels.paged_attention.proof import brute_force
 
 
 @pytest.fixture(params=["blocked", "reference"])
@@ -169,3 +160,38 @@ def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
     clean, spoiled = run(keys), run(keys.at[3, :, 1].set(jnp.nan))
     np.testing.assert_array_equal(clean[0], spoiled[0])
     assert not np.isfinite(spoiled[1]).any()
+
+
+class Chip(NamedTuple):
+    platform: str
+    device_kind: str
+    compute_capability: str = ""
+
+
+@pytest.mark.parametrize(
+    ("chip", "pages", "chosen"),
+    [
+        (Chip("cpu", "cpu"), {}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {}, "mosaic_gpu"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"dtype": "float32"}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"page_size": 24}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"head_dims": (128, 100)}, "blocked"),
+        (Chip("gpu", "NVIDIA B200", "10.0"), {}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {}, "mosaic_tpu"),
+        (Chip("tpu", "TPU v5 lite"), {"head_dims": (64, 64)}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"page_size": 8}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"dtype": "int8"}, "blocked"),
+    ],
+)
+def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):
+    monkeypatch.setattr(api.jax, "devices", lambda: [chip])
+    refused = api.refusals(**pages)
+    assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == chosen
+    assert all(str(value) in refused[f"mosaic_{chip.platform}"] for value in pages.values())
+
+
+def test_a_named_kernel_that_cannot_run_says_why():
+    with pytest.raises(
+        ValueError, match="'mosaic_gpu' cannot run here: it needs a Hopper GPU, this is cpu; legal: None, blocked"
+    ):
+        paged_attention(**_arguments(implementation="mosaic_gpu"))

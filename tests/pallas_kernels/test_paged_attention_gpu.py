@@ -8,8 +8,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import gpu
-from tests.pallas_kernels.contract import CASES, check
+from pallas_kernels.paged_attention import gpu, pages
+from pallas_kernels.paged_attention.proof import CASES, check
 
 simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
 
@@ -42,6 +42,11 @@ def test_pages_of_any_size_and_wide_values(page_size, dims, dtype, capfd):
 def test_the_ring_is_used_again_without_a_race(capfd):
     check(simulated, **LONG)
     assert "RACE" not in capfd.readouterr().out
+
+
+def test_many_sequences_are_not_cut(monkeypatch):
+    monkeypatch.setattr(pages, "ENOUGH", 1)
+    check(simulated, lengths=[9, 0, 130], num_queries=1, group=2, kv_heads=1, dtype=jnp.bfloat16)
 
 
 def test_a_wrong_page_is_caught():

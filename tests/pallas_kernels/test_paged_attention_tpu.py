@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu
-from tests.pallas_kernels.contract import CASES, check
+from pallas_kernels.paged_attention.proof import CASES, check
 
 
 def simulated(mode: str) -> partial:

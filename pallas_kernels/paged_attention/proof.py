@@ -1,4 +1,4 @@
-"""What every kernel of paged attention must do, in whatever simulator: float64's answer from memory that is NaN wherever nothing
+"""What every kernel of paged attention must do, simulated or on a chip: float64's answer from memory that is NaN wherever nothing
 may be read."""
 
 from collections.abc import Callable
@@ -6,8 +6,20 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import NOWHERE
-from tests.pallas_kernels.test_paged_attention import brute_force
+from pallas_kernels.masking import NOWHERE
+
+
+def brute_force(query, keys, values, position, window, sinks, cap, scale):
+    """One query head [D] over keys [n, D] and values [n, Dv] in float64; returns output and log-sum-exp."""
+    seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
+    if not seen:
+        return np.zeros(values.shape[1]), -np.inf
+    scores = keys[seen] @ query * scale
+    if cap is not None:
+        scores = cap * np.tanh(scores / cap)
+    weights = np.exp(scores - scores.max())
+    return weights @ values[seen] / weights.sum(), np.log(weights.sum()) + scores.max()
+
 
 CASES = {
     "lengths 0, 1, page, page + 1; an empty one first and last": {
