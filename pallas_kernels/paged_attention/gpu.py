@@ -29,6 +29,7 @@ PIECES = 264
 SHARED_BYTES = 224 * 1024
 """Shared memory of a thread block, but for barriers: what queries, weights and outputs leave of it is the ring's."""
 MAX_STAGES = 8
+"""Most stages of the ring."""
 COLUMNS = 128
 """Most dims of one product: of values, they take 64 registers a thread."""
 LOG2_E = math.log2(math.e)
@@ -237,6 +238,11 @@ def _kernel(
                         plgpu.copy_gmem_to_smem(source, target, arrived.at[place])
 
         lax.fori_loop(0, num_blocks, block, None)
+
+        def drain(stage, _):  # a barrier must not end with a phase that its waiter has not seen
+            plgpu.barrier_wait(free.at[stage])
+
+        lax.fori_loop(0, jnp.minimum(num_blocks, num_stages), drain, None)
 
     @pl.when((warpgroup == 0) & (count > 0))
     def _():
