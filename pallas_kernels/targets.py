@@ -348,6 +348,7 @@ def failures(compiled: Sequence[Compiled]) -> list[str]:
 def main() -> int:
     """Compiles everything; the status is 1 where `failures` finds any."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; all, if none is named")
     parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write every result here")
     parser.add_argument("--table", type=Path, help="a page whose table is to be renewed")
@@ -355,8 +356,10 @@ def main() -> int:
     if options.worker:
         _work(TARGETS[options.worker])
         return 0
+    if unknown := [one for one in options.targets if one not in TARGETS]:
+        parser.error(f"target = {unknown[0]!r}: must be some of {', '.join(TARGETS)}")
     compiled = []
-    for target in TARGETS.values():
+    for target in (TARGETS[one] for one in options.targets or TARGETS):
         compiled += compile_for(target)
         print(markdown(compiled[-len(shapes(target.backend)) :]).split("\n", 2)[2], end="", flush=True)
     if options.json:
