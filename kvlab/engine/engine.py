@@ -483,7 +483,7 @@ class Engine:
             if finish is not None:
                 ended.append((one, finish))
             events.append(new(Event, (one.request.name, one.index, token, logprob, "", finish, None)))
-        self.stats.decoded_tokens += len(samples)
+            self.stats.decoded_tokens += 1
         for one, finish in ended:
             self._finish(one, finish)
         return events
