@@ -12,7 +12,6 @@ import jax
 import pallas_kernels.flash_attention
 import pallas_kernels.paged_attention
 import pallas_kernels.ssd
-from pallas_kernels.selection import select
 
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
 
@@ -34,7 +33,7 @@ def provenance() -> dict[str, Any]:
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "implementations": {
-            op.__name__.rsplit(".", 1)[-1]: select(op.__name__, None, op.implementations())[0]
+            op.__name__.rsplit(".", 1)[-1]: next(iter(op.implementations()))
             for op in (pallas_kernels.paged_attention, pallas_kernels.flash_attention, pallas_kernels.ssd)
         },
     }

@@ -105,8 +105,7 @@ def paged_attention(
         raise ValueError(f"soft_cap = {soft_cap}: must be positive")
     head_dims = key_pages.shape[3], value_pages.shape[3]
     refused = refusals(key_pages.dtype, key_pages.shape[2], head_dims, num_heads // num_kv_heads)
-    here = {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
-    _, run = select("paged_attention", implementation, here, refused)
+    _, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
     return run(
         queries,
         key_pages,
