@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -60,11 +61,11 @@ TARGETS = {
         _gpu("H100", "NVIDIA H100 80GB HBM3", 3.35e12, 85_000_000_000, 132, 9),
         _gpu("H200", "NVIDIA H200 141GB HBM3e", 4.8e12, 151_397_597_184, 132, 9),
         _gpu("B200", "NVIDIA B200", 8.0e12, 192_000_000_000, 148, 10),
-        Target("v4", "tpu", 1.2e12, "v4:2x2x1"),
-        Target("v5e", "tpu", 0.82e12, "v5e:2x2"),
-        Target("v5p", "tpu", 2.77e12, "v5p:2x2x1"),
-        Target("v6e", "tpu", 1.64e12, "v6e:2x2"),
-        Target("7x", "tpu", 7.4e12, "tpu7x:2x2x1"),
+        Target("v4", "tpu", 1.228e12, "v4:2x2x1"),
+        Target("v5e", "tpu", 0.819e12, "v5e:2x2"),
+        Target("v5p", "tpu", 2.765e12, "v5p:2x2x1"),
+        Target("v6e", "tpu", 1.638e12, "v6e:2x2"),
+        Target("7x", "tpu", 7.38e12, "tpu7x:2x2x1"),
     )
 }
 
@@ -188,8 +189,6 @@ class _Overheard:
     """What C++ writes to this process's standard output and error meanwhile."""
 
     def __enter__(self) -> "_Overheard":
-        import tempfile
-
         self._file = tempfile.TemporaryFile()
         sys.stdout.flush()
         self._kept = [os.dup(1), os.dup(2)]

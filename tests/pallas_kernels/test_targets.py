@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from kvlab.hardware import CHIPS
 from pallas_kernels import targets
 from pallas_kernels.targets import TARGETS, Compiled, Shape
 
@@ -50,6 +51,13 @@ def test_the_floor_is_the_live_bytes_over_the_bandwidth():
     """KERNELS' shape: 32 x 4,096 tokens of 8 heads, keys and values of 128 x 2 bytes."""
     assert SHAPE.page_bytes == 536_870_912
     assert Compiled("H200", SHAPE).floor_us == pytest.approx(111.8, abs=0.1)
+
+
+def test_bandwidths_are_those_that_kvlab_plans_with():
+    """Kernels know nothing of kvlab, so the figures stand twice."""
+    for name, target in TARGETS.items():
+        if chip := CHIPS.get({"7x": "tpu7x"}.get(name, name.lower())):
+            assert target.bandwidth == chip.bandwidth_gb_s * 1e9
 
 
 def test_the_table_is_written_between_its_marks_only(tmp_path):
