@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int32
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import live_pages, merge, split
+from pallas_kernels.paged_attention.pages import bounds, live_pages, merge, split, tiled
 
 ROWS = 64
 """Rows of a tile: what a warpgroup multiplies at once."""
@@ -86,18 +86,11 @@ def paged_attention(
         page_size = BLOCK_LEN
     block_pages = BLOCK_LEN // page_size
 
-    def tiled(x: Array, fill: int) -> Array:
-        """[B, T, ...] to [items, tile_len, ...]; what is padded sees nothing."""
-        padding = [(0, 0), (0, num_tiles * tile_len - num_queries), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.pad(x, padding, constant_values=fill).reshape(items, tile_len, *x.shape[2:])
-
-    last = tiled(jnp.minimum(query_positions, kv_lens[:, None] - 1), -1)
-    first = tiled(jnp.zeros_like(query_positions) if window is None else query_positions - window + 1, NOWHERE)
-    last_of, first_of = (x.reshape(batch, num_tiles, tile_len) for x in (last, first))
-    pages, starts, counts = live_pages(page_table, page_starts, last_of, first_of, num_sinks, page_size, window)
-    pages, starts = (x.reshape(items, -1) for x in (pages, starts))
-    pieces = split(counts.reshape(items), block_pages, max(1, PIECES // num_kv_heads), pages.shape[1])
-    rows = tiled(queries, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
+    first, last = bounds(query_positions, kv_lens, window, tile_len)
+    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window)
+    pages, starts, counts, first, last = (x.reshape(items, *x.shape[2:]) for x in (*lists, first, last))
+    pieces = split(counts, block_pages, max(1, PIECES // num_kv_heads), pages.shape[1])
+    rows = tiled(queries, tile_len, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
     rows = rows.reshape(items, num_kv_heads, num_rows, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded_rows - num_rows), (0, 0))).astype(dtype)
 

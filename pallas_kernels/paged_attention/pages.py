@@ -3,17 +3,36 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Shaped
+
+from pallas_kernels.masking import NOWHERE
 
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""
 
 
+def tiled(x: Shaped[Array, "B T ..."], tile_len: int, fill: int) -> Shaped[Array, "B tiles tile_len ..."]:
+    """Queries, or what is known of each, in tiles of `tile_len`; the last is filled up."""
+    batch, num_queries = x.shape[:2]
+    num_tiles = -(-num_queries // tile_len)
+    padding = [(0, 0), (0, num_tiles * tile_len - num_queries), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, padding, constant_values=fill).reshape(batch, num_tiles, tile_len, *x.shape[2:])
+
+
+def bounds(
+    query_positions: Int32[Array, "B T"], kv_lens: Int32[Array, "B"], window: int | None, tile_len: int
+) -> tuple[Int32[Array, "B tiles tile_len"], Int32[Array, "B tiles tile_len"]]:
+    """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing."""
+    first = jnp.zeros_like(query_positions) if window is None else query_positions - window + 1
+    last = jnp.minimum(query_positions, kv_lens[:, None] - 1)
+    return tiled(first, tile_len, NOWHERE), tiled(last, tile_len, -1)
+
+
 def live_pages(
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
-    last: Int32[Array, "B tiles T"],
     first: Int32[Array, "B tiles T"],
+    last: Int32[Array, "B tiles T"],
     num_sinks: int,
     page_size: int,
     window: int | None,

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import live_pages
+from pallas_kernels.paged_attention.pages import bounds, live_pages, tiled
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -62,21 +62,16 @@ def paged_attention(
     num_tiles = -(-num_queries // tile_len)
     block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
 
+    first, last = bounds(query_positions, kv_lens, window, tile_len)
+    pages, starts, counts = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window)
     # Rows: [B, K, tiles, tile_len * G], padded to whole registers; padding sees nothing.
-    def tiled(x: Array, fill: int) -> Array:
-        padding = [(0, 0), (0, num_tiles * tile_len - num_queries), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.pad(x, padding, constant_values=fill).reshape(batch, num_tiles, tile_len, *x.shape[2:])
-
-    last = tiled(jnp.minimum(query_positions, kv_lens[:, None] - 1), -1)  # [B, tiles, tile_len]
-    first = tiled(jnp.zeros_like(query_positions) if window is None else query_positions - window + 1, NOWHERE)
-    pages, starts, counts = live_pages(page_table, page_starts, last, first, num_sinks, page_size, window)
-    rows = tiled(queries, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
+    rows = tiled(queries, tile_len, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
     rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
     num_rows = -(-rows.shape[1] // 16) * 16
     missing = num_rows - rows.shape[1]
     rows = jnp.pad(rows, ((0, 0), (0, missing), (0, 0)))
 
-    def bounds(x: Array, fill: int) -> Array:
+    def per_row(x: Array, fill: int) -> Array:
         x = jnp.pad(jnp.repeat(x, group, axis=2), ((0, 0), (0, 0), (0, missing)), constant_values=fill)
         return jnp.repeat(x[:, None], num_kv_heads, axis=1).reshape(-1, num_rows)
 
@@ -85,7 +80,7 @@ def paged_attention(
 
     items, table_len = len(rows), pages.shape[-1]
     counts = per_head(counts)
-    ends = jnp.stack([bounds(first, NOWHERE), bounds(last, -1)], axis=1)  # [items, 2, rows]
+    ends = jnp.stack([per_row(first, NOWHERE), per_row(last, -1)], axis=1)  # [items, 2, rows]
     tables = jnp.stack([per_head(pages), per_head(starts)], axis=1)  # [items, 2, N]
     table_spec = partial(pl.BlockSpec, (1, 2, table_len), memory_space=pltpu.SMEM)
     outputs, log_sum_exp = pl.pallas_call(
