@@ -262,7 +262,7 @@ def _kernel(
             def product(scores):
                 width = _stripes(queries.shape[1])[0].size
 
-                def stripe(number, _):  # a loop: unrolled, its addresses alone would take a fourth of the registers
+                def stripe(number, _):  # a loop: unrolled over 256 dims it spills
                     columns = pl.ds(number * width, width)
                     plgpu.wgmma(scores, queries.at[:, columns], keys.at[stage, :, columns].transpose((1, 0)))
 
