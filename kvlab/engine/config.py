@@ -43,10 +43,13 @@ class EngineConfig(Schema):
 
 @dataclass
 class Stats:
-    """What the engine did so far. Seconds: `host_s` planning and settling, `wait_s` waiting for the device."""
+    """What the engine did so far. Its seconds: `host_s` planning and settling, of which `hidden_s` while the device worked,
+    `dispatch_s` handing programs over (a CPU may run them meanwhile), and `wait_s` waiting for them."""
 
     steps: int = 0
     launches: int = 0
+    planned_ahead: int = 0
+    """Launches that were planned while the device worked on the step before."""
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     drafted_tokens: int = 0
@@ -55,6 +58,8 @@ class Stats:
     read_bytes: int = 0
     """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
     host_s: float = 0.0
+    hidden_s: float = 0.0
+    dispatch_s: float = 0.0
     wait_s: float = 0.0
     shapes: set[tuple[Any, ...]] = field(default_factory=set)
     """Every (rows, width, everywhere) that was launched: the model was compiled as many times."""

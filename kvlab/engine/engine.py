@@ -12,7 +12,7 @@ they mean is settled: tokens accepted, pages published, sequences ended.
 import math
 import time
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,7 @@ from kvlab.engine.stream import Stream
 from kvlab.engine.swap import HostTier
 from kvlab.engine.text import Tokenizer, Transcript
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.plan import Plan
 from kvlab.models.transformer import Transformer, merge
 from kvlab.schema import ConfigError
 from kvlab.typing import Params
@@ -53,6 +54,37 @@ class _Batch(NamedTuple):
     choices: Choices
     mode: Mode
     wants_more: bool
+    names: list[Hashable]
+    labels: list[tuple[str, int]]
+    """Request and sample of each row, as events name them."""
+    may_stop: bool
+    """Whether any has stop tokens."""
+
+
+class _Launched(NamedTuple):
+    """A step under way: its rows, the first token of each, and what is drawn and which rows are finite, still on the device."""
+
+    batch: _Batch
+    tokens: npt.NDArray[np.int32]
+    drawn: Drawn
+    finite: Any
+
+
+class _Early(NamedTuple):
+    """Rows that were committed while the device worked."""
+
+    batch: _Batch
+    late: list[Sample]
+    """Those for which the ledger must be asked once more, when they are known to be finite."""
+    last: list[Sample]
+    """Those for which this is the last step."""
+
+
+class _Ahead(NamedTuple):
+    """The next step, planned while the device works: good for as long as the scheduler gives this very work."""
+
+    work: list[Work]
+    plan: Plan | None
 
 
 class Engine:
@@ -106,6 +138,7 @@ class Engine:
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
         self._batches: dict[tuple[int, bool], _Batch] = {}
+        self._ahead = _Ahead([], None)
         self._drafted: set[Any] = set()
         """Sequences that the drafter may hold memory of."""
         self._read_bytes = [
@@ -333,7 +366,7 @@ class Engine:
         return self._tell(events)
 
     def _advance(self) -> list[Event]:
-        began = time.perf_counter()
+        began, dispatched_before = time.perf_counter(), self.stats.dispatch_s
         if self.drafter is not None:
             self._draft(self.drafter)
         work = self.scheduler.schedule()
@@ -348,21 +381,29 @@ class Engine:
         if events:  # a request that was rejected may have had other sequences
             work = [one for one in work if one.entry.state != "gone"]
         groups = self._groups(work)
-        launched = [self._launch(*group) for group in groups]
+        ahead, self._ahead = self._ahead, _Ahead([], None)
+        plan = ahead.plan if work is ahead.work else None
+        launched = [self._launch(*group, plan) for group in groups]
+        dispatched = time.perf_counter()
         self.ledger.publish()
-        committed = [self._commit_early(*group) for group in groups]
+        committed = [self._commit_early(*group, one) for group, one in zip(groups, launched, strict=True)]
+        if len(groups) == 1 and self.drafter is None and committed[0] and not committed[0].late:
+            self._look_ahead()
         waited = time.perf_counter()
-        fetched = jax.device_get(launched)
-        self.stats.wait_s += (done := time.perf_counter()) - waited
-        for (rows, _, everywhere), done_early, (drawn, finite) in zip(groups, committed, fetched, strict=True):
-            if done_early is not None:
-                events += self._settle_plain([one.entry for one in rows], done_early, drawn, finite)  # type: ignore[misc]
+        fetched = jax.device_get([(one.drawn, one.finite) for one in launched])
+        done = time.perf_counter()
+        self.stats.hidden_s += waited - dispatched
+        self.stats.wait_s += done - waited
+        for (rows, _, everywhere), early, (drawn, finite) in zip(groups, committed, fetched, strict=True):
+            if early is not None:
+                events += self._settle_plain(early, drawn, finite)
             else:
                 events += self._settle(rows, drawn, finite.tolist(), everywhere)
         for group in [one for one in self._beams.values() if one.ready]:
             events += self._advance_beams(group)
         self.stats.steps += bool(work)
-        self.stats.host_s += waited - began + time.perf_counter() - done
+        dispatch_s = self.stats.dispatch_s - dispatched_before
+        self.stats.host_s += waited - began - dispatch_s + time.perf_counter() - done
         return events
 
     def _draft(self, drafter: Drafter) -> None:
@@ -396,11 +437,22 @@ class Engine:
             groups.setdefault((width, one.lookahead > 0), []).append(one)
         return [(rows, *key) for key, rows in groups.items()]
 
-    def _launch(self, rows: list[Work], width: int, everywhere: bool) -> tuple[Drawn, Any]:
-        """Plans and dispatches one step; returns what is drawn and which rows are finite, not waited for."""
+    def _plan(self, rows: list[Work], width: int) -> Plan:
+        return self.ledger.plan(
+            [one.entry.name for one in rows], min(_row_bucket(len(rows)), self.config.max_batch), width
+        )
+
+    def _look_ahead(self) -> None:
+        """Reserves and plans the next step while the device works on this one, if all will go on as now."""
+        if work := self.scheduler.look_ahead():
+            self._ahead = _Ahead(work, self._plan(work, 1))
+
+    def _launch(self, rows: list[Work], width: int, everywhere: bool, plan: Plan | None) -> _Launched:
+        """Plans, where that is not done yet, and dispatches one step, not waited for."""
         samples: list[Any] = [one.entry for one in rows]
-        batch_size = min(_row_bucket(len(rows)), self.config.max_batch)
-        plan = self.ledger.plan([one.name for one in samples], batch_size, width)
+        self.stats.planned_ahead += plan is not None
+        plan = plan or self._plan(rows, width)
+        batch_size = len(plan.starts)
         tokens = np.zeros((batch_size, width), np.int32)
         if width == 1:
             tokens[: len(rows), 0] = [one.ids[one.num_computed] for one in samples]
@@ -408,7 +460,8 @@ class Engine:
             for row, (one, (_, count, lookahead)) in enumerate(zip(samples, rows, strict=True)):
                 tokens[row, :count] = one.ids[one.num_computed : one.num_computed + count]
                 tokens[row, count : count + lookahead] = one.draft_ids[:lookahead]
-        choices, mode = self._batch(samples, batch_size, width, everywhere)[1:3]
+        batch = self._batch(samples, batch_size, width, everywhere)
+        choices, mode = batch.choices, batch.mode
         seen = None
         if mode.penalty:
             seen = np.zeros((batch_size, self.vocab_size), bool)
@@ -419,13 +472,16 @@ class Engine:
         self.stats.read_bytes += self._weight_bytes + sum(int(table[ends].sum()) for table in self._read_bytes)
         self.stats.launches += 1
         self.stats.shapes.add((batch_size, width, everywhere))
+        began = time.perf_counter()
         plan, self.pools = self.step_fn.copied(self.pools, plan)
         logits, finite, self.pools = self.step_fn.next_logits(
             self.params, self.pools, plan, tokens, everywhere=everywhere
         )
         first = plan.starts + 1 if everywhere else plan.starts + plan.counts
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
-        return draw_tokens(logits, positions, choices, seen, mode=mode), finite
+        drawn = draw_tokens(logits, positions, choices, seen, mode=mode)
+        self.stats.dispatch_s += time.perf_counter() - began
+        return _Launched(batch, tokens[: len(rows), 0], drawn, finite)
 
     def _batch(self, samples: list[Sample], batch_size: int, width: int, everywhere: bool) -> "_Batch":
         """What is the same for these rows as long as they compute together."""
@@ -436,57 +492,69 @@ class Engine:
         choices = Choices(*(jnp.asarray(one) for one in Choices.of(asked, batch_size)))
         samplings = [sampling for sampling, _, _ in asked]
         wants_more = any(one.transcript or one.seen is not None or one.request.sampling.reports_more for one in samples)
-        made = self._batches[width, everywhere] = _Batch(samples, choices, Mode.of(samplings), wants_more)
+        labels = [(one.request.name, one.index) for one in samples]
+        may_stop = any(one.stop_tokens for one in samples)
+        names = [one.name for one in samples]
+        made = _Batch(samples, choices, Mode.of(samplings), wants_more, names, labels, may_stop)
+        self._batches[width, everywhere] = made
         return made
 
     # What a step means.
 
-    def _commit_early(self, rows: list[Work], width: int, everywhere: bool) -> list[bool] | None:
-        """Commits while the device works, for rows that compute their last known token and ask for tokens and log-probabilities
-        only: the common case. Returns which are done; None where any row wants more.
+    def _commit_early(self, rows: list[Work], width: int, everywhere: bool, launched: _Launched) -> _Early | None:
+        """Commits while the device works, for rows that decode and ask for tokens and log-probabilities only: the common case. None
+        where any row wants more.
 
         What is not finite, as it then turns out, nobody has seen: pages are published in the next step.
         """
-        if width > 1 or everywhere or self._batches[1, False].wants_more:
+        if width > 1 or everywhere or not all([one is one.entry.decoding for one in rows]):  # noqa: C419
             return None
-        samples: list[Any] = [one.entry for one in rows]
-        if not all([one.prefill_len <= one.num_computed == one.num_known - 1 for one in samples]):  # noqa: C419
+        batch = launched.batch
+        if batch.wants_more:
             return None
-        return self.ledger.commit_each([one.name for one in samples], [one.ids[-1] for one in samples])
-
-    def _settle_plain(
-        self, samples: list[Sample], committed: list[bool], drawn: Drawn, finite: npt.NDArray[np.bool_]
-    ) -> list[Event]:
-        """What `_settle` does, for rows that `_commit_early` took, quickly."""
-        events: list[Event] = []
-        whole = finite[: len(samples)] & np.isfinite(drawn.logprobs[: len(samples), 0])
-        for row in np.flatnonzero(~whole):
-            if samples[row].state != "gone":
-                events += self._fail_at(samples[row], 1)
-        tokens, logprobs = drawn.tokens[: len(samples), 0].tolist(), drawn.logprobs[: len(samples), 0].tolist()
-        ended: list[tuple[Sample, FinishReason]] = []
-        new = tuple.__new__  # half the time of naming the fields
-        for one, done, token, logprob in zip(samples, committed, tokens, logprobs, strict=True):
-            if one.state == "gone":  # it failed, or another sample of its request did
-                continue
+        early = _Early(batch, [], [])
+        for one, done in zip(batch.samples, self.ledger.commit_each(batch.names, launched.tokens), strict=True):
             if not done:
-                self.ledger.commit(one.name, 1, one.ids[-1:])
-            one.ids.append(token)
-            one.logprobs.append(logprob)
+                early.late.append(one)
             one.num_computed = known = one.num_known
             one.num_known = known + 1
-            finish: FinishReason | None = None
-            if token in one.stop_tokens:
-                finish = "stop"
-            elif known >= one.final_len:
-                finish = "length"
-            if finish is not None:
-                ended.append((one, finish))
-            events.append(new(Event, (one.request.name, one.index, token, logprob, "", finish, None)))
-            self.stats.decoded_tokens += 1
-        for one, finish in ended:
-            self._finish(one, finish)
-        return events
+            if known >= one.final_len:
+                early.last.append(one)
+        return early
+
+    def _settle_plain(self, early: _Early, drawn: Drawn, finite: npt.NDArray[np.bool_]) -> list[Event]:
+        """What `_settle` does, for rows that `_commit_early` took, quickly."""
+        samples, labels = early.batch.samples, early.batch.labels
+        drawn_logprobs = drawn.logprobs[: len(samples), 0]
+        tokens, logprobs = drawn.tokens[: len(samples), 0].tolist(), drawn_logprobs.tolist()
+        failed: list[Event] = []
+        for row in np.flatnonzero(~(finite[: len(samples)] & np.isfinite(drawn_logprobs))):
+            if samples[row].state != "gone":
+                failed += self._fail_at(samples[row], samples[row].num_computed - 1, 1)
+        if failed:  # and with them the other samples of their requests
+            kept = [row for row, one in enumerate(samples) if one.state != "gone"]
+            samples, labels = [samples[row] for row in kept], [labels[row] for row in kept]
+            tokens, logprobs = [tokens[row] for row in kept], [logprobs[row] for row in kept]
+        for one in early.late:
+            if one.state != "gone":
+                self.ledger.commit(one.name, 1, one.ids[-1:])
+        for one, token, logprob in zip(samples, tokens, logprobs, strict=True):
+            one.ids.append(token)
+            one.logprobs.append(logprob)
+        new = tuple.__new__  # half the time of naming the fields
+        events = [
+            new(Event, (name, index, token, logprob, "", None, None))
+            for (name, index), token, logprob in zip(labels, tokens, logprobs, strict=True)
+        ]
+        self.stats.decoded_tokens += len(events)
+        ends: dict[Sample, FinishReason] = dict.fromkeys(early.last, "length")
+        if early.batch.may_stop:
+            ends |= {one: "stop" for one, token in zip(samples, tokens, strict=True) if token in one.stop_tokens}
+        for row, one in enumerate(samples) if ends else ():
+            if (reason := ends.get(one)) is not None:
+                events[row] = events[row]._replace(finish_reason=reason)
+                self._finish(one, reason)
+        return failed + events
 
     def _settle(self, rows: list[Work], drawn: Drawn, finite: list[bool], everywhere: bool) -> list[Event]:
         events: list[Event] = []
@@ -497,7 +565,7 @@ class Engine:
                 continue
             place, accepted = count - 1 if everywhere else 0, 0
             if not finite[row] or not all(map(math.isfinite, logprobs[row][place : place + lookahead + 1])):
-                events += self._fail_at(one, count)
+                events += self._fail_at(one, one.num_computed, count)
                 continue
             reached = one.num_computed + count == one.num_known
             row_tokens = tokens[row]
@@ -651,9 +719,9 @@ class Engine:
         self._answer(request, reason)
         return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]
 
-    def _fail_at(self, one: Sample, count: int) -> list[Event]:
-        """Fails a sequence of which the next `count` tokens came out wrong."""
-        computed = f"[{one.num_computed}, {one.num_computed + count})"
+    def _fail_at(self, one: Sample, start: int, count: int) -> list[Event]:
+        """Fails a sequence of which `count` tokens from `start` on came out wrong."""
+        computed = f"[{start}, {start + count})"
         return self._fail(one, f"logits or states at tokens {computed} are not finite")
 
     def _answer(self, request: Request, error: str | None = None) -> None:

@@ -57,7 +57,7 @@ class Entry:
     arrival: int = -1
     state: Literal["new", "waiting", "running", "away", "gone"] = "new"
     decoding: "Work" = field(init=False, repr=False)
-    """Its part of a step that decodes one token: made once, so that it can be told apart at a glance."""
+    """Its part of a step that computes its last known token behind its prompt: made once, to be told apart at a glance."""
 
     def __post_init__(self) -> None:
         self.decoding = Work(self, 1, 0)
@@ -118,6 +118,8 @@ class Scheduler:
     rejected: list[tuple[Entry, str]] = field(default_factory=list)
     """Who can never fit, with the ledger's reason; the caller clears them."""
     _arrived: int = 0
+    _ahead: list[Work] = field(default_factory=list)
+    """The next step, where `look_ahead` has reserved it."""
 
     def submit(self, entry: Entry) -> None:
         """A new sequence waits for its turn."""
@@ -128,6 +130,7 @@ class Scheduler:
     def branch(self, parent: Entry, child: Entry) -> None:
         """`child` continues from where `parent` is: forked in memory where that leaves it something to compute and there is
         room, otherwise computed when its turn comes (and found in the index)."""
+        self._take_back()
         child.arrival = parent.arrival
         has_room = parent.state == "running" and len(self.running) < self.schedule_config.max_batch
         if has_room and 0 < parent.num_computed < child.num_known:
@@ -152,7 +155,12 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """The next step's work, reserved. Empty only when every sequence is paused, has just come back or was just
         rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
-        if not (self.waiting or self.away) and (steady := self._steady()) is not None:
+        if self._ahead and self._closed:
+            ahead, self._ahead = self._ahead, []
+            stay = [one for one in ahead if one.entry.state == "running"]
+            return ahead if len(stay) == len(ahead) else stay
+        self._take_back()
+        if self._closed and (steady := self._steady(self.running)) is not None:
             return steady
         config, preempted = self.schedule_config, self.counters.preempted
         work: dict[Entry, Work] = {}
@@ -170,22 +178,52 @@ class Scheduler:
             self._unblock()
         return [work[one] for one in self.running if one in work]
 
+    def look_ahead(self) -> list[Work] | None:
+        """Reserves the step after the one that the device works on, whose tokens the counters have already: where everybody
+        decodes on but those at their end, and nobody can come in. `schedule` then returns this very list, or what is left of
+        it, or takes the reservations back. None where any of this does not hold; nothing is reserved then.
+
+        Evicts, but publishes nothing: what the device works on may come out wrong.
+        """
+        going = [one for one in self.running if one.num_computed < one.final_len]
+        if not going or not self._closed or (len(going) < len(self.running) and (self.waiting or self.away)):
+            return None
+        self._ahead = self._steady(going) or []
+        return self._ahead or None
+
     # Who takes part.
 
-    def _steady(self) -> list[Work] | None:
-        """The step in which every sequence decodes one token, nobody waits and no page is short: nearly all steps, quickly.
-        None where any of this does not hold; nothing is reserved then but what may stay reserved."""
-        running = self.running
-        plain = [one.prefill_len <= one.num_computed == one.num_known - 1 and not one.drafts for one in running]
-        if not all(plain) or len(running) > self.schedule_config.token_budget or any([one.paused for one in running]):  # noqa: C419
+    @property
+    def _closed(self) -> bool:
+        """Whether nobody can come in: nobody waits, or every place is taken."""
+        return not (self.waiting or self.away) or len(self.running) >= self.schedule_config.max_batch
+
+    def _steady(self, entries: list[Entry]) -> list[Work] | None:
+        """The step in which each of these decodes one token and no page is short: nearly all steps, quickly. None where that
+        does not hold; nothing is reserved then."""
+        plain = [one.prefill_len <= one.num_computed == one.num_known - 1 and not one.drafts for one in entries]
+        if not all(plain) or len(entries) > self.schedule_config.token_budget or any([one.paused for one in entries]):  # noqa: C419
             return None
-        done = self.ledger.reserve_each([one.name for one in running])
-        for place, reserved in enumerate(done):
-            if not reserved and not self.ledger.reserve(running[place].name, 1).ready:
-                for name in [one.name for one in running if self.ledger.running[one.name].num_new]:
-                    self.ledger.cancel(name)
-                return None
-        return [one.decoding for one in running]
+        names = [one.name for one in entries]
+        done = self.ledger.reserve_each(names)
+        short = [name for name, had in zip(names, done, strict=True) if not had]
+        enough = all(
+            store.num_available >= len(short) for store in self.ledger.stores
+        )  # otherwise `reserve` may publish
+        if not enough or not all(self.ledger.reserve(name, 1).ready for name in short):
+            self._cancel(names)
+            return None
+        return [one.decoding for one in entries]
+
+    def _take_back(self) -> None:
+        """What `look_ahead` reserved will not run so."""
+        ahead, self._ahead = self._ahead, []
+        self._cancel([one.entry.name for one in ahead if one.entry.state == "running"])
+
+    def _cancel(self, names: list[Hashable]) -> None:
+        for name in names:
+            if self.ledger.running[name].num_new:
+                self.ledger.cancel(name)
 
     def _decode_budget(self) -> int:
         """The tokens that decoding may take: all, but for one where somebody who computes a prompt, or could begin one, goes
@@ -221,7 +259,8 @@ class Scheduler:
             if lookahead and not self.ledger.reserve(one.name, count, lookahead).ready:
                 lookahead = 0
             if lookahead or self._reserve(one, count, work):
-                work[one] = one.decoding if count + lookahead == 1 else Work(one, count, lookahead)
+                last = count == 1 == one.num_known - one.num_computed and not lookahead
+                work[one] = one.decoding if last else Work(one, count, lookahead)
                 budget -= count + lookahead
 
     def _continue(self, work: dict[Entry, Work], budget: int) -> int:

@@ -317,7 +317,7 @@ class Ledger:
             self._learn(held, held.length + num_accepted, tokens)
         self._settle(held, num_accepted, ran=True)
 
-    def commit_each(self, sequences: Sequence[Hashable], tokens: Sequence[int]) -> list[bool]:
+    def commit_each(self, sequences: Sequence[Hashable], tokens: TokenIds) -> list[bool]:
         """`commit(sequence, 1, [token])` for each of these where it only raises a count; False where `commit` must be asked. Pages
         that are full then wait for `publish`: until it is called, nobody sees what was computed."""
         data, done = encode(tokens), list[bool]()

@@ -528,9 +528,9 @@ def test_a_failing_sample_takes_the_others_of_its_request_in_the_same_step():
         ([one for one in work if one.entry is broken], 1, False), ([one for one in work if one.entry is not broken], 1, False)
     ]  # fmt: skip
 
-    def spoiled(rows, width, everywhere):
-        drawn, finite = launch(rows, width, everywhere)
-        return drawn, finite & (rows[0].entry is not broken)
+    def spoiled(rows, *args):
+        made = launch(rows, *args)
+        return made._replace(finite=made.finite & (rows[0].entry is not broken))
 
     engine._launch = spoiled
     engine.step()
@@ -551,9 +551,9 @@ def test_a_page_filled_by_a_step_that_breaks_is_given_to_nobody():
         engine.step()
     launch, shared = engine._launch, engine.ledger.counters.deduplicated_pages
 
-    def spoiled(rows, width, everywhere):
-        drawn, finite = launch(rows, width, everywhere)
-        return drawn, finite & (np.array([one.entry is not first for one in rows]))
+    def spoiled(rows, *args):
+        made = launch(rows, *args)
+        return made._replace(finite=made.finite & (np.array([one.entry is not first for one in rows])))
 
     engine._launch = spoiled
     engine.step()
@@ -566,3 +566,67 @@ def test_a_page_filled_by_a_step_that_breaks_is_given_to_nobody():
         engine.answers[names[1]].tokens
         == engine_of("llama_gqa").generate([PROMPTS[1]], Sampling(max_tokens=20))[0].tokens
     )
+
+
+def test_steps_are_planned_while_the_device_works_and_no_token_changes(monkeypatch):
+    """Through ends by length and by a stop token, an arrival, a cancellation and a preemption."""
+
+    def run(ahead):
+        engine = engine_of("llama_gqa", page_size=4, max_batch=4, pool_len=2 * MAX_LEN)
+        if not ahead:
+            monkeypatch.setattr(engine.scheduler, "look_ahead", lambda: None)
+        stopping = engine_of("llama_gqa").generate([PROMPTS[2]], SAMPLED)[0].tokens[9]
+        names = [engine.submit(ids, SAMPLED) for ids in PROMPTS[:2]]
+        names.append(engine.submit(PROMPTS[2], Sampling(**{**vars(SAMPLED), "stop_tokens": (stopping,)})))
+        tokens, steps, ahead_at = {}, 0, []
+        while engine.requests:
+            for event in engine.step():
+                if event.token is not None:
+                    tokens.setdefault(event.name, []).append(event.token)
+            engine.ledger.check()
+            steps += 1
+            ahead_at.append(engine.stats.planned_ahead)
+            if steps == 5:
+                names.append(engine.submit(PROMPTS[4], SAMPLED))
+            if steps == 9:
+                engine.cancel(names[0])
+                assert len(engine.ledger.running) == 3, "what was reserved for it is free as well"
+        assert all(not one.num_new for one in engine.ledger.running.values())
+        assert len(tokens[names[2]]) == 10
+        return [tokens[name] for name in names], ahead_at
+
+    expected, none = run(False)
+    found, ahead_at = run(True)
+    assert none[-1] == 0
+    assert found == expected
+    assert ahead_at[4] == 3, "after the prompts and the first decode"
+    assert ahead_at[6] == 3, "an arrival takes the plan back"
+    assert ahead_at[-1] >= 12
+
+
+def test_a_full_batch_looks_ahead_though_others_wait_until_a_place_is_free():
+    engine = engine_of("llama_gqa", page_size=4, max_batch=2)
+    for ids, most in zip(PROMPTS[1:4], (8, 30, 8), strict=True):
+        engine.submit(ids, Sampling(max_tokens=most))
+    while len(engine.scheduler.running) < 2 or engine.scheduler.running[1].num_computed < 17:
+        engine.step()
+    engine.step()
+    before = engine.stats.planned_ahead
+    engine.step()
+    assert engine.scheduler.waiting
+    assert engine.stats.planned_ahead == before + 1
+    while engine.scheduler.waiting:
+        engine.step()
+    assert len(engine.scheduler.running) == 2, "whoever left made room in the very next step"
+
+
+def test_looking_ahead_takes_no_page_that_others_would_miss():
+    """Where not every row can have its next page, nothing is reserved, and the step after makes room as ever."""
+    engine = engine_of("llama_gqa", page_size=1, max_batch=4, pool_len=MAX_LEN)
+    for ids in PROMPTS[1:4]:
+        engine.submit(ids, Sampling(max_tokens=40))
+    while not engine.scheduler.counters.preempted:
+        held = {name: one.num_new for name, one in engine.ledger.running.items()}
+        assert len(set(held.values())) <= 1 or engine.scheduler.waiting, "all of them or none"
+        engine.step()
+    assert engine.stats.planned_ahead
