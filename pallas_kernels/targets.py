@@ -78,6 +78,8 @@ class Shape:
     dtype: str
     head_dim: int
     num_queries: int
+    lists: str = "sequence"
+    """Whether each sequence lists its pages, or each "KV head" its own, with valid slots."""
 
     @property
     def page_bytes(self) -> int:
@@ -90,7 +92,8 @@ def shapes(backend: str) -> list[Shape]:
     """What is compiled for a backend: every type and head dim for decoding, and a chunk."""
     dtypes = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
     return [Shape("paged_attention", dtype, dim, 1) for dtype in dtypes for dim in (64, 128, 256)] + [
-        Shape("paged_attention", "bfloat16", 128, 256)
+        Shape("paged_attention", "bfloat16", 128, 256),
+        Shape("paged_attention", "bfloat16", 128, 1, "KV head"),
     ]
 
 
@@ -215,9 +218,11 @@ def _arguments(shape: Shape, page_size: int, sharding: Any) -> list[Any]:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
     pool = array(batch * table_len + 1, 8, page_size, shape.head_dim, of=dtype)
-    table = array(batch, table_len)
+    heads = () if shape.lists == "sequence" else (8,)
+    table = array(batch, *heads, table_len)
+    valid = array(batch, *heads, table_len, page_size, of=jnp.bool) if heads else None
     queries = array(batch, shape.num_queries, 32, shape.head_dim, of=dtype)
-    return [queries, pool, pool, table, table, array(batch, shape.num_queries), array(batch)]
+    return [queries, pool, pool, table, table, array(batch, shape.num_queries), array(batch), valid]
 
 
 def _gpu_compiler(target: Target) -> Callable[[Shape], Any]:
@@ -231,11 +236,13 @@ def _gpu_compiler(target: Target) -> Callable[[Shape], Any]:
     sharding = SingleDeviceSharding(topology.devices[0])
 
     def compile_one(shape: Shape) -> Any:
-        def run(*arrays: Any) -> Any:
+        def run(*arrays: Any, valid: Any) -> Any:
             scale = shape.head_dim**-0.5
-            return gpu.paged_attention(*arrays, window=None, num_sinks=0, soft_cap=None, scale=scale)
+            options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": scale}
+            return gpu.paged_attention(*arrays, valid_slots=valid, **options)
 
-        traced = jax.jit(run).trace(*_arguments(shape, 64, sharding))
+        *arrays, valid = _arguments(shape, 64, sharding)
+        traced = jax.jit(run).trace(*arrays, valid=valid)
         return traced.lower(lowering_platforms=("cuda",)).compile()
 
     return compile_one
@@ -254,12 +261,14 @@ def _tpu_compiler(target: Target) -> Callable[[Shape], Any]:
     sharding = SingleDeviceSharding(device)
 
     def compile_one(shape: Shape) -> Any:
-        def run(*arrays: Any) -> Any:
+        def run(*arrays: Any, valid: Any) -> Any:
             with jax.sharding.use_abstract_mesh(mesh):
                 scale = shape.head_dim**-0.5
-                return tpu.paged_attention(*arrays, window=None, num_sinks=0, soft_cap=None, scale=scale)
+                options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": scale}
+                return tpu.paged_attention(*arrays, valid_slots=valid, **options)
 
-        return jax.jit(run).trace(*_arguments(shape, 128, sharding)).lower().compile()
+        *arrays, valid = _arguments(shape, 128, sharding)
+        return jax.jit(run).trace(*arrays, valid=valid).lower().compile()
 
     return compile_one
 
@@ -300,7 +309,19 @@ def simulate(backend: str) -> str:
     return f"{len(kernels) * len(cases)} cases right, no race"
 
 
-HEADER = ("op", "target", "pages", "head dim", "queries", "compiled", "registers", "spills", "shared memory", "floor")
+HEADER = (
+    "op",
+    "target",
+    "pages",
+    "head dim",
+    "queries",
+    "lists",
+    "compiled",
+    "registers",
+    "spills",
+    "shared memory",
+    "floor",
+)
 
 
 def row(one: Compiled) -> tuple[str, ...]:
@@ -312,6 +333,7 @@ def row(one: Compiled) -> tuple[str, ...]:
         shape.dtype,
         str(shape.head_dim),
         str(shape.num_queries),
+        shape.lists,
         f"no: {one.error}" if one.error else f"{one.seconds:.1f} s",
         dash if one.registers is None else str(one.registers),
         dash if one.spilled_bytes is None else f"{one.spilled_bytes} B",

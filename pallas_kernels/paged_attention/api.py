@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
+from pallas_kernels.debug import check_tables
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
 
@@ -64,11 +66,12 @@ def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],
     value_pages: Float[Array, "P K page Dv"],
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
+    page_table: Int32[Array, "B *heads num_pages"],
+    page_starts: Int32[Array, "B *heads num_pages"],
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
     window: int | None = None,
     num_sinks: int = 0,
     soft_cap: float | None = None,
@@ -78,15 +81,17 @@ def paged_attention(
     """Causal attention of queries over paged keys and values; returns outputs and log-sum-exp (natural log, float32).
 
     Slot o of page-table entry n of sequence b holds token position p = page_starts[b, n] + o. A query at position t sees p
-    iff p <= t, p < kv_lens[b], and (no window, or p > t - window, or p < num_sinks): `window` counts the visible tokens
-    including the current one. Unused entries are page 0 with start `NOWHERE`. Slots that no query of a sequence sees are
-    never read arithmetically: they may hold NaN. A query that sees nothing gets 0 and log-sum-exp -inf.
+    iff p <= t, p < kv_lens[b], `valid_slots[b, n, o]` where given, and (no window, or p > t - window, or p < num_sinks): `window`
+    counts the visible tokens including the current one. Unused entries are page 0 with start `NOWHERE`. Slots that no query of
+    a sequence sees are never read arithmetically: they may hold NaN. A query that sees nothing gets 0 and log-sum-exp -inf.
 
-    The tables need not be sorted nor contiguous: windowed layers list only the pages still held. Accumulates in float32;
-    `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
+    The tables need not be sorted nor contiguous: windowed layers list only the pages still held. With tables, starts and
+    valid slots of [B, K, num_pages ...] every KV head has lists of its own, as after eviction or selection by head. Accumulates
+    in float32; `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
-    Raises ValueError for shapes that do not fit together, for out-of-range options and for an unavailable
-    `implementation`. Page ids must lie in [0, P): ids outside are clamped by XLA's gather and never write anything.
+    Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
+    ValueError for shapes that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
+    debugging is on (`pallas_kernels.debug`), for such ids.
     """
     num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
     if num_heads % num_kv_heads:
@@ -97,6 +102,19 @@ def paged_attention(
         raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {key_pages.shape[3]}")
     if page_table.shape != page_starts.shape:
         raise ValueError(f"page_starts = {page_starts.shape}: must have the shape of page_table {page_table.shape}")
+    for name, array, shape in (
+        ("query_positions", query_positions, queries.shape[:2]),
+        ("kv_lens", kv_lens, queries.shape[:1]),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"{name} = {array.shape}: must be {shape}, as queries {queries.shape} say")
+    if len(page_table) != len(queries):
+        raise ValueError(f"page_table = {page_table.shape}: must have a row for each of {len(queries)} sequences")
+    if page_table.ndim == 3 and page_table.shape[1] != num_kv_heads:
+        raise ValueError(f"page_table = {page_table.shape}: must list pages for each of {num_kv_heads} KV heads")
+    slots = (*page_table.shape, key_pages.shape[2])
+    if valid_slots is not None and valid_slots.shape != slots:
+        raise ValueError(f"valid_slots = {valid_slots.shape}: must be {slots}, a flag for each slot of each entry")
     if window is not None and window < 1:
         raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
     if num_sinks < 0:
@@ -106,14 +124,16 @@ def paged_attention(
     head_dims = key_pages.shape[3], value_pages.shape[3]
     refused = refusals(key_pages.dtype, key_pages.shape[2], head_dims, num_heads // num_kv_heads)
     _, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
+    check_tables("paged_attention", page_table, page_starts, len(key_pages))
     return run(
         queries,
         key_pages,
         value_pages,
-        page_table,
+        jnp.clip(page_table, 0, len(key_pages) - 1),
         page_starts,
         query_positions,
         kv_lens,
+        valid_slots=valid_slots,
         window=window,
         num_sinks=num_sinks,
         soft_cap=soft_cap,

@@ -10,11 +10,13 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.masking import NOWHERE, visible
+from pallas_kernels.paged_attention.pages import any_lists
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""
 
 
+@any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],
@@ -24,6 +26,7 @@ def paged_attention(
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    valid_slots: Bool[Array, "B num_pages page"] | None = None,
     window: int | None,
     num_sinks: int,
     soft_cap: float | None,
@@ -37,8 +40,17 @@ def paged_attention(
     num_blocks = batch * -(-page_table.shape[1] // block_pages)
     num_items = min(max(8, batch // 4) if num_queries < 8 else 2, num_blocks)
 
-    tables, starts, owners, num_live = _work_list(
-        page_table, page_starts, query_positions, kv_lens, window, num_sinks, page_size, block_pages, num_items
+    tables, starts, valid, owners, num_live = _work_list(
+        page_table,
+        page_starts,
+        valid_slots,
+        query_positions,
+        kv_lens,
+        window,
+        num_sinks,
+        page_size,
+        block_pages,
+        num_items,
     )
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, dim)
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, dim)  # [B, K, G * T, D]
@@ -52,6 +64,8 @@ def paged_attention(
         positions = (begins[:, :, None] + offsets).reshape(num_items, 1, -1)
         seen = visible(query_positions[owner][:, :, None], positions, window, num_sinks)
         seen = seen & (positions < kv_lens[owner][:, None, None])
+        if valid is not None:
+            seen = seen & lax.dynamic_slice_in_dim(valid, index * num_items, num_items)[:, None]
         part, part_highest, part_total = _attend(rows[owner], key_pages, value_pages, pages, seen, soft_cap, scale)
         # Several items of a turn may belong to one sequence.
         new = highest.at[owner].max(part_highest)
@@ -74,6 +88,7 @@ def paged_attention(
 def _work_list(
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
+    valid_slots: Bool[Array, "B num_pages page"] | None,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     window: int | None,
@@ -81,9 +96,9 @@ def _work_list(
     page_size: int,
     block_pages: int,
     num_items: int,
-) -> tuple[Int32[Array, "N c"], Int32[Array, "N c"], Int32[Array, "N"], Int32[Array, ""]]:
-    """Pages, first positions and sequence of every item in which a query sees something, those first; and how many these are.
-    N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
+) -> tuple[Int32[Array, "N c"], Int32[Array, "N c"], Bool[Array, "N S"] | None, Int32[Array, "N"], Int32[Array, ""]]:
+    """Pages, first positions, valid slots and sequence of every item in which a query sees something, those first; and how many
+    these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
     padding = ((0, 0), (0, -page_table.shape[1] % block_pages))
     tables = jnp.pad(page_table, padding).reshape(-1, block_pages)
     starts = jnp.pad(page_starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
@@ -93,12 +108,18 @@ def _work_list(
     if window is not None:
         first = (query_positions.min(axis=1) - window + 1)[owners, None]
         live = live & ((starts + page_size > first) | (starts < num_sinks))
+    valid = None
+    if valid_slots is not None:
+        valid = jnp.pad(valid_slots, (*padding, (0, 0))).reshape(len(tables), block_pages, page_size)
+        live = live & valid.any(axis=2)
     live = live.any(axis=1)
     size = -(-len(tables) // num_items) * num_items
     (order,) = jnp.nonzero(live, size=size, fill_value=len(tables))
     tables = jnp.pad(tables, ((0, 1), (0, 0)))[order]
     starts = jnp.pad(starts, ((0, 1), (0, 0)), constant_values=NOWHERE)[order]
-    return tables, starts, jnp.pad(owners, (0, 1))[order], live.sum(dtype=jnp.int32)
+    if valid is not None:
+        valid = jnp.pad(valid, ((0, 1), (0, 0), (0, 0)))[order].reshape(size, -1)
+    return tables, starts, valid, jnp.pad(owners, (0, 1))[order], live.sum(dtype=jnp.int32)
 
 
 def _attend(

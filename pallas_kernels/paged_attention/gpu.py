@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import bounds, live_pages, merge, split, tiled
+from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, live_pages, merge, packed, split, tiled
 
 ROWS = 64
 """Rows of a tile: what a warpgroup multiplies at once."""
@@ -56,6 +56,7 @@ def ring(dim: int, value_dim: int, itemsize: int) -> tuple[int, int]:
     return num_stages, fixed + num_stages * stage
 
 
+@any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],
@@ -65,6 +66,7 @@ def paged_attention(
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    valid_slots: Bool[Array, "B num_pages page"] | None = None,
     window: int | None,
     num_sinks: int,
     soft_cap: float | None,
@@ -79,16 +81,18 @@ def paged_attention(
     num_tiles = -(-num_queries // tile_len)
     items, num_rows = batch * num_tiles, tile_len * group
     padded_rows = -(-num_rows // 8) * 8
+    words = None if valid_slots is None else packed(valid_slots)
     if page_size > BLOCK_LEN:  # a long page is as many entries as it has blocks
         parts = jnp.arange(page_size // BLOCK_LEN, dtype=jnp.int32)[None, None]
         page_table = (page_table[..., None] * parts.size + parts).reshape(batch, -1)
         page_starts = (page_starts[..., None] + parts * BLOCK_LEN).reshape(batch, -1)
         page_size = BLOCK_LEN
+        words = None if words is None else words.reshape(*page_table.shape, -1)
     block_pages = BLOCK_LEN // page_size
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
-    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window)
-    pages, starts, counts, first, last = (x.reshape(items, *x.shape[2:]) for x in (*lists, first, last))
+    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
+    pages, starts, counts, first, last = (x.reshape(items, *x.shape[2:]) for x in (*lists[:3], first, last))
     pieces = split(counts, block_pages, max(1, PIECES // num_kv_heads), pages.shape[1])
     rows = tiled(queries, tile_len, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
     rows = rows.reshape(items, num_kv_heads, num_rows, dim)
@@ -113,9 +117,24 @@ def paged_attention(
         transforms: Any = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
         return plgpu.SMEM(shape, of, transforms=transforms)
 
+    arrays = [
+        pieces,
+        pages,
+        starts,
+        whole,
+        first,
+        last,
+        per_row(first, NOWHERE),
+        per_row(last, -1),
+        rows,
+        key_pages,
+        value_pages,
+        *([] if lists.words is None else [lists.words.reshape(items, *lists.words.shape[2:])]),
+    ]
     outputs, log_sum_exp = plgpu.kernel(
         partial(
             _kernel,
+            has_words=lists.words is not None,
             page_size=page_size,
             block_pages=block_pages,
             num_stages=num_stages,
@@ -145,19 +164,7 @@ def paged_attention(
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),
-    )(
-        pieces,
-        pages,
-        starts,
-        whole,
-        first,
-        last,
-        per_row(first, NOWHERE),
-        per_row(last, -1),
-        rows,
-        key_pages,
-        value_pages,
-    )
+    )(*arrays)
     outputs, log_sum_exp = merge(outputs, log_sum_exp, pieces, items)
 
     def untiled(x: Array) -> Array:
@@ -180,19 +187,8 @@ def _kernel(
     rows,
     key_pages,
     value_pages,
-    outputs,
-    log_sum_exp,
-    queries,
-    keys,
-    values,
-    weights,
-    sums_out,
-    lse_out,
-    queries_arrived,
-    keys_arrived,
-    values_arrived,
-    free,
-    *,
+    *refs,
+    has_words: bool,
     page_size: int,
     block_pages: int,
     num_stages: int,
@@ -201,6 +197,9 @@ def _kernel(
     scale: float,
 ) -> None:
     """One piece: entries [begin, begin + count) of an item's list of pages, for one KV head."""
+    words, refs = (refs[0], refs[1:]) if has_words else (None, refs)
+    outputs, log_sum_exp, queries, keys, values, weights, sums_out, lse_out, *barriers = refs
+    queries_arrived, keys_arrived, values_arrived, free = barriers
     piece, head = lax.axis_index("piece"), lax.axis_index("head")
     item, begin, count = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
     num_blocks = pl.cdiv(count, block_pages)
@@ -253,6 +252,14 @@ def _kernel(
                 jnp.where(one < count, starts[item, begin + jnp.minimum(one, count - 1)], NOWHERE) for one in entries
             ]
 
+            bits = []  # of the block's slots: where those of each word begin, and the word
+            span = min(page_size, WORD)
+            if words is not None:
+                for place in range(0, block_len, span):
+                    one, number = entries[place // page_size], place % page_size // span
+                    word = words[item, begin + jnp.minimum(one, count - 1), number]
+                    bits.append((place, jnp.where(one < count, word, 0)))
+
             def each_page(do):
                 for entry, one in enumerate(entries):
                     pl.when(one < count)(partial(do, entry))
@@ -279,8 +286,17 @@ def _kernel(
                     positions = jnp.where(slots >= entry * page_size, slots + (start - entry * page_size), positions)
                 return positions
 
-            positions = positions_of(plgpu.broadcasted_iota(jnp.int32, (ROWS, block_len), 1, layout=plgpu.Layout.WGMMA))
-            seen = positions <= lax.broadcast_in_dim(highs, scores.shape, [0])
+            def only_valid(seen, slots):
+                if not bits:
+                    return seen
+                of_slot = jnp.zeros_like(slots)
+                for place, word in bits:
+                    of_slot = jnp.where(slots >= place, word, of_slot)
+                return seen & (lax.shift_right_logical(of_slot, lax.rem(slots, span)) & 1 > 0)
+
+            slots = plgpu.broadcasted_iota(jnp.int32, (ROWS, block_len), 1, layout=plgpu.Layout.WGMMA)
+            positions = positions_of(slots)
+            seen = only_valid(positions <= lax.broadcast_in_dim(highs, scores.shape, [0]), slots)
             if num_sinks is not None:
                 inside = positions >= lax.broadcast_in_dim(lows, scores.shape, [0])
                 seen = seen & (inside | (positions < num_sinks))
@@ -298,11 +314,14 @@ def _kernel(
             is_whole = True
             for start in begins:
                 is_whole = is_whole & (start >= whole[item, 0]) & (start + page_size - 1 <= whole[item, 1])
+            for _, word in bits:
+                is_whole = is_whole & (word == ((1 << span) - 1 if span < WORD else -1))
 
             @pl.when(jnp.logical_not(is_whole))
             def _():
                 """A weight of zero does not silence a NaN: what no row sees is replaced."""
-                places = positions_of(plgpu.broadcasted_iota(jnp.int32, (block_len,), 0, layout=down))
+                slots = plgpu.broadcasted_iota(jnp.int32, (block_len,), 0, layout=down)
+                places = positions_of(slots)
 
                 def of_token(token, readable):
                     seen = places <= last[item, token]
@@ -312,6 +331,7 @@ def _kernel(
 
                 nothing = plgpu.layout_cast(jnp.zeros((block_len,), jnp.int32), down)
                 readable = lax.fori_loop(0, last.shape[1], of_token, nothing)
+                readable = jnp.where(only_valid(readable > 0, slots), 1, 0)
                 for columns in value_stripes:
                     part = values.at[stage, :, columns]
                     kept = plgpu.load(part, layout=plgpu.Layout.WGMMA)

@@ -1,14 +1,67 @@
 """What every kernel asks of XLA before and after: which pages are live, how to share them out, how to put parts together."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32, Shaped
+from jaxtyping import Bool, Float, Int32, Shaped
 
 from pallas_kernels.masking import NOWHERE
 
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""
+
+
+WORD = 32
+"""Slots of a page whose validity one int32 holds."""
+
+
+def any_lists(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """`run`, which takes a list of pages for each sequence [B, N], for lists of each KV head as well [B, K, N]: every head is then
+    a sequence of its own, over pools whose pages are single tiles. Nothing is copied."""
+
+    @functools.wraps(run)
+    def for_any(queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens, **options: Any):
+        if page_table.ndim == 2:
+            return run(queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens, **options)
+        batch, num_queries, num_heads, dim = queries.shape
+        num_kv_heads = key_pages.shape[1]
+        group = num_heads // num_kv_heads
+
+        def joined(x: Array) -> Array:
+            return x.reshape(batch * num_kv_heads, *x.shape[2:])
+
+        if options.get("valid_slots") is not None:
+            options["valid_slots"] = joined(options["valid_slots"])
+        rows = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
+        outputs, log_sum_exp = run(
+            joined(rows),
+            *(pool.reshape(-1, 1, *pool.shape[2:]) for pool in (key_pages, value_pages)),
+            joined(page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=page_table.dtype)[None, :, None]),
+            joined(page_starts),
+            *(jnp.repeat(x, num_kv_heads, axis=0) for x in (query_positions, kv_lens)),
+            **options,
+        )
+
+        def parted(x: Array) -> Array:
+            x = x.reshape(batch, num_kv_heads, num_queries, group, *x.shape[3:]).swapaxes(1, 2)
+            return x.reshape(batch, num_queries, num_heads, *x.shape[4:])
+
+        return parted(outputs), parted(log_sum_exp)
+
+    return for_any
+
+
+def packed(valid_slots: Bool[Array, "B N page"]) -> Int32[Array, "B N words"]:
+    """The slots of a page as bits, the first in the lowest."""
+    page_size = valid_slots.shape[2]
+    padded = jnp.pad(valid_slots, ((0, 0), (0, 0), (0, -page_size % WORD)))
+    bits = padded.reshape(*padded.shape[:2], -1, WORD).astype(jnp.uint32)
+    bits = bits << jnp.arange(WORD, dtype=jnp.uint32)[None, None, None]
+    return jax.lax.bitcast_convert_type(bits.sum(axis=3, dtype=jnp.uint32), jnp.int32)
 
 
 def tiled(x: Shaped[Array, "B T ..."], tile_len: int, fill: int) -> Shaped[Array, "B tiles tile_len ..."]:
@@ -28,6 +81,16 @@ def bounds(
     return tiled(first, tile_len, NOWHERE), tiled(last, tile_len, -1)
 
 
+class Lists(NamedTuple):
+    """Pages in which some query of a tile sees something, then the others: with their first positions, how many are seen, and their
+    valid slots."""
+
+    pages: Int32[Array, "B tiles num_pages"]
+    starts: Int32[Array, "B tiles num_pages"]
+    counts: Int32[Array, "B tiles"]
+    words: Int32[Array, "B tiles num_pages words"] | None
+
+
 def live_pages(
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
@@ -36,18 +99,23 @@ def live_pages(
     num_sinks: int,
     page_size: int,
     window: int | None,
-) -> tuple[Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles num_pages"], Int32[Array, "B tiles"]]:
-    """Pages and first positions in which some query of a tile sees something, those first, and how many these are.
+    words: Int32[Array, "B num_pages words"] | None = None,
+) -> Lists:
+    """What the queries of each tile see, and what nobody sees behind it.
 
-    A query sees positions [first, last], and sinks below its last.
+    A query sees positions [first, last], and sinks below its last; of a page, the slots that `words` says are valid (`packed`).
     """
     starts = page_starts[:, None, :]
     live = starts <= last.max(axis=2)[:, :, None]
     if window is not None:
         live = live & ((starts + page_size > first.min(axis=2)[:, :, None]) | (starts < num_sinks))
+    if words is not None:
+        live = live & (words != 0).any(axis=2)[:, None, :]
     order = jnp.argsort(~live, axis=2, stable=True)
     pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (page_table, page_starts))
-    return pages, starts, live.sum(axis=2, dtype=jnp.int32)
+    if words is not None:
+        words = jnp.take_along_axis(words[:, None], order[..., None], axis=2)
+    return Lists(pages, starts, live.sum(axis=2, dtype=jnp.int32), words)
 
 
 def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, table_len: int) -> Int32[Array, "pieces 3"]:

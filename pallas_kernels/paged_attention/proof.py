@@ -1,7 +1,8 @@
 """What every kernel of paged attention must do, simulated or on a chip: float64's answer from memory that is NaN wherever nothing
 may be read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +10,11 @@ import numpy as np
 from pallas_kernels.masking import NOWHERE
 
 
-def brute_force(query, keys, values, position, window, sinks, cap, scale):
-    """One query head [D] over keys [n, D] and values [n, Dv] in float64; returns output and log-sum-exp."""
+def brute_force(query, keys, values, position, window, sinks, cap, scale, readable=None):
+    """One query head [D] over keys [n, D] and values [n, Dv] in float64, of which `readable` says which are there; returns output
+    and log-sum-exp."""
     seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
+    seen = [p for p in seen if readable is None or readable[p]]
     if not seen:
         return np.zeros(values.shape[1]), -np.inf
     scores = keys[seen] @ query * scale
@@ -21,7 +24,7 @@ def brute_force(query, keys, values, position, window, sinks, cap, scale):
     return weights @ values[seen] / weights.sum(), np.log(weights.sum()) + scores.max()
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "lengths 0, 1, page, page + 1; an empty one first and last": {
         "lengths": [0, 1, 8, 0, 9, 0],
         "num_queries": 1,
@@ -44,57 +47,115 @@ CASES = {
         "cap": 5.0,
     },
     "large logits": {"lengths": [30], "num_queries": 2, "group": 2, "magnitude": 40.0},
+    "every KV head keeps pages and slots of its own": {
+        "lengths": [50, 7, 0],
+        "num_queries": 2,
+        "group": 2,
+        "lists": "heads",
+        "kept": 0.5,
+    },
+    "slots that are not valid, window, sinks": {
+        "lengths": [45, 20],
+        "num_queries": 1,
+        "group": 2,
+        "kept": 0.7,
+        "window": 12,
+        "sinks": 3,
+        "page_size": 16,
+    },
 }
 
 
+def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], dims: Sequence[int]) -> dict[str, Any]:
+    """A case drawn from the option space, the same for the same number."""
+    rng = np.random.default_rng(number)
+
+    def one_of(options: Sequence[Any]) -> Any:
+        return options[int(rng.integers(len(options)))]
+
+    page_size, num_queries = one_of(page_sizes), one_of((1, 1, 2, 5))
+    window = one_of((None, None, 1, page_size, 13))
+    edges = (0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size)
+    return {
+        "lengths": [one_of((*edges, int(rng.integers(0, 61)))) for _ in range(rng.integers(1, 4))],
+        "num_queries": num_queries,
+        "group": one_of((1, 2, 3, 4, 8, 16) if num_queries == 1 else (1, 2, 4)),
+        "dims": (one_of(dims), one_of(dims)),
+        "kv_heads": one_of((1, 2)),
+        "window": window,
+        "sinks": 0 if window is None else one_of((0, 0, 1, 4)),
+        "cap": one_of((None, None, 1.5, 30.0)),
+        "dtype": one_of(dtypes),
+        "page_size": page_size,
+        "magnitude": one_of((1.0, 1.0, 40.0)),
+        "lists": one_of(("sequences", "sequences", "heads")),
+        "kept": one_of((1.0, 1.0, 0.6)),
+        "seed": number,
+    }
+
+
 def check(
-    kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype=jnp.float32, page_size=8,
-    magnitude=1.0, misread=0,
+    kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
+    magnitude=1.0, lists="sequences", kept=1.0, misread=0, seed=3,
 ):  # fmt: skip
-    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4.
-    `misread` adds to every page id that the kernel is given."""
-    rng = np.random.default_rng(3)
+    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
+    the type is float32 itself, at most what rounding the scores does to the weights.
+
+    `kernel` is called as `api.paged_attention`. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
+    the part of all slots that is valid; `misread` adds to every page id that the kernel is given.
+    """
+    rng, batch = np.random.default_rng(seed), len(lengths)
     table_len = max(-(-max(lengths) // page_size), 1) + 2
-    num_pages = 2 + len(lengths) * table_len
-    keys = np.full((num_pages, kv_heads, page_size, dims[0]), np.nan, np.float32)
-    values = np.full((num_pages, kv_heads, page_size, dims[1]), np.nan, np.float32)
-    table, starts = np.zeros((2, len(lengths), table_len), np.int32)
+    num_pages = 2 + batch * kv_heads * table_len
+    keys, values = (np.full((num_pages, kv_heads, page_size, dim), np.nan, np.float32) for dim in dims)
+    table, starts = np.zeros((2, batch, kv_heads, table_len), np.int32)
     starts[:] = NOWHERE
-    order = iter(rng.permutation(np.arange(1, num_pages - 1)).tolist())
-    positions = np.zeros((len(lengths), num_queries), np.int32)
-    stored = []
+    valid = rng.random((batch, kv_heads, table_len, page_size)) < kept
+    free_pages = iter(rng.permutation(np.arange(1, num_pages - 1)).tolist())
+    positions = np.zeros((batch, num_queries), np.int32)
+    stored = [[np.zeros((length, kv_heads, dim)) for dim in dims] for length in lengths]
+    readable = [np.zeros((length, kv_heads), bool) for length in lengths]
     for row, length in enumerate(lengths):
-        stored.append([np.zeros((length, kv_heads, dim)) for dim in dims])
         positions[row] = max(length - num_queries, 0) + np.arange(num_queries)
-        for entry, logical in enumerate(rng.permutation(-(-length // page_size)).tolist()):
-            table[row, entry], starts[row, entry] = page, begin = next(order), logical * page_size
-            for pool, mine in zip((keys, values), stored[row], strict=True):
-                tokens = rng.standard_normal((kv_heads, min(page_size, length - begin), pool.shape[3]))
-                pool[page, :, : tokens.shape[1]] = np.asarray(jnp.asarray(tokens, dtype), np.float32)
-                mine[begin : begin + tokens.shape[1]] = pool[page, :, : tokens.shape[1]].swapaxes(0, 1)
-    queries = jnp.asarray(
-        magnitude * rng.standard_normal((len(lengths), num_queries, kv_heads * group, dims[0])), dtype
-    )
+        num_held = -(-length // page_size)
+        for head in range(kv_heads):
+            if head and lists == "sequences":
+                table[row, head], starts[row, head], valid[row, head] = table[row, 0], starts[row, 0], valid[row, 0]
+            else:
+                held = rng.permutation(num_held)[: num_held if lists == "sequences" else rng.integers(num_held + 1)]
+                table[row, head, : len(held)] = [next(free_pages) for _ in held]
+                starts[row, head, : len(held)] = held * page_size
+            for entry in np.flatnonzero(starts[row, head] < NOWHERE):
+                begin = starts[row, head, entry]
+                slots = np.flatnonzero(valid[row, head, entry, : length - begin])
+                readable[row][begin + slots, head] = True
+                for pool, mine in zip((keys, values), stored[row], strict=True):
+                    tokens = jnp.asarray(rng.standard_normal((len(slots), pool.shape[3])), dtype)
+                    pool[table[row, head, entry], head, slots] = np.asarray(tokens, np.float32)
+                    mine[begin + slots, head] = np.asarray(tokens, np.float64)
+    queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
     scale = dims[0] ** -0.5
+    table = table + misread * (starts < NOWHERE)
+    mine = slice(None) if lists == "heads" else 0
     outputs, log_sum_exp = kernel(
         queries,
         jnp.asarray(keys, dtype),
         jnp.asarray(values, dtype),
-        jnp.asarray(table + misread * (starts < NOWHERE)),
-        *map(jnp.asarray, (starts, positions, np.array(lengths, np.int32))),
+        *map(jnp.asarray, (table[:, mine], starts[:, mine], positions, np.array(lengths, np.int32))),
+        valid_slots=None if kept == 1 else jnp.asarray(valid[:, mine]),
         window=window,
         num_sinks=sinks,
         soft_cap=cap,
         scale=scale,
     )
     wanted, wanted_sum = np.zeros(outputs.shape), np.zeros(log_sum_exp.shape)
-    for row, head, place in np.ndindex(len(lengths), kv_heads * group, num_queries):
-        k, v = (one[:, head // group].astype(np.float64) for one in stored[row])
+    for row, head, place in np.ndindex(batch, kv_heads * group, num_queries):
+        k, v, there = (one[:, head // group] for one in (*stored[row], readable[row]))
         query = np.asarray(queries[row, place, head], np.float64)
-        answer = brute_force(query, k, v, positions[row, place], window, sinks, cap, scale)
+        answer = brute_force(query, k, v, positions[row, place], window, sinks, cap, scale, there)
         wanted[row, place, head], wanted_sum[row, place, head] = answer
     rounding = np.linalg.norm(np.asarray(jnp.asarray(wanted, dtype), np.float64) - wanted)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
-    allowed = max(1.25 * rounding, 1e-6 * np.linalg.norm(wanted))
+    allowed = max(1.25 * rounding, 1e-6 * max(1, magnitude / 10) * np.linalg.norm(wanted))
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)

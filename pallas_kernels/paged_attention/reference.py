@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.masking import masked_softmax, visible
+from pallas_kernels.paged_attention.pages import any_lists
 
 
+@any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],
@@ -16,6 +18,7 @@ def paged_attention(
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    valid_slots: Bool[Array, "B num_pages page"] | None = None,
     window: int | None,
     num_sinks: int,
     soft_cap: float | None,
@@ -30,6 +33,8 @@ def paged_attention(
     positions = (page_starts[:, :, None] + offsets).reshape(batch, 1, num_slots)
     seen = visible(query_positions[:, :, None], positions, window, num_sinks)
     seen = seen & (positions < kv_lens[:, None, None])  # [B, T, slots]
+    if valid_slots is not None:
+        seen = seen & valid_slots.reshape(batch, 1, num_slots)
 
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, -1)
     key_tiles = key_pages[page_table]  # [B, num_pages, K, page, D]

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import bounds, live_pages, tiled
+from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, live_pages, packed, tiled
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -39,6 +39,7 @@ def refusal(dtype: Any, page_size: int, head_dims: tuple[int, int]) -> str | Non
     return None
 
 
+@any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"],
@@ -48,6 +49,7 @@ def paged_attention(
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    valid_slots: Bool[Array, "B num_pages page"] | None = None,
     window: int | None,
     num_sinks: int,
     soft_cap: float | None,
@@ -63,7 +65,8 @@ def paged_attention(
     block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
-    pages, starts, counts = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window)
+    words = None if valid_slots is None else packed(valid_slots)
+    pages, starts, counts, words = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
     # Rows: [B, K, tiles, tile_len * G], padded to whole registers; padding sees nothing.
     rows = tiled(queries, tile_len, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
     rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
@@ -81,8 +84,9 @@ def paged_attention(
     items, table_len = len(rows), pages.shape[-1]
     counts = per_head(counts)
     ends = jnp.stack([per_row(first, NOWHERE), per_row(last, -1)], axis=1)  # [items, 2, rows]
-    tables = jnp.stack([per_head(pages), per_head(starts)], axis=1)  # [items, 2, N]
-    table_spec = partial(pl.BlockSpec, (1, 2, table_len), memory_space=pltpu.SMEM)
+    columns = [pages, starts, *([] if words is None else jnp.moveaxis(words, 3, 0))]
+    tables = jnp.stack([per_head(one) for one in columns], axis=1)  # [items, 2 + words, N]
+    table_spec = partial(pl.BlockSpec, (1, len(columns), table_len), memory_space=pltpu.SMEM)
     outputs, log_sum_exp = pl.pallas_call(
         partial(
             _kernel,
@@ -209,7 +213,13 @@ def _kernel(
         each_live(count, block, lambda entry: [one.wait() for one in copies(item, table, block, entry, here)])
 
         entries = [block * block_pages + entry for entry in range(block_pages)]
-        starts = [jnp.where(entry < count, table[0, 1, jnp.minimum(entry, count - 1)], NOWHERE) for entry in entries]
+
+        def column(number, unused):
+            return [
+                jnp.where(entry < count, table[0, number, jnp.minimum(entry, count - 1)], unused) for entry in entries
+            ]
+
+        starts, words = column(1, NOWHERE), [column(number, 0) for number in range(2, table.shape[1])]
 
         def visible(axis, first, last):
             """[rows, slots] with the slots along axis 1, or the other way round along axis 0."""
@@ -218,6 +228,9 @@ def _kernel(
             seen = positions <= last
             if num_sinks is not None:
                 seen = seen & ((positions >= first) | (positions < num_sinks))
+            if words:
+                bits = jnp.concatenate([_bits(offsets, of_page) for of_page in zip(*words, strict=True)], axis=axis)
+                seen = seen & (bits > 0)
             return seen
 
         seen = visible(1, ends_down[0, :, 0:1], ends_down[0, :, 1:2])
@@ -248,6 +261,14 @@ def _kernel(
     half[0] = (half[0] + num_blocks) % 2
     outputs[0] = (sums / jnp.where(total == 0, 1, total)).astype(outputs.dtype)
     log_sum_exp[0] = jnp.log(total) + jnp.where(highest == -jnp.inf, 0, highest)
+
+
+def _bits(offsets: Int32[Array, "*shape"], words: Any) -> Int32[Array, "*shape"]:
+    """The bit of each slot of a page."""
+    word = jnp.full(offsets.shape, words[0])
+    for number, one in enumerate(words[1:], 1):
+        word = jnp.where(offsets >= number * WORD, one, word)
+    return lax.shift_right_logical(word, offsets % WORD) & 1
 
 
 def _product(weights: Float[Array, "R S"], values: Float[Array, "S Dv"]) -> Float[Array, "R Dv"]:

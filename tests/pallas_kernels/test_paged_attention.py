@@ -1,93 +1,44 @@
 """Paged attention against a float64 brute force, over its option space, with NaN in all that must not be read."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from pallas_kernels.debug import debugging
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.paged_attention import NOWHERE, api, blocked, paged_attention
-from pallas_kernels.paged_attention.proof import brute_force
+from pallas_kernels.paged_attention.proof import CASES, brute_force, check, generated
+from tests.pallas_kernels.cases import numbers
 
 
 @pytest.fixture(params=["blocked", "reference"])
 def implementation(request, monkeypatch):
     """Every implementation; blocks so short that even short sequences have several."""
-    monkeypatch.setattr(blocked, "BLOCK_LEN", 4)
+    monkeypatch.setattr(blocked, "BLOCK_LEN", 16)
     return request.param
 
 
-@given(
-    lengths=st.lists(st.integers(0, 13), min_size=1, max_size=3),
-    num_queries=st.integers(1, 4),
-    num_kv_heads=st.integers(1, 3),
-    group=st.integers(1, 4),
-    dims=st.tuples(st.sampled_from([1, 4, 8]), st.sampled_from([2, 8])),
-    page_size=st.sampled_from([1, 3, 4]),
-    window=st.none() | st.integers(1, 9),
-    sinks=st.integers(0, 3),
-    cap=st.none() | st.sampled_from([1.5, 30.0]),
-    magnitude=st.sampled_from([1.0, 40.0]),
-    seed=st.integers(0, 2**16),
-)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_equals_brute_force(
-    implementation, lengths, num_queries, num_kv_heads, group, dims, page_size, window, sinks, cap, magnitude, seed
-):
-    rng = np.random.default_rng(seed)
-    sinks = sinks if window is not None else 0
-    (key_dim, value_dim), num_heads = dims, num_kv_heads * group
-    num_slots = -(-13 // page_size) + 1
-    num_pages = 1 + len(lengths) * num_slots
-    order = rng.permutation(np.arange(1, num_pages))
-    key_pages = np.full((num_pages, num_kv_heads, page_size, key_dim), np.nan, np.float32)
-    value_pages = np.full((num_pages, num_kv_heads, page_size, value_dim), np.nan, np.float32)
-    key_pages[0] = value_pages[0] = 0
-    table = np.zeros((len(lengths), num_slots), np.int32)
-    starts = np.full((len(lengths), num_slots), NOWHERE, np.int32)
-    queries = rng.standard_normal((len(lengths), num_queries, num_heads, key_dim)).astype(np.float32) * magnitude
-    positions = np.zeros((len(lengths), num_queries), np.int32)
-    stored = []
-    for row, length in enumerate(lengths):
-        keys = rng.standard_normal((length, num_kv_heads, key_dim)).astype(np.float32)
-        values = rng.standard_normal((length, num_kv_heads, value_dim)).astype(np.float32)
-        stored.append((keys, values))
-        positions[row] = max(length - num_queries, 0) + np.arange(num_queries)
-        pages = [int(page) for page in order[row * num_slots : (row + 1) * num_slots]][: -(-length // page_size)]
-        entries = rng.permutation(len(pages))  # the table need not be sorted
-        for entry, logical in enumerate(entries.tolist()):
-            table[row, entry], starts[row, entry] = pages[logical], logical * page_size
-        for p in range(length):
-            key_pages[pages[p // page_size], :, p % page_size] = keys[p]
-            value_pages[pages[p // page_size], :, p % page_size] = values[p]
-    outputs, log_sum_exp = paged_attention(
-        *(jnp.asarray(x) for x in (queries, key_pages, value_pages, table, starts, positions)),
-        jnp.asarray(lengths, jnp.int32),
-        window=window,
-        num_sinks=sinks,
-        soft_cap=cap,
-        implementation=implementation,
-    )
-    for row, (keys, values) in enumerate(stored):
-        for t in range(num_queries):
-            for head in range(num_heads):
-                kv = head // group
-                expected, expected_lse = brute_force(
-                    queries[row, t, head].astype(np.float64),
-                    keys[:, kv].astype(np.float64),
-                    values[:, kv].astype(np.float64),
-                    positions[row, t],
-                    window,
-                    sinks,
-                    cap,
-                    key_dim**-0.5,
-                )
-                np.testing.assert_allclose(outputs[row, t, head], expected, atol=2e-5, rtol=2e-4)
-                np.testing.assert_allclose(log_sum_exp[row, t, head], expected_lse, atol=1e-4, rtol=1e-5)
+SPACE = {"dtypes": ("float32", "bfloat16"), "page_sizes": (1, 3, 8, 40), "dims": (1, 8, 16, 32, 80)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_float64(implementation, case):
+    check(partial(paged_attention, implementation=implementation), **case)
+
+
+@pytest.mark.parametrize("number", numbers(10))
+def test_equals_float64_over_the_option_space(implementation, number):
+    check(partial(paged_attention, implementation=implementation), **generated(number, **SPACE))
+
+
+def test_a_wrong_page_is_caught(implementation):
+    with pytest.raises(AssertionError):
+        check(partial(paged_attention, implementation=implementation), **CASES["one head each"], misread=1)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (7, 0), (70, 2), (100, 0)])
@@ -127,12 +78,50 @@ def _arguments(**changes):
         ({"window": 0}, "window = 0: must be at least 1"),
         ({"num_sinks": -1}, "num_sinks = -1"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
+        ({"page_starts": jnp.zeros((1, 3), jnp.int32)}, r"page_starts = \(1, 3\): must have the shape of page_table"),
+        (
+            dict.fromkeys(("page_table", "page_starts"), jnp.zeros((1, 3, 2), jnp.int32)),
+            r"page_table = \(1, 3, 2\): must list pages for each of 2 KV heads",
+        ),
+        ({"valid_slots": jnp.ones((1, 2, 3), bool)}, r"valid_slots = \(1, 2, 3\): must be \(1, 2, 4\)"),
+        ({"kv_lens": jnp.ones(2, jnp.int32)}, r"kv_lens = \(2,\): must be \(1,\)"),
+        ({"query_positions": jnp.zeros((1, 2), jnp.int32)}, r"query_positions = \(1, 2\): must be \(1, 1\)"),
         ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, blocked, reference"),
     ],
 )
-def test_wrong_arguments_name_the_limit(changes, message):
+def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would see some of them first
     with pytest.raises(ValueError, match=message):
         paged_attention(**_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"page_table": jnp.array([[2, -1]])}, r"page_table\[0, 1\] = -1: must be in \[0, 3\)"),
+        ({"page_table": jnp.array([[3, 0]])}, r"page_table\[0, 0\] = 3: must be in \[0, 3\)"),
+        ({"page_starts": jnp.array([[0, -4]])}, r"page_starts\[0, 1\] = -4: must be in \[0, "),
+    ],
+)
+def test_tables_that_cannot_be_right_are_refused_while_debugging(changes, message):
+    with debugging(), pytest.raises(ValueError, match="paged_attention: " + message):
+        paged_attention(**_arguments(**changes))
+    run = lambda: (jax.block_until_ready(jax.jit(paged_attention)(**_arguments(**changes))), jax.effects_barrier())  # noqa: E731
+    with debugging(), pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        run()
+    unused = jnp.full((1, 2), NOWHERE)
+    with debugging():
+        paged_attention(**_arguments(page_table=jnp.array([[9, -9]]), page_starts=unused))
+
+
+def test_pages_outside_the_pool_are_harmless(implementation):
+    """The nearest one is read, whatever reads it."""
+    pool = jnp.arange(3 * 2 * 4 * 8, dtype=jnp.float32).reshape(3, 2, 4, 8)
+    pools = {"key_pages": pool, "value_pages": pool, "kv_lens": jnp.array([5]), "query_positions": jnp.array([[4]])}
+    starts = {"page_starts": jnp.array([[0, 4]]), "implementation": implementation}
+    found, _ = paged_attention(**_arguments(**pools, **starts, page_table=jnp.array([[-7, 99]])))
+    nearest, _ = paged_attention(**_arguments(**pools, **starts, page_table=jnp.array([[0, 2]])))
+    np.testing.assert_array_equal(found, nearest)
 
 
 def test_a_named_implementation_is_honoured():

@@ -9,7 +9,8 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu, pages
-from pallas_kernels.paged_attention.proof import CASES, check
+from pallas_kernels.paged_attention.proof import CASES, check, generated
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
 simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
 
@@ -26,6 +27,15 @@ def small(monkeypatch):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_float64_without_a_race(case, capfd):
     check(simulated, **case, dtype=jnp.bfloat16)
+    assert "RACE" not in capfd.readouterr().out
+
+
+SPACE = {"dtypes": ("bfloat16", "float16"), "page_sizes": (8, 16, 32, 64), "dims": (16, 32, 64, 80)}
+
+
+@pytest.mark.parametrize("number", numbers(2))
+def test_equals_float64_over_the_option_space(number, capfd):
+    check(simulated, **generated(number, **SPACE))
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -47,6 +57,19 @@ def test_the_ring_is_used_again_without_a_race(capfd):
 def test_many_sequences_are_not_cut(monkeypatch):
     monkeypatch.setattr(pages, "ENOUGH", 1)
     check(simulated, lengths=[9, 0, 130], num_queries=1, group=2, kv_heads=1, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("case", LEDGER_CASES)
+def test_live_pages_are_fetched_once(case, monkeypatch):
+    """And little else: the queries, once for each piece."""
+    real, ledger = plgpu.copy_gmem_to_smem, Fetched()
+
+    def counted(source, target, barrier):
+        ledger.count(target)
+        real(source, target, barrier)
+
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted)
+    assert 1 < ledger.of(check, simulated, case) <= 1.05
 
 
 def test_a_wrong_page_is_caught():

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu
-from pallas_kernels.paged_attention.proof import CASES, check
+from pallas_kernels.paged_attention.proof import CASES, check, generated
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
 
 def simulated(mode: str) -> partial:
@@ -33,6 +34,34 @@ def small(monkeypatch):
 def test_equals_float64_without_a_race(case, dtype, mode, capfd):
     check(simulated(mode), **case, dtype=dtype)
     assert "RACE" not in capfd.readouterr().out  # jax 0.11 only prints it
+
+
+SPACE = {"dtypes": ("float32", "bfloat16"), "page_sizes": (8, 16, 64), "dims": (8, 16, 32, 80)}
+
+
+@pytest.mark.parametrize("number", numbers(4))
+def test_equals_float64_over_the_option_space(number, capfd):
+    check(simulated("on_wait" if number % 2 else "eager"), **generated(number, **SPACE))
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("case", LEDGER_CASES)
+def test_live_pages_are_fetched_once(case, monkeypatch):
+    real, ledger = pltpu.make_async_copy, Fetched()
+
+    class Counted:
+        def __init__(self, source, target, semaphore):
+            self.copy, self.target = real(source, target, semaphore), target
+
+        def start(self):
+            ledger.count(self.target)
+            self.copy.start()
+
+        def wait(self):
+            self.copy.wait()
+
+    monkeypatch.setattr(pltpu, "make_async_copy", Counted)
+    assert ledger.of(check, simulated("eager"), case) == 1
 
 
 def test_a_wrong_page_is_caught():

@@ -1,0 +1,61 @@
+"""Checks of what arrays hold, which cost a trip to the host: done while debugging is on.
+
+    with debugging():
+        paged_attention(...)          # a page id that cannot be right raises
+    PALLAS_KERNELS_DEBUG=1 python ... # the whole process
+
+The switch is read when a program is traced: what was compiled before keeps what it was compiled with.
+"""
+
+import contextvars
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.core
+import numpy as np
+from jax import Array
+from jaxtyping import Int32
+
+from pallas_kernels.masking import NOWHERE
+
+_on = contextvars.ContextVar("debugging", default=os.environ.get("PALLAS_KERNELS_DEBUG", "0") not in ("", "0"))
+
+
+@contextmanager
+def debugging(*, on: bool = True) -> Iterator[None]:
+    """Switches the checks on, or off, for what is called or traced inside."""
+    token = _on.set(on)
+    try:
+        yield
+    finally:
+        _on.reset(token)
+
+
+def check_tables(
+    op: str,
+    page_table: Int32[Array, "B *heads num_pages"],
+    page_starts: Int32[Array, "B *heads num_pages"],
+    num_pages: int,
+) -> None:
+    """Where debugging is on: raises ValueError for a used entry whose page is not in the pool or whose start is negative; under
+    `jit`, the program fails with that message."""
+
+    def check(*arrays: Array) -> None:
+        table, starts = map(np.asarray, arrays)
+        used = starts < NOWHERE
+        for name, values, wrong, legal in (
+            ("page_table", table, used & ((table < 0) | (table >= num_pages)), f"[0, {num_pages})"),
+            ("page_starts", starts, starts < 0, f"[0, {NOWHERE}), or {NOWHERE} where unused"),
+        ):
+            if wrong.any():
+                place = tuple(int(one[0]) for one in np.nonzero(wrong))
+                raise ValueError(f"{op}: {name}{list(place)} = {values[place]}: must be in {legal}")
+
+    if not _on.get():
+        return
+    if isinstance(page_table, jax.core.Tracer) or isinstance(page_starts, jax.core.Tracer):
+        jax.debug.callback(check, page_table, page_starts)
+    else:
+        check(page_table, page_starts)

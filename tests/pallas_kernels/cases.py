@@ -1,0 +1,53 @@
+"""How many of the generated cases run when, and a ledger of what kernels fetch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+NUM_CASES = 200
+
+
+def numbers(num_fast: int) -> list:
+    """Of all generated cases, the first few in every run and the rest marked slow."""
+    return [pytest.param(one, marks=() if one < num_fast else pytest.mark.slow) for one in range(NUM_CASES)]
+
+
+LEDGER_CASES = {
+    "ragged": ({"lengths": [320, 64, 16, 0]}, 320 + 64 + 16),
+    "a window of 128 with sinks": ({"lengths": [320, 64], "window": 128, "sinks": 4}, 128 + 16 + 64),
+    "lists of each head": ({"lengths": [320, 256], "lists": "heads"}, None),
+}
+"""Cases in pages of 16, and the tokens of the pages that somebody sees."""
+
+
+class Fetched:
+    """Counts the bytes of copies as the simulator runs them."""
+
+    num_bytes = 0
+
+    def count(self, target: Any) -> None:
+        """To be called in the kernel where a copy into `target` starts."""
+        size = int(jnp.dtype(target.dtype).itemsize)
+        for dim in target.shape:
+            size *= dim
+        jax.debug.callback(self._add, size)
+
+    def _add(self, size: int) -> None:
+        self.num_bytes += int(size)
+
+    def of(self, check: Callable, kernel: Callable, case: str) -> float:
+        """The bytes that a case fetches, over those of its live pages once."""
+        asked, live = LEDGER_CASES[case]
+        page_size, kv_heads, dim, listed = 16, 2, 64, []
+
+        def listening(*arrays: Any, **options: Any) -> Any:
+            listed.append(int((arrays[4] < 2**30).sum()))
+            return kernel(*arrays, **options)
+
+        check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), page_size=page_size, dtype="bfloat16")  # fmt: skip
+        jax.effects_barrier()
+        tiles = listed[0] if live is None else live // page_size * kv_heads
+        return self.num_bytes / (tiles * page_size * 2 * dim * 2)
