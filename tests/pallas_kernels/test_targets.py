@@ -68,7 +68,7 @@ def test_the_table_is_written_between_its_marks_only(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| paged_attention | H200 | bfloat16 | 128 | 1 | 1.0 s | 194 | 0 B | 192 KiB | 112 us |" in text
+    assert "| paged_attention | H200 | bfloat16 | 128 | 1 | sequence | 1.0 s | 194 | 0 B | 192 KiB | 112 us |" in text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no lines"):
         targets.write_table(page, [])
