@@ -336,7 +336,8 @@ class Clock:
         while not self.own_runtime and self._loop() < LOOP_SECONDS and self.count < 1024:
             self.count *= 2
         self.sample()  # the first of each kind compiles, or finds what was compiled
-        self.device_us.clear(), self.wall_us.clear()
+        self.device_us.clear()
+        self.wall_us.clear()
 
     def _loop(self) -> float:
         inputs = self.inputs

@@ -48,7 +48,7 @@ from kvlab.typing import Params
 
 
 class _Batch(NamedTuple):
-    """Rows that compute together, with what they ask of the sampler; `wants_more` than tokens and log-probabilities."""
+    """Rows that compute together, with what they ask of the sampler; `wants_more` than tokens, log-probabilities and text."""
 
     samples: list[Sample]
     choices: Choices
@@ -59,6 +59,7 @@ class _Batch(NamedTuple):
     """Request and sample of each row, as events name them."""
     may_stop: bool
     """Whether any has stop tokens."""
+    has_text: bool
 
 
 class _Launched(NamedTuple):
@@ -84,7 +85,7 @@ class _Ahead(NamedTuple):
     """The next step, planned while the device works: good for as long as the scheduler gives this very work."""
 
     work: list[Work]
-    plan: Plan | None
+    plan: Plan
 
 
 class Engine:
@@ -110,7 +111,7 @@ class Engine:
         self.vocab_size: int = whole.embedding.num_embeddings
         has_states = any(not spec.per_token for layer in whole.states() for spec in layer.values())
         keeps_states = config.speculation != "none" or config.prefix_cache
-        layout = MemoryLayout.of(
+        self.layout = layout = MemoryLayout.of(
             whole.states(),
             memory,
             max_sequences=config.max_batch,
@@ -126,7 +127,8 @@ class Engine:
             self.ledger, Schedule(config.max_batch, config.token_budget, config.mixed, config.preemption)
         )
         self.pools, self.host = layout.allocate(), HostTier(layout)
-        self.drafter = self._make_drafter(memory, draft)
+        self._make_drafter = lambda: self._drafter_of(memory, draft)
+        self.drafter = self._make_drafter()
         self.requests: dict[str, Request] = {}
         self.answers: dict[str, Answer] = {}
         """Of requests that ended and were not taken yet."""
@@ -138,7 +140,7 @@ class Engine:
         self._rolls_back = not has_states
         self._shares = memory.name == "paged"
         self._batches: dict[tuple[int, bool], _Batch] = {}
-        self._ahead = _Ahead([], None)
+        self._ahead: _Ahead | None = None
         self._drafted: set[Any] = set()
         """Sequences that the drafter may hold memory of."""
         self._read_bytes = [
@@ -147,7 +149,7 @@ class Engine:
         ]
         self._weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
-    def _make_drafter(self, memory: MemoryConfig, draft: tuple[Any, Params] | None) -> Drafter | None:
+    def _drafter_of(self, memory: MemoryConfig, draft: tuple[Any, Params] | None) -> Drafter | None:
         config = self.config
         if (draft is not None) != (config.speculation == "draft"):
             raise ConfigError("speculation", config.speculation, 'must be "draft" with a draft model, and only then')
@@ -314,7 +316,8 @@ class Engine:
     def stream(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> Stream:
-        """Events of these requests as they happen. Whoever stops listening cancels what is left. Bad prompts raise here."""
+        """Events of these requests as they happen; of a beam search, the best beam's when it has ended. Whoever stops listening
+        cancels what is left. Bad prompts raise here."""
         names = self._submit_all(prompts, sampling)
         made = Stream(names, self.step, self.requests.__contains__, self._abandon)
         self._streams.add(made)
@@ -355,15 +358,50 @@ class Engine:
     # A step.
 
     def step(self) -> list[Event]:
-        """Advances every sequence that the budget allows; returns what happened. Nothing to do is no event."""
+        """Advances every sequence that the budget allows; returns what happened. Nothing to do is no event.
+
+        Where a step does not end, by an interrupt or an error of the device, what took part in it fails, what waits goes on in
+        memory made anew, and the exception is raised.
+        """
         self._stepping = True
         try:
             events = self._advance()
+        except BaseException as error:
+            self._tell(self._start_over(f"a step was interrupted: {type(error).__name__}: {error}"))
+            raise
         finally:
             self._stepping = False
         unheard, self._unheard = self._unheard, []
         self._abandon(unheard)
         return self._tell(events)
+
+    def _start_over(self, reason: str) -> list[Event]:
+        """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made anew. What was
+        published is gone with them, since it may not be finite."""
+        waiting = [one for one in self.scheduler.waiting if not one.num_computed and one.state == "waiting"]
+        torn = [
+            request for request in self.requests.values() if any(sample not in waiting for sample in request.samples)
+        ]
+        counters, self.pools = self.ledger.counters, ()
+        self.ledger = self.layout.ledger(self.config.policy, self.config.checkpoints)
+        self.ledger.counters = counters
+        self.pools, self.host = self.layout.allocate(), HostTier(self.layout)
+        self.drafter, self._drafted, self._ahead = self._make_drafter(), set(), None
+        self.scheduler.start_over(self.ledger, [one for one in waiting if one.request not in torn])  # type: ignore[attr-defined]
+        events = []
+        for request in torn:
+            self.stats.failed += 1
+            if request.name in self._beams:
+                self._beams[request.name].end("error")
+                request.completions = dict(enumerate(self._beams[request.name].finished))
+            for one in request.samples:
+                one.state = "gone"
+                del one.ids[len(request.prompt) + len(one.logprobs) :]
+                request.completions.setdefault(one.index, self._completion(one, "error"))
+            request.samples.clear()
+            self._answer(request, reason)
+            events.append(Event(request.name, 0, None, float("nan"), "", "error", reason))
+        return events
 
     def _advance(self) -> list[Event]:
         began, dispatched_before = time.perf_counter(), self.stats.dispatch_s
@@ -381,8 +419,8 @@ class Engine:
         if events:  # a request that was rejected may have had other sequences
             work = [one for one in work if one.entry.state != "gone"]
         groups = self._groups(work)
-        ahead, self._ahead = self._ahead, _Ahead([], None)
-        plan = ahead.plan if work is ahead.work else None
+        ahead, self._ahead = self._ahead, None
+        plan = ahead.plan if ahead is not None and work is ahead.work else None
         launched = [self._launch(*group, plan) for group in groups]
         dispatched = time.perf_counter()
         self.ledger.publish()
@@ -491,19 +529,20 @@ class Engine:
         asked = [(one.request.sampling, one.request.seed, one.index) for one in samples]
         choices = Choices(*(jnp.asarray(one) for one in Choices.of(asked, batch_size)))
         samplings = [sampling for sampling, _, _ in asked]
-        wants_more = any(one.transcript or one.seen is not None or one.request.sampling.reports_more for one in samples)
+        wants_more = any(one.seen is not None or one.request.sampling.reports_more for one in samples)
         labels = [(one.request.name, one.index) for one in samples]
         may_stop = any(one.stop_tokens for one in samples)
         names = [one.name for one in samples]
-        made = _Batch(samples, choices, Mode.of(samplings), wants_more, names, labels, may_stop)
+        has_text = any(one.transcript is not None for one in samples)
+        made = _Batch(samples, choices, Mode.of(samplings), wants_more, names, labels, may_stop, has_text)
         self._batches[width, everywhere] = made
         return made
 
     # What a step means.
 
     def _commit_early(self, rows: list[Work], width: int, everywhere: bool, launched: _Launched) -> _Early | None:
-        """Commits while the device works, for rows that decode and ask for tokens and log-probabilities only: the common case. None
-        where any row wants more.
+        """Commits while the device works, for rows that decode and ask for tokens, log-probabilities and text only: the common case.
+        None where any row wants more.
 
         What is not finite, as it then turns out, nobody has seen: pages are published in the next step.
         """
@@ -541,18 +580,27 @@ class Engine:
         for one, token, logprob in zip(samples, tokens, logprobs, strict=True):
             one.ids.append(token)
             one.logprobs.append(logprob)
+        texts = [""] * len(samples)
+        if early.batch.has_text:
+            texts = [
+                "" if one.transcript is None else one.transcript.add(token)
+                for one, token in zip(samples, tokens, strict=True)
+            ]
         new = tuple.__new__  # half the time of naming the fields
         events = [
-            new(Event, (name, index, token, logprob, "", None, None))
-            for (name, index), token, logprob in zip(labels, tokens, logprobs, strict=True)
+            new(Event, (name, index, token, logprob, text, None, None))
+            for (name, index), token, logprob, text in zip(labels, tokens, logprobs, texts, strict=True)
         ]
         self.stats.decoded_tokens += len(events)
         ends: dict[Sample, FinishReason] = dict.fromkeys(early.last, "length")
         if early.batch.may_stop:
             ends |= {one: "stop" for one, token in zip(samples, tokens, strict=True) if token in one.stop_tokens}
+        if early.batch.has_text:
+            ends |= {one: "stop" for one in samples if one.transcript is not None and one.transcript.stopped}
         for row, one in enumerate(samples) if ends else ():
             if (reason := ends.get(one)) is not None:
-                events[row] = events[row]._replace(finish_reason=reason)
+                rest = one.transcript.finish() if one.transcript is not None else ""
+                events[row] = events[row]._replace(text=events[row].text + rest, finish_reason=reason)
                 self._finish(one, reason)
         return failed + events
 
@@ -640,17 +688,16 @@ class Engine:
         parents = {one: [] for one in request.samples}
         for parent, token, logprob in chosen:
             parents[parent].append((token, logprob))
+        for parent in [one for one, children in parents.items() if not children]:
+            self._drop(parent)  # first, so that there is room for the others' children
+            del parents[parent]
         for parent, children in parents.items():
             for token, logprob in children[1:]:
                 child = self._sample(request, parent.index, parent.ids)
                 child.logprobs, child.score = list(parent.logprobs), parent.score
-                self.scheduler.branch(parent, child)
                 self._extend_beam(child, token, logprob)
-        for parent, children in parents.items():
-            if children:
-                self._extend_beam(parent, *children[0])
-            else:
-                self._drop(parent)
+                self.scheduler.branch(parent, child)
+            self._extend_beam(parent, *children[0])
         return []
 
     @staticmethod
@@ -673,7 +720,10 @@ class Engine:
             )
         best = request.completions.get(0, Completion([], [], "stop"))
         self._answer(request)
-        return [Event(request.name, 0, None, 0.0, best.text, best.finish_reason)]
+        if not best.tokens:
+            return [Event(request.name, 0, None, 0.0, best.text, best.finish_reason)]
+        events = [Event(request.name, 0, *one, "", None) for one in zip(best.tokens, best.logprobs, strict=True)]
+        return [*events[:-1], events[-1]._replace(text=best.text, finish_reason=best.finish_reason)]
 
     # Endings.
 

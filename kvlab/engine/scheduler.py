@@ -147,6 +147,11 @@ class Scheduler:
         {"running": self.running, "waiting": self.waiting, "away": self.away}[entry.state].remove(entry)
         entry.state = "gone"
 
+    def start_over(self, ledger: Ledger, waiting: list[Entry]) -> None:
+        """Only these are left, and none of them has begun in this ledger, which is a new one."""
+        self.ledger, self.waiting = ledger, waiting
+        self.running, self.away, self.moves, self.rejected, self._ahead = [], [], [], [], []
+
     @property
     def num_unfinished(self) -> int:
         """Sequences that have not been removed."""
@@ -183,12 +188,12 @@ class Scheduler:
         decodes on but those at their end, and nobody can come in. `schedule` then returns this very list, or what is left of
         it, or takes the reservations back. None where any of this does not hold; nothing is reserved then.
 
-        Evicts, but publishes nothing: what the device works on may come out wrong.
+        Publishes nothing: what the device works on may come out wrong. Evicts, but not for what ends now anyway.
         """
         going = [one for one in self.running if one.num_computed < one.final_len]
         if not going or not self._closed or (len(going) < len(self.running) and (self.waiting or self.away)):
             return None
-        self._ahead = self._steady(going) or []
+        self._ahead = self._steady(going, evicts=len(going) == len(self.running)) or []
         return self._ahead or None
 
     # Who takes part.
@@ -198,18 +203,18 @@ class Scheduler:
         """Whether nobody can come in: nobody waits, or every place is taken."""
         return not (self.waiting or self.away) or len(self.running) >= self.schedule_config.max_batch
 
-    def _steady(self, entries: list[Entry]) -> list[Work] | None:
+    def _steady(self, entries: list[Entry], *, evicts: bool = True) -> list[Work] | None:
         """The step in which each of these decodes one token and no page is short: nearly all steps, quickly. None where that
-        does not hold; nothing is reserved then."""
+        does not hold, or would evict though it should not; nothing is reserved then."""
         plain = [one.prefill_len <= one.num_computed == one.num_known - 1 and not one.drafts for one in entries]
         if not all(plain) or len(entries) > self.schedule_config.token_budget or any([one.paused for one in entries]):  # noqa: C419
             return None
         names = [one.name for one in entries]
         done = self.ledger.reserve_each(names)
         short = [name for name, had in zip(names, done, strict=True) if not had]
-        enough = all(
-            store.num_available >= len(short) for store in self.ledger.stores
-        )  # otherwise `reserve` may publish
+        # Where pages are short, `reserve` might publish to find some.
+        stores = self.ledger.stores
+        enough = all((store.num_available if evicts else len(store.free)) >= len(short) for store in stores)
         if not enough or not all(self.ledger.reserve(name, 1).ready for name in short):
             self._cancel(names)
             return None

@@ -630,3 +630,83 @@ def test_looking_ahead_takes_no_page_that_others_would_miss():
         assert len(set(held.values())) <= 1 or engine.scheduler.waiting, "all of them or none"
         engine.step()
     assert engine.stats.planned_ahead
+
+
+@pytest.mark.parametrize("way", [{}, {"prefix_cache": False}, {"max_batch": 3}])
+def test_beams_are_forked_and_nothing_of_them_is_computed_twice(way):
+    engine = engine_of("llama_gqa", **{"max_batch": 4, **way})
+    forked, fork = [], engine.ledger.fork
+    engine.ledger.fork = lambda parent, child: (forked.append(child), fork(parent, child))
+    engine.generate([PROMPTS[4]], Sampling(max_tokens=20, beam_width=3))
+    assert len(forked) >= 10
+    assert engine.stats.prefilled_tokens == len(PROMPTS[4])
+
+
+def test_a_beam_search_streams_its_best_beam_when_it_has_ended():
+    sampling = Sampling(max_tokens=6, beam_width=2)
+    events = list(engine_of("llama_gqa").stream([PROMPTS[1]], sampling))
+    (answer,) = engine_of("llama_gqa").generate([PROMPTS[1]], sampling)
+    assert [one.token for one in events] == answer.tokens
+    assert [one.finish_reason for one in events] == [None] * (len(events) - 1) + ["length"]
+
+
+def test_text_is_written_while_steps_are_planned_ahead():
+    """The same text and events as where nothing is committed early; a stop string ends in both."""
+
+    class Letters(ByteTokenizer):
+        def decode(self, ids):
+            return "".join(chr(65 + one % 26) for one in ids)
+
+    tokenizer = Letters()
+    samplings = [Sampling(max_tokens=20, temperature=1.0, seed=seed) for seed in range(4)]
+    first = engine_of("llama_gqa").generate([PROMPTS[3]], samplings[0])[0]
+    letters = tokenizer.decode(first.tokens)
+    samplings[0] = Sampling(**{**vars(samplings[0]), "stop": (letters[5:7],)})
+
+    def run(early):
+        engine = engine_of("llama_gqa")
+        engine.tokenizer = tokenizer
+        if not early:
+            engine._commit_early = lambda *_: None
+        events = list(engine.stream([PROMPTS[3]] * 4, samplings))
+        return engine.stats.planned_ahead, sorted(events)
+
+    (ahead, found), (never, expected) = run(True), run(False)
+    assert found == expected
+    assert ahead > never == 0
+    assert {one.finish_reason for one in found} == {None, "stop", "length"}
+
+
+@pytest.mark.parametrize("where", ["draw_tokens", "jax.device_get", "settle", "plan"])
+def test_a_torn_step_fails_its_requests_and_no_other(where, monkeypatch):
+    """Whoever waited goes on as if nothing had been, and nothing that the step computed is found again."""
+    engine = engine_of("llama_gqa", page_size=4, max_batch=2)
+    first, second, third = (engine.submit(ids, Sampling(max_tokens=12)) for ids in PROMPTS[1:4])
+    for _ in range(7):
+        engine.step()
+
+    def torn(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "settle":
+            patch.setattr(engine, "_settle_plain", torn)
+        elif where == "plan":
+            patch.setattr(engine, "_plan", torn)
+            patch.setattr(engine, "_ahead", None)
+        else:
+            patch.setattr(f"kvlab.engine.engine.{where}", torn)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert set(engine.requests) == {third}
+    for name in (first, second):
+        assert "a step was interrupted: KeyboardInterrupt" in engine.answers[name].error
+        completion = engine.answers[name].completions[0]
+        assert len(completion.tokens) == len(completion.logprobs)
+    engine.ledger.check()
+    assert not engine.ledger.index.cached[0]
+    while engine.requests:
+        engine.step()
+    alone = engine_of("llama_gqa").generate(PROMPTS[3:4], Sampling(max_tokens=12))[0]
+    assert engine.answers[third].tokens == alone.tokens
+    assert engine.generate(PROMPTS[3:4], Sampling(max_tokens=12))[0].tokens == alone.tokens
