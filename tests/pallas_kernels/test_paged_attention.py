@@ -31,7 +31,7 @@ def test_equals_float64(implementation, case):
     check(partial(paged_attention, implementation=implementation), **case)
 
 
-@pytest.mark.parametrize("number", numbers(10))
+@pytest.mark.parametrize("number", numbers(5))
 def test_equals_float64_over_the_option_space(implementation, number):
     check(partial(paged_attention, implementation=implementation), **generated(number, **SPACE))
 

@@ -39,7 +39,7 @@ def test_equals_float64_without_a_race(case, dtype, mode, capfd):
 SPACE = {"dtypes": ("float32", "bfloat16"), "page_sizes": (8, 16, 64), "dims": (8, 16, 32, 80)}
 
 
-@pytest.mark.parametrize("number", numbers(4))
+@pytest.mark.parametrize("number", numbers(2))
 def test_equals_float64_over_the_option_space(number, capfd):
     check(simulated("on_wait" if number % 2 else "eager"), **generated(number, **SPACE))
     assert "RACE" not in capfd.readouterr().out
