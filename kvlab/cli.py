@@ -251,7 +251,9 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--prompt", action="append", default=[], help="text, or token ids 1,2,3; may be given again")
     parser.add_argument("--input", type=Path, help='JSONL of {"prompt": ..., "sampling": {...}}; - is standard input')
     parser.add_argument("--output", type=Path, help="write the answers as JSONL")
-    parser.add_argument("--jsonl", action="store_true", help="JSONL on standard input and output")
+    parser.add_argument(
+        "--jsonl", action="store_true", help="JSONL on standard input and output; answers come as they are done"
+    )
     parser.add_argument("fields", nargs="*", metavar="field=value")
     options = parser.parse_intermixed_args(arguments)
     from kvlab.lab.generation import GenerateConfig

@@ -1,12 +1,13 @@
 """`kvlab generate`: a run's directory or a published checkpoint answers prompts, with a live table of requests and memory."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import yaml
 from flax import nnx
@@ -67,6 +68,11 @@ class GenerateConfig(Schema):
                 sections[section][inner] = parsed
             elif not dot and name in TOP:
                 values[name] = parsed
+            elif not dot and name in sections:
+                fields = ", ".join(SECTIONS[name].defaults())
+                raise ConfigError(
+                    name, parsed, f"is a section: give one of its fields, {name}.field=value; legal: {fields}"
+                )
             else:
                 raise ConfigError(name, parsed, f"no such field; {nearest(section, (*SECTIONS, *TOP))}")
         built = {name: kind.build(sections[name], name) for name, kind in SECTIONS.items()}
@@ -119,8 +125,20 @@ def make_engine(source: Source, config: GenerateConfig) -> Engine:
     )
 
 
-def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[tuple[Any, Sampling, str | None]]:
-    """Requests of a JSONL stream, {"prompt": text or token ids, "sampling": {...}, "name": ...}; the sampling's other fields as
+OPTIONS = ("name", "priority", "namespace")
+"""What a line may ask of `Engine.submit` beside prompt and sampling."""
+
+
+class Asked(NamedTuple):
+    """One request, as `Engine.submit` takes it."""
+
+    prompt: Any
+    sampling: Sampling
+    options: dict[str, Any]
+
+
+def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[Asked]:
+    """Requests of a JSONL stream, {"prompt": text or token ids, "sampling": {...}} and OPTIONS; the sampling's other fields as
     given. Raises ValueError naming the line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -129,15 +147,15 @@ def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[tuple[An
             value = json.loads(line)
             if not isinstance(value, Mapping) or "prompt" not in value:
                 raise ValueError('must be an object with "prompt"')
-            if unknown := set(value) - {"prompt", "sampling", "name"}:
-                raise ValueError(
-                    f"{sorted(unknown)[0]!r}: {nearest(sorted(unknown)[0], ('prompt', 'sampling', 'name'))}"
-                )
+            legal = ("prompt", "sampling", *OPTIONS)
+            if unknown := sorted(set(value).difference(legal)):
+                raise ValueError(f"{unknown[0]!r}: {nearest(unknown[0], legal)}")
             given = value.get("sampling") or {}
             if not isinstance(given, Mapping):
                 raise ValueError(f"sampling = {given!r}: must be an object")
             own = Sampling.build({**sampling_values(sampling), **given}, "sampling")
-            yield value["prompt"], own, value.get("name")
+            options = {name: value[name] for name in OPTIONS if value.get(name) is not None}
+            yield Asked(value["prompt"], own, options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"line {number}: {error}") from None
 
@@ -153,10 +171,18 @@ def as_line(answer: Answer) -> str:
         {
             "text": one.text,
             "tokens": one.tokens,
-            "logprobs": [round(value, 6) if value == value else None for value in one.logprobs],
+            "logprobs": [_rounded(value) for value in one.logprobs],
             "finish_reason": one.finish_reason,
             **({} if one.score is None else {"score": one.score}),
-            **({"alternatives": [list(zip(*a, strict=True)) for a in one.alternatives]} if one.alternatives else {}),
+            **(
+                {
+                    "alternatives": [
+                        [(token, _rounded(lp)) for token, lp in zip(*a, strict=True)] for a in one.alternatives
+                    ]
+                }
+                if one.alternatives
+                else {}
+            ),
         }
         for one in answer.completions
     ]
@@ -164,13 +190,17 @@ def as_line(answer: Answer) -> str:
     return json.dumps(line, allow_nan=False)
 
 
-def submit_all(engine: Engine, requests: Iterable[tuple[Any, Sampling, str | None]]) -> list[str]:
+def _rounded(logprob: float) -> float | None:
+    return round(logprob, 6) if math.isfinite(logprob) else None
+
+
+def submit_all(engine: Engine, requests: Iterable[Asked]) -> list[str]:
     """Queues every request and returns their names. Raises ValueError that says which one is bad, before anything is
     computed."""
     names = []
-    for number, (prompt, sampling, name) in enumerate(requests, 1):
+    for number, one in enumerate(requests, 1):
         try:
-            names.append(engine.submit(prompt, sampling, name=name))
+            names.append(engine.submit(one.prompt, one.sampling, **one.options))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
     return names
@@ -251,7 +281,7 @@ def generate(
     keep_freed_memory()
     loaded = load_source(folder, config.dtype)
     engine = make_engine(loaded, config)
-    asked: list[tuple[Any, Sampling, str | None]] = [(_prompt(one, engine), config.sampling, None) for one in prompts]
+    asked = [Asked(_prompt(one, engine), config.sampling, {}) for one in prompts]
     if source is not None or (jsonl and not prompts):
         if source is None or str(source) == "-":
             asked += read_requests(sys.stdin, config.sampling)
@@ -264,8 +294,8 @@ def generate(
         )
     if config.stop_at_end and loaded.end_tokens:
         asked = [
-            (prompt, replace(sampling, stop_tokens=(*sampling.stop_tokens, *loaded.end_tokens)), name)
-            for prompt, sampling, name in asked
+            one._replace(sampling=replace(one.sampling, stop_tokens=(*one.sampling.stop_tokens, *loaded.end_tokens)))
+            for one in asked
         ]
     console = Console(stderr=True, highlight=False)
     names = submit_all(engine, asked)

@@ -13,8 +13,9 @@ import pytest
 
 from kvlab.cli import main
 from kvlab.compose import compose
+from kvlab.engine.sampling import Sampling
 from kvlab.lab.execute import execute
-from kvlab.lab.generation import GenerateConfig, load_source
+from kvlab.lab.generation import GenerateConfig, load_source, read_requests
 from kvlab.models.transformer import merge
 from kvlab.schema import ConfigError
 from tests.engine.families import golden, pretrained, write_folder
@@ -110,6 +111,10 @@ def test_a_draft_model_is_a_folder(tmp_path, monkeypatch, capsys):
         (["--prompt", "1", "engine.max_len=4"], "max_tokens = 64: must be in"),
         (["--prompt", "1", "page_size=4"], "page_size = 4: no such field"),
         (["--prompt", "1", "sampling"], "must be field=value"),
+        (
+            ["--prompt", "1", "memory=dense"],
+            "memory = 'dense': is a section: give one of its fields, memory.field=value; legal: ",
+        ),
         (["--prompt", "1", "engine.speculation=draft"], "speculation = 'draft'"),
     ],
 )
@@ -126,6 +131,7 @@ def test_bad_lines_and_folders_say_where(tmp_path, monkeypatch, capsys):
         ("{", "line 2: "),
         ('{"prompt": [1], "sampler": 1}', "line 2: 'sampler'"),
         ('{"prompt": [1], "sampling": {"top_k": -1}}', "line 2: sampling.top_k = -1"),
+        ('{"prompt": [1], "priority": "high"}', "request 2: priority = 'high': must be an integer"),
         ("[1]", 'line 2: must be an object with "prompt"'),
     ):
         source.write_text('{"prompt": [1]}\n' + line)
@@ -219,3 +225,9 @@ def test_the_command_works_as_installed(tmp_path):
     done = subprocess.run(program, input='{"prompt": [1, 2]}\n', capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["completions"][0]["tokens"]) == 3
+
+
+def test_a_line_may_have_a_name_a_priority_and_a_namespace():
+    line = '{"prompt": [1, 2], "name": "a", "priority": 3, "namespace": "mine", "sampling": {"top_k": 4}}'
+    (one,) = read_requests([line, "  "], Sampling(max_tokens=5))
+    assert one == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
