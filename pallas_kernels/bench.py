@@ -351,8 +351,8 @@ class Clock:
         self.device_us.append(self.wall_us[-1] if self.own_runtime else self._loop() / self.count * 1e6)
 
 
-def measure(problem: Problem, limits: dict[str, float], rounds: int, *, peers: bool = True) -> Result:
-    """Everybody on one problem, in turns."""
+def measure(problem: Problem, limits: dict[str, float], rounds: int, *, alone: bool = False) -> Result:
+    """Everybody on one problem, in turns, compared with one another's answers; or `alone` what `None` chooses, not compared."""
     floor = max(
         problem.live_bytes / limits["read_bytes_per_s"],
         problem.flops / limits["product_flops_per_s"] if problem.num_queries > 1 else 0.0,
@@ -364,10 +364,16 @@ def measure(problem: Problem, limits: dict[str, float], rounds: int, *, peers: b
     candidates: dict[str, Callable[[], Attend]] = {
         name: partial(ours, inputs, name) for name in api.IMPLEMENTATIONS if name not in refused
     }
-    if peers:
+    if alone:
+        candidates = dict(list(candidates.items())[:1])
+    else:
         candidates |= {name: partial(make, problem, inputs) for name, make in PEERS.items()}
-    wanted = np.asarray(
-        jax.jit(ours(inputs, "blocked"))(inputs.queries, inputs.tables[0], inputs.starts[0]), np.float32
+    wanted = (
+        None
+        if alone
+        else np.asarray(
+            jax.jit(ours(inputs, "blocked"))(inputs.queries, inputs.tables[0], inputs.starts[0]), np.float32
+        )
     )
     clocks: dict[str, Clock] = {}
     for name, make in candidates.items():
@@ -378,6 +384,8 @@ def measure(problem: Problem, limits: dict[str, float], rounds: int, *, peers: b
         except Exception as error:  # a peer that is missing or refuses is a line of the table
             said = str(error).strip().splitlines() or [type(error).__name__]
             timing.absent = f"{type(error).__name__}: {said[0]}"[:120]
+            continue
+        if wanted is None:
             continue
         outputs = clocks[name].outputs
         found = np.asarray(outputs.float().cpu() if hasattr(outputs, "cpu") else outputs, np.float32)
@@ -463,7 +471,7 @@ def sweep(size: str, limits: dict[str, float], rounds: int) -> list[dict[str, An
             if problem.live_bytes > MOST_BYTES:
                 continue
             timing = next(
-                one for one in measure(problem, limits, rounds, peers=False).timings if one.device_us is not None
+                one for one in measure(problem, limits, rounds, alone=True).timings if one.device_us is not None
             )
             assert timing.device_us is not None
             rate = problem.live_bytes / timing.device_us * 1e6
@@ -485,9 +493,10 @@ def plot(points: Sequence[dict[str, Any]], limits: dict[str, float], path: Path)
             [one["context"] for one in mine], [one["bytes_per_s"] / 1e9 for one in mine], "o-", label=f"B{batch:.0f}"
         )
     axes.axhline(limits["read_bytes_per_s"] / 1e9, color="0.5", linestyle="--", label="reading alone")
-    axes.set(
-        xscale="log", xlabel="context, tokens", ylabel="live bytes read, GB/s", title="Paged decode: achieved bandwidth"
-    )
+    axes.set_xscale("log", base=2)
+    contexts = sorted({one["context"] for one in points})
+    axes.set_xticks(contexts, [f"{one:,.0f}" for one in contexts])
+    axes.set(xlabel="context, tokens", ylabel="live bytes read, GB/s", title="Paged decode: achieved bandwidth")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
