@@ -380,7 +380,9 @@ class Engine:
         published is gone with them, since it may not be finite."""
         waiting = [one for one in self.scheduler.waiting if not one.num_computed and one.state == "waiting"]
         torn = [
-            request for request in self.requests.values() if any(sample not in waiting for sample in request.samples)
+            request
+            for request in self.requests.values()
+            if not request.samples or any(sample not in waiting for sample in request.samples)
         ]
         counters, self.pools = self.ledger.counters, ()
         self.ledger = self.layout.ledger(self.config.policy, self.config.checkpoints)
@@ -390,17 +392,11 @@ class Engine:
         self.scheduler.start_over(self.ledger, [one for one in waiting if one.request not in torn])  # type: ignore[attr-defined]
         events = []
         for request in torn:
-            self.stats.failed += 1
-            if request.name in self._beams:
-                self._beams[request.name].end("error")
-                request.completions = dict(enumerate(self._beams[request.name].finished))
             for one in request.samples:
                 one.state = "gone"
                 del one.ids[len(request.prompt) + len(one.logprobs) :]
-                request.completions.setdefault(one.index, self._completion(one, "error"))
+            events.append(self._end_in_error(request, 0, reason))
             request.samples.clear()
-            self._answer(request, reason)
-            events.append(Event(request.name, 0, None, float("nan"), "", "error", reason))
         return events
 
     def _advance(self) -> list[Event]:
@@ -757,17 +753,22 @@ class Engine:
 
     def _fail(self, one: Sample, reason: str) -> list[Event]:
         """A request ends in error; what its sequences published and nobody else uses is withdrawn."""
-        request = one.request
+        event = self._end_in_error(one.request, one.index, reason)
+        for other in one.request.samples[:]:
+            self._drop(other, keep=False)
+        return [event]
+
+    def _end_in_error(self, request: Request, index: int, reason: str) -> Event:
+        """The answer of a request that failed: what its sequences have said until now. They are the caller's to drop."""
         self.stats.failed += 1
         if request.name in self._beams:
             group = self._beams[request.name]
             group.end("error")
             request.completions = dict(enumerate(group.finished))
-        for other in request.samples[:]:
-            request.completions.setdefault(other.index, self._completion(other, "error"))
-            self._drop(other, keep=False)
+        for one in request.samples:
+            request.completions.setdefault(one.index, self._completion(one, "error"))
         self._answer(request, reason)
-        return [Event(request.name, one.index, None, float("nan"), "", "error", reason)]
+        return Event(request.name, index, None, float("nan"), "", "error", reason)
 
     def _fail_at(self, one: Sample, start: int, count: int) -> list[Event]:
         """Fails a sequence of which `count` tokens from `start` on came out wrong."""

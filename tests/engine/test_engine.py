@@ -620,7 +620,7 @@ def test_a_full_batch_looks_ahead_though_others_wait_until_a_place_is_free():
     assert len(engine.scheduler.running) == 2, "whoever left made room in the very next step"
 
 
-def test_looking_ahead_takes_no_page_that_others_would_miss():
+def test_where_pages_are_short_every_row_is_reserved_ahead_or_none():
     """Where not every row can have its next page, nothing is reserved, and the step after makes room as ever."""
     engine = engine_of("llama_gqa", page_size=1, max_batch=4, pool_len=MAX_LEN)
     for ids in PROMPTS[1:4]:
@@ -710,3 +710,22 @@ def test_a_torn_step_fails_its_requests_and_no_other(where, monkeypatch):
     alone = engine_of("llama_gqa").generate(PROMPTS[3:4], Sampling(max_tokens=12))[0]
     assert engine.answers[third].tokens == alone.tokens
     assert engine.generate(PROMPTS[3:4], Sampling(max_tokens=12))[0].tokens == alone.tokens
+
+
+def test_a_request_torn_between_its_last_sample_and_its_answer_ends(monkeypatch):
+    engine = engine_of("llama_gqa")
+    answer, calls = engine._answer, []
+
+    def torn(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        answer(*args)
+
+    name = engine.submit(PROMPTS[1], Sampling(max_tokens=2))
+    engine.step()
+    monkeypatch.setattr(engine, "_answer", torn)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert not engine.requests
+    assert len(engine.answers[name].completions[0].tokens) == 2
