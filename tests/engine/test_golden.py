@@ -173,4 +173,5 @@ def test_the_golden_files_are_what_the_reference_says_today(tmp_path):
             n: one["tokens"] for n, one in kept["answers"].items()
         }
         for n, one in fresh["answers"].items():
-            np.testing.assert_allclose(one["logprobs"], kept["answers"][n]["logprobs"], atol=1e-5)
+            # The peer itself differs by 1.1e-5 between two processors; ours must be within 1e-4.
+            np.testing.assert_allclose(one["logprobs"], kept["answers"][n]["logprobs"], atol=5e-5)
