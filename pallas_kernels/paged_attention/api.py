@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.debug import check_tables
+from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
 
@@ -35,23 +36,28 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def refusals(
-    dtype: Any = "bfloat16", page_size: int = 64, head_dims: tuple[int, int] = (128, 128), group: int = 1
+    format: str = "bfloat16",
+    page_size: int = 64,
+    head_dims: tuple[int, int] = (128, 128),
+    group: int = 1,
+    per: Scaling = "token",
 ) -> dict[str, str]:
-    """Why an implementation cannot serve such pages on this process' first device, for those that cannot."""
+    """Why an implementation cannot serve such pages on this process' first device, for those that cannot. A `format` is one of
+    `formats.FORMATS`, or the name of a type."""
     device, refused = jax.devices()[0], {}
-    if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
-        refused["mosaic_gpu"] = f"it needs a Hopper GPU, this is {device.device_kind}"
+    if device.platform != "gpu" or str(getattr(device, "compute_capability", "")).split(".")[0] not in ("9", "10"):
+        refused["mosaic_gpu"] = f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
     else:
         from pallas_kernels.paged_attention import gpu
 
-        if reason := gpu.refusal(dtype, page_size, head_dims, group):
+        if reason := gpu.refusal(format, page_size, head_dims, group, per):
             refused["mosaic_gpu"] = reason
     if device.platform != "tpu":
         refused["mosaic_tpu"] = f"it needs a TPU, this is {device.device_kind}"
     else:
         from pallas_kernels.paged_attention import tpu
 
-        if reason := tpu.refusal(dtype, page_size, head_dims):
+        if reason := tpu.refusal(format, page_size, head_dims, device.device_kind):
             refused["mosaic_tpu"] = reason
     return refused
 
@@ -64,8 +70,8 @@ def implementations() -> dict[str, Callable[..., Any]]:
 
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"],
-    value_pages: Float[Array, "P K page Dv"],
+    key_pages: Float[Array, "P K page D"] | Quantised,
+    value_pages: Float[Array, "P K page Dv"] | Quantised,
     page_table: Int32[Array, "B *heads num_pages"],
     page_starts: Int32[Array, "B *heads num_pages"],
     query_positions: Int32[Array, "B T"],
@@ -76,9 +82,11 @@ def paged_attention(
     num_sinks: int = 0,
     soft_cap: float | None = None,
     scale: float | None = None,
+    with_page_mass: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
-    """Causal attention of queries over paged keys and values; returns outputs and log-sum-exp (natural log, float32).
+) -> tuple[Array, ...]:
+    """Causal attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural
+    log, float32).
 
     Slot o of page-table entry n of sequence b holds token position p = page_starts[b, n] + o. A query at position t sees p
     iff p <= t, p < kv_lens[b], `valid_slots[b, n, o]` where given, and (no window, or p > t - window, or p < num_sinks): `window`
@@ -89,15 +97,18 @@ def paged_attention(
     valid slots of [B, K, num_pages ...] every KV head has lists of its own, as after eviction or selection by head. Accumulates
     in float32; `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
+    `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well. With
+    `with_page_mass` a third result [B, T, H, num_pages] (float32) says what share of each row's attention every table entry took:
+    the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
+
     Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
-    ValueError for shapes that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
+    ValueError for shapes and formats that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
     debugging is on (`pallas_kernels.debug`), for such ids.
     """
     num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
+    check_pages(key_pages, value_pages)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
-    if key_pages.shape[:3] != value_pages.shape[:3]:
-        raise ValueError(f"value_pages = {value_pages.shape}: must share [P, K, page] with keys {key_pages.shape}")
     if queries.shape[3] != key_pages.shape[3]:
         raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {key_pages.shape[3]}")
     if page_table.shape != page_starts.shape:
@@ -122,7 +133,8 @@ def paged_attention(
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap = {soft_cap}: must be positive")
     head_dims = key_pages.shape[3], value_pages.shape[3]
-    refused = refusals(key_pages.dtype, key_pages.shape[2], head_dims, num_heads // num_kv_heads)
+    per = key_pages.per if isinstance(key_pages, Quantised) else "token"
+    refused = refusals(format_of(key_pages), key_pages.shape[2], head_dims, num_heads // num_kv_heads, per)
     _, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
     check_tables("paged_attention", page_table, page_starts, len(key_pages))
     return run(
@@ -138,4 +150,18 @@ def paged_attention(
         num_sinks=num_sinks,
         soft_cap=soft_cap,
         scale=queries.shape[3] ** -0.5 if scale is None else scale,
+        with_page_mass=with_page_mass,
     )
+
+
+def check_pages(key_pages: Pages, value_pages: Pages) -> None:
+    """Raises ValueError for pools that are not of one format, or whose arrays do not fit together."""
+    if key_pages.shape[:3] != value_pages.shape[:3]:
+        raise ValueError(f"value_pages = {value_pages.shape}: must share [P, K, page] with keys {key_pages.shape}")
+    if isinstance(key_pages, Quantised) != isinstance(value_pages, Quantised) or key_pages.dtype != value_pages.dtype:
+        raise ValueError(f"value_pages of {format_of(value_pages)}: must be stored as keys are, {format_of(key_pages)}")
+    for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+        if isinstance(pages, Quantised):
+            wanted = (*pages.shape[:2], pages.shape[2 if pages.per == "token" else 3])
+            if pages.scales.shape != wanted:
+                raise ValueError(f"{name}.scales = {pages.scales.shape}: must be {wanted}, one for each {pages.per}")

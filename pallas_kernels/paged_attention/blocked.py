@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int32
 
+from pallas_kernels.formats import Pages, Quantised, each_array, tile_values
 from pallas_kernels.masking import NOWHERE, visible
 from pallas_kernels.paged_attention.pages import any_lists
 
@@ -19,8 +20,8 @@ BLOCK_LEN = 256
 @any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"],
-    value_pages: Float[Array, "P K page Dv"],
+    key_pages: Float[Array, "P K page D"] | Quantised,
+    value_pages: Float[Array, "P K page Dv"] | Quantised,
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
     query_positions: Int32[Array, "B T"],
@@ -31,7 +32,8 @@ def paged_attention(
     num_sinks: int,
     soft_cap: float | None,
     scale: float,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    with_page_mass: bool = False,
+) -> tuple[Array, ...]:
     """See `api.paged_attention`. Not differentiable: the loop's length is known on the device only."""
     batch, num_queries, num_heads, dim = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
@@ -40,7 +42,7 @@ def paged_attention(
     num_blocks = batch * -(-page_table.shape[1] // block_pages)
     num_items = min(max(8, batch // 4) if num_queries < 8 else 2, num_blocks)
 
-    tables, starts, valid, owners, num_live = _work_list(
+    tables, starts, valid, owners, order, num_live = _work_list(
         page_table,
         page_starts,
         valid_slots,
@@ -56,8 +58,8 @@ def paged_attention(
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, dim)  # [B, K, G * T, D]
     offsets = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
 
-    def turn(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        highest, total, outputs = state
+    def turn(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        highest, total, outputs, *of_pages = state
         pages, begins, owner = (
             lax.dynamic_slice_in_dim(x, index * num_items, num_items) for x in (tables, starts, owners)
         )
@@ -66,23 +68,33 @@ def paged_attention(
         seen = seen & (positions < kv_lens[owner][:, None, None])
         if valid is not None:
             seen = seen & lax.dynamic_slice_in_dim(valid, index * num_items, num_items)[:, None]
-        part, part_highest, part_total = _attend(rows[owner], key_pages, value_pages, pages, seen, soft_cap, scale)
+        part, part_highest, part_totals = _attend(rows[owner], key_pages, value_pages, pages, seen, soft_cap, scale)
         # Several items of a turn may belong to one sequence.
         new = highest.at[owner].max(part_highest)
         keep, take = jnp.exp(highest - _finite(new)), jnp.exp(part_highest - _finite(new)[owner])
         outputs = (outputs * keep[..., None]).at[owner].add(take[..., None] * part)
-        return new, (total * keep).at[owner].add(take * part_total), outputs
+        if of_pages:
+            logs = jnp.log(part_totals) + _finite(part_highest)[..., None]
+            of_pages = [of_pages[0].at[lax.dynamic_slice_in_dim(order, index * num_items, num_items)].set(logs)]
+        return new, (total * keep).at[owner].add(take * part_totals.sum(axis=-1)), outputs, *of_pages
 
     shape = rows.shape[:3]
     state = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    highest, total, outputs = lax.fori_loop(0, -(-num_live // num_items), turn, state)
+    if with_page_mass:  # of all blocks and one more, where what fills the last turn is written
+        state = (*state, jnp.full((num_blocks + 1, *shape[1:], block_pages), -jnp.inf))
+    highest, total, outputs, *of_pages = lax.fori_loop(0, -(-num_live // num_items), turn, state)
 
     outputs = outputs / jnp.where(total == 0, 1, total)[..., None]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, num_queries)
     outputs = outputs.reshape(*shape, value_dim).transpose(0, 3, 1, 2, 4)
     log_sum_exp = (jnp.log(total) + _finite(highest)).reshape(shape).transpose(0, 3, 1, 2)
     outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)
-    return outputs, log_sum_exp.reshape(batch, num_queries, num_heads)
+    log_sum_exp = log_sum_exp.reshape(batch, num_queries, num_heads)
+    if not with_page_mass:
+        return outputs, log_sum_exp
+    logs = of_pages[0][:-1].reshape(batch, -1, *shape[1:], block_pages)
+    logs = logs.transpose(0, 4, 2, 3, 1, 5).reshape(batch, num_queries, num_heads, -1)[..., : page_table.shape[1]]
+    return outputs, log_sum_exp, jnp.exp(logs - _finite(log_sum_exp)[..., None])
 
 
 def _work_list(
@@ -96,9 +108,9 @@ def _work_list(
     page_size: int,
     block_pages: int,
     num_items: int,
-) -> tuple[Int32[Array, "N c"], Int32[Array, "N c"], Bool[Array, "N S"] | None, Int32[Array, "N"], Int32[Array, ""]]:
-    """Pages, first positions, valid slots and sequence of every item in which a query sees something, those first; and how many
-    these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
+) -> tuple[Array, Array, Array | None, Array, Array, Array]:
+    """Pages [N, c], first positions [N, c], valid slots [N, S], sequence [N] and number [N] of every item in which a query sees
+    something, those first; and how many these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
     padding = ((0, 0), (0, -page_table.shape[1] % block_pages))
     tables = jnp.pad(page_table, padding).reshape(-1, block_pages)
     starts = jnp.pad(page_starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
@@ -119,19 +131,19 @@ def _work_list(
     starts = jnp.pad(starts, ((0, 1), (0, 0)), constant_values=NOWHERE)[order]
     if valid is not None:
         valid = jnp.pad(valid, ((0, 1), (0, 0), (0, 0)))[order].reshape(size, -1)
-    return tables, starts, valid, jnp.pad(owners, (0, 1))[order], live.sum(dtype=jnp.int32)
+    return tables, starts, valid, jnp.pad(owners, (0, 1))[order], order, live.sum(dtype=jnp.int32)
 
 
 def _attend(
     queries: Float[Array, "I K M D"],
-    key_pages: Float[Array, "P K page D"],
-    value_pages: Float[Array, "P K page Dv"],
+    key_pages: Pages,
+    value_pages: Pages,
     pages: Int32[Array, "I c"],
     seen: Bool[Array, "I T S"],
     soft_cap: float | None,
     scale: float,
-) -> tuple[Float[Array, "I K M Dv"], Float[Array, "I K M"], Float[Array, "I K M"]]:
-    """Outputs of each item's queries over its own pages, not normalised, with the highest score and the sum of weights."""
+) -> tuple[Float[Array, "I K M Dv"], Float[Array, "I K M"], Float[Array, "I K M c"]]:
+    """Outputs of each item's queries over its own pages, not normalised, with the highest score and each page's sum of weights."""
     num_items, num_kv_heads, num_rows, _ = queries.shape
     num_pages, _, page_size, value_dim = value_pages.shape
     num_slots = pages.shape[1] * page_size
@@ -139,14 +151,21 @@ def _attend(
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
     tiles = pages[:, None, :] * num_kv_heads + heads
 
-    def gather(pool: Array) -> Array:
-        flat = pool.reshape(num_pages * num_kv_heads, page_size * pool.shape[-1])
-        return flat.at[tiles].get(mode="clip")
+    def gather(pool: Pages) -> Array:
+        """[I, K, c, page * D]."""
+
+        def gathered(x: Array) -> Array:
+            rows = x.reshape(num_pages * num_kv_heads, -1).at[tiles].get(mode="clip")
+            return rows.reshape(*tiles.shape, *x.shape[2:]) if isinstance(pool, Quantised) else rows
+
+        return tile_values(each_array(pool, gathered)).reshape(*tiles.shape, -1)
 
     # Barriers keep XLA from computing the mask anew in each consumer, and from gathering into layouts of its own.
     seen = lax.optimization_barrier(seen)
     keys = lax.optimization_barrier(gather(key_pages)).reshape(num_items, num_kv_heads, num_slots, -1)
     batched = ((0, 1), (0, 1))
+    if isinstance(key_pages, Quantised):
+        queries = queries.astype(jnp.float32)
     scores = lax.dot_general(queries, keys, (((3,), (3,)), batched), preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -166,7 +185,7 @@ def _attend(
     values = lax.cond(readable.all(), lambda: gather(value_pages), silenced)
     values = lax.optimization_barrier(values).reshape(num_items, num_kv_heads, num_slots, value_dim)
     outputs = lax.dot_general(weights, values.astype(jnp.float32), (((3,), (2,)), batched))
-    return outputs, highest, weights.sum(axis=-1)
+    return outputs, highest, weights.reshape(*highest.shape, -1, page_size).sum(axis=-1)
 
 
 def _finite(highest: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32, Shaped
 
+from pallas_kernels.formats import Pages, each_array
 from pallas_kernels.masking import NOWHERE
 
 ENOUGH = 8
@@ -19,7 +20,7 @@ WORD = 32
 """Slots of a page whose validity one int32 holds."""
 
 
-def any_lists(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+def any_lists(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
     """`run`, which takes a list of pages for each sequence [B, N], for lists of each KV head as well [B, K, N]: every head is then
     a sequence of its own, over pools whose pages are single tiles. Nothing is copied."""
 
@@ -34,12 +35,16 @@ def any_lists(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Ar
         def joined(x: Array) -> Array:
             return x.reshape(batch * num_kv_heads, *x.shape[2:])
 
+        def tiles(pool: Pages) -> Pages:
+            return each_array(pool, lambda x: x.reshape(-1, 1, *x.shape[2:]))
+
         if options.get("valid_slots") is not None:
             options["valid_slots"] = joined(options["valid_slots"])
         rows = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
-        outputs, log_sum_exp = run(
+        answers = run(
             joined(rows),
-            *(pool.reshape(-1, 1, *pool.shape[2:]) for pool in (key_pages, value_pages)),
+            tiles(key_pages),
+            tiles(value_pages),
             joined(page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=page_table.dtype)[None, :, None]),
             joined(page_starts),
             *(jnp.repeat(x, num_kv_heads, axis=0) for x in (query_positions, kv_lens)),
@@ -50,7 +55,7 @@ def any_lists(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Ar
             x = x.reshape(batch, num_kv_heads, num_queries, group, *x.shape[3:]).swapaxes(1, 2)
             return x.reshape(batch, num_queries, num_heads, *x.shape[4:])
 
-        return parted(outputs), parted(log_sum_exp)
+        return tuple(map(parted, answers))
 
     return for_any
 
@@ -89,6 +94,8 @@ class Lists(NamedTuple):
     starts: Int32[Array, "B tiles num_pages"]
     counts: Int32[Array, "B tiles"]
     words: Int32[Array, "B tiles num_pages words"] | None
+    order: Int32[Array, "B tiles num_pages"]
+    """The table entry that each stands in."""
 
 
 def live_pages(
@@ -115,7 +122,22 @@ def live_pages(
     pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (page_table, page_starts))
     if words is not None:
         words = jnp.take_along_axis(words[:, None], order[..., None], axis=2)
-    return Lists(pages, starts, live.sum(axis=2, dtype=jnp.int32), words)
+    return Lists(pages, starts, live.sum(axis=2, dtype=jnp.int32), words, order)
+
+
+def page_mass(
+    page_log_sum_exp: Float[Array, "... num_pages R"],
+    log_sum_exp: Float[Array, "... R"],
+    counts: Int32[Array, "..."],
+    order: Int32[Array, "... num_pages"],
+) -> Float[Array, "... R num_pages"]:
+    """The share of each row's attention that every table entry takes, from the log-sum-exp of the entries of its list; what stands
+    behind the list's live entries is not read."""
+    live = jnp.arange(order.shape[-1], dtype=jnp.int32) < counts[..., None]
+    finite = jnp.where(log_sum_exp == -jnp.inf, 0, log_sum_exp)
+    shares = jnp.where(live[..., None], jnp.exp(page_log_sum_exp - finite[..., None, :]), 0)
+    places = jnp.broadcast_to(jnp.argsort(order, axis=-1)[..., None], shares.shape)
+    return jnp.take_along_axis(shares, places, axis=-2).swapaxes(-1, -2)
 
 
 def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, table_len: int) -> Int32[Array, "pieces 3"]:

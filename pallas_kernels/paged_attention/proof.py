@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import Pages, Quantised, quantised
 from pallas_kernels.masking import NOWHERE
 
 
@@ -63,17 +64,74 @@ CASES: dict[str, dict[str, Any]] = {
         "sinks": 3,
         "page_size": 16,
     },
+    "int8 by token, window, soft cap": {
+        "lengths": [45, 0, 8],
+        "num_queries": 2,
+        "group": 2,
+        "format": "int8",
+        "window": 9,
+        "cap": 5.0,
+        "page_size": 32,
+        "dims": (32, 64),
+    },
+    "fp8 by token, large logits": {
+        "lengths": [70, 9],
+        "num_queries": 1,
+        "group": 4,
+        "format": "fp8",
+        "magnitude": 40.0,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
+    "int4 by token, lists of each head": {
+        "lengths": [70, 9],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int4",
+        "lists": "heads",
+        "page_size": 32,
+        "dims": (64, 32),
+    },
+    "int8 by channel, valid slots": {
+        "lengths": [70, 9],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int8",
+        "per": "channel",
+        "kept": 0.6,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
+    "int4 by channel": {
+        "lengths": [40, 100],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int4",
+        "per": "channel",
+        "page_size": 32,
+        "dims": (32, 32),
+    },
 }
 
 
-def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], dims: Sequence[int]) -> dict[str, Any]:
-    """A case drawn from the option space, the same for the same number."""
+def generated(
+    number: int,
+    *,
+    dtypes: Sequence[str],
+    page_sizes: Sequence[int],
+    dims: Sequence[int],
+    formats: Sequence[str] = (),
+    quantised_page_sizes: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any."""
     rng = np.random.default_rng(number)
 
     def one_of(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(len(options)))]
 
-    page_size, num_queries = one_of(page_sizes), one_of((1, 1, 2, 5))
+    format = one_of((None, None, *formats[:1])) and one_of(formats)
+    sizes = quantised_page_sizes if format and quantised_page_sizes else page_sizes
+    page_size, num_queries = one_of(sizes), one_of((1, 1, 2, 5))
     window = one_of((None, None, 1, page_size, 13))
     edges = (0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size)
     return {
@@ -90,19 +148,23 @@ def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], 
         "magnitude": one_of((1.0, 1.0, 40.0)),
         "lists": one_of(("sequences", "sequences", "heads")),
         "kept": one_of((1.0, 1.0, 0.6)),
+        "format": format,
+        "per": one_of(("token", "token", "channel")),
+        "with_mass": one_of((False, False, True)),
         "seed": number,
     }
 
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, misread=0, seed=3,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, misread=0, seed=3,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
 
     `kernel` is called as `api.paged_attention`. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
-    the part of all slots that is valid; `misread` adds to every page id that the kernel is given.
+    the part of all slots that is valid; `misread` adds to every page id that the kernel is given. In a `format`, what is compared
+    is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's.
     """
     rng, batch = np.random.default_rng(seed), len(lengths)
     table_len = max(-(-max(lengths) // page_size), 1) + 2
@@ -129,33 +191,63 @@ def check(
                 begin = starts[row, head, entry]
                 slots = np.flatnonzero(valid[row, head, entry, : length - begin])
                 readable[row][begin + slots, head] = True
-                for pool, mine in zip((keys, values), stored[row], strict=True):
+                for pool in (keys, values):
                     tokens = jnp.asarray(rng.standard_normal((len(slots), pool.shape[3])), dtype)
                     pool[table[row, head, entry], head, slots] = np.asarray(tokens, np.float32)
-                    mine[begin + slots, head] = np.asarray(tokens, np.float64)
+    pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
+    for row, length in enumerate(lengths):
+        for head, entry in np.argwhere(starts[row] < NOWHERE):
+            begin = starts[row, head, entry]
+            slots = np.flatnonzero(valid[row, head, entry, : length - begin])
+            for (_, holds), mine in zip(pools, stored[row], strict=True):
+                mine[begin + slots, head] = holds[table[row, head, entry], head, slots]
     queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
     scale = dims[0] ** -0.5
     table = table + misread * (starts < NOWHERE)
     mine = slice(None) if lists == "heads" else 0
-    outputs, log_sum_exp = kernel(
+    outputs, log_sum_exp, *mass = kernel(
         queries,
-        jnp.asarray(keys, dtype),
-        jnp.asarray(values, dtype),
+        pools[0][0],
+        pools[1][0],
         *map(jnp.asarray, (table[:, mine], starts[:, mine], positions, np.array(lengths, np.int32))),
         valid_slots=None if kept == 1 else jnp.asarray(valid[:, mine]),
         window=window,
         num_sinks=sinks,
         soft_cap=cap,
         scale=scale,
+        with_page_mass=with_mass,
     )
     wanted, wanted_sum = np.zeros(outputs.shape), np.zeros(log_sum_exp.shape)
     for row, head, place in np.ndindex(batch, kv_heads * group, num_queries):
         k, v, there = (one[:, head // group] for one in (*stored[row], readable[row]))
         query = np.asarray(queries[row, place, head], np.float64)
-        answer = brute_force(query, k, v, positions[row, place], window, sinks, cap, scale, there)
-        wanted[row, place, head], wanted_sum[row, place, head] = answer
+        asked = (query, k, v, positions[row, place], window, sinks, cap, scale)
+        wanted[row, place, head], wanted_sum[row, place, head] = brute_force(*asked, there)
+        for entry in range(table_len) if with_mass else ():
+            begin, share = starts[row, head // group, entry], 0.0
+            if begin < len(there):  # what the entry's own tokens weigh, of all
+                own = np.zeros_like(there)
+                own[begin : begin + page_size] = there[begin : begin + page_size]
+                part = brute_force(*asked, own)[1]
+                share = 0.0 if part == -np.inf else np.exp(part - wanted_sum[row, place, head])
+            found = float(mass[0][row, place, head, entry])
+            assert abs(found - share) < 2e-4, f"page mass {found}, wanted {share}"
     rounding = np.linalg.norm(np.asarray(jnp.asarray(wanted, dtype), np.float64) - wanted)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
     allowed = max(1.25 * rounding, 1e-6 * max(1, magnitude / 10) * np.linalg.norm(wanted))
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)
+
+
+def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tuple[Pages, np.ndarray]:
+    """A pool [P, K, page, D] whose unused slots are NaN, in its type or format, and what it stands for in float64. Unused slots stay
+    as bad as the format can make them: NaN scales, or NaN payloads where there are any."""
+    if format is None:
+        return jnp.asarray(pool, dtype), pool.astype(np.float64)
+    unused = np.isnan(pool).any(axis=3)
+    pages = quantised(jnp.asarray(np.nan_to_num(pool)), format, per)
+    payload, scales = np.array(pages.payload), np.array(pages.scales)
+    holds = np.asarray(pages.values(), np.float64)
+    payload[unused] = np.nan if format == "fp8" else 0x55
+    scales[unused if per == "token" else unused.all(axis=2)] = np.nan
+    return Quantised(jnp.asarray(payload), jnp.asarray(scales), per), holds

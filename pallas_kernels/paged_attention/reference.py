@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
+from pallas_kernels.formats import Quantised, each_array, tile_values
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention.pages import any_lists
 
@@ -11,8 +12,8 @@ from pallas_kernels.paged_attention.pages import any_lists
 @any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"],
-    value_pages: Float[Array, "P K page Dv"],
+    key_pages: Float[Array, "P K page D"] | Quantised,
+    value_pages: Float[Array, "P K page Dv"] | Quantised,
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
     query_positions: Int32[Array, "B T"],
@@ -23,7 +24,8 @@ def paged_attention(
     num_sinks: int,
     soft_cap: float | None,
     scale: float,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    with_page_mass: bool = False,
+) -> tuple[Array, ...]:
     """See `api.paged_attention`."""
     batch, num_queries, num_heads, _ = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
@@ -37,7 +39,10 @@ def paged_attention(
         seen = seen & valid_slots.reshape(batch, 1, num_slots)
 
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, -1)
-    key_tiles = key_pages[page_table]  # [B, num_pages, K, page, D]
+    # [B, num_pages, K, page, D]
+    key_tiles, value_tiles = (tile_values(each_array(pool, lambda x: x[page_table])) for pool in (key_pages, value_pages))
+    if isinstance(key_pages, Quantised):
+        grouped = grouped.astype(jnp.float32)
     scores = jnp.einsum("btkgd,bnkpd->bkgtnp", grouped, key_tiles, preferred_element_type=jnp.float32) * scale
     scores = scores.reshape(*scores.shape[:4], num_slots)
     if soft_cap is not None:
@@ -46,8 +51,12 @@ def paged_attention(
 
     # A weight of zero does not silence a NaN: slots that nobody sees are replaced before the product.
     readable = seen.any(axis=1).reshape(batch, -1, 1, page_size, 1)
-    value_tiles = jnp.where(readable, value_pages[page_table], 0).astype(jnp.float32)
+    value_tiles = jnp.where(readable, value_tiles, 0).astype(jnp.float32)
     weights = weights.reshape(*weights.shape[:4], -1, page_size)
     outputs = jnp.einsum("bkgtnp,bnkpd->btkgd", weights, value_tiles)
     outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)
-    return outputs, log_sum_exp.transpose(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
+    log_sum_exp = log_sum_exp.transpose(0, 3, 1, 2).reshape(batch, num_queries, num_heads)
+    if not with_page_mass:
+        return outputs, log_sum_exp
+    mass = weights.sum(axis=-1).transpose(0, 3, 1, 2, 4)
+    return outputs, log_sum_exp, mass.reshape(batch, num_queries, num_heads, -1)

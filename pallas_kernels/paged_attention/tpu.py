@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int32
 
+from pallas_kernels.formats import FORMATS, Quantised, arrays_of, unpacked
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, live_pages, packed, tiled
+from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, live_pages, packed, page_mass, tiled
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -25,25 +26,27 @@ ROWS = 256
 """Most rows of an item."""
 
 
-def refusal(dtype: Any, page_size: int, head_dims: tuple[int, int]) -> str | None:
+LANES = 128
+
+
+def refusal(format: str, page_size: int, head_dims: tuple[int, int], device_kind: str = "") -> str | None:
     """Why this kernel should not serve such pages; None: it can."""
-    rows = {jnp.dtype("bfloat16"): 16, jnp.dtype("float32"): 8}.get(jnp.dtype(dtype))
+    rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(format)
     if rows is None:
-        return f"dtype = {jnp.dtype(dtype).name}: must be bfloat16 or float32"
+        return f"pages of {format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"
     if page_size % rows:
-        return (
-            f"page_size = {page_size}: must be a multiple of {rows}, the rows of a register of {jnp.dtype(dtype).name}"
-        )
-    if any(dim % 128 for dim in head_dims):
-        return f"head dims = {head_dims}: must be multiples of 128; XLA would copy the whole pool to widen its rows"
+        return f"page_size = {page_size}: must be a multiple of {rows}, the rows of a register of {format}"
+    lanes = 2 * LANES if format == "int4" else LANES
+    if any(dim % lanes for dim in head_dims):
+        return f"head dims = {head_dims}: must be multiples of {lanes} for pages of {format}; XLA would copy the whole pool to widen its rows"
     return None
 
 
 @any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"],
-    value_pages: Float[Array, "P K page Dv"],
+    key_pages: Float[Array, "P K page D"] | Quantised,
+    value_pages: Float[Array, "P K page Dv"] | Quantised,
     page_table: Int32[Array, "B num_pages"],
     page_starts: Int32[Array, "B num_pages"],
     query_positions: Int32[Array, "B T"],
@@ -54,19 +57,21 @@ def paged_attention(
     num_sinks: int,
     soft_cap: float | None,
     scale: float,
+    with_page_mass: bool = False,
     interpret: pltpu.InterpretParams | bool = False,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+) -> tuple[Array, ...]:
     """See `api.paged_attention`."""
     batch, num_queries, num_heads, dim = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
     group = num_heads // num_kv_heads
     tile_len = min(num_queries, max(1, ROWS // group))
     num_tiles = -(-num_queries // tile_len)
-    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
+    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1], LANES))
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
     words = None if valid_slots is None else packed(valid_slots)
-    pages, starts, counts, words = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
+    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
+    pages, starts, counts, words, order = lists
     # Rows: [B, K, tiles, tile_len * G], padded to whole registers; padding sees nothing.
     rows = tiled(queries, tile_len, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
     rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
@@ -87,12 +92,27 @@ def paged_attention(
     columns = [pages, starts, *([] if words is None else jnp.moveaxis(words, 3, 0))]
     tables = jnp.stack([per_head(one) for one in columns], axis=1)  # [items, 2 + words, N]
     table_spec = partial(pl.BlockSpec, (1, len(columns), table_len), memory_space=pltpu.SMEM)
-    outputs, log_sum_exp = pl.pallas_call(
+    # Scales lie in rows of their own, so that one page's can be copied alone.
+    pools = [
+        payload if payload.ndim == 4 else payload[:, :, None]
+        for pair in zip(arrays_of(key_pages), arrays_of(value_pages), strict=True)
+        for payload in pair
+    ]
+    out_shape = [
+        jax.ShapeDtypeStruct((items, num_rows, value_dim), queries.dtype),
+        jax.ShapeDtypeStruct((items, num_rows, 1), jnp.float32),
+    ]
+    per_tile = LANES // block_pages * block_pages
+    if with_page_mass:
+        out_shape.append(jax.ShapeDtypeStruct((items, -(-table_len // per_tile), num_rows, LANES), jnp.float32))
+    answers = pl.pallas_call(
         partial(
             _kernel,
             num_items=items,
             num_kv_heads=num_kv_heads,
             num_tiles=num_tiles,
+            num_pools=len(pools),
+            per=key_pages.per if isinstance(key_pages, Quantised) else None,
             num_sinks=num_sinks if window is not None else None,
             soft_cap=soft_cap,
             scale=scale,
@@ -106,34 +126,34 @@ def paged_attention(
                 pl.BlockSpec((1, num_rows, dim), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec((1, 2, num_rows), lambda i, _: (i, 0, 0)),
                 pl.BlockSpec((1, num_rows, 2), lambda i, _: (i, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(pools),
             ],
             out_specs=[
-                pl.BlockSpec((1, num_rows, value_dim), lambda i, _: (i, 0, 0)),
-                pl.BlockSpec((1, num_rows, 1), lambda i, _: (i, 0, 0)),
+                pl.BlockSpec((1, *one.shape[1:]), lambda i, _, rank=one.ndim: (i, *[0] * (rank - 1)))
+                for one in out_shape
             ],
             scratch_shapes=[
-                pltpu.VMEM((2, block_pages, page_size, dim), key_pages.dtype),
-                pltpu.VMEM((2, block_pages, page_size, value_dim), value_pages.dtype),
-                pltpu.SemaphoreType.DMA((2, 2)),
+                *[pltpu.VMEM((2, block_pages, *pool.shape[2:]), pool.dtype) for pool in pools],
+                pltpu.SemaphoreType.DMA((len(pools), 2)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((items, num_rows, value_dim), queries.dtype),
-            jax.ShapeDtypeStruct((items, num_rows, 1), jnp.float32),
-        ],
+        out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="paged_attention",
-    )(counts, tables, tables, rows, ends, ends.swapaxes(1, 2), key_pages, value_pages)
+    )(counts, tables, tables, rows, ends, ends.swapaxes(1, 2), *pools)
 
     def untiled(x: Array) -> Array:
         x = x[:, : tile_len * group].reshape(batch, num_kv_heads, num_tiles * tile_len, group, -1)[:, :, :num_queries]
         return x.transpose(0, 2, 1, 3, 4).reshape(batch, num_queries, num_heads, -1)
 
-    return untiled(outputs), untiled(log_sum_exp)[..., 0]
+    outputs, log_sum_exp = answers[:2]
+    if not with_page_mass:
+        return untiled(outputs), untiled(log_sum_exp)[..., 0]
+    logs = answers[2][..., :per_tile].transpose(0, 1, 3, 2).reshape(items, -1, num_rows)[:, :table_len]
+    mass = page_mass(logs, log_sum_exp[..., 0], counts, per_head(order))
+    return untiled(outputs), untiled(log_sum_exp)[..., 0], untiled(mass)
 
 
 def _kernel(
@@ -143,35 +163,32 @@ def _kernel(
     rows,
     ends_across,
     ends_down,
-    key_pages,
-    value_pages,
-    outputs,
-    log_sum_exp,
-    keys,
-    values,
-    arrived,
-    half,
-    *,
+    *refs,
     num_items: int,
     num_kv_heads: int,
     num_tiles: int,
+    num_pools: int,
+    per: str | None,
     num_sinks: int | None,
     soft_cap: float | None,
     scale: float,
 ) -> None:
-    """One item. `half` is the half of the buffer that holds, or will hold, its first block; `arrived` counts its copies."""
+    """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their copies."""
+    pools, refs = refs[:num_pools], refs[num_pools:]
+    *answers, arrived, half = refs[: len(refs) - num_pools - 2] + refs[-2:]
+    buffers = refs[len(refs) - num_pools - 2 : -2]
+    outputs, log_sum_exp, *page_logs = answers
     item = pl.program_id(0)
-    _, block_pages, page_size, _ = keys.shape
+    _, block_pages, page_size, _ = buffers[0].shape
     count = counts[item]
     num_blocks = pl.cdiv(count, block_pages)
 
     def copies(of, table, block, entry, into):
-        """The two copies of one page."""
+        """The copies of one page: keys, values, and their scales."""
         head, page = of // num_tiles % num_kv_heads, table[0, 0, block * block_pages + entry]
-        pairs = ((key_pages, keys), (value_pages, values))
         return [
             pltpu.make_async_copy(pool.at[page, head], buffer.at[into, entry], arrived.at[which, into])
-            for which, (pool, buffer) in enumerate(pairs)
+            for which, (pool, buffer) in enumerate(zip(pools, buffers, strict=True))
         ]
 
     def each_live(count, block, do):
@@ -196,6 +213,24 @@ def _kernel(
         fetch(item, table, count, 0, half[0])
 
     num_slots = block_pages * page_size
+    for one in page_logs:
+        one[...] = jnp.full(one.shape, -jnp.inf)
+
+    def numbers(which, here):
+        """[slots, dims] of keys or values, in a type that products take; scales of channels multiplied in."""
+        found = buffers[which][here]
+        if per is None:
+            return found.reshape(num_slots, -1)
+        exact = unpacked(found) if found.dtype == jnp.uint8 else found.astype(jnp.float32)
+        if per == "channel":
+            exact = exact * buffers[which + 2][here]
+        else:
+            exact = exact.astype(rows.dtype)  # in which they are exact
+        return exact.reshape(num_slots, -1)
+
+    def token_scales(which, here):
+        """[1, slots]."""
+        return jnp.concatenate([buffers[which + 2][here, entry] for entry in range(block_pages)], axis=1)
 
     def attend(block, state):
         highest, total, sums = state
@@ -234,10 +269,10 @@ def _kernel(
             return seen
 
         seen = visible(1, ends_down[0, :, 0:1], ends_down[0, :, 1:2])
-        scores = lax.dot_general(
-            rows[0], keys[here].reshape(num_slots, -1), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
-        scores = scores * scale
+        keys = numbers(0, here)
+        scores = _dot(rows[0].astype(keys.dtype), keys, 1) * scale
+        if per == "token":
+            scores = scores * token_scales(0, here)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(seen, scores, -jnp.inf)
@@ -245,13 +280,31 @@ def _kernel(
         shift = jnp.where(new == -jnp.inf, 0, new)
         keep, weights = jnp.exp(highest - shift), jnp.exp(scores - shift)
         total = total * keep + weights.sum(axis=1, keepdims=True)
+        for one in page_logs:
+            leave_page_logs(one, block, weights, shift)
+        if per == "token":  # the scale of what nobody sees may be anything
+            weights = jnp.where(weights > 0, weights * token_scales(1, here), 0)
         # A weight of zero does not silence a NaN: what no row sees is replaced.
         readable = visible(0, ends_across[0, 0:1], ends_across[0, 1:2]).astype(jnp.float32).max(axis=1, keepdims=True)
-        block_values = jnp.where(readable > 0, values[here].reshape(num_slots, -1), 0)
+        block_values = jnp.where(readable > 0, numbers(1, here), 0)
         part = _product(weights, block_values)
         return new, total, sums * keep + part
 
-    num_rows, value_dim = rows.shape[1], values.shape[3]
+    def leave_page_logs(into, block, weights, shift):
+        """The log-sum-exp of a block's pages, in lanes of their own."""
+        per_tile = LANES // block_pages
+        first = lax.rem(block, per_tile) * block_pages
+        lanes = lax.broadcasted_iota(jnp.int32, (num_slots, LANES), 1)
+        slots = lax.broadcasted_iota(jnp.int32, (num_slots, LANES), 0)
+        begin = (lanes - first) * page_size
+        places = jnp.where((slots >= begin) & (slots < begin + page_size), 1.0, 0.0)
+        logs = jnp.log(_dot(weights, places, 0)) + shift
+        mine = lax.broadcasted_iota(jnp.int32, logs.shape, 1)
+        mine = (mine >= first) & (mine < first + block_pages)
+        tile = lax.div(block, per_tile)
+        into[0, tile] = jnp.where(mine, logs, into[0, tile])
+
+    num_rows, value_dim = outputs.shape[1:]
     state = (
         jnp.full((num_rows, 1), -jnp.inf),
         jnp.zeros((num_rows, 1)),
@@ -271,14 +324,18 @@ def _bits(offsets: Int32[Array, "*shape"], words: Any) -> Int32[Array, "*shape"]
     return lax.shift_right_logical(word, offsets % WORD) & 1
 
 
+def _dot(left: Array, right: Array, axis: int) -> Array:
+    """The product over left's second axis and that axis of right, as exact as their type."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    contracted = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(left, right, contracted, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _product(weights: Float[Array, "R S"], values: Float[Array, "S Dv"]) -> Float[Array, "R Dv"]:
     """weights @ values in float32. Values of 16 bits meet the weights in two halves of 16 bits, so that these lose nothing: the
     time is in the copies, not here."""
-
-    def product(weights: Array) -> Array:
-        return lax.dot_general(weights, values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
     if values.dtype == jnp.float32:
-        return product(weights)
+        return _dot(weights, values, 0)
     high = weights.astype(values.dtype)
-    return product(high) + product((weights - high.astype(jnp.float32)).astype(values.dtype))
+    low = (weights - high.astype(jnp.float32)).astype(values.dtype)
+    return _dot(high, values, 0) + _dot(low, values, 0)

@@ -1,0 +1,145 @@
+"""How pages hold keys and values: as they are, or as numbers of 8 or 4 bits with scales (arXiv 2402.02750).
+
+    pages = quantised(tokens, "int8", "token")      # from [..., page, D]
+    pages.values()                                  # float32 [..., page, D] again
+
+Two numbers of 4 bits share a byte: the low half of byte i is dim i, the high half dim i + D / 2. So a kernel that has unpacked a
+tile holds its two halves and need not interleave them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Shaped
+
+type Scaling = Literal["token", "channel"]
+"""What has a scale of its own in a page and head: each token, or each channel (each dim, over the page's tokens)."""
+
+FORMATS: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": jnp.uint8}
+"""What can be quantised to, and the type that stores it."""
+LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
+"""The magnitude that a format's largest number stands for, before scales."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantised:
+    """Pages [P, K, page, D] (or any tiles [..., page, D]) of a format of `FORMATS`. What a slot holds is payload * scale.
+
+    `payload` is int8 or float8_e4m3fn [..., page, D], or uint8 [..., page, D / 2] for two numbers of 4 bits each; `scales`
+    float32 [..., page], one for each token, or [..., D], one for each channel, as `per` says.
+    """
+
+    payload: Any
+    scales: Any
+    per: Scaling = jax.tree.static(default="token")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is stored: [..., page, D]."""
+        *leading, dim = self.payload.shape
+        return (*leading, 2 * dim if self.format == "int4" else dim)
+
+    @property
+    def ndim(self) -> int:
+        return self.payload.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The payload's."""
+        return self.payload.dtype
+
+    @property
+    def format(self) -> str:
+        """A key of `FORMATS`. Raises ValueError for a payload of another type."""
+        for name, dtype in FORMATS.items():
+            if self.payload.dtype == dtype:
+                return name
+        legal = ", ".join(f"{jnp.dtype(dtype).name} ({name})" for name, dtype in FORMATS.items())
+        raise ValueError(f"payload: type {self.payload.dtype.name} is of no format; legal: {legal}")
+
+    def __len__(self) -> int:
+        return len(self.payload)
+
+    def each(self, do: Callable[[Array], Array]) -> "Quantised":
+        """With both arrays replaced: for what concerns their leading axes, which they share."""
+        return Quantised(do(self.payload), do(self.scales), self.per)
+
+    def values(self) -> Float[Array, "*leading page D"]:
+        """What is stored, in float32."""
+        numbers = unpacked(self.payload) if self.format == "int4" else self.payload.astype(jnp.float32)
+        return numbers * (self.scales[..., :, None] if self.per == "token" else self.scales[..., None, :])
+
+
+type Pages = Array | Quantised
+
+
+def format_of(pages: Pages) -> str:
+    """"int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
+    return pages.format if isinstance(pages, Quantised) else pages.dtype.name
+
+
+def each_array[T: (Array, Quantised)](pages: T, do: Callable[[Array], Array]) -> T:
+    """`do` with every array of pages: for what concerns the axes [P, K], which all of them begin with."""
+    return pages.each(do) if isinstance(pages, Quantised) else do(pages)
+
+
+def arrays_of(pages: Pages) -> list[Array]:
+    """The arrays behind pages: the payload, then scales."""
+    return [pages.payload, pages.scales] if isinstance(pages, Quantised) else [pages]
+
+
+def tile_values(tiles: Pages) -> Array:
+    """What tiles hold: float32 where they were quantised."""
+    return tiles.values() if isinstance(tiles, Quantised) else tiles
+
+
+def scales_for(tokens: Float[Array, "... page D"], format: str, per: Scaling) -> Float[Array, "... n"]:
+    """The scales with which the largest magnitude just fits; what is zero throughout gets a scale of zero."""
+    largest = jnp.abs(tokens.astype(jnp.float32)).max(axis=-1 if per == "token" else -2)
+    return largest / LARGEST[format]
+
+
+def encoded(tokens: Float[Array, "... page D"], scales: Float[Array, "... n"], format: str, per: Scaling) -> Array:
+    """The payload: tokens over their scales, rounded to nearest even, beyond the largest number cut off."""
+    factors = scales[..., :, None] if per == "token" else scales[..., None, :]
+    numbers = jnp.where(factors == 0, 0, tokens.astype(jnp.float32) / jnp.where(factors == 0, 1, factors))
+    numbers = jnp.clip(numbers, -LARGEST[format], LARGEST[format])
+    if format == "fp8":
+        return numbers.astype(jnp.float8_e4m3fn)
+    whole = jnp.rint(numbers).astype(jnp.int32)
+    return packed(whole) if format == "int4" else whole.astype(jnp.int8)
+
+
+def quantised(tokens: Float[Array, "... page D"], format: str, per: Scaling = "token") -> Quantised:
+    """Tokens in a format, with the scales that they ask for. Raises ValueError for what is none, and for 4 bits of odd dims."""
+    check_format(format, per, tokens.shape[-1])
+    scales = scales_for(tokens, format, per)
+    return Quantised(encoded(tokens, scales, format, per), scales, per)
+
+
+def check_format(format: str, per: str, dim: int) -> None:
+    """Raises ValueError for what is no format or no scaling, and for an odd dim in 4 bits."""
+    if format not in FORMATS:
+        raise ValueError(f"format = {format!r}: must be one of {', '.join(FORMATS)}")
+    if per not in ("token", "channel"):
+        raise ValueError(f"per = {per!r}: must be token or channel")
+    if format == "int4" and dim % 2:
+        raise ValueError(f"head dim = {dim}: must be even, where a byte holds two numbers of 4 bits")
+
+
+def packed(numbers: Shaped[Array, "... D"]) -> Shaped[Array, "... half"]:
+    """Whole numbers in [-8, 7] (int32), two in a byte."""
+    low, high = jnp.split(numbers & 15, 2, axis=-1)
+    return (low | (high << 4)).astype(jnp.uint8)
+
+
+def unpacked(payload: Shaped[Array, "... half"]) -> Float[Array, "... D"]:
+    """The numbers of 4 bits that bytes hold."""
+    whole = payload.astype(jnp.int32)
+    halves = [jnp.right_shift(jnp.left_shift(whole, place), 28) for place in (28, 24)]
+    return jnp.concatenate(halves, axis=-1).astype(jnp.float32)
