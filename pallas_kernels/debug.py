@@ -59,3 +59,27 @@ def check_tables(
         jax.debug.callback(check, page_table, page_starts)
     else:
         check(page_table, page_starts)
+
+
+def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_size: int) -> None:
+    """Where debugging is on: raises ValueError for a slot that two tokens have, for a page that two rows write into, and for tokens
+    of a row that share a page without following one another."""
+
+    def check(slots: Array) -> None:
+        slots = np.asarray(slots)
+        inside = (slots >= 0) & (slots < num_pages * page_size)
+        owners: dict[int, int] = {}
+        for row, place in np.argwhere(inside):
+            slot, page = int(slots[row, place]), int(slots[row, place]) // page_size
+            follows = place and inside[row, place - 1] and slot == slots[row, place - 1] + 1
+            if page in owners and not follows:
+                where = f"{op}: write_slots[{row}, {place}] = {slot}"
+                raise ValueError(f"{where}: page {page} is already written by row {owners[page]}, up to another slot")
+            owners[page] = int(row)
+
+    if not _on.get():
+        return
+    if isinstance(write_slots, jax.core.Tracer):
+        jax.debug.callback(check, write_slots)
+    else:
+        check(write_slots)

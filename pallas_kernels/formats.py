@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Shaped
 
@@ -23,6 +24,8 @@ FORMATS: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "int4": j
 """What can be quantised to, and the type that stores it."""
 LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 """The magnitude that a format's largest number stands for, before scales."""
+INVERSE = {format: float(np.float32(1) / np.float32(largest)) for format, largest in LARGEST.items()}
+"""One over it: compilers divide by constants in ways of their own, and scales are to be the same everywhere."""
 
 
 @jax.tree_util.register_dataclass
@@ -101,18 +104,23 @@ def tile_values(tiles: Pages) -> Array:
 def scales_for(tokens: Float[Array, "... page D"], format: str, per: Scaling) -> Float[Array, "... n"]:
     """The scales with which the largest magnitude just fits; what is zero throughout gets a scale of zero."""
     largest = jnp.abs(tokens.astype(jnp.float32)).max(axis=-1 if per == "token" else -2)
-    return largest / LARGEST[format]
+    return largest * INVERSE[format]
 
 
 def encoded(tokens: Float[Array, "... page D"], scales: Float[Array, "... n"], format: str, per: Scaling) -> Array:
-    """The payload: tokens over their scales, rounded to nearest even, beyond the largest number cut off."""
-    factors = scales[..., :, None] if per == "token" else scales[..., None, :]
-    numbers = jnp.where(factors == 0, 0, tokens.astype(jnp.float32) / jnp.where(factors == 0, 1, factors))
+    """The payload: tokens times one over their scales, rounded to nearest even, beyond the largest number cut off."""
+    inverse = inverses(scales)
+    numbers = tokens.astype(jnp.float32) * (inverse[..., :, None] if per == "token" else inverse[..., None, :])
     numbers = jnp.clip(numbers, -LARGEST[format], LARGEST[format])
     if format == "fp8":
         return numbers.astype(jnp.float8_e4m3fn)
     whole = jnp.rint(numbers).astype(jnp.int32)
     return packed(whole) if format == "int4" else whole.astype(jnp.int8)
+
+
+def inverses(scales: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """What to multiply with to quantise: one over each scale, or zero."""
+    return jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))
 
 
 def quantised(tokens: Float[Array, "... page D"], format: str, per: Scaling = "token") -> Quantised:

@@ -1,0 +1,104 @@
+"""Writing keys and values of new tokens into their pages, in the pages' format."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int32
+
+from pallas_kernels.debug import check_slots
+from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
+from pallas_kernels.kv_write import reference
+from pallas_kernels.paged_attention.api import check_pages
+from pallas_kernels.selection import select
+
+
+def _mosaic_gpu(*arrays: Any) -> tuple[Pages, Pages]:
+    from pallas_kernels.kv_write import gpu
+
+    return gpu.kv_write(*arrays)
+
+
+def _mosaic_tpu(*arrays: Any) -> tuple[Pages, Pages]:
+    from pallas_kernels.kv_write import tpu
+
+    return tpu.kv_write(*arrays)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "mosaic_gpu": _mosaic_gpu,
+    "mosaic_tpu": _mosaic_tpu,
+    "reference": reference.kv_write,
+}
+"""The first that can run is taken unless another is named."""
+
+
+def refusals(
+    format: str = "bfloat16",
+    page_size: int = 64,
+    head_dims: tuple[int, int] = (128, 128),
+    token_dtype: Any = "bfloat16",
+    per: Scaling = "token",
+) -> dict[str, str]:
+    """Why an implementation cannot write into such pages on this process' first device, for those that cannot."""
+    device, refused = jax.devices()[0], {}
+    if device.platform != "gpu" or str(getattr(device, "compute_capability", "")).split(".")[0] not in ("9", "10"):
+        refused["mosaic_gpu"] = f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
+    else:
+        from pallas_kernels.kv_write import gpu
+
+        if reason := gpu.refusal(format, page_size, head_dims, token_dtype, per):
+            refused["mosaic_gpu"] = reason
+    if device.platform != "tpu":
+        refused["mosaic_tpu"] = f"it needs a TPU, this is {device.device_kind}"
+    else:
+        from pallas_kernels.kv_write import tpu
+
+        if reason := tpu.refusal(format, page_size, head_dims):
+            refused["mosaic_tpu"] = reason
+    return refused
+
+
+def implementations() -> dict[str, Callable[..., Any]]:
+    """What can run on this device, the most preferred first, for the pages that kernels like best."""
+    refused = refusals()
+    return {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
+
+
+def kv_write(
+    key_pages: Float[Array, "P K page D"] | Quantised | Array,
+    value_pages: Float[Array, "P K page Dv"] | Quantised | Array,
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K Dv"],
+    write_slots: Int32[Array, "B T"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Pages, Pages]:
+    """The pages with every token's keys and values in its slot; in place where the caller donates the pages.
+
+    Slot s is offset s % page of page s // page; a token whose slot is not in the pool is dropped, and what it holds is not read
+    arithmetically. No two tokens have the same slot, no two rows write into one page, and the tokens of a row that share a page
+    follow one another, there as here.
+
+    `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with which its
+    largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first slot they write, so
+    that whole pages are quantised best; into pages begun earlier they are written with the scales that these have, cut off at the
+    largest number.
+
+    Raises ValueError for shapes that do not fit together and for an unavailable `implementation`; while debugging is on
+    (`pallas_kernels.debug`), for slots against the rules above as well.
+    """
+    check_pages(key_pages, value_pages)
+    wanted = (*write_slots.shape, key_pages.shape[1])
+    for name, tokens, pool in (("keys", keys, key_pages), ("values", values, value_pages)):
+        if tokens.shape != (*wanted, pool.shape[3]):
+            raise ValueError(
+                f"{name} = {tokens.shape}: must be {(*wanted, pool.shape[3])}, as write_slots and pages of {pool.shape} say"
+            )
+    head_dims = key_pages.shape[3], value_pages.shape[3]
+    per = key_pages.per if isinstance(key_pages, Quantised) else "token"
+    refused = refusals(format_of(key_pages), key_pages.shape[2], head_dims, keys.dtype, per)
+    _, run = select("kv_write", implementation, IMPLEMENTATIONS, refused)
+    check_slots("kv_write", write_slots, key_pages.shape[0], key_pages.shape[2])
+    return run(key_pages, value_pages, keys, values, write_slots)

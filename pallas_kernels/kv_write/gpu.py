@@ -1,0 +1,328 @@
+"""Tokens into pages on Hopper and Blackwell GPUs in Pallas Mosaic, quantised on the way.
+
+A thread block takes a tile of up to 64 tokens of one KV head: of one sequence, cut where its pages begin, or one token each of
+many sequences. It comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and scales in
+registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other tokens row by row, each
+from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their places: four bytes are too few for
+a copy.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int32
+
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, Scaling, arrays_of, inverses
+from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.tensor_cores import ROWS, shared
+
+STEP = 32
+"""Columns that are turned into numbers at once."""
+ALIGNMENT = 128
+"""Bytes to which a TMA's address in shared memory is aligned."""
+ROUND = 1.5 * 2**23
+"""Added to a float32 and taken away again, it leaves the nearest whole number, half to even."""
+
+
+def refusal(
+    format: str, page_size: int, head_dims: tuple[int, int], token_dtype: Any = "bfloat16", per: Scaling = "token"
+) -> str | None:
+    """Why this kernel cannot write into such pages; None: it can."""
+    token_type = jnp.dtype(token_dtype)
+    if token_type not in (jnp.bfloat16, jnp.float16):
+        return f"tokens of {token_type.name}: must be bfloat16 or float16"
+    if format not in FORMATS and format != token_type.name:
+        return f"pages of {format}: must be of the tokens' type {token_type.name}, or {', '.join(FORMATS)} with scales"
+    sizes = (32,) if format in FORMATS else (8, 16, 32)
+    if page_size not in sizes and page_size % ROWS:
+        legal = ", ".join(map(str, sizes))
+        return f"page_size = {page_size}: must be {legal} or a multiple of {ROWS} for pages of {format}"
+    step = {"int8": 32, "fp8": 32}.get(format, 64)
+    if any(dim % step or not step <= dim <= 256 for dim in head_dims):
+        return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
+    return None
+
+
+def kv_write(
+    key_pages: Pages,
+    value_pages: Pages,
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K Dv"],
+    write_slots: Int32[Array, "B T"],
+    *,
+    interpret: Any = False,
+) -> tuple[Pages, Pages]:
+    """See `api.kv_write`."""
+    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
+    unit = min(page_size, ROWS)
+    begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
+    pools = (key_pages, value_pages)
+    tokens = [x.reshape(-1, *x.shape[2:]) for x in (keys, values)]
+    num_rows = min(ROWS, len(tokens[0]))
+    kernel_pools = list(pools)
+    for number, (pool, new) in enumerate(zip(pools, (keys, values), strict=True)):
+        if isinstance(pool, Quantised) and pool.per == "channel":
+            scales = channel_scales(pool, new, *places(write_slots, num_pages, page_size))
+            kernel_pools[number] = Quantised(pool.payload, scales, "channel")
+    targets = [jax.new_ref(arrays_of(pool)[0]) for pool in kernel_pools]
+    per = key_pages.per if isinstance(key_pages, Quantised) else None
+    scales = [arrays_of(pool)[1] for pool in kernel_pools] if per == "channel" else []
+
+    scratch, names = [], ["arrived", "tokens"]
+    for pool, new in zip(pools, tokens, strict=True):
+        plain = plgpu.SMEM((ROWS, new.shape[2]), new.dtype)
+        if not isinstance(pool, Quantised):
+            scratch += [plgpu.Barrier(), plain]
+            continue
+        width = pool.payload.shape[3]
+        scratch += [
+            plgpu.Barrier(num_arrivals=1 if per == "token" else 2),
+            shared((ROWS, new.shape[2]), new.dtype, STEP),
+            shared((ROWS, width), pool.dtype, STEP),
+            plgpu.SMEM((ROWS, -(-width // ALIGNMENT) * ALIGNMENT), pool.dtype),
+            plgpu.SMEM((ROWS,), jnp.float32) if per == "token" else plain,
+        ]
+        names = ["arrived", "tokens", "payload", "rows", "scales" if per == "token" else "token_rows"]
+    left = jax.ShapeDtypeStruct((len(begins), num_kv_heads, ROWS), jnp.float32)
+
+    def kernel(begins, slots, wholes, keys, values, key_target, value_target, *refs):
+        """Gives every ref its name."""
+        refs = list(refs)
+        channels = [refs.pop(0) for _ in scales]
+        outs = [refs.pop(0) for _ in range(2 if per == "token" else 0)]
+        for at, (source, target) in enumerate(((keys, key_target), (values, value_target))):
+            mine = dict(zip(names, refs[at * len(names) : (at + 1) * len(names)], strict=True))
+            mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
+            mine |= {"channel_scales": channels[at]} if channels else {}
+            mine |= {"scales_left": outs[at]} if outs else {}
+            arrays.append(_Tile(mine, per=per, num_rows=num_rows, page_size=page_size, unit=unit))
+        for one in arrays:
+            one.fetch()
+        for one in arrays:
+            one.leave()
+        plgpu.wait_smem_to_gmem(0)
+        arrays.clear()
+
+    arrays: list[_Tile] = []
+    made = plgpu.kernel(
+        kernel,
+        out_type=[left, left] if per == "token" else [],
+        scratch_types=scratch,
+        grid=(len(begins), num_kv_heads),
+        grid_names=("tile", "head"),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(begins, slots, wholes, *tokens, *targets, *scales)
+
+    def done(at: int) -> Pages:
+        pool, payload = kernel_pools[at], jax.freeze(targets[at])
+        if not isinstance(pool, Quantised):
+            return payload
+        kept = pool.scales
+        if per == "token":
+            pages, offsets = places(slots, num_pages, page_size)
+            kept = kept.at[pages, :, offsets].set(made[at].swapaxes(1, 2), mode="drop")
+        return Quantised(payload, kept, pool.per)
+
+    return done(0), done(1)
+
+
+def _tiles(
+    write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
+) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
+    """For every tile: the first of its tokens, as rows of [B * T]; the slot of each, negative where there is none; and of each of its
+    `unit`s of rows whether they are a whole page, or a block of one."""
+    batch, num_tokens = write_slots.shape
+    pages, _ = places(write_slots, num_pages, page_size)
+    slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
+    total = batch * num_tokens
+    num_rows = min(ROWS, total)
+    if num_tokens == 1:
+        begins = jnp.arange(0, total, ROWS, dtype=jnp.int32)
+        ends = begins + ROWS
+    else:  # a row's tiles end where its pages do, wherever its first token is
+        shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
+        numbers = jnp.arange((num_tokens + unit - 2) // ROWS + 1, dtype=jnp.int32)[None]
+        first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
+        begins = jnp.maximum(numbers * ROWS - shift, 0)
+        ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
+        begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
+    loaded = jnp.minimum(begins, total - num_rows)  # the last tile must not reach past the end
+    tokens = loaded[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None]
+    mine = (tokens >= begins[:, None]) & (tokens < ends[:, None]) & (tokens < total)
+    tile_slots = jnp.where(mine, slots.reshape(-1)[jnp.minimum(tokens, total - 1)], -page_size)
+    units = tile_slots.reshape(len(begins), -1, unit)
+    steps = jnp.arange(unit, dtype=jnp.int32)[None, None]
+    wholes = (units[..., :1] % unit == 0) & (units == units[..., :1] + steps) & (units[..., :1] >= 0)
+    return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
+
+
+def _numbers(exact: Array, inverse: Array, dtype: Any) -> Array:
+    """Tokens times one over their scales in a format's numbers; whole ones as int32."""
+    largest = LARGEST[_format(dtype)]
+    number = jnp.minimum(jnp.maximum(exact * inverse, -largest), largest)
+    if dtype == jnp.float8_e4m3fn:
+        return number.astype(dtype)
+    return ((number + ROUND) - ROUND).astype(jnp.int32)
+
+
+def _format(dtype: Any) -> str:
+    return next(name for name, one in FORMATS.items() if one == dtype)
+
+
+def _stored(halves: list[Array], dtype: Any) -> Array:
+    """Numbers as a payload holds them: two halves of dims in a byte."""
+    if len(halves) == 1:
+        return halves[0].astype(dtype)
+    low, high = halves
+    return ((low & 15) | lax.shift_left(high & 15, 4)).astype(dtype)
+
+
+class _Tile:
+    """Keys or values of one tile and head, in the kernel."""
+
+    def __init__(self, refs: dict[str, Any], **options: Any) -> None:
+        self.__dict__ |= refs | options
+        self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
+
+    def fetch(self) -> None:
+        rows = self.source.at[pl.ds(self.begins[self.tile], self.num_rows), self.head]
+        for into in ("tokens", "token_rows"):  # the latter to read one by one
+            if into in self.__dict__:
+                plgpu.copy_gmem_to_smem(rows, self.__dict__[into].at[pl.ds(0, self.num_rows)], self.arrived)
+
+    def leave(self) -> None:
+        """Into the pages."""
+        plgpu.barrier_wait(self.arrived)
+        packed, rows = self.tokens, self.tokens
+        if self.per is not None:
+            packed, rows = self.payload, self.rows
+            if self.per == "token":
+                self.quantise_by_token()
+            else:
+                self.quantise_by_channel()
+        plgpu.commit_smem()
+        if self.per == "token":
+            plgpu.copy_smem_to_gmem(self.scales, self.scales_left.at[self.tile, self.head])
+
+        def unit(number, _):
+            is_whole = self.wholes[self.tile, number] > 0
+            pl.when(is_whole)(partial(self.leave_unit, number, packed))
+            pl.when(jnp.logical_not(is_whole))(partial(self.leave_rows, number, rows))
+
+        lax.fori_loop(0, ROWS // self.unit, unit, None)
+
+    def leave_unit(self, number: Any, packed: Any) -> None:
+        slot = self.slots[self.tile, number * self.unit]
+        there = pl.ds(lax.rem(slot, self.page_size), self.unit)
+        source = packed.at[pl.ds(number * self.unit, self.unit)]
+        plgpu.copy_smem_to_gmem(source, self.target.at[lax.div(slot, self.page_size), self.head, there])
+
+    def leave_rows(self, number: Any, rows: Any) -> None:
+        def row(place, _):
+            slot = self.slots[self.tile, place]
+
+            @pl.when(slot >= 0)
+            def _():
+                page, offset = lax.div(slot, self.page_size), lax.rem(slot, self.page_size)
+                target = self.target.at[page, self.head, pl.ds(offset, 1)]
+                source = rows.at[pl.ds(place, 1), pl.ds(0, target.shape[1])]
+                plgpu.copy_smem_to_gmem(source, target)
+
+        lax.fori_loop(number * self.unit, (number + 1) * self.unit, row, None)
+
+    def each_stripe(self, do: Any, state: Any = None) -> Any:
+        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers are packed.
+        A loop: what the compiler infers of a longer program takes minutes."""
+        width = self.payload.shape[1]
+        step = min(STEP, width)
+        seconds = [width] if self.payload.dtype == jnp.uint8 else []
+
+        def stripe(number, state):
+            at = number * step
+            return do(pl.ds(at, step), [pl.ds(first + at, step) for first in (0, *seconds)], state)
+
+        return lax.fori_loop(0, width // step, stripe, state)
+
+    def load(self, columns: Any) -> Array:
+        return plgpu.load(self.tokens.at[:, columns], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+    def quantise_by_token(self) -> None:
+        def larger(_, columns, largest):
+            for one in columns:
+                largest = jnp.maximum(largest, jnp.abs(self.load(one)).max(axis=1))
+            return largest
+
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        scale = self.each_stripe(larger, nothing) * INVERSE[_format(self.payload.dtype)]
+        self.scales[...] = scale
+        inverse = inverses(scale)
+
+        def quantise(into, columns, _):
+            halves = [
+                _numbers(self.load(one), lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.payload.dtype)
+                for one in columns
+            ]
+            made = _stored(halves, self.payload.dtype)
+            self.payload[:, into] = made
+            plgpu.store(self.rows.at[:, into], made, optimized=False)
+
+        self.each_stripe(quantise)
+
+    def quantise_by_channel(self) -> None:
+        """Unit by unit where all are of one page, else token by token."""
+
+        def unit(number, _):
+            is_whole = self.wholes[self.tile, number] > 0
+            pl.when(is_whole)(partial(self.quantise_unit, number))
+            pl.when(jnp.logical_not(is_whole))(partial(self.quantise_rows, number))
+
+        lax.fori_loop(0, ROWS // self.unit, unit, None)
+
+    def inverses_of(self, page: Any, columns: Any) -> Array:
+        """[columns]: one over each channel's scale."""
+        scales = self.channel_scales.at[page, self.head, columns]
+        scale = plgpu.load(scales, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        return inverses(scale)
+
+    def quantise_unit(self, number: Any) -> None:
+        page = lax.div(self.slots[self.tile, number * self.unit], self.page_size)
+
+        def quantise(into, columns, _):
+            halves = []
+            for one in columns:
+                exact = self.load(one)
+                inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
+                halves.append(_numbers(exact, inverse, self.payload.dtype))
+            wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
+            made = _stored(halves, wide)
+            if ROWS > self.unit:  # the other rows are other pages'
+                rows = plgpu.broadcasted_iota(jnp.int32, made.shape, 0, layout=plgpu.Layout.WGMMA)
+                old = plgpu.load(self.payload.at[:, into], layout=plgpu.Layout.WGMMA).astype(wide)
+                mine = (rows >= number * self.unit) & (rows < (number + 1) * self.unit)
+                made = jnp.where(mine, made, old)
+            self.payload[:, into] = made.astype(self.payload.dtype)
+
+        self.each_stripe(quantise)
+
+    def quantise_rows(self, number: Any) -> None:
+        down = plgpu.Layout.WGMMA.reduce(0)
+
+        def row(place, _):
+            page = lax.div(self.slots[self.tile, place], self.page_size)
+
+            def quantise(into, columns, _):
+                halves = []
+                for one in columns:
+                    exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
+                    halves.append(_numbers(exact, self.inverses_of(page, one), self.payload.dtype))
+                self.rows[place, into] = _stored(halves, self.payload.dtype)
+
+            pl.when(page >= 0)(lambda: self.each_stripe(quantise))
+
+        lax.fori_loop(number * self.unit, (number + 1) * self.unit, row, None)

@@ -1,0 +1,64 @@
+"""Writing into pages in plain XLA: one scatter for each array, in place where the pages are donated. The oracle, and the CPU path."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+from pallas_kernels.formats import Pages, Quantised, encoded, scales_for
+
+
+def kv_write(
+    key_pages: Pages,
+    value_pages: Pages,
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K Dv"],
+    write_slots: Int32[Array, "B T"],
+) -> tuple[Pages, Pages]:
+    """See `api.kv_write`."""
+    page_size = key_pages.shape[2]
+    pages, offsets = places(write_slots, key_pages.shape[0], page_size)
+
+    def written(pool: Pages, tokens: Array) -> Pages:
+        if not isinstance(pool, Quantised):
+            return stored(pool, tokens, pages, offsets)
+        if pool.per == "token":
+            scales = scales_for(tokens, pool.format, "token")
+            kept = pool.scales.at[pages, :, offsets].set(scales, mode="drop")
+        else:
+            kept = channel_scales(pool, tokens, pages, offsets)
+            scales = kept.at[pages].get(mode="fill", fill_value=0)
+        # A token is a page of one: its scale, or its page's for every channel.
+        factors = scales[..., None] if pool.per == "token" else scales
+        payload = encoded(tokens[..., None, :], factors, pool.format, pool.per)[..., 0, :]
+        return Quantised(stored(pool.payload, payload, pages, offsets), kept, pool.per)
+
+    return written(key_pages, keys), written(value_pages, values)
+
+
+def places(
+    write_slots: Int32[Array, "B T"], num_pages: int, page_size: int
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+    """Page and offset of every token; what is to be dropped gets a page past the pool."""
+    inside = (write_slots >= 0) & (write_slots < num_pages * page_size)
+    return jnp.where(inside, write_slots // page_size, num_pages), write_slots % page_size
+
+
+def stored(pool: Array, tokens: Array, pages: Array, offsets: Array) -> Array:
+    """A pool with tokens of its type in their places."""
+    # 8-bit numbers are stored as bits: XLA on CPU widens a scatter of anything else of that size, pool and all.
+    bits = jax.lax.bitcast_convert_type
+    if tokens.dtype.itemsize == 1 and pool.dtype.itemsize == 1:
+        done = bits(pool, jnp.uint8).at[pages, :, offsets].set(bits(tokens, jnp.uint8), mode="drop")
+        return bits(done, pool.dtype)
+    return pool.at[pages, :, offsets].set(tokens.astype(pool.dtype), mode="drop")
+
+
+def channel_scales(pool: Quantised, tokens: Array, pages: Array, offsets: Array) -> Array:
+    """The scales of a pool's channels: anew for pages whose first slot is being written, by this call's tokens; else as they are."""
+    past = pool.shape[0]
+    opened = jnp.where(offsets == 0, pages, past)
+    is_new = jnp.zeros(past, bool).at[opened].set(True, mode="drop")
+    theirs = jnp.where(is_new.at[pages].get(mode="fill", fill_value=False), pages, past)
+    kept = pool.scales.at[opened].set(0, mode="drop")
+    return kept.at[theirs].max(scales_for(tokens[..., None, :], pool.format, "channel"), mode="drop")
