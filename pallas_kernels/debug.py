@@ -62,20 +62,22 @@ def check_tables(
 
 
 def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_size: int) -> None:
-    """Where debugging is on: raises ValueError for a slot that two tokens have, for a page that two rows write into, and for tokens
-    of a row that share a page without following one another."""
+    """Where debugging is on: raises ValueError for a page that two rows write into, or one twice, and for the tokens of a row that do
+    not go to consecutive positions."""
 
     def check(slots: Array) -> None:
         slots = np.asarray(slots)
         inside = (slots >= 0) & (slots < num_pages * page_size)
-        owners: dict[int, int] = {}
-        for row, place in np.argwhere(inside):
-            slot, page = int(slots[row, place]), int(slots[row, place]) // page_size
-            follows = place and inside[row, place - 1] and slot == slots[row, place - 1] + 1
-            if page in owners and not follows:
-                where = f"{op}: write_slots[{row}, {place}] = {slot}"
-                raise ValueError(f"{where}: page {page} is already written by row {owners[page]}, up to another slot")
-            owners[page] = int(row)
+        owners: dict[int, tuple[int, int]] = {}
+        offsets: dict[int, int] = {}
+        for row, place in np.argwhere(inside).tolist():
+            page, offset = divmod(int(slots[row, place]), page_size)
+            where = f"{op}: write_slots[{row}, {place}] = {slots[row, place]}"
+            began = owners.setdefault(page, (row, place - offset))
+            if began != (row, place - offset):
+                raise ValueError(f"{where}: page {page} is written by row {began[0]} already, not up to this slot")
+            if offsets.setdefault(row, (offset - place) % page_size) != (offset - place) % page_size:
+                raise ValueError(f"{where}: the tokens of a row must go to consecutive positions")
 
     if not _on.get():
         return

@@ -78,8 +78,8 @@ def kv_write(
     """The pages with every token's keys and values in its slot; in place where the caller donates the pages.
 
     Slot s is offset s % page of page s // page; a token whose slot is not in the pool is dropped, and what it holds is not read
-    arithmetically. No two tokens have the same slot, no two rows write into one page, and the tokens of a row that share a page
-    follow one another, there as here.
+    arithmetically. The tokens of a row go to consecutive positions, from the last slot of a page into the first of another; those
+    that are dropped count as well. No two rows write into one page.
 
     `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with which its
     largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first slot they write, so

@@ -105,36 +105,11 @@ def paged_attention(
     ValueError for shapes and formats that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
     debugging is on (`pallas_kernels.debug`), for such ids.
     """
-    num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
-    check_pages(key_pages, value_pages)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
-    if queries.shape[3] != key_pages.shape[3]:
-        raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {key_pages.shape[3]}")
-    if page_table.shape != page_starts.shape:
-        raise ValueError(f"page_starts = {page_starts.shape}: must have the shape of page_table {page_table.shape}")
-    for name, array, shape in (
-        ("query_positions", query_positions, queries.shape[:2]),
-        ("kv_lens", kv_lens, queries.shape[:1]),
-    ):
-        if array.shape != shape:
-            raise ValueError(f"{name} = {array.shape}: must be {shape}, as queries {queries.shape} say")
-    if len(page_table) != len(queries):
-        raise ValueError(f"page_table = {page_table.shape}: must have a row for each of {len(queries)} sequences")
-    if page_table.ndim == 3 and page_table.shape[1] != num_kv_heads:
-        raise ValueError(f"page_table = {page_table.shape}: must list pages for each of {num_kv_heads} KV heads")
-    slots = (*page_table.shape, key_pages.shape[2])
-    if valid_slots is not None and valid_slots.shape != slots:
-        raise ValueError(f"valid_slots = {valid_slots.shape}: must be {slots}, a flag for each slot of each entry")
-    if window is not None and window < 1:
-        raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
-    if num_sinks < 0:
-        raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap = {soft_cap}: must be positive")
-    head_dims = key_pages.shape[3], value_pages.shape[3]
-    per = key_pages.per if isinstance(key_pages, Quantised) else "token"
-    refused = refusals(format_of(key_pages), key_pages.shape[2], head_dims, num_heads // num_kv_heads, per)
+    check(
+        queries, key_pages, value_pages, page_table, page_starts, valid_slots, window, num_sinks, soft_cap,
+        {"query_positions": (query_positions, queries.shape[:2]), "kv_lens": (kv_lens, queries.shape[:1])},
+    )  # fmt: skip
+    refused = refusals(**asked_of(queries, key_pages, value_pages))
     _, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
     check_tables("paged_attention", page_table, page_starts, len(key_pages))
     return run(
@@ -165,3 +140,54 @@ def check_pages(key_pages: Pages, value_pages: Pages) -> None:
             wanted = (*pages.shape[:2], pages.shape[2 if pages.per == "token" else 3])
             if pages.scales.shape != wanted:
                 raise ValueError(f"{name}.scales = {pages.scales.shape}: must be {wanted}, one for each {pages.per}")
+
+
+def asked_of(queries: Array, key_pages: Pages, value_pages: Pages) -> dict[str, Any]:
+    """What `refusals` is to be asked."""
+    return {
+        "format": format_of(key_pages),
+        "page_size": key_pages.shape[2],
+        "head_dims": (key_pages.shape[3], value_pages.shape[3]),
+        "group": queries.shape[2] // key_pages.shape[1],
+        "per": key_pages.per if isinstance(key_pages, Quantised) else "token",
+    }
+
+
+def check(
+    queries: Array,
+    key_pages: Pages,
+    value_pages: Pages,
+    page_table: Array,
+    page_starts: Array,
+    valid_slots: Array | None,
+    window: int | None,
+    num_sinks: int,
+    soft_cap: float | None,
+    by_sequence: dict[str, tuple[Array, tuple[int, ...]]],
+) -> None:
+    """Raises ValueError for shapes that do not fit together and options out of range; `by_sequence` are arrays and the shapes that
+    the queries ask of them."""
+    num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
+    check_pages(key_pages, value_pages)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
+    if queries.shape[3] != key_pages.shape[3]:
+        raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {key_pages.shape[3]}")
+    if page_table.shape != page_starts.shape:
+        raise ValueError(f"page_starts = {page_starts.shape}: must have the shape of page_table {page_table.shape}")
+    for name, (array, shape) in by_sequence.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} = {array.shape}: must be {shape}, as queries {queries.shape} say")
+    if len(page_table) != len(queries):
+        raise ValueError(f"page_table = {page_table.shape}: must have a row for each of {len(queries)} sequences")
+    if page_table.ndim == 3 and page_table.shape[1] != num_kv_heads:
+        raise ValueError(f"page_table = {page_table.shape}: must list pages for each of {num_kv_heads} KV heads")
+    slots = (*page_table.shape, key_pages.shape[2])
+    if valid_slots is not None and valid_slots.shape != slots:
+        raise ValueError(f"valid_slots = {valid_slots.shape}: must be {slots}, a flag for each slot of each entry")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
+    if num_sinks < 0:
+        raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap = {soft_cap}: must be positive")

@@ -118,7 +118,8 @@ def _work_list(
     last = jnp.minimum(query_positions.max(axis=1), kv_lens - 1)[owners, None]
     live = starts <= last
     if window is not None:
-        first = (query_positions.min(axis=1) - window + 1)[owners, None]
+        earliest = jnp.where(query_positions < 0, NOWHERE, query_positions).min(axis=1)
+        first = (earliest - window + 1)[owners, None]
         live = live & ((starts + page_size > first) | (starts < num_sinks))
     valid = None
     if valid_slots is not None:

@@ -80,8 +80,10 @@ def tiled(x: Shaped[Array, "B T ..."], tile_len: int, fill: int) -> Shaped[Array
 def bounds(
     query_positions: Int32[Array, "B T"], kv_lens: Int32[Array, "B"], window: int | None, tile_len: int
 ) -> tuple[Int32[Array, "B tiles tile_len"], Int32[Array, "B tiles tile_len"]]:
-    """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing."""
+    """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing, nor does a
+    query whose position is negative."""
     first = jnp.zeros_like(query_positions) if window is None else query_positions - window + 1
+    first = jnp.where(query_positions < 0, NOWHERE, first)
     last = jnp.minimum(query_positions, kv_lens[:, None] - 1)
     return tiled(first, tile_len, NOWHERE), tiled(last, tile_len, -1)
 

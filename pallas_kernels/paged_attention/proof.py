@@ -157,12 +157,13 @@ def generated(
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, misread=0, seed=3,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, misread=0, seed=3,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
 
-    `kernel` is called as `api.paged_attention`. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
+    `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
+    the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
     the part of all slots that is valid; `misread` adds to every page id that the kernel is given. In a `format`, what is compared
     is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's.
     """
@@ -201,6 +202,11 @@ def check(
             slots = np.flatnonzero(valid[row, head, entry, : length - begin])
             for (_, holds), mine in zip(pools, stored[row], strict=True):
                 mine[begin + slots, head] = holds[table[row, head, entry], head, slots]
+    num_new = np.minimum(np.array(lengths, np.int32), num_queries)
+    asked_for = positions, np.array(lengths, np.int32)
+    if prefill:
+        asked_for = positions[:, 0].copy(), num_new
+        positions[np.arange(num_queries)[None] >= num_new[:, None]] = -1
     queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
     scale = dims[0] ** -0.5
     table = table + misread * (starts < NOWHERE)
@@ -209,7 +215,7 @@ def check(
         queries,
         pools[0][0],
         pools[1][0],
-        *map(jnp.asarray, (table[:, mine], starts[:, mine], positions, np.array(lengths, np.int32))),
+        *map(jnp.asarray, (table[:, mine], starts[:, mine], *asked_for)),
         valid_slots=None if kept == 1 else jnp.asarray(valid[:, mine]),
         window=window,
         num_sinks=sinks,

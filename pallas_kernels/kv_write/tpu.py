@@ -1,0 +1,163 @@
+"""Tokens into pages on TPUs in Pallas Mosaic, quantised on the way.
+
+What a TPU can write alone is a register's rows of a page: 8, 16 or 32 tokens, as the type is wide. XLA lays the tokens out in such
+granules, as the slots say; the kernel turns them into the pages' numbers and puts those that are there between what stays. Pages
+come and go through the pipeline of the grid, in place. Scales of tokens, one number each, are left to XLA.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int32
+
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, arrays_of, inverses, scales_for
+from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.paged_attention.tpu import refusal
+
+__all__ = ["kv_write", "refusal"]
+
+ROUND = 1.5 * 2**23
+"""Added to a float32 and taken away again, it leaves the nearest whole number, half to even."""
+
+
+class Granules(NamedTuple):
+    """Those that are written, then the last of them again; `tokens` are numbers of [B, T], `mine` whether each is to be written."""
+
+    pages: Int32[Array, "N"]
+    parts: Int32[Array, "N"]
+    tokens: Int32[Array, "N g"]
+    mine: Int32[Array, "N g"]
+    count: Int32[Array, ""]
+
+
+def kv_write(
+    key_pages: Pages,
+    value_pages: Pages,
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K Dv"],
+    write_slots: Int32[Array, "B T"],
+    *,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> tuple[Pages, Pages]:
+    """See `api.kv_write`."""
+    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
+    size = min(32 // key_pages.dtype.itemsize, page_size)
+    found = granules(write_slots, num_pages, page_size, size)
+    num_granules = len(found.pages)
+    pools, per = (key_pages, value_pages), key_pages.per if isinstance(key_pages, Quantised) else None
+    page_and_offset = places(write_slots, num_pages, page_size)
+
+    kept, arrays, specs, targets, target_specs = [], [], [], [], []
+    for pool, tokens in zip(pools, (keys, values), strict=True):
+        tiles = tokens.reshape(-1, *tokens.shape[2:])[found.tokens].swapaxes(1, 2)  # [N, K, g, D]
+        arrays.append(tiles)
+        specs.append(pl.BlockSpec((1, *tiles.shape[1:]), lambda i, *_: (i, 0, 0, 0)))
+        payload = arrays_of(pool)[0]
+        if payload.dtype.itemsize == 1:  # as bits, which are kept as they are
+            payload = lax.bitcast_convert_type(payload, jnp.uint8)
+        payload = payload.reshape(num_pages, num_kv_heads, page_size // size, size, -1)
+        targets.append(payload)
+        target_specs.append(
+            pl.BlockSpec(
+                (1, num_kv_heads, 1, size, payload.shape[4]), lambda i, _, pages, parts: (pages[i], 0, parts[i], 0, 0)
+            )
+        )
+        if not isinstance(pool, Quantised):
+            continue
+        if pool.per == "token":
+            pages, offsets = page_and_offset
+            kept.append(pool.scales.at[pages, :, offsets].set(scales_for(tokens, pool.format, "token"), mode="drop"))
+        else:
+            kept.append(channel_scales(pool, tokens, *page_and_offset))
+            arrays.append(kept[-1][:, :, None])
+            specs.append(
+                pl.BlockSpec((1, num_kv_heads, 1, tiles.shape[3]), lambda i, _, pages, __: (pages[i], 0, 0, 0))
+            )
+    arrays.append(found.mine[:, :, None])
+    specs.append(pl.BlockSpec((1, size, 1), lambda i, *_: (i, 0, 0)))
+    written = pl.pallas_call(
+        partial(_kernel, per=per, format=key_pages.format if isinstance(key_pages, Quantised) else None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(num_granules,),
+            in_specs=[*specs, *target_specs],
+            out_specs=target_specs,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in targets],
+        input_output_aliases={3 + len(arrays) + at: at for at in range(2)},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="kv_write",
+    )(found.count[None], found.pages, found.parts, *arrays, *targets)
+
+    def done(at: int) -> Pages:
+        pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
+        if not isinstance(pool, Quantised):
+            return payload
+        return Quantised(lax.bitcast_convert_type(payload, pool.dtype), kept[at], pool.per)
+
+    return done(0), done(1)
+
+
+def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, size: int) -> Granules:
+    """The granules of `size` slots into which tokens go."""
+    batch, num_tokens = write_slots.shape
+    inside = places(write_slots, num_pages, page_size)[0] < num_pages
+    numbers = jnp.arange(num_tokens, dtype=jnp.int32)[None]
+    # The same for all tokens of a row, which go to consecutive positions: where the first of them would stand in its granule.
+    shift = jnp.where(inside, (write_slots - numbers) % size, 0).max(axis=1)[:, None, None]
+    per_row = (num_tokens + size - 2) // size + 1
+    wanted = jnp.arange(per_row * size, dtype=jnp.int32).reshape(1, per_row, size) - shift
+    tokens = jnp.clip(wanted, 0, num_tokens - 1)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
+    mine = (wanted == tokens) & inside[rows, tokens]
+    slots = jnp.where(mine, write_slots[rows, tokens], -1).max(axis=2).reshape(-1)
+    tokens, mine = ((x + rows * 0).reshape(-1, size) for x in (tokens + rows * num_tokens, mine.astype(jnp.int32)))
+    order = jnp.argsort(slots < 0, stable=True)
+    count = (slots >= 0).sum(dtype=jnp.int32)
+    # What is left over names the last one again, so that nothing comes nor goes for it.
+    order = order[jnp.minimum(jnp.arange(len(order), dtype=jnp.int32), jnp.maximum(count - 1, 0))]
+    slots = jnp.maximum(slots, 0)[order]
+    return Granules(slots // page_size, slots % page_size // size, tokens[order], mine[order], count)
+
+
+def _kernel(count: Any, pages: Any, parts: Any, *refs: Any, per: str | None, format: str | None) -> None:
+    """One granule of all heads."""
+    del pages, parts
+    item = pl.program_id(0)
+    num_inputs = 2 if per != "channel" else 4
+    inputs, mine, (old_keys, old_values, *outs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    step = num_inputs // 2
+
+    @pl.when((item < count[0]) | (item == 0))
+    def _():
+        is_mine = (mine[0] > 0) & (item < count[0])  # [g, 1]
+        for at, (old, out) in enumerate(zip((old_keys, old_values), outs, strict=True)):
+            scales = inputs[at * step + 1] if per == "channel" else None
+            new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
+            wide = jnp.int32 if out.dtype == jnp.uint8 else jnp.float32
+            chosen = jnp.where(is_mine[None], new.astype(wide), old[0, :, 0].astype(wide))
+            out[0, :, 0] = chosen.astype(out.dtype)
+
+
+def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any) -> Array:
+    """[K, g, W]: tokens as a pool holds them; 8-bit numbers as bits in int32."""
+    if format is None:
+        return tokens.astype(dtype)
+    exact = tokens.astype(jnp.float32)
+    if scales is None:
+        scales = jnp.abs(exact).max(axis=2, keepdims=True) * INVERSE[format]
+    largest = LARGEST[format]
+    number = jnp.clip(exact * inverses(scales), -largest, largest)
+    if format == "fp8":
+        return lax.bitcast_convert_type(number.astype(FORMATS[format]), jnp.uint8)
+    whole = ((number + ROUND) - ROUND).astype(jnp.int32)
+    if format == "int8":
+        return whole & 255
+    half = whole.shape[2] // 2
+    return (whole[..., :half] & 15) | ((whole[..., half:] & 15) << 4)
