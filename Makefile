@@ -45,9 +45,9 @@ peers-ledger: .peers-ledger/.installed
 	@ls -d "$$PWD"/.peers/lib/python*/site-packages > "$$(ls -d .peers-ledger/lib/python*/site-packages)/peers.pth"
 	@touch $@
 
-# Compiles every kernel for every chip (or TARGETS="H200 v5e"), on a machine that has none: the compilers, some 4 GB, live apart.
+# Compiles every kernel for every chip (or TARGETS="H200 v5e" DIMS=128), on a machine that has none: the compilers, some 4 GB, live apart.
 kernels-check: .venv-kernels/.installed
-	.venv-kernels/bin/python -m pallas_kernels.targets $(TARGETS)
+	.venv-kernels/bin/python -m pallas_kernels.targets $(TARGETS) $(if $(DIMS),--dims $(DIMS))
 
 .venv-kernels/.installed: pallas_kernels/compilers.txt pyproject.toml .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels

@@ -293,7 +293,7 @@ def kernels(arguments: list[str]) -> int:
     """What runs here, what the simulators say, and what each kernel takes on chips that are not here."""
     from rich.table import Table
 
-    from pallas_kernels import flash_attention, paged_attention, ssd, targets
+    from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, ssd, targets
 
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
@@ -301,13 +301,13 @@ def kernels(arguments: list[str]) -> int:
     if unknown := [one for one in arguments if one not in targets.TARGETS]:
         raise ConfigError("target", unknown[0], f"must be some of {', '.join(targets.TARGETS)}")
     console, chosen = _console(), [targets.TARGETS[one] for one in arguments or targets.TARGETS]
-    for op in (paged_attention, flash_attention, ssd):
+    for op in (paged_attention, paged_prefill, kv_write, flash_attention, ssd):
         console.print(f"{op.__name__.rsplit('.', 1)[-1]}: here {', then '.join(op.implementations())}")
     status = 0
     for backend in dict.fromkeys(one.backend for one in chosen):
-        said = targets.simulate(backend)
-        status |= said.startswith("FAILED")
-        console.print(f"paged_attention for {backend}s, simulated with race detection: {said}")
+        for op, said in targets.simulate(backend).items():
+            status |= said.startswith("FAILED")
+            console.print(f"{op} for {backend}s, simulated with race detection: {said}")
     table = Table(*targets.HEADER)
     for target in chosen:
         if reason := targets.missing(target):

@@ -1,8 +1,25 @@
 """How an op picks its implementation: `None` takes the best that is guaranteed to work here, a name is honoured or refused."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
+
+_recorders: list[dict[str, set[str]]] = []
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, set[str]]]:
+    """Of every op that is called, or traced, inside by any thread: the names of the implementations that were taken.
+
+    What was compiled before is not traced again, and leaves no name."""
+    taken: dict[str, set[str]] = {}
+    _recorders.append(taken)
+    try:
+        yield taken
+    finally:
+        _recorders[:] = [one for one in _recorders if one is not taken]
+
 
 
 def select(
@@ -18,8 +35,10 @@ def select(
     """
     available = {name: run for name, run in implementations.items() if name not in refused}
     if implementation is None:
-        return next(iter(available.items()))
+        implementation = next(iter(available))
     if implementation not in available:
         reason = f"cannot run here: {refused[implementation]}" if implementation in refused else "is not available here"
         raise ValueError(f"{op}: implementation = {implementation!r} {reason}; legal: None, {', '.join(available)}")
+    for taken in _recorders:
+        taken.setdefault(op, set()).add(implementation)
     return implementation, available[implementation]

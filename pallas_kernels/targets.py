@@ -1,6 +1,6 @@
 """Compiles kernels for chips that are not here, down to machine code, and says what they take.
 
-    python -m pallas_kernels.targets [--json results.json] [--table docs/kernels.md]      # `make kernels-check`
+    python -m pallas_kernels.targets [--dims 128] [--json results.json] [--table docs/kernels.md]      # `make kernels-check`
 
 Each target is compiled in a process of its own, since the compilers speak to standard error and remember their platform. They
 come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
@@ -8,9 +8,11 @@ come from `pallas_kernels/compilers.txt`, in an environment apart; where one is 
 
 import argparse
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,10 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from pallas_kernels.formats import FORMATS
 
 INSTALL = "run `make kernels-check`, which builds the environment with the compilers"
 GPU_DESCRIPTION = """
@@ -72,34 +77,53 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One compilation of an op: 32 sequences of 4,096 tokens, 32 query heads on 8 KV heads."""
+    """One compilation of an op: 32 sequences of 4,096 tokens, 32 query heads on 8 KV heads; a chunk is of 256 tokens each. `format`
+    is the pages', scaled `per` token or channel where it is quantised."""
 
     op: str
-    dtype: str
+    format: str
     head_dim: int
-    num_queries: int
-    lists: str = "sequence"
-    """Whether each sequence lists its pages, or each "KV head" its own, with valid slots."""
+    per: str = ""
+    extra: str = ""
+    """What is asked for beside: "lists" of each KV head with valid slots, page "mass", "decode" of one token each to write."""
+
+    @property
+    def num_queries(self) -> int:
+        """New tokens of each sequence."""
+        return 1 if self.op == "paged_attention" or self.extra == "decode" else 256
 
     @property
     def page_bytes(self) -> int:
-        """Keys and values that must move: live bytes once."""
-        itemsize = {"float32": 4}.get(self.dtype, 2)
-        return 32 * 4096 * 8 * 2 * self.head_dim * itemsize
+        """Keys and values that must move: live bytes once, with their scales; to write, the tokens in 16 bits and what they become."""
+        bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4}.get(self.format, 16)
+        a_token = 2 * self.head_dim * bits // 8 + (2 * 4 if self.per == "token" else 0)
+        if self.op == "kv_write":
+            return 32 * self.num_queries * 8 * (a_token + 2 * self.head_dim * max(2, bits // 16))
+        return 32 * 4096 * 8 * a_token
 
 
-def shapes(backend: str) -> list[Shape]:
-    """What is compiled for a backend: every type and head dim for decoding, and a chunk."""
-    dtypes = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
-    return [Shape("paged_attention", dtype, dim, 1) for dtype in dtypes for dim in (64, 128, 256)] + [
-        Shape("paged_attention", "bfloat16", 128, 256),
-        Shape("paged_attention", "bfloat16", 128, 1, "KV head"),
+OPS = ("paged_attention", "paged_prefill", "kv_write")
+DIMS = (64, 128, 256)
+
+
+def shapes(backend: str, dims: Sequence[int] = DIMS) -> list[Shape]:
+    """What is compiled for a backend: every op, format and head dim, and what may be asked for beside."""
+    plain = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
+    formats = [(one, "") for one in plain] + [(one, per) for per in ("token", "channel") for one in FORMATS]
+    found = [Shape(op, format, dim, per) for op in OPS for format, per in formats for dim in dims]
+    return found + [
+        Shape("paged_attention", "bfloat16", 128, extra="lists"),
+        Shape("paged_attention", "bfloat16", 128, extra="mass"),
+        Shape("paged_attention", "int8", 128, "token", extra="mass"),
+        Shape("kv_write", "bfloat16", 128, extra="decode"),
+        Shape("kv_write", "int8", 128, "token", extra="decode"),
     ]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one compilation. `on_chip_bytes` is shared memory; `temp_bytes` what XLA adds around the kernel."""
+    """What became of one compilation. `on_chip_bytes` is the shared memory of a thread block, or what lies in VMEM at once (blocks of
+    the grid twice); `temp_bytes` what XLA adds around the kernel; `estimate_us` the time that XLA's own cost model gives."""
 
     target: str
     shape: Shape
@@ -108,6 +132,7 @@ class Compiled:
     spilled_bytes: int | None = None
     on_chip_bytes: int | None = None
     temp_bytes: int = 0
+    estimate_us: float | None = None
     error: str = ""
 
     @property
@@ -126,10 +151,11 @@ def missing(target: Target) -> str | None:
     return None if found else f"no compiler ({module} is not installed): {INSTALL}"
 
 
-def compile_for(target: Target) -> list[Compiled]:
+def compile_for(target: Target, dims: Sequence[int] = DIMS) -> list[Compiled]:
     """Every shape of the target's backend, in a process of its own. A compiler that is missing is each one's error."""
+    wanted = shapes(target.backend, dims)
     if reason := missing(target):
-        return [Compiled(target.name, shape, error=reason) for shape in shapes(target.backend)]
+        return [Compiled(target.name, shape, error=reason) for shape in wanted]
     variables = {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -137,14 +163,14 @@ def compile_for(target: Target) -> list[Compiled]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    command = [sys.executable, "-m", "pallas_kernels.targets", "--worker", target.name]
+    command = [sys.executable, "-m", "pallas_kernels.targets", "--worker", target.name, "--dims", *map(str, dims)]
     said = subprocess.run(
         command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     ).stdout.decode(errors="replace")
     found = list(_read(target, said))
     done = {one.shape for one in found}
     died = said.strip().splitlines()[-1:] or ["the compiler's process said nothing"]
-    return found + [Compiled(target.name, one, error=died[0]) for one in shapes(target.backend) if one not in done]
+    return found + [Compiled(target.name, one, error=died[0]) for one in wanted if one not in done]
 
 
 MARK = "== compiled "
@@ -157,35 +183,65 @@ def _read(target: Target, said: str) -> Iterator[Compiled]:
         yield Compiled(target.name, **(own := json.loads(line.removeprefix(MARK))) | {"shape": Shape(**own["shape"])})
 
 
-def _work(target: Target) -> None:
+def _work(target: Target, dims: Sequence[int]) -> None:
     """In the worker: compiles every shape and prints a line for each."""
     compile_one = {"gpu": _gpu_compiler, "tpu": _tpu_compiler}[target.backend](target)
-    for shape in shapes(target.backend):
+    for shape in shapes(target.backend, dims):
         began = time.perf_counter()
         outcome: dict[str, Any] = {"shape": asdict(shape)}
         with _Overheard() as heard:
             try:
-                compiled = compile_one(shape)
+                compiled, outcome["on_chip_bytes"] = compile_one(shape)
                 outcome["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+                outcome["estimate_us"] = _estimate_us(compiled)
             except Exception as error:  # whatever a compiler refuses is an answer
                 outcome["error"] = re.sub(r".*error +: ", "", str(error).strip().splitlines()[0])
         outcome["seconds"] = time.perf_counter() - began
         if target.backend == "gpu" and "error" not in outcome:
-            outcome |= _resources(heard.text, shape)
+            outcome |= _resources(heard.text)
         print(f"{MARK}{json.dumps(outcome)}", flush=True)
 
 
-def _resources(remarks: str, shape: Shape) -> dict[str, int]:
-    """Registers and spills as ptxas reports them; shared memory as the kernel asks for it."""
-    from pallas_kernels.paged_attention import gpu
+def _estimate_us(compiled: Any) -> float | None:
+    """What XLA's cost model says of a program, where it says how long."""
+    costs = compiled.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    seconds = (costs or {}).get("optimal_seconds")
+    return seconds * 1e6 if seconds and seconds > 0 else None
 
+
+def _resources(remarks: str) -> dict[str, int]:
+    """Registers and spills as ptxas reports them."""
     registers = max(map(int, re.findall(r"[Uu]sed (\d+) registers", remarks)))
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", remarks)))
-    return {
-        "registers": registers,
-        "spilled_bytes": spilled,
-        "on_chip_bytes": gpu.ring(shape.head_dim, shape.head_dim, 2)[1],
-    }
+    return {"registers": registers, "spilled_bytes": spilled}
+
+
+def on_chip_bytes(jaxpr: Any) -> int:
+    """The shared memory, or VMEM, that the kernels in a program keep at once: the most of any."""
+    most = 0
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, equation.params.get("jaxpr")
+        inner = getattr(inner, "jaxpr", inner)
+        mine = 0
+        if name in ("pallas_call", "run_scoped") and inner is not None:
+            for variable in inner.invars:
+                space, shape = str(getattr(variable.aval, "memory_space", "")), list(getattr(variable.aval, "shape", ()))
+                dtype = getattr(variable.aval, "dtype", None)
+                if getattr(dtype, "itemsize", None) is None or "barrier" in str(dtype) or "sem" in str(dtype):
+                    continue
+                if space in ("vmem", "default") and len(shape) >= 2:  # whole registers of 8 x 128 words
+                    rows = 32 // dtype.itemsize
+                    shape[-2:] = [-(-shape[-2] // rows) * rows, -(-shape[-1] // 128) * 128]
+                copies = {"smem": int(name == "run_scoped"), "vmem": 1, "default": 2}.get(space, 0)
+                mine += copies * math.prod(shape) * dtype.itemsize
+        for parameter in equation.params.values():
+            for one in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                one = getattr(one, "jaxpr", one)
+                if hasattr(one, "eqns"):
+                    mine = max(mine, on_chip_bytes(one))
+        most = max(most, mine)
+    return most
 
 
 class _Overheard:
@@ -208,21 +264,45 @@ class _Overheard:
         self.text = self._file.read().decode(errors="replace")
 
 
-def _arguments(shape: Shape, page_size: int, sharding: Any) -> list[Any]:
+def _call(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
     import jax
     import jax.numpy as jnp
 
-    batch, table_len, dtype = 32, 4096 // page_size, jnp.dtype(shape.dtype)
+    from pallas_kernels.formats import Quantised
+
+    batch, table_len, dim = 32, 4096 // page_size, shape.head_dim
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
-    pool = array(batch * table_len + 1, 8, page_size, shape.head_dim, of=dtype)
-    heads = () if shape.lists == "sequence" else (8,)
+    leading = batch * table_len + 1, 8, page_size
+    dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
+    if shape.format in FORMATS:
+        payload = array(*leading, dim // 2 if shape.format == "int4" else dim, of=FORMATS[shape.format])
+        scales = array(*leading[:2], page_size if shape.per == "token" else dim, of=jnp.float32)
+        pool: Any = Quantised(payload, scales, "token" if shape.per == "token" else "channel")
+    else:
+        pool = array(*leading, dim, of=dtype)
+    module = importlib.import_module(f"pallas_kernels.{shape.op}.{backend}")
+    if shape.op == "kv_write":
+        tokens = array(batch, shape.num_queries, 8, dim, of=dtype)
+        return module.kv_write, [pool, pool, tokens, tokens, array(batch, shape.num_queries)]
+    heads = (8,) if shape.extra == "lists" else ()
     table = array(batch, *heads, table_len)
-    valid = array(batch, *heads, table_len, page_size, of=jnp.bool) if heads else None
-    queries = array(batch, shape.num_queries, 32, shape.head_dim, of=dtype)
-    return [queries, pool, pool, table, table, array(batch, shape.num_queries), array(batch), valid]
+    options |= {"window": None, "num_sinks": 0, "soft_cap": None, "scale": dim**-0.5}
+    options["with_page_mass"] = shape.extra == "mass"
+    queries = array(batch, shape.num_queries, 32, dim, of=dtype)
+    of_each = array(batch, shape.num_queries) if shape.op == "paged_attention" else array(batch)
+    arrays = [pool, pool, queries, table, table, of_each, array(batch)]
+    if heads:
+        arrays.append(array(batch, *heads, table_len, page_size, of=jnp.bool))
+
+    def run(keys: Any, values: Any, queries: Any, *rest: Any) -> Any:
+        valid = rest[4] if heads else None
+        return getattr(module, shape.op)(queries, keys, values, *rest[:4], valid_slots=valid, **options)
+
+    return run, arrays
 
 
 def _gpu_compiler(target: Target) -> Callable[[Shape], Any]:
@@ -230,20 +310,14 @@ def _gpu_compiler(target: Target) -> Callable[[Shape], Any]:
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from pallas_kernels.paged_attention import gpu
-
     topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target.description)
     sharding = SingleDeviceSharding(topology.devices[0])
+    chip = "blackwell" if target.name == "B200" else "hopper"
 
     def compile_one(shape: Shape) -> Any:
-        def run(*arrays: Any, valid: Any) -> Any:
-            scale = shape.head_dim**-0.5
-            options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": scale}
-            return gpu.paged_attention(*arrays, valid_slots=valid, **options)
-
-        *arrays, valid = _arguments(shape, 64, sharding)
-        traced = jax.jit(run).trace(*arrays, valid=valid)
-        return traced.lower(lowering_platforms=("cuda",)).compile()
+        run, arrays = _call(shape, "gpu", 64, sharding, chip=chip)
+        traced = jax.jit(run, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
     return compile_one
 
@@ -253,60 +327,67 @@ def _tpu_compiler(target: Target) -> Callable[[Shape], Any]:
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    from pallas_kernels.paged_attention import tpu
-
     device = topologies.get_topology_desc(platform="tpu", topology_name=target.description).devices[0]
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), abstract_device=abstract)
     sharding = SingleDeviceSharding(device)
 
     def compile_one(shape: Shape) -> Any:
-        def run(*arrays: Any, valid: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh):
-                scale = shape.head_dim**-0.5
-                options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": scale}
-                return tpu.paged_attention(*arrays, valid_slots=valid, **options)
+        run, arrays = _call(shape, "tpu", 128, sharding)
 
-        *arrays, valid = _arguments(shape, 128, sharding)
-        return jax.jit(run).trace(*arrays, valid=valid).lower().compile()
+        def under_mesh(*arrays: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh):
+                return run(*arrays)
+
+        traced = jax.jit(under_mesh, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower().compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
     return compile_one
 
 
-def simulate(backend: str) -> str:
-    """Runs a backend's kernel in its simulator on cases of `proof`; says what came of it."""
-    from pallas_kernels.paged_attention import gpu, proof, tpu
+def simulate(backend: str) -> dict[str, str]:
+    """Runs a backend's kernels in their simulator on cases of each op's `proof`; says of each op what came of it."""
+    from pallas_kernels.kv_write import proof as write_proof
+    from pallas_kernels.paged_attention import proof
 
-    cases = (
-        "lengths 0, 1, page, page + 1; an empty one first and last",
-        "a chunk in two tiles, window, sinks, soft cap",
-    )
     if backend == "gpu":
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        kernels = [functools.partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))]
+        modes: list[Any] = [plgpu.InterpretGPUParams(detect_races=True)]
     else:
         from jax.experimental.pallas import tpu as pltpu
 
-        kernels = [
-            functools.partial(
-                tpu.paged_attention,
-                interpret=pltpu.InterpretParams(
-                    detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
-                ),
+        modes = [
+            pltpu.InterpretParams(
+                detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
             )
             for mode in ("on_wait", "eager")
         ]
-    with _Overheard() as heard:
-        try:
-            for kernel in kernels:
-                for name in cases:
-                    proof.check(kernel, **proof.CASES[name], dtype="bfloat16")
-        except Exception as error:  # a race, a wrong answer, or a simulator that could not go on
-            return f"FAILED: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    if "RACE" in heard.text:  # which jax 0.11 prints and does not raise
-        return "FAILED: a race"
-    return f"{len(kernels) * len(cases)} cases right, no race"
+    chunk = {"lengths": [70, 3], "num_queries": 40, "group": 2, "prefill": True}
+    cases = {
+        "paged_attention": [
+            proof.CASES["lengths 0, 1, page, page + 1; an empty one first and last"],
+            proof.CASES["int8 by token, window, soft cap"],
+        ],
+        "paged_prefill": [chunk],
+        "kv_write": [write_proof.CASES["one token each, some dropped"], write_proof.CASES["int8 by token"]],
+    }
+
+    def verdict(op: str) -> str:
+        check = write_proof.check if op == "kv_write" else proof.check
+        run = getattr(importlib.import_module(f"pallas_kernels.{op}.{backend}"), op)
+        with _Overheard() as heard:
+            try:
+                for mode in modes:
+                    for case in cases[op]:
+                        check(functools.partial(run, interpret=mode), **case, dtype="bfloat16")
+            except Exception as error:  # a race, a wrong answer, or a simulator that could not go on
+                return f"FAILED: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if "RACE" in heard.text:  # which jax 0.11 prints and does not raise
+            return "FAILED: a race"
+        return f"{len(modes) * len(cases[op])} cases right, no race"
+
+    return {op: verdict(op) for op in OPS}
 
 
 HEADER = (
@@ -314,12 +395,12 @@ HEADER = (
     "target",
     "pages",
     "head dim",
-    "queries",
-    "lists",
+    "beside",
     "compiled",
     "registers",
     "spills",
-    "shared memory",
+    "on chip",
+    "XLA's estimate",
     "floor",
 )
 
@@ -330,14 +411,14 @@ def row(one: Compiled) -> tuple[str, ...]:
     return (
         shape.op,
         one.target,
-        shape.dtype,
+        f"{shape.format} by {shape.per}" if shape.per else shape.format,
         str(shape.head_dim),
-        str(shape.num_queries),
-        shape.lists,
+        shape.extra or dash,
         f"no: {one.error}" if one.error else f"{one.seconds:.1f} s",
         dash if one.registers is None else str(one.registers),
         dash if one.spilled_bytes is None else f"{one.spilled_bytes} B",
         dash if one.on_chip_bytes is None else f"{one.on_chip_bytes / 1024:.0f} KiB",
+        dash if one.estimate_us is None else f"{one.estimate_us:.0f} us",
         f"{one.floor_us:.0f} us",
     )
 
@@ -359,10 +440,9 @@ def write_table(path: Path, compiled: Sequence[Compiled]) -> None:
 
 
 def failures(compiled: Sequence[Compiled]) -> list[str]:
-    """What must not be: a kernel that does not compile for a chip it is made for, or that spills there."""
-    made_for = [one for one in compiled if one.target != "B200"]  # whose tensor cores take other instructions
-    return [f"{one.shape} for {one.target}: {one.error}" for one in made_for if one.error] + [
-        f"{one.shape} for {one.target}: spills {one.spilled_bytes} bytes" for one in made_for if one.spilled_bytes
+    """What must not be: a kernel that does not compile for a chip, or that spills there."""
+    return [f"{one.shape} for {one.target}: {one.error}" for one in compiled if one.error] + [
+        f"{one.shape} for {one.target}: spills {one.spilled_bytes} bytes" for one in compiled if one.spilled_bytes
     ]
 
 
@@ -373,16 +453,25 @@ def main() -> int:
     parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write every result here")
     parser.add_argument("--table", type=Path, help="a page whose table is to be renewed")
+    parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dims (default: all)")
     options = parser.parse_args()
     if options.worker:
-        _work(TARGETS[options.worker])
+        _work(TARGETS[options.worker], options.dims)
         return 0
     if unknown := [one for one in options.targets if one not in TARGETS]:
         parser.error(f"target = {unknown[0]!r}: must be some of {', '.join(TARGETS)}")
-    compiled = []
-    for target in (TARGETS[one] for one in options.targets or TARGETS):
-        compiled += compile_for(target)
-        print(markdown(compiled[-len(shapes(target.backend)) :]).split("\n", 2)[2], end="", flush=True)
+    chosen = [TARGETS[one] for one in options.targets or TARGETS]
+
+    def of_backend(backend: str) -> list[Compiled]:
+        found = []
+        for target in chosen:
+            if target.backend == backend:
+                found.append(compile_for(target, options.dims))
+                print(markdown(found[-1]).split("\n", 2)[2], end="", flush=True)
+        return sum(found, [])
+
+    with ThreadPoolExecutor(2) as pool:  # the compilers of the two run side by side
+        compiled = sum(pool.map(of_backend, ("gpu", "tpu")), [])
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         found = {"date": date.today().isoformat(), "versions": versions, "compiled": [asdict(one) for one in compiled]}

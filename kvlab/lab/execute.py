@@ -23,6 +23,7 @@ from kvlab.training.checkpoint import Checkpoints
 from kvlab.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from kvlab.training.loop import TrialResult, params_digest, train
 from kvlab.typing import Params
+from pallas_kernels.selection import recording
 
 
 def execute(config: Config) -> str:
@@ -35,7 +36,7 @@ def execute(config: Config) -> str:
             return "interrupted"
         keep_freed_memory()
         jax.clear_caches()  # programs of earlier runs in this process would only accumulate
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, recording() as taken:
             began = time.monotonic()
             origin = provenance()
             run.begin(origin)
@@ -48,6 +49,12 @@ def execute(config: Config) -> str:
                 "seed": config.seed,
                 "provenance": origin,
             }
+
+            def finish(**outcome: Any) -> None:
+                """The record says which kernels ran: all caches were empty, so each was traced."""
+                origin["implementations"] = {op: "+".join(sorted(names)) for op, names in sorted(taken.items())}
+                run.finish({**base, **outcome, "wall_s": time.monotonic() - began})
+
             try:
                 result = _run(config, run, stop)
             except (Interrupted, KeyboardInterrupt) as error:
@@ -58,9 +65,9 @@ def execute(config: Config) -> str:
                 if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
                     reason = f"out of memory: {explain_out_of_memory(config)} ({reason.splitlines()[0]})"
                 (run.directory / "traceback.txt").write_text(traceback.format_exc())
-                run.finish({**base, "status": "failed", "reason": reason, "wall_s": time.monotonic() - began})
+                finish(status="failed", reason=reason)
                 return "failed"
-            run.finish({**base, "status": "done", **result, "wall_s": time.monotonic() - began})
+            finish(status="done", **result)
             return "done"
 
 

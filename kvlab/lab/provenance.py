@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions, device, flags and the kernel implementations that really ran."""
+"""Where a number comes from: code, versions, device, flags and kernel implementations."""
 
 import importlib.metadata
 import os
@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 
-import pallas_kernels.flash_attention
-import pallas_kernels.paged_attention
-import pallas_kernels.ssd
+from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, ssd
 
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
 
 
 def provenance() -> dict[str, Any]:
-    """Everything but the config, as plain data."""
+    """Everything but the config, as plain data. `implementations` are those that would be taken; the record of a run that has ended
+    names those that were."""
     commit, dirty = _git()
     device = jax.devices()[0]
     return {
@@ -34,7 +33,7 @@ def provenance() -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "implementations": {
             op.__name__.rsplit(".", 1)[-1]: next(iter(op.implementations()))
-            for op in (pallas_kernels.paged_attention, pallas_kernels.flash_attention, pallas_kernels.ssd)
+            for op in (paged_attention, paged_prefill, kv_write, flash_attention, ssd)
         },
     }
 

@@ -15,7 +15,9 @@ from kvlab.memory.classes import StateClass
 from kvlab.memory.plan import ClassPlan
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.masking import masked_softmax, visible
+from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_prefill import paged_prefill
 
 type Pool = dict[str, Any]
 """Arrays of one layer's state by name: token states [P, K, page, D], recurrent states [slots, ...]."""
@@ -51,17 +53,8 @@ class TokenMemory(Protocol):
 
 def write_tokens(pool: Pool, plan: ClassPlan, keys: Keys, values: Values) -> Pool:
     """A pool with keys and values in their slots; a slot is (page, offset), and an index past the pool drops the write."""
-    page_size = pool["keys"].shape[2]
-    slots = jnp.asarray(plan.write_slots)
-    pages, offsets = slots // page_size, slots % page_size
-
-    def written(array: Array, new: Array) -> Array:
-        # 8-bit numbers are stored as bits: XLA on CPU widens a scatter of anything else of that size, pool and all.
-        if array.dtype == jnp.uint8 and new.dtype.itemsize == 1:
-            new = jax.lax.bitcast_convert_type(new, jnp.uint8)
-        return array.at[pages, :, offsets].set(new.astype(array.dtype), mode="drop")
-
-    return {name: written(pool[name], new) for name, new in (("keys", keys), ("values", values))}
+    written = kv_write(pool["keys"], pool["values"], keys, values, jnp.asarray(plan.write_slots))
+    return pool | dict(zip(("keys", "values"), written, strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +64,8 @@ class PagedTokens:
 
     pool: Pool
     plan: Any  # ClassPlan; pytrees are rebuilt with placeholders, so fields are not checked at run time
-    lens: Any  # [B] tokens stored once this step has written
+    starts: Any  # [B] tokens already stored
+    counts: Any  # [B] new tokens in this step
 
     def append(self, keys: Keys, values: Values) -> "PagedTokens":
         return replace(self, pool=write_tokens(self.pool, self.plan, keys, values))
@@ -79,19 +73,12 @@ class PagedTokens:
     def attend(
         self, queries: Queries, positions: Positions, *, window: int | None, num_sinks: int, soft_cap: float | None
     ) -> HeadOutputs:
-        outputs, _ = paged_attention(
-            queries,
-            self.pool["keys"],
-            self.pool["values"],
-            jnp.asarray(self.plan.pages),
-            jnp.asarray(self.plan.page_starts),
-            positions,
-            self.lens,
-            window=window,
-            num_sinks=num_sinks,
-            soft_cap=soft_cap,
-        )
-        return outputs
+        tables = jnp.asarray(self.plan.pages), jnp.asarray(self.plan.page_starts)
+        memory = queries, self.pool["keys"], self.pool["values"], *tables
+        options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "soft_cap": soft_cap}
+        if queries.shape[1] > 1:
+            return paged_prefill(*memory, self.starts, self.counts, **options)[0]
+        return paged_attention(*memory, positions, self.starts + self.counts, **options)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +162,9 @@ def view(state: StateClass, pool: Pool, plan: ClassPlan, starts: Counts, counts:
     """A pool joined with a step's plan."""
     if not state.spec.per_token:
         return StateSlots(pool, plan, starts, counts)
-    return (DenseTokens if state.contiguous else PagedTokens)(pool, plan, starts + counts)
+    if state.contiguous:
+        return DenseTokens(pool, plan, starts + counts)
+    return PagedTokens(pool, plan, starts, counts)
 
 
 def copy_pages(pool: Pool, sources: Array, destinations: Array) -> Pool:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, Scaling, arrays_of, inverses
 from pallas_kernels.kv_write.reference import channel_scales, places
-from pallas_kernels.tensor_cores import ROWS, shared
+from pallas_kernels.tensor_cores import ROWS, Chip, shared
 
 STEP = 32
 """Columns that are turned into numbers at once."""
@@ -55,9 +55,11 @@ def kv_write(
     values: Float[Array, "B T K Dv"],
     write_slots: Int32[Array, "B T"],
     *,
+    chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[Pages, Pages]:
-    """See `api.kv_write`."""
+    """See `api.kv_write`. It multiplies nothing: it is the same for every `chip`."""
+    del chip
     num_pages, num_kv_heads, page_size = key_pages.shape[:3]
     unit = min(page_size, ROWS)
     begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)

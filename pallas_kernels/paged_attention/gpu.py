@@ -30,6 +30,7 @@ from pallas_kernels.paged_attention.pages import (
     WORD,
     any_lists,
     bounds,
+    cost,
     live_pages,
     merge,
     packed,
@@ -224,6 +225,7 @@ def paged_attention(
         scratch_types=[*scratch.values(), *accumulating],
         grid=(len(pieces), num_kv_heads),
         grid_names=("piece", "head"),
+        cost_estimate=cost(key_pages, value_pages, pages.size * page_size * num_kv_heads, tile_rows),
         num_threads=2,
         thread_name="warpgroup",
         interpret=interpret,
@@ -668,9 +670,11 @@ class _Piece:
         nothing = plgpu.layout_cast(jnp.zeros((BLOCK_LEN,), jnp.int32), self.down)
         readable = lax.fori_loop(0, self.last.shape[1], of_token, nothing)
         readable = jnp.where(self.only_valid(readable > 0, slots, bits), 1, 0)
-        for columns in _stripes(self.values.shape[2]):
+        # With the columns that products take at once, or fewer, as it spills less: of one half 32 bytes else, of two the other way.
+        step = self.steps["values"] if self.num_halves == 1 else _stripes(self.values.shape[2])[0].size
+        for at in range(0, self.values.shape[2], step):
             for part in range(self.num_halves):
-                values = self.values.at[place * self.num_halves + part, :, columns]
+                values = self.values.at[place * self.num_halves + part, :, pl.ds(at, step)]
                 kept = plgpu.load(values, layout=plgpu.Layout.WGMMA)
                 keeps = lax.broadcast_in_dim(readable, kept.shape, [0]) > 0
                 values[...] = jnp.where(keeps, kept, jnp.zeros((), kept.dtype))

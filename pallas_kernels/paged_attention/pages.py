@@ -1,15 +1,17 @@
 """What every kernel asks of XLA before and after: which pages are live, how to share them out, how to put parts together."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jaxtyping import Bool, Float, Int32, Shaped
 
-from pallas_kernels.formats import Pages, each_array
+from pallas_kernels.formats import Pages, arrays_of, each_array
 from pallas_kernels.masking import NOWHERE
 
 ENOUGH = 8
@@ -140,6 +142,17 @@ def page_mass(
     shares = jnp.where(live[..., None], jnp.exp(page_log_sum_exp - finite[..., None, :]), 0)
     places = jnp.broadcast_to(jnp.argsort(order, axis=-1)[..., None], shares.shape)
     return jnp.take_along_axis(shares, places, axis=-2).swapaxes(-1, -2)
+
+
+def cost(key_pages: Pages, value_pages: Pages, num_tokens: int, num_rows: int) -> pl.CostEstimate:
+    """What a scheduler is told of a kernel that has `num_rows` queries attend to each of `num_tokens` listed, over all heads."""
+    num_slots = math.prod(key_pages.shape[:3])
+    num_bytes = sum(one.size * one.dtype.itemsize for pool in (key_pages, value_pages) for one in arrays_of(pool))
+    return pl.CostEstimate(
+        flops=2 * num_tokens * num_rows * (key_pages.shape[3] + value_pages.shape[3]),
+        transcendentals=num_tokens * num_rows,
+        bytes_accessed=num_bytes * num_tokens // num_slots,
+    )
 
 
 def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, table_len: int) -> Int32[Array, "pieces 3"]:

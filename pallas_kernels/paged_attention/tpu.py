@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.formats import FORMATS, Quantised, arrays_of, unpacked
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, live_pages, packed, page_mass, tiled
+from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, cost, live_pages, packed, page_mass, tiled
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -140,6 +140,7 @@ def paged_attention(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=cost(key_pages, value_pages, items * table_len * page_size, num_rows),
         interpret=interpret,
         name="paged_attention",
     )(counts, tables, tables, rows, ends, ends.swapaxes(1, 2), *pools)
