@@ -65,8 +65,8 @@ def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_
     """Where debugging is on: raises ValueError for a page that two rows write into, or one twice, and for the tokens of a row that do
     not go to consecutive positions."""
 
-    def check(slots: Array) -> None:
-        slots = np.asarray(slots)
+    def check(given: Array) -> None:
+        slots = np.asarray(given)
         inside = (slots >= 0) & (slots < num_pages * page_size)
         owners: dict[int, tuple[int, int]] = {}
         offsets: dict[int, int] = {}

@@ -9,6 +9,7 @@ tile holds its two halves and need not interleave them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -28,7 +29,7 @@ INVERSE = {format: float(np.float32(1) / np.float32(largest)) for format, larges
 """One over it: compilers divide by constants in ways of their own, and scales are to be the same everywhere."""
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per"])
 @dataclass(frozen=True)
 class Quantised:
     """Pages [P, K, page, D] (or any tiles [..., page, D]) of a format of `FORMATS`. What a slot holds is payload * scale.
@@ -39,7 +40,7 @@ class Quantised:
 
     payload: Any
     scales: Any
-    per: Scaling = jax.tree.static(default="token")
+    per: Scaling = "token"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,11 +83,11 @@ type Pages = Array | Quantised
 
 
 def format_of(pages: Pages) -> str:
-    """"int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
+    """ "int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
     return pages.format if isinstance(pages, Quantised) else pages.dtype.name
 
 
-def each_array[T: (Array, Quantised)](pages: T, do: Callable[[Array], Array]) -> T:
+def each_array(pages: Pages, do: Callable[[Array], Array]) -> Pages:
     """`do` with every array of pages: for what concerns the axes [P, K], which all of them begin with."""
     return pages.each(do) if isinstance(pages, Quantised) else do(pages)
 

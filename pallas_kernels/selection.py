@@ -21,7 +21,6 @@ def recording() -> Iterator[dict[str, set[str]]]:
         _recorders[:] = [one for one in _recorders if one is not taken]
 
 
-
 def select(
     op: str,
     implementation: str | None,

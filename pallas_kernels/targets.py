@@ -111,7 +111,8 @@ def shapes(backend: str, dims: Sequence[int] = DIMS) -> list[Shape]:
     plain = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
     formats = [(one, "") for one in plain] + [(one, per) for per in ("token", "channel") for one in FORMATS]
     found = [Shape(op, format, dim, per) for op in OPS for format, per in formats for dim in dims]
-    return found + [
+    return [
+        *found,
         Shape("paged_attention", "bfloat16", 128, extra="lists"),
         Shape("paged_attention", "bfloat16", 128, extra="mass"),
         Shape("paged_attention", "int8", 128, "token", extra="mass"),
@@ -226,8 +227,11 @@ def on_chip_bytes(jaxpr: Any) -> int:
         mine = 0
         if name in ("pallas_call", "run_scoped") and inner is not None:
             for variable in inner.invars:
-                space, shape = str(getattr(variable.aval, "memory_space", "")), list(getattr(variable.aval, "shape", ()))
-                dtype = getattr(variable.aval, "dtype", None)
+                space, shape = (
+                    str(getattr(variable.aval, "memory_space", "")),
+                    list(getattr(variable.aval, "shape", ())),
+                )
+                dtype: Any = getattr(variable.aval, "dtype", None)
                 if getattr(dtype, "itemsize", None) is None or "barrier" in str(dtype) or "sem" in str(dtype):
                     continue
                 if space in ("vmem", "default") and len(shape) >= 2:  # whole registers of 8 x 128 words

@@ -21,6 +21,19 @@ type Add = Callable[..., None]
 """Adds a [64, k] @ b [k, n], both in shared memory, to what is being summed; `first`: begins the sum anew."""
 
 
+class Named:
+    """What a kernel works with, by name: its refs, which depend on what is asked for, and sizes that are known when it is traced."""
+
+    def __init__(self, named: dict[str, Any]) -> None:
+        self.named = named
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["named"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def this_chip() -> Chip:
     """That of the process' first device; Hopper where it is no GPU."""
     capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
@@ -35,8 +48,9 @@ def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | 
     swizzle = next((one for one in (128, 64, 32) if width * size % one == 0 and one <= widest), None)
     if swizzle is None:
         return plgpu.SMEM(shape, dtype)
-    tiling: Any = plgpu.TilingTransform((8, swizzle // size))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+    tiling: Any = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]
+    swizzling: Any = plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
 def accumulators(chip: Chip, *widths: int) -> list[Any]:

@@ -14,8 +14,8 @@ from jax import Array
 from kvlab.memory.classes import StateClass
 from kvlab.memory.plan import ClassPlan
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
-from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.kv_write import kv_write
+from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_prefill import paged_prefill
 

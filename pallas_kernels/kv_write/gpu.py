@@ -19,7 +19,7 @@ from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, Scaling, arrays_of, inverses
 from pallas_kernels.kv_write.reference import channel_scales, places
-from pallas_kernels.tensor_cores import ROWS, Chip, shared
+from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared
 
 STEP = 32
 """Columns that are turned into numbers at once."""
@@ -185,18 +185,18 @@ def _stored(halves: list[Array], dtype: Any) -> Array:
     return ((low & 15) | lax.shift_left(high & 15, 4)).astype(dtype)
 
 
-class _Tile:
+class _Tile(Named):
     """Keys or values of one tile and head, in the kernel."""
 
     def __init__(self, refs: dict[str, Any], **options: Any) -> None:
-        self.__dict__ |= refs | options
+        super().__init__(refs | options)
         self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
 
     def fetch(self) -> None:
         rows = self.source.at[pl.ds(self.begins[self.tile], self.num_rows), self.head]
         for into in ("tokens", "token_rows"):  # the latter to read one by one
-            if into in self.__dict__:
-                plgpu.copy_gmem_to_smem(rows, self.__dict__[into].at[pl.ds(0, self.num_rows)], self.arrived)
+            if into in self.named:
+                plgpu.copy_gmem_to_smem(rows, self.named[into].at[pl.ds(0, self.num_rows)], self.arrived)
 
     def leave(self) -> None:
         """Into the pages."""
@@ -303,7 +303,7 @@ class _Tile:
                 halves.append(_numbers(exact, inverse, self.payload.dtype))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
             made = _stored(halves, wide)
-            if ROWS > self.unit:  # the other rows are other pages'
+            if self.unit < ROWS:  # the other rows are other pages'
                 rows = plgpu.broadcasted_iota(jnp.int32, made.shape, 0, layout=plgpu.Layout.WGMMA)
                 old = plgpu.load(self.payload.at[:, into], layout=plgpu.Layout.WGMMA).astype(wide)
                 mine = (rows >= number * self.unit) & (rows < (number + 1) * self.unit)

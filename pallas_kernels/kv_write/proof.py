@@ -21,7 +21,13 @@ CASES: dict[str, dict[str, Any]] = {
     "fp8 by token, one token each": {"counts": [1, 1, 1], "begins": [0, 33, 63], "format": "fp8", "page_size": 64},
     "int4 by token": {"counts": [40, 32], "begins": [31, 0], "format": "int4", "dims": (64, 128)},
     "int8 by channel": {"counts": [70, 3], "begins": [0, 37], "format": "int8", "per": "channel"},
-    "int4 by channel, one token each": {"counts": [1, 1], "begins": [5, 32], "format": "int4", "per": "channel", "dims": (64, 64)},
+    "int4 by channel, one token each": {
+        "counts": [1, 1],
+        "begins": [5, 32],
+        "format": "int4",
+        "per": "channel",
+        "dims": (64, 64),
+    },
 }
 
 
@@ -67,7 +73,9 @@ def check(
         slots[row, :count] = tables[row, positions // page_size] * page_size + positions % page_size
     tokens = []
     for dim in dims:
-        drawn = rng.standard_normal((batch, num_tokens, kv_heads, dim)) * np.exp2(rng.integers(-6, 6, (batch, 1, kv_heads, 1)))
+        drawn = rng.standard_normal((batch, num_tokens, kv_heads, dim)) * np.exp2(
+            rng.integers(-6, 6, (batch, 1, kv_heads, 1))
+        )
         drawn[rng.random(drawn.shape[:3]) < 0.1] = 0  # a token of zeros has no scale
         drawn[slots >= num_pages * page_size] = np.nan
         tokens.append(jnp.asarray(drawn, dtype))
@@ -75,10 +83,12 @@ def check(
     wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
     found = write(pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace))
     for name, pool, arrays in zip(("keys", "values"), found, wanted, strict=True):
-        for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays):
+        for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
             width = np.dtype(f"u{there.dtype.itemsize}")
             same = np.asarray(one).view(width) == there.view(width)
-            assert same.all(), f"{name}, {part}: {int((~same).sum())} of {same.size} numbers differ, first {np.argwhere(~same)[0]}"
+            assert same.all(), (
+                f"{name}, {part}: {int((~same).sum())} of {same.size} numbers differ, first {np.argwhere(~same)[0]}"
+            )
 
 
 def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per: Any) -> Pages:
@@ -102,7 +112,11 @@ def _written(pool: Pages, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndar
             arrays[0][slots[row, place] // page_size, :, slots[row, place] % page_size] = tokens[row, place]
         return arrays
     payload, scales = arrays
-    exact, largest, inverse = tokens.astype(np.float32), np.float32(LARGEST[pool.format]), np.float32(INVERSE[pool.format])
+    exact, largest, inverse = (
+        tokens.astype(np.float32),
+        np.float32(LARGEST[pool.format]),
+        np.float32(INVERSE[pool.format]),
+    )
     if pool.per == "channel":
         opened = {int(slot) // page_size for slot in slots[slots < past] if slot % page_size == 0}
         for page in opened:

@@ -32,7 +32,7 @@ class Granules(NamedTuple):
     parts: Int32[Array, "N"]
     tokens: Int32[Array, "N g"]
     mine: Int32[Array, "N g"]
-    count: Int32[Array, ""]
+    num_written: Int32[Array, ""]
 
 
 def kv_write(
@@ -93,7 +93,7 @@ def kv_write(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="kv_write",
-    )(found.count[None], found.pages, found.parts, *arrays, *targets)
+    )(found.num_written[None], found.pages, found.parts, *arrays, *targets)
 
     def done(at: int) -> Pages:
         pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)

@@ -1,6 +1,6 @@
 """Attention of a chunk of queries over the pages of each sequence (arXiv 2309.06180); decode is a chunk of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,15 +12,16 @@ from pallas_kernels.debug import check_tables
 from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
+from pallas_kernels.tuning import bucket, lookup
 
 
-def _mosaic_gpu(*arrays: Array, **options: Any) -> tuple[Array, Array]:
+def _mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
     from pallas_kernels.paged_attention import gpu  # which takes a second to import, for nothing on most machines
 
     return gpu.paged_attention(*arrays, **options)
 
 
-def _mosaic_tpu(*arrays: Array, **options: Any) -> tuple[Array, Array]:
+def _mosaic_tpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
     from pallas_kernels.paged_attention import tpu
 
     return tpu.paged_attention(*arrays, **options)
@@ -84,6 +85,7 @@ def paged_attention(
     scale: float | None = None,
     with_page_mass: bool = False,
     implementation: str | None = None,
+    tiles: Mapping[str, int] | None = None,
 ) -> tuple[Array, ...]:
     """Causal attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural
     log, float32).
@@ -101,6 +103,8 @@ def paged_attention(
     `with_page_mass` a third result [B, T, H, num_pages] (float32) says what share of each row's attention every table entry took:
     the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
+    `tiles` are an implementation's tile sizes by name (`tuning.SPACES`); None takes what is remembered for shapes like these.
+
     Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
     ValueError for shapes and formats that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
     debugging is on (`pallas_kernels.debug`), for such ids.
@@ -110,7 +114,9 @@ def paged_attention(
         {"query_positions": (query_positions, queries.shape[:2]), "kv_lens": (kv_lens, queries.shape[:1])},
     )  # fmt: skip
     refused = refusals(**asked_of(queries, key_pages, value_pages))
-    _, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
+    name, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
+    if tiles is None:
+        tiles = lookup(name, bucket_of("paged_attention", queries, key_pages, value_pages, page_table))
     check_tables("paged_attention", page_table, page_starts, len(key_pages))
     return run(
         queries,
@@ -126,7 +132,16 @@ def paged_attention(
         soft_cap=soft_cap,
         scale=queries.shape[3] ** -0.5 if scale is None else scale,
         with_page_mass=with_page_mass,
+        **tiles,
     )
+
+
+def bucket_of(op: str, queries: Array, key_pages: Pages, value_pages: Pages, page_table: Array) -> str:
+    """The shapes that share a choice of tile sizes with these."""
+    dims, per = (key_pages.shape[3], value_pages.shape[3]), key_pages.per if isinstance(key_pages, Quantised) else ""
+    sizes = len(queries), queries.shape[1], page_table.shape[-1] * key_pages.shape[2]
+    group = queries.shape[2] // key_pages.shape[1]
+    return bucket(op, format_of(key_pages), per, dims, group, key_pages.shape[2], sizes)
 
 
 def check_pages(key_pages: Pages, value_pages: Pages) -> None:

@@ -33,11 +33,12 @@ def paged_attention(
     soft_cap: float | None,
     scale: float,
     with_page_mass: bool = False,
+    block_len: int | None = None,
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`. Not differentiable: the loop's length is known on the device only."""
     batch, num_queries, num_heads, dim = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
-    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1]))
+    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, page_table.shape[1]))
     # Few items a turn waste little on the last one; many short queries want more work than one item is.
     num_blocks = batch * -(-page_table.shape[1] // block_pages)
     num_items = min(max(8, batch // 4) if num_queries < 8 else 2, num_blocks)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int32
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling, arrays_of, each_array
+from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling, arrays_of
 from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention.pages import (
     WORD,
@@ -38,7 +38,7 @@ from pallas_kernels.paged_attention.pages import (
     split,
     tiled,
 )
-from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, product, shared, this_chip
+from pallas_kernels.tensor_cores import ROWS, Chip, Named, accumulators, product, shared, this_chip
 
 BLOCK_LEN = 64
 """Tokens of a block: of several pages, or of a part of one."""
@@ -53,12 +53,12 @@ COLUMNS = 128
 LOG2_E = math.log2(math.e)
 
 
-def refusal(
-    format: str, page_size: int, head_dims: tuple[int, int], group: int, per: Scaling = "token"
-) -> str | None:
+def refusal(format: str, page_size: int, head_dims: tuple[int, int], group: int, per: Scaling = "token") -> str | None:
     """Why this kernel cannot serve such pages; None: it can."""
     if format not in ("bfloat16", "float16", *FORMATS):
-        return f"pages of {format}: the tensor cores take bfloat16 and float16 here, or {', '.join(FORMATS)} with scales"
+        return (
+            f"pages of {format}: the tensor cores take bfloat16 and float16 here, or {', '.join(FORMATS)} with scales"
+        )
     sizes = (32,) if format in FORMATS else (8, 16, 32)
     if page_size not in sizes and page_size % BLOCK_LEN:
         legal = ", ".join(map(str, sizes))
@@ -85,23 +85,34 @@ class Tiles:
 
 
 def fit(
-    dim: int, value_dim: int, format: str, per: Scaling = "token", num_consumers: int = 1, block_pages: int = 1
+    dim: int,
+    value_dim: int,
+    format: str,
+    per: Scaling = "token",
+    num_consumers: int = 1,
+    block_pages: int = 1,
+    max_stages: int = MAX_STAGES,
 ) -> Tiles:
-    """The deepest ring that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
+    """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
     rows, is_quantised = ROWS * num_consumers, format in FORMATS
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
     num_halves = 2 if is_quantised and per == "channel" else 1
-    for num_staged in (2, 1) if is_quantised else (0,):
-        staged = num_staged * num_halves * BLOCK_LEN * (dim + value_dim) * 2
-        fixed = rows * (dim * 2 + 2 * BLOCK_LEN * 2 + _out_step(value_dim) * 4 + 4) + staged
-        stage = BLOCK_LEN * (dim + value_dim) * bits // 8
-        if is_quantised:
-            scales = 4 * (2 * BLOCK_LEN if per == "token" else block_pages * (dim + value_dim))
-            fixed, stage = fixed + (num_staged * scales if per == "token" else 0), stage + scales
-        num_stages = min(MAX_STAGES, (SHARED_BYTES - fixed) // stage)
-        if num_stages >= 2:  # two short stages hide less than one long one does, but a ring of one hides little
-            break
-    return Tiles(max(0, num_stages), num_staged, num_halves, fixed + num_stages * stage)
+    stage = BLOCK_LEN * (dim + value_dim) * bits // 8
+    scales = 0
+    if is_quantised:
+        scales = 4 * (2 * BLOCK_LEN if per == "token" else block_pages * (dim + value_dim))
+
+    def with_staged(num_staged: int) -> Tiles:
+        fixed = rows * (dim * 2 + 2 * BLOCK_LEN * 2 + _out_step(value_dim) * 4 + 4)
+        fixed += num_staged * num_halves * BLOCK_LEN * (dim + value_dim) * 2
+        fixed += num_staged * scales if per == "token" else 0  # which are kept until products have been scaled
+        num_stages = max(0, min(max_stages, (SHARED_BYTES - fixed) // (stage + scales)))
+        return Tiles(num_stages, num_staged, num_halves, fixed + num_stages * (stage + scales))
+
+    if not is_quantised:
+        return with_staged(0)
+    two = with_staged(2)
+    return two if two.num_stages >= 2 else with_staged(1)  # a ring of one hides little
 
 
 @any_lists
@@ -120,6 +131,8 @@ def paged_attention(
     soft_cap: float | None,
     scale: float,
     with_page_mass: bool = False,
+    num_pieces: int | None = None,
+    max_stages: int | None = None,
     num_consumers: int = 1,
     chip: Chip | None = None,
     interpret: Any = False,
@@ -148,12 +161,12 @@ def paged_attention(
         page_size = BLOCK_LEN
         words = None if words is None else words.reshape(*page_table.shape, -1)
     block_pages = BLOCK_LEN // page_size
-    tiles = fit(dim, value_dim, format, per, num_consumers, block_pages)
+    tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, max_stages or MAX_STAGES)
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
     lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
     pages, starts, counts, first, last = (x.reshape(items, *x.shape[2:]) for x in (*lists[:3], first, last))
-    pieces = split(counts, block_pages, max(1, PIECES // num_kv_heads), pages.shape[1])
+    pieces = split(counts, block_pages, max(1, (num_pieces or PIECES) // num_kv_heads), pages.shape[1])
     rows = tiled(queries, tile_len, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
     rows = rows.reshape(items, num_kv_heads, num_rows, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded_rows - num_rows), (0, 0)))
@@ -316,12 +329,11 @@ def _scratch(
     return scratch
 
 
-class _Piece:
+class _Piece(Named):
     """One piece, in the kernel: entries [begin, begin + count) of an item's list of pages, for one KV head."""
 
     def __init__(self, refs: dict[str, Any], **options: Any) -> None:
-        self.__dict__ |= refs | options
-        self.words, self.row_scales = refs.get("words"), refs.get("row_scales")
+        super().__init__({"words": None, "row_scales": None, **refs, **options})
         piece, self.head = lax.axis_index("piece"), lax.axis_index("head")
         self.piece = piece
         self.item, self.begin, self.count = self.pieces[piece, 0], self.pieces[piece, 1], self.pieces[piece, 2]
@@ -359,12 +371,12 @@ class _Piece:
                 page = lax.div(page, num_parts)
                 target = pl.ds(entry * size, size)
                 for name in ("keys", "values"):
-                    payload, *scales = self.__dict__["key_pages" if name == "keys" else "value_pages"]
-                    arrived, ring = self.__dict__[f"{name}_arrived"].at[place], self.__dict__.get(f"{name}_ring")
-                    ring = self.__dict__[name] if ring is None else ring
+                    payload, *scales = self.named["key_pages" if name == "keys" else "value_pages"]
+                    arrived, ring = self.named[f"{name}_arrived"].at[place], self.named.get(f"{name}_ring")
+                    ring = self.named[name] if ring is None else ring
                     plgpu.copy_gmem_to_smem(payload.at[page, self.head, part], ring.at[stage, target], arrived)
                     for one in scales:
-                        kept, depth = self.__dict__[f"{name}_scales"], self.num_stages + self.tiles.num_staged
+                        kept, depth = self.named[f"{name}_scales"], self.num_stages + self.tiles.num_staged
                         if self.per == "token":
                             mine, into = one.at[page, self.head, part], kept.at[lax.rem(number, depth), target]
                         else:
@@ -404,10 +416,10 @@ class _Piece:
             stage, slot = lax.rem(number, self.num_stages), lax.rem(number, self.tiles.num_staged)
             pl.when(number >= self.tiles.num_staged)(lambda: plgpu.barrier_wait(self.free.at[slot]))
             for name in ("keys", "values"):
-                self.wait_for(self.__dict__[f"{name}_arrived"], number)
+                self.wait_for(self.named[f"{name}_arrived"], number)
                 self.convert(name, stage, slot)
                 plgpu.commit_smem()  # all have read the ring and written what products take
-                plgpu.barrier_arrive(self.__dict__[f"{name}_staged"].at[slot])
+                plgpu.barrier_arrive(self.named[f"{name}_staged"].at[slot])
             pl.when(number + self.num_stages < self.num_blocks)(lambda: self.fetch(number + self.num_stages))
 
         fill = lambda number, _: self.fetch(number)  # noqa: E731
@@ -418,7 +430,7 @@ class _Piece:
     def convert(self, name: str, stage: Any, slot: Any) -> None:
         """A block of the ring, in the 16 bits of products. Scales of tokens are left to scores and weights, where they are fewer;
         those of channels are multiplied in, and what rounding loses is kept in a second half."""
-        ring, into = self.__dict__[f"{name}_ring"], self.__dict__[name]
+        ring, into = self.named[f"{name}_ring"], self.named[name]
         is_packed = ring.dtype == jnp.uint8
         width = ring.shape[2]
         step = self.steps[name]
@@ -445,7 +457,7 @@ class _Piece:
 
     def channel_scales(self, name: str, stage: Any, columns: Any) -> Array:
         """[block, columns]: those of each token's page."""
-        scales, shape = self.__dict__[f"{name}_scales"], (BLOCK_LEN, columns.size)
+        scales, shape = self.named[f"{name}_scales"], (BLOCK_LEN, columns.size)
         tokens = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         factors = None
         for entry in range(self.block_pages):
@@ -469,9 +481,7 @@ class _Piece:
                 ahead = jnp.minimum(self.num_blocks, self.num_stages - 1)
                 lax.fori_loop(0, ahead, lambda number, _: self.fetch(number), None)
 
-        lows, highs = (
-            plgpu.load(one.at[self.item, mine], layout=self.down) for one in (self.row_first, self.row_last)
-        )
+        lows, highs = (plgpu.load(one.at[self.item, mine], layout=self.down) for one in (self.row_first, self.row_last))
         factors = None
         if self.row_scales is not None:
             factors = plgpu.load(self.row_scales.at[self.item, self.head, mine], layout=self.down) * self.scale
@@ -496,7 +506,7 @@ class _Piece:
             keep = jnp.exp2(highest - shift)
             exact = jnp.exp2(scores - lax.broadcast_in_dim(shift, scores.shape, [0]))
             total = total * keep + exact.sum(axis=1)
-            if "pages_out" in self.__dict__:
+            if "pages_out" in self.named:
                 self.leave_page_sums(number, consumer, exact, shift)
             if self.per is not None:
                 self.wait_to_multiply("values", number, place)
@@ -575,13 +585,13 @@ class _Piece:
 
     def wait_to_multiply(self, name: str, number: Any, place: Any) -> None:
         if self.per is None:
-            self.wait_for(self.__dict__[f"{name}_arrived"], number)
+            self.wait_for(self.named[f"{name}_arrived"], number)
         else:
-            plgpu.barrier_wait(self.__dict__[f"{name}_staged"].at[place])
+            plgpu.barrier_wait(self.named[f"{name}_staged"].at[place])
 
     def token_scales(self, name: str, number: Any) -> Array:
         """[block]."""
-        scales = self.__dict__[f"{name}_scales"]
+        scales = self.named[f"{name}_scales"]
         place = lax.rem(number, self.num_stages + self.tiles.num_staged)
         return plgpu.load(scales.at[place], layout=plgpu.Layout.WGMMA.reduce(0))
 

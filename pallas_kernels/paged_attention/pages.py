@@ -137,7 +137,7 @@ def page_mass(
 ) -> Float[Array, "... R num_pages"]:
     """The share of each row's attention that every table entry takes, from the log-sum-exp of the entries of its list; what stands
     behind the list's live entries is not read."""
-    live = jnp.arange(order.shape[-1], dtype=jnp.int32) < counts[..., None]
+    live = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1) < counts[..., None]
     finite = jnp.where(log_sum_exp == -jnp.inf, 0, log_sum_exp)
     shares = jnp.where(live[..., None], jnp.exp(page_log_sum_exp - finite[..., None, :]), 0)
     places = jnp.broadcast_to(jnp.argsort(order, axis=-1)[..., None], shares.shape)

@@ -40,7 +40,9 @@ def paged_attention(
 
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, -1)
     # [B, num_pages, K, page, D]
-    key_tiles, value_tiles = (tile_values(each_array(pool, lambda x: x[page_table])) for pool in (key_pages, value_pages))
+    key_tiles, value_tiles = (
+        tile_values(each_array(pool, lambda x: x[page_table])) for pool in (key_pages, value_pages)
+    )
     if isinstance(key_pages, Quantised):
         grouped = grouped.astype(jnp.float32)
     scores = jnp.einsum("btkgd,bnkpd->bkgtnp", grouped, key_tiles, preferred_element_type=jnp.float32) * scale

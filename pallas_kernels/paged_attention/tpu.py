@@ -58,15 +58,17 @@ def paged_attention(
     soft_cap: float | None,
     scale: float,
     with_page_mass: bool = False,
+    block_len: int | None = None,
+    max_rows: int | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`."""
     batch, num_queries, num_heads, dim = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
     group = num_heads // num_kv_heads
-    tile_len = min(num_queries, max(1, ROWS // group))
+    tile_len = min(num_queries, max(1, (max_rows or ROWS) // group))
     num_tiles = -(-num_queries // tile_len)
-    block_pages = max(1, min(BLOCK_LEN // page_size, page_table.shape[1], LANES))
+    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, page_table.shape[1], LANES))
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
     words = None if valid_slots is None else packed(valid_slots)
@@ -223,10 +225,8 @@ def _kernel(
         if per is None:
             return found.reshape(num_slots, -1)
         exact = unpacked(found) if found.dtype == jnp.uint8 else found.astype(jnp.float32)
-        if per == "channel":
-            exact = exact * buffers[which + 2][here]
-        else:
-            exact = exact.astype(rows.dtype)  # in which they are exact
+        # Without scales they are exact in the queries' type.
+        exact = exact * buffers[which + 2][here] if per == "channel" else exact.astype(rows.dtype)
         return exact.reshape(num_slots, -1)
 
     def token_scales(which, here):

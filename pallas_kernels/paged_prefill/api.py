@@ -1,6 +1,6 @@
 """Attention of chunks of new tokens over the pages of their sequences, which hold them already (arXiv 2403.02310)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from pallas_kernels.formats import Quantised, Scaling
 from pallas_kernels.paged_attention import api as paged
 from pallas_kernels.paged_prefill import reference
 from pallas_kernels.selection import select
+from pallas_kernels.tuning import lookup
 
 
 def _mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
@@ -68,6 +69,7 @@ def paged_prefill(
     scale: float | None = None,
     with_page_mass: bool = False,
     implementation: str | None = None,
+    tiles: Mapping[str, int] | None = None,
 ) -> tuple[Array, ...]:
     """Causal attention of a chunk of each sequence over its pages; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H].
 
@@ -80,7 +82,9 @@ def paged_prefill(
         {"query_starts": (query_starts, queries.shape[:1]), "query_lens": (query_lens, queries.shape[:1])},
     )  # fmt: skip
     refused = refusals(**paged.asked_of(queries, key_pages, value_pages))
-    _, run = select("paged_prefill", implementation, IMPLEMENTATIONS, refused)
+    name, run = select("paged_prefill", implementation, IMPLEMENTATIONS, refused)
+    if tiles is None:
+        tiles = lookup(name, paged.bucket_of("paged_prefill", queries, key_pages, value_pages, page_table))
     check_tables("paged_prefill", page_table, page_starts, len(key_pages))
     return run(
         queries,
@@ -96,4 +100,5 @@ def paged_prefill(
         soft_cap=soft_cap,
         scale=queries.shape[3] ** -0.5 if scale is None else scale,
         with_page_mass=with_page_mass,
+        **tiles,
     )

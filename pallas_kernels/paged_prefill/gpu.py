@@ -18,12 +18,16 @@ from pallas_kernels.tensor_cores import ROWS, this_chip
 __all__ = ["paged_prefill", "refusal"]
 
 
-def _paged_attention(queries: Array, key_pages: Any, value_pages: Any, *arrays: Any, **options: Any) -> tuple[Array, ...]:
+def _paged_attention(
+    queries: Array, key_pages: Any, value_pages: Any, *arrays: Any, **options: Any
+) -> tuple[Array, ...]:
     chip = options.get("chip") or this_chip()
     rows = queries.shape[1] * queries.shape[2] // key_pages.shape[1]
     is_wide = chip == "hopper" and rows > ROWS and not isinstance(key_pages, Quantised)
     if is_wide:
-        is_wide = gpu.fit(key_pages.shape[3], value_pages.shape[3], format_of(key_pages), num_consumers=2).num_stages >= 2
+        is_wide = (
+            gpu.fit(key_pages.shape[3], value_pages.shape[3], format_of(key_pages), num_consumers=2).num_stages >= 2
+        )
     return gpu.paged_attention(queries, key_pages, value_pages, *arrays, num_consumers=2 if is_wide else 1, **options)
 
 

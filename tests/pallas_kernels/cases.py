@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.formats import arrays_of
+
 NUM_CASES = 200
 
 
@@ -19,8 +21,10 @@ LEDGER_CASES = {
     "ragged": ({"lengths": [320, 64, 16, 0]}, 320 + 64 + 16),
     "a window of 128 with sinks": ({"lengths": [320, 64], "window": 128, "sinks": 4}, 128 + 16 + 64),
     "lists of each head": ({"lengths": [320, 256], "lists": "heads"}, None),
+    "int8": ({"lengths": [640, 64, 32, 0], "format": "int8", "page_size": 32}, 640 + 64 + 32),
+    "int4 by channel": ({"lengths": [960, 64], "format": "int4", "per": "channel", "page_size": 32}, 960 + 64),
 }
-"""Cases in pages of 16, and the tokens of the pages that somebody sees."""
+"""Cases in pages of 16, where they name no other, and the tokens of the pages that somebody sees."""
 
 
 class Fetched:
@@ -41,13 +45,16 @@ class Fetched:
     def of(self, check: Callable, kernel: Callable, case: str) -> float:
         """The bytes that a case fetches, over those of its live pages once."""
         asked, live = LEDGER_CASES[case]
-        page_size, kv_heads, dim, listed = 16, 2, 64, []
+        asked = {"page_size": 16, **asked}
+        page_size, kv_heads, dim, listed = asked["page_size"], 2, 64, []
 
         def listening(*arrays: Any, **options: Any) -> Any:
             listed.append(int((arrays[4] < 2**30).sum()))
+            pools = [one for pool in arrays[1:3] for one in arrays_of(pool)]
+            listed.append(sum(one.nbytes for one in pools) // (pools[0].shape[0] * pools[0].shape[1]))
             return kernel(*arrays, **options)
 
-        check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), page_size=page_size, dtype="bfloat16")  # fmt: skip
+        check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), dtype="bfloat16", with_mass=False)  # fmt: skip
         jax.effects_barrier()
         tiles = listed[0] if live is None else live // page_size * kv_heads
-        return self.num_bytes / (tiles * page_size * 2 * dim * 2)
+        return self.num_bytes / (tiles * listed[1])

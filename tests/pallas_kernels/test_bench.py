@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import bench
+from pallas_kernels.kv_write import proof as write_proof
 from pallas_kernels.paged_attention import api, proof
 
 LIMITS = {"read_bytes_per_s": 1e9, "product_flops_per_s": 1e9}
@@ -16,7 +17,8 @@ TINY = {"num_heads": 4, "num_kv_heads": 2, "dim": 16, "page_size": 16}
 def short(monkeypatch):
     monkeypatch.setattr(bench, "LOOP_SECONDS", 0.0)
     monkeypatch.setattr(proof, "CASES", dict(list(proof.CASES.items())[:1]))
-    monkeypatch.setitem(bench.PROBLEMS, "tiny", bench.PROBLEMS["tiny"][:1])
+    monkeypatch.setattr(write_proof, "CASES", dict(list(write_proof.CASES.items())[:1]))
+    monkeypatch.setitem(bench.PROBLEMS, "tiny", bench.PROBLEMS["tiny"][:3])
     monkeypatch.setitem(bench.SWEEPS, "tiny", ((2,), (16, 32)))
 
 
@@ -25,13 +27,21 @@ def test_the_command_writes_a_table_json_and_a_plot(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["bench", "--rounds=1", "--cases=1", f"--json={paths[0]}", f"--plot={paths[1]}"])
     assert bench.main() == 0
     said = capsys.readouterr().out
-    assert "2 cases right" in said
+    assert "every case right" in said
+    assert "write 128 tokens, int4 (reference)" in said
     assert "| decode B3 | blocked | " in said
     found = json.loads(paths[0].read_text())
     by_name = {one["name"]: one for one in found["results"][0]["timings"]}
     assert list(by_name) == ["blocked", "reference", *bench.PEERS]
     assert by_name["reference"]["error"] < 1e-2
     assert "cuDNN" in by_name["cuDNN, dense"]["absent"]
+    quantised = {one["name"]: one for one in found["results"][1]["timings"]}
+    assert quantised["blocked"]["device_us"] > 0
+    assert "16 bits" in quantised["torch SDPA, dense"]["absent"] or "torch" in quantised["torch SDPA, dense"]["absent"]
+    assert [one["name"] for one in found["wholes"]][:2] == [
+        "mixed: a chunk of 8 at 64 + decode B3",
+        "write 128 tokens, bfloat16",
+    ]
     assert [one["context"] for one in found["bandwidth"]] == [16, 32]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 

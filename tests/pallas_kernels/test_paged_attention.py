@@ -11,8 +11,10 @@ import pytest
 
 from pallas_kernels.debug import debugging
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.paged_attention import NOWHERE, api, blocked, paged_attention
 from pallas_kernels.paged_attention.proof import CASES, brute_force, check, generated
+from pallas_kernels.selection import recording
 from tests.pallas_kernels.cases import numbers
 
 
@@ -23,7 +25,12 @@ def implementation(request, monkeypatch):
     return request.param
 
 
-SPACE = {"dtypes": ("float32", "bfloat16"), "page_sizes": (1, 3, 8, 40), "dims": (1, 8, 16, 32, 80)}
+SPACE = {
+    "dtypes": ("float32", "bfloat16"),
+    "page_sizes": (1, 3, 8, 40),
+    "dims": (2, 8, 16, 32, 80),
+    "formats": ("int8", "fp8", "int4"),
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -86,6 +93,16 @@ def _arguments(**changes):
         ({"valid_slots": jnp.ones((1, 2, 3), bool)}, r"valid_slots = \(1, 2, 3\): must be \(1, 2, 4\)"),
         ({"kv_lens": jnp.ones(2, jnp.int32)}, r"kv_lens = \(2,\): must be \(1,\)"),
         ({"query_positions": jnp.zeros((1, 2), jnp.int32)}, r"query_positions = \(1, 2\): must be \(1, 1\)"),
+        (
+            {"value_pages": quantised(jnp.zeros((3, 2, 4, 8)), "int8")},
+            "value_pages of int8: must be stored as keys are, float32",
+        ),
+        (
+            dict.fromkeys(
+                ("key_pages", "value_pages"), Quantised(jnp.zeros((3, 2, 4, 8), jnp.int8), jnp.zeros((3, 2, 8)))
+            ),
+            r"key_pages.scales = \(3, 2, 8\): must be \(3, 2, 4\), one for each token",
+        ),
         ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, blocked, reference"),
     ],
 )
@@ -162,25 +179,42 @@ class Chip(NamedTuple):
     [
         (Chip("cpu", "cpu"), {}, "blocked"),
         (Chip("gpu", "NVIDIA H200", "9.0"), {}, "mosaic_gpu"),
-        (Chip("gpu", "NVIDIA H200", "9.0"), {"dtype": "float32"}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"format": "float32"}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"format": "int8"}, "mosaic_gpu"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"format": "int4", "page_size": 16}, "blocked"),
+        (Chip("gpu", "NVIDIA H200", "9.0"), {"format": "fp8", "head_dims": (80, 80)}, "blocked"),
         (Chip("gpu", "NVIDIA H200", "9.0"), {"page_size": 24}, "blocked"),
         (Chip("gpu", "NVIDIA H200", "9.0"), {"head_dims": (128, 100)}, "blocked"),
-        (Chip("gpu", "NVIDIA B200", "10.0"), {}, "blocked"),
+        (Chip("gpu", "NVIDIA B200", "10.0"), {}, "mosaic_gpu"),
+        (Chip("gpu", "NVIDIA A100", "8.0"), {}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {}, "mosaic_tpu"),
         (Chip("tpu", "TPU v5 lite"), {"head_dims": (64, 64)}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"page_size": 8}, "blocked"),
-        (Chip("tpu", "TPU v5 lite"), {"dtype": "int8"}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"format": "int8"}, "mosaic_tpu"),
+        (Chip("tpu", "TPU v5 lite"), {"format": "int8", "page_size": 16}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"format": "int4", "head_dims": (128, 128)}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"format": "float16"}, "blocked"),
     ],
 )
 def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):
     monkeypatch.setattr(api.jax, "devices", lambda: [chip])
     refused = api.refusals(**pages)
     assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == chosen
-    assert all(str(value) in refused[f"mosaic_{chip.platform}"] for value in pages.values())
+    if chosen == "blocked" and pages:
+        assert all(str(value) in refused[f"mosaic_{chip.platform}"] for value in pages.values())
+
+
+def test_what_was_taken_is_recorded():
+    with recording() as taken:
+        paged_attention(**_arguments())
+        jax.jit(partial(paged_attention, implementation="reference"))(**_arguments())
+    paged_attention(**_arguments())
+    assert taken == {"paged_attention": {"blocked", "reference"}}
 
 
 def test_a_named_kernel_that_cannot_run_says_why():
     with pytest.raises(
-        ValueError, match="'mosaic_gpu' cannot run here: it needs a Hopper GPU, this is cpu; legal: None, blocked"
+        ValueError,
+        match="'mosaic_gpu' cannot run here: it needs a Hopper or Blackwell GPU, this is cpu; legal: None, blocked",
     ):
         paged_attention(**_arguments(implementation="mosaic_gpu"))

@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention.proof import CASES, check, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
 simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
+FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +31,28 @@ def test_equals_float64_without_a_race(case, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-SPACE = {"dtypes": ("bfloat16", "float16"), "page_sizes": (8, 16, 32, 64), "dims": (16, 32, 64, 80)}
+@pytest.mark.parametrize(
+    "name", ["lengths 0, 1, page, page + 1; an empty one first and last", "several blocks, odd head dims", *FORMATS[:1]]
+)
+def test_blackwell_equals_float64_without_a_race(name, capfd):
+    """The other chip's products; everything else is the same code."""
+    check(partial(simulated, chip="blackwell"), **CASES[name], dtype=jnp.bfloat16)
+    assert "RACE" not in capfd.readouterr().out
+
+
+SPACE = {
+    "dtypes": ("bfloat16", "float16"),
+    "page_sizes": (8, 16, 32, 64),
+    "dims": (32, 64, 96),
+    "formats": ("int8", "fp8", "int4"),
+    "quantised_page_sizes": (32, 64),
+}
 
 
 @pytest.mark.parametrize("number", numbers(1))
 def test_equals_float64_over_the_option_space(number, capfd):
-    check(simulated, **generated(number, **SPACE))
+    chip = "blackwell" if number % 4 == 3 else "hopper"
+    check(partial(simulated, chip=chip), **generated(number, **SPACE))
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -75,6 +92,27 @@ def test_live_pages_are_fetched_once(case, monkeypatch):
 def test_a_wrong_page_is_caught():
     with pytest.raises(AssertionError):
         check(simulated, misread=1, **CASES["one head each"], dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_conversion_waits_for_pages_and_for_products(format, monkeypatch, capfd):
+    """Of a quantised page, both: the copy that is read too early, and the staged block that is overwritten too early."""
+    real = plgpu.barrier_wait
+    for skipped in ("arrived", "free"):
+
+        def wait(barrier, skipped=skipped):
+            num_barriers = getattr(getattr(barrier, "ref", barrier), "shape", ())
+            if num_barriers != ((4,) if skipped == "arrived" else (2,)):
+                real(barrier)
+
+        monkeypatch.setattr(plgpu, "barrier_wait", wait)
+        said = ""
+        try:
+            check(simulated, **{**LONG, "lengths": [900], "format": format, "page_size": 32, "dims": (32, 32)})
+        except (AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
+            said = str(error)
+        reset_gpu_interpret_mode_state()
+        assert "race" in (said + capfd.readouterr().out).lower()
 
 
 @pytest.mark.parametrize("side", ["who reads does not wait for the copy", "who copies does not wait for the reader"])

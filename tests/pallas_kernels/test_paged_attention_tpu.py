@@ -36,7 +36,13 @@ def test_equals_float64_without_a_race(case, dtype, mode, capfd):
     assert "RACE" not in capfd.readouterr().out  # jax 0.11 only prints it
 
 
-SPACE = {"dtypes": ("float32", "bfloat16"), "page_sizes": (8, 16, 64), "dims": (8, 16, 32, 80)}
+SPACE = {
+    "dtypes": ("float32", "bfloat16"),
+    "page_sizes": (8, 16, 64),
+    "dims": (8, 16, 32, 80),
+    "formats": ("int8", "fp8", "int4"),
+    "quantised_page_sizes": (32, 64),
+}
 
 
 @pytest.mark.parametrize("number", numbers(2))

@@ -3,13 +3,19 @@
 import json
 from dataclasses import asdict
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 from kvlab.hardware import CHIPS
 from pallas_kernels import targets
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.targets import TARGETS, Compiled, Shape
 
-SHAPE = Shape("paged_attention", "bfloat16", 128, 1)
+SHAPE = Shape("paged_attention", "bfloat16", 128)
 REMARKS = """ptxas info    : Compiling entry function 'anonymous_mosaic_gpu_kernel' for 'sm_90a'
 ptxas         .     80 bytes stack frame, 92 bytes spill stores, 96 bytes spill loads
 ptxas info    : Used 255 registers, used 16 barriers, 17 bytes smem
@@ -18,9 +24,45 @@ info    : used 255 registers, used 16 barriers, 80 stack, 1025 bytes smem, 1152 
 
 
 def test_registers_and_spills_are_read_from_the_compilers_remarks():
-    found = targets._resources(REMARKS, SHAPE)
-    assert (found["registers"], found["spilled_bytes"]) == (255, 92 + 96)
-    assert found["on_chip_bytes"] <= 227 * 1024
+    assert targets._resources(REMARKS) == {"registers": 255, "spilled_bytes": 92 + 96}
+
+
+def test_memory_on_chip_is_read_from_the_kernel():
+    """A GPU's scratch once; a TPU's scratch, and its blocks of whole registers twice."""
+
+    def twice(source, target, held, _):
+        plgpu.copy_gmem_to_smem(source, held)
+        plgpu.copy_smem_to_gmem(held, target)
+
+    on_gpu = plgpu.kernel(
+        twice,
+        out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        scratch_types=[plgpu.SMEM((64, 64), jnp.float32), plgpu.Barrier()],
+        grid=(1,),
+        grid_names=("one",),
+    )
+    on_tpu = pl.pallas_call(
+        lambda source, target, held: None,
+        out_shape=jax.ShapeDtypeStruct((4, 10, 100), jnp.bfloat16),
+        grid=(4,),
+        in_specs=[pl.BlockSpec((1, 8, 128), lambda i: (i, 0, 0))],
+        out_specs=pl.BlockSpec((1, 10, 100), lambda i: (i, 0, 0)),
+        scratch_shapes=[pltpu.VMEM((3, 8, 128), jnp.float32)],
+    )
+    blocks = 2 * 8 * 128 * 4 + 2 * 16 * 128 * 2
+    for run, shape, wanted in ((on_gpu, (64, 64), 64 * 64 * 4), (on_tpu, (4, 8, 128), blocks + 3 * 8 * 128 * 4)):
+        jaxpr = jax.make_jaxpr(run)(jnp.zeros(shape)).jaxpr
+        assert targets.on_chip_bytes(jaxpr) == wanted
+
+
+def test_every_op_format_and_head_dim_is_compiled():
+    for backend, plain in (("gpu", {"bfloat16", "float16"}), ("tpu", {"bfloat16", "float32"})):
+        found = {(one.op, one.format, one.per, one.head_dim) for one in targets.shapes(backend)}
+        scaled = {(format, per) for format in FORMATS for per in ("token", "channel")}
+        for op in targets.OPS:
+            for format, per in scaled | {(one, "") for one in plain}:
+                assert {(op, format, per, dim) for dim in (64, 128, 256)} <= found
+        assert {one.head_dim for one in targets.shapes(backend, (64,)) if not one.extra} == {64}
 
 
 def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
@@ -36,9 +78,9 @@ def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
     assert len(targets.failures(found)) == len(found) - 1
 
 
-def test_spills_fail_and_what_a_chip_is_not_made_for_does_not():
-    fine = Compiled("H200", SHAPE, registers=200, spilled_bytes=0)
-    assert not targets.failures([fine, Compiled("B200", SHAPE, error="no such instruction")])
+def test_spills_and_errors_fail_on_every_chip():
+    assert not targets.failures([Compiled("H200", SHAPE, registers=200, spilled_bytes=0)])
+    assert "no such instruction" in targets.failures([Compiled("B200", SHAPE, error="no such instruction")])[0]
     assert "spills 8 bytes" in targets.failures([Compiled("H100", SHAPE, registers=255, spilled_bytes=8)])[0]
 
 
@@ -51,6 +93,9 @@ def test_the_floor_is_the_live_bytes_over_the_bandwidth():
     """KERNELS' shape: 32 x 4,096 tokens of 8 heads, keys and values of 128 x 2 bytes."""
     assert SHAPE.page_bytes == 536_870_912
     assert Compiled("H200", SHAPE).floor_us == pytest.approx(111.8, abs=0.1)
+    assert Shape("paged_attention", "int8", 128, "token").page_bytes == 32 * 4096 * 8 * (2 * 128 + 2 * 4)
+    assert Shape("paged_attention", "int4", 128, "channel").page_bytes == 32 * 4096 * 8 * 128
+    assert Shape("kv_write", "bfloat16", 128).page_bytes == 32 * 256 * 8 * 2 * (2 * 128 * 2)
 
 
 def test_bandwidths_are_those_that_kvlab_plans_with():
@@ -63,12 +108,12 @@ def test_bandwidths_are_those_that_kvlab_plans_with():
 def test_the_table_is_written_between_its_marks_only(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- compiled -->\nold\n<!-- end -->\nafter\n")
-    targets.write_table(page, [Compiled("H200", SHAPE, 1.0, 194, 0, 196608)])
+    targets.write_table(page, [Compiled("H200", SHAPE, 1.0, 194, 0, 196608, estimate_us=7.0)])
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| paged_attention | H200 | bfloat16 | 128 | 1 | sequence | 1.0 s | 194 | 0 B | 192 KiB | 112 us |" in text
+    assert "| paged_attention | H200 | bfloat16 | 128 | - | 1.0 s | 194 | 0 B | 192 KiB | 7 us | 112 us |" in text
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no lines"):
         targets.write_table(page, [])

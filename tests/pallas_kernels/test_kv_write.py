@@ -1,0 +1,206 @@
+"""Writing into pages: bit for bit what numpy writes, on every backend, in the simulators with race detection."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.debug import debugging
+from pallas_kernels.formats import Quantised, quantised
+from pallas_kernels.kv_write import api, gpu, kv_write, tpu
+from pallas_kernels.kv_write.proof import CASES, check, generated
+from tests.pallas_kernels.cases import numbers
+
+
+class Contract:
+    """What every implementation must do; a subclass says how to run it, and over which option space."""
+
+    dtype = "bfloat16"
+    space: ClassVar[dict[str, Any]] = {}
+
+    def write(self, number: int = 0):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_equals_numpy(self, case, capfd):
+        check(self.write(), **{"dtype": self.dtype, **case})
+        assert "RACE" not in capfd.readouterr().out
+
+    @pytest.mark.parametrize("number", numbers(4))
+    def test_equals_numpy_over_the_option_space(self, number, capfd):
+        check(self.write(number), **generated(number, **self.space))
+        assert "RACE" not in capfd.readouterr().out
+
+    def test_a_wrong_slot_is_caught(self):
+        with pytest.raises(AssertionError, match="keys, payload"):
+            check(self.write(), **{"dtype": self.dtype, **CASES["int8 by token"]}, misplace=1)
+
+
+class TestReference(Contract):
+    dtype = "float32"
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("bfloat16", "float32"),
+        "page_sizes": (1, 3, 8, 32),
+        "dims": (2, 16, 80),
+    }
+
+    def write(self, number=0):
+        return jax.jit(partial(kv_write, implementation="reference"))
+
+
+class TestGPU(Contract):
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("bfloat16", "float16"),
+        "page_sizes": (8, 16, 32, 64, 128),
+        "quantised_page_sizes": (32, 64, 128),
+        "dims": (64, 128),
+    }
+
+    @pytest.fixture(autouse=True)
+    def clean(self):
+        yield
+        reset_gpu_interpret_mode_state()
+
+    def write(self, number=0):
+        return partial(gpu.kv_write, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+    def test_a_missing_wait_is_caught(self, monkeypatch, capfd):
+        monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
+        said = ""
+        try:
+            check(self.write(), **CASES["int8 by token"], dtype="bfloat16")
+        except (AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
+            said = str(error)
+        assert "race" in (said + capfd.readouterr().out).lower()
+
+
+class TestTPU(Contract):
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("bfloat16", "float32"),
+        "page_sizes": (16, 32, 64),
+        "quantised_page_sizes": (32, 64),
+        "dims": (16, 32, 80),
+    }
+
+    @pytest.fixture(autouse=True)
+    def clean(self):
+        yield
+        pltpu.reset_tpu_interpret_mode_state()
+
+    def write(self, number=0):
+        how = pltpu.InterpretParams(
+            detect_races=True,
+            dma_execution_mode="on_wait" if number % 2 else "eager",
+            uninitialized_memory="nan",
+            out_of_bounds_reads="raise",
+        )
+        return partial(tpu.kv_write, interpret=how)
+
+
+def test_donated_pages_are_written_in_place():
+    pool = jnp.zeros((64, 2, 16, 64))
+    tokens, slots = jnp.ones((2, 1, 2, 64)), jnp.array([[5], [40]])
+    write = jax.jit(kv_write, donate_argnums=(0, 1))
+    analysis = write.lower(pool, pool + 0, tokens, tokens, slots).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes >= 2 * pool.nbytes
+    assert analysis.temp_size_in_bytes < pool.nbytes / 16
+
+
+def test_whole_pages_by_channel_hold_what_quantising_them_gives():
+    """And tokens that come later are cut off at the page's largest number."""
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.standard_normal((1, 8, 2, 16)), jnp.float32)
+    empty = quantised(jnp.zeros((3, 2, 8, 16)), "int8", "channel")
+    keys, _ = kv_write(empty, empty, tokens, tokens, jnp.arange(8, 16, dtype=jnp.int32)[None])
+    wanted = quantised(tokens[0].swapaxes(0, 1), "int8", "channel")
+    np.testing.assert_array_equal(keys.payload[1], wanted.payload)
+    np.testing.assert_array_equal(keys.scales[1], wanted.scales)
+    later, _ = kv_write(keys, keys, 100 * tokens[:, :1], tokens[:, :1], jnp.array([[9]]))
+    np.testing.assert_array_equal(later.scales, keys.scales)
+    assert set(np.abs(np.asarray(later.payload[1, :, 1])).flatten().tolist()) <= {127}
+
+
+def _arguments(**changes):
+    arguments = {
+        "key_pages": jnp.zeros((3, 2, 8, 16)),
+        "value_pages": jnp.zeros((3, 2, 8, 16)),
+        "keys": jnp.zeros((2, 1, 2, 16)),
+        "values": jnp.zeros((2, 1, 2, 16)),
+        "write_slots": jnp.array([[0], [8]]),
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": jnp.zeros((2, 2, 2, 16))}, r"keys = \(2, 2, 2, 16\): must be \(2, 1, 2, 16\)"),
+        ({"values": jnp.zeros((2, 1, 2, 8))}, r"values = \(2, 1, 2, 8\): must be \(2, 1, 2, 16\)"),
+        (
+            {"value_pages": quantised(jnp.zeros((3, 2, 8, 16)), "int8")},
+            "value_pages of int8: must be stored as keys are, float32",
+        ),
+        (
+            dict.fromkeys(
+                ("key_pages", "value_pages"),
+                Quantised(jnp.zeros((3, 2, 8, 16), jnp.int8), jnp.zeros((3, 2, 16)), "token"),
+            ),
+            r"key_pages.scales = \(3, 2, 16\): must be \(3, 2, 8\), one for each token",
+        ),
+        ({"implementation": "mosaic_gpu"}, "cannot run here: it needs a Hopper or Blackwell GPU, this is cpu"),
+    ],
+)
+def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        kv_write(**_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ([[3], [4]], r"write_slots\[1, 0\] = 4: page 0 is written by row 0 already"),
+        ([[3, 9]], r"write_slots\[0, 1\] = 9: the tokens of a row must go to consecutive positions"),
+        ([[3, 5]], r"write_slots\[0, 1\] = 5: page 0 is written by row 0 already, not up to this slot"),
+    ],
+)
+def test_slots_against_the_rules_are_refused_while_debugging(slots, message):
+    slots = jnp.array(slots)
+    tokens = jnp.zeros((*slots.shape, 2, 16))
+    with debugging(), pytest.raises(ValueError, match=message):
+        kv_write(**_arguments(write_slots=slots, keys=tokens, values=tokens))
+    with debugging():  # what is dropped may be anything, a page's end and another's beginning follow one another
+        tokens = jnp.zeros((1, 4, 2, 16))
+        kv_write(**_arguments(write_slots=jnp.array([[6, 7, 16, -1]]), keys=tokens, values=tokens))
+
+
+@pytest.mark.parametrize(
+    ("pages", "said"),
+    [
+        ({"format": "float32"}, "pages of float32: must be of the tokens' type bfloat16"),
+        ({"page_size": 24}, "page_size = 24: must be 8, 16, 32 or a multiple of 64"),
+        ({"head_dims": (80, 128)}, r"head dims = \(80, 128\): must be multiples of 64 in \[64, 256\]"),
+        ({"format": "int4", "head_dims": (96, 96)}, "multiples of 64"),
+        ({"token_dtype": "float32"}, "tokens of float32: must be bfloat16 or float16"),
+        ({}, None),
+        ({"format": "fp8", "head_dims": (96, 96), "page_size": 32}, None),
+    ],
+)
+def test_what_the_gpu_kernel_cannot_write_says_why(monkeypatch, pages, said):
+    class Chip:
+        platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
+
+    monkeypatch.setattr(api.jax, "devices", lambda: [Chip()])
+    refused = api.refusals(**pages)
+    if said is None:
+        assert "mosaic_gpu" not in refused
+    else:
+        with pytest.raises(AssertionError, match=said):
+            assert not refused["mosaic_gpu"], refused["mosaic_gpu"]

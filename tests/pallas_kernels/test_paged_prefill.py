@@ -1,0 +1,169 @@
+"""Chunks over pages, ragged: against float64 on every backend, with NaN in all that must not be read."""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention import blocked as paged_blocked
+from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention import tpu as paged_tpu
+from pallas_kernels.paged_attention.proof import check, generated
+from pallas_kernels.paged_prefill import gpu, paged_prefill, tpu
+from tests.pallas_kernels.cases import numbers
+
+CASES: dict[str, dict[str, Any]] = {
+    "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
+    "window, sinks, soft cap": {"lengths": [33, 9], "num_queries": 20, "group": 4, "window": 7, "sinks": 2, "cap": 5.0},
+    "int8": {"lengths": [100], "num_queries": 70, "group": 1, "format": "int8", "page_size": 32, "dims": (32, 32)},
+    "lists of each head, slots that are not valid": {
+        "lengths": [50, 7],
+        "num_queries": 35,
+        "group": 2,
+        "lists": "heads",
+        "kept": 0.5,
+    },
+}
+
+
+class Contract:
+    """What every implementation must do; a subclass says how to run it, and over which option space."""
+
+    dtype = "bfloat16"
+    space: ClassVar[dict[str, Any]] = {}
+
+    def prefill(self, number: int = 0):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_equals_float64(self, case, capfd):
+        check(self.prefill(), prefill=True, **{"dtype": self.dtype, **case})
+        assert "RACE" not in capfd.readouterr().out
+
+    @pytest.mark.parametrize("number", numbers(2))
+    def test_equals_float64_over_the_option_space(self, number, capfd):
+        case = generated(number, formats=("int8", "fp8", "int4"), **self.space)
+        check(
+            self.prefill(number),
+            prefill=True,
+            **{**case, "num_queries": (3, 17, 40)[number % 3], "group": 1 + number % 4},
+        )
+        assert "RACE" not in capfd.readouterr().out
+
+    def test_a_wrong_page_is_caught(self):
+        with pytest.raises(AssertionError):
+            check(self.prefill(), prefill=True, misread=1, dtype=self.dtype, **CASES["window, sinks, soft cap"])
+
+
+class TestBlocked(Contract):
+    dtype = "float32"
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("float32", "bfloat16"),
+        "page_sizes": (1, 3, 8, 40),
+        "dims": (2, 8, 16, 80),
+    }
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(paged_blocked, "BLOCK_LEN", 16)
+
+    def prefill(self, number=0):
+        return partial(paged_prefill, implementation="blocked")
+
+
+class TestReference(TestBlocked):
+    def prefill(self, number=0):
+        return partial(paged_prefill, implementation="reference")
+
+
+class TestGPU(Contract):
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("bfloat16", "float16"),
+        "page_sizes": (8, 16, 32, 64),
+        "quantised_page_sizes": (32, 64),
+        "dims": (32, 64),
+    }
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(paged_gpu, "MAX_STAGES", 2)
+        monkeypatch.setattr(paged_gpu, "PIECES", 3)
+        yield
+        reset_gpu_interpret_mode_state()
+
+    def prefill(self, number=0):
+        how = plgpu.InterpretGPUParams(detect_races=True)
+        return partial(gpu.paged_prefill, interpret=how, chip=("hopper", "blackwell")[number % 2])
+
+    def test_two_warpgroups_attend_where_rows_abound(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(
+            paged_gpu, "paged_attention", lambda *_, **options: asked.append(options["num_consumers"]) or ()
+        )
+        for tokens, dtype, chip in (
+            (40, "bfloat16", "hopper"),
+            (30, "bfloat16", "hopper"),
+            (40, "bfloat16", "blackwell"),
+        ):
+            pool = jnp.zeros((3, 1, 8, 64), dtype)
+            zeros = jnp.zeros(1, jnp.int32)
+            table = jnp.zeros((1, 2), jnp.int32)
+            gpu.paged_prefill(jnp.zeros((1, tokens, 2, 64), dtype), pool, pool, table, table, zeros, zeros, chip=chip)
+        assert asked == [2, 1, 1]
+
+
+class TestTPU(Contract):
+    space: ClassVar[dict[str, Any]] = {
+        "dtypes": ("bfloat16", "float32"),
+        "page_sizes": (8, 16, 64),
+        "quantised_page_sizes": (32, 64),
+        "dims": (16, 32, 80),
+    }
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(paged_tpu, "BLOCK_LEN", 16)
+        monkeypatch.setattr(paged_tpu, "ROWS", 8)
+        yield
+        pltpu.reset_tpu_interpret_mode_state()
+
+    def prefill(self, number=0):
+        how = pltpu.InterpretParams(
+            detect_races=True,
+            dma_execution_mode="on_wait" if number % 2 else "eager",
+            uninitialized_memory="nan",
+            out_of_bounds_reads="raise",
+        )
+        return partial(tpu.paged_prefill, interpret=how)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_lens": jnp.ones(2, jnp.int32)}, r"query_lens = \(2,\): must be \(1,\)"),
+        ({"query_starts": jnp.ones((1, 2), jnp.int32)}, r"query_starts = \(1, 2\): must be \(1,\)"),
+        (
+            {"implementation": "mosaic_tpu"},
+            "paged_prefill: implementation = 'mosaic_tpu' cannot run here: it needs a TPU",
+        ),
+    ],
+)
+def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    pool, table = jnp.zeros((3, 2, 4, 8)), jnp.zeros((1, 2), jnp.int32)
+    arguments: dict[str, Any] = {
+        "queries": jnp.zeros((1, 3, 4, 8)),
+        "key_pages": pool,
+        "value_pages": pool,
+        "page_table": table,
+        "page_starts": table,
+        "query_starts": jnp.zeros(1, jnp.int32),
+        "query_lens": jnp.ones(1, jnp.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        paged_prefill(**arguments | changes)

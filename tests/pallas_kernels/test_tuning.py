@@ -1,0 +1,118 @@
+"""Tile sizes: what a search takes, where it is remembered, and that kernels are called with it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench, tuning
+from pallas_kernels.paged_attention import api, paged_attention
+
+BUCKET = tuning.bucket("paged_attention", "bfloat16", "", (128, 128), 4, 64, (3, 1, 4096))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_TILES", str(tmp_path / "deep" / "tiles.json"))
+    return tuning.cache_path()
+
+
+def test_sizes_share_a_bucket_up_to_the_next_power_of_two():
+    of = lambda *sizes: tuning.bucket("paged_attention", "int8", "token", (64, 64), 1, 64, sizes)  # noqa: E731
+    assert of(3, 1, 4000) == of(4, 1, 4096) != of(5, 1, 4096)
+    assert "int8 by token" in of(1, 1, 1)
+
+
+def test_what_is_found_is_remembered_for_this_device_and_jax(cache):
+    assert tuning.lookup("blocked", BUCKET) == {}
+    tuning.remember(cache, "blocked", BUCKET, {"block_len": 128})
+    tuning.remember(cache, "blocked", "another", {"block_len": 512})
+    assert tuning.lookup("blocked", BUCKET) == {"block_len": 128}
+    assert tuning.lookup("mosaic_gpu", BUCKET) == {}
+    found = json.loads(cache.read_text())
+    assert list(found[jax.devices()[0].device_kind]) == [jax.__version__]
+    tuning.remember(cache, "blocked", BUCKET, {})
+    assert tuning.lookup("blocked", BUCKET) == {}
+    assert tuning.lookup("blocked", "another") == {"block_len": 512}
+
+
+def test_what_is_committed_holds_for_any_jax_and_gives_way_to_what_was_found_here(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "COMMITTED", tmp_path / "committed.json")
+    tuning.remember(tuning.COMMITTED, "blocked", BUCKET, {"block_len": 512}, "any")
+    assert tuning.lookup("blocked", BUCKET) == {"block_len": 512}
+    tuning.remember(cache, "blocked", BUCKET, {"block_len": 128})
+    assert tuning.lookup("blocked", BUCKET) == {"block_len": 128}
+
+
+def test_the_committed_file_can_be_read():
+    assert isinstance(tuning._choices(tuning.COMMITTED), dict)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"cpu": {"any": {"blocked": {"b": {"depth": 3}}}}}',
+        '{"cpu": {"any": {"blocked": {"b": {"block_len": 0}}}}}',
+    ],
+)
+def test_a_file_that_is_none_is_named(cache, text):
+    cache.parent.mkdir()
+    cache.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"deep/tiles.json: not a file of tile sizes .*delete it, or set PALLAS_KERNELS_TILES"
+    ):
+        tuning.lookup("blocked", BUCKET)
+
+
+def test_a_search_takes_the_fastest_and_nothing_that_gains_little():
+    times = {"{}": 1.0, '{"block_len": 128}': 0.8, '{"block_len": 256}': 1.2}
+
+    def seconds_of(choice):
+        if choice == {"block_len": 512}:
+            raise ValueError("too large")
+        return times[json.dumps(choice)]
+
+    assert tuning.search("blocked", seconds_of) == ({"block_len": 128}, times)
+    times['{"block_len": 128}'] = 0.97
+    assert tuning.search("blocked", seconds_of)[0] == {}
+
+
+def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
+    asked = []
+    real = api.IMPLEMENTATIONS["blocked"]
+    monkeypatch.setitem(
+        api.IMPLEMENTATIONS,
+        "blocked",
+        lambda *arrays, **how: asked.append(how.get("block_len")) or real(*arrays, **how),
+    )
+    problem = bench.PROBLEMS["tiny"][0]
+    inputs = bench.make_inputs(problem)
+    arrays = (
+        inputs.queries,
+        inputs.keys,
+        inputs.values,
+        inputs.tables[0],
+        inputs.starts[0],
+        inputs.positions,
+        inputs.lens,
+    )
+    plain = paged_attention(*arrays)[0]
+    tuning.remember(cache, "blocked", bench.bucket_of(problem), {"block_len": 16})
+    tuned = paged_attention(*arrays)[0]
+    named = paged_attention(*arrays, tiles={"block_len": 32})[0]
+    assert asked == [None, 16, 32]
+    for one in (tuned, named):
+        assert jnp.allclose(one.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02)
+
+
+def test_the_command_searches_every_problem(cache, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "LOOP_SECONDS", 0.0)
+    monkeypatch.setitem(bench.PROBLEMS, "tiny", bench.PROBLEMS["tiny"][:1])
+    monkeypatch.setattr("sys.argv", ["tuning", "--rounds=1"])
+    assert tuning.main() == 0
+    said = capsys.readouterr().out
+    assert bench.bucket_of(bench.PROBLEMS["tiny"][0]) in said
+    assert cache.exists()
