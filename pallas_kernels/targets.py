@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -472,10 +473,10 @@ def main() -> int:
             if target.backend == backend:
                 found.append(compile_for(target, options.dims))
                 print(markdown(found[-1]).split("\n", 2)[2], end="", flush=True)
-        return sum(found, [])
+        return list(itertools.chain.from_iterable(found))
 
     with ThreadPoolExecutor(2) as pool:  # the compilers of the two run side by side
-        compiled = sum(pool.map(of_backend, ("gpu", "tpu")), [])
+        compiled = list(itertools.chain.from_iterable(pool.map(of_backend, ("gpu", "tpu"))))
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         found = {"date": date.today().isoformat(), "versions": versions, "compiled": [asdict(one) for one in compiled]}

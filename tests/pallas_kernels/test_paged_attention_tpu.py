@@ -29,10 +29,15 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_float64_without_a_race(case, dtype, mode, capfd):
-    check(simulated(mode), **case, dtype=dtype)
+def test_equals_float64_without_a_race(case, mode, capfd):
+    check(simulated(mode), **case, dtype=jnp.bfloat16)
+    assert "RACE" not in capfd.readouterr().out  # jax 0.11 only prints it
+
+
+@pytest.mark.parametrize("name", ["several blocks, odd head dims", "large logits", "int4 by channel"])
+def test_float32_equals_float64_without_a_race(name, capfd):
+    check(simulated("on_wait"), **CASES[name], dtype=jnp.float32)
     assert "RACE" not in capfd.readouterr().out  # jax 0.11 only prints it
 
 
