@@ -103,12 +103,15 @@ def kv_write(
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
             arrays.append(_Tile(mine, per=per, num_rows=num_rows, page_size=page_size, unit=unit))
-        for one in arrays:
-            one.fetch()
-        for one in arrays:
-            one.leave()
-        plgpu.wait_smem_to_gmem(0)
-        arrays.clear()
+
+        @pl.when(begins[lax.axis_index("tile")] >= 0)
+        def _():
+            for one in arrays:
+                one.fetch()
+            for one in arrays:
+                one.leave()
+            plgpu.wait_smem_to_gmem(0)
+            arrays.clear()
 
     arrays: list[_Tile] = []
     made = plgpu.kernel(
@@ -137,7 +140,7 @@ def kv_write(
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T]; the slot of each, negative where there is none; and of each of its
+    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative where there is none; and of each of its
     `unit`s of rows whether they are a whole page, or a block of one."""
     batch, num_tokens = write_slots.shape
     pages, _ = places(write_slots, num_pages, page_size)
@@ -161,6 +164,7 @@ def _tiles(
     units = tile_slots.reshape(len(begins), -1, unit)
     steps = jnp.arange(unit, dtype=jnp.int32)[None, None]
     wholes = (units[..., :1] % unit == 0) & (units == units[..., :1] + steps) & (units[..., :1] >= 0)
+    loaded = jnp.where((tile_slots >= 0).any(axis=1), loaded, -1)
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
 
 

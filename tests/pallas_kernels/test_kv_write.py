@@ -16,7 +16,7 @@ from pallas_kernels.debug import debugging
 from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.kv_write import api, gpu, kv_write, tpu
 from pallas_kernels.kv_write.proof import CASES, check, generated
-from tests.pallas_kernels.cases import numbers
+from tests.pallas_kernels.cases import Fetched, numbers
 
 
 class Contract:
@@ -70,6 +70,28 @@ class TestGPU(Contract):
 
     def write(self, number=0):
         return partial(gpu.kv_write, interpret=plgpu.InterpretGPUParams(detect_races=True))
+
+    @pytest.mark.parametrize(("format", "a_token"), [(None, 2 * 64), ("int8", 64 + 4), ("int4", 32 + 4)])
+    def test_tokens_come_once_and_leave_once(self, format, a_token, monkeypatch):
+        """Of whole pages: keys and values, 128 tokens of 2 heads, in 16 bits; and out again as the pages hold them."""
+        come, go = Fetched(), Fetched()
+        copy_in, copy_out = plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem
+
+        def counted_in(source, target, barrier):
+            come.count(target)
+            copy_in(source, target, barrier)
+
+        def counted_out(source, target):
+            go.count(target)
+            copy_out(source, target)
+
+        monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted_in)
+        monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted_out)
+        case = {"counts": [128], "begins": [0], "page_size": 64, "dims": (64, 64), "format": format, "dtype": "bfloat16"}
+        check(self.write(), **case)
+        jax.effects_barrier()
+        assert come.num_bytes == 2 * 128 * 2 * 2 * 64
+        assert go.num_bytes == 2 * 128 * 2 * a_token
 
     def test_a_missing_wait_is_caught(self, monkeypatch, capfd):
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
