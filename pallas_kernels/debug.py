@@ -85,3 +85,24 @@ def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_
         jax.debug.callback(check, write_slots)
     else:
         check(write_slots)
+
+
+def check_chunks(op: str, query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int) -> None:
+    """Where debugging is on: raises ValueError for a chunk that begins before its sequence, or is longer than the queries."""
+
+    def check(*arrays: Array) -> None:
+        starts, lens = map(np.asarray, arrays)
+        for name, values, wrong, legal in (
+            ("query_starts", starts, starts < 0, "at least 0"),
+            ("query_lens", lens, (lens < 0) | (lens > num_queries), f"in [0, {num_queries}]"),
+        ):
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise ValueError(f"{op}: {name}[{row}] = {values[row]}: must be {legal}")
+
+    if not _on.get():
+        return
+    if isinstance(query_starts, jax.core.Tracer) or isinstance(query_lens, jax.core.Tracer):
+        jax.debug.callback(check, query_starts, query_lens)
+    else:
+        check(query_starts, query_lens)

@@ -80,11 +80,15 @@ class Quantised:
 
 
 type Pages = Array | Quantised
+ROUND = 1.5 * 2**23
+"""Added to a float32 below 2 ** 22 and taken away again, it leaves the nearest whole number, half to even: what kernels can do."""
 
 
 def format_of(pages: Pages) -> str:
     """ "int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
-    return pages.format if isinstance(pages, Quantised) else pages.dtype.name
+    if isinstance(pages, Quantised):
+        return pages.format
+    return f"{pages.dtype.name} without scales" if pages.dtype.name in FORMATS else pages.dtype.name
 
 
 def each_array(pages: Pages, do: Callable[[Array], Array]) -> Pages:
@@ -126,19 +130,21 @@ def inverses(scales: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 def quantised(tokens: Float[Array, "... page D"], format: str, per: Scaling = "token") -> Quantised:
     """Tokens in a format, with the scales that they ask for. Raises ValueError for what is none, and for 4 bits of odd dims."""
-    check_format(format, per, tokens.shape[-1])
+    check_format(format, per, tokens.shape)
     scales = scales_for(tokens, format, per)
     return Quantised(encoded(tokens, scales, format, per), scales, per)
 
 
-def check_format(format: str, per: str, dim: int) -> None:
-    """Raises ValueError for what is no format or no scaling, and for an odd dim in 4 bits."""
+def check_format(format: str, per: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for what is no format or no scaling, for an odd dim in 4 bits, and for tokens that are none."""
+    if 0 in shape or len(shape) < 2:
+        raise ValueError(f"tokens = {shape}: must be [..., page, D], with one at least of each")
     if format not in FORMATS:
         raise ValueError(f"format = {format!r}: must be one of {', '.join(FORMATS)}")
     if per not in ("token", "channel"):
         raise ValueError(f"per = {per!r}: must be token or channel")
-    if format == "int4" and dim % 2:
-        raise ValueError(f"head dim = {dim}: must be even, where a byte holds two numbers of 4 bits")
+    if format == "int4" and shape[-1] % 2:
+        raise ValueError(f"head dim = {shape[-1]}: must be even, where a byte holds two numbers of 4 bits")
 
 
 def packed(numbers: Shaped[Array, "... D"]) -> Shaped[Array, "... half"]:

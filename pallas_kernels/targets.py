@@ -86,12 +86,17 @@ class Shape:
     head_dim: int
     per: str = ""
     extra: str = ""
-    """What is asked for beside: "lists" of each KV head with valid slots, page "mass", "decode" of one token each to write."""
+    """What is asked for beside: "lists" of each KV head with valid slots, page "mass"; to write, "decode" of one token each, and "few" of three sequences."""
 
     @property
     def num_queries(self) -> int:
         """New tokens of each sequence."""
-        return 1 if self.op == "paged_attention" or self.extra == "decode" else 256
+        return 1 if self.op == "paged_attention" or self.extra in ("decode", "few") else 256
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return 3 if self.extra == "few" else 32
 
     @property
     def page_bytes(self) -> int:
@@ -99,8 +104,8 @@ class Shape:
         bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4}.get(self.format, 16)
         a_token = 2 * self.head_dim * bits // 8 + (2 * 4 if self.per == "token" else 0)
         if self.op == "kv_write":
-            return 32 * self.num_queries * 8 * (a_token + 2 * self.head_dim * max(2, bits // 16))
-        return 32 * 4096 * 8 * a_token
+            return self.batch * self.num_queries * 8 * (a_token + 2 * self.head_dim * max(2, bits // 16))
+        return self.batch * 4096 * 8 * a_token
 
 
 OPS = ("paged_attention", "paged_prefill", "kv_write")
@@ -119,6 +124,7 @@ def shapes(backend: str, dims: Sequence[int] = DIMS) -> list[Shape]:
         Shape("paged_attention", "int8", 128, "token", extra="mass"),
         Shape("kv_write", "bfloat16", 128, extra="decode"),
         Shape("kv_write", "int8", 128, "token", extra="decode"),
+        Shape("kv_write", "int4", 128, "channel", extra="few"),
     ]
 
 
@@ -276,7 +282,7 @@ def _call(shape: Shape, backend: str, page_size: int, sharding: Any, **options: 
 
     from pallas_kernels.formats import Quantised
 
-    batch, table_len, dim = 32, 4096 // page_size, shape.head_dim
+    batch, table_len, dim = shape.batch, 4096 // page_size, shape.head_dim
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,29 @@ def _choices(path: Path) -> Mapping[str, Any]:
 
 
 def lookup(implementation: str, of_bucket: str) -> dict[str, int]:
-    """The tile sizes for a bucket on this process' first device: keyword arguments; none where nothing is remembered."""
+    """The tile sizes for a bucket on this process' first device: keyword arguments; none where nothing is remembered. Warns of a
+    cache that cannot be read."""
     device = jax.devices()[0].device_kind
-    mine = _choices(cache_path()).get(device, {}).get(jax.__version__, {})
+    try:
+        found_here = _choices(cache_path())
+    except ValueError as error:  # what was found can be found again: nobody is to stop for it
+        warnings.warn(str(error), stacklevel=2)
+        found_here = {}
+    mine = found_here.get(device, {}).get(jax.__version__, {})
     committed = _choices(COMMITTED).get(device, {}).get("any", {})
     for choices in (mine, committed):
         if found := choices.get(implementation, {}).get(of_bucket):
             return dict(found)
     return {}
+
+
+def check_tiles(implementation: str, tiles: Mapping[str, int]) -> None:
+    """Raises ValueError for tile sizes that an implementation does not have, or that are none."""
+    legal = SPACES.get(implementation, {})
+    for name, value in tiles.items():
+        if name not in legal or not isinstance(value, int) or value < 1:
+            said = f"must be positive whole numbers for {', '.join(legal)}" if legal else "it has none"
+            raise ValueError(f"tiles = {dict(tiles)} of {implementation}: {said}")
 
 
 def candidates(implementation: str) -> list[dict[str, int]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
@@ -55,7 +56,7 @@ def refusals(
     else:
         from pallas_kernels.kv_write import tpu
 
-        if reason := tpu.refusal(format, page_size, head_dims):
+        if reason := tpu.refusal(format, page_size, head_dims, token_dtype):
             refused["mosaic_tpu"] = reason
     return refused
 
@@ -90,6 +91,18 @@ def kv_write(
     (`pallas_kernels.debug`), for slots against the rules above as well.
     """
     check_pages(key_pages, value_pages)
+    if write_slots.ndim != 2 or write_slots.dtype != jnp.int32:
+        raise ValueError(f"write_slots = {write_slots.dtype.name}{list(write_slots.shape)}: must be int32 [B, T]")
+    if keys.dtype != values.dtype:
+        raise ValueError(f"values of {values.dtype.name}: must be of the keys' type, {keys.dtype.name}")
+    if isinstance(key_pages, Quantised) and not jnp.issubdtype(keys.dtype, jnp.floating):
+        raise ValueError(f"keys of {keys.dtype.name}: must be floating, to be quantised to {key_pages.format}")
+    if not isinstance(key_pages, Quantised) and not jnp.issubdtype(key_pages.dtype, jnp.floating):
+        bits = jnp.uint8 if keys.dtype.itemsize == 1 else keys.dtype  # numbers of 8 bits may be kept as such
+        if key_pages.dtype not in (keys.dtype, bits):
+            raise ValueError(
+                f"key_pages of {key_pages.dtype.name}: must be floating, of the tokens' type {keys.dtype.name}, or Quantised"
+            )
     wanted = (*write_slots.shape, key_pages.shape[1])
     for name, tokens, pool in (("keys", keys, key_pages), ("values", values, value_pages)):
         if tokens.shape != (*wanted, pool.shape[3]):
@@ -101,4 +114,6 @@ def kv_write(
     refused = refusals(format_of(key_pages), key_pages.shape[2], head_dims, keys.dtype, per)
     _, run = select("kv_write", implementation, IMPLEMENTATIONS, refused)
     check_slots("kv_write", write_slots, key_pages.shape[0], key_pages.shape[2])
+    if not write_slots.size:
+        return key_pages, value_pages
     return run(key_pages, value_pages, keys, values, write_slots)

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int32
 
-from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, Scaling, arrays_of, inverses
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, ROUND, Pages, Quantised, Scaling, arrays_of, inverses
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared
 
@@ -25,8 +25,6 @@ STEP = 32
 """Columns that are turned into numbers at once."""
 ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
-ROUND = 1.5 * 2**23
-"""Added to a float32 and taken away again, it leaves the nearest whole number, half to even."""
 
 
 def refusal(
@@ -64,8 +62,8 @@ def kv_write(
     unit = min(page_size, ROWS)
     begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
     pools = (key_pages, value_pages)
-    tokens = [x.reshape(-1, *x.shape[2:]) for x in (keys, values)]
-    num_rows = min(ROWS, len(tokens[0]))
+    missing = max(0, ROWS - write_slots.size)  # fewer could not be copied where rows lie together in groups
+    tokens = [jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, missing), (0, 0), (0, 0))) for x in (keys, values)]
     kernel_pools = list(pools)
     for number, (pool, new) in enumerate(zip(pools, (keys, values), strict=True)):
         if isinstance(pool, Quantised) and pool.per == "channel":
@@ -102,7 +100,7 @@ def kv_write(
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            arrays.append(_Tile(mine, per=per, num_rows=num_rows, page_size=page_size, unit=unit))
+            arrays.append(_Tile(mine, per=per, page_size=page_size, unit=unit))
 
         @pl.when(begins[lax.axis_index("tile")] >= 0)
         def _():
@@ -146,18 +144,18 @@ def _tiles(
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
     total = batch * num_tokens
-    num_rows = min(ROWS, total)
     if num_tokens == 1:
         begins = jnp.arange(0, total, ROWS, dtype=jnp.int32)
         ends = begins + ROWS
     else:  # a row's tiles end where its pages do, wherever its first token is
         shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
-        numbers = jnp.arange((num_tokens + unit - 2) // ROWS + 1, dtype=jnp.int32)[None]
+        shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
+        numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
         first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
         begins = jnp.maximum(numbers * ROWS - shift, 0)
         ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
         begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
-    loaded = jnp.minimum(begins, total - num_rows)  # the last tile must not reach past the end
+    loaded = jnp.minimum(begins, max(0, total - ROWS))  # the last tile must not reach past the end
     tokens = loaded[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None]
     mine = (tokens >= begins[:, None]) & (tokens < ends[:, None]) & (tokens < total)
     tile_slots = jnp.where(mine, slots.reshape(-1)[jnp.minimum(tokens, total - 1)], -page_size)
@@ -197,10 +195,10 @@ class _Tile(Named):
         self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
 
     def fetch(self) -> None:
-        rows = self.source.at[pl.ds(self.begins[self.tile], self.num_rows), self.head]
+        rows = self.source.at[pl.ds(self.begins[self.tile], ROWS), self.head]
         for into in ("tokens", "token_rows"):  # the latter to read one by one
             if into in self.named:
-                plgpu.copy_gmem_to_smem(rows, self.named[into].at[pl.ds(0, self.num_rows)], self.arrived)
+                plgpu.copy_gmem_to_smem(rows, self.named[into], self.arrived)
 
     def leave(self) -> None:
         """Into the pages."""

@@ -48,7 +48,7 @@ def stored(pool: Array, tokens: Array, pages: Array, offsets: Array) -> Array:
     """A pool with tokens of its type in their places."""
     # 8-bit numbers are stored as bits: XLA on CPU widens a scatter of anything else of that size, pool and all.
     bits = jax.lax.bitcast_convert_type
-    if tokens.dtype.itemsize == 1 and pool.dtype.itemsize == 1:
+    if tokens.dtype.itemsize == 1 and pool.dtype in (tokens.dtype, jnp.uint8):
         done = bits(pool, jnp.uint8).at[pages, :, offsets].set(bits(tokens, jnp.uint8), mode="drop")
         return bits(done, pool.dtype)
     return pool.at[pages, :, offsets].set(tokens.astype(pool.dtype), mode="drop")

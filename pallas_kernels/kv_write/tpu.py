@@ -15,14 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
-from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, arrays_of, inverses, scales_for
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, ROUND, Pages, Quantised, arrays_of, inverses, scales_for
 from pallas_kernels.kv_write.reference import channel_scales, places
-from pallas_kernels.paged_attention.tpu import refusal
-
-__all__ = ["kv_write", "refusal"]
-
-ROUND = 1.5 * 2**23
-"""Added to a float32 and taken away again, it leaves the nearest whole number, half to even."""
+from pallas_kernels.paged_attention import tpu as paged
 
 
 class Granules(NamedTuple):
@@ -102,6 +97,14 @@ def kv_write(
         return Quantised(lax.bitcast_convert_type(payload, pool.dtype), kept[at], pool.per)
 
     return done(0), done(1)
+
+
+def refusal(format: str, page_size: int, head_dims: tuple[int, int], token_dtype: Any = "bfloat16") -> str | None:
+    """Why this kernel should not write into such pages; None: it can."""
+    token_type = jnp.dtype(token_dtype)
+    if token_type not in (jnp.bfloat16, jnp.float32):
+        return f"tokens of {token_type.name}: must be bfloat16 or float32"
+    return paged.refusal(format, page_size, head_dims)
 
 
 def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, size: int) -> Granules:

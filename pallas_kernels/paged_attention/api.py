@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.debug import check_tables
-from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
+from pallas_kernels.formats import Pages, Quantised, Scaling, check_format, format_of
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.selection import select
-from pallas_kernels.tuning import bucket, lookup
+from pallas_kernels.tuning import bucket, check_tiles, lookup
 
 
 def _mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
@@ -42,6 +43,7 @@ def refusals(
     head_dims: tuple[int, int] = (128, 128),
     group: int = 1,
     per: Scaling = "token",
+    query_dtype: Any = "bfloat16",
 ) -> dict[str, str]:
     """Why an implementation cannot serve such pages on this process' first device, for those that cannot. A `format` is one of
     `formats.FORMATS`, or the name of a type."""
@@ -58,7 +60,7 @@ def refusals(
     else:
         from pallas_kernels.paged_attention import tpu
 
-        if reason := tpu.refusal(format, page_size, head_dims, device.device_kind):
+        if reason := tpu.refusal(format, page_size, head_dims, query_dtype):
             refused["mosaic_tpu"] = reason
     return refused
 
@@ -97,7 +99,7 @@ def paged_attention(
 
     The tables need not be sorted nor contiguous: windowed layers list only the pages still held. With tables, starts and
     valid slots of [B, K, num_pages ...] every KV head has lists of its own, as after eviction or selection by head. Accumulates
-    in float32; `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
+    in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
     `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well. With
     `with_page_mass` a third result [B, T, H, num_pages] (float32) says what share of each row's attention every table entry took:
@@ -115,9 +117,12 @@ def paged_attention(
     )  # fmt: skip
     refused = refusals(**asked_of(queries, key_pages, value_pages))
     name, run = select("paged_attention", implementation, IMPLEMENTATIONS, refused)
+    check_tables("paged_attention", page_table, page_starts, len(key_pages))
+    if nothing := answer_to_nothing(queries, value_pages, page_table, with_page_mass):
+        return nothing
     if tiles is None:
         tiles = lookup(name, bucket_of("paged_attention", queries, key_pages, value_pages, page_table))
-    check_tables("paged_attention", page_table, page_starts, len(key_pages))
+    check_tiles(name, tiles)
     return run(
         queries,
         key_pages,
@@ -141,20 +146,48 @@ def bucket_of(op: str, queries: Array, key_pages: Pages, value_pages: Pages, pag
     dims, per = (key_pages.shape[3], value_pages.shape[3]), key_pages.per if isinstance(key_pages, Quantised) else ""
     sizes = len(queries), queries.shape[1], page_table.shape[-1] * key_pages.shape[2]
     group = queries.shape[2] // key_pages.shape[1]
-    return bucket(op, format_of(key_pages), per, dims, group, key_pages.shape[2], sizes)
+    return bucket(
+        op if page_table.ndim == 2 else f"{op} by lists of heads",
+        format_of(key_pages),
+        per,
+        dims,
+        group,
+        key_pages.shape[2],
+        sizes,
+    )
 
 
 def check_pages(key_pages: Pages, value_pages: Pages) -> None:
     """Raises ValueError for pools that are not of one format, or whose arrays do not fit together."""
+    for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
+        if pages.ndim != 4 or 0 in pages.shape:
+            raise ValueError(f"{name} = {pages.shape}: must be [P, K, page, D], with one at least of each")
+        if isinstance(pages, Quantised):
+            check_format(pages.format, pages.per, pages.shape)
+            if pages.scales.dtype != jnp.float32:
+                raise ValueError(f"{name}.scales of {pages.scales.dtype.name}: must be float32")
     if key_pages.shape[:3] != value_pages.shape[:3]:
         raise ValueError(f"value_pages = {value_pages.shape}: must share [P, K, page] with keys {key_pages.shape}")
     if isinstance(key_pages, Quantised) != isinstance(value_pages, Quantised) or key_pages.dtype != value_pages.dtype:
         raise ValueError(f"value_pages of {format_of(value_pages)}: must be stored as keys are, {format_of(key_pages)}")
+    if isinstance(key_pages, Quantised) and isinstance(value_pages, Quantised) and key_pages.per != value_pages.per:
+        raise ValueError(f"value_pages: scaled by {value_pages.per}, must be by {key_pages.per}, as keys are")
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
         if isinstance(pages, Quantised):
             wanted = (*pages.shape[:2], pages.shape[2 if pages.per == "token" else 3])
             if pages.scales.shape != wanted:
                 raise ValueError(f"{name}.scales = {pages.scales.shape}: must be {wanted}, one for each {pages.per}")
+
+
+def answer_to_nothing(
+    queries: Array, value_pages: Pages, page_table: Array, with_page_mass: bool
+) -> tuple[Array, ...] | None:
+    """The answer where there are no sequences, no queries or no entries to list; None where there are."""
+    if 0 not in (*queries.shape[:2], page_table.shape[-1]):
+        return None
+    shape = queries.shape[:3]
+    answer = jnp.zeros((*shape, value_pages.shape[3]), queries.dtype), jnp.full(shape, -jnp.inf)
+    return (*answer, jnp.zeros((*shape, page_table.shape[-1]))) if with_page_mass else answer
 
 
 def asked_of(queries: Array, key_pages: Pages, value_pages: Pages) -> dict[str, Any]:
@@ -165,6 +198,7 @@ def asked_of(queries: Array, key_pages: Pages, value_pages: Pages) -> dict[str, 
         "head_dims": (key_pages.shape[3], value_pages.shape[3]),
         "group": queries.shape[2] // key_pages.shape[1],
         "per": key_pages.per if isinstance(key_pages, Quantised) else "token",
+        "query_dtype": queries.dtype,
     }
 
 
@@ -182,8 +216,28 @@ def check(
 ) -> None:
     """Raises ValueError for shapes that do not fit together and options out of range; `by_sequence` are arrays and the shapes that
     the queries ask of them."""
-    num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
+    if queries.ndim != 4 or not queries.shape[2] or not jnp.issubdtype(queries.dtype, jnp.floating):
+        raise ValueError(
+            f"queries = {queries.dtype.name}{list(queries.shape)}: must be floating [B, T, H, D], with a head at least"
+        )
     check_pages(key_pages, value_pages)
+    num_heads, num_kv_heads = queries.shape[2], key_pages.shape[1]
+    if not isinstance(key_pages, Quantised) and not jnp.issubdtype(key_pages.dtype, jnp.floating):
+        raise ValueError(f"key_pages of {key_pages.dtype.name}: must be floating, or Quantised with scales")
+    if page_table.ndim not in (2, 3):
+        raise ValueError(
+            f"page_table = {page_table.shape}: must be [B, num_pages], or [B, K, num_pages] for lists of each head"
+        )
+    for name, array in (
+        ("page_table", page_table),
+        ("page_starts", page_starts),
+        *((n, x) for n, (x, _) in by_sequence.items()),
+    ):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} of {array.dtype.name}: must be int32")
+    for name, value in (("window", window), ("num_sinks", num_sinks)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} = {value!r}: must be a whole number")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
     if queries.shape[3] != key_pages.shape[3]:

@@ -175,11 +175,10 @@ def paged_attention(
     def per_row(x: Array, fill: int) -> Array:
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, tile_rows - num_rows)), constant_values=fill)
 
-    # What a page must hold for every row to see all of it; padding does not count.
+    # The positions that every row sees, padding apart, and the last that any row sees.
     valid = last >= 0
-    whole = jnp.stack(
-        [jnp.where(valid, first, 0).max(axis=1), jnp.where(valid, last, NOWHERE).min(axis=1)], axis=1
-    )  # [items, 2]
+    ends = jnp.where(valid, first, 0).max(axis=1), jnp.where(valid, last, NOWHERE).min(axis=1), last.max(axis=1)
+    whole = jnp.stack(ends, axis=1)  # [items, 3]
 
     arrays = {
         "pieces": pieces,
@@ -261,7 +260,8 @@ def paged_attention(
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:
-    """The type of 16 bits that products are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not."""
+    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16
+    not."""
     if not isinstance(pages, Quantised):
         return pages.dtype
     is_half = queries == jnp.float16 or (pages.format == "fp8" and pages.per == "token")
@@ -269,7 +269,7 @@ def _worked_in(pages: Pages, queries: Any) -> Any:
 
 
 def _fitted(rows: Float[Array, "N K R D"], dtype: Any) -> tuple[Array, Array | None]:
-    """Queries in the type of products, and what each row's scores are to be multiplied with, where float16 could not hold them:
+    """Queries in the type of their products, and what each row's scores are to be multiplied with, where float16 could not hold them:
     powers of two, so that nothing is lost."""
     if dtype != jnp.float16 or rows.dtype == jnp.float16:
         return rows.astype(dtype), None
@@ -292,10 +292,12 @@ def _scratch(
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name."""
     rows, stripe, depth, block_len = ROWS * num_consumers, _stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
+    # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
+    of_weights = jnp.dtype(jnp.bfloat16) if isinstance(key_pages, Quantised) else dtype
     of_keys, of_values = _step(dim, key_pages), _step(value_dim, key_pages)
     scratch = {
         "queries": shared((rows, dim), dtype, of_keys),
-        "weights": shared((2, rows, block_len), dtype, of_values),
+        "weights": shared((2, rows, block_len), of_weights, of_values),
         "sums_out": shared((rows, _out_step(value_dim)), jnp.float32, _out_step(value_dim)),
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
@@ -317,13 +319,13 @@ def _scratch(
         num_free = depth
     scratch |= {
         "keys": shared((depth, block_len, dim), dtype, of_keys, block_len if chip == "blackwell" else None),
-        "values": shared((depth, block_len, value_dim), dtype, of_values, stripe if chip == "blackwell" else None),
+        "values": shared((depth, block_len, value_dim), of_weights, of_values, stripe if chip == "blackwell" else None),
         "keys_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
         "values_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
         "free": plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_free),
     }
     if num_consumers > 1:
-        scratch["silenced"] = plgpu.Barrier()
+        scratch["silenced"] = plgpu.Barrier(num_barriers=tiles.num_stages)
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((num_consumers * block_pages, ROWS), jnp.float32)
     return scratch
@@ -482,9 +484,10 @@ class _Piece(Named):
                 lax.fori_loop(0, ahead, lambda number, _: self.fetch(number), None)
 
         lows, highs = (plgpu.load(one.at[self.item, mine], layout=self.down) for one in (self.row_first, self.row_last))
-        factors = None
-        if self.row_scales is not None:
-            factors = plgpu.load(self.row_scales.at[self.item, self.head, mine], layout=self.down) * self.scale
+        if self.row_scales is not None:  # kept where log-sum-exps will be: registers are scarce
+            factors = plgpu.load(self.row_scales.at[self.item, self.head, mine], layout=self.down)
+            self.lse_out[mine] = factors * self.scale
+            plgpu.commit_smem()
         plgpu.barrier_wait(self.queries_arrived)
 
         def block(number, state):
@@ -494,7 +497,7 @@ class _Piece(Named):
             place = lax.rem(number, self.num_stages if self.per is None else self.tiles.num_staged)
             starts, bits = self.listed(number)
             self.wait_to_multiply("keys", number, place)
-            scores = self.scored(mine, place, factors)
+            scores = self.scored(mine, place)
             if self.per == "token":
                 scores = scores * lax.broadcast_in_dim(self.token_scales("keys", number), scores.shape, [1])
             if self.soft_cap is not None:
@@ -525,8 +528,9 @@ class _Piece(Named):
                 )
             plgpu.commit_smem()
             if self.num_consumers == 2:
-                pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(self.silenced))
-                pl.when(consumer == 1)(lambda: plgpu.barrier_wait(self.silenced))
+                # One for each stage: the first of the two may be as far ahead of the other as the ring is deep.
+                pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(self.silenced.at[place]))
+                pl.when(consumer == 1)(lambda: plgpu.barrier_wait(self.silenced.at[place]))
 
             scaled = []
             for columns, one in zip(value_stripes, sums, strict=True):
@@ -612,7 +616,7 @@ class _Piece(Named):
                 bits.append((place, of_entry(one, lambda at, word=word: words[self.item, at, word], 0)))
         return starts, bits
 
-    def scored(self, mine: Any, place: Any, factors: Any) -> Array:
+    def scored(self, mine: Any, place: Any) -> Array:
         """Scaled products of rows with a block's keys."""
 
         def terms(add):
@@ -626,7 +630,10 @@ class _Piece(Named):
             lax.fori_loop(0, self.queries.shape[1] // width * num_halves, stripe, None)
 
         scores = product(self.memory, BLOCK_LEN, terms)
-        return scores * (self.scale if factors is None else lax.broadcast_in_dim(factors, scores.shape, [0]))
+        if self.row_scales is None:
+            return scores * self.scale
+        factors = plgpu.load(self.lse_out.at[mine], layout=self.down)
+        return scores * lax.broadcast_in_dim(factors, scores.shape, [0])
 
     def positions_of(self, slots: Array, starts: list[Any]) -> Array:
         positions = slots + starts[0]
@@ -673,12 +680,14 @@ class _Piece(Named):
 
         def of_token(token, readable):
             seen = places <= self.last[self.item, token]
-            if self.num_sinks is not None:
-                seen = seen & ((places >= self.first[self.item, token]) | (places < self.num_sinks))
+            seen = seen & ((places >= self.first[self.item, token]) | (places < self.num_sinks))
             return jnp.where(seen, 1, readable)
 
-        nothing = plgpu.layout_cast(jnp.zeros((BLOCK_LEN,), jnp.int32), self.down)
-        readable = lax.fori_loop(0, self.last.shape[1], of_token, nothing)
+        if self.num_sinks is None:
+            readable = jnp.where(places <= self.whole[self.item, 2], 1, 0)
+        else:
+            nothing = plgpu.layout_cast(jnp.zeros((BLOCK_LEN,), jnp.int32), self.down)
+            readable = lax.fori_loop(0, self.last.shape[1], of_token, nothing)
         readable = jnp.where(self.only_valid(readable > 0, slots, bits), 1, 0)
         # With the columns that products take at once, or fewer, as it spills less: of one half 32 bytes else, of two the other way.
         step = self.steps["values"] if self.num_halves == 1 else _stripes(self.values.shape[2])[0].size

@@ -83,6 +83,15 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 32,
         "dims": (32, 32),
     },
+    "fp8 by token, tiny values": {
+        "lengths": [40],
+        "num_queries": 1,
+        "group": 2,
+        "format": "fp8",
+        "of_values": 1e-6,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
     "int4 by token, lists of each head": {
         "lengths": [70, 9],
         "num_queries": 1,
@@ -146,6 +155,7 @@ def generated(
         "dtype": one_of(dtypes),
         "page_size": page_size,
         "magnitude": one_of((1.0, 1.0, 40.0)),
+        "of_values": one_of((1.0, 1.0, 1e-3, 1e3)),
         "lists": one_of(("sequences", "sequences", "heads")),
         "kept": one_of((1.0, 1.0, 0.6)),
         "format": format,
@@ -157,7 +167,7 @@ def generated(
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, misread=0, seed=3,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_values=1.0, misread=0, seed=3,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
@@ -192,8 +202,8 @@ def check(
                 begin = starts[row, head, entry]
                 slots = np.flatnonzero(valid[row, head, entry, : length - begin])
                 readable[row][begin + slots, head] = True
-                for pool in (keys, values):
-                    tokens = jnp.asarray(rng.standard_normal((len(slots), pool.shape[3])), dtype)
+                for pool, size in ((keys, 1.0), (values, of_values)):
+                    tokens = jnp.asarray(size * rng.standard_normal((len(slots), pool.shape[3])), dtype)
                     pool[table[row, head, entry], head, slots] = np.asarray(tokens, np.float32)
     pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
     for row, length in enumerate(lengths):

@@ -43,6 +43,9 @@ def paged_attention(
     key_tiles, value_tiles = (
         tile_values(each_array(pool, lambda x: x[page_table])) for pool in (key_pages, value_pages)
     )
+    # A weight of zero does not silence a NaN, forwards or backwards: slots that nobody sees are replaced before the products.
+    readable = seen.any(axis=1).reshape(batch, -1, 1, page_size, 1)
+    key_tiles, value_tiles = (jnp.where(readable, tiles, 0) for tiles in (key_tiles, value_tiles))
     if isinstance(key_pages, Quantised):
         grouped = grouped.astype(jnp.float32)
     scores = jnp.einsum("btkgd,bnkpd->bkgtnp", grouped, key_tiles, preferred_element_type=jnp.float32) * scale
@@ -51,9 +54,7 @@ def paged_attention(
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     weights, log_sum_exp = masked_softmax(scores, seen[:, None, None])
 
-    # A weight of zero does not silence a NaN: slots that nobody sees are replaced before the product.
-    readable = seen.any(axis=1).reshape(batch, -1, 1, page_size, 1)
-    value_tiles = jnp.where(readable, value_tiles, 0).astype(jnp.float32)
+    value_tiles = value_tiles.astype(jnp.float32)
     weights = weights.reshape(*weights.shape[:4], -1, page_size)
     outputs = jnp.einsum("bkgtnp,bnkpd->btkgd", weights, value_tiles)
     outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)

@@ -29,8 +29,11 @@ ROWS = 256
 LANES = 128
 
 
-def refusal(format: str, page_size: int, head_dims: tuple[int, int], device_kind: str = "") -> str | None:
+def refusal(format: str, page_size: int, head_dims: tuple[int, int], query_dtype: Any = "bfloat16") -> str | None:
     """Why this kernel should not serve such pages; None: it can."""
+    query_type = jnp.dtype(query_dtype)
+    if query_type not in (jnp.bfloat16, jnp.float32):
+        return f"queries of {query_type.name}: must be bfloat16 or float32"
     rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(format)
     if rows is None:
         return f"pages of {format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from pallas_kernels.debug import check_tables
+from pallas_kernels.debug import check_chunks, check_tables
 from pallas_kernels.formats import Quantised, Scaling
 from pallas_kernels.paged_attention import api as paged
 from pallas_kernels.paged_prefill import reference
 from pallas_kernels.selection import select
-from pallas_kernels.tuning import lookup
+from pallas_kernels.tuning import check_tiles, lookup
 
 
 def _mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
@@ -42,9 +42,10 @@ def refusals(
     head_dims: tuple[int, int] = (128, 128),
     group: int = 1,
     per: Scaling = "token",
+    query_dtype: Any = "bfloat16",
 ) -> dict[str, str]:
     """Why an implementation cannot serve such pages on this process' first device: what `paged_attention` cannot, neither can this."""
-    return paged.refusals(format, page_size, head_dims, group, per)
+    return paged.refusals(format, page_size, head_dims, group, per, query_dtype)
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
@@ -83,9 +84,13 @@ def paged_prefill(
     )  # fmt: skip
     refused = refusals(**paged.asked_of(queries, key_pages, value_pages))
     name, run = select("paged_prefill", implementation, IMPLEMENTATIONS, refused)
+    check_tables("paged_prefill", page_table, page_starts, len(key_pages))
+    check_chunks("paged_prefill", query_starts, query_lens, queries.shape[1])
+    if nothing := paged.answer_to_nothing(queries, value_pages, page_table, with_page_mass):
+        return nothing
     if tiles is None:
         tiles = lookup(name, paged.bucket_of("paged_prefill", queries, key_pages, value_pages, page_table))
-    check_tables("paged_prefill", page_table, page_starts, len(key_pages))
+    check_tiles(name, tiles)
     return run(
         queries,
         key_pages,

@@ -25,9 +25,8 @@ def _paged_attention(
     rows = queries.shape[1] * queries.shape[2] // key_pages.shape[1]
     is_wide = chip == "hopper" and rows > ROWS and not isinstance(key_pages, Quantised)
     if is_wide:
-        is_wide = (
-            gpu.fit(key_pages.shape[3], value_pages.shape[3], format_of(key_pages), num_consumers=2).num_stages >= 2
-        )
+        dims, depth = (key_pages.shape[3], value_pages.shape[3]), options.get("max_stages") or gpu.MAX_STAGES
+        is_wide = gpu.fit(*dims, format_of(key_pages), num_consumers=2, max_stages=depth).num_stages >= 2
     return gpu.paged_attention(queries, key_pages, value_pages, *arrays, num_consumers=2 if is_wide else 1, **options)
 
 

@@ -87,7 +87,14 @@ class TestGPU(Contract):
 
         monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted_in)
         monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted_out)
-        case = {"counts": [128], "begins": [0], "page_size": 64, "dims": (64, 64), "format": format, "dtype": "bfloat16"}
+        case = {
+            "counts": [128],
+            "begins": [0],
+            "page_size": 64,
+            "dims": (64, 64),
+            "format": format,
+            "dtype": "bfloat16",
+        }
         check(self.write(), **case)
         jax.effects_barrier()
         assert come.num_bytes == 2 * 128 * 2 * 2 * 64

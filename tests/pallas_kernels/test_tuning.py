@@ -61,10 +61,32 @@ def test_the_committed_file_can_be_read():
 def test_a_file_that_is_none_is_named(cache, text):
     cache.parent.mkdir()
     cache.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"deep/tiles.json: not a file of tile sizes .*delete it, or set PALLAS_KERNELS_TILES"
-    ):
-        tuning.lookup("blocked", BUCKET)
+    said = r"deep/tiles.json: not a file of tile sizes .*delete it, or set PALLAS_KERNELS_TILES"
+    with pytest.warns(UserWarning, match=said):
+        assert tuning.lookup("blocked", BUCKET) == {}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "tiles", "message"),
+    [
+        ("blocked", {"foo": 3}, "must be positive whole numbers for block_len"),
+        ("blocked", {"block_len": 0}, "must be positive whole numbers for block_len"),
+        ("reference", {"block_len": 16}, "of reference: it has none"),
+    ],
+)
+def test_tile_sizes_that_are_none_are_refused(implementation, tiles, message):
+    inputs = bench.make_inputs(bench.PROBLEMS["tiny"][0])
+    arrays = (
+        inputs.queries,
+        inputs.keys,
+        inputs.values,
+        inputs.tables[0],
+        inputs.starts[0],
+        inputs.positions,
+        inputs.lens,
+    )
+    with pytest.raises(ValueError, match=message):
+        paged_attention(*arrays, tiles=tiles, implementation=implementation)
 
 
 def test_a_search_takes_the_fastest_and_nothing_that_gains_little():
