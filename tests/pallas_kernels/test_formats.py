@@ -37,6 +37,7 @@ def test_two_numbers_of_four_bits_share_a_byte():
         ("int3", "token", 8, "format = 'int3': must be one of int8, fp8, int4"),
         ("int8", "page", 8, "per = 'page': must be token or channel"),
         ("int4", "token", 7, "head dim = 7: must be even"),
+        ("int8", "token", 0, r"tokens = \(4, 0\): must be \[..., page, D\], with one at least of each"),
     ],
 )
 def test_what_is_no_format_is_refused(format, per, dim, message, monkeypatch):

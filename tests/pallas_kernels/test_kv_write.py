@@ -142,6 +142,14 @@ def test_donated_pages_are_written_in_place():
     assert analysis.temp_size_in_bytes < pool.nbytes / 16
 
 
+def test_no_tokens_write_nothing():
+    pool = quantised(jnp.ones((3, 2, 8, 16)), "int8", "channel")
+    tokens = jnp.zeros((0, 1, 2, 16))
+    keys, values = kv_write(pool, pool, tokens, tokens, jnp.zeros((0, 1), jnp.int32))
+    assert keys is pool
+    assert values is pool
+
+
 def test_whole_pages_by_channel_hold_what_quantising_them_gives():
     """And tokens that come later are cut off at the page's largest number."""
     rng = np.random.default_rng(0)
@@ -183,6 +191,12 @@ def _arguments(**changes):
             ),
             r"key_pages.scales = \(3, 2, 16\): must be \(3, 2, 8\), one for each token",
         ),
+        ({"values": jnp.zeros((2, 1, 2, 16), jnp.bfloat16)}, "values of bfloat16: must be of the keys' type, float32"),
+        (
+            dict.fromkeys(("key_pages", "value_pages"), jnp.zeros((3, 2, 8, 16), jnp.int8)),
+            "key_pages of int8: must be floating, of the tokens' type float32, or Quantised",
+        ),
+        ({"write_slots": jnp.zeros((2, 1))}, r"write_slots = float32\[2, 1\]: must be int32 \[B, T\]"),
         ({"implementation": "mosaic_gpu"}, "cannot run here: it needs a Hopper or Blackwell GPU, this is cpu"),
     ],
 )

@@ -103,6 +103,25 @@ def _arguments(**changes):
             ),
             r"key_pages.scales = \(3, 2, 8\): must be \(3, 2, 4\), one for each token",
         ),
+        (
+            {
+                "key_pages": quantised(jnp.zeros((3, 2, 8, 8)), "int8"),
+                "value_pages": quantised(jnp.zeros((3, 2, 8, 8)), "int8", "channel"),
+            },
+            "value_pages: scaled by channel, must be by token, as keys are",
+        ),
+        (
+            dict.fromkeys(("key_pages", "value_pages"), jnp.zeros((3, 2, 4, 8), jnp.int8)),
+            "key_pages of int8: must be floating, or Quantised with scales",
+        ),
+        ({"queries": jnp.zeros((1, 4, 8))}, r"queries = float32\[1, 4, 8\]: must be floating \[B, T, H, D\]"),
+        ({"key_pages": jnp.zeros((3, 0, 4, 8))}, r"key_pages = \(3, 0, 4, 8\): must be \[P, K, page, D\]"),
+        (
+            dict.fromkeys(("page_table", "page_starts"), jnp.zeros(2, jnp.int32)),
+            r"page_table = \(2,\): must be \[B, num_pages\]",
+        ),
+        ({"kv_lens": jnp.ones(1)}, "kv_lens of float32: must be int32"),
+        ({"window": 2.5}, "window = 2.5: must be a whole number"),
         ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, blocked, reference"),
     ],
 )
@@ -143,10 +162,37 @@ def test_pages_outside_the_pool_are_harmless(implementation):
 
 def test_a_named_implementation_is_honoured():
     """Only the reference can be differentiated."""
-    total = lambda queries, name: paged_attention(**_arguments(queries=queries, implementation=name))[0].sum()  # noqa: E731
-    assert jax.grad(total)(jnp.zeros((1, 1, 4, 8)), "reference").shape == (1, 1, 4, 8)
+    rng = np.random.default_rng(0)
+    queries, pool = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 1, 4, 8), (3, 2, 4, 8)))
+    arrays = {"page_table": jnp.array([[1, 0]]), "page_starts": jnp.array([[0, NOWHERE]]), "kv_lens": jnp.array([3])}
+    arrays |= {"query_positions": jnp.array([[2]])}
+
+    spoiled = pool.at[0].set(jnp.nan).at[:, :, 3].set(jnp.nan)
+
+    def total(queries, name):
+        memory = {"key_pages": spoiled, "value_pages": spoiled, **arrays}
+        return (paged_attention(**_arguments(queries=queries, implementation=name, **memory))[0] ** 2).sum()
+
+    found = jax.grad(total)(queries, "reference")
+    step = jnp.zeros_like(queries).at[0, 0, 1, 2].set(1e-2)
+    change = (total(queries + step, "reference") - total(queries - step, "reference")) / 2e-2
+    assert jnp.isfinite(found).all(), "what nobody sees is no part of any gradient"
+    assert abs(float(found[0, 0, 1, 2] - change)) < 1e-3
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.jit(jax.grad(total), static_argnums=1)(jnp.zeros((1, 1, 4, 8)), None)
+
+
+@pytest.mark.parametrize("empty", ["sequences", "queries", "entries"])
+def test_nothing_is_answered_with_nothing(implementation, empty):
+    batch, tokens, entries = (0 if empty == one else 2 for one in ("sequences", "queries", "entries"))
+    tables = dict.fromkeys(("page_table", "page_starts"), jnp.zeros((batch, entries), jnp.int32))
+    shapes = {"queries": jnp.ones((batch, tokens, 4, 8)), "query_positions": jnp.zeros((batch, tokens), jnp.int32)}
+    arguments = _arguments(**tables, **shapes, kv_lens=jnp.ones(batch, jnp.int32), implementation=implementation)
+    outputs, log_sum_exp, mass = paged_attention(**arguments, with_page_mass=True)
+    assert outputs.shape == (batch, tokens, 4, 8)
+    assert mass.shape == (batch, tokens, 4, entries)
+    assert not outputs.any()
+    assert (log_sum_exp == -jnp.inf).all()
 
 
 def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
@@ -194,6 +240,7 @@ class Chip(NamedTuple):
         (Chip("tpu", "TPU v5 lite"), {"format": "int8", "page_size": 16}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"format": "int4", "head_dims": (128, 128)}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"format": "float16"}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"query_dtype": "float16"}, "blocked"),
     ],
 )
 def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):

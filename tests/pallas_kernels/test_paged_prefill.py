@@ -1,5 +1,6 @@
 """Chunks over pages, ragged: against float64 on every backend, with NaN in all that must not be read."""
 
+import time
 from functools import partial
 from typing import Any, ClassVar
 
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.debug import debugging
 from pallas_kernels.paged_attention import blocked as paged_blocked
 from pallas_kernels.paged_attention import gpu as paged_gpu
 from pallas_kernels.paged_attention import tpu as paged_tpu
@@ -100,6 +103,21 @@ class TestGPU(Contract):
         how = plgpu.InterpretGPUParams(detect_races=True)
         return partial(gpu.paged_prefill, interpret=how, chip=("hopper", "blackwell")[number % 2])
 
+    def test_one_of_two_warpgroups_may_be_late(self, monkeypatch):
+        """By as many blocks as the ring is deep: the other must not signal twice what has not been waited for once."""
+        real = Barrier.wait
+
+        def wait(barrier, thread, **rest):
+            if getattr(thread, "warpgroup_id", None) == 1:
+                time.sleep(0.15)
+            real(barrier, thread, **rest)
+
+        monkeypatch.setattr(Barrier, "wait", wait)
+        monkeypatch.setattr(paged_gpu, "MAX_STAGES", 4)
+        monkeypatch.setattr(paged_gpu, "PIECES", 1)
+        case = {"lengths": [250], "num_queries": 100, "group": 1, "kv_heads": 1, "dims": (32, 32), "page_size": 64}
+        check(self.prefill(), prefill=True, dtype="bfloat16", with_mass=False, **case)
+
     def test_two_warpgroups_attend_where_rows_abound(self, monkeypatch):
         asked = []
         monkeypatch.setattr(
@@ -145,6 +163,7 @@ class TestTPU(Contract):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"query_starts": jnp.zeros(1)}, "query_starts of float32: must be int32"),
         ({"query_lens": jnp.ones(2, jnp.int32)}, r"query_lens = \(2,\): must be \(1,\)"),
         ({"query_starts": jnp.ones((1, 2), jnp.int32)}, r"query_starts = \(1, 2\): must be \(1,\)"),
         (
@@ -155,6 +174,24 @@ class TestTPU(Contract):
 )
 def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        paged_prefill(**_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query_starts": jnp.array([-2])}, r"query_starts\[0\] = -2: must be at least 0"),
+        ({"query_lens": jnp.array([4])}, r"query_lens\[0\] = 4: must be in \[0, 3\]"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused_while_debugging(changes, message):
+    paged_prefill(**_arguments(**changes))  # harmless
+    with debugging(), pytest.raises(ValueError, match="paged_prefill: " + message):
+        paged_prefill(**_arguments(**changes))
+
+
+def _arguments(**changes):
     pool, table = jnp.zeros((3, 2, 4, 8)), jnp.zeros((1, 2), jnp.int32)
     arguments: dict[str, Any] = {
         "queries": jnp.zeros((1, 3, 4, 8)),
@@ -165,5 +202,4 @@ def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
         "query_starts": jnp.zeros(1, jnp.int32),
         "query_lens": jnp.ones(1, jnp.int32),
     }
-    with pytest.raises(ValueError, match=message):
-        paged_prefill(**arguments | changes)
+    return arguments | changes
