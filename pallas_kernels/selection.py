@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+import jax
+
 _recorders: list[dict[str, set[str]]] = []
 
 
@@ -19,6 +21,17 @@ def recording() -> Iterator[dict[str, set[str]]]:
         yield taken
     finally:
         _recorders[:] = [one for one in _recorders if one is not taken]
+
+
+def wrong_device(backend: str) -> str | None:
+    """Why kernels for "gpu" or "tpu" cannot run on this process' first device; None: they can."""
+    device = jax.devices()[0]
+    generation = str(getattr(device, "compute_capability", "")).split(".")[0]
+    if backend == "gpu" and (device.platform != "gpu" or generation not in ("9", "10")):
+        return f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
+    if backend == "tpu" and device.platform != "tpu":
+        return f"it needs a TPU, this is {device.device_kind}"
+    return None
 
 
 def select(

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
@@ -12,7 +11,7 @@ from pallas_kernels.debug import check_slots
 from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
 from pallas_kernels.kv_write import reference
 from pallas_kernels.paged_attention.api import check_pages
-from pallas_kernels.selection import select
+from pallas_kernels.selection import select, wrong_device
 
 
 def _mosaic_gpu(*arrays: Any) -> tuple[Pages, Pages]:
@@ -43,22 +42,16 @@ def refusals(
     per: Scaling = "token",
 ) -> dict[str, str]:
     """Why an implementation cannot write into such pages on this process' first device, for those that cannot."""
-    device, refused = jax.devices()[0], {}
-    if device.platform != "gpu" or str(getattr(device, "compute_capability", "")).split(".")[0] not in ("9", "10"):
-        refused["mosaic_gpu"] = f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
-    else:
+    reasons = {"mosaic_gpu": wrong_device("gpu"), "mosaic_tpu": wrong_device("tpu")}
+    if not reasons["mosaic_gpu"]:
         from pallas_kernels.kv_write import gpu
 
-        if reason := gpu.refusal(format, page_size, head_dims, token_dtype, per):
-            refused["mosaic_gpu"] = reason
-    if device.platform != "tpu":
-        refused["mosaic_tpu"] = f"it needs a TPU, this is {device.device_kind}"
-    else:
+        reasons["mosaic_gpu"] = gpu.refusal(format, page_size, head_dims, token_dtype, per)
+    if not reasons["mosaic_tpu"]:
         from pallas_kernels.kv_write import tpu
 
-        if reason := tpu.refusal(format, page_size, head_dims, token_dtype):
-            refused["mosaic_tpu"] = reason
-    return refused
+        reasons["mosaic_tpu"] = tpu.refusal(format, page_size, head_dims, token_dtype)
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def implementations() -> dict[str, Callable[..., Any]]:

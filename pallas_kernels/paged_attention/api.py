@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,7 +11,7 @@ from jaxtyping import Bool, Float, Int32
 from pallas_kernels.debug import check_tables
 from pallas_kernels.formats import Pages, Quantised, Scaling, check_format, format_of
 from pallas_kernels.paged_attention import blocked, reference
-from pallas_kernels.selection import select
+from pallas_kernels.selection import select, wrong_device
 from pallas_kernels.tuning import bucket, check_tiles, lookup
 
 
@@ -47,22 +46,16 @@ def refusals(
 ) -> dict[str, str]:
     """Why an implementation cannot serve such pages on this process' first device, for those that cannot. A `format` is one of
     `formats.FORMATS`, or the name of a type."""
-    device, refused = jax.devices()[0], {}
-    if device.platform != "gpu" or str(getattr(device, "compute_capability", "")).split(".")[0] not in ("9", "10"):
-        refused["mosaic_gpu"] = f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
-    else:
+    reasons = {"mosaic_gpu": wrong_device("gpu"), "mosaic_tpu": wrong_device("tpu")}
+    if not reasons["mosaic_gpu"]:
         from pallas_kernels.paged_attention import gpu
 
-        if reason := gpu.refusal(format, page_size, head_dims, group, per):
-            refused["mosaic_gpu"] = reason
-    if device.platform != "tpu":
-        refused["mosaic_tpu"] = f"it needs a TPU, this is {device.device_kind}"
-    else:
+        reasons["mosaic_gpu"] = gpu.refusal(format, page_size, head_dims, group, per)
+    if not reasons["mosaic_tpu"]:
         from pallas_kernels.paged_attention import tpu
 
-        if reason := tpu.refusal(format, page_size, head_dims, query_dtype):
-            refused["mosaic_tpu"] = reason
-    return refused
+        reasons["mosaic_tpu"] = tpu.refusal(format, page_size, head_dims, query_dtype)
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def implementations() -> dict[str, Callable[..., Any]]:

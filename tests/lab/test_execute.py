@@ -70,15 +70,27 @@ def test_a_run_leaves_a_complete_record(tmp_path):
         "xla_flags",
         "implementations",
     }
+    taken = record["provenance"]["implementations"]
+    assert taken == {
+        "flash_attention": "reference",
+        "kv_write": "reference",
+        "paged_attention": "blocked",
+        "paged_prefill": "blocked",
+    }
     assert [trial["learning_rate"] for trial in record["training"]["trials"]] == [0.01, 0.001]
     best = max(record["training"]["trials"], key=lambda trial: trial["validation"])
     assert record["training"]["learning_rate"] == best["learning_rate"]
     assert len(rows(config)) == 16  # two trials of eight calls
     assert params_digest(load_params(config)[1]) == record["training"]["params_sha256"]
     assert execute(config) == "skipped"
+    again = small(tmp_path, "seed=7", "measure.context_len=40")
+    assert execute(again) == "done"
+    assert Run(again).record["provenance"]["implementations"] == taken, (
+        "what an earlier run compiled does not hide what ran"
+    )
 
     frame = kvlab.load(tmp_path)
-    assert len(frame) == 1
+    assert len(frame) == 2
     assert frame["memory.logical_bytes"][0] == memory["logical_bytes"]
 
 

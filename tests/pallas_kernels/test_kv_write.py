@@ -240,7 +240,7 @@ def test_what_the_gpu_kernel_cannot_write_says_why(monkeypatch, pages, said):
     class Chip:
         platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
 
-    monkeypatch.setattr(api.jax, "devices", lambda: [Chip()])
+    monkeypatch.setattr(jax, "devices", lambda: [Chip()])
     refused = api.refusals(**pages)
     if said is None:
         assert "mosaic_gpu" not in refused

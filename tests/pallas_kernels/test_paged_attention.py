@@ -244,7 +244,7 @@ class Chip(NamedTuple):
     ],
 )
 def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):
-    monkeypatch.setattr(api.jax, "devices", lambda: [chip])
+    monkeypatch.setattr(jax, "devices", lambda: [chip])
     refused = api.refusals(**pages)
     assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == chosen
     if chosen == "blocked" and pages:
