@@ -581,7 +581,7 @@ def measure_writes(size: str, limits: dict[str, float], rounds: int) -> list[Who
 
                 return lax.fori_loop(0, count, turn, (keys, values))
 
-            run, samples, count = jax.jit(many), [], 32 if size == "full" else 2
+            run, samples, count = jax.jit(many), [], 64 if size == "full" else 1024
             for _ in range(rounds + 1):
                 empty = _seconds(partial(run, jnp.int32(0), pool, pool, tokens))
                 samples.append((_seconds(partial(run, jnp.int32(count), pool, pool, tokens)) - empty) / count)

@@ -80,8 +80,9 @@ class Quantised:
 
 
 type Pages = Array | Quantised
-ROUND = 1.5 * 2**23
-"""Added to a float32 below 2 ** 22 and taken away again, it leaves the nearest whole number, half to even: what kernels can do."""
+ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000
+"""Added to a float32 below 2 ** 22, it leaves the nearest whole number, half to even, in the bits above its own: what kernels can do.
+Taken away as a float instead, some compilers see nothing done."""
 
 
 def format_of(pages: Pages) -> str:

@@ -53,6 +53,16 @@ def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | 
     return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
+def store_plainly(into: Any, value: Array) -> None:
+    """Into shared memory that is not laid out for it, at the cost of bank conflicts. jax 0.11 has no way to allow them, but in a
+    simulator."""
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        into[...] = value
+    else:
+        store(into, value, optimized=False)
+
+
 def accumulators(chip: Chip, *widths: int) -> list[Any]:
     """Scratch that `product` wants on a chip: a barrier and a place in tensor memory for each width of a product; or nothing."""
     if chip == "hopper":

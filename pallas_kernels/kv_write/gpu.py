@@ -17,9 +17,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int32
 
-from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, ROUND, Pages, Quantised, Scaling, arrays_of, inverses
+from pallas_kernels.formats import (
+    FORMATS,
+    INVERSE,
+    LARGEST,
+    ROUND,
+    ROUND_BITS,
+    Pages,
+    Quantised,
+    Scaling,
+    arrays_of,
+    inverses,
+)
 from pallas_kernels.kv_write.reference import channel_scales, places
-from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared
+from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
 
 STEP = 32
 """Columns that are turned into numbers at once."""
@@ -172,7 +183,7 @@ def _numbers(exact: Array, inverse: Array, dtype: Any) -> Array:
     number = jnp.minimum(jnp.maximum(exact * inverse, -largest), largest)
     if dtype == jnp.float8_e4m3fn:
         return number.astype(dtype)
-    return ((number + ROUND) - ROUND).astype(jnp.int32)
+    return lax.bitcast_convert_type(number + ROUND, jnp.int32) - ROUND_BITS
 
 
 def _format(dtype: Any) -> str:
@@ -274,7 +285,7 @@ class _Tile(Named):
             ]
             made = _stored(halves, self.payload.dtype)
             self.payload[:, into] = made
-            plgpu.store(self.rows.at[:, into], made, optimized=False)
+            store_plainly(self.rows.at[:, into], made)
 
         self.each_stripe(quantise)
 

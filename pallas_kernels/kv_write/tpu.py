@@ -15,7 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
-from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, ROUND, Pages, Quantised, arrays_of, inverses, scales_for
+from pallas_kernels.formats import (
+    FORMATS,
+    INVERSE,
+    LARGEST,
+    ROUND,
+    ROUND_BITS,
+    Pages,
+    Quantised,
+    arrays_of,
+    inverses,
+    scales_for,
+)
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
 
@@ -159,7 +170,7 @@ def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any
     number = jnp.clip(exact * inverses(scales), -largest, largest)
     if format == "fp8":
         return lax.bitcast_convert_type(number.astype(FORMATS[format]), jnp.uint8)
-    whole = ((number + ROUND) - ROUND).astype(jnp.int32)
+    whole = lax.bitcast_convert_type(number + ROUND, jnp.int32) - ROUND_BITS
     if format == "int8":
         return whole & 255
     half = whole.shape[2] // 2
