@@ -64,7 +64,7 @@ def kv_write(
         arrays.append(tiles)
         specs.append(pl.BlockSpec((1, *tiles.shape[1:]), lambda i, *_: (i, 0, 0, 0)))
         payload = arrays_of(pool)[0]
-        if payload.dtype.itemsize == 1:  # as bits, which are kept as they are
+        if payload.dtype == FORMATS["fp8"]:  # as bits, which are kept as they are
             payload = lax.bitcast_convert_type(payload, jnp.uint8)
         payload = payload.reshape(num_pages, num_kv_heads, page_size // size, size, -1)
         targets.append(payload)
@@ -105,7 +105,9 @@ def kv_write(
         pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
         if not isinstance(pool, Quantised):
             return payload
-        return Quantised(lax.bitcast_convert_type(payload, pool.dtype), kept[at], pool.per)
+        if pool.format == "fp8":
+            payload = lax.bitcast_convert_type(payload, pool.dtype)
+        return Quantised(payload, kept[at], pool.per)
 
     return done(0), done(1)
 
@@ -115,6 +117,8 @@ def refusal(format: str, page_size: int, head_dims: tuple[int, int], token_dtype
     token_type = jnp.dtype(token_dtype)
     if token_type not in (jnp.bfloat16, jnp.float32):
         return f"tokens of {token_type.name}: must be bfloat16 or float32"
+    if format == "fp8":
+        return "pages of fp8: XLA would copy the whole pool to see its bits; int8 is written in place"
     return paged.refusal(format, page_size, head_dims)
 
 
@@ -154,13 +158,13 @@ def _kernel(count: Any, pages: Any, parts: Any, *refs: Any, per: str | None, for
         for at, (old, out) in enumerate(zip((old_keys, old_values), outs, strict=True)):
             scales = inputs[at * step + 1] if per == "channel" else None
             new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
-            wide = jnp.int32 if out.dtype == jnp.uint8 else jnp.float32
+            wide = jnp.int32 if out.dtype.itemsize == 1 else jnp.float32
             chosen = jnp.where(is_mine[None], new.astype(wide), old[0, :, 0].astype(wide))
             out[0, :, 0] = chosen.astype(out.dtype)
 
 
 def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any) -> Array:
-    """[K, g, W]: tokens as a pool holds them; 8-bit numbers as bits in int32."""
+    """[K, g, W]: tokens as a pool holds them; whole numbers, and bits of 8-bit floats, in int32."""
     if format is None:
         return tokens.astype(dtype)
     exact = tokens.astype(jnp.float32)
@@ -172,6 +176,6 @@ def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any
         return lax.bitcast_convert_type(number.astype(FORMATS[format]), jnp.uint8)
     whole = lax.bitcast_convert_type(number + ROUND, jnp.int32) - ROUND_BITS
     if format == "int8":
-        return whole & 255
+        return whole
     half = whole.shape[2] // 2
     return (whole[..., :half] & 15) | ((whole[..., half:] & 15) << 4)
