@@ -150,6 +150,12 @@ class TestTPU(Contract):
         yield
         pltpu.reset_tpu_interpret_mode_state()
 
+    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    def test_copies_that_arrive_at_the_wait(self, case, capfd):
+        """The other way that the simulator has of running them."""
+        check(self.prefill(1), prefill=True, **{"dtype": self.dtype, **case})
+        assert "RACE" not in capfd.readouterr().out
+
     def prefill(self, number=0):
         how = pltpu.InterpretParams(
             detect_races=True,
