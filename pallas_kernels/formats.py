@@ -150,8 +150,12 @@ def check_format(format: str, per: str, shape: tuple[int, ...]) -> None:
 
 def packed(numbers: Shaped[Array, "... D"]) -> Shaped[Array, "... half"]:
     """Whole numbers in [-8, 7] (int32), two in a byte."""
-    low, high = jnp.split(numbers & 15, 2, axis=-1)
-    return (low | (high << 4)).astype(jnp.uint8)
+    return in_bytes(*jnp.split(numbers, 2, axis=-1)).astype(jnp.uint8)
+
+
+def in_bytes(low: Shaped[Array, "*shape"], high: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Two whole numbers in [-8, 7] as the two halves of a byte, still in int32: kernels have halves, and convert in their own way."""
+    return (low & 15) | jnp.left_shift(high & 15, 4)
 
 
 def unpacked(payload: Shaped[Array, "... half"]) -> Float[Array, "... D"]:

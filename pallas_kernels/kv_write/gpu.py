@@ -27,6 +27,7 @@ from pallas_kernels.formats import (
     Quantised,
     Scaling,
     arrays_of,
+    in_bytes,
     inverses,
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
@@ -103,7 +104,7 @@ def kv_write(
 
     def kernel(begins, slots, wholes, keys, values, key_target, value_target, *refs):
         """Gives every ref its name."""
-        refs = list(refs)
+        refs, tiles = list(refs), []
         channels = [refs.pop(0) for _ in scales]
         outs = [refs.pop(0) for _ in range(2 if per == "token" else 0)]
         for at, (source, target) in enumerate(((keys, key_target), (values, value_target))):
@@ -111,18 +112,16 @@ def kv_write(
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            arrays.append(_Tile(mine, per=per, page_size=page_size, unit=unit))
+            tiles.append(_Tile(mine, per=per, page_size=page_size, unit=unit))
 
         @pl.when(begins[lax.axis_index("tile")] >= 0)
         def _():
-            for one in arrays:
+            for one in tiles:
                 one.fetch()
-            for one in arrays:
+            for one in tiles:
                 one.leave()
             plgpu.wait_smem_to_gmem(0)
-            arrays.clear()
 
-    arrays: list[_Tile] = []
     made = plgpu.kernel(
         kernel,
         out_type=[left, left] if per == "token" else [],
@@ -194,8 +193,7 @@ def _stored(halves: list[Array], dtype: Any) -> Array:
     """Numbers as a payload holds them: two halves of dims in a byte."""
     if len(halves) == 1:
         return halves[0].astype(dtype)
-    low, high = halves
-    return ((low & 15) | lax.shift_left(high & 15, 4)).astype(dtype)
+    return in_bytes(*halves).astype(dtype)
 
 
 class _Tile(Named):

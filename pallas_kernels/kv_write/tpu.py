@@ -24,6 +24,7 @@ from pallas_kernels.formats import (
     Pages,
     Quantised,
     arrays_of,
+    in_bytes,
     inverses,
     scales_for,
 )
@@ -178,4 +179,4 @@ def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any
     if format == "int8":
         return whole
     half = whole.shape[2] // 2
-    return (whole[..., :half] & 15) | ((whole[..., half:] & 15) << 4)
+    return in_bytes(whole[..., :half], whole[..., half:])
