@@ -33,6 +33,7 @@ from pallas_kernels.kv_write import proof as write_proof
 from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention import api, proof
 from pallas_kernels.paged_prefill import paged_prefill
+from pallas_kernels.selection import Asked
 from pallas_kernels.tuning import bucket
 
 CACHE_BYTES = 120_000_000
@@ -457,9 +458,8 @@ def measure(problem: Problem, limits: dict[str, float], rounds: int, *, alone: b
         problem.flops / limits["product_flops_per_s"] if problem.num_queries > 1 else 0.0,
     )
     inputs, result = make_inputs(problem), Result(problem, floor * 1e6)
-    refused = api.refusals(
-        problem.format, problem.page_size, (problem.dim, problem.dim), problem.num_heads // problem.num_kv_heads
-    )
+    group = problem.num_heads // problem.num_kv_heads
+    refused = api.refusals(Asked(problem.format, problem.page_size, (problem.dim, problem.dim), group))
     candidates: dict[str, Callable[[], Attend]] = {
         name: partial(ours, problem, inputs, name) for name in api.IMPLEMENTATIONS if name not in refused
     }
@@ -571,7 +571,7 @@ def measure_writes(size: str, limits: dict[str, float], rounds: int) -> list[Who
         pool = made if format == "bfloat16" else quantised(made, format)
         a_token = 2 * dim * {"bfloat16": 16, "int4": 4}.get(format, 8) // 8 + (format in FORMATS) * 2 * 4
         floor = num_tokens * heads * (2 * dim * 2 + a_token) / limits["copy_bytes_per_s"]
-        refused = write_api.refusals(format, page, (dim, dim))
+        refused = write_api.refusals(Asked(format, page, (dim, dim)))
         for name in (one for one in write_api.IMPLEMENTATIONS if one not in refused):
 
             def many(count: Array, keys: Pages, values: Pages, tokens: Array, name: str = name) -> tuple[Pages, Pages]:

@@ -1,11 +1,35 @@
 """How an op picks its implementation: `None` takes the best that is guaranteed to work here, a name is honoured or refused."""
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import jax
+
+from pallas_kernels.formats import Scaling
+
+BACKENDS = ("gpu", "tpu")
+"""Those that have kernels: `mosaic_gpu` in an op's `gpu.py`, `mosaic_tpu` in its `tpu.py`."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an op of paged memory is to serve; by default the pages that kernels like best."""
+
+    format: str = "bfloat16"
+    """One of `formats.FORMATS`, or the name of the type that pages are stored in as they are."""
+    page_size: int = 64
+    head_dims: tuple[int, int] = (128, 128)
+    """Of keys and values."""
+    group: int = 1
+    """Query heads for a KV head."""
+    per: Scaling = "token"
+    dtype: Any = "bfloat16"
+    """Of the queries, or of the tokens to write."""
+
 
 _recorders: list[dict[str, set[str]]] = []
 
@@ -34,6 +58,34 @@ def wrong_device(backend: str) -> str | None:
     return None
 
 
+def kernel(op: str, backend: str) -> Callable[..., Any]:
+    """An op's kernel, imported when it is first called: that takes a second, for nothing on most machines."""
+
+    def run(*arrays: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"pallas_kernels.{op}.{backend}"), op)(*arrays, **options)
+
+    return run
+
+
+def refusals(op: str, asked: Asked | None = None) -> dict[str, str]:
+    """Why a kernel of an op cannot serve what is asked on this process' first device, for those that cannot."""
+    found = {}
+    for backend in BACKENDS:
+        reason = wrong_device(backend)
+        if not reason:
+            reason = importlib.import_module(f"pallas_kernels.{op}.{backend}").refusal(asked or Asked())
+        if reason:
+            found[f"mosaic_{backend}"] = reason
+    return found
+
+
+def available(
+    implementations: Mapping[str, Callable[..., Any]], refused: Mapping[str, str]
+) -> dict[str, Callable[..., Any]]:
+    """What can run, the most preferred first."""
+    return {name: run for name, run in implementations.items() if name not in refused}
+
+
 def select(
     op: str,
     implementation: str | None,
@@ -45,12 +97,12 @@ def select(
     `implementations` is ordered from most to least preferred; `refused` has those that cannot run here, with the reason. Raises
     ValueError for a name that is unknown or refused.
     """
-    available = {name: run for name, run in implementations.items() if name not in refused}
+    legal = available(implementations, refused)
     if implementation is None:
-        implementation = next(iter(available))
-    if implementation not in available:
+        implementation = next(iter(legal))
+    if implementation not in legal:
         reason = f"cannot run here: {refused[implementation]}" if implementation in refused else "is not available here"
-        raise ValueError(f"{op}: implementation = {implementation!r} {reason}; legal: None, {', '.join(available)}")
+        raise ValueError(f"{op}: implementation = {implementation!r} {reason}; legal: None, {', '.join(legal)}")
     for taken in _recorders:
         taken.setdefault(op, set()).add(implementation)
-    return implementation, available[implementation]
+    return implementation, legal[implementation]

@@ -1,63 +1,32 @@
 """Writing keys and values of new tokens into their pages, in the pages' format."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32
 
+from pallas_kernels import selection
 from pallas_kernels.debug import check_slots
-from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
+from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.kv_write import reference
-from pallas_kernels.paged_attention.api import check_pages
-from pallas_kernels.selection import select, wrong_device
-
-
-def _mosaic_gpu(*arrays: Any) -> tuple[Pages, Pages]:
-    from pallas_kernels.kv_write import gpu
-
-    return gpu.kv_write(*arrays)
-
-
-def _mosaic_tpu(*arrays: Any) -> tuple[Pages, Pages]:
-    from pallas_kernels.kv_write import tpu
-
-    return tpu.kv_write(*arrays)
-
+from pallas_kernels.paged_attention.checks import check_pages
+from pallas_kernels.selection import Asked
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "mosaic_gpu": _mosaic_gpu,
-    "mosaic_tpu": _mosaic_tpu,
+    "mosaic_gpu": selection.kernel("kv_write", "gpu"),
+    "mosaic_tpu": selection.kernel("kv_write", "tpu"),
     "reference": reference.kv_write,
 }
 """The first that can run is taken unless another is named."""
-
-
-def refusals(
-    format: str = "bfloat16",
-    page_size: int = 64,
-    head_dims: tuple[int, int] = (128, 128),
-    token_dtype: Any = "bfloat16",
-    per: Scaling = "token",
-) -> dict[str, str]:
-    """Why an implementation cannot write into such pages on this process' first device, for those that cannot."""
-    reasons = {"mosaic_gpu": wrong_device("gpu"), "mosaic_tpu": wrong_device("tpu")}
-    if not reasons["mosaic_gpu"]:
-        from pallas_kernels.kv_write import gpu
-
-        reasons["mosaic_gpu"] = gpu.refusal(format, page_size, head_dims, token_dtype, per)
-    if not reasons["mosaic_tpu"]:
-        from pallas_kernels.kv_write import tpu
-
-        reasons["mosaic_tpu"] = tpu.refusal(format, page_size, head_dims, token_dtype)
-    return {name: reason for name, reason in reasons.items() if reason}
+refusals = partial(selection.refusals, "kv_write")
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """What can run on this device, the most preferred first, for the pages that kernels like best."""
-    refused = refusals()
-    return {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
+    return selection.available(IMPLEMENTATIONS, refusals())
 
 
 def kv_write(
@@ -102,10 +71,14 @@ def kv_write(
             raise ValueError(
                 f"{name} = {tokens.shape}: must be {(*wanted, pool.shape[3])}, as write_slots and pages of {pool.shape} say"
             )
-    head_dims = key_pages.shape[3], value_pages.shape[3]
-    per = key_pages.per if isinstance(key_pages, Quantised) else "token"
-    refused = refusals(format_of(key_pages), key_pages.shape[2], head_dims, keys.dtype, per)
-    _, run = select("kv_write", implementation, IMPLEMENTATIONS, refused)
+    asked = Asked(
+        format_of(key_pages),
+        key_pages.shape[2],
+        (key_pages.shape[3], value_pages.shape[3]),
+        per=key_pages.per if isinstance(key_pages, Quantised) else "token",
+        dtype=keys.dtype,
+    )
+    _, run = selection.select("kv_write", implementation, IMPLEMENTATIONS, refusals(asked))
     check_slots("kv_write", write_slots, key_pages.shape[0], key_pages.shape[2])
     if not write_slots.size:
         return key_pages, value_pages

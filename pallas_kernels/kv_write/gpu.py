@@ -25,12 +25,12 @@ from pallas_kernels.formats import (
     ROUND_BITS,
     Pages,
     Quantised,
-    Scaling,
     arrays_of,
     in_bytes,
     inverses,
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
 
 STEP = 32
@@ -39,11 +39,9 @@ ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
 
 
-def refusal(
-    format: str, page_size: int, head_dims: tuple[int, int], token_dtype: Any = "bfloat16", per: Scaling = "token"
-) -> str | None:
+def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot write into such pages; None: it can."""
-    token_type = jnp.dtype(token_dtype)
+    format, page_size, head_dims, token_type = asked.format, asked.page_size, asked.head_dims, jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float16):
         return f"tokens of {token_type.name}: must be bfloat16 or float16"
     if format not in FORMATS and format != token_type.name:

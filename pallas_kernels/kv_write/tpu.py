@@ -30,6 +30,7 @@ from pallas_kernels.formats import (
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
+from pallas_kernels.selection import Asked
 
 
 class Granules(NamedTuple):
@@ -113,14 +114,14 @@ def kv_write(
     return done(0), done(1)
 
 
-def refusal(format: str, page_size: int, head_dims: tuple[int, int], token_dtype: Any = "bfloat16") -> str | None:
+def refusal(asked: Asked) -> str | None:
     """Why this kernel should not write into such pages; None: it can."""
-    token_type = jnp.dtype(token_dtype)
+    token_type = jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float32):
         return f"tokens of {token_type.name}: must be bfloat16 or float32"
-    if format == "fp8":
+    if asked.format == "fp8":
         return "pages of fp8: XLA would copy the whole pool to see its bits; int8 is written in place"
-    return paged.refusal(format, page_size, head_dims)
+    return paged.refusal(asked)
 
 
 def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, size: int) -> Granules:

@@ -37,6 +37,7 @@ from pallas_kernels.paged_attention.pages import (
     split,
     tiled,
 )
+from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, Named, accumulators, product, shared, this_chip
 
 BLOCK_LEN = 64
@@ -52,8 +53,9 @@ COLUMNS = 128
 LOG2_E = math.log2(math.e)
 
 
-def refusal(format: str, page_size: int, head_dims: tuple[int, int], group: int, per: Scaling = "token") -> str | None:
+def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot serve such pages; None: it can."""
+    format, page_size, head_dims = asked.format, asked.page_size, asked.head_dims
     if format not in ("bfloat16", "float16", *FORMATS):
         return (
             f"pages of {format}: the tensor cores take bfloat16 and float16 here, or {', '.join(FORMATS)} with scales"
@@ -65,10 +67,10 @@ def refusal(format: str, page_size: int, head_dims: tuple[int, int], group: int,
     step = 32 if format in FORMATS else 16
     if any(dim % step or not step <= dim <= 256 for dim in head_dims):
         return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
-    if group > ROWS:
-        return f"group size = {group}: must be at most {ROWS} query heads for a KV head"
-    if not fit(*head_dims, format, per, block_pages=max(1, BLOCK_LEN // page_size)).num_stages:
-        return f"head dims = {head_dims}: shared memory does not hold a block of {format} scaled by {per}"
+    if asked.group > ROWS:
+        return f"group size = {asked.group}: must be at most {ROWS} query heads for a KV head"
+    if not fit(*head_dims, format, asked.per, block_pages=max(1, BLOCK_LEN // page_size)).num_stages:
+        return f"head dims = {head_dims}: shared memory does not hold a block of {format} scaled by {asked.per}"
     return None
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int32
 from pallas_kernels.formats import FORMATS, Quantised, arrays_of, unpacked
 from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, cost, live_pages, packed, page_mass, tiled
+from pallas_kernels.selection import Asked
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -29,19 +30,19 @@ ROWS = 256
 LANES = 128
 
 
-def refusal(format: str, page_size: int, head_dims: tuple[int, int], query_dtype: Any = "bfloat16") -> str | None:
+def refusal(asked: Asked) -> str | None:
     """Why this kernel should not serve such pages; None: it can."""
-    query_type = jnp.dtype(query_dtype)
+    query_type = jnp.dtype(asked.dtype)
     if query_type not in (jnp.bfloat16, jnp.float32):
         return f"queries of {query_type.name}: must be bfloat16 or float32"
-    rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(format)
+    rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(asked.format)
     if rows is None:
-        return f"pages of {format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"
-    if page_size % rows:
-        return f"page_size = {page_size}: must be a multiple of {rows}, the rows of a register of {format}"
-    lanes = 2 * LANES if format == "int4" else LANES
-    if any(dim % lanes for dim in head_dims):
-        return f"head dims = {head_dims}: must be multiples of {lanes} for pages of {format}; XLA would copy the whole pool to widen its rows"
+        return f"pages of {asked.format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"
+    if asked.page_size % rows:
+        return f"page_size = {asked.page_size}: must be a multiple of {rows}, the rows of a register of {asked.format}"
+    lanes = 2 * LANES if asked.format == "int4" else LANES
+    if any(dim % lanes for dim in asked.head_dims):
+        return f"head dims = {asked.head_dims}: must be multiples of {lanes} for pages of {asked.format}; XLA would copy the whole pool to widen its rows"
     return None
 
 

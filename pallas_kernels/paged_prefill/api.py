@@ -1,57 +1,32 @@
 """Attention of chunks of new tokens over the pages of their sequences, which hold them already (arXiv 2403.02310)."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from pallas_kernels.debug import check_chunks, check_tables
-from pallas_kernels.formats import Quantised, Scaling
-from pallas_kernels.paged_attention import api as paged
+from pallas_kernels import selection
+from pallas_kernels.debug import check_chunks
+from pallas_kernels.formats import Quantised
+from pallas_kernels.paged_attention.api import dispatch
+from pallas_kernels.paged_attention.checks import check
 from pallas_kernels.paged_prefill import reference
-from pallas_kernels.selection import select
-from pallas_kernels.tuning import check_tiles, lookup
-
-
-def _mosaic_gpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
-    from pallas_kernels.paged_prefill import gpu
-
-    return gpu.paged_prefill(*arrays, **options)
-
-
-def _mosaic_tpu(*arrays: Any, **options: Any) -> tuple[Array, ...]:
-    from pallas_kernels.paged_prefill import tpu
-
-    return tpu.paged_prefill(*arrays, **options)
-
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "mosaic_gpu": _mosaic_gpu,
-    "mosaic_tpu": _mosaic_tpu,
+    "mosaic_gpu": selection.kernel("paged_prefill", "gpu"),
+    "mosaic_tpu": selection.kernel("paged_prefill", "tpu"),
     "blocked": reference.blocked,
     "reference": reference.paged_prefill,
 }
 """The first that can run is taken unless another is named."""
-
-
-def refusals(
-    format: str = "bfloat16",
-    page_size: int = 64,
-    head_dims: tuple[int, int] = (128, 128),
-    group: int = 1,
-    per: Scaling = "token",
-    query_dtype: Any = "bfloat16",
-) -> dict[str, str]:
-    """Why an implementation cannot serve such pages on this process' first device: what `paged_attention` cannot, neither can this."""
-    return paged.refusals(format, page_size, head_dims, group, per, query_dtype)
+refusals = partial(selection.refusals, "paged_prefill")
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """What can run on this device, the most preferred first, for the pages that kernels like best."""
-    refused = refusals()
-    return {name: run for name, run in IMPLEMENTATIONS.items() if name not in refused}
+    return selection.available(IMPLEMENTATIONS, refusals())
 
 
 def paged_prefill(
@@ -78,32 +53,21 @@ def paged_prefill(
     in the pages already (`kv_write`), as are those before it. Queries from `query_lens[b]` on fill up the batch: they get 0 and
     log-sum-exp -inf. Everything else is as in `paged_attention`, whose page tables these are. Raises ValueError as it does.
     """
-    paged.check(
+    check(
         queries, key_pages, value_pages, page_table, page_starts, valid_slots, window, num_sinks, soft_cap,
         {"query_starts": (query_starts, queries.shape[:1]), "query_lens": (query_lens, queries.shape[:1])},
     )  # fmt: skip
-    refused = refusals(**paged.asked_of(queries, key_pages, value_pages))
-    name, run = select("paged_prefill", implementation, IMPLEMENTATIONS, refused)
-    check_tables("paged_prefill", page_table, page_starts, len(key_pages))
     check_chunks("paged_prefill", query_starts, query_lens, queries.shape[1])
-    if nothing := paged.answer_to_nothing(queries, value_pages, page_table, with_page_mass):
-        return nothing
-    if tiles is None:
-        tiles = lookup(name, paged.bucket_of("paged_prefill", queries, key_pages, value_pages, page_table))
-    check_tiles(name, tiles)
-    return run(
-        queries,
-        key_pages,
-        value_pages,
-        jnp.clip(page_table, 0, len(key_pages) - 1),
-        page_starts,
-        query_starts,
-        query_lens,
+    return dispatch(
+        "paged_prefill",
+        IMPLEMENTATIONS,
+        implementation,
+        (queries, key_pages, value_pages, page_table, page_starts, query_starts, query_lens),
+        tiles,
         valid_slots=valid_slots,
         window=window,
         num_sinks=num_sinks,
         soft_cap=soft_cap,
-        scale=queries.shape[3] ** -0.5 if scale is None else scale,
+        scale=scale,
         with_page_mass=with_page_mass,
-        **tiles,
     )

@@ -16,6 +16,7 @@ from pallas_kernels.debug import debugging
 from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.kv_write import api, gpu, kv_write, tpu
 from pallas_kernels.kv_write.proof import CASES, check, generated
+from pallas_kernels.selection import Asked
 from tests.pallas_kernels.cases import Fetched, numbers
 
 
@@ -237,7 +238,7 @@ def test_slots_against_the_rules_are_refused_while_debugging(slots, message):
         ({"page_size": 24}, "page_size = 24: must be 8, 16, 32 or a multiple of 64"),
         ({"head_dims": (80, 128)}, r"head dims = \(80, 128\): must be multiples of 64 in \[64, 256\]"),
         ({"format": "int4", "head_dims": (96, 96)}, "multiples of 64"),
-        ({"token_dtype": "float32"}, "tokens of float32: must be bfloat16 or float16"),
+        ({"dtype": "float32"}, "tokens of float32: must be bfloat16 or float16"),
         ({}, None),
         ({"format": "fp8", "head_dims": (96, 96), "page_size": 32}, None),
     ],
@@ -247,7 +248,7 @@ def test_what_the_gpu_kernel_cannot_write_says_why(monkeypatch, pages, said):
         platform, device_kind, compute_capability = "gpu", "NVIDIA H200", "9.0"
 
     monkeypatch.setattr(jax, "devices", lambda: [Chip()])
-    refused = api.refusals(**pages)
+    refused = api.refusals(Asked(**pages))
     if said is None:
         assert "mosaic_gpu" not in refused
     else:

@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.paged_attention import NOWHERE, api, blocked, paged_attention
 from pallas_kernels.paged_attention.proof import CASES, brute_force, check, generated
-from pallas_kernels.selection import recording
+from pallas_kernels.selection import Asked, recording
 from tests.pallas_kernels.cases import numbers
 
 
@@ -240,12 +240,12 @@ class Chip(NamedTuple):
         (Chip("tpu", "TPU v5 lite"), {"format": "int8", "page_size": 16}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"format": "int4", "head_dims": (128, 128)}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"format": "float16"}, "blocked"),
-        (Chip("tpu", "TPU v5 lite"), {"query_dtype": "float16"}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"dtype": "float16"}, "blocked"),
     ],
 )
 def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):
     monkeypatch.setattr(jax, "devices", lambda: [chip])
-    refused = api.refusals(**pages)
+    refused = api.refusals(Asked(**pages))
     assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == chosen
     if chosen == "blocked" and pages:
         assert all(str(value) in refused[f"mosaic_{chip.platform}"] for value in pages.values())
