@@ -1,0 +1,133 @@
+"""How the GPU kernel of paged attention lays out a thread block's shared memory."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling
+from pallas_kernels.tensor_cores import ROWS, Chip, shared
+
+BLOCK_LEN = 64
+"""Tokens of a block: of several pages, or of a part of one."""
+SHARED_BYTES = 224 * 1024
+"""Shared memory of a thread block, but for barriers: what queries, weights and outputs leave of it is the ring's."""
+MAX_STAGES = 8
+"""Most stages of the ring."""
+COLUMNS = 128
+"""Most dims of one product: of values, they take 64 registers a thread."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a thread block's shared memory is laid out. `num_halves` is 2 where a page's numbers need two of 16 bits, `num_staged`
+    how many blocks of them wait for products (0: the ring itself is multiplied); `num_bytes` is for all but barriers."""
+
+    num_stages: int
+    num_staged: int
+    num_halves: int
+    num_bytes: int
+
+
+def fit(
+    dim: int,
+    value_dim: int,
+    format: str,
+    per: Scaling = "token",
+    num_consumers: int = 1,
+    block_pages: int = 1,
+    max_stages: int = MAX_STAGES,
+) -> Tiles:
+    """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
+    rows, is_quantised = ROWS * num_consumers, format in FORMATS
+    bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
+    num_halves = 2 if is_quantised and per == "channel" else 1
+    stage = BLOCK_LEN * (dim + value_dim) * bits // 8
+    scales = 0
+    if is_quantised:
+        scales = 4 * (2 * BLOCK_LEN if per == "token" else block_pages * (dim + value_dim))
+
+    def with_staged(num_staged: int) -> Tiles:
+        fixed = rows * (dim * 2 + 2 * BLOCK_LEN * 2 + out_step(value_dim) * 4 + 4)
+        fixed += num_staged * num_halves * BLOCK_LEN * (dim + value_dim) * 2
+        fixed += num_staged * scales if per == "token" else 0  # which are kept until products have been scaled
+        num_stages = max(0, min(max_stages, (SHARED_BYTES - fixed) // (stage + scales)))
+        return Tiles(num_stages, num_staged, num_halves, fixed + num_stages * (stage + scales))
+
+    if not is_quantised:
+        return with_staged(0)
+    two = with_staged(2)
+    return two if two.num_stages >= 2 else with_staged(1)  # a ring of one hides little
+
+
+def scratch_for(
+    tiles: Tiles,
+    dim: int,
+    value_dim: int,
+    key_pages: Pages,
+    dtype: Any,
+    block_pages: int,
+    num_consumers: int,
+    with_page_mass: bool,
+    chip: Chip,
+) -> dict[str, Any]:
+    """What a thread block keeps in shared memory, by name."""
+    rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
+    # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
+    of_weights = jnp.dtype(jnp.bfloat16) if isinstance(key_pages, Quantised) else dtype
+    of_keys, of_values = step_of(dim, key_pages), step_of(value_dim, key_pages)
+    scratch = {
+        "queries": shared((rows, dim), dtype, of_keys),
+        "weights": shared((2, rows, block_len), of_weights, of_values),
+        "sums_out": shared((rows, out_step(value_dim)), jnp.float32, out_step(value_dim)),
+        "lse_out": plgpu.SMEM((rows,), jnp.float32),
+        "queries_arrived": plgpu.Barrier(),
+    }
+    num_arrivals = 1
+    if isinstance(key_pages, Quantised):
+        payload, staged = key_pages.dtype, tiles.num_staged * tiles.num_halves
+        halved = 2 if key_pages.format == "int4" else 1
+        num_arrivals = 2
+        for name, width in (("keys", dim), ("values", value_dim)):
+            ring = (depth, block_len, width // halved)
+            scratch[f"{name}_ring"] = shared(ring, payload, step_of(width, key_pages))
+            by_token = (depth + tiles.num_staged, block_len)
+            of_scales = by_token if key_pages.per == "token" else (depth, block_pages, width)
+            scratch[f"{name}_scales"] = plgpu.SMEM(of_scales, jnp.float32)
+            scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
+        depth, num_free = staged, tiles.num_staged
+    else:
+        num_free = depth
+    scratch |= {
+        "keys": shared((depth, block_len, dim), dtype, of_keys, block_len if chip == "blackwell" else None),
+        "values": shared((depth, block_len, value_dim), of_weights, of_values, stripe if chip == "blackwell" else None),
+        "keys_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
+        "values_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
+        "free": plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_free),
+    }
+    if num_consumers > 1:
+        scratch["silenced"] = plgpu.Barrier(num_barriers=tiles.num_stages)
+    if with_page_mass:
+        scratch["pages_out"] = plgpu.SMEM((num_consumers * block_pages, ROWS), jnp.float32)
+    return scratch
+
+
+def step_of(width: int, pages: Pages) -> int:
+    """Columns that are laid out together, and turned into 16 bits at once: more would not fit into registers."""
+    if not isinstance(pages, Quantised):
+        return math.gcd(width, 64)
+    return math.gcd(width // 2 if pages.format == "int4" else width, 32 if width > 128 else 64)
+
+
+def out_step(value_dim: int) -> int:
+    """Columns of outputs that leave at once."""
+    return math.gcd(stripes(value_dim)[0].size, 32)
+
+
+def stripes(num_dims: int) -> list[Any]:
+    """The dims of keys or values in equal parts of at most COLUMNS."""
+    width = num_dims if num_dims <= COLUMNS else math.gcd(num_dims, COLUMNS)
+    return [pl.ds(at, width) for at in range(0, num_dims, width)]
