@@ -145,31 +145,35 @@ def remember(
 
 def main() -> int:
     """Searches the problems of the bench with the implementation that `None` takes."""
-    from pallas_kernels import bench
+    from pallas_kernels.bench.clock import Clock
+    from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, ours, work_of
+    from pallas_kernels.bench.problems import PROBLEMS
     from pallas_kernels.paged_attention import api
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", choices=tuple(bench.PROBLEMS), help="default: full on an accelerator, tiny on a CPU")
+    parser.add_argument("--size", choices=tuple(PROBLEMS), help="default: full on an accelerator, tiny on a CPU")
     parser.add_argument("--json", type=Path, default=cache_path(), help=f"where to remember (default {cache_path()})")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each choice (default 5)")
     options = parser.parse_args()
     chosen = next(iter(api.implementations()))
     size = options.size or ("full" if jax.devices()[0].platform != "cpu" else "tiny")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {chosen}: {options.json}", flush=True)
-    for problem in bench.PROBLEMS[size]:
-        inputs = bench.make_inputs(problem)
+    for problem in PROBLEMS[size]:
+        if not isinstance(problem, Problem):
+            continue
+        inputs = make_inputs(problem)
         clocks: dict[str, Any] = {}
 
         def seconds_of(
             choice: dict[str, int], problem: Any = problem, inputs: Any = inputs, clocks: Any = clocks
         ) -> float:
-            clock = clocks[json.dumps(choice)] = bench.Clock(bench.ours(problem, inputs, chosen, choice), inputs)
+            clock = clocks[json.dumps(choice)] = Clock(work_of(lambda: ours(problem, inputs, chosen, choice), inputs))
             for _ in range(options.rounds):
                 clock.sample()
             return clock.median_us * 1e-6
 
         choice, taken = search(chosen, seconds_of)
-        of_bucket = bench.bucket_of(problem)
+        of_bucket = bucket_of(problem)
         remember(options.json, chosen, of_bucket, choice)
         constants = taken["{}"]
         gain = constants / taken[json.dumps(choice)]

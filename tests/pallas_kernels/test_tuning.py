@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, tuning
+from pallas_kernels import tuning
+from pallas_kernels.bench import clock
+from pallas_kernels.bench.paged import bucket_of, make_inputs
+from pallas_kernels.bench.problems import PROBLEMS
 from pallas_kernels.paged_attention import api, paged_attention
 
 BUCKET = tuning.bucket("paged_attention", "bfloat16", "", (128, 128), 4, 64, (3, 1, 4096))
@@ -75,7 +78,7 @@ def test_a_file_that_is_none_is_named(cache, text):
     ],
 )
 def test_tile_sizes_that_are_none_are_refused(implementation, tiles, message):
-    inputs = bench.make_inputs(bench.PROBLEMS["tiny"][0])
+    inputs = make_inputs(PROBLEMS["tiny"][0])
     arrays = (
         inputs.queries,
         inputs.keys,
@@ -110,8 +113,8 @@ def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
         "blocked",
         lambda *arrays, **how: asked.append(how.get("block_len")) or real(*arrays, **how),
     )
-    problem = bench.PROBLEMS["tiny"][0]
-    inputs = bench.make_inputs(problem)
+    problem = PROBLEMS["tiny"][0]
+    inputs = make_inputs(problem)
     arrays = (
         inputs.queries,
         inputs.keys,
@@ -122,7 +125,7 @@ def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
         inputs.lens,
     )
     plain = paged_attention(*arrays)[0]
-    tuning.remember(cache, "blocked", bench.bucket_of(problem), {"block_len": 16})
+    tuning.remember(cache, "blocked", bucket_of(problem), {"block_len": 16})
     tuned = paged_attention(*arrays)[0]
     named = paged_attention(*arrays, tiles={"block_len": 32})[0]
     assert asked == [None, 16, 32]
@@ -131,10 +134,10 @@ def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
 
 
 def test_the_command_searches_every_problem(cache, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "LOOP_SECONDS", 0.0)
-    monkeypatch.setitem(bench.PROBLEMS, "tiny", bench.PROBLEMS["tiny"][:1])
+    monkeypatch.setattr(clock, "LOOP_SECONDS", 0.0)
+    monkeypatch.setitem(PROBLEMS, "tiny", PROBLEMS["tiny"][:1])
     monkeypatch.setattr("sys.argv", ["tuning", "--rounds=1"])
     assert tuning.main() == 0
     said = capsys.readouterr().out
-    assert bench.bucket_of(bench.PROBLEMS["tiny"][0]) in said
+    assert bucket_of(PROBLEMS["tiny"][0]) in said
     assert cache.exists()

@@ -1,0 +1,232 @@
+"""Problems of attention over pages: what is asked, its floor, arrays for it, and what we do with them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels.bench.clock import Work, is_accelerated
+from pallas_kernels.bench.goals import NONE, Goals
+from pallas_kernels.flash_attention import api as flash_api
+from pallas_kernels.formats import FORMATS, Pages, Quantised, quantised
+from pallas_kernels.masking import NOWHERE
+from pallas_kernels.paged_attention import api
+from pallas_kernels.paged_prefill import api as prefill_api
+from pallas_kernels.selection import Asked
+from pallas_kernels.tuning import bucket
+
+CACHE_BYTES = 120_000_000
+"""Twice an H200's second-level cache: inputs are drawn from at least so much memory, so that none is found there."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch: sequences of `lengths` tokens stored, the last `num_queries` of each being asked. `keep` is the part of its pages
+    that each KV head selects; `latent_dim`, where it is one, says that values are the first so many dims of keys, which a kernel could
+    fetch once (MLA, arXiv 2405.04434); a `format` has scales by token."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    dim: int = 128
+    page_size: int = 64
+    num_queries: int = 1
+    keep: float = 1.0
+    latent_dim: int = 0
+    format: str = "bfloat16"
+    goals: Goals = NONE
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of values."""
+        return self.latent_dim or self.dim
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token of every sequence is asked: attention without memory."""
+        return set(self.lengths) == {self.num_queries}
+
+    @property
+    def table_len(self) -> int:
+        """Pages that a sequence, or a KV head, lists at most."""
+        return max(1, round(self.keep * -(-max(self.lengths) // self.page_size)))
+
+    @property
+    def live_bytes(self) -> int:
+        """Keys and values that must be read, once."""
+        tokens = sum(min(length, self.table_len * self.page_size) for length in self.lengths)
+        dims = self.dim if self.latent_dim else self.dim + self.value_dim
+        return tokens * self.num_kv_heads * bytes_of(dims, self.format)
+
+    @property
+    def flops(self) -> int:
+        """Of both products, for the tokens that each query sees."""
+        seen = sum(
+            self.num_queries * length - self.num_queries * (self.num_queries - 1) // 2 for length in self.lengths
+        )
+        return int(2 * self.keep * seen * self.num_heads * (self.dim + self.value_dim))
+
+    def floor_us(self, limits: dict[str, float]) -> float:
+        """What reading and multiplying take at least, whichever is longer."""
+        return 1e6 * max(self.live_bytes / limits["read_bytes_per_s"], self.flops / limits["product_flops_per_s"])
+
+    def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
+        """Ours, the one that `None` takes first and alone; then every peer."""
+        from pallas_kernels.bench.peers import PEERS  # which are made for such problems
+
+        inputs = make_inputs(self)
+        group = self.num_heads // self.num_kv_heads
+        op = api if self.num_queries == 1 else prefill_api
+        refused = op.refusals(Asked(self.format, self.page_size, (self.dim, self.value_dim), group))
+        names = [name for name in op.IMPLEMENTATIONS if name not in refused]
+        made = {name: partial(ours, self, inputs, name) for name in (names[:1] if alone else names)}
+        if not alone and self.is_whole:
+            made |= {
+                f"flash_attention, {name}": partial(flash, self, inputs, name) for name in flash_api.IMPLEMENTATIONS
+            }
+        made |= {} if alone else {name: partial(make, self, inputs) for name, make in PEERS.items()}
+        return {name: partial(work_of, one, inputs) for name, one in made.items()}
+
+    @property
+    def oracle(self) -> str:
+        """Whose answer all others are compared with."""
+        return "blocked"
+
+
+def bytes_of(dims: int, format: str) -> int:
+    """Bytes of so many numbers of a token and head, of keys and values; in a format with their two scales."""
+    return dims * {"bfloat16": 16, "int4": 4}.get(format, 8) // 8 + (format in FORMATS) * 2 * 4
+
+
+class Inputs(NamedTuple):
+    """The arguments of one problem, with as many tables as keep their pages out of the cache."""
+
+    queries: Array
+    keys: Pages
+    values: Pages
+    tables: Array
+    starts: Array
+    positions: Array
+    lens: Array
+
+
+def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
+    """Pages in random order; keys and values drawn on the device."""
+    rng = np.random.default_rng(seed)
+    num_tables = max(1, min(64, math.ceil(CACHE_BYTES / problem.live_bytes))) if is_accelerated() else 2
+    batch, heads = len(problem.lengths), problem.num_kv_heads
+    by_head = problem.keep < 1
+    lists = (num_tables, batch, heads) if by_head else (num_tables, batch)
+    per_sequence = -(-max(problem.lengths) // problem.page_size)
+    num_pages = 1 + num_tables * batch * (problem.table_len if by_head else per_sequence)
+    starts = np.full((*lists, problem.table_len), NOWHERE, np.int32)
+    tables = np.zeros_like(starts)
+    order = iter(rng.permutation(np.arange(1, num_pages)).reshape(num_tables * batch, -1))
+    for number in range(num_tables):
+        for row, length in enumerate(problem.lengths):
+            held, pages = -(-length // problem.page_size), next(order)
+            for head in range(heads) if by_head else (slice(None),):
+                kept = np.arange(held)
+                if by_head:  # the same page serves every head, with another part of the sequence in each
+                    kept = np.sort(rng.permutation(held)[: problem.table_len])
+                place = (number, row, head) if by_head else (number, row)
+                starts[place][: len(kept)] = kept * problem.page_size
+                tables[place][: len(kept)] = pages[: len(kept)]
+    shape = (num_pages, heads, problem.page_size, problem.dim)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    queries = jax.random.normal(keys[0], (batch, problem.num_queries, problem.num_heads, problem.dim), jnp.bfloat16)
+    lens = np.array(problem.lengths, np.int32)
+    positions = lens[:, None] - problem.num_queries + np.arange(problem.num_queries, dtype=np.int32)[None]
+
+    def pool(key: Array) -> Pages:
+        made = jax.random.normal(key, shape, jnp.bfloat16)
+        return made if problem.format == "bfloat16" else jax.jit(quantised, static_argnums=1)(made, problem.format)
+
+    lists, stored = map(jnp.asarray, (tables, starts, positions, lens)), pool(keys[1])
+    if problem.latent_dim and not isinstance(stored, Quantised):
+        return Inputs(queries, stored, stored[..., : problem.latent_dim], *lists)
+    return Inputs(queries, stored, pool(keys[2]), *lists)
+
+
+type Attend = Callable[[Array, Array, Array], Any]
+"""Queries, page table and starts to outputs."""
+
+
+def work_of(make: Callable[[], Attend], inputs: Inputs) -> Work:
+    """One call after another, each with the next table."""
+    attend, num_tables = make(), len(inputs.tables)
+
+    def turn(number: Array, queries: Array) -> Array:
+        pick = partial(lax.dynamic_index_in_dim, index=number % num_tables, keepdims=False)
+        outputs = attend(queries, pick(inputs.tables), pick(inputs.starts))
+        return queries + (outputs.sum(axis=-1, keepdims=True) * 1e-30).astype(queries.dtype)
+
+    def first() -> Any:
+        run = attend if own_runtime else jax.jit(attend)
+        return run(inputs.queries, inputs.tables[0], inputs.starts[0])
+
+    own_runtime = getattr(attend, "own_runtime", False)
+    if own_runtime:
+        return Work(
+            lambda number, queries: attend(queries, inputs.tables[0], inputs.starts[0]), inputs.queries, first, True
+        )
+    return Work(turn, inputs.queries, first)
+
+
+def ours(problem: Problem, inputs: Inputs, implementation: str | None, tiles: dict[str, int] | None = None) -> Attend:
+    """`paged_attention` by that implementation, or of a chunk `paged_prefill`."""
+    how: dict[str, Any] = {"implementation": implementation, "tiles": tiles}
+
+    def run(queries: Array, table: Array, starts: Array) -> Array:
+        memory = queries, inputs.keys, inputs.values, table, starts
+        if problem.num_queries == 1:
+            return api.paged_attention(*memory, inputs.positions, inputs.lens, **how)[0]
+        lens = jnp.full_like(inputs.lens, problem.num_queries)
+        return prefill_api.paged_prefill(*memory, inputs.positions[:, 0], lens, **how)[0]
+
+    return run
+
+
+def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
+    """`flash_attention` of whole sequences, whose keys and values were never paged."""
+    keys, values = dense(problem, inputs)
+    return lambda queries, table, starts: flash_api.flash_attention(
+        queries, keys, values, implementation=implementation
+    )
+
+
+def dense(problem: Problem, inputs: Inputs) -> tuple[Array, Array]:
+    """Keys and values [B, S, K, D] of the first table, as if nothing were paged: once, outside the clock. Raises
+    NotImplementedError where that cannot be."""
+    if problem.keep < 1:
+        raise NotImplementedError("takes whole sequences")
+
+    def rows(pool: Array) -> Array:
+        tiles = pool[inputs.tables[0]].swapaxes(2, 3)  # [B, N, page, K, D]
+        return tiles.reshape(len(problem.lengths), -1, *tiles.shape[3:])
+
+    keys, values = plain(inputs)
+    return rows(keys), rows(values)
+
+
+def plain(inputs: Inputs) -> tuple[Array, Array]:
+    """The pools, for those who take them as they are. Raises NotImplementedError for pages with scales."""
+    if isinstance(inputs.keys, Quantised) or isinstance(inputs.values, Quantised):
+        raise NotImplementedError("takes pages of 16 bits")
+    return inputs.keys, inputs.values
+
+
+def bucket_of(problem: Problem) -> str:
+    """The problem's shapes, as tile sizes are remembered."""
+    op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
+    per = "token" * (problem.format in FORMATS)
+    group = problem.num_heads // problem.num_kv_heads
+    sizes = len(problem.lengths), problem.num_queries, problem.table_len * problem.page_size
+    return bucket(op, problem.format, per, (problem.dim, problem.value_dim), group, problem.page_size, sizes)
