@@ -116,12 +116,20 @@ def scales_for(tokens: Float[Array, "... page D"], format: str, per: Scaling) ->
 def encoded(tokens: Float[Array, "... page D"], scales: Float[Array, "... n"], format: str, per: Scaling) -> Array:
     """The payload: tokens times one over their scales, rounded to nearest even, beyond the largest number cut off."""
     inverse = inverses(scales)
-    numbers = tokens.astype(jnp.float32) * (inverse[..., :, None] if per == "token" else inverse[..., None, :])
-    numbers = jnp.clip(numbers, -LARGEST[format], LARGEST[format])
+    made = numbers(
+        tokens.astype(jnp.float32) * (inverse[..., :, None] if per == "token" else inverse[..., None, :]), format
+    )
+    return packed(made) if format == "int4" else made.astype(FORMATS[format])
+
+
+def numbers(scaled: Float[Array, "*shape"], format: str) -> Shaped[Array, "*shape"]:
+    """A format's numbers for what has been scaled: rounded to nearest even, beyond the largest cut off; whole ones in int32. It asks
+    for nothing that a kernel cannot do."""
+    largest = LARGEST[format]
+    inside = jnp.minimum(jnp.maximum(scaled, -largest), largest)
     if format == "fp8":
-        return numbers.astype(jnp.float8_e4m3fn)
-    whole = jnp.rint(numbers).astype(jnp.int32)
-    return packed(whole) if format == "int4" else whole.astype(jnp.int8)
+        return inside.astype(FORMATS[format])
+    return jax.lax.bitcast_convert_type(inside + ROUND, jnp.int32) - ROUND_BITS
 
 
 def inverses(scales: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -20,14 +20,12 @@ from jaxtyping import Float, Int32
 from pallas_kernels.formats import (
     FORMATS,
     INVERSE,
-    LARGEST,
-    ROUND,
-    ROUND_BITS,
     Pages,
     Quantised,
     arrays_of,
     in_bytes,
     inverses,
+    numbers,
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.selection import Asked
@@ -80,7 +78,9 @@ def kv_write(
             scales = channel_scales(pool, new, *places(write_slots, num_pages, page_size))
             kernel_pools[number] = Quantised(pool.payload, scales, "channel")
     targets = [jax.new_ref(arrays_of(pool)[0]) for pool in kernel_pools]
-    per = key_pages.per if isinstance(key_pages, Quantised) else None
+    per, format = None, None
+    if isinstance(key_pages, Quantised):
+        per, format = key_pages.per, key_pages.format
     scales = [arrays_of(pool)[1] for pool in kernel_pools] if per == "channel" else []
 
     scratch, names = [], ["arrived", "tokens"]
@@ -110,7 +110,7 @@ def kv_write(
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            tiles.append(_Tile(mine, per=per, page_size=page_size, unit=unit))
+            tiles.append(_Tile(mine, per=per, format=format, page_size=page_size, unit=unit))
 
         @pl.when(begins[lax.axis_index("tile")] >= 0)
         def _():
@@ -172,19 +172,6 @@ def _tiles(
     wholes = (units[..., :1] % unit == 0) & (units == units[..., :1] + steps) & (units[..., :1] >= 0)
     loaded = jnp.where((tile_slots >= 0).any(axis=1), loaded, -1)
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
-
-
-def _numbers(exact: Array, inverse: Array, dtype: Any) -> Array:
-    """Tokens times one over their scales in a format's numbers; whole ones as int32."""
-    largest = LARGEST[_format(dtype)]
-    number = jnp.minimum(jnp.maximum(exact * inverse, -largest), largest)
-    if dtype == jnp.float8_e4m3fn:
-        return number.astype(dtype)
-    return lax.bitcast_convert_type(number + ROUND, jnp.int32) - ROUND_BITS
-
-
-def _format(dtype: Any) -> str:
-    return next(name for name, one in FORMATS.items() if one == dtype)
 
 
 def _stored(halves: list[Array], dtype: Any) -> Array:
@@ -270,13 +257,13 @@ class _Tile(Named):
             return largest
 
         nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        scale = self.each_stripe(larger, nothing) * INVERSE[_format(self.payload.dtype)]
+        scale = self.each_stripe(larger, nothing) * INVERSE[self.format]
         self.scales[...] = scale
         inverse = inverses(scale)
 
         def quantise(into, columns, _):
             halves = [
-                _numbers(self.load(one), lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.payload.dtype)
+                numbers(self.load(one) * lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.format)
                 for one in columns
             ]
             made = _stored(halves, self.payload.dtype)
@@ -309,7 +296,7 @@ class _Tile(Named):
             for one in columns:
                 exact = self.load(one)
                 inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
-                halves.append(_numbers(exact, inverse, self.payload.dtype))
+                halves.append(numbers(exact * inverse, self.format))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
             made = _stored(halves, wide)
             if self.unit < ROWS:  # the other rows are other pages'
@@ -331,7 +318,7 @@ class _Tile(Named):
                 halves = []
                 for one in columns:
                     exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
-                    halves.append(_numbers(exact, self.inverses_of(page, one), self.payload.dtype))
+                    halves.append(numbers(exact * self.inverses_of(page, one), self.format))
                 self.rows[place, into] = _stored(halves, self.payload.dtype)
 
             pl.when(page >= 0)(lambda: self.each_stripe(quantise))

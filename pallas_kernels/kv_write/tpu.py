@@ -1,8 +1,9 @@
 """Tokens into pages on TPUs in Pallas Mosaic, quantised on the way.
 
 What a TPU can write alone is a register's rows of a page: 8, 16 or 32 tokens, as the type is wide. XLA lays the tokens out in such
-granules, as the slots say; the kernel turns them into the pages' numbers and puts those that are there between what stays. Pages
-come and go through the pipeline of the grid, in place. Scales of tokens, one number each, are left to XLA.
+granules, as the slots say; the kernel turns them into the pages' numbers and puts those that are there between what stays. They
+come and go through the pipeline of the grid, in place: of the pages, only granules in which something stays are fetched. Scales of
+tokens, one number each, are left to XLA.
 """
 
 from functools import partial
@@ -16,16 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import (
-    FORMATS,
     INVERSE,
-    LARGEST,
-    ROUND,
-    ROUND_BITS,
     Pages,
     Quantised,
     arrays_of,
     in_bytes,
     inverses,
+    numbers,
     scales_for,
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
@@ -36,8 +34,10 @@ from pallas_kernels.selection import Asked
 class Granules(NamedTuple):
     """Those that are written, then the last of them again; `tokens` are numbers of [B, T], `mine` whether each is to be written."""
 
-    pages: Int32[Array, "N"]
-    parts: Int32[Array, "N"]
+    places: Int32[Array, "2 N"]
+    """Of each its page, and its part of it."""
+    needed: Int32[Array, "2 N"]
+    """The place whose old numbers are to be at hand: its own, or where nothing stays that of another, fetched before or next."""
     tokens: Int32[Array, "N g"]
     mine: Int32[Array, "N g"]
     num_written: Int32[Array, ""]
@@ -56,25 +56,29 @@ def kv_write(
     num_pages, num_kv_heads, page_size = key_pages.shape[:3]
     size = min(32 // key_pages.dtype.itemsize, page_size)
     found = granules(write_slots, num_pages, page_size, size)
-    num_granules = len(found.pages)
+    num_granules = len(found.tokens)
     pools, per = (key_pages, value_pages), key_pages.per if isinstance(key_pages, Quantised) else None
     page_and_offset = places(write_slots, num_pages, page_size)
 
-    kept, arrays, specs, targets, target_specs = [], [], [], [], []
+    def granule(width: int, which: int) -> pl.BlockSpec:
+        """Of a pool: of the three prefetched arrays, the second says which is written, the third which is fetched."""
+        return pl.BlockSpec(
+            (1, num_kv_heads, 1, size, width), lambda i, *said: (said[which][0, i], 0, said[which][1, i], 0, 0)
+        )
+
+    def listed(*shape: int) -> pl.BlockSpec:
+        """Of what is listed granule by granule: behind the last of them nothing is fetched."""
+        rest = [0] * (len(shape) - 1)
+        return pl.BlockSpec(shape, lambda i, count, *_: (jnp.maximum(jnp.minimum(i, count[0] - 1), 0), *rest))
+
+    kept, arrays, specs, targets = [], [], [], []
     for pool, tokens in zip(pools, (keys, values), strict=True):
         tiles = tokens.reshape(-1, *tokens.shape[2:])[found.tokens].swapaxes(1, 2)  # [N, K, g, D]
         arrays.append(tiles)
-        specs.append(pl.BlockSpec((1, *tiles.shape[1:]), lambda i, *_: (i, 0, 0, 0)))
+        specs.append(listed(1, *tiles.shape[1:]))
         payload = arrays_of(pool)[0]
-        if payload.dtype == FORMATS["fp8"]:  # as bits, which are kept as they are
-            payload = lax.bitcast_convert_type(payload, jnp.uint8)
         payload = payload.reshape(num_pages, num_kv_heads, page_size // size, size, -1)
         targets.append(payload)
-        target_specs.append(
-            pl.BlockSpec(
-                (1, num_kv_heads, 1, size, payload.shape[4]), lambda i, _, pages, parts: (pages[i], 0, parts[i], 0, 0)
-            )
-        )
         if not isinstance(pool, Quantised):
             continue
         if pool.per == "token":
@@ -84,31 +88,29 @@ def kv_write(
             kept.append(channel_scales(pool, tokens, *page_and_offset))
             arrays.append(kept[-1][:, :, None])
             specs.append(
-                pl.BlockSpec((1, num_kv_heads, 1, tiles.shape[3]), lambda i, _, pages, __: (pages[i], 0, 0, 0))
+                pl.BlockSpec((1, num_kv_heads, 1, tiles.shape[3]), lambda i, _, places, __: (places[0, i], 0, 0, 0))
             )
     arrays.append(found.mine[:, :, None])
-    specs.append(pl.BlockSpec((1, size, 1), lambda i, *_: (i, 0, 0)))
+    specs.append(listed(1, size, 1))
     written = pl.pallas_call(
         partial(_kernel, per=per, format=key_pages.format if isinstance(key_pages, Quantised) else None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_granules,),
-            in_specs=[*specs, *target_specs],
-            out_specs=target_specs,
+            in_specs=[*specs, *(granule(one.shape[4], 2) for one in targets)],
+            out_specs=[granule(one.shape[4], 1) for one in targets],
         ),
         out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in targets],
         input_output_aliases={3 + len(arrays) + at: at for at in range(2)},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="kv_write",
-    )(found.num_written[None], found.pages, found.parts, *arrays, *targets)
+    )(found.num_written[None], found.places, found.needed, *arrays, *targets)
 
     def done(at: int) -> Pages:
         pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
         if not isinstance(pool, Quantised):
             return payload
-        if pool.format == "fp8":
-            payload = lax.bitcast_convert_type(payload, pool.dtype)
         return Quantised(payload, kept[at], pool.per)
 
     return done(0), done(1)
@@ -119,8 +121,6 @@ def refusal(asked: Asked) -> str | None:
     token_type = jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float32):
         return f"tokens of {token_type.name}: must be bfloat16 or float32"
-    if asked.format == "fp8":
-        return "pages of fp8: XLA would copy the whole pool to see its bits; int8 is written in place"
     return paged.refusal(asked)
 
 
@@ -142,13 +142,17 @@ def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, s
     count = (slots >= 0).sum(dtype=jnp.int32)
     # What is left over names the last one again, so that nothing comes nor goes for it.
     order = order[jnp.minimum(jnp.arange(len(order), dtype=jnp.int32), jnp.maximum(count - 1, 0))]
-    slots = jnp.maximum(slots, 0)[order]
-    return Granules(slots // page_size, slots % page_size // size, tokens[order], mine[order], count)
+    slots, tokens, mine = jnp.maximum(slots, 0)[order], tokens[order], mine[order]
+    is_partial = (mine == 0).any(axis=1)
+    items = jnp.arange(len(order), dtype=jnp.int32)
+    needed = jnp.maximum(lax.cummax(jnp.where(is_partial, items, -1)), jnp.argmax(is_partial).astype(jnp.int32))
+    both = jnp.stack([slots // page_size, slots % page_size // size])
+    return Granules(both, both[:, needed], tokens, mine, count)
 
 
-def _kernel(count: Any, pages: Any, parts: Any, *refs: Any, per: str | None, format: str | None) -> None:
+def _kernel(count: Any, places: Any, needed: Any, *refs: Any, per: str | None, format: str | None) -> None:
     """One granule of all heads."""
-    del pages, parts
+    del places, needed
     item = pl.program_id(0)
     num_inputs = 2 if per != "channel" else 4
     inputs, mine, (old_keys, old_values, *outs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
@@ -159,25 +163,26 @@ def _kernel(count: Any, pages: Any, parts: Any, *refs: Any, per: str | None, for
         is_mine = (mine[0] > 0) & (item < count[0])  # [g, 1]
         for at, (old, out) in enumerate(zip((old_keys, old_values), outs, strict=True)):
             scales = inputs[at * step + 1] if per == "channel" else None
-            new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
-            wide = jnp.int32 if out.dtype.itemsize == 1 else jnp.float32
-            chosen = jnp.where(is_mine[None], new.astype(wide), old[0, :, 0].astype(wide))
-            out[0, :, 0] = chosen.astype(out.dtype)
+            new, kept = (
+                _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype),
+                old[0, :, 0],
+            )
+            if format == "fp8":  # as bits, which are kept as they are
+                new, kept = (lax.bitcast_convert_type(one, jnp.uint8) for one in (new, kept))
+            wide = jnp.int32 if kept.dtype.itemsize == 1 else jnp.float32
+            chosen = jnp.where(is_mine[None], new.astype(wide), kept.astype(wide)).astype(kept.dtype)
+            out[0, :, 0] = lax.bitcast_convert_type(chosen, out.dtype) if format == "fp8" else chosen
 
 
 def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any) -> Array:
-    """[K, g, W]: tokens as a pool holds them; whole numbers, and bits of 8-bit floats, in int32."""
+    """[K, g, W]: tokens as a pool holds them; whole numbers in int32."""
     if format is None:
         return tokens.astype(dtype)
     exact = tokens.astype(jnp.float32)
     if scales is None:
         scales = jnp.abs(exact).max(axis=2, keepdims=True) * INVERSE[format]
-    largest = LARGEST[format]
-    number = jnp.clip(exact * inverses(scales), -largest, largest)
-    if format == "fp8":
-        return lax.bitcast_convert_type(number.astype(FORMATS[format]), jnp.uint8)
-    whole = lax.bitcast_convert_type(number + ROUND, jnp.int32) - ROUND_BITS
-    if format == "int8":
-        return whole
-    half = whole.shape[2] // 2
-    return in_bytes(whole[..., :half], whole[..., half:])
+    made = numbers(exact * inverses(scales), format)
+    if format != "int4":
+        return made
+    half = made.shape[2] // 2
+    return in_bytes(made[..., :half], made[..., half:])

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
 from pallas_kernels.formats import arrays_of
 
@@ -38,6 +39,20 @@ class Fetched:
         for dim in target.shape:
             size *= dim
         jax.debug.callback(self._add, size)
+
+    def listen(self, monkeypatch: Any) -> None:
+        """Counts what the pipeline of a TPU's grid fetches into its blocks."""
+        real = interpret_pallas_call.get
+
+        def get(
+            token: Any, device: Any, core: Any, space: Any, buffer: Any, transforms: Any, *rest: Any, **options: Any
+        ):
+            token, found = real(token, device, core, space, buffer, transforms, *rest, **options)
+            if rest and rest[0] is not None:  # the indices of a block: what kernels read themselves has none
+                self.num_bytes += found.nbytes
+            return token, found
+
+        monkeypatch.setattr(interpret_pallas_call, "get", get)
 
     def _add(self, size: int) -> None:
         self.num_bytes += int(size)
