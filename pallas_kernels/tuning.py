@@ -22,7 +22,7 @@ import jax
 
 SPACES: dict[str, dict[str, Sequence[int]]] = {
     "mosaic_gpu": {"num_pieces": (132, 264, 528), "max_stages": (3, 4, 8)},
-    "mosaic_tpu": {"block_len": (256, 512, 1024), "max_rows": (128, 256)},
+    "mosaic_tpu": {"block_len": (256, 512, 1024), "max_rows": (256, 512, 1024)},
     "blocked": {"block_len": (128, 256, 512)},
 }
 """What may be chosen for an implementation of paged attention, as keyword arguments; the constants of its module among them."""

@@ -1,4 +1,4 @@
-"""Chunks on TPUs: the kernel of `paged_attention.tpu`, whose items hold up to 256 rows."""
+"""Chunks on TPUs: the kernel of `paged_attention.tpu`, whose items hold up to 512 rows."""
 
 from pallas_kernels.paged_attention import tpu
 from pallas_kernels.paged_attention.tpu import refusal

@@ -17,6 +17,7 @@ from tests.contracts import build as build_variant
 from tests.engine.families import MAX_LEN, VOCAB, Oracle, checked, engine_of, pretrained
 from tests.weights.random_checkpoint import prompt
 
+SLOW = pytest.mark.slow
 PROMPTS = [prompt(n, VOCAB) for n in (1, 5, 16, 17, 33, 40)]
 SAMPLED = Sampling(max_tokens=20, temperature=0.9, top_k=50, top_p=0.95, seed=3)
 WAYS = {
@@ -32,7 +33,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama_gqa", "mistral", "mamba2"])
+@pytest.mark.parametrize("family", ["llama_gqa", *(pytest.param(one, marks=SLOW) for one in ("mistral", "mamba2"))])
 def test_the_way_it_runs_changes_no_token(family):
     """Sampled and penalised requests, too: noise belongs to (seed, sample, position)."""
     prompts = [PROMPTS[i] for i in (1, 3, 4, 5)]
@@ -95,23 +96,29 @@ def test_samples_of_one_prompt_are_what_separate_requests_would_say(family, way)
         assert engine.stats.prefilled_tokens == len(PROMPTS[3]) - 1 + 3
 
 
-def test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right():
-    model, other = pretrained("llama_gqa"), pretrained("llama_mqa")
-    for family, drafting in (("llama_gqa", model), ("llama_gqa", other), ("mamba2", pretrained("mamba2"))):
-        target = pretrained(family)
-        config = EngineConfig(max_batch=2, max_len=MAX_LEN, speculation="draft", num_drafts=3)
-        draft = (drafting.structure, drafting.params)
-        engine = checked(
-            Engine(target.structure, target.params, memory=MemoryConfig("paged", 4, 8), config=config, draft=draft)
-        )
-        for sampling in (Sampling(max_tokens=17), Sampling(max_tokens=17, temperature=0.8, seed=1)):
-            expected = engine_of(family).generate(PROMPTS[1:4], sampling)
-            found = engine.generate(PROMPTS[1:4], sampling)
-            assert [one.tokens for one in found] == [one.tokens for one in expected]
-        assert engine.stats.drafted_tokens
-        if drafting is target:
-            assert engine.stats.acceptance_rate > 0.99  # near ties may round differently in another batch shape
-        assert not engine.drafter.ledger.sequences
+@pytest.mark.parametrize(
+    ("family", "drafting"),
+    [
+        ("llama_gqa", "llama_gqa"),
+        pytest.param("llama_gqa", "llama_mqa", marks=SLOW),
+        pytest.param("mamba2", "mamba2", marks=SLOW),
+    ],
+)
+def test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right(family, drafting):
+    target, other = pretrained(family), pretrained(drafting)
+    config = EngineConfig(max_batch=2, max_len=MAX_LEN, speculation="draft", num_drafts=3)
+    draft = (other.structure, other.params)
+    engine = checked(
+        Engine(target.structure, target.params, memory=MemoryConfig("paged", 4, 8), config=config, draft=draft)
+    )
+    for sampling in (Sampling(max_tokens=17), Sampling(max_tokens=17, temperature=0.8, seed=1)):
+        expected = engine_of(family).generate(PROMPTS[1:4], sampling)
+        found = engine.generate(PROMPTS[1:4], sampling)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert engine.stats.drafted_tokens
+    if drafting == family:
+        assert engine.stats.acceptance_rate > 0.99  # near ties may round differently in another batch shape
+    assert not engine.drafter.ledger.sequences
 
 
 def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
@@ -435,7 +442,7 @@ def test_samples_of_a_prompt_that_is_found_whole():
     assert [one.tokens for one in short.completions] == [one.tokens[:1] for one in first.completions]
 
 
-@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("num_drafts", [1, pytest.param(3, marks=SLOW)])
 def test_a_drafted_sequence_may_miss_a_step(num_drafts):
     model = pretrained("llama_gqa")
     draft = (model.structure, model.params)
@@ -453,7 +460,7 @@ def test_a_drafted_sequence_may_miss_a_step(num_drafts):
         assert [engine.answers[name].tokens for name in names] == [one.tokens for one in expected]
 
 
-@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+@pytest.mark.parametrize("preemption", [pytest.param("recompute", marks=SLOW), "swap"])
 def test_beams_that_pause_make_room_for_each_other(preemption):
     asked = [prompt(20, VOCAB, seed=i) for i in range(2)]
     sampling = Sampling(max_tokens=20, beam_width=4)

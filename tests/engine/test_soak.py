@@ -84,7 +84,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "fields"), WAYS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        pytest.param(*way, id=way[0], marks=() if way[0] in ("llama_gqa", "mamba2") else pytest.mark.slow)
+        for way in WAYS
+    ],
+)
 def test_many_requests_all_end_as_if_alone(family, fields):
     engine = soak(family, 120, seed=1, **fields)
     assert engine.scheduler.counters.preempted or family == "mamba2"

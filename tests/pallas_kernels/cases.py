@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import arrays_of
 
@@ -28,6 +30,27 @@ LEDGER_CASES = {
 """Cases in pages of 16, where they name no other, and the tokens of the pages that somebody sees."""
 
 
+CHUNK_CASES = {
+    "one tile": {"lengths": [640, 256], "num_queries": 32, "group": 2},
+    "several tiles": {"lengths": [320, 130], "num_queries": 128, "group": 2},
+    "a window": {"lengths": [640, 70], "num_queries": 128, "group": 2, "window": 100},
+    "int8": {"lengths": [640, 64], "num_queries": 64, "group": 1, "format": "int8", "page_size": 32},
+}
+"""Chunks over pages of 16, where they name no other: 2 KV heads of 64 dims."""
+
+
+def pages_of_tiles(case: dict[str, Any], tile_len: int) -> int:
+    """The pages in which some query of a tile of `tile_len` sees something, over all tiles and both KV heads, by brute force."""
+    page_size, window, found = case.get("page_size", 16), case.get("window"), 0
+    for length in case["lengths"]:
+        first = max(length - case["num_queries"], 0)
+        for begin in range(first, length, tile_len):
+            tile = range(begin, min(begin + tile_len, length))
+            seen = {p // page_size for q in tile for p in range(0 if window is None else max(0, q - window + 1), q + 1)}
+            found += len(seen)
+    return 2 * found
+
+
 class Fetched:
     """Counts the bytes of copies as the simulator runs them."""
 
@@ -39,6 +62,31 @@ class Fetched:
         for dim in target.shape:
             size *= dim
         jax.debug.callback(self._add, size)
+
+    def count_copies(self, monkeypatch: Any) -> None:
+        """Counts the copies that TPU kernels start."""
+        real, count = pltpu.make_async_copy, self.count
+
+        class Counted:
+            def __init__(self, source: Any, target: Any, semaphore: Any):
+                self.copy, self.target = real(source, target, semaphore), target
+                self.wait = self.copy.wait
+
+            def start(self) -> None:
+                count(self.target)
+                self.copy.start()
+
+        monkeypatch.setattr(pltpu, "make_async_copy", Counted)
+
+    def count_loads(self, monkeypatch: Any) -> None:
+        """Counts the copies into shared memory that GPU kernels start."""
+        real = plgpu.copy_gmem_to_smem
+
+        def counted(source: Any, target: Any, barrier: Any) -> None:
+            self.count(target)
+            real(source, target, barrier)
+
+        monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted)
 
     def listen(self, monkeypatch: Any) -> None:
         """Counts what the pipeline of a TPU's grid fetches into its blocks."""
@@ -56,6 +104,14 @@ class Fetched:
 
     def _add(self, size: int) -> None:
         self.num_bytes += int(size)
+
+    def of_chunk(self, check: Callable, kernel: Callable, case: dict[str, Any], tile_len: int) -> int:
+        """The bytes that a chunk fetches beside the live pages of every tile of its queries once."""
+        case = {"page_size": 16, **case}
+        check(kernel, **case, prefill=True, dims=(64, 64), dtype="bfloat16", with_mass=False)
+        jax.effects_barrier()
+        a_token = 2 * (64 + 4) if "format" in case else 2 * 64 * 2
+        return self.num_bytes - pages_of_tiles(case, tile_len) * case["page_size"] * a_token
 
     def of(self, check: Callable, kernel: Callable, case: str) -> float:
         """The bytes that a case fetches, over those of its live pages once."""

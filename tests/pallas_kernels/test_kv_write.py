@@ -76,17 +76,13 @@ class TestGPU(Contract):
     def test_tokens_come_once_and_leave_once(self, format, a_token, monkeypatch):
         """Of whole pages: keys and values, 128 tokens of 2 heads, in 16 bits; and out again as the pages hold them."""
         come, go = Fetched(), Fetched()
-        copy_in, copy_out = plgpu.copy_gmem_to_smem, plgpu.copy_smem_to_gmem
-
-        def counted_in(source, target, barrier):
-            come.count(target)
-            copy_in(source, target, barrier)
+        come.count_loads(monkeypatch)
+        copy_out = plgpu.copy_smem_to_gmem
 
         def counted_out(source, target):
             go.count(target)
             copy_out(source, target)
 
-        monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted_in)
         monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted_out)
         case = {
             "counts": [128],

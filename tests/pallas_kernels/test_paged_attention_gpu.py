@@ -79,13 +79,8 @@ def test_many_sequences_are_not_cut(monkeypatch):
 @pytest.mark.parametrize("case", LEDGER_CASES)
 def test_live_pages_are_fetched_once(case, monkeypatch):
     """And little else: the queries, once for each piece."""
-    real, ledger = plgpu.copy_gmem_to_smem, Fetched()
-
-    def counted(source, target, barrier):
-        ledger.count(target)
-        real(source, target, barrier)
-
-    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted)
+    ledger = Fetched()
+    ledger.count_loads(monkeypatch)
     assert 1 < ledger.of(check, simulated, case) <= 1.05
 
 

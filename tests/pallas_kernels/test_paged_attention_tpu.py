@@ -58,20 +58,8 @@ def test_equals_float64_over_the_option_space(number, capfd):
 
 @pytest.mark.parametrize("case", LEDGER_CASES)
 def test_live_pages_are_fetched_once(case, monkeypatch):
-    real, ledger = pltpu.make_async_copy, Fetched()
-
-    class Counted:
-        def __init__(self, source, target, semaphore):
-            self.copy, self.target = real(source, target, semaphore), target
-
-        def start(self):
-            ledger.count(self.target)
-            self.copy.start()
-
-        def wait(self):
-            self.copy.wait()
-
-    monkeypatch.setattr(pltpu, "make_async_copy", Counted)
+    ledger = Fetched()
+    ledger.count_copies(monkeypatch)
     assert ledger.of(check, simulated("eager"), case) == 1
 
 

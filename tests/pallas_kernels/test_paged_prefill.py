@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention import gpu as paged_gpu
 from pallas_kernels.paged_attention import tpu as paged_tpu
 from pallas_kernels.paged_attention.proof import check, generated
 from pallas_kernels.paged_prefill import gpu, paged_prefill, tpu
-from tests.pallas_kernels.cases import numbers
+from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, numbers
 
 CASES: dict[str, dict[str, Any]] = {
     "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
@@ -103,6 +103,18 @@ class TestGPU(Contract):
         how = plgpu.InterpretGPUParams(detect_races=True)
         return partial(gpu.paged_prefill, interpret=how, chip=("hopper", "blackwell")[number % 2])
 
+    @pytest.mark.parametrize("name", CHUNK_CASES)
+    def test_every_tile_fetches_its_live_pages_once(self, name, monkeypatch):
+        """And its rows of queries: where a list is not cut, nothing else."""
+        monkeypatch.setattr(paged_gpu, "PIECES", 1)
+        ledger, case = Fetched(), CHUNK_CASES[name]
+        ledger.count_loads(monkeypatch)
+        rows = 64 if case["num_queries"] * case["group"] <= 64 else 128
+        tile_len = rows // case["group"]
+        num_tiles = sum(-(-min(length, case["num_queries"]) // tile_len) for length in case["lengths"])
+        beside = ledger.of_chunk(check, self.prefill(), case, tile_len)
+        assert beside == num_tiles * 2 * rows * 64 * 2
+
     def test_one_of_two_warpgroups_may_be_late(self, monkeypatch):
         """By as many blocks as the ring is deep: the other must not signal twice what has not been waited for once."""
         real = Barrier.wait
@@ -149,6 +161,14 @@ class TestTPU(Contract):
         monkeypatch.setattr(paged_tpu, "ROWS", 8)
         yield
         pltpu.reset_tpu_interpret_mode_state()
+
+    @pytest.mark.parametrize("name", CHUNK_CASES)
+    def test_every_tile_fetches_its_live_pages_once(self, name, monkeypatch):
+        """And nothing else: queries come through the grid."""
+        monkeypatch.setattr(paged_tpu, "ROWS", 64)
+        ledger, case = Fetched(), CHUNK_CASES[name]
+        ledger.count_copies(monkeypatch)
+        assert ledger.of_chunk(check, self.prefill(), case, 64 // case["group"]) == 0
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_copies_that_arrive_at_the_wait(self, case, capfd):
