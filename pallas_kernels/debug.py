@@ -16,9 +16,9 @@ import jax
 import jax.core
 import numpy as np
 from jax import Array
-from jaxtyping import Int32
 
 from pallas_kernels.masking import NOWHERE
+from pallas_kernels.shapes import Int32
 
 _on = contextvars.ContextVar("debugging", default=os.environ.get("PALLAS_KERNELS_DEBUG", "0") not in ("", "0"))
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Shaped
+
+from pallas_kernels.shapes import Float, Shaped
 
 type Scaling = Literal["token", "channel"]
 """What has a scale of its own in a page and head: each token, or each channel (each dim, over the page's tokens)."""

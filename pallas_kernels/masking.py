@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int32
+
+from pallas_kernels.shapes import Bool, Float, Int32
 
 NOWHERE = 2**30
 """First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""

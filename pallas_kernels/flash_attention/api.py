@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jax import Array
-from jaxtyping import Float
 
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.selection import select
+from pallas_kernels.shapes import Float
 
 IMPLEMENTATIONS = {"reference": reference.flash_attention}
 

@@ -6,9 +6,9 @@ outside are never multiplied, so a causal layer costs about half of the full squ
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from pallas_kernels.masking import masked_softmax, visible
+from pallas_kernels.shapes import Float
 
 BLOCK_LEN = 64
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
 
 from pallas_kernels import selection
 from pallas_kernels.debug import check_slots
@@ -14,6 +13,7 @@ from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.kv_write import reference
 from pallas_kernels.paged_attention.checks import check_pages
 from pallas_kernels.selection import Asked
+from pallas_kernels.shapes import Float, Int32
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": selection.kernel("kv_write", "gpu"),

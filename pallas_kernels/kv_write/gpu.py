@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import (
     FORMATS,
@@ -29,6 +28,7 @@ from pallas_kernels.formats import (
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.selection import Asked
+from pallas_kernels.shapes import Float, Int32
 from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
 
 STEP = 32

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
 
 from pallas_kernels.formats import Pages, Quantised, encoded, scales_for
+from pallas_kernels.shapes import Float, Int32
 
 
 def kv_write(

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels import selection
 from pallas_kernels.debug import check_tables
@@ -14,6 +13,7 @@ from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.paged_attention.checks import check
 from pallas_kernels.selection import Asked
+from pallas_kernels.shapes import Bool, Float, Int32
 from pallas_kernels.tuning import bucket, check_tiles, lookup
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

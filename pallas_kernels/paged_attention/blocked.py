@@ -7,11 +7,11 @@ the sum of the live lengths, not the width of the page table nor the longest seq
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.formats import Pages, Quantised, each_array, tile_values
 from pallas_kernels.masking import NOWHERE, visible
 from pallas_kernels.paged_attention.pages import any_lists
+from pallas_kernels.shapes import Bool, Float, Int32
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""

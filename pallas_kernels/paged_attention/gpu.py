@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of
 from pallas_kernels.masking import NOWHERE
@@ -35,6 +34,7 @@ from pallas_kernels.paged_attention.pages import (
     tiled,
 )
 from pallas_kernels.selection import Asked
+from pallas_kernels.shapes import Bool, Float, Int32
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
 
 PIECES = 264

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int32
 
 from pallas_kernels.formats import Quantised, each_array, tile_values
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention.pages import any_lists
+from pallas_kernels.shapes import Bool, Float, Int32
 
 
 @any_lists

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int32
 
 from pallas_kernels.paged_attention import blocked as paged_blocked
 from pallas_kernels.paged_attention import reference as paged_reference
+from pallas_kernels.shapes import Int32
 
 
 def positions_of(

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from jax import Array
-from jaxtyping import Float
 
 from pallas_kernels.selection import select
+from pallas_kernels.shapes import Float
 from pallas_kernels.ssd import reference
 
 IMPLEMENTATIONS = {"reference": reference.ssd}

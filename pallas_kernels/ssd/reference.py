@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+
+from pallas_kernels.shapes import Float
 
 
 def ssd(
