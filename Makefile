@@ -1,4 +1,5 @@
-# make demo | test | lint | kernels-check | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter.
+# make demo | test | lint | kernels-check | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
+# TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvlab report $(RESULTS)/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -293,7 +293,7 @@ def kernels(arguments: list[str]) -> int:
     """What runs here, what the simulators say, and what each kernel takes on chips that are not here."""
     from rich.table import Table
 
-    from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, ssd, targets
+    from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, simulators, ssd, targets
 
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
@@ -305,7 +305,7 @@ def kernels(arguments: list[str]) -> int:
         console.print(f"{op.__name__.rsplit('.', 1)[-1]}: here {', then '.join(op.implementations())}")
     status = 0
     for backend in dict.fromkeys(one.backend for one in chosen):
-        for op, said in targets.simulate(backend).items():
+        for op, said in simulators.simulate(backend).items():
             status |= said.startswith("FAILED")
             console.print(f"{op} for {backend}s, simulated with race detection: {said}")
     table = Table(*targets.HEADER)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.shapes import Float, Shaped
+from pallas_kernels.typing import Float, Shaped
 
 type Scaling = Literal["token", "channel"]
 """What has a scale of its own in a page and head: each token, or each channel (each dim, over the page's tokens)."""

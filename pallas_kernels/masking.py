@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.shapes import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float, Int32
 
 NOWHERE = 2**30
 """First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""

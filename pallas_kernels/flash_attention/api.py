@@ -7,7 +7,7 @@ from jax import Array
 
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.selection import select
-from pallas_kernels.shapes import Float
+from pallas_kernels.typing import Float
 
 IMPLEMENTATIONS = {"reference": reference.flash_attention}
 

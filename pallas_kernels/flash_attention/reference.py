@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.masking import masked_softmax, visible
-from pallas_kernels.shapes import Float
+from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
 

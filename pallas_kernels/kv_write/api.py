@@ -13,7 +13,7 @@ from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.kv_write import reference
 from pallas_kernels.paged_attention.checks import check_pages
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Float, Int32
+from pallas_kernels.typing import Float, Int32
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": selection.kernel("kv_write", "gpu"),

@@ -28,8 +28,8 @@ from pallas_kernels.formats import (
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Float, Int32
 from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
+from pallas_kernels.typing import Float, Int32
 
 STEP = 32
 """Columns that are turned into numbers at once."""

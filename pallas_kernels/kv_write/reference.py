@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.formats import Pages, Quantised, encoded, scales_for
-from pallas_kernels.shapes import Float, Int32
+from pallas_kernels.typing import Float, Int32
 
 
 def kv_write(

@@ -28,7 +28,7 @@ from pallas_kernels.formats import (
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Float, Int32
+from pallas_kernels.typing import Float, Int32
 
 
 class Granules(NamedTuple):

@@ -13,8 +13,8 @@ from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.paged_attention import blocked, reference
 from pallas_kernels.paged_attention.checks import check
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Bool, Float, Int32
 from pallas_kernels.tuning import bucket, check_tiles, lookup
+from pallas_kernels.typing import Bool, Float, Int32
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": selection.kernel("paged_attention", "gpu"),

@@ -11,7 +11,7 @@ from jax import Array, lax
 from pallas_kernels.formats import Pages, Quantised, each_array, tile_values
 from pallas_kernels.masking import NOWHERE, visible
 from pallas_kernels.paged_attention.pages import any_lists
-from pallas_kernels.shapes import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float, Int32
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""

@@ -34,8 +34,8 @@ from pallas_kernels.paged_attention.pages import (
     tiled,
 )
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Bool, Float, Int32
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
+from pallas_kernels.typing import Bool, Float, Int32
 
 PIECES = 264
 """Pieces to aim at: two for each of an H200's 132 multiprocessors, over all KV heads."""

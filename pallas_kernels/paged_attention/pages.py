@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.formats import Pages, arrays_of, each_array
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.shapes import Bool, Float, Int32, Shaped
+from pallas_kernels.typing import Bool, Float, Int32, Shaped
 
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""

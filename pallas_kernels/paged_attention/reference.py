@@ -6,7 +6,7 @@ from jax import Array
 from pallas_kernels.formats import Quantised, each_array, tile_values
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention.pages import any_lists
-from pallas_kernels.shapes import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float, Int32
 
 
 @any_lists

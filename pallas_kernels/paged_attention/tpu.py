@@ -19,7 +19,7 @@ from pallas_kernels.formats import FORMATS, Quantised, arrays_of, unpacked
 from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, cost, live_pages, packed, page_mass, tiled
 from pallas_kernels.selection import Asked
-from pallas_kernels.shapes import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float, Int32
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""

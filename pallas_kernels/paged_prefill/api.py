@@ -12,7 +12,7 @@ from pallas_kernels.formats import Quantised
 from pallas_kernels.paged_attention.api import dispatch
 from pallas_kernels.paged_attention.checks import check
 from pallas_kernels.paged_prefill import reference
-from pallas_kernels.shapes import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float, Int32
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": selection.kernel("paged_prefill", "gpu"),

@@ -8,7 +8,7 @@ from jax import Array
 
 from pallas_kernels.paged_attention import blocked as paged_blocked
 from pallas_kernels.paged_attention import reference as paged_reference
-from pallas_kernels.shapes import Int32
+from pallas_kernels.typing import Int32
 
 
 def positions_of(

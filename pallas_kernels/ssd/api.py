@@ -11,8 +11,8 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.selection import select
-from pallas_kernels.shapes import Float
 from pallas_kernels.ssd import reference
+from pallas_kernels.typing import Float
 
 IMPLEMENTATIONS = {"reference": reference.ssd}
 STEP_IMPLEMENTATIONS = {"reference": reference.ssd_step}

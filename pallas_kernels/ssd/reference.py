@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.shapes import Float
+from pallas_kernels.typing import Float
 
 
 def ssd(

@@ -11,9 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from kvlab.hardware import CHIPS
-from pallas_kernels import targets
+from pallas_kernels import chips, compilers, targets
+from pallas_kernels.chips import TARGETS, Shape
 from pallas_kernels.formats import FORMATS
-from pallas_kernels.targets import TARGETS, Compiled, Shape
+from pallas_kernels.targets import Compiled
 
 SHAPE = Shape("paged_attention", "bfloat16", 128)
 REMARKS = """ptxas info    : Compiling entry function 'anonymous_mosaic_gpu_kernel' for 'sm_90a'
@@ -24,7 +25,7 @@ info    : used 255 registers, used 16 barriers, 80 stack, 1025 bytes smem, 1152 
 
 
 def test_registers_and_spills_are_read_from_the_compilers_remarks():
-    assert targets._resources(REMARKS) == {"registers": 255, "spilled_bytes": 92 + 96}
+    assert compilers.resources(REMARKS) == {"registers": 255, "spilled_bytes": 92 + 96}
 
 
 def test_memory_on_chip_is_read_from_the_kernel():
@@ -52,17 +53,17 @@ def test_memory_on_chip_is_read_from_the_kernel():
     blocks = 2 * 8 * 128 * 4 + 2 * 16 * 128 * 2
     for run, shape, wanted in ((on_gpu, (64, 64), 64 * 64 * 4), (on_tpu, (4, 8, 128), blocks + 3 * 8 * 128 * 4)):
         jaxpr = jax.make_jaxpr(run)(jnp.zeros(shape)).jaxpr
-        assert targets.on_chip_bytes(jaxpr) == wanted
+        assert compilers.on_chip_bytes(jaxpr) == wanted
 
 
 def test_every_op_format_and_head_dim_is_compiled():
     for backend, plain in (("gpu", {"bfloat16", "float16"}), ("tpu", {"bfloat16", "float32"})):
-        found = {(one.op, one.format, one.per, one.head_dim) for one in targets.shapes(backend)}
+        found = {(one.op, one.format, one.per, one.head_dim) for one in chips.shapes(backend)}
         scaled = {(format, per) for format in FORMATS for per in ("token", "channel")}
-        for op in targets.OPS:
+        for op in chips.OPS:
             for format, per in scaled | {(one, "") for one in plain}:
                 assert {(op, format, per, dim) for dim in (64, 128, 256)} <= found
-        assert {one.head_dim for one in targets.shapes(backend, (64,)) if not one.extra} == {64}
+        assert {one.head_dim for one in chips.shapes(backend, (64,)) if not one.extra} == {64}
 
 
 def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
@@ -73,7 +74,7 @@ def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
         targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
     )
     found = targets.compile_for(TARGETS["H200"])
-    assert {one.shape for one in found} == set(targets.shapes("gpu"))
+    assert {one.shape for one in found} == set(chips.shapes("gpu"))
     assert {one.error for one in found} == {"", "Segmentation fault"}
     assert len(targets.failures(found)) == len(found) - 1
 

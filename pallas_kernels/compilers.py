@@ -1,0 +1,161 @@
+"""From an op and an absent chip to machine code, and what the compilers say of it."""
+
+import importlib
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from pallas_kernels.chips import Shape, Target
+from pallas_kernels.formats import FORMATS
+
+
+def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.formats import Quantised
+
+    batch, table_len, dim = shape.batch, 4096 // page_size, shape.head_dim
+
+    def array(*dims: int, of: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    leading = batch * table_len + 1, 8, page_size
+    dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
+    if shape.format in FORMATS:
+        payload = array(*leading, dim // 2 if shape.format == "int4" else dim, of=FORMATS[shape.format])
+        scales = array(*leading[:2], page_size if shape.per == "token" else dim, of=jnp.float32)
+        pool: Any = Quantised(payload, scales, "token" if shape.per == "token" else "channel")
+    else:
+        pool = array(*leading, dim, of=dtype)
+    module = importlib.import_module(f"pallas_kernels.{shape.op}.{backend}")
+    if shape.op == "kv_write":
+        tokens = array(batch, shape.num_queries, 8, dim, of=dtype)
+        return module.kv_write, [pool, pool, tokens, tokens, array(batch, shape.num_queries)]
+    heads = (8,) if shape.extra == "lists" else ()
+    table = array(batch, *heads, table_len)
+    options |= {"window": None, "num_sinks": 0, "soft_cap": None, "scale": dim**-0.5}
+    options["with_page_mass"] = shape.extra == "mass"
+    queries = array(batch, shape.num_queries, 32, dim, of=dtype)
+    of_each = array(batch, shape.num_queries) if shape.op == "paged_attention" else array(batch)
+    arrays = [pool, pool, queries, table, table, of_each, array(batch)]
+    if heads:
+        arrays.append(array(batch, *heads, table_len, page_size, of=jnp.bool))
+
+    def run(keys: Any, values: Any, queries: Any, *rest: Any) -> Any:
+        valid = rest[4] if heads else None
+        return getattr(module, shape.op)(queries, keys, values, *rest[:4], valid_slots=valid, **options)
+
+    return run, arrays
+
+
+def gpu_compiler(target: Target) -> Callable[[Shape], Any]:
+    """Compiles a shape for a GPU: what came of it, and the bytes that it keeps on chip."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target.description)
+    sharding = SingleDeviceSharding(topology.devices[0])
+    chip = "blackwell" if target.name == "B200" else "hopper"
+
+    def compile_one(shape: Shape) -> Any:
+        run, arrays = call_of(shape, "gpu", 64, sharding, chip=chip)
+        traced = jax.jit(run, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower(lowering_platforms=("cuda",)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+
+    return compile_one
+
+
+def tpu_compiler(target: Target) -> Callable[[Shape], Any]:
+    """Compiles a shape for a TPU: what came of it, and the bytes that it keeps on chip."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=target.description).devices[0]
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=abstract)
+    sharding = SingleDeviceSharding(device)
+
+    def compile_one(shape: Shape) -> Any:
+        run, arrays = call_of(shape, "tpu", 128, sharding)
+
+        def under_mesh(*arrays: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh):
+                return run(*arrays)
+
+        traced = jax.jit(under_mesh, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower().compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+
+    return compile_one
+
+
+def on_chip_bytes(jaxpr: Any) -> int:
+    """The shared memory, or VMEM, that the kernels in a program keep at once: the most of any."""
+    most = 0
+    for equation in jaxpr.eqns:
+        name, inner = equation.primitive.name, equation.params.get("jaxpr")
+        inner = getattr(inner, "jaxpr", inner)
+        mine = 0
+        if name in ("pallas_call", "run_scoped") and inner is not None:
+            for variable in inner.invars:
+                space, shape = (
+                    str(getattr(variable.aval, "memory_space", "")),
+                    list(getattr(variable.aval, "shape", ())),
+                )
+                dtype: Any = getattr(variable.aval, "dtype", None)
+                if getattr(dtype, "itemsize", None) is None or "barrier" in str(dtype) or "sem" in str(dtype):
+                    continue
+                if space in ("vmem", "default") and len(shape) >= 2:  # whole registers of 8 x 128 words
+                    rows = 32 // dtype.itemsize
+                    shape[-2:] = [-(-shape[-2] // rows) * rows, -(-shape[-1] // 128) * 128]
+                copies = {"smem": int(name == "run_scoped"), "vmem": 1, "default": 2}.get(space, 0)
+                mine += copies * math.prod(shape) * dtype.itemsize
+        for parameter in equation.params.values():
+            for one in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                one = getattr(one, "jaxpr", one)
+                if hasattr(one, "eqns"):
+                    mine = max(mine, on_chip_bytes(one))
+        most = max(most, mine)
+    return most
+
+
+def estimate_us(compiled: Any) -> float | None:
+    """What XLA's cost model says of a program, where it says how long."""
+    costs = compiled.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    seconds = (costs or {}).get("optimal_seconds")
+    return seconds * 1e6 if seconds and seconds > 0 else None
+
+
+def resources(remarks: str) -> dict[str, int]:
+    """Registers and spills as ptxas reports them."""
+    registers = max(map(int, re.findall(r"[Uu]sed (\d+) registers", remarks)))
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", remarks)))
+    return {"registers": registers, "spilled_bytes": spilled}
+
+
+class Overheard:
+    """What C++ writes to this process's standard output and error meanwhile."""
+
+    def __enter__(self) -> "Overheard":
+        self._file = tempfile.TemporaryFile()
+        sys.stdout.flush()
+        self._kept = [os.dup(1), os.dup(2)]
+        for descriptor in (1, 2):
+            os.dup2(self._file.fileno(), descriptor)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.stdout.flush()
+        for descriptor, kept in zip((1, 2), self._kept, strict=True):
+            os.dup2(kept, descriptor)
+            os.close(kept)
+        self._file.seek(0)
+        self.text = self._file.read().decode(errors="replace")
