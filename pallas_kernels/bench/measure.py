@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 
 from pallas_kernels.bench.clock import Clock
@@ -23,7 +22,7 @@ SPACE: dict[str, Any] = {"dtypes": ("bfloat16", "float16"), "page_sizes": (16, 6
 def verify(num_generated: int) -> Iterator[str]:
     """Runs the cases of every op's contract on this device with what `None` chooses; yields what went wrong."""
     cases = proof.CASES | {f"generated {n}": proof.generated(n, **SPACE) for n in range(num_generated)}
-    attend, write = partial(proof.check, paged_attention), partial(write_proof.check, jax.jit(kv_write))
+    attend, write = partial(proof.check, paged_attention), partial(write_proof.check, kv_write)
     prefill = partial(proof.check, paged_prefill, prefill=True)
     checks = [(name, partial(attend, **{"page_size": 16, **case})) for name, case in cases.items()]
     chunks = [(name, case) for name, case in cases.items() if case["num_queries"] > 1]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -81,7 +82,7 @@ def check(
         tokens.append(jnp.asarray(drawn, dtype))
     pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in dims]
     wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
-    found = write(pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace))
+    found = jax.jit(write)(pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace))
     for name, pool, arrays in zip(("keys", "values"), found, wanted, strict=True):
         for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
             width = np.dtype(f"u{there.dtype.itemsize}")

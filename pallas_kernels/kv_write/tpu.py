@@ -163,15 +163,19 @@ def _kernel(count: Any, places: Any, needed: Any, *refs: Any, per: str | None, f
         is_mine = (mine[0] > 0) & (item < count[0])  # [g, 1]
         for at, (old, out) in enumerate(zip((old_keys, old_values), outs, strict=True)):
             scales = inputs[at * step + 1] if per == "channel" else None
-            new, kept = (
-                _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype),
-                old[0, :, 0],
-            )
-            if format == "fp8":  # as bits, which are kept as they are
-                new, kept = (lax.bitcast_convert_type(one, jnp.uint8) for one in (new, kept))
-            wide = jnp.int32 if kept.dtype.itemsize == 1 else jnp.float32
-            chosen = jnp.where(is_mine[None], new.astype(wide), kept.astype(wide)).astype(kept.dtype)
-            out[0, :, 0] = lax.bitcast_convert_type(chosen, out.dtype) if format == "fp8" else chosen
+            new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
+            new, kept = (_bits(one.astype(out.dtype)) for one in (new, old[0, :, 0]))
+            chosen = jnp.where(is_mine[None], new, kept).astype(_bits_of(out.dtype))
+            out[0, :, 0] = lax.bitcast_convert_type(chosen, out.dtype)
+
+
+def _bits(numbers: Array) -> Array:
+    """As whole numbers of 32 bits: what stays is to stay as it is, NaN and all."""
+    return lax.bitcast_convert_type(numbers, _bits_of(numbers.dtype)).astype(jnp.int32)
+
+
+def _bits_of(dtype: Any) -> Any:
+    return jnp.dtype(f"int{8 * dtype.itemsize}")
 
 
 def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any) -> Array:

@@ -2,8 +2,10 @@
 may be read."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -172,7 +174,7 @@ def check(
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
 
-    `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
+    `kernel` is called, compiled, as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
     the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
     the part of all slots that is valid; `misread` adds to every page id that the kernel is given. In a `format`, what is compared
     is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's.
@@ -203,8 +205,8 @@ def check(
                 slots = np.flatnonzero(valid[row, head, entry, : length - begin])
                 readable[row][begin + slots, head] = True
                 for pool, size in ((keys, 1.0), (values, of_values)):
-                    tokens = jnp.asarray(size * rng.standard_normal((len(slots), pool.shape[3])), dtype)
-                    pool[table[row, head, entry], head, slots] = np.asarray(tokens, np.float32)
+                    tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
+                    pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
     pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
     for row, length in enumerate(lengths):
         for head, entry in np.argwhere(starts[row] < NOWHERE):
@@ -221,17 +223,13 @@ def check(
     scale = dims[0] ** -0.5
     table = table + misread * (starts < NOWHERE)
     mine = slice(None) if lists == "heads" else 0
-    outputs, log_sum_exp, *mass = kernel(
+    options = {"window": window, "num_sinks": sinks, "soft_cap": cap, "scale": scale, "with_page_mass": with_mass}
+    outputs, log_sum_exp, *mass = jax.jit(partial(kernel, **options))(
         queries,
         pools[0][0],
         pools[1][0],
         *map(jnp.asarray, (table[:, mine], starts[:, mine], *asked_for)),
         valid_slots=None if kept == 1 else jnp.asarray(valid[:, mine]),
-        window=window,
-        num_sinks=sinks,
-        soft_cap=cap,
-        scale=scale,
-        with_page_mass=with_mass,
     )
     wanted, wanted_sum = np.zeros(outputs.shape), np.zeros(log_sum_exp.shape)
     for row, head, place in np.ndindex(batch, kv_heads * group, num_queries):
@@ -261,7 +259,7 @@ def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tup
     if format is None:
         return jnp.asarray(pool, dtype), pool.astype(np.float64)
     unused = np.isnan(pool).any(axis=3)
-    pages = quantised(jnp.asarray(np.nan_to_num(pool)), format, per)
+    pages = jax.jit(partial(quantised, format=format, per=per))(np.nan_to_num(pool))
     payload, scales = np.array(pages.payload), np.array(pages.scales)
     holds = np.asarray(pages.values(), np.float64)
     payload[unused] = np.nan if format == "fp8" else 0x55

@@ -27,6 +27,8 @@ ROWS = 512
 """Most rows of an item. With 512 every byte of a page is worth 512 operations: what TPUs can do while one arrives (v5e 240, v6e 560)."""
 LANES = 128
 """Of a register."""
+MAX_DIM = 256
+"""Of keys, and of values."""
 
 
 def refusal(asked: Asked) -> str | None:
@@ -42,6 +44,8 @@ def refusal(asked: Asked) -> str | None:
     lanes = 2 * LANES if asked.format == "int4" else LANES
     if any(dim % lanes for dim in asked.head_dims):
         return f"head dims = {asked.head_dims}: must be multiples of {lanes} for pages of {asked.format}; XLA would copy the whole pool to widen its rows"
+    if any(dim > MAX_DIM for dim in asked.head_dims):
+        return f"head dims = {asked.head_dims}: must be at most {MAX_DIM}, for which there is VMEM on every TPU"
     return None
 
 

@@ -117,15 +117,16 @@ class Fetched:
         """The bytes that a case fetches, over those of its live pages once."""
         asked, live = LEDGER_CASES[case]
         asked = {"page_size": 16, **asked}
-        page_size, kv_heads, dim, listed = asked["page_size"], 2, 64, []
+        page_size, kv_heads, dim, listed, of_tile = asked["page_size"], 2, 64, [], []
 
         def listening(*arrays: Any, **options: Any) -> Any:
-            listed.append(int((arrays[4] < 2**30).sum()))
+            jax.debug.callback(lambda starts: listed.append(int((starts < 2**30).sum())), arrays[4])
             pools = [one for pool in arrays[1:3] for one in arrays_of(pool)]
-            listed.append(sum(one.nbytes for one in pools) // (pools[0].shape[0] * pools[0].shape[1]))
+            num_bytes = sum(one.size * one.dtype.itemsize for one in pools)
+            of_tile.append(num_bytes // (pools[0].shape[0] * pools[0].shape[1]))
             return kernel(*arrays, **options)
 
         check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), dtype="bfloat16", with_mass=False)  # fmt: skip
         jax.effects_barrier()
         tiles = listed[0] if live is None else live // page_size * kv_heads
-        return self.num_bytes / (tiles * listed[1])
+        return self.num_bytes / (tiles * of_tile[0])

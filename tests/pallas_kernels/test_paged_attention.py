@@ -235,6 +235,7 @@ class Chip(NamedTuple):
         (Chip("gpu", "NVIDIA A100", "8.0"), {}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {}, "mosaic_tpu"),
         (Chip("tpu", "TPU v5 lite"), {"head_dims": (64, 64)}, "blocked"),
+        (Chip("tpu", "TPU v5 lite"), {"head_dims": (512, 512)}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"page_size": 8}, "blocked"),
         (Chip("tpu", "TPU v5 lite"), {"format": "int8"}, "mosaic_tpu"),
         (Chip("tpu", "TPU v5 lite"), {"format": "int8", "page_size": 16}, "blocked"),
