@@ -43,7 +43,12 @@ def simulate(backend: str) -> dict[str, str]:
             try:
                 for mode in modes:
                     for case in cases[op]:
-                        check(functools.partial(run, interpret=mode), **case, dtype="bfloat16")
+                        check(
+                            functools.partial(run, interpret=mode),
+                            **case,
+                            dtype="bfloat16",
+                            is_compiled=backend != "gpu",
+                        )
             except Exception as error:  # a race, a wrong answer, or a simulator that could not go on
                 return f"FAILED: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if "RACE" in heard.text:  # which jax 0.11 prints and does not raise

@@ -1,73 +1,89 @@
 """A stopwatch for one call of anything, inside a program of many; and what the device could do at best."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-LOOP_SECONDS = 0.01
-"""Least time of the loop that `device_us` is taken from, so that starting it does not count."""
+LOOP_SECONDS = 0.02
+"""What a program of many calls is to take at least, so that starting it does not count."""
+MOST_CALLS = 1024
 
 
 @dataclass(frozen=True)
 class Work:
-    """What somebody does in one call. `turn(number, state)` is call `number`, and needs the state that the call before left, so that
-    none begins before it; `answer()` is what a first call says, to be compared. With a runtime of its own it is not jax's."""
+    """What somebody does in one turn. `turn(number, state, arrays)` is turn `number`, and needs the state that the turn before left, so
+    that none begins before it; `answer(arrays)` is what is compared. Both are compiled, and whatever they read is in `arrays`: what
+    they closed over would be a constant, which compilers take minutes to copy and compute with beforehand."""
 
-    turn: Callable[[Any, Any], Any]
+    turn: Callable[[Any, Any, Any], Any]
     state: Any
-    answer: Callable[[], Any]
-    own_runtime: bool = False
+    arrays: Any
+    answer: Callable[[Any], Any]
+    num_calls: int = 1
+    """In a turn."""
+    wait: Callable[[], None] | None = None
+    """Until all is done, for a runtime that is not jax's: then nothing is compiled here."""
 
 
 class Clock:
     """Times one piece of work: compiled first, then asked for a sample at a time, in turns with others."""
 
     def __init__(self, work: Work):
-        self.own_runtime, self.turn = work.own_runtime, work.turn
-        self.device_us, self.wall_us, self.count = list[float](), list[float](), 1
-        self.state = work.state
-        if self.own_runtime:
-            self.once = work.turn
-        else:
-            self.state = jax.tree.map(
-                jnp.copy, work.state
-            )  # given away, call by call: a pool is not copied to be written
-            self.once = jax.jit(work.turn, donate_argnums=1)
-            self.many = jax.jit(lambda count, state: lax.fori_loop(0, count, work.turn, state), donate_argnums=1)
-            while self._loop() < LOOP_SECONDS and self.count < 1024:
-                self.count *= 2
-        self.sample()  # the first of each kind compiles, or finds what was compiled
-        self.device_us.clear()
-        self.wall_us.clear()
+        self.work, self.num_turns = work, 1
+        self.device_us, self.wall_us = list[float](), list[float]()
+        if work.wait is None:
+            self.state = jax.tree.map(jnp.copy, work.state)  # given away turn by turn: no pool is copied to be written
+            self._once = jax.jit(work.turn, donate_argnums=1)
+            self._one_turn()  # compiles
+        seconds = min(self._one_turn() for _ in range(2))
+        self.num_turns = max(1, min(MOST_CALLS, 2 ** math.ceil(math.log2(max(LOOP_SECONDS / seconds, 1)))))
+        if work.wait is None:
+            # Of a known number of turns: else the host asks the device after each whether it was the last.
+            many = lambda state, arrays: lax.fori_loop(  # noqa: E731
+                0, self.num_turns, lambda number, state: work.turn(number, state, arrays), state
+            )
+            self._many = jax.jit(many, donate_argnums=0)
+            self._all_turns()  # compiles
 
     @property
     def median_us(self) -> float:
         """Microseconds of a call inside a program of many."""
         return statistics.median(self.device_us)
 
-    def _timed(self, run: Callable[..., Any], number: int) -> float:
-        given = number if self.own_runtime else jax.block_until_ready(jnp.int32(number))
-        began = time.perf_counter()
-        found = run(given, self.state)
-        jax.block_until_ready(found)
-        taken = time.perf_counter() - began
-        self.state = self.state if self.own_runtime else found
-        return taken
-
-    def _loop(self) -> float:
-        return self._timed(self.many, self.count)
-
     def sample(self) -> None:
         """One measurement of each kind."""
-        self.wall_us.append(self._timed(self.once, 1) * 1e6)
-        self.device_us.append(self.wall_us[-1] if self.own_runtime else self._loop() / self.count * 1e6)
+        self.wall_us.append(self._one_turn() / self.work.num_calls * 1e6)
+        self.device_us.append(self._all_turns() / self.num_turns / self.work.num_calls * 1e6)
+
+    def _one_turn(self) -> float:
+        if self.work.wait is not None:
+            return self._of_another_runtime(1)
+        number = jax.block_until_ready(jnp.int32(1))
+        began = time.perf_counter()
+        self.state = jax.block_until_ready(self._once(number, self.state, self.work.arrays))
+        return time.perf_counter() - began
+
+    def _all_turns(self) -> float:
+        if self.work.wait is not None:
+            return self._of_another_runtime(self.num_turns)
+        began = time.perf_counter()
+        self.state = jax.block_until_ready(self._many(self.state, self.work.arrays))
+        return time.perf_counter() - began
+
+    def _of_another_runtime(self, num_turns: int) -> float:
+        assert self.work.wait is not None
+        began = time.perf_counter()
+        for number in range(num_turns):
+            self.work.turn(number, self.work.state, self.work.arrays)
+        self.work.wait()
+        return time.perf_counter() - began
 
 
 def is_accelerated() -> bool:
@@ -79,20 +95,22 @@ def ceilings(size: str) -> dict[str, float]:
     """Bytes a second of copying and of reading, and FLOP/s of a product in bfloat16, as this device does them."""
     length, side = (1 << 29, 8192) if size == "full" else (1 << 20, 256)
     big = jnp.ones(length, jnp.bfloat16)
-    square = jnp.ones((side, side), jnp.bfloat16)
-    copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: x.astype(jnp.float32).sum())
-    product = jax.jit(lambda x: x @ x)
+    square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
+    factor = (square.astype(jnp.float32) / math.sqrt(side)).astype(jnp.bfloat16)  # products stay of one size
+
+    def read(number: Any, total: Any, big: Any) -> Any:
+        del number
+        return total + 1e-30 * (big.astype(jnp.float32) + total).sum()
+
     works = {
-        "copy_bytes_per_s": (partial(copy, big), 2 * big.nbytes),
-        "read_bytes_per_s": (partial(read, big), big.nbytes),
-        "product_flops_per_s": (partial(product, square), 2 * side**3),
+        "copy_bytes_per_s": (2 * big.nbytes, lambda number, x, _: x + 1, big, ()),
+        "read_bytes_per_s": (big.nbytes, read, jnp.float32(0), big),
+        "product_flops_per_s": (2 * side**3, lambda number, x, factor: x @ factor, square, factor),
     }
-
-    def seconds(run: Callable[[], Any]) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - began
-
-    return {
-        name: work / statistics.median([seconds(run) for _ in range(12)][2:]) for name, (run, work) in works.items()
-    }
+    found = {}
+    for name, (amount, turn, state, arrays) in works.items():
+        clock = Clock(Work(turn, state, arrays, lambda arrays: None))
+        for _ in range(9):
+            clock.sample()
+        found[name] = amount / clock.median_us * 1e6
+    return found

@@ -7,18 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Goals:
-    """Of the first implementation that ran."""
+    """Of the first implementation that ran; of each what must be, and what would be a stretch."""
 
-    fraction: float | None = None
+    fraction: tuple[float, ...] = ()
     """The floor's time over its own, at least."""
-    stretch: float | None = None
-    """The fraction to be proud of."""
     spared_us: float = 0.0
     """Microseconds of its time that are not held against it."""
-    most_us: float | None = None
-    faster_than: tuple[tuple[str, float], ...] = ()
+    most_us: tuple[float, ...] = ()
+    faster_than: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """Names of others on the same problem, and how many times as fast as they it is to be."""
-    over: tuple[tuple[str, ...], float] | None = None
+    over: tuple[tuple[tuple[str, ...], tuple[float, ...]], ...] = ()
     """Names of other problems, and the least of the sum of their times over its own."""
 
 
@@ -37,7 +35,8 @@ class Timing:
     error: float | None = None
     """Relative difference from the reference."""
     absent: str = ""
-    """Why it was not run."""
+    """Why it was not run, or is not counted."""
+    is_wrong: bool = False
 
 
 @dataclass
@@ -47,6 +46,8 @@ class Result:
     problem: Any
     floor_us: float
     timings: list[Timing] = field(default_factory=list)
+    failed: str = ""
+    """Why there are none, or nothing to compare them with."""
 
     @property
     def best(self) -> Timing | None:
@@ -62,34 +63,33 @@ def verdicts(results: Sequence[Result]) -> Iterator[str]:
         if goals == NONE:
             continue
         if best is None or best.device_us is None:
-            yield f"{name}: nothing ran"
+            yield f"{name}: nothing ran{': ' * bool(result.failed)}{result.failed}"
             continue
         mine, said = best.device_us, f"{name} ({best.name})"
-        if goals.fraction is not None:
+        if goals.fraction:
             share = result.floor_us / max(mine - goals.spared_us, 1e-9)
             spared = f" and {goals.spared_us:.0f} us" if goals.spared_us else ""
-            stretch = f", stretch {goals.stretch:.2f}" if goals.stretch else ""
-            verdict = "stretch met" if goals.stretch and share >= goals.stretch else _met(share >= goals.fraction)
-            yield f"{said}: {share:.2f} of the floor{spared}, goal {goals.fraction:.2f}{stretch}: {verdict}"
-        if goals.most_us is not None:
-            yield f"{said}: {mine:.1f} us, goal {goals.most_us:.0f} us: {_met(mine <= goals.most_us)}"
-        for peer, factor in goals.faster_than:
+            yield f"{said}: {share:.2f} of the floor{spared}, {_judged(share, goals.fraction)}"
+        if goals.most_us:
+            yield f"{said}: {mine:.1f} us, {_judged(mine, goals.most_us, ' us', is_least=False)}"
+        for peer, factors in goals.faster_than:
             other = next((one for one in result.timings if one.name == peer), None)
-            goal = f"goal {factor:.2f}x"
-            if other is None or other.device_us is None:
-                why = other.absent if other else "not asked"
-                yield f"{said}: beside {peer}, {goal}: not compared, {why}"
+            if other is best or other is None or other.device_us is None:
+                why = "it is that itself" if other is best else other.absent if other else "not asked"
+                yield f"{said}: beside {peer}, goal {factors[0]:.2f}x: not compared, {why}"
             else:
                 ratio = other.device_us / mine
-                yield f"{said}: {ratio:.2f}x {peer}, {goal}: {_met(ratio >= factor)}"
-        if goals.over is not None:
-            names, factor = goals.over
-            parts = [times.get(one) for one in names]
-            known = [one for one in parts if one is not None]
-            if len(known) == len(parts):
+                yield f"{said}: {ratio:.2f}x {peer}, {_judged(ratio, factors, 'x')}"
+        for names, factors in goals.over:
+            known = [time for one in names if (time := times.get(one)) is not None]
+            if len(known) == len(names):
                 ratio = sum(known) / mine
-                yield f"{said}: {ratio:.2f}x {' + '.join(names)}, goal {factor:.2f}x: {_met(ratio >= factor)}"
+                yield f"{said}: {ratio:.2f}x {' + '.join(names)}, {_judged(ratio, factors, 'x')}"
 
 
-def _met(is_met: bool) -> str:
-    return "met" if is_met else "missed"
+def _judged(value: float, wanted: tuple[float, ...], unit: str = "", *, is_least: bool = True) -> str:
+    """The goal, the stretch if there is one, and whether a value reaches them."""
+    reached = [value >= one if is_least else value <= one for one in wanted]
+    verdict = "missed" if not reached[0] else "stretch met" if len(wanted) > 1 and reached[1] else "met"
+    goals = [f"{one:.2f}{unit}" if is_least else f"{one:.0f}{unit}" for one in wanted]
+    return f"goal {goals[0]}{''.join(f', stretch {one}' for one in goals[1:])}: {verdict}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,12 @@ from pallas_kernels.bench.goals import NONE, Goals
 from pallas_kernels.formats import Pages, arrays_of, quantised
 from pallas_kernels.kv_write import api as write_api
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.selection import Asked
+from pallas_kernels.selection import Asked, available
 from pallas_kernels.ssd import api as ssd_api
 from pallas_kernels.ssd import ssd, ssd_step
+
+SETS = 4
+"""Of tokens to write, one after the other in a turn: more than a second-level cache holds."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,6 @@ class Write:
     format: str = "bfloat16"
     goals: Goals = NONE
 
-    oracle = "reference"
-
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
         a_token = 2 * self.dim * 2 + paged.bytes_of(2 * self.dim, self.format)
@@ -42,28 +44,43 @@ class Write:
 
     def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
         """Every implementation that can write such pages."""
-        refused = write_api.refusals(Asked(self.format, self.page_size, (self.dim, self.dim)))
-        names = [name for name in write_api.IMPLEMENTATIONS if name not in refused]
+        pools, _, _ = self._inputs()
+        refused = write_api.refusals(Asked.of(*pools, 1, jnp.bfloat16))
+        names = list(available(write_api.IMPLEMENTATIONS, refused))
         return {name: partial(self._work, name) for name in (names[:1] if alone else names)}
 
-    def _work(self, implementation: str) -> Work:
+    def wanted(self) -> Any:
+        """What XLA's scatter leaves."""
+        work = self._work("reference")
+        return jax.jit(work.answer)(work.arrays)
+
+    def _inputs(self) -> tuple[tuple[Pages, Pages], Array, list[tuple[Array, Array]]]:
         num_pages, size = 8 * self.num_tokens // self.page_size + 1, self.page_size
         order = np.random.default_rng(0).permutation(np.arange(1, num_pages))[: self.num_tokens // size]
         slots = jnp.asarray((order[:, None] * size + np.arange(size)[None]).reshape(1, -1), jnp.int32)
         shape = 1, self.num_tokens, self.num_kv_heads, self.dim
-        tokens = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        keys = jax.random.split(jax.random.key(0), 2 * SETS)
+        tokens = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
         empty = jnp.zeros((num_pages, self.num_kv_heads, size, self.dim), jnp.bfloat16)
-        pool = empty if self.format == "bfloat16" else quantised(empty, self.format)
+        pools = [empty if self.format == "bfloat16" else quantised(empty, self.format) for _ in range(2)]
+        return (pools[0], pools[1]), slots, list(zip(tokens[::2], tokens[1::2], strict=True))
 
-        def turn(number: Array, pools: tuple[Pages, Pages]) -> tuple[Pages, Pages]:
-            moved = (slots - size + number * self.num_tokens) % ((num_pages - 1) * size) + size
-            return kv_write(*pools, tokens, tokens, moved, implementation=implementation)
+    def _work(self, implementation: str) -> Work:
+        pools, slots, sets = self._inputs()
+        size, num_slots = self.page_size, pools[0].shape[0] * self.page_size
 
-        def first() -> Array:
-            found = arrays_of(jax.jit(turn)(jnp.int32(0), (pool, pool))[0])[0][order]
-            return jax.lax.bitcast_convert_type(found, jnp.uint8) if self.format == "fp8" else found
+        def turn(number: Array, pools: tuple[Pages, Pages], arrays: Any) -> tuple[Pages, Pages]:
+            slots, sets = arrays
+            for which, (keys, values) in enumerate(sets):
+                moved = (slots - size + (SETS * number + which) * self.num_tokens) % (num_slots - size) + size
+                pools = kv_write(*pools, keys, values, moved, implementation=implementation)
+            return pools
 
-        return Work(turn, (pool, pool), first)
+        def answer(arrays: Any) -> Array:
+            empty = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), pools)
+            return _joined(*(one for pool in turn(jnp.int32(0), empty, arrays) for one in arrays_of(pool)))
+
+        return Work(turn, pools, (slots, sets), answer, num_calls=SETS)
 
 
 @dataclass(frozen=True)
@@ -75,32 +92,38 @@ class Mixed:
     decodes: paged.Problem
     goals: Goals = NONE
 
-    oracle = "None"  # both parts were compared before
-
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds, one after the other."""
         return self.chunk.floor_us(limits) + self.decodes.floor_us(limits)
+
+    def wanted(self) -> Any:
+        """The answers of both, one behind the other."""
+        return _joined(self.chunk.wanted(), self.decodes.wanted())
 
     def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
         """By what `None` takes."""
         del alone
 
         def make() -> Work:
-            (chunk, of_chunk), (decodes, of_decodes) = (
-                (paged.ours(one, inputs, None), inputs)
-                for one in (self.chunk, self.decodes)
-                for inputs in (paged.make_inputs(one),)
+            inputs = paged.make_inputs(self.chunk), paged.make_inputs(self.decodes)
+            chunk, decodes = (
+                paged.work_of(paged.ours(problem, mine, None), mine)
+                for problem, mine in zip((self.chunk, self.decodes), inputs, strict=True)
             )
 
-            def both(queries: Array, table: Array, starts: Array) -> Array:
-                # Other queries in every call, or the compiler would decode once for all of them.
-                others = of_decodes.queries + (queries.sum() * 1e-30).astype(queries.dtype)
-                decoded = decodes(others, of_decodes.tables[0], of_decodes.starts[0])
-                return chunk(queries, table, starts) + (decoded.sum() * 1e-30).astype(queries.dtype)
+            def turn(number: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
+                return chunk.turn(number, state[0], arrays[0]), decodes.turn(number, state[1], arrays[1])
 
-            return paged.work_of(lambda: both, of_chunk)
+            def answer(arrays: Any) -> Array:
+                return _joined(chunk.answer(arrays[0]), decodes.answer(arrays[1]))
+
+            return Work(turn, (chunk.state, decodes.state), (chunk.arrays, decodes.arrays), answer)
 
         return {"None": make}
+
+
+def _joined(*answers: Array) -> Array:
+    return jnp.concatenate([one.astype(jnp.float32).reshape(-1) for one in answers])
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,6 @@ class Scan:
     state_dim: int = 128
     goals: Goals = NONE
 
-    oracle = "reference"
-
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
         a_token = 2 * (2 * self.num_heads * self.head_dim + 2 * self.state_dim + self.num_heads)
@@ -128,15 +149,23 @@ class Scan:
         del alone
         return {name: partial(self._work, name) for name in ssd_api.IMPLEMENTATIONS}
 
+    def wanted(self) -> Any:
+        """What XLA's chunked form answers."""
+        work = self._work("reference")
+        return jax.jit(work.answer)(work.arrays)
+
     def _work(self, implementation: str) -> Work:
-        x, dt, rate, b, c = _recurrence((self.batch, self.num_tokens), self.num_heads, self.head_dim, self.state_dim)
-        run = partial(ssd, decay_rate=rate, b=b, c=c, implementation=implementation)
+        x, dt, *rest = _recurrence((self.batch, self.num_tokens), self.num_heads, self.head_dim, self.state_dim)
 
-        def turn(number: Array, dt: Array) -> Array:
+        def run(dt: Array, arrays: Any) -> Array:
+            x, _, rate, b, c = arrays
+            return ssd(x, dt, rate, b, c, implementation=implementation)[0]
+
+        def turn(number: Array, dt: Array, arrays: Any) -> Array:
             del number
-            return dt + run(x, dt)[0].sum(axis=-1) * 1e-30
+            return dt + run(dt, arrays).sum(axis=-1) * 1e-30
 
-        return Work(turn, dt, lambda: jax.jit(run)(x, dt)[0])
+        return Work(turn, dt, (x, dt, *rest), lambda arrays: run(arrays[1], arrays))
 
 
 @dataclass(frozen=True)
@@ -150,8 +179,6 @@ class Step:
     state_dim: int = 128
     goals: Goals = NONE
 
-    oracle = "reference"
-
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
         state = self.batch * self.num_heads * self.head_dim * self.state_dim * 4
@@ -162,17 +189,26 @@ class Step:
         del alone
         return {name: partial(self._work, name) for name in ssd_api.STEP_IMPLEMENTATIONS}
 
+    def wanted(self) -> Any:
+        """What XLA answers."""
+        work = self._work("reference")
+        return jax.jit(work.answer)(work.arrays)
+
     def _work(self, implementation: str) -> Work:
-        x, dt, rate, b, c = _recurrence((self.batch,), self.num_heads, self.head_dim, self.state_dim)
+        given = _recurrence((self.batch,), self.num_heads, self.head_dim, self.state_dim)
         state = jnp.ones((self.batch, self.num_heads, self.head_dim, self.state_dim))
 
-        def turn(number: Array, state_and_input: tuple[Array, Array]) -> tuple[Array, Array]:
+        def turn(number: Array, state_and_input: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
             del number
-            state, x = state_and_input
+            (state, x), (_, _, dt, rate, b, c) = state_and_input, arrays
             outputs, state = ssd_step(x, dt, rate, b, c, state, implementation=implementation)
             return state, x + outputs * 1e-30  # outputs are asked for as well
 
-        return Work(turn, (state, x), lambda: jax.jit(turn)(0, (state, x))[0])
+        def answer(arrays: Any) -> Array:
+            state, x, dt, rate, b, c = arrays
+            return ssd_step(x, dt, rate, b, c, state, implementation=implementation)[0]
+
+        return Work(turn, (state, given[0]), (state, *given), answer)
 
 
 def _recurrence(leading: tuple[int, ...], num_heads: int, head_dim: int, state_dim: int) -> tuple[Array, ...]:

@@ -19,10 +19,13 @@ from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention import api
 from pallas_kernels.paged_prefill import api as prefill_api
 from pallas_kernels.selection import Asked
-from pallas_kernels.tuning import bucket
 
 CACHE_BYTES = 120_000_000
 """Twice an H200's second-level cache: inputs are drawn from at least so much memory, so that none is found there."""
+MOST_SCORES = 16_000_000_000
+"""Bytes of scores that XLA's gather may write out."""
+LONGEST_UNROLLED = 2048
+"""Queries, of what is unrolled over them."""
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,30 @@ class Problem:
         return 1e6 * max(self.live_bytes / limits["read_bytes_per_s"], self.flops / limits["product_flops_per_s"])
 
     def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
-        """Ours, the one that `None` takes first and alone; then every peer."""
+        """Ours, the one that `None` takes first and alone; then every peer. What is made says why it cannot be run."""
         from pallas_kernels.bench.peers import PEERS  # which are made for such problems
 
         inputs = make_inputs(self)
-        group = self.num_heads // self.num_kv_heads
-        op = api if self.num_queries == 1 else prefill_api
-        refused = op.refusals(Asked(self.format, self.page_size, (self.dim, self.value_dim), group))
-        names = [name for name in op.IMPLEMENTATIONS if name not in refused]
+        names = self.implementations(inputs)
         made = {name: partial(ours, self, inputs, name) for name in (names[:1] if alone else names)}
         if not alone and self.is_whole:
             made |= {
                 f"flash_attention, {name}": partial(flash, self, inputs, name) for name in flash_api.IMPLEMENTATIONS
             }
         made |= {} if alone else {name: partial(make, self, inputs) for name, make in PEERS.items()}
-        return {name: partial(work_of, one, inputs) for name, one in made.items()}
+        return {name: lambda make=make: work_of(make(), inputs) for name, make in made.items()}
 
-    @property
-    def oracle(self) -> str:
-        """Whose answer all others are compared with."""
-        return "blocked"
+    def implementations(self, inputs: "Inputs") -> list[str]:
+        """Ours that can run here, the one that `None` takes first."""
+        op, group = api if self.num_queries == 1 else prefill_api, self.num_heads // self.num_kv_heads
+        refused = op.refusals(Asked.of(inputs.keys, inputs.values, group, inputs.queries.dtype))
+        return [name for name in op.IMPLEMENTATIONS if name not in refused]
+
+    def wanted(self) -> Any:
+        """The answer that all are compared with."""
+        inputs = make_inputs(self)
+        work = work_of(ours(self, inputs, "blocked"), inputs)
+        return jax.jit(work.answer)(work.arrays)
 
 
 def bytes_of(dims: int, format: str) -> int:
@@ -155,51 +162,62 @@ def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
     return Inputs(queries, stored, pool(keys[2]), *lists)
 
 
-type Attend = Callable[[Array, Array, Array], Any]
-"""Queries, page table and starts to outputs."""
+class Attend(NamedTuple):
+    """Somebody who attends: `run(queries, page table, starts, arrays)`; with `wait`, in a runtime of its own."""
+
+    run: Callable[[Array, Array, Array, Any], Any]
+    arrays: Any
+    wait: Callable[[], None] | None = None
 
 
-def work_of(make: Callable[[], Attend], inputs: Inputs) -> Work:
+def work_of(attend: Attend, inputs: Inputs) -> Work:
     """One call after another, each with the next table."""
-    attend, num_tables = make(), len(inputs.tables)
+    num_tables = len(inputs.tables)
 
-    def turn(number: Array, queries: Array) -> Array:
+    def turn(number: Array, queries: Array, arrays: Any) -> Array:
+        _, tables, starts, mine = arrays
         pick = partial(lax.dynamic_index_in_dim, index=number % num_tables, keepdims=False)
-        outputs = attend(queries, pick(inputs.tables), pick(inputs.starts))
+        outputs = attend.run(queries, pick(tables), pick(starts), mine)
         return queries + (outputs.sum(axis=-1, keepdims=True) * 1e-30).astype(queries.dtype)
 
-    def first() -> Any:
-        run = attend if own_runtime else jax.jit(attend)
-        return run(inputs.queries, inputs.tables[0], inputs.starts[0])
+    def answer(arrays: Any) -> Any:
+        queries, tables, starts, mine = arrays
+        return attend.run(queries, tables[0], starts[0], mine)
 
-    own_runtime = getattr(attend, "own_runtime", False)
-    if own_runtime:
-        return Work(
-            lambda number, queries: attend(queries, inputs.tables[0], inputs.starts[0]), inputs.queries, first, True
-        )
-    return Work(turn, inputs.queries, first)
+    arrays = inputs.queries, inputs.tables, inputs.starts, attend.arrays
+    if attend.wait:
+        return Work(lambda number, state, arrays: answer(arrays), None, arrays, answer, wait=attend.wait)
+    return Work(turn, inputs.queries, arrays, answer)
 
 
 def ours(problem: Problem, inputs: Inputs, implementation: str | None, tiles: dict[str, int] | None = None) -> Attend:
-    """`paged_attention` by that implementation, or of a chunk `paged_prefill`."""
+    """`paged_attention` by that implementation, or of a chunk `paged_prefill`. Raises NotImplementedError for what would fill the
+    device."""
     how: dict[str, Any] = {"implementation": implementation, "tiles": tiles}
+    scores = 4 * len(problem.lengths) * problem.num_heads * problem.num_queries * max(problem.lengths)
+    if implementation == "reference" and scores > MOST_SCORES:
+        raise NotImplementedError(f"scores would take {scores / 1e9:.0f} GB")
 
-    def run(queries: Array, table: Array, starts: Array) -> Array:
+    def run(queries: Array, table: Array, starts: Array, inputs: Inputs) -> Array:
         memory = queries, inputs.keys, inputs.values, table, starts
         if problem.num_queries == 1:
             return api.paged_attention(*memory, inputs.positions, inputs.lens, **how)[0]
         lens = jnp.full_like(inputs.lens, problem.num_queries)
         return prefill_api.paged_prefill(*memory, inputs.positions[:, 0], lens, **how)[0]
 
-    return run
+    return Attend(run, inputs)
 
 
 def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
-    """`flash_attention` of whole sequences, whose keys and values were never paged."""
-    keys, values = dense(problem, inputs)
-    return lambda queries, table, starts: flash_api.flash_attention(
-        queries, keys, values, implementation=implementation
-    )
+    """`flash_attention` of whole sequences, whose keys and values were never paged. Raises NotImplementedError for long ones."""
+    if implementation == "reference" and problem.num_queries > LONGEST_UNROLLED:
+        raise NotImplementedError("is unrolled over blocks of 64 queries: minutes to compile")
+
+    def run(queries: Array, table: Array, starts: Array, rows: Any) -> Array:
+        del table, starts
+        return flash_api.flash_attention(queries, *rows, implementation=implementation)
+
+    return Attend(run, dense(problem, inputs))
 
 
 def dense(problem: Problem, inputs: Inputs) -> tuple[Array, Array]:
@@ -223,10 +241,7 @@ def plain(inputs: Inputs) -> tuple[Array, Array]:
     return inputs.keys, inputs.values
 
 
-def bucket_of(problem: Problem) -> str:
+def bucket_of(problem: Problem, inputs: Inputs) -> str:
     """The problem's shapes, as tile sizes are remembered."""
     op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
-    per = "token" * (problem.format in FORMATS)
-    group = problem.num_heads // problem.num_kv_heads
-    sizes = len(problem.lengths), problem.num_queries, problem.table_len * problem.page_size
-    return bucket(op, problem.format, per, (problem.dim, problem.value_dim), group, problem.page_size, sizes)
+    return api.bucket_of(op, inputs.queries, inputs.keys, inputs.values, inputs.tables[0])

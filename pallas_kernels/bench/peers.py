@@ -1,7 +1,12 @@
-"""Others who attend, each as a function of queries and a table: those that are not installed, or cannot, say so when they are made."""
+"""Others who attend: those that are not installed, or cannot, say so when they are made.
+
+Dense rows, and cuDNN's own pool, are the first table's in every call: where a problem is small they stay in the cache of the second
+level, which ours never find there. PyTorch is timed from outside, its calls queued one behind the other.
+"""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,18 +23,19 @@ def jax_paged(problem: Problem, inputs: Inputs) -> Attend:
 
     if problem.num_queries > 1 or problem.keep < 1:
         raise NotImplementedError("takes one query, and one list for each sequence")
-    keys, values = (pool.swapaxes(0, 1) for pool in plain(inputs))
+    pools = tuple(pool.swapaxes(0, 1) for pool in plain(inputs))
     scale, splits = problem.dim**-0.5, math.gcd(16, problem.table_len)
     block = math.gcd(8, problem.table_len // splits)
 
-    def run(queries: Array, table: Array, starts: Array) -> Array:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Array:
         del starts
+        (keys, values), lens = given
         rows = (queries[:, 0] * scale).astype(queries.dtype)
-        return peer.paged_attention(
-            rows, keys, values, table, inputs.lens, k_splits=splits, pages_per_compute_block=block
-        )[:, None]
+        return peer.paged_attention(rows, keys, values, table, lens, k_splits=splits, pages_per_compute_block=block)[
+            :, None
+        ]
 
-    return run
+    return Attend(run, (pools, inputs.lens))
 
 
 def jax_decode(problem: Problem, inputs: Inputs) -> Attend:
@@ -38,33 +44,32 @@ def jax_decode(problem: Problem, inputs: Inputs) -> Attend:
 
     if problem.num_queries > 1:
         raise NotImplementedError("takes one query")
-    keys, values = dense(problem, inputs)
 
-    def run(queries: Array, table: Array, starts: Array) -> Array:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Array:
         del table, starts
-        return peer.gqa(queries[:, 0], keys, values, kv_seq_len=inputs.lens)[:, None]
+        (keys, values), lens = given
+        return peer.gqa(queries[:, 0], keys, values, kv_seq_len=lens)[:, None]
 
-    return run
+    return Attend(run, (dense(problem, inputs), inputs.lens))
 
 
 def cudnn_dense(problem: Problem, inputs: Inputs) -> Attend:
     """cuDNN's fused attention over dense rows, through `jax.nn`."""
-    keys, values = dense(problem, inputs)
     if problem.num_queries > 1 and len(set(problem.lengths)) > 1:
         raise NotImplementedError("takes chunks at one place of all rows")
 
-    def run(queries: Array, table: Array, starts: Array) -> Array:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Array:
         del table, starts
+        (keys, values), lens, positions = given
+        attend = partial(jax.nn.dot_product_attention, queries, keys, values, implementation="cudnn")
         if problem.is_whole:
-            return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
+            return attend(is_causal=True)
         if problem.num_queries == 1:
-            return jax.nn.dot_product_attention(
-                queries, keys, values, key_value_seq_lengths=inputs.lens, implementation="cudnn"
-            )
-        seen = jnp.arange(keys.shape[1])[None, :] <= inputs.positions[0][:, None]
-        return jax.nn.dot_product_attention(queries, keys, values, mask=seen[None, None], implementation="cudnn")
+            return attend(key_value_seq_lengths=lens)
+        seen = jnp.arange(keys.shape[1])[None, :] <= positions[0][:, None]
+        return attend(mask=seen[None, None])
 
-    return run
+    return Attend(run, (dense(problem, inputs), inputs.lens, inputs.positions))
 
 
 def _of_torch(problem: Problem, inputs: Inputs) -> list[Any]:
@@ -82,16 +87,12 @@ def torch_sdpa(problem: Problem, inputs: Inputs) -> Attend:
 
     tensors = _of_torch(problem, inputs)
 
-    def run(queries: Array, table: Array, starts: Array) -> Any:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Any:
         del queries, table, starts
         attend = torch.nn.functional.scaled_dot_product_attention
-        found = attend(*tensors, enable_gqa=True, is_causal=problem.num_queries > 1)
-        if found.is_cuda:
-            torch.cuda.synchronize()
-        return found.transpose(1, 2)
+        return attend(*given, enable_gqa=True, is_causal=problem.num_queries > 1).transpose(1, 2)
 
-    run.own_runtime = True  # type: ignore[attr-defined]
-    return run
+    return Attend(run, tensors, _torch_waits())
 
 
 def torch_flex(problem: Problem, inputs: Inputs) -> Attend:
@@ -110,14 +111,17 @@ def torch_flex(problem: Problem, inputs: Inputs) -> Attend:
         seen = create_block_mask(lambda b, h, query, key: query >= key, None, None, num_queries, num_queries)
     compiled = torch.compile(flex_attention)
 
-    def run(queries: Array, table: Array, starts: Array) -> Any:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Any:
         del queries, table, starts
-        found = compiled(*tensors, enable_gqa=True, block_mask=seen)
-        torch.cuda.synchronize()
-        return found.transpose(1, 2)
+        return compiled(*given, enable_gqa=True, block_mask=seen).transpose(1, 2)
 
-    run.own_runtime = True  # type: ignore[attr-defined]
-    return run
+    return Attend(run, tensors, _torch_waits())
+
+
+def _torch_waits() -> Callable[[], None]:
+    import torch  # pyright: ignore[reportMissingImports]
+
+    return torch.cuda.synchronize if is_accelerated() else lambda: None
 
 
 def cudnn_paged(problem: Problem, inputs: Inputs) -> Attend:
@@ -127,19 +131,19 @@ def cudnn_paged(problem: Problem, inputs: Inputs) -> Attend:
     if problem.num_queries > 1 or problem.keep < 1 or len(set(problem.lengths)) > 1:
         raise NotImplementedError("takes one query, and rows of equal length that fill its pool")
     blocks = inputs.tables[0].reshape(-1)
-    keys, values = (pool[blocks].swapaxes(1, 2) for pool in plain(inputs))
+    pools = tuple(pool[blocks].swapaxes(1, 2) for pool in plain(inputs))
     batch, length = inputs.tables.shape[1:]
     numbers = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, 1, length, 1)
 
-    def run(queries: Array, table: Array, starts: Array) -> Array:
+    def run(queries: Array, table: Array, starts: Array, given: Any) -> Array:
         del table, starts
-        ones = jnp.ones(batch, jnp.int32)
+        (keys, values), lens, numbers = given
         return peer.paged_attention(
-            queries, keys, values, ones, inputs.lens, numbers, numbers, scale=problem.dim**-0.5,
+            queries, keys, values, jnp.ones_like(lens), lens, numbers, numbers, scale=problem.dim**-0.5,
             mask_type=peer.MaskType.PADDING,
         )  # fmt: skip
 
-    return run
+    return Attend(run, (pools, inputs.lens, numbers))
 
 
 PEERS: dict[str, Callable[[Problem, Inputs], Attend]] = {

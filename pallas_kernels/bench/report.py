@@ -13,7 +13,7 @@ HEADER = (
     "wall us",
     "floor us",
     "of the floor",
-    "times the first",
+    "times our first",
     "error, or why not",
 )
 
@@ -25,8 +25,10 @@ def header() -> str:
 
 def rows(result: Result) -> Iterator[tuple[str, ...]]:
     """The table's lines of one problem, in the order of HEADER."""
-    first = result.timings[0].device_us
     problem = result.problem
+    if result.failed:
+        yield (problem.name, "nobody", *["-"] * 5, result.failed)
+    first = result.best.device_us if result.best else None
     for timing in result.timings:
         if timing.device_us is None:
             yield (problem.name, timing.name, *["-"] * 5, timing.absent)
@@ -40,7 +42,7 @@ def rows(result: Result) -> Iterator[tuple[str, ...]]:
             f"{result.floor_us:.1f}",
             f"{timing.fraction:.2f}",
             f"{timing.device_us / first:.2f}" if first else "",
-            f"{timing.error:.1e}",
+            "" if timing.error is None else f"{timing.error:.1e}",
         )
 
 

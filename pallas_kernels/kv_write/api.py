@@ -9,7 +9,7 @@ from jax import Array
 
 from pallas_kernels import selection
 from pallas_kernels.debug import check_slots
-from pallas_kernels.formats import Pages, Quantised, format_of
+from pallas_kernels.formats import Pages, Quantised
 from pallas_kernels.kv_write import reference
 from pallas_kernels.paged_attention.checks import check_pages
 from pallas_kernels.selection import Asked
@@ -71,13 +71,7 @@ def kv_write(
             raise ValueError(
                 f"{name} = {tokens.shape}: must be {(*wanted, pool.shape[3])}, as write_slots and pages of {pool.shape} say"
             )
-    asked = Asked(
-        format_of(key_pages),
-        key_pages.shape[2],
-        (key_pages.shape[3], value_pages.shape[3]),
-        per=key_pages.per if isinstance(key_pages, Quantised) else "token",
-        dtype=keys.dtype,
-    )
+    asked = Asked.of(key_pages, value_pages, 1, keys.dtype)
     _, run = selection.select("kv_write", implementation, IMPLEMENTATIONS, refusals(asked))
     check_slots("kv_write", write_slots, key_pages.shape[0], key_pages.shape[2])
     if not write_slots.size:

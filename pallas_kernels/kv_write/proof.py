@@ -59,10 +59,11 @@ def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], 
 
 def check(
     write: Callable[..., tuple[Pages, Pages]], *, counts, begins, num_tokens=None, dims=(32, 32), kv_heads=2, dtype="float32",
-    page_size=32, format=None, per="token", misplace=0, seed=3,
+    page_size=32, format=None, per="token", misplace=0, seed=3, is_compiled=True,
 ) -> None:  # fmt: skip
     """Against numpy, bit for bit. Row b writes `counts[b]` tokens at positions from `begins[b]`; all other slots hold NaN and must
-    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given."""
+    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given;
+    `is_compiled` as in `paged_attention.proof`."""
     rng, batch = np.random.default_rng(seed), len(counts)
     num_tokens = num_tokens or max(1, *counts)
     per_row = max((begin + count) // page_size + 1 for begin, count in zip(begins, counts, strict=True))
@@ -82,7 +83,9 @@ def check(
         tokens.append(jnp.asarray(drawn, dtype))
     pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in dims]
     wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
-    found = jax.jit(write)(pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace))
+    found = (jax.jit(write) if is_compiled else write)(
+        pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace)
+    )
     for name, pool, arrays in zip(("keys", "values"), found, wanted, strict=True):
         for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
             width = np.dtype(f"u{there.dtype.itemsize}")

@@ -104,14 +104,7 @@ def dispatch(
     """Runs an op over pages, whose arguments have been checked, by the implementation that is asked for, with its tile sizes. `arrays`
     are queries, pools, tables, starts, and what the op wants to know of its queries."""
     queries, key_pages, value_pages, page_table, page_starts, *of_queries = arrays
-    asked = Asked(
-        format_of(key_pages),
-        key_pages.shape[2],
-        (key_pages.shape[3], value_pages.shape[3]),
-        queries.shape[2] // key_pages.shape[1],
-        key_pages.per if isinstance(key_pages, Quantised) else "token",
-        queries.dtype,
-    )
+    asked = Asked.of(key_pages, value_pages, queries.shape[2] // key_pages.shape[1], queries.dtype)
     name, run = selection.select(op, implementation, implementations, selection.refusals(op, asked))
     check_tables(op, page_table, page_starts, len(key_pages))
     if 0 in (*queries.shape[:2], page_table.shape[-1]):  # no sequences, no queries, or no entries to list

@@ -169,15 +169,16 @@ def generated(
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_values=1.0, misread=0, seed=3,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_values=1.0, misread=0, seed=3, is_compiled=True,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
 
-    `kernel` is called, compiled, as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
+    `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
     the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
     the part of all slots that is valid; `misread` adds to every page id that the kernel is given. In a `format`, what is compared
-    is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's.
+    is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a thread for every warpgroup, of
+    which a program of many steps takes one.
     """
     rng, batch = np.random.default_rng(seed), len(lengths)
     table_len = max(-(-max(lengths) // page_size), 1) + 2
@@ -224,7 +225,8 @@ def check(
     table = table + misread * (starts < NOWHERE)
     mine = slice(None) if lists == "heads" else 0
     options = {"window": window, "num_sinks": sinks, "soft_cap": cap, "scale": scale, "with_page_mass": with_mass}
-    outputs, log_sum_exp, *mass = jax.jit(partial(kernel, **options))(
+    run = partial(kernel, **options)
+    outputs, log_sum_exp, *mass = (jax.jit(run) if is_compiled else run)(
         queries,
         pools[0][0],
         pools[1][0],

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.debug import debugging
 from pallas_kernels.formats import Quantised, quantised
-from pallas_kernels.kv_write import api, gpu, kv_write, tpu
-from pallas_kernels.kv_write.proof import CASES, check, generated
+from pallas_kernels.kv_write import api, gpu, kv_write, proof, tpu
+from pallas_kernels.kv_write.proof import CASES, generated
 from pallas_kernels.selection import Asked
 from tests.pallas_kernels.cases import Fetched, numbers
 
@@ -24,6 +24,7 @@ class Contract:
     """What every implementation must do; a subclass says how to run it, and over which option space."""
 
     dtype = "bfloat16"
+    check = staticmethod(proof.check)
     space: ClassVar[dict[str, Any]] = {}
 
     def write(self, number: int = 0):
@@ -31,17 +32,17 @@ class Contract:
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_equals_numpy(self, case, capfd):
-        check(self.write(), **{"dtype": self.dtype, **case})
+        self.check(self.write(), **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
     @pytest.mark.parametrize("number", numbers(2))
     def test_equals_numpy_over_the_option_space(self, number, capfd):
-        check(self.write(number), **generated(number, **self.space))
+        self.check(self.write(number), **generated(number, **self.space))
         assert "RACE" not in capfd.readouterr().out
 
     def test_a_wrong_slot_is_caught(self):
         with pytest.raises(AssertionError, match="keys, payload"):
-            check(self.write(), **{"dtype": self.dtype, **CASES["int8 by token"]}, misplace=1)
+            self.check(self.write(), **{"dtype": self.dtype, **CASES["int8 by token"]}, misplace=1)
 
 
 class TestReference(Contract):
@@ -57,6 +58,7 @@ class TestReference(Contract):
 
 
 class TestGPU(Contract):
+    check = staticmethod(partial(proof.check, is_compiled=False))
     space: ClassVar[dict[str, Any]] = {
         "dtypes": ("bfloat16", "float16"),
         "page_sizes": (8, 16, 32, 64, 128),
@@ -92,7 +94,7 @@ class TestGPU(Contract):
             "format": format,
             "dtype": "bfloat16",
         }
-        check(self.write(), **case)
+        self.check(self.write(), **case)
         jax.effects_barrier()
         assert come.num_bytes == 2 * 128 * 2 * 2 * 64
         assert go.num_bytes == 2 * 128 * 2 * a_token
@@ -101,7 +103,7 @@ class TestGPU(Contract):
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
         said = ""
         try:
-            check(self.write(), **CASES["int8 by token"], dtype="bfloat16")
+            self.check(self.write(), **CASES["int8 by token"], dtype="bfloat16")
         except (AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
             said = str(error)
         assert "race" in (said + capfd.readouterr().out).lower()
@@ -123,7 +125,7 @@ class TestTPU(Contract):
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_copies_that_arrive_at_the_wait(self, case, capfd):
         """The other way that the simulator has of running them."""
-        check(self.write(1), **{"dtype": self.dtype, **case})
+        self.check(self.write(1), **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
     @pytest.mark.parametrize(("format", "a_token"), [(None, 2 * 64), ("int8", 64), ("fp8", 64), ("int4", 32)])
@@ -134,7 +136,7 @@ class TestTPU(Contract):
         ledger, size = Fetched(), 16 if format is None else 32
         ledger.listen(monkeypatch)
         case = {"counts": [128], "begins": [begin], "page_size": 64, "dims": (64, 64), "format": format}
-        check(self.write(), dtype="bfloat16", **case)
+        self.check(self.write(), dtype="bfloat16", **case)
         num_granules = 128 // size + (num_partial > 0)
         tokens, old = 2 * 2 * num_granules * size * 2 * 64, 2 * 2 * max(num_partial, 1) * size * a_token
         assert ledger.num_bytes == tokens + old + num_granules * size * 4

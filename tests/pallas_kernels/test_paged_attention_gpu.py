@@ -8,10 +8,11 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import gpu, pages
-from pallas_kernels.paged_attention.proof import CASES, check, generated
+from pallas_kernels.paged_attention import gpu, pages, proof
+from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
+check = partial(proof.check, is_compiled=False)
 simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
 FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
 

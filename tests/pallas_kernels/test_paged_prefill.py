@@ -15,8 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.debug import debugging
 from pallas_kernels.paged_attention import blocked as paged_blocked
 from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention import proof
 from pallas_kernels.paged_attention import tpu as paged_tpu
-from pallas_kernels.paged_attention.proof import check, generated
+from pallas_kernels.paged_attention.proof import generated
 from pallas_kernels.paged_prefill import gpu, paged_prefill, tpu
 from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, numbers
 
@@ -38,6 +39,7 @@ class Contract:
     """What every implementation must do; a subclass says how to run it, and over which option space."""
 
     dtype = "bfloat16"
+    check = staticmethod(proof.check)
     space: ClassVar[dict[str, Any]] = {}
 
     def prefill(self, number: int = 0):
@@ -45,13 +47,13 @@ class Contract:
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_equals_float64(self, case, capfd):
-        check(self.prefill(), prefill=True, **{"dtype": self.dtype, **case})
+        self.check(self.prefill(), prefill=True, **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
     @pytest.mark.parametrize("number", numbers(2))
     def test_equals_float64_over_the_option_space(self, number, capfd):
         case = generated(number, formats=("int8", "fp8", "int4"), **self.space)
-        check(
+        self.check(
             self.prefill(number),
             prefill=True,
             **{**case, "num_queries": (3, 17, 40)[number % 3], "group": 1 + number % 4},
@@ -60,7 +62,7 @@ class Contract:
 
     def test_a_wrong_page_is_caught(self):
         with pytest.raises(AssertionError):
-            check(self.prefill(), prefill=True, misread=1, dtype=self.dtype, **CASES["window, sinks, soft cap"])
+            self.check(self.prefill(), prefill=True, misread=1, dtype=self.dtype, **CASES["window, sinks, soft cap"])
 
 
 class TestBlocked(Contract):
@@ -85,6 +87,7 @@ class TestReference(TestBlocked):
 
 
 class TestGPU(Contract):
+    check = staticmethod(partial(proof.check, is_compiled=False))
     space: ClassVar[dict[str, Any]] = {
         "dtypes": ("bfloat16", "float16"),
         "page_sizes": (8, 16, 32, 64),
@@ -112,7 +115,7 @@ class TestGPU(Contract):
         rows = 64 if case["num_queries"] * case["group"] <= 64 else 128
         tile_len = rows // case["group"]
         num_tiles = sum(-(-min(length, case["num_queries"]) // tile_len) for length in case["lengths"])
-        beside = ledger.of_chunk(check, self.prefill(), case, tile_len)
+        beside = ledger.of_chunk(self.check, self.prefill(), case, tile_len)
         assert beside == num_tiles * 2 * rows * 64 * 2
 
     def test_one_of_two_warpgroups_may_be_late(self, monkeypatch):
@@ -128,7 +131,7 @@ class TestGPU(Contract):
         monkeypatch.setattr(paged_gpu, "MAX_STAGES", 4)
         monkeypatch.setattr(paged_gpu, "PIECES", 1)
         case = {"lengths": [250], "num_queries": 100, "group": 1, "kv_heads": 1, "dims": (32, 32), "page_size": 64}
-        check(self.prefill(), prefill=True, dtype="bfloat16", with_mass=False, **case)
+        self.check(self.prefill(), prefill=True, dtype="bfloat16", with_mass=False, **case)
 
     def test_two_warpgroups_attend_where_rows_abound(self, monkeypatch):
         asked = []
@@ -168,12 +171,12 @@ class TestTPU(Contract):
         monkeypatch.setattr(paged_tpu, "ROWS", 64)
         ledger, case = Fetched(), CHUNK_CASES[name]
         ledger.count_copies(monkeypatch)
-        assert ledger.of_chunk(check, self.prefill(), case, 64 // case["group"]) == 0
+        assert ledger.of_chunk(self.check, self.prefill(), case, 64 // case["group"]) == 0
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     def test_copies_that_arrive_at_the_wait(self, case, capfd):
         """The other way that the simulator has of running them."""
-        check(self.prefill(1), prefill=True, **{"dtype": self.dtype, **case})
+        self.check(self.prefill(1), prefill=True, **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
     def prefill(self, number=0):
