@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.kv_write import proof as write_proof
 from pallas_kernels.paged_attention import paged_attention, proof
@@ -19,42 +20,37 @@ SPACES: dict[str, dict[str, Any]] = {
     "cpu": {"dtypes": ("bfloat16", "float32"), "page_sizes": (3, 16), "quantised_page_sizes": (8, 16), "dims": (16, 32)},
 }  # fmt: skip
 """Options that a platform's kernels take."""
-QUANTISED = ("int8", "fp8", "int4")
 
 
 def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, Any]]]:
     """Op, name and arguments: the named cases of every op's contract in sizes that the platform's kernels take, then generated ones."""
     space, found = SPACES[platform], []
-    least = {"gpu": 64, "tpu": 128, "cpu": 0}[platform]
 
     def fitted(case: dict[str, Any]) -> dict[str, Any]:
-        case = {"dtype": "bfloat16", **case}
-        if platform == "tpu":  # whole registers
-            case["page_size"] = 32
-        else:
-            case.setdefault("page_size", 16)
-        if least:
-            dim = 256 if platform == "tpu" and case.get("format") == "int4" else least
-            case["dims"] = (dim, dim)
-        return case
+        """In whole rows of the platform's tensor cores or registers."""
+        is_int4, is_quantised = case.get("format") == "int4", bool(case.get("format"))
+        case = {"dtype": "bfloat16", "page_size": 32 if is_quantised else 16, **case}
+        if platform == "tpu":
+            return case | {"page_size": 32, "dims": (256, 256) if is_int4 else (128, 128)}
+        return case | ({"dims": (64, 64)} if platform == "gpu" else {})
 
-    attending = {name: fitted(case) for name, case in proof.CASES.items()}
-    drawn = [proof.generated(number, formats=QUANTISED, **space) for number in range(num_generated)]
-    attending |= {f"generated {number}": case for number, case in enumerate(drawn)}
+    def drawn(generated: Callable[..., dict[str, Any]], **more: Any) -> dict[str, dict[str, Any]]:
+        cases = {f"generated {number}": generated(number, **space, **more) for number in range(num_generated)}
+        is_wide = lambda case: platform == "tpu" and case["format"] == "int4"  # noqa: E731
+        return {name: case | ({"dims": (256, 256)} if is_wide(case) else {}) for name, case in cases.items()}
+
+    small = {"lengths": [130, 64, 1], "num_queries": 2, "group": 4}
+    stored = {
+        f"{one} by {per}": {**small, "format": one, "per": per} for one in FORMATS for per in ("token", "channel")
+    }
+    named = proof.CASES | stored
+    attending = {name: fitted(case) for name, case in named.items()} | drawn(proof.generated, formats=tuple(FORMATS))
+    writing = {name: fitted(case) for name, case in write_proof.CASES.items()} | drawn(write_proof.generated)
     for name, case in attending.items():
-        if platform == "tpu" and case.get("format") == "int4":
-            case = {**case, "dims": (256, 256)}
         found.append(("paged_attention", name, case))
         if case["num_queries"] > 1:
             found.append(("paged_prefill", name, case))
-    writing = {name: fitted(case) for name, case in write_proof.CASES.items()}
-    drawn = [write_proof.generated(number, **space) for number in range(num_generated)]
-    writing |= {f"generated {number}": case for number, case in enumerate(drawn)}
-    for name, case in writing.items():
-        if platform == "tpu" and case.get("format") == "int4":
-            case = {**case, "dims": (256, 256)}
-        found.append(("kv_write", name, case))
-    return found
+    return found + [("kv_write", name, case) for name, case in writing.items()]
 
 
 CHECKS: dict[str, Callable[..., None]] = {

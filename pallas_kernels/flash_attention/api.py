@@ -6,6 +6,7 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.flash_attention import reference
+from pallas_kernels.paged_attention.checks import check_options
 from pallas_kernels.selection import select
 from pallas_kernels.typing import Float
 
@@ -30,8 +31,14 @@ def flash_attention(
 ) -> Float[Array, "B T H Dv"]:
     """Attention of token t over tokens [0, t], or over its window and sinks; options as in `paged_attention`.
 
-    Softmax in float32. Raises ValueError when the heads do not divide or `implementation` is not available.
+    Softmax in float32. Raises ValueError for shapes that do not fit together, options out of range and an unavailable `implementation`.
     """
+    check_options(window, num_sinks, soft_cap)
+    batch, num_tokens, _, dim = queries.shape
+    for name, array, wanted in (("keys", keys, (batch, num_tokens, dim)), ("values", values, (batch, num_tokens))):
+        found = (*array.shape[:2], *array.shape[3:])[: len(wanted)]
+        if array.ndim != 4 or found != wanted or array.shape[2] != keys.shape[2]:
+            raise ValueError(f"{name} = {array.shape}: must be [B, T, K, D] that fit queries {queries.shape} and keys")
     if queries.shape[2] % keys.shape[2]:
         raise ValueError(f"num_heads = {queries.shape[2]}: must be a multiple of num_kv_heads = {keys.shape[2]}")
     _, run = select("flash_attention", implementation, IMPLEMENTATIONS)

@@ -62,9 +62,6 @@ def check(
     ):
         if array.dtype != jnp.int32:
             raise ValueError(f"{name} of {array.dtype.name}: must be int32")
-    for name, value in (("window", window), ("num_sinks", num_sinks)):
-        if value is not None and not isinstance(value, int | np.integer):
-            raise ValueError(f"{name} = {value!r}: must be a whole number")
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads = {num_heads}: must be a multiple of num_kv_heads = {num_kv_heads}")
     if queries.shape[3] != key_pages.shape[3]:
@@ -81,6 +78,14 @@ def check(
     slots = (*page_table.shape, key_pages.shape[2])
     if valid_slots is not None and valid_slots.shape != slots:
         raise ValueError(f"valid_slots = {valid_slots.shape}: must be {slots}, a flag for each slot of each entry")
+    check_options(window, num_sinks, soft_cap)
+
+
+def check_options(window: int | None, num_sinks: int, soft_cap: float | None) -> None:
+    """Raises ValueError for what attention of any kind cannot be asked."""
+    for name, value in (("window", window), ("num_sinks", num_sinks)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise ValueError(f"{name} = {value!r}: must be a whole number")
     if window is not None and window < 1:
         raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
     if num_sinks < 0:

@@ -37,12 +37,13 @@ def ssd(
     """All T tokens at once, in chunks: quadratic inside a chunk, recurrent between chunks. Returns outputs and last state.
 
     `decay_rate` is negative; `dt` is not; head h reads group h // (H / groups) of b and c. Everything is float32.
-    Raises ValueError when the groups do not divide the heads, chunk_len < 1 or `implementation` is not available.
+    Raises ValueError when shapes do not fit together, the groups do not divide the heads, chunk_len < 1 or `implementation` is not available.
     """
     if inputs.shape[2] % b.shape[2]:
         raise ValueError(f"groups = {b.shape[2]}: must divide the number of heads {inputs.shape[2]}")
     if chunk_len < 1:
         raise ValueError(f"chunk_len = {chunk_len}: must be at least 1")
+    _check(inputs, dt, decay_rate, b, c, initial_state)
     _, run = select("ssd", implementation, IMPLEMENTATIONS)
     return run(inputs, dt, decay_rate, b, c, initial_state, chunk_len=chunk_len)
 
@@ -60,5 +61,22 @@ def ssd_step(
     """One token of the recurrence, exactly; shapes and errors as `ssd` without T."""
     if inputs.shape[1] % b.shape[1]:
         raise ValueError(f"groups = {b.shape[1]}: must divide the number of heads {inputs.shape[1]}")
+    _check(inputs, dt, decay_rate, b, c, state)
     _, run = select("ssd_step", implementation, STEP_IMPLEMENTATIONS)
     return run(inputs, dt, decay_rate, b, c, state)
+
+
+def _check(inputs: Array, dt: Array, decay_rate: Array, b: Array, c: Array, state: Array | None) -> None:
+    """Raises ValueError for shapes that do not fit the inputs' [B, (T,) H, P]."""
+    *leading, num_heads, head_dim = inputs.shape
+    wanted = {
+        "dt": (dt, (*leading, num_heads)),
+        "decay_rate": (decay_rate, (num_heads,)),
+        "b": (b, (*leading, *b.shape[-2:])),
+        "c": (c, b.shape),
+    }
+    if state is not None:
+        wanted["state"] = state, (leading[0], num_heads, head_dim, b.shape[-1])
+    for name, (array, shape) in wanted.items():
+        if array.shape != tuple(shape):
+            raise ValueError(f"{name} = {array.shape}: must be {tuple(shape)}, as inputs {inputs.shape} and b say")

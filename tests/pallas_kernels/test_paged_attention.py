@@ -65,6 +65,23 @@ def test_flash_attention_equals_brute_force(window, sinks):
             np.testing.assert_allclose(outputs[0, t, head], expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 0}, "window = 0: must be at least 1"),
+        ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
+        ({"keys": jnp.zeros((1, 5, 2, 7))}, r"keys = \(1, 5, 2, 7\): must be \[B, T, K, D\]"),
+        ({"values": jnp.zeros((1, 5, 1, 8))}, r"values = \(1, 5, 1, 8\): must be"),
+        ({"values": jnp.zeros((1, 4, 2, 8))}, r"values = \(1, 4, 2, 8\): must be"),
+    ],
+)
+def test_flash_attention_names_the_limit(changes, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    arguments = {"queries": jnp.zeros((1, 5, 4, 8)), "keys": jnp.zeros((1, 5, 2, 8)), "values": jnp.zeros((1, 5, 2, 8))}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**arguments | changes)
+
+
 def _arguments(**changes):
     arguments = {
         "queries": jnp.zeros((1, 1, 4, 8)),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -85,3 +86,14 @@ def test_wrong_arguments_name_the_limit():
         ssd(x, dt, rate, b, c, state, chunk_len=0)
     with pytest.raises(ValueError, match="'triton' is not available"):
         ssd(x, dt, rate, b, c, state, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("dt", (2, 5, 3)), ("decay_rate", (3,)), ("c", (2, 5, 1, 4)), ("b", (2, 6, 2, 4))]
+)
+def test_wrong_shapes_are_named(name, shape, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    names = ("inputs", "dt", "decay_rate", "b", "c", "initial_state")
+    single = (jnp.asarray(one, jnp.float32) for one in draw(0, 2, 5, 2, 2, 3, 4))
+    with pytest.raises(ValueError, match=rf"^{name} = \("):
+        ssd(**dict(zip(names, single, strict=True)) | {name: jnp.zeros(shape)})

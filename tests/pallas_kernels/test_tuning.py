@@ -125,7 +125,7 @@ def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
         inputs.lens,
     )
     plain = paged_attention(*arrays)[0]
-    tuning.remember(cache, "blocked", bucket_of(problem), {"block_len": 16})
+    tuning.remember(cache, "blocked", bucket_of(problem, inputs), {"block_len": 16})
     tuned = paged_attention(*arrays)[0]
     named = paged_attention(*arrays, tiles={"block_len": 32})[0]
     assert asked == [None, 16, 32]
@@ -139,5 +139,6 @@ def test_the_command_searches_every_problem(cache, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tuning", "--rounds=1"])
     assert tuning.main() == 0
     said = capsys.readouterr().out
-    assert bucket_of(PROBLEMS["tiny"][0]) in said
+    problem = PROBLEMS["tiny"][0]
+    assert bucket_of(problem, make_inputs(problem)) in said
     assert cache.exists()
