@@ -27,7 +27,7 @@ def short(monkeypatch):
     monkeypatch.setattr(proof, "CASES", dict(list(proof.CASES.items())[:1]))
     monkeypatch.setattr(write_proof, "CASES", dict(list(write_proof.CASES.items())[:1]))
     monkeypatch.setattr(verify, "FORMATS", ("int8",))
-    monkeypatch.setitem(SWEEPS, "tiny", ((2,), (16, 32)))
+    monkeypatch.setitem(SWEEPS, "tiny", ((2,), (16,)))
 
 
 A_FEW = ("decode B3", "decode B3, int8", "write 128 tokens, int4", "SSM decode step B2")
@@ -57,7 +57,7 @@ def test_the_command_writes_a_table_json_and_a_plot(tmp_path, monkeypatch, capsy
     if is_all:
         assert timings["flash forward"]["flash_attention, reference"]["device_us"] > 0
     assert any(one.startswith("decode B3, int8 (blocked): ") for one in found["verdicts"])
-    assert [one["context"] for one in found["bandwidth"]] == [16, 32]
+    assert [one["context"] for one in found["bandwidth"]] == [16]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
 
 
