@@ -145,9 +145,9 @@ def _alive(pid: int) -> bool:
 
 
 def test_kernels_says_what_is_missing_and_what_failed(capsys, monkeypatch):
-    from pallas_kernels import targets
+    from pallas_kernels import simulators, targets
 
-    monkeypatch.setattr(targets, "simulate", lambda backend: {"kv_write": "3 cases right, no race"})
+    monkeypatch.setattr(simulators, "simulate", lambda backend: {"kv_write": "3 cases right, no race"})
     monkeypatch.setattr(targets, "missing", lambda target: "no compiler")
     status, out, _ = call(capsys, monkeypatch, "kernels", "H200", "v5e")
     assert status == 0
@@ -155,7 +155,7 @@ def test_kernels_says_what_is_missing_and_what_failed(capsys, monkeypatch):
     assert "kv_write for gpus, simulated with race detection: 3 cases right" in out
     assert "paged_prefill: here blocked, then reference" in out
     assert "v5e: no compiler" in out
-    monkeypatch.setattr(targets, "simulate", lambda backend: {"kv_write": "FAILED: a race"})
+    monkeypatch.setattr(simulators, "simulate", lambda backend: {"kv_write": "FAILED: a race"})
     assert call(capsys, monkeypatch, "kernels", "H200")[0] == 1
     status, _, err = call(capsys, monkeypatch, "kernels", "H300")
     assert (status, err) == (2, "kvlab: target = 'H300': must be some of H100, H200, B200, v4, v5e, v5p, v6e, 7x\n")
