@@ -21,7 +21,7 @@ def measure(problem: Any, limits: dict[str, float], rounds: int, *, alone: bool 
     result = Result(problem, problem.floor_us(limits))
     wanted = None
     try:
-        works = problem.works(alone=alone)
+        works = problem.works(alone=True) if alone else problem.works()  # alone: a sweep's, of attention over pages
         wanted = None if alone else _numbers(problem.wanted())
     except Exception as error:
         result.failed = _said(error)

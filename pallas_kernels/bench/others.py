@@ -42,12 +42,12 @@ class Write:
         a_token = 2 * self.dim * 2 + paged.bytes_of(2 * self.dim, self.format)
         return 1e6 * self.num_tokens * self.num_kv_heads * a_token / limits["copy_bytes_per_s"]
 
-    def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
+    def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation that can write such pages."""
         pools, _, _ = self._inputs()
         refused = write_api.refusals(Asked.of(*pools, 1, jnp.bfloat16))
         names = list(available(write_api.IMPLEMENTATIONS, refused))
-        return {name: partial(self._work, name) for name in (names[:1] if alone else names)}
+        return {name: partial(self._work, name) for name in names}
 
     def wanted(self) -> Any:
         """What XLA's scatter leaves."""
@@ -100,9 +100,8 @@ class Mixed:
         """The answers of both, one behind the other."""
         return _joined(self.chunk.wanted(), self.decodes.wanted())
 
-    def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
+    def works(self) -> dict[str, Callable[[], Work]]:
         """By what `None` takes."""
-        del alone
 
         def make() -> Work:
             inputs = paged.make_inputs(self.chunk), paged.make_inputs(self.decodes)
@@ -144,9 +143,8 @@ class Scan:
         a_token = 2 * (2 * self.num_heads * self.head_dim + 2 * self.state_dim + self.num_heads)
         return 1e6 * self.batch * self.num_tokens * a_token / limits["copy_bytes_per_s"]
 
-    def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
+    def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation of `ssd`."""
-        del alone
         return {name: partial(self._work, name) for name in ssd_api.IMPLEMENTATIONS}
 
     def wanted(self) -> Any:
@@ -184,9 +182,8 @@ class Step:
         state = self.batch * self.num_heads * self.head_dim * self.state_dim * 4
         return 1e6 * 2 * state / limits["copy_bytes_per_s"]
 
-    def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
+    def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation of `ssd_step`."""
-        del alone
         return {name: partial(self._work, name) for name in ssd_api.STEP_IMPLEMENTATIONS}
 
     def wanted(self) -> Any:
