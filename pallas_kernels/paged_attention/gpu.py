@@ -206,11 +206,11 @@ def paged_attention(
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:
-    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16
-    not."""
+    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not;
+    and two halves of float16 hold of keys that were scaled by channel what logits beyond 80 need, which two of bfloat16 do not."""
     if not isinstance(pages, Quantised):
         return pages.dtype
-    is_half = queries == jnp.float16 or (pages.format == "fp8" and pages.per == "token")
+    is_half = queries == jnp.float16 or pages.format == "fp8" or pages.per == "channel"
     return jnp.dtype(jnp.float16 if is_half else jnp.bfloat16)
 
 

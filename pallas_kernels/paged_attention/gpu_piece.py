@@ -15,6 +15,8 @@ from pallas_kernels.paged_attention.pages import WORD
 from pallas_kernels.tensor_cores import ROWS, Named, product
 
 LOG2_E = math.log2(math.e)
+HEADROOM = 6
+"""Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16 still holds."""
 
 
 class Piece(Named):
@@ -117,11 +119,13 @@ class Piece(Named):
 
     def convert(self, name: str, stage: Any, slot: Any) -> None:
         """A block of the ring, in the 16 bits of products. Scales of tokens are left to scores and weights, where they are fewer;
-        those of channels are multiplied in, and what rounding loses is kept in a second half."""
+        those of channels are multiplied in, and what rounding loses is kept in a second half: of bfloat16 for values, of float16 for
+        keys, which logits need more digits of, brought into its range by a power of two for each page."""
         ring, into = self.named[f"{name}_ring"], self.named[name]
         is_packed = ring.dtype == jnp.uint8
         width = ring.shape[2]
         step = self.steps[name]
+        fitting = self.fit_keys(stage, slot) if self.per == "channel" and name == "keys" else None
         for at in range(0, width, step):
             raw = plgpu.load(ring.at[stage, :, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
             numbers = [(at, raw)]
@@ -139,9 +143,27 @@ class Piece(Named):
                     into[slot, :, columns] = one.astype(into.dtype)
                     continue
                 exact = one.astype(jnp.float32) * self.channel_scales(name, stage, columns)
+                if fitting is not None:
+                    exact = exact * lax.broadcast_in_dim(fitting, exact.shape, [0])
                 high = exact.astype(into.dtype)
                 into[slot * 2, :, columns] = high
                 into[slot * 2 + 1, :, columns] = (exact - high.astype(jnp.float32)).astype(into.dtype)
+
+    def fit_keys(self, stage: Any, slot: Any) -> Array:
+        """[block]: what each token's keys are multiplied with to fit float16. What that is of scores is left for `scored`."""
+        largest, step = None, self.steps["keys"]
+        for at in range(0, self.keys.shape[2], step):
+            scales = jnp.abs(self.channel_scales("keys", stage, pl.ds(at, step))).max(axis=1)
+            largest = scales if largest is None else jnp.maximum(largest, scales)
+        assert largest is not None
+        exponents = lax.shift_right_logical(lax.bitcast_convert_type(largest, jnp.int32), 23)
+        exponents = jnp.minimum(jnp.maximum(exponents, 1 + HEADROOM), 253)
+
+        def power_of_two(exponents):
+            return lax.bitcast_convert_type(lax.shift_left(exponents, 23), jnp.float32)
+
+        self.key_factors[slot] = power_of_two(exponents - HEADROOM)
+        return power_of_two(254 + HEADROOM - exponents)
 
     def channel_scales(self, name: str, stage: Any, columns: Any) -> Array:
         """[block, columns]: those of each token's page."""
@@ -184,8 +206,8 @@ class Piece(Named):
             starts, bits = self.listed(number)
             self.wait_to_multiply("keys", number, place)
             scores = self.scored(mine, place)
-            if self.per == "token":
-                scores = scores * lax.broadcast_in_dim(self.token_scales("keys", number), scores.shape, [1])
+            if self.per is not None:
+                scores = scores * lax.broadcast_in_dim(self.key_scales(number, place), scores.shape, [1])
             if self.soft_cap is not None:
                 scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
             seen = self.seen(starts, bits, lows, highs)
@@ -278,6 +300,12 @@ class Piece(Named):
             self.wait_for(self.named[f"{name}_arrived"], number)
         else:
             plgpu.barrier_wait(self.named[f"{name}_staged"].at[place])
+
+    def key_scales(self, number: Any, place: Any) -> Array:
+        """[block]: what products with keys were left to be multiplied with."""
+        if self.per == "token":
+            return self.token_scales("keys", number)
+        return plgpu.load(self.key_factors.at[place], layout=plgpu.Layout.WGMMA.reduce(0))
 
     def token_scales(self, name: str, number: Any) -> Array:
         """[block]."""

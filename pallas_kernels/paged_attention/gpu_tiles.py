@@ -53,7 +53,8 @@ def fit(
     def with_staged(num_staged: int) -> Tiles:
         fixed = rows * (dim * 2 + 2 * BLOCK_LEN * 2 + out_step(value_dim) * 4 + 4)
         fixed += num_staged * num_halves * BLOCK_LEN * (dim + value_dim) * 2
-        fixed += num_staged * scales if per == "token" else 0  # which are kept until products have been scaled
+        if is_quantised:  # what products are left to be scaled with, and is kept until they are
+            fixed += num_staged * (scales if per == "token" else 4 * BLOCK_LEN)
         num_stages = max(0, min(max_stages, (SHARED_BYTES - fixed) // (stage + scales)))
         return Tiles(num_stages, num_staged, num_halves, fixed + num_stages * (stage + scales))
 
@@ -98,6 +99,8 @@ def scratch_for(
             of_scales = by_token if key_pages.per == "token" else (depth, block_pages, width)
             scratch[f"{name}_scales"] = plgpu.SMEM(of_scales, jnp.float32)
             scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
+        if key_pages.per == "channel":
+            scratch["key_factors"] = plgpu.SMEM((tiles.num_staged, block_len), jnp.float32)
         depth, num_free = staged, tiles.num_staged
     else:
         num_free = depth

@@ -113,6 +113,38 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 32,
         "dims": (32, 32),
     },
+    "fp8 by channel, large logits": {
+        "lengths": [40, 9],
+        "num_queries": 1,
+        "group": 4,
+        "format": "fp8",
+        "per": "channel",
+        "magnitude": 40.0,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
+    "int8 by channel, keys beyond float16": {
+        "lengths": [40],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int8",
+        "per": "channel",
+        "magnitude": 1e-6,
+        "of_keys": 1e6,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
+    "int4 by channel, tiny keys, channels of many sizes": {
+        "lengths": [40],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int4",
+        "per": "channel",
+        "magnitude": 1e7,
+        "of_keys": tuple(1e-6 * 0.7**channel for channel in range(32)),
+        "page_size": 32,
+        "dims": (32, 32),
+    },
     "int4 by channel": {
         "lengths": [40, 100],
         "num_queries": 1,
@@ -169,16 +201,17 @@ def generated(
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_values=1.0, misread=0, seed=3, is_compiled=True,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0, misread=0, seed=3, is_compiled=True,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
 
     `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
-    the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is
-    the part of all slots that is valid; `misread` adds to every page id that the kernel is given. In a `format`, what is compared
-    is the kernel's answer over what the numbers stand for: the loss of quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a thread for every warpgroup, of
-    which a program of many steps takes one.
+    the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots
+    that is valid; `of_keys`, one size or each channel's, and `of_values` multiply what is stored; `misread` adds to every page id
+    that the kernel is given. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
+    quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a
+    thread for every warpgroup, of which a program of many steps takes one.
     """
     rng, batch = np.random.default_rng(seed), len(lengths)
     table_len = max(-(-max(lengths) // page_size), 1) + 2
@@ -205,7 +238,7 @@ def check(
                 begin = starts[row, head, entry]
                 slots = np.flatnonzero(valid[row, head, entry, : length - begin])
                 readable[row][begin + slots, head] = True
-                for pool, size in ((keys, 1.0), (values, of_values)):
+                for pool, size in ((keys, np.asarray(of_keys)), (values, of_values)):
                     tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
                     pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
     pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
@@ -250,7 +283,7 @@ def check(
             assert abs(found - share) < 2e-4, f"page mass {found}, wanted {share}"
     rounding = np.linalg.norm(np.asarray(jnp.asarray(wanted, dtype), np.float64) - wanted)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
-    allowed = max(1.25 * rounding, 1e-6 * max(1, magnitude / 10) * np.linalg.norm(wanted))
+    allowed = max(1.25 * rounding, 1e-6 * max(1, magnitude * np.max(of_keys) / 10) * np.linalg.norm(wanted))
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)
 
