@@ -61,7 +61,7 @@ class Shape:
     head_dim: int
     per: str = ""
     extra: str = ""
-    """What is asked for beside: "lists" of each KV head with valid slots, page "mass"; to write, "decode" of one token each, and "few" of three sequences."""
+    """What is asked for beside: "lists" of each KV head with valid slots, page "mass", "options" (a window, sinks, a soft cap); to write, "decode" of one token each, and "few" of three sequences."""
 
     @property
     def num_queries(self) -> int:
@@ -97,6 +97,11 @@ def shapes(backend: str, dims: Sequence[int] = DIMS) -> list[Shape]:
         Shape("paged_attention", "bfloat16", 128, extra="lists"),
         Shape("paged_attention", "bfloat16", 128, extra="mass"),
         Shape("paged_attention", "int8", 128, "token", extra="mass"),
+        Shape("paged_attention", "int8", 128, "channel", extra="mass"),
+        Shape("paged_attention", "bfloat16", 128, extra="options"),
+        Shape("paged_attention", "int8", 128, "token", extra="options"),
+        Shape("paged_attention", "int8", 128, "channel", extra="options"),
+        Shape("paged_prefill", "bfloat16", 128, extra="options"),
         Shape("kv_write", "bfloat16", 128, extra="decode"),
         Shape("kv_write", "int8", 128, "token", extra="decode"),
         Shape("kv_write", "int4", 128, "channel", extra="few"),

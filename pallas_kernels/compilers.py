@@ -40,6 +40,8 @@ def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options
     heads = (8,) if shape.extra == "lists" else ()
     table = array(batch, *heads, table_len)
     options |= {"window": None, "num_sinks": 0, "soft_cap": None, "scale": dim**-0.5}
+    if shape.extra == "options":
+        options |= {"window": 1024, "num_sinks": 4, "soft_cap": 30.0}
     options["with_page_mass"] = shape.extra == "mass"
     queries = array(batch, shape.num_queries, 32, dim, of=dtype)
     of_each = array(batch, shape.num_queries) if shape.op == "paged_attention" else array(batch)

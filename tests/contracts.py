@@ -73,7 +73,7 @@ def poisoned_session(variant: str, memory: MemoryConfig, *, rows: int, max_len: 
     """A session whose pools hold NaN wherever nothing was written."""
     model, structure, params, _ = build(variant, dtype)
     layout = MemoryLayout.of(model.states(), memory, max_sequences=rows, max_len=max_len)
-    return Session(MemoryStep(structure, layout), params, layout.allocate(float("nan")))
+    return Session(MemoryStep.of(structure, layout), params, layout.allocate(float("nan")))
 
 
 def run_ragged(session: Session, sequences: dict[str, np.ndarray], chunk_len: int) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
+from kvlab.engine import shapes
 from kvlab.engine.beam import BeamGroup
 from kvlab.engine.config import EngineConfig, Stats
 from kvlab.engine.requests import (
@@ -121,7 +122,7 @@ class Engine:
             spare_states=config.max_batch if keeps_states else 0,
         )
         self.caches = config.prefix_cache and memory.name == "paged"
-        self.step_fn = MemoryStep(model, layout)
+        self.step_fn = MemoryStep.of(model, layout)
         self.ledger = layout.ledger(config.policy, config.checkpoints)
         self.scheduler = Scheduler(
             self.ledger, Schedule(config.max_batch, config.token_budget, config.mixed, config.preemption)
@@ -459,7 +460,7 @@ class Engine:
             one.drafts = len(one.draft_ids)
 
     def _groups(self, work: list[Work]) -> list[tuple[list[Work], int, bool]]:
-        """Work that shares a program: (rows, width, whether every place is drawn). Widths are powers of two."""
+        """Work that shares a program: (rows, width, whether every place is drawn)."""
         groups: dict[tuple[int, bool], list[Work]] = {}
         if decoding := [one for one in work if one is one.entry.decoding]:
             groups[1, False] = decoding
@@ -467,14 +468,13 @@ class Engine:
             if one is one.entry.decoding:
                 continue
             tokens = one.num_new + one.lookahead
-            width = min(1 << (tokens - 1).bit_length(), self.ledger.chunk_len)
+            width = shapes.width_for(tokens, self.ledger.chunk_len)
             groups.setdefault((width, one.lookahead > 0), []).append(one)
         return [(rows, *key) for key, rows in groups.items()]
 
     def _plan(self, rows: list[Work], width: int) -> Plan:
-        return self.ledger.plan(
-            [one.entry.name for one in rows], min(_row_bucket(len(rows)), self.config.max_batch), width
-        )
+        num_rows = shapes.rows_for(len(rows), self.config.max_batch)
+        return self.ledger.plan([one.entry.name for one in rows], num_rows, width)
 
     def _look_ahead(self) -> None:
         """Reserves and plans the next step while the device works on this one, if all will go on as now."""
@@ -780,9 +780,3 @@ class Engine:
         self.answers[request.name] = Answer(request.name, request.prompt, completions, error)
         self._beams.pop(request.name, None)
         del self.requests[request.name]
-
-
-def _row_bucket(num_rows: int) -> int:
-    """The least power of two, or one and a half of one, that holds as many rows: few programs, and at most a third padding."""
-    power = 1 << (num_rows - 1).bit_length()
-    return 3 * power // 4 if num_rows <= 3 * power // 4 and power >= 4 else power

@@ -57,7 +57,7 @@ class Scorer:
 
     def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token."""
-        session = Session(MemoryStep(self.structure, layout), params)
+        session = Session(MemoryStep.of(self.structure, layout), params)
         scores = []
         for one in self.task.slices(split):
             total = np.zeros(3)

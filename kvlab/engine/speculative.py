@@ -18,6 +18,7 @@ import numpy.typing as npt
 from flax import nnx
 from jax import Array
 
+from kvlab.engine import shapes
 from kvlab.engine.requests import Sample
 from kvlab.engine.sampling import Choices, Mode, draw
 from kvlab.engine.step import MemoryStep, Pools
@@ -68,7 +69,7 @@ class NgramDrafter(Drafter):
         return []
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _DraftStep:
     """Several tokens of the draft model in one program."""
 
@@ -138,7 +139,7 @@ class ModelDrafter(Drafter):
             max_len=max_len + num_drafts,
             spare_states=max_sequences,  # a step that may be rejected writes beside what it reads
         )
-        self.step, self.ledger, self.pools = MemoryStep(structure, layout), layout.ledger(), layout.allocate()
+        self.step, self.ledger, self.pools = MemoryStep.of(structure, layout), layout.ledger(), layout.allocate()
         self._draft_step = _DraftStep(self.step, num_drafts)
         self._in_flight: dict[Sample, tuple[int, list[int]]] = {}
         """Of the last round: known tokens when it began, and the drafts."""
@@ -193,7 +194,7 @@ class ModelDrafter(Drafter):
     def _draft(self, rows: Sequence[Sample]) -> dict[Sample, list[int]]:
         """Drafts behind all that is known of sequences with a reservation."""
         counts, lookahead = [self._pending(one) for one in rows], self.num_drafts - 1
-        width = min(1 << (max(counts) - 1).bit_length(), self.ledger.chunk_len - lookahead)
+        width = shapes.width_for(max(counts), self.ledger.chunk_len - lookahead)
         tokens, plan = self._planned(rows, counts, width + lookahead, reserve=False)
         asked = [(one.request.sampling, one.request.seed, one.index) for one in rows]
         mode = Mode.of([sampling for sampling, _, _ in asked])._replace(num_logprobs=0, penalty=False)
@@ -205,7 +206,7 @@ class ModelDrafter(Drafter):
         self, rows: Sequence[Sample], counts: Sequence[int], width: int, *, reserve: bool
     ) -> tuple[npt.NDArray[np.int32], Plan]:
         """The tokens and the plan of a step of these rows."""
-        tokens = np.zeros((1 << (len(rows) - 1).bit_length(), width), np.int32)
+        tokens = np.zeros((shapes.rows_for(len(rows), self.step.layout.max_sequences), width), np.int32)
         for row, (one, count) in enumerate(zip(rows, counts, strict=True)):
             if reserve and not (answer := self.ledger.reserve(one, count)).ready:
                 raise RuntimeError(f"a drafter's pool has room for every sequence: {answer}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -25,10 +25,19 @@ type Pools = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, eq=False)
 class MemoryStep:
-    """`step(params, pools, plan, tokens) -> (logits, pools)`; pools are donated, so nothing is copied."""
+    """`step(params, pools, plan, tokens) -> (logits, pools)`; pools are donated, so nothing is copied.
+
+    Programs belong to a step, by identity, which costs nothing to look up; `of` gives the same one to all who ask for the same.
+    """
 
     structure: nnx.GraphDef[Transformer]
     layout: MemoryLayout
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of(cls, structure: nnx.GraphDef[Transformer], layout: MemoryLayout) -> "MemoryStep":
+        """The step of a model in a memory: engines and sessions that are alike share their programs, and compile them once."""
+        return cls(structure, layout)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=2)
     def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:

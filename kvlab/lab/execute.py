@@ -116,7 +116,7 @@ def measure_memory(lab: Laboratory, params: Params, context_len: int) -> tuple[M
     """Bytes and decode speed at a context of `context_len` tokens and the configured batch."""
     config = lab.config
     layout = lab.layout(context_len, config.measure.batch_size)
-    step = MemoryStep(lab.structure, layout)
+    step = MemoryStep.of(lab.structure, layout)
     return measure(step, params, lab.task.vocab_size, min(config.measure.decode_steps, context_len - 1))
 
 

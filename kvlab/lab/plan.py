@@ -66,7 +66,7 @@ def predict(lab: Laboratory) -> Plan:
     num_calls = config.train.num_steps // num_steps
     flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
     layout = lab.layout(config.context_len, config.measure.batch_size)
-    step = MemoryStep(lab.structure, layout)
+    step = MemoryStep.of(lab.structure, layout)
     decode = step.compiled(lab.params, jax.eval_shape(layout.allocate), 1)
     weights = num_bytes(lab.params)
     return Plan(

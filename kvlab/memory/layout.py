@@ -42,6 +42,9 @@ class MemoryLayout:
     chunk_len: int
     page_size: int
 
+    def __hash__(self) -> int:
+        return hash((self.classes, self.max_sequences, self.max_len, self.chunk_len))
+
     @classmethod
     def of(
         cls,

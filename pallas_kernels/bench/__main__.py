@@ -9,6 +9,7 @@ works, and nothing about speed. The status is 1 where a kernel is wrong: then no
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from dataclasses import asdict
@@ -42,6 +43,8 @@ def main() -> int:
             parser.error(f"{name} = {getattr(options, name)}: must be at least {least}")
     if options.only and options.plot:
         parser.error(f"plot = {options.plot}: is drawn of the sweep, which only = {options.only!r} leaves out")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error(f"plot = {options.plot}: needs matplotlib, which is not installed")
     size = options.size or ("full" if is_accelerated() else "tiny")
     problems = [one for one in PROBLEMS[size] if options.only in one.name]
     if not problems:
@@ -83,14 +86,14 @@ def main() -> int:
     said = list(verdicts(results))
     print("", *said, sep="\n", flush=True)
     save(verdicts=said)
+    ours = [(one.problem.name, t) for one in results for t in one.timings if t.name not in PEERS]
+    differing = [f"WRONG {name}: {timing.name} {timing.absent}" for name, timing in ours if timing.is_wrong]
+    print(*differing, sep="\n")
     if (options.plot or options.json) and not options.only:
         points = sweep(size, limits, options.rounds)
         save(bandwidth=points)
         if options.plot:
             plot(points, limits, options.plot)
-    ours = [(one.problem.name, t) for one in results for t in one.timings if t.name not in PEERS]
-    differing = [f"WRONG {name}: {timing.name} {timing.absent}" for name, timing in ours if timing.is_wrong]
-    print(*differing, sep="\n")
     return int(bool(differing))
 
 

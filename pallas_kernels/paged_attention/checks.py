@@ -5,6 +5,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels.formats import Pages, Quantised, check_format, format_of
+from pallas_kernels.masking import NOWHERE
 
 
 def check_pages(key_pages: Pages, value_pages: Pages) -> None:
@@ -78,6 +79,8 @@ def check(
     slots = (*page_table.shape, key_pages.shape[2])
     if valid_slots is not None and valid_slots.shape != slots:
         raise ValueError(f"valid_slots = {valid_slots.shape}: must be {slots}, a flag for each slot of each entry")
+    if valid_slots is not None and valid_slots.dtype != jnp.bool:
+        raise ValueError(f"valid_slots of {valid_slots.dtype.name}: must be bool")
     check_options(window, num_sinks, soft_cap)
 
 
@@ -90,5 +93,9 @@ def check_options(window: int | None, num_sinks: int, soft_cap: float | None) ->
         raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
     if num_sinks < 0:
         raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap = {soft_cap}: must be positive")
+    for name, value in (("window", window), ("num_sinks", num_sinks)):
+        if value is not None and value >= NOWHERE:
+            raise ValueError(f"{name} = {value}: must be below {NOWHERE}")
+    is_number = isinstance(soft_cap, int | float | np.number)
+    if soft_cap is not None and not (is_number and 0 < soft_cap < np.inf):
+        raise ValueError(f"soft_cap = {soft_cap!r}: must be positive and finite")

@@ -108,7 +108,8 @@ def paged_attention(
         page_size = BLOCK_LEN
         words = None if words is None else words.reshape(*page_table.shape, -1)
     block_pages = BLOCK_LEN // page_size
-    tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, max_stages or MAX_STAGES)
+    max_stages = max_stages or MAX_STAGES
+    tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, max_stages, with_page_mass)
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
     lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
@@ -117,7 +118,10 @@ def paged_attention(
     rows = tiled(queries, tile_len, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
     rows = rows.reshape(items, num_kv_heads, num_rows, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded_rows - num_rows), (0, 0)))
-    rows, row_scales = _fitted(rows, dtype)
+    column_scales = _column_scales(rows) if is_quantised and per == "channel" else None
+    rows, row_scales = _fitted(
+        rows if column_scales is None else rows.astype(jnp.float32) / column_scales[:, :, None], dtype
+    )
 
     def per_row(x: Array, fill: int) -> Array:
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, tile_rows - num_rows)), constant_values=fill)
@@ -142,6 +146,8 @@ def paged_attention(
     }
     if lists.words is not None:
         arrays["words"] = lists.words.reshape(items, *lists.words.shape[2:])
+    if column_scales is not None:
+        arrays["column_scales"] = column_scales
     if row_scales is not None:
         arrays["row_scales"] = jnp.pad(row_scales, ((0, 0), (0, 0), (0, tile_rows - padded_rows)), constant_values=1)
     out_type = {
@@ -214,12 +220,21 @@ def _worked_in(pages: Pages, queries: Any) -> Any:
     return jnp.dtype(jnp.float16 if is_half else jnp.bfloat16)
 
 
+def _column_scales(rows: Float[Array, "N K R D"]) -> Float[Array, "N K D"]:
+    """Powers of two, of at most 1, that bring a tile's columns to one size, where a row's small ones would be lost in float16. Keys,
+    which have two halves, are multiplied with them instead."""
+    largest = jnp.abs(rows.astype(jnp.float32)).max(axis=2)
+    exponents = jnp.where(jnp.isfinite(largest) & (largest > 0), jnp.frexp(largest)[1], -(2**20))
+    smaller = exponents - exponents.max(axis=2, keepdims=True)
+    return jnp.exp2(jnp.where(exponents > -(2**20), jnp.maximum(smaller, -100), 0).astype(jnp.float32))
+
+
 def _fitted(rows: Float[Array, "N K R D"], dtype: Any) -> tuple[Array, Array | None]:
     """Queries in the type of their products, and what each row's scores are to be multiplied with, where float16 could not hold them:
-    powers of two, so that nothing is lost."""
+    powers of two. Of a row, what is below 2 ** -16 of its largest loses digits."""
     if dtype != jnp.float16 or rows.dtype == jnp.float16:
         return rows.astype(dtype), None
     largest = jnp.abs(rows.astype(jnp.float32)).max(axis=3)
-    exponents = jnp.where(jnp.isfinite(largest) & (largest > 0), jnp.frexp(largest)[1], 0)
+    exponents = jnp.where(jnp.isfinite(largest) & (largest > 0), jnp.frexp(largest)[1] - 1, 0)
     scales = jnp.exp2(exponents.astype(jnp.float32))
     return (rows.astype(jnp.float32) / scales[..., None]).astype(dtype), scales

@@ -45,6 +45,8 @@ class Piece(Named):
     def fetch_queries(self) -> None:
         rows = self.rows.at[self.item, self.head]
         plgpu.copy_gmem_to_smem(rows, self.queries.at[pl.ds(0, rows.shape[0])], self.queries_arrived)
+        if self.per == "channel":
+            plgpu.copy_gmem_to_smem(self.column_scales.at[self.item, self.head], self.columns, self.columns_arrived)
 
     def fetch(self, number: Any) -> None:
         """Asks for a block's pages."""
@@ -114,6 +116,8 @@ class Piece(Named):
 
         fill = lambda number, _: self.fetch(number)  # noqa: E731
         lax.fori_loop(0, jnp.minimum(self.num_blocks, self.num_stages), fill, None)
+        if self.per == "channel":
+            plgpu.barrier_wait(self.columns_arrived)
         lax.fori_loop(0, self.num_blocks, convert_block, None)
         self.drain(self.tiles.num_staged)
 
@@ -166,12 +170,14 @@ class Piece(Named):
         return power_of_two(254 + HEADROOM - exponents)
 
     def channel_scales(self, name: str, stage: Any, columns: Any) -> Array:
-        """[block, columns]: those of each token's page."""
+        """[block, columns]: those of each token's page; for keys, with what the queries' columns were divided by."""
         scales, shape = self.named[f"{name}_scales"], (BLOCK_LEN, columns.size)
         tokens = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         factors = None
         for entry in range(self.block_pages):
             of_page = plgpu.load(scales.at[stage, entry, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+            if name == "keys":
+                of_page = of_page * plgpu.load(self.columns.at[columns], layout=plgpu.Layout.WGMMA.reduce(0))
             of_page = lax.broadcast_in_dim(of_page, shape, [1])
             factors = of_page if factors is None else jnp.where(tokens >= entry * self.page_size, of_page, factors)
         assert factors is not None

@@ -13,8 +13,11 @@ from pallas_kernels.tensor_cores import ROWS, Chip, shared
 
 BLOCK_LEN = 64
 """Tokens of a block: of several pages, or of a part of one."""
-SHARED_BYTES = 224 * 1024
-"""Shared memory of a thread block, but for barriers: what queries, weights and outputs leave of it is the ring's."""
+SHARED_BYTES = (227 - 4) * 1024
+"""Shared memory of a thread block, but for what Mosaic takes for sums over a warpgroup, 2 KiB, and for barriers. What queries, weights
+and outputs leave of it is the ring's."""
+MAX_BARRIERS = 32
+"""Most barriers that lie together."""
 MAX_STAGES = 8
 """Most stages of the ring."""
 COLUMNS = 128
@@ -24,7 +27,7 @@ COLUMNS = 128
 @dataclass(frozen=True)
 class Tiles:
     """How a thread block's shared memory is laid out. `num_halves` is 2 where a page's numbers need two of 16 bits, `num_staged`
-    how many blocks of them wait for products (0: the ring itself is multiplied); `num_bytes` is for all but barriers."""
+    how many blocks of them wait for products (0: the ring itself is multiplied); `num_bytes` is what all but barriers takes."""
 
     num_stages: int
     num_staged: int
@@ -40,23 +43,33 @@ def fit(
     num_consumers: int = 1,
     block_pages: int = 1,
     max_stages: int = MAX_STAGES,
+    with_page_mass: bool = True,
 ) -> Tiles:
     """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
     rows, is_quantised = ROWS * num_consumers, format in FORMATS
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
     num_halves = 2 if is_quantised and per == "channel" else 1
-    stage = BLOCK_LEN * (dim + value_dim) * bits // 8
-    scales = 0
-    if is_quantised:
-        scales = 4 * (2 * BLOCK_LEN if per == "token" else block_pages * (dim + value_dim))
+    fixed = [rows * dim * 2, 2 * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
+    if with_page_mass:
+        fixed.append(num_consumers * block_pages * ROWS * 4)
+
+    def num_bytes(num_stages: int, num_staged: int) -> int:
+        """Of all that `scratch_for` asks for, each in whole KiB."""
+        sizes = fixed + [num_stages * BLOCK_LEN * width * bits // 8 for width in (dim, value_dim)]
+        if is_quantised:
+            sizes += [num_staged * num_halves * BLOCK_LEN * width * 2 for width in (dim, value_dim)]
+        if is_quantised and per == "token":
+            sizes += 2 * [(num_stages + num_staged) * BLOCK_LEN * 4]
+        elif is_quantised:
+            sizes += [num_stages * block_pages * width * 4 for width in (dim, value_dim)]
+            sizes += [num_staged * BLOCK_LEN * 4, dim * 4]
+        return sum(-(-size // 1024) * 1024 for size in sizes)
 
     def with_staged(num_staged: int) -> Tiles:
-        fixed = rows * (dim * 2 + 2 * BLOCK_LEN * 2 + out_step(value_dim) * 4 + 4)
-        fixed += num_staged * num_halves * BLOCK_LEN * (dim + value_dim) * 2
-        if is_quantised:  # what products are left to be scaled with, and is kept until they are
-            fixed += num_staged * (scales if per == "token" else 4 * BLOCK_LEN)
-        num_stages = max(0, min(max_stages, (SHARED_BYTES - fixed) // (stage + scales)))
-        return Tiles(num_stages, num_staged, num_halves, fixed + num_stages * (stage + scales))
+        most = min(max_stages, MAX_BARRIERS // block_pages)  # a page has a barrier of its own
+        fitting = (n for n in range(most, 0, -1) if num_bytes(n, num_staged) <= SHARED_BYTES)
+        num_stages = next(fitting, 0)
+        return Tiles(num_stages, num_staged, num_halves, num_bytes(num_stages, num_staged))
 
     if not is_quantised:
         return with_staged(0)
@@ -101,6 +114,7 @@ def scratch_for(
             scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
         if key_pages.per == "channel":
             scratch["key_factors"] = plgpu.SMEM((tiles.num_staged, block_len), jnp.float32)
+            scratch |= {"columns": plgpu.SMEM((dim,), jnp.float32), "columns_arrived": plgpu.Barrier()}
         depth, num_free = staged, tiles.num_staged
     else:
         num_free = depth

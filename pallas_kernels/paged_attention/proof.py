@@ -123,6 +123,17 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 32,
         "dims": (32, 32),
     },
+    "int8 by channel, sizes of queries and keys that make up for each other": {
+        "lengths": [40],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int8",
+        "per": "channel",
+        "magnitude": tuple(0.5**channel for channel in range(32)),
+        "of_keys": tuple(2.0**channel for channel in range(32)),
+        "page_size": 32,
+        "dims": (32, 32),
+    },
     "int8 by channel, keys beyond float16": {
         "lengths": [40],
         "num_queries": 1,
@@ -208,7 +219,7 @@ def check(
 
     `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
     the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots
-    that is valid; `of_keys`, one size or each channel's, and `of_values` multiply what is stored; `misread` adds to every page id
+    that is valid; `magnitude` of queries and `of_keys` may be of each channel; `misread` adds to every page id
     that the kernel is given. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
     quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a
     thread for every warpgroup, of which a program of many steps takes one.
@@ -253,7 +264,9 @@ def check(
     if prefill:
         asked_for = positions[:, 0].copy(), num_new
         positions[np.arange(num_queries)[None] >= num_new[:, None]] = -1
-    queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
+    queries = jnp.asarray(
+        np.asarray(magnitude) * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype
+    )
     scale = dims[0] ** -0.5
     table = table + misread * (starts < NOWHERE)
     mine = slice(None) if lists == "heads" else 0
@@ -283,7 +296,10 @@ def check(
             assert abs(found - share) < 2e-4, f"page mass {found}, wanted {share}"
     rounding = np.linalg.norm(np.asarray(jnp.asarray(wanted, dtype), np.float64) - wanted)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
-    allowed = max(1.25 * rounding, 1e-6 * max(1, magnitude * np.max(of_keys) / 10) * np.linalg.norm(wanted))
+    allowed = max(
+        1.25 * rounding,
+        1e-6 * max(1, np.max(np.asarray(magnitude) * np.asarray(of_keys)) / 10) * np.linalg.norm(wanted),
+    )
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)
 

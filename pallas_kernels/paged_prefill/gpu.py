@@ -12,7 +12,7 @@ from jax import Array
 from pallas_kernels.formats import Quantised, format_of
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.gpu import refusal
-from pallas_kernels.paged_attention.gpu_tiles import fit
+from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN, fit
 from pallas_kernels.paged_prefill.reference import by_positions
 from pallas_kernels.tensor_cores import ROWS, this_chip
 
@@ -26,8 +26,17 @@ def _paged_attention(
     rows = queries.shape[1] * queries.shape[2] // key_pages.shape[1]
     is_wide = chip == "hopper" and rows > ROWS and not isinstance(key_pages, Quantised)
     if is_wide:
-        dims, depth = (key_pages.shape[3], value_pages.shape[3]), options.get("max_stages") or gpu.MAX_STAGES
-        is_wide = fit(*dims, format_of(key_pages), num_consumers=2, max_stages=depth).num_stages >= 2
+        *_, page_size, dim = key_pages.shape
+        tiles = fit(
+            dim,
+            value_pages.shape[3],
+            format_of(key_pages),
+            num_consumers=2,
+            block_pages=max(1, BLOCK_LEN // page_size),
+            max_stages=options.get("max_stages") or gpu.MAX_STAGES,
+            with_page_mass=options.get("with_page_mass", False),
+        )
+        is_wide = tiles.num_stages >= 2
     return gpu.paged_attention(queries, key_pages, value_pages, *arrays, num_consumers=2 if is_wide else 1, **options)
 
 

@@ -84,12 +84,12 @@ WAYS = [
 ]
 
 
+FAST = {"llama_gqa": pytest.mark.every_shape, "mamba2": ()}
+
+
 @pytest.mark.parametrize(
     ("family", "fields"),
-    [
-        pytest.param(*way, id=way[0], marks=() if way[0] in ("llama_gqa", "mamba2") else pytest.mark.slow)
-        for way in WAYS
-    ],
+    [pytest.param(*way, id=way[0], marks=FAST.get(way[0], pytest.mark.slow)) for way in WAYS],
 )
 def test_many_requests_all_end_as_if_alone(family, fields):
     engine = soak(family, 120, seed=1, **fields)

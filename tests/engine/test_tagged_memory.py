@@ -172,7 +172,7 @@ def test_saved_plans_replay_a_run(tmp_path):
     steps += [_drive(session, ["a", "c"], chunks) for chunks in tokens]
     save_plans(tmp_path / "plans.npz", [plan for plan, _, _ in steps])
     _, structure, params, _ = build("hybrid")
-    step, pools = MemoryStep(structure, session.layout), session.layout.allocate(float("nan"))
+    step, pools = MemoryStep.of(structure, session.layout), session.layout.allocate(float("nan"))
     for plan, (_, tokens, expected) in zip(load_plans(tmp_path / "plans.npz"), steps, strict=True):
         logits, pools = step.run(params, pools, plan, tokens)
         for row, name in enumerate(expected):

@@ -20,7 +20,7 @@ MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(n
 def layout_of(variant, memory, rows=3, max_len=40, dtype="float32") -> tuple[MemoryStep, dict]:
     model, structure, params, _ = build(variant, dtype)
     layout = MemoryLayout.of(model.states(), memory, max_sequences=rows, max_len=max_len)
-    return MemoryStep(structure, layout), params
+    return MemoryStep.of(structure, layout), params
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -88,7 +88,7 @@ def test_a_step_of_the_engine_leaves_its_pool_in_place(dtype):
     """Temporaries of a whole decode step below 1% of a large pool: nothing of it is copied."""
     model, structure, params, _ = build("gqa", dtype)
     layout = MemoryLayout.of(model.states(), MEMORIES[0], max_sequences=8, max_len=8192)
-    step, pools = MemoryStep(structure, layout), jax.eval_shape(layout.allocate)
+    step, pools = MemoryStep.of(structure, layout), jax.eval_shape(layout.allocate)
     plan, tokens = layout.ledger().plan([], 8, 1), jax.ShapeDtypeStruct((8, 1), jnp.int32)
     analysis = MemoryStep.next_logits.lower(step, params, pools, plan, tokens).compile().memory_analysis()
     assert analysis.alias_size_in_bytes == layout.pool_bytes

@@ -102,6 +102,9 @@ def _arguments(**changes):
         ({"window": 0}, "window = 0: must be at least 1"),
         ({"num_sinks": -1}, "num_sinks = -1"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
+        ({"soft_cap": float("inf")}, "soft_cap = inf: must be positive and finite"),
+        ({"window": 1 << 31}, "window = 2147483648: must be below 1073741824"),
+        ({"valid_slots": jnp.ones((1, 2, 4), jnp.int32)}, "valid_slots of int32: must be bool"),
         ({"page_starts": jnp.zeros((1, 3), jnp.int32)}, r"page_starts = \(1, 3\): must have the shape of page_table"),
         (
             dict.fromkeys(("page_table", "page_starts"), jnp.zeros((1, 3, 2), jnp.int32)),

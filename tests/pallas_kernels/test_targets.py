@@ -1,10 +1,13 @@
 """What the compilers said, read and judged. The compilers themselves run in `make kernels-check`."""
 
+import itertools
 import json
+import math
 from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -13,7 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 from kvlab.hardware import CHIPS
 from pallas_kernels import chips, compilers, targets
 from pallas_kernels.chips import TARGETS, Shape
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats import FORMATS, Quantised
+from pallas_kernels.paged_attention.gpu import refusal as gpu_refusal
+from pallas_kernels.paged_attention.gpu_tiles import fit, scratch_for
+from pallas_kernels.selection import Asked
 from pallas_kernels.targets import Compiled
 
 SHAPE = Shape("paged_attention", "bfloat16", 128)
@@ -118,3 +124,38 @@ def test_the_table_is_written_between_its_marks_only(tmp_path):
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no lines"):
         targets.write_table(page, [])
+
+
+KEPT = [(format, per) for format in FORMATS for per in ("token", "channel")] + [("bfloat16", "token")]
+
+
+@pytest.mark.parametrize(("format", "per"), KEPT)
+@pytest.mark.parametrize("with_page_mass", [False, True])
+def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
+    """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227 KiB hold whatever `refusal` lets pass."""
+    of_type = jnp.dtype(FORMATS.get(format, "bfloat16"))
+    sizes = range(32, 257, 32)
+    pages = jnp.zeros((1, 1, 1, 2), of_type)
+    asked_pages = Quantised(pages, None, per) if format in FORMATS else pages
+    num_held = 0
+    for dim, value_dim, page_size, num_consumers in itertools.product(sizes, sizes, (8, 32, 64), (1, 2)):
+        if gpu_refusal(Asked(format, page_size, (dim, value_dim), 1, per)) or (
+            num_consumers == 2 and format in FORMATS
+        ):
+            continue
+        block_pages = 64 // page_size
+        tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, with_page_mass=with_page_mass)
+        if not tiles.num_stages:  # of chunks with two warpgroups: one attends
+            continue
+        dtype = jnp.dtype(jnp.bfloat16)
+        scratch = scratch_for(
+            tiles, dim, value_dim, asked_pages, dtype, block_pages, num_consumers, with_page_mass, "hopper"
+        )
+        refs = [one for one in scratch.values() if hasattr(one, "dtype")]
+        num_bytes = sum(-(-math.prod(one.shape) * jnp.dtype(one.dtype).itemsize // 1024) * 1024 for one in refs)
+        assert num_bytes == tiles.num_bytes, (dim, value_dim, page_size, num_consumers)
+        barriers = [one for one in scratch.values() if not hasattr(one, "dtype")]
+        assert num_bytes + 2048 + 8 * sum(int(np.prod(one.num_barriers)) for one in barriers) <= 227 * 1024
+        assert all(np.prod(one.num_barriers) <= 32 for one in barriers)
+        num_held += 1
+    assert num_held >= 64
