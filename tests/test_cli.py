@@ -110,7 +110,7 @@ def test_a_corpus_that_is_too_short_is_answered_before_anything_is_written(tmp_p
 def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path):
     """One point diverges: that run is a failed row, the other is done, the exit status is 1."""
     arguments = ["-m", *TINY, "optimizer.clip_norm=null", "optimizer.warmup_fraction=0", "optimizer.eps=1e-30"]
-    arguments += ["optimizer.weight_decay=10", "model.dtype=bfloat16", "train.num_steps=400", "train.eval_every=400"]
+    arguments += ["optimizer.weight_decay=10", "model.dtype=bfloat16", "train.num_steps=100", "train.eval_every=100"]
     done = kvlab("run", *arguments, "optimizer.learning_rate=10,0.001", f"results_dir={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert sorted(record["status"] for record in read_records(tmp_path)) == ["done", "failed"]

@@ -40,6 +40,16 @@ CASES: dict[str, dict[str, Any]] = {
         "dims": (80, 32),
         "kv_heads": 1,
     },
+    "head dims that models have": {"lengths": [70], "num_queries": 1, "group": 4, "dims": (256, 128), "kv_heads": 1},
+    "positions beyond 32 K": {
+        "lengths": [40_000],
+        "num_queries": 1,
+        "group": 2,
+        "kv_heads": 1,
+        "window": 70,
+        "page_size": 64,
+        "with_mass": False,
+    },
     "one head each": {"lengths": [41, 64], "num_queries": 1, "group": 1},
     "a chunk in two tiles, window, sinks, soft cap": {
         "lengths": [33, 9],

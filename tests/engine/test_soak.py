@@ -84,7 +84,7 @@ WAYS = [
 ]
 
 
-FAST = {"llama_gqa": pytest.mark.every_shape, "mamba2": ()}
+FAST = {"llama_gqa": pytest.mark.every_shape}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure, names
 ON_THE_HOST = ["kv_arithmetic", "paged_waste", "prefix_reuse", "sharing"]
 
 
-@pytest.mark.parametrize("name", ON_THE_HOST)
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one == "prefix_reuse" else ()) for one in ON_THE_HOST]
+)
 def test_reproduce_checks_and_draws(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["kvlab", "reproduce", name, "--output", str(tmp_path)])
     assert main() == 0

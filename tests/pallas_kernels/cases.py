@@ -20,6 +20,15 @@ def numbers(num_fast: int) -> list:
     return [pytest.param(one, marks=() if one < num_fast else pytest.mark.slow) for one in range(NUM_CASES)]
 
 
+def named(cases: dict[str, Any], *slow: str) -> Any:
+    """A parametrisation over named cases, of which those named here are slow."""
+    assert not set(slow) - set(cases), "no such cases"
+    marks = {name: pytest.mark.slow if name in slow else () for name in cases}
+    return pytest.mark.parametrize(
+        "case", [pytest.param(one, id=name, marks=marks[name]) for name, one in cases.items()]
+    )
+
+
 LEDGER_CASES = {
     "ragged": ({"lengths": [320, 64, 16, 0]}, 320 + 64 + 16),
     "a window of 128 with sinks": ({"lengths": [320, 64], "window": 128, "sinks": 4}, 128 + 16 + 64),

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu, pages, proof
 from pallas_kernels.paged_attention.proof import CASES, generated
-from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 check = partial(proof.check, is_compiled=False)
 simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
@@ -26,7 +26,17 @@ def small(monkeypatch):
     reset_gpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@named(
+    CASES,
+    "one head each",
+    "a chunk in two tiles, window, sinks, soft cap",
+    "large logits",
+    "slots that are not valid, window, sinks",
+    "fp8 by token, tiny values",
+    "int8 by channel, valid slots",
+    "int8 by channel, keys beyond float16",
+    "int4 by channel",
+)
 def test_equals_float64_without_a_race(case, capfd):
     check(simulated, **case, dtype=jnp.bfloat16)
     assert "RACE" not in capfd.readouterr().out

@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention import proof
 from pallas_kernels.paged_attention import tpu as paged_tpu
 from pallas_kernels.paged_attention.proof import generated
 from pallas_kernels.paged_prefill import gpu, paged_prefill, tpu
-from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, numbers
+from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers
 
 CASES: dict[str, dict[str, Any]] = {
     "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
@@ -45,12 +45,12 @@ class Contract:
     def prefill(self, number: int = 0):
         raise NotImplementedError
 
-    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    @named(CASES)
     def test_equals_float64(self, case, capfd):
         self.check(self.prefill(), prefill=True, **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
-    @pytest.mark.parametrize("number", numbers(2))
+    @pytest.mark.parametrize("number", numbers(1))
     def test_equals_float64_over_the_option_space(self, number, capfd):
         case = generated(number, formats=("int8", "fp8", "int4"), **self.space)
         self.check(
@@ -106,11 +106,11 @@ class TestGPU(Contract):
         how = plgpu.InterpretGPUParams(detect_races=True)
         return partial(gpu.paged_prefill, interpret=how, chip=("hopper", "blackwell")[number % 2])
 
-    @pytest.mark.parametrize("name", CHUNK_CASES)
-    def test_every_tile_fetches_its_live_pages_once(self, name, monkeypatch):
+    @named(CHUNK_CASES, "one tile", "int8")
+    def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
         """And its rows of queries: where a list is not cut, nothing else."""
         monkeypatch.setattr(paged_gpu, "PIECES", 1)
-        ledger, case = Fetched(), CHUNK_CASES[name]
+        ledger = Fetched()
         ledger.count_loads(monkeypatch)
         rows = 64 if case["num_queries"] * case["group"] <= 64 else 128
         tile_len = rows // case["group"]
@@ -165,15 +165,15 @@ class TestTPU(Contract):
         yield
         pltpu.reset_tpu_interpret_mode_state()
 
-    @pytest.mark.parametrize("name", CHUNK_CASES)
-    def test_every_tile_fetches_its_live_pages_once(self, name, monkeypatch):
+    @named(CHUNK_CASES, "one tile", "int8")
+    def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
         """And nothing else: queries come through the grid."""
         monkeypatch.setattr(paged_tpu, "ROWS", 64)
-        ledger, case = Fetched(), CHUNK_CASES[name]
+        ledger = Fetched()
         ledger.count_copies(monkeypatch)
         assert ledger.of_chunk(self.check, self.prefill(), case, 64 // case["group"]) == 0
 
-    @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+    @named(CASES, "ragged, two tiles, an empty sequence", "window, sinks, soft cap")
     def test_copies_that_arrive_at_the_wait(self, case, capfd):
         """The other way that the simulator has of running them."""
         self.check(self.prefill(1), prefill=True, **{"dtype": self.dtype, **case})

@@ -47,7 +47,7 @@ def draw(seed, batch, tokens, groups, per_group, head_dim, state_dim):
     per_group=st.integers(1, 3),
     chunk_len=st.sampled_from([1, 2, 5, 8, 64]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_chunked_form_equals_the_recurrence(seed, tokens, groups, per_group, chunk_len):
     arguments = draw(seed, 2, tokens, groups, per_group, 3, 4)
     expected, last = recurrence(*(x.copy() for x in arguments))
