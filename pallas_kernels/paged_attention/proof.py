@@ -41,6 +41,15 @@ CASES: dict[str, dict[str, Any]] = {
         "kv_heads": 1,
     },
     "head dims that models have": {"lengths": [70], "num_queries": 1, "group": 4, "dims": (256, 128), "kv_heads": 1},
+    "head dims of 192": {"lengths": [70], "num_queries": 1, "group": 2, "dims": (192, 64), "kv_heads": 1},
+    "one-hot attention": {"lengths": [40, 9], "num_queries": 1, "group": 2, "magnitude": 1e3},
+    "pages that several sequences list, and one lists twice": {
+        "lengths": [40, 20, 70],
+        "num_queries": 1,
+        "group": 2,
+        "page_size": 8,
+        "is_shared": True,
+    },
     "positions beyond 32 K": {
         "lengths": [40_000],
         "num_queries": 1,
@@ -222,7 +231,7 @@ def generated(
 
 def check(
     kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0, misread=0, seed=3, is_compiled=True,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0, misread=0, is_shared=False, seed=3, is_compiled=True,
 ):  # fmt: skip
     """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
     the type is float32 itself, at most what rounding the scores does to the weights.
@@ -230,7 +239,7 @@ def check(
     `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
     the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots
     that is valid; `magnitude` of queries and `of_keys` may be of each channel; `misread` adds to every page id
-    that the kernel is given. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
+    that the kernel is given; where pages are shared, the first two of every sequence are the first one's first. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
     quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a
     thread for every warpgroup, of which a program of many steps takes one.
     """
@@ -262,6 +271,10 @@ def check(
                 for pool, size in ((keys, np.asarray(of_keys)), (values, of_values)):
                     tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
                     pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
+    for row, head in np.ndindex(batch, kv_heads) if is_shared else ():
+        for begin in (0, page_size):
+            if lengths[row] >= begin + page_size:
+                table[row, head, starts[row, head] == begin] = table[0, head, starts[0, head] == 0]
     pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
     for row, length in enumerate(lengths):
         for head, entry in np.argwhere(starts[row] < NOWHERE):
