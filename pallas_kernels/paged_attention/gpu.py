@@ -57,7 +57,7 @@ def refusal(asked: Asked) -> str | None:
         return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
     if asked.group > ROWS:
         return f"group size = {asked.group}: must be at most {ROWS} query heads for a KV head"
-    if not fit(*head_dims, format, asked.per, block_pages=max(1, BLOCK_LEN // page_size)).num_stages:
+    if not fit(*head_dims, format, asked.per, page_size=page_size).num_stages:
         return f"head dims = {head_dims}: shared memory does not hold a block of {format} scaled by {asked.per}"
     return None
 
@@ -109,7 +109,7 @@ def paged_attention(
         words = None if words is None else words.reshape(*page_table.shape, -1)
     block_pages = BLOCK_LEN // page_size
     max_stages = max_stages or MAX_STAGES
-    tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, max_stages, with_page_mass)
+    tiles = fit(dim, value_dim, format, per, num_consumers, page_size, max_stages, with_page_mass)
 
     first, last = bounds(query_positions, kv_lens, window, tile_len)
     lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)

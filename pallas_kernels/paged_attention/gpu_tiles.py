@@ -41,12 +41,13 @@ def fit(
     format: str,
     per: Scaling = "token",
     num_consumers: int = 1,
-    block_pages: int = 1,
+    page_size: int = BLOCK_LEN,
     max_stages: int = MAX_STAGES,
     with_page_mass: bool = True,
 ) -> Tiles:
     """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
     rows, is_quantised = ROWS * num_consumers, format in FORMATS
+    block_pages = max(1, BLOCK_LEN // page_size)
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
     num_halves = 2 if is_quantised and per == "channel" else 1
     fixed = [rows * dim * 2, 2 * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]

@@ -12,7 +12,7 @@ from jax import Array
 from pallas_kernels.formats import Quantised, format_of
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.gpu import refusal
-from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN, fit
+from pallas_kernels.paged_attention.gpu_tiles import fit
 from pallas_kernels.paged_prefill.reference import by_positions
 from pallas_kernels.tensor_cores import ROWS, this_chip
 
@@ -32,7 +32,7 @@ def _paged_attention(
             value_pages.shape[3],
             format_of(key_pages),
             num_consumers=2,
-            block_pages=max(1, BLOCK_LEN // page_size),
+            page_size=page_size,
             max_stages=options.get("max_stages") or gpu.MAX_STAGES,
             with_page_mass=options.get("with_page_mass", False),
         )

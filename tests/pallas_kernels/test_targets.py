@@ -144,8 +144,9 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
         ):
             continue
         block_pages = 64 // page_size
-        tiles = fit(dim, value_dim, format, per, num_consumers, block_pages, with_page_mass=with_page_mass)
-        if not tiles.num_stages:  # of chunks with two warpgroups: one attends
+        tiles = fit(dim, value_dim, format, per, num_consumers, page_size, with_page_mass=with_page_mass)
+        if not tiles.num_stages:
+            assert num_consumers == 2, "refusal lets pass what is not held"  # of a chunk's two warpgroups one attends
             continue
         dtype = jnp.dtype(jnp.bfloat16)
         scratch = scratch_for(
