@@ -70,7 +70,8 @@ def kv_write(
     unit = min(page_size, ROWS)
     begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
     pools = (key_pages, value_pages)
-    missing = max(0, ROWS - write_slots.size)  # fewer could not be copied where rows lie together in groups
+    # Rows lie together in groups of 8, and a whole tile is copied at once: what is missing of either is filled up.
+    missing = max(ROWS - write_slots.size, -write_slots.size % 8)
     tokens = [jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, missing), (0, 0), (0, 0))) for x in (keys, values)]
     kernel_pools = list(pools)
     for number, (pool, new) in enumerate(zip(pools, (keys, values), strict=True)):

@@ -197,9 +197,11 @@ class Piece(Named):
                 ahead = jnp.minimum(self.num_blocks, self.num_stages - 1)
                 lax.fori_loop(0, ahead, lambda number, _: self.fetch(number), None)
 
-        lows, highs = (plgpu.load(one.at[self.item, mine], layout=self.down) for one in (self.row_first, self.row_last))
+        # jax 0.11 takes loads of global memory only if they may be slow; these are of 64 numbers, once.
+        load = partial(plgpu.load, layout=self.down, optimized=False)
+        lows, highs = (load(one.at[self.item, mine]) for one in (self.row_first, self.row_last))
         if self.row_scales is not None:  # kept where log-sum-exps will be: registers are scarce
-            factors = plgpu.load(self.row_scales.at[self.item, self.head, mine], layout=self.down)
+            factors = load(self.row_scales.at[self.item, self.head, mine])
             self.lse_out[mine] = factors * self.scale
             plgpu.commit_smem()
         plgpu.barrier_wait(self.queries_arrived)

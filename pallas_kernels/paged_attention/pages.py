@@ -169,7 +169,7 @@ def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, tabl
     parts = -(-blocks // share)
     ends = jnp.cumsum(parts)
     numbers = jnp.arange(min(num_pieces, items * longest) + items)
-    item = jnp.minimum(jnp.searchsorted(ends, numbers, side="right"), items - 1).astype(jnp.int32)
+    item = jnp.minimum(jnp.searchsorted(ends, numbers, side="right", method="compare_all"), items - 1).astype(jnp.int32)
     size = -(-blocks[item] // jnp.maximum(parts[item], 1)) * block_pages
     begin = (numbers - (ends - parts)[item]) * size
     count = jnp.where(numbers < ends[-1], jnp.clip(counts[item] - begin, 0, size), 0)
