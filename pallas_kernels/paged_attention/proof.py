@@ -238,12 +238,13 @@ def check(
 
     `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
     the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots
-    that is valid; `magnitude` of queries and `of_keys` may be of each channel; `misread` adds to every page id
+    that is valid; `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; `misread` adds to every page id
     that the kernel is given; where pages are shared, the first two of every sequence are the first one's first. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
     quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a
     thread for every warpgroup, of which a program of many steps takes one.
     """
     rng, batch = np.random.default_rng(seed), len(lengths)
+    magnitude, of_keys = (np.resize(np.asarray(one, np.float64), dims[0]) for one in (magnitude, of_keys))
     table_len = max(-(-max(lengths) // page_size), 1) + 2
     num_pages = 2 + batch * kv_heads * table_len
     keys, values = (np.full((num_pages, kv_heads, page_size, dim), np.nan, np.float32) for dim in dims)
@@ -268,7 +269,7 @@ def check(
                 begin = starts[row, head, entry]
                 slots = np.flatnonzero(valid[row, head, entry, : length - begin])
                 readable[row][begin + slots, head] = True
-                for pool, size in ((keys, np.asarray(of_keys)), (values, of_values)):
+                for pool, size in ((keys, of_keys), (values, of_values)):
                     tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
                     pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
     for row, head in np.ndindex(batch, kv_heads) if is_shared else ():
@@ -287,9 +288,7 @@ def check(
     if prefill:
         asked_for = positions[:, 0].copy(), num_new
         positions[np.arange(num_queries)[None] >= num_new[:, None]] = -1
-    queries = jnp.asarray(
-        np.asarray(magnitude) * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype
-    )
+    queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
     scale = dims[0] ** -0.5
     table = table + misread * (starts < NOWHERE)
     mine = slice(None) if lists == "heads" else 0
@@ -321,7 +320,7 @@ def check(
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
     allowed = max(
         1.25 * rounding,
-        1e-6 * max(1, np.max(np.asarray(magnitude) * np.asarray(of_keys)) / 10) * np.linalg.norm(wanted),
+        1e-6 * max(1, np.max(magnitude * of_keys) / 10) * np.linalg.norm(wanted),
     )
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)
