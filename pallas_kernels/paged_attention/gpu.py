@@ -36,8 +36,7 @@ from pallas_kernels.paged_attention.pages import (
     split,
     tiled,
 )
-from pallas_kernels.paged_attention.plan import PIECES, Plan
-from pallas_kernels.paged_attention.plan import plan as make_plan
+from pallas_kernels.paged_attention.plan import PIECES, Plan, plan_attention
 from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
 from pallas_kernels.typing import Bool, Float, Int32
@@ -99,7 +98,7 @@ def paged_attention(
         options |= {"max_stages": max_stages, "chip": chip, "interpret": interpret}
         return in_tiles(queries, key_pages, value_pages, *tables, **options)
     if plan is None:
-        plan = make_plan(
+        plan = plan_attention(
             page_table,
             page_starts,
             query_positions,

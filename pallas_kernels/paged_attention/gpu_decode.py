@@ -109,7 +109,7 @@ def scratch_bytes(
         sizes += [num_staged * BLOCK_LEN * width * 2 for width in dims]
     if format in FORMATS and per == "channel":
         sizes += [(num_stages + num_staged) * block_pages * width * 4 for width in dims]
-        sizes += [dims[0] * num_columns * 4, block_pages * PARTS * num_columns * dims[0] * 2]
+        sizes += [dims[0] * num_columns * 2, block_pages * PARTS * num_columns * dims[0] * 2]
     else:
         sizes.append(num_columns * dims[0] * 2)
         if format in FORMATS:
@@ -118,9 +118,17 @@ def scratch_bytes(
 
 
 def scratch_for(
-    tiles: Tiles, key_pages: Pages, value_pages: Pages, dtype: Any, num_columns: int, block_pages: int, *, with_page_mass: bool
-) -> dict[str, Any]:  # fmt: skip
-    """What a thread block keeps in shared memory, by name."""
+    tiles: Tiles,
+    key_pages: Pages,
+    value_pages: Pages,
+    dtype: Any,
+    of_rows: Any,
+    num_columns: int,
+    block_pages: int,
+    *,
+    with_page_mass: bool,
+) -> dict[str, Any]:
+    """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in `of_rows`."""
     dims, depth, staged = (key_pages.shape[3], value_pages.shape[3]), tiles.num_stages, tiles.num_staged
     is_quantised, stripe = isinstance(key_pages, Quantised), stripe_of(value_pages.shape[3], num_columns)
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
@@ -145,7 +153,7 @@ def scratch_for(
             scratch[name] = shared((staged, BLOCK_LEN, width), of, step)
     scratch["free"] = plgpu.Barrier(num_barriers=staged or depth)
     if isinstance(key_pages, Quantised) and key_pages.per == "channel":
-        scratch["queries"] = plgpu.SMEM((dims[0], num_columns), jnp.float32)
+        scratch["queries"] = plgpu.SMEM((dims[0], num_columns), of_rows)
         scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, step_of(dims[0], key_pages))
     else:
         scratch["queries"] = shared((num_columns, dims[0]), dtype, step_of(dims[0], key_pages))
@@ -225,7 +233,8 @@ def decode(
     if plan.words is not None:
         arrays["words"] = plan.words
     if per == "channel":
-        arrays["rows"] = rows.astype(jnp.float32).swapaxes(2, 3)
+        is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
+        arrays["rows"] = rows.astype(rows.dtype if is_half else jnp.bfloat16).swapaxes(2, 3)
     else:
         arrays["rows"], factors = fitted(rows, dtype)
         if factors is not None:
@@ -239,7 +248,8 @@ def decode(
         of_pages = (items, num_kv_heads, plan.pages.shape[1], num_columns)
         out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
     given, structure = jax.tree.flatten(list(arrays.values()))
-    scratch = scratch_for(tiles, key_pages, value_pages, dtype, num_columns, block_pages, with_page_mass=with_page_mass)
+    pools, of_rows = (key_pages, value_pages), arrays["rows"].dtype
+    scratch = scratch_for(tiles, *pools, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
@@ -264,7 +274,7 @@ def decode(
             steps={"keys": step_of(dim, key_pages), "values": step_of(value_dim, value_pages)},
         ).run()
 
-    return plgpu.kernel(
+    made = plgpu.kernel(
         kernel,
         out_type=list(out_type.values()),
         scratch_types=list(scratch.values()),
@@ -275,6 +285,7 @@ def decode(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),
     )(*given)
+    return tuple(made)
 
 
 def worked_in(pages: Pages, queries: Any) -> Any:
@@ -320,7 +331,7 @@ class _Decode(Ring):
         plgpu.barrier_wait(self.queries_arrived)
         queries = None
         if self.per == "channel":
-            queries = plgpu.load(self.queries, layout=plgpu.Layout.WGMMA)
+            queries = plgpu.load(self.queries, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
         def filled(shape, value, layout):
             return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -90,7 +90,7 @@ def merge(
         plgpu.copy_smem_to_gmem(sums, merged_sums.at[item, head])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    merged, merged_sums = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((items, num_queries, num_kv_heads * group, value_dim), dtype),
@@ -102,3 +102,4 @@ def merge(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(outputs, log_sum_exp, shares)
+    return merged, merged_sums

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.masking import NOWHERE, check_options
 from pallas_kernels.paged_attention.pages import bounds, live_pages, packed, split
 from pallas_kernels.typing import Bool, Int32
 
@@ -62,7 +62,7 @@ class Plan:
     num_sinks: int
 
 
-def plan(
+def plan_attention(
     page_table: Int32[Array, "B *heads num_pages"],
     page_starts: Int32[Array, "B *heads num_pages"],
     query_positions: Int32[Array, "B T"],
@@ -75,8 +75,10 @@ def plan(
     num_sinks: int = 0,
     num_pieces: int | None = None,
 ) -> Plan:
-    """The plan for calls of `paged_attention` with these tables, positions and masks, of pools with `num_kv_heads` heads and pages of
-    `page_size` slots."""
+    """The plan for calls of `paged_attention` with these tables, positions, lengths and masks, over pools with `num_kv_heads` heads and
+    pages of `page_size` slots (P, K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
+    What the arrays hold is not looked at, as in `paged_attention`; raises ValueError for options out of range."""
+    check_options(window, num_sinks, None)
     num_entries = page_table.shape[-1]
     if page_table.ndim == 3:  # a head is a sequence of its own, over a pool whose pages are single tiles
         page_table = page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
