@@ -83,17 +83,18 @@ def read(path: Path) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
-    """The line that counts of every kind and name: the last one, unless it knows less than one before it, as what was skipped, cut or
-    interrupted later does."""
+    """The line that counts of every kind and name: the last one of those that know most. One that is done knows more than one that
+    answered something before it ended, and that more than one without an answer."""
     found: dict[tuple[str, str], Line] = {}
     for line in lines:
         key = line["kind"], line["name"]
-        if key in found and line.get("outcome") in ("skipped", "cut", "interrupted"):
-            former = found[key]
-            if former.get("outcome") in SETTLED or ("answer" in former and "answer" not in line):
-                continue
-        found[key] = line
+        if key not in found or _known(line) >= _known(found[key]):
+            found[key] = line
     return found
+
+
+def _known(line: Line) -> int:
+    return 2 if line.get("outcome") == "done" else int("answer" in line)
 
 
 def finite(value: Any) -> Any:
