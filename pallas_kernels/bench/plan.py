@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pallas_kernels.bench.measure import sweep
 from pallas_kernels.bench.paged import Problem
@@ -45,7 +46,7 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
     start_s = START_S if is_full else 0.5
     limit_s = max(45.0, min(300.0, 0.14 * options.budget))
 
-    def timings(kind: str, problems: Iterable[Problem], least_s: float = 0.0) -> tuple[Piece, ...]:
+    def timings(kind: str, problems: Iterable[Any], least_s: float = 0.0) -> tuple[Piece, ...]:
         return tuple(
             Piece(
                 kind,
@@ -84,7 +85,7 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
     yield Stage("generated cases", generated, 1.0, options.workers)
 
 
-def chosen(options: Namespace) -> list:
+def chosen(options: Namespace) -> list[Any]:
     """The problems whose name has the text of `only`, in the order of value a second."""
     order = {name: number for number, name in enumerate(EXPECTED_S)}
     problems = [one for one in PROBLEMS[options.size] if options.only in one.name]

@@ -96,7 +96,8 @@ class Runner:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "Runner":
-        self._former = {one: signal.signal(one, self._interrupt) for one in SIGNALS}
+        heard = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]  # as nohup wants
+        self._former = {one: signal.signal(one, self._interrupt) for one in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
