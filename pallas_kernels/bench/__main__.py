@@ -32,6 +32,8 @@ PACKAGE = Path(__file__).parents[1]
 RESERVE_S, LEAST_BUDGET_S = 10.0, 30.0
 """Kept for the summary, the plot, and a last process that dies slowly; and the least budget there is."""
 MOST_RETRIES = 3
+MOST_LETTERS = 300
+"""Of a line that names what is missing; the file names all."""
 STATUS_OF_AN_INTERRUPTION = 130
 
 
@@ -140,13 +142,12 @@ def _run_without_culprits(runner: Runner, piece: Piece, share: float) -> Line:
 
 def _lines_of(line: Line, found: Found) -> list[str]:
     """Of one piece that was timed."""
-    if "answer" not in line:
-        return [
-            f"| {line['name'] or line['kind']} | nobody | - | - | - | - | - | {line['outcome']}: {line['reason']} |"
-        ]
-    if line["kind"] == "ceilings":
-        return [", ".join(f"{name} {value:.3g}" for name, value in line["answer"].items())]
-    return ["| " + " | ".join(one) + " |" for one in rows(found.result(line))]
+    answer = line.get("answer", {})
+    if line["kind"] == "ceilings" and answer:
+        return [", ".join(f"{name} {value:.3g}" for name, value in answer.items())]
+    if answer.get("timings") or answer.get("failed"):
+        return ["| " + " | ".join(one) + " |" for one in rows(found.result(line))]
+    return [f"| {line['name'] or line['kind']} | nobody | - | - | - | - | - | {line['outcome']}: {line['reason']} |"]
 
 
 def _table(found: Found) -> list[str]:
@@ -165,7 +166,8 @@ def _said_of_cases(found: Found, before: Found | None = None) -> list[str]:
 
 def _conclude(found: Found, path: Path | None) -> None:
     print("", *found.verdicts, *(f"WRONG {one}" for one in found.wrong), sep="\n")
-    print(*(f"missing: {one}" for one in found.missing), sep="\n", flush=True)
+    for outcome, names in found.missing.items():
+        print(f"{outcome}: {len(names)}, {'; '.join(names)}"[:MOST_LETTERS], flush=True)
     if path and found.bandwidth:
         plot(found.bandwidth, found.limits, path)
     elif path:

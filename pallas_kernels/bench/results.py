@@ -30,8 +30,8 @@ class Found:
     """Cases, by op and implementation."""
     wrong: list[str] = field(default_factory=list)
     """What of ours is wrong, or failed."""
-    missing: list[str] = field(default_factory=list)
-    """What was not run to its end, and why."""
+    missing: dict[str, list[str]] = field(default_factory=dict)
+    """By outcome, what was not run to its end."""
     doubts: dict[tuple[str, str], str] = field(default_factory=dict)
     """Why the times of an op by an implementation do not count; by "" is by any."""
 
@@ -50,6 +50,8 @@ class Found:
         for timing in timings:
             if has_ended and timing.name == answer["doing"]:  # it was its turn
                 timing.device_us, timing.has_failed, timing.absent = None, True, line["reason"]
+            elif line["outcome"] != "done" and timing.device_us is None:
+                timing.absent = timing.absent or f"not reached: {line['reason']}"
         found = Result(problems.get(line["name"], _Unknown(line["name"])), timings, failed)
         found.judge(self.limits)
         for timing in timings:
@@ -106,8 +108,9 @@ def gather(lines: Iterable[Line]) -> Found:
             found.wrong.append(f"{result.problem.name}: {result.failed}")
         failed = [one for one in result.timings if one.name not in PEERS and (one.is_wrong or one.has_failed)]
         found.wrong += [f"{result.problem.name}: {one.name} {one.absent}" for one in failed]
-    every = [one for of_kind in kinds.values() for one in of_kind if one.get("outcome", "done") != "done"]
-    found.missing = [f"{_named(one)}: {one['outcome']}, {one['reason']}" for one in every]
+    for line in (one for of_kind in kinds.values() for one in of_kind):
+        if line.get("outcome", "done") != "done":
+            found.missing.setdefault(line["outcome"], []).append(_named(line))
     return found
 
 

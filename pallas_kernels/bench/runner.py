@@ -132,7 +132,7 @@ class Runner:
                         lines[piece.key] = self.known[piece.key]
                         self.tell(lines[piece.key])
                     elif left_s < max(piece.least_s, LEAST_S):
-                        reason = f"{max(left_s, 0):.0f} s were left, it needs {piece.least_s:.0f}"
+                        reason = f"{max(left_s, 0):.1f} s were left, it needs {piece.least_s:.1f}"
                         lines[piece.key] = self._keep(piece, {"outcome": "skipped", "reason": reason})
                     else:
                         running.append(_Child(piece, self.env, left_s, self.seconds))

@@ -91,16 +91,17 @@ def bench(planted, kind, name, *options):
     elif kind == "ceilings":
         say(copy_bytes_per_s=1e12, read_bytes_per_s=1e12, product_flops_per_s=1e14)
     else:
-        timings, without = [], dict(zip(options[1::3], options[2::3], strict=True))
-        for who in (OURS, PEER):
-            timings.append(TIMING | {"name": who, "device_us": None, "doubt": ""})
+        without = dict(zip(options[1::3], options[2::3], strict=True))
+        timings = [TIMING | {"name": who, "device_us": None, "doubt": ""} for who in (OURS, PEER)]
+        for timing in timings:
+            who = timing["name"]
             if who in without:
-                timings[-1] |= {"absent": without[who], "has_failed": True}
+                timing |= {"absent": without[who], "has_failed": True}
                 continue
             say(timings=timings, doing=who, failed="")
             if plan and plan[0] == who:
                 {"abort": os.abort, "fail": fail, "hang": lambda: time.sleep(600)}[plan[1]]()
-            timings[-1]["device_us"] = 10.0
+            timing["device_us"] = 10.0
         say(timings=timings, doing="", failed="")
 
 

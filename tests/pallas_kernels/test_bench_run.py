@@ -130,7 +130,7 @@ def test_resuming_runs_what_is_missing_only(run, monkeypatch, capsys):
     assert "rounds = 3: " in capsys.readouterr().err
 
 
-def test_the_budget_ends_the_run(run, monkeypatch):
+def test_the_budget_ends_the_run(run, monkeypatch, capsys):
     """A hang of everything: what runs is cut, what was not run is written down."""
     monkeypatch.setattr(bench, "LEAST_BUDGET_S", 1.0)
     monkeypatch.setattr(bench, "RESERVE_S", 0.5)
@@ -144,6 +144,10 @@ def test_the_budget_ends_the_run(run, monkeypatch):
     assert "skipped" in outcomes.values()
     assert len(outcomes) == 14
     assert all(one.get("reason") for one in lines[1:-1] if one["outcome"] != "done")
+    assert "problem a chunk of 8 at 64" in lines[-1]["missing"]["skipped"]
+    said = capsys.readouterr().out
+    assert "| decode B3 | jax paged_attention | - | - | - | - | - | not reached: killed after " in said
+    assert "| a chunk of 8 at 64 | nobody | - | - | - | - | - | skipped: 0.0 s were left" in said
 
 
 def test_where_the_probe_fails_nothing_else_is_run(run, capsys):
