@@ -57,8 +57,9 @@ class Record:
     def keep(self, line: Mapping[str, Any]) -> None:
         """Appends a line. It is on the disk when this returns."""
         self.lines.append(finite(dict(line)))
-        written = json.dumps(self.lines[-1], allow_nan=False) + "\n"
-        os.write(self._file, written.encode())
+        left = (json.dumps(self.lines[-1], allow_nan=False) + "\n").encode()
+        while left:  # a full disk takes a part, and then raises
+            left = left[os.write(self._file, left) :]
         os.fsync(self._file)
 
     def close(self) -> None:
