@@ -47,6 +47,11 @@ class Problem:
     goals: Goals = NONE
 
     @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return ("paged_attention" if self.num_queries == 1 else "paged_prefill",)
+
+    @property
     def value_dim(self) -> int:
         """Dims of values."""
         return self.latent_dim or self.dim
@@ -243,5 +248,4 @@ def plain(inputs: Inputs) -> tuple[Array, Array]:
 
 def bucket_of(problem: Problem, inputs: Inputs) -> str:
     """The problem's shapes, as tile sizes are remembered."""
-    op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
-    return api.bucket_of(op, inputs.queries, inputs.keys, inputs.values, inputs.tables[0])
+    return api.bucket_of(problem.ops[0], inputs.queries, inputs.keys, inputs.values, inputs.tables[0])
