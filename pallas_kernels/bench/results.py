@@ -7,6 +7,7 @@ from typing import Any
 
 from pallas_kernels.bench.goals import NONE, Goals, Result, Timing, verdicts
 from pallas_kernels.bench.measure import sweep
+from pallas_kernels.bench.paged import PLANNED
 from pallas_kernels.bench.peers import PEERS
 from pallas_kernels.bench.problems import PROBLEMS
 from pallas_kernels.bench.record import Line, latest
@@ -55,7 +56,9 @@ class Found:
         found = Result(problems.get(line["name"], _Unknown(line["name"])), timings, failed)
         found.judge(self.limits)
         for timing in timings:
-            timing.doubt = "" if timing.name in PEERS else self._doubt(found.problem.ops, timing.name)
+            timing.doubt = (
+                "" if timing.name in PEERS else self._doubt(found.problem.ops, timing.name.removesuffix(PLANNED))
+            )
         return found
 
     def _doubt(self, ops: tuple[str, ...], name: str) -> str:

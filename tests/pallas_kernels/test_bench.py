@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels.bench import clock, measure, peers, piece, verify
 from pallas_kernels.bench.goals import Goals, Result, Timing, verdicts
 from pallas_kernels.bench.others import Mixed, Step, Write
-from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs
+from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, planned
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS, SWEEPS, TINY
 from pallas_kernels.paged_attention import api
 from pallas_kernels.selection import Asked
@@ -307,3 +307,10 @@ def test_tile_sizes_are_searched_for_what_is_looked_up():
         buckets[problem.name] = bucket_of(problem, inputs)
     assert "by lists of heads" in buckets["decode B2, 1/2 of the pages by head"]
     assert len(set(buckets.values())) == len(buckets)
+
+
+def test_layers_that_share_plans_answer_as_calls_without():
+    problem = PROBLEMS["tiny"][0]
+    work = planned(problem, make_inputs(problem), "blocked")
+    np.testing.assert_array_equal(jax.jit(work.answer)(work.arrays), problem.wanted())
+    assert work.num_calls == 2, "a layer for each table"
