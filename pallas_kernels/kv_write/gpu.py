@@ -16,23 +16,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import (
-    FORMATS,
-    INVERSE,
-    Pages,
-    Quantised,
-    arrays_of,
-    in_bytes,
-    inverses,
-    numbers,
-)
+from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of, inverses, numbers
+from pallas_kernels.kv_write import gpu_single
+from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.selection import Asked
-from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
+from pallas_kernels.tensor_cores import ROWS, Chip, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
 
-STEP = 32
-"""Columns that are turned into numbers at once."""
 ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
 
@@ -66,6 +57,8 @@ def kv_write(
 ) -> tuple[Pages, Pages]:
     """See `api.kv_write`. It multiplies nothing: it is the same for every `chip`."""
     del chip
+    if write_slots.shape[1] == 1:
+        return gpu_single.write(key_pages, value_pages, keys, values, write_slots, interpret=interpret)
     num_pages, num_kv_heads, page_size = key_pages.shape[:3]
     unit = min(page_size, ROWS)
     begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
@@ -153,17 +146,14 @@ def _tiles(
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
     total = batch * num_tokens
-    if num_tokens == 1:
-        begins = jnp.arange(0, total, ROWS, dtype=jnp.int32)
-        ends = begins + ROWS
-    else:  # a row's tiles end where its pages do, wherever its first token is
-        shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
-        shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
-        numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
-        first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
-        begins = jnp.maximum(numbers * ROWS - shift, 0)
-        ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
-        begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
+    # A row's tiles end where its pages do, wherever its first token is.
+    shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
+    shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
+    numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
+    begins = jnp.maximum(numbers * ROWS - shift, 0)
+    ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
+    begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
     loaded = jnp.minimum(begins, max(0, total - ROWS))  # the last tile must not reach past the end
     tokens = loaded[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None]
     mine = (tokens >= begins[:, None]) & (tokens < ends[:, None]) & (tokens < total)
@@ -175,14 +165,7 @@ def _tiles(
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
 
 
-def _stored(halves: list[Array], dtype: Any) -> Array:
-    """Numbers as a payload holds them: two halves of dims in a byte."""
-    if len(halves) == 1:
-        return halves[0].astype(dtype)
-    return in_bytes(*halves).astype(dtype)
-
-
-class _Tile(Named):
+class _Tile(Tile):
     """Keys or values of one tile and head, in the kernel."""
 
     def __init__(self, refs: dict[str, Any], **options: Any) -> None:
@@ -202,7 +185,9 @@ class _Tile(Named):
         if self.per is not None:
             packed, rows = self.payload, self.rows
             if self.per == "token":
-                self.quantise_by_token()
+                scale = self.scales_by_token()
+                self.scales[...] = scale
+                self.quantise_by_token(scale, self.store)
             else:
                 self.quantise_by_channel()
         plgpu.commit_smem()
@@ -235,43 +220,10 @@ class _Tile(Named):
 
         lax.fori_loop(number * self.unit, (number + 1) * self.unit, row, None)
 
-    def each_stripe(self, do: Any, state: Any = None) -> Any:
-        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers are packed.
-        A loop: what the compiler infers of a longer program takes minutes."""
-        width = self.payload.shape[1]
-        step = min(STEP, width)
-        seconds = [width] if self.payload.dtype == jnp.uint8 else []
-
-        def stripe(number, state):
-            at = number * step
-            return do(pl.ds(at, step), [pl.ds(first + at, step) for first in (0, *seconds)], state)
-
-        return lax.fori_loop(0, width // step, stripe, state)
-
-    def load(self, columns: Any) -> Array:
-        return plgpu.load(self.tokens.at[:, columns], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-    def quantise_by_token(self) -> None:
-        def larger(_, columns, largest):
-            for one in columns:
-                largest = jnp.maximum(largest, jnp.abs(self.load(one)).max(axis=1))
-            return largest
-
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        scale = self.each_stripe(larger, nothing) * INVERSE[self.format]
-        self.scales[...] = scale
-        inverse = inverses(scale)
-
-        def quantise(into, columns, _):
-            halves = [
-                numbers(self.load(one) * lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.format)
-                for one in columns
-            ]
-            made = _stored(halves, self.payload.dtype)
-            self.payload[:, into] = made
-            store_plainly(self.rows.at[:, into], made)
-
-        self.each_stripe(quantise)
+    def store(self, into: Any, made: Array) -> None:
+        """To leave as whole units, and row by row."""
+        self.payload[:, into] = made
+        store_plainly(self.rows.at[:, into], made)
 
     def quantise_by_channel(self) -> None:
         """Unit by unit where all are of one page, else token by token."""
@@ -299,7 +251,7 @@ class _Tile(Named):
                 inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
                 halves.append(numbers(exact * inverse, self.format))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
-            made = _stored(halves, wide)
+            made = stored(halves, wide)
             if self.unit < ROWS:  # the other rows are other pages'
                 rows = plgpu.broadcasted_iota(jnp.int32, made.shape, 0, layout=plgpu.Layout.WGMMA)
                 old = plgpu.load(self.payload.at[:, into], layout=plgpu.Layout.WGMMA).astype(wide)
@@ -320,7 +272,7 @@ class _Tile(Named):
                 for one in columns:
                     exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
                     halves.append(numbers(exact * self.inverses_of(page, one), self.format))
-                self.rows[place, into] = _stored(halves, self.payload.dtype)
+                self.rows[place, into] = stored(halves, self.payload.dtype)
 
             pl.when(page >= 0)(lambda: self.each_stripe(quantise))
 
