@@ -43,16 +43,20 @@ def write(
     per = key_pages.per if isinstance(key_pages, Quantised) else None
     format = key_pages.format if isinstance(key_pages, Quantised) else None
     targets = [jax.new_ref(one) for pool in pools for one in arrays_of(pool)]
-    scratch = [one for pool, new in zip(pools, (keys, values), strict=True) for one in _scratch(pool, new, heads)]
+    rooms = [_scratch(pool, new, heads) for pool, new in zip(pools, (keys, values), strict=True)]
+    scratch = rooms[0] if keys.shape == values.shape else rooms[0] + rooms[1]  # a block needs one of them
 
     def kernel(slots, keys, values, *refs):
         """Gives every ref its name."""
         item, at = lax.axis_index("item"), lax.axis_index("array")
         slot = slots[lax.div(item, num_groups)]
         is_inside = (slot >= 0) & (slot < num_pages * page_size)
-        refs, num_arrays, num_scratch = list(refs), len(targets) // 2, len(scratch) // 2
+        refs, num_arrays, num_scratch = list(refs), len(targets) // 2, len(rooms[0])
         for number, source in enumerate((keys, values)):
-            mine = refs[number * num_arrays :][:num_arrays] + refs[len(targets) + number * num_scratch :][:num_scratch]
+            mine = (
+                refs[number * num_arrays :][:num_arrays]
+                + (refs[len(targets) :] * 2)[number * num_scratch :][:num_scratch]
+            )
             names = [
                 "target",
                 *(["scale_target"] if per else []),
