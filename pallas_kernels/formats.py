@@ -150,8 +150,7 @@ def inverses(
     to 39 of the 2 ** 23 mantissas wrong, and without them a million. So the error is counted in whole numbers, which nothing rounds
     and no compiler rewrites, and taken away: the same bits everywhere."""
     is_legal = (scales >= 2.0**-126) & (scales <= 1.5 * 2.0**125)
-    safe = jnp.where(is_legal, scales, 1)
-    return jnp.where(is_legal, _nearest(safe, reciprocal(safe)), 0)
+    return jnp.where(is_legal, _nearest(scales, reciprocal(jnp.where(is_legal, scales, 1))), 0)
 
 
 def _nearest(scales: Float[Array, "*shape"], near: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
