@@ -214,6 +214,17 @@ def test_rows_that_leave_alone_begin_where_a_copy_may(dim, wide):
     assert [one.aval.shape[2] for one in call.invars if one.aval.shape[:1] == (72,)] == [wide, wide]
 
 
+@pytest.mark.parametrize(("dim", "wanted"), [(16, 4), (80, 4), (96, 2), (64, 2)])
+def test_a_single_token_is_fetched_in_whole_128_bytes(dim, wanted, monkeypatch):
+    """Which the compiler asks for: of 2 heads 4 rows, the last token's from behind the end. No simulator does."""
+    fetched = []
+    copy = plgpu.copy_gmem_to_smem
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *refs: (fetched.append(refs[1].shape), copy(*refs)))
+    (call,) = kernel_calls(traced(3, 1, jnp.zeros((4, 2, 32, dim), jnp.bfloat16), dim))
+    assert set(fetched) == {(wanted, dim)}
+    assert [one.aval.shape for one in call.invars[1:3]] == [(6 + wanted - 2, dim)] * 2
+
+
 @pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
 @pytest.mark.parametrize("per", ["token", "channel"])
 def test_a_single_token_is_one_launch(format, per):
