@@ -100,7 +100,7 @@ def _scratch(pool: Pages, tokens: Float[Array, "N D"], heads: int) -> dict[str, 
         return {"arrived": plgpu.Barrier(), "tokens": plgpu.SMEM((_rows_fetched(tokens, heads), dim), tokens.dtype)}
 
     def rows(width: int, dtype: Any) -> Any:
-        """The heads' rows, and others of which nothing is wanted: a warpgroup has 64 of them. Copies into tiles are of whole ones."""
+        """The heads' rows, and others of which nothing is wanted, for a warpgroup has 64. A tile is of 8 rows."""
         return shared((ROWS, width), dtype, STEP) if heads % 8 == 0 else plgpu.SMEM((ROWS, width), dtype)
 
     by_token = pool.per == "token"
@@ -157,7 +157,7 @@ class _Token(Tile):
             store_plainly(ref.at[:, columns], value)
 
     def quantise_by_channel(self) -> None:
-        """With the page's scales, or where it is the page's first token with those that it asks for, which are the page's from then on."""
+        """With the page's scales. The first token of a page sets them to those that it asks for."""
         opens = self.offset == 0
 
         def quantise(into, columns, _):
