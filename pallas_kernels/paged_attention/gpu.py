@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of
 from pallas_kernels.masking import NOWHERE
+from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece
 from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN, MAX_STAGES, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.pages import (
@@ -170,7 +171,7 @@ def paged_attention(
         mine, memory = refs[: len(scratch)], refs[len(scratch) :]
         named = dict(zip(names, jax.tree.unflatten(structure, inputs), strict=True))
         named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
-        Piece(
+        (Chunk if num_consumers == 2 else Piece)(
             named,
             memory=memory,
             tiles=tiles,
@@ -190,7 +191,7 @@ def paged_attention(
         scratch_types=[*scratch.values(), *accumulating],
         grid=(len(pieces), num_kv_heads),
         grid_names=("piece", "head"),
-        num_threads=2,
+        num_threads=1 + num_consumers,
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),

@@ -19,6 +19,11 @@ HEADROOM = 6
 """Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16 still holds."""
 
 
+def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Array:
+    """Float32 in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
 class Piece(Named):
     """One piece, in the kernel: entries [begin, begin + count) of an item's list of pages, for one KV head."""
 
@@ -34,9 +39,6 @@ class Piece(Named):
 
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
-        if self.num_consumers == 2:
-            pl.when(self.count > 0)(lambda: self.attend(warpgroup))
-            return
         pl.when((warpgroup == 1) & (self.count > 0))(self.produce)
         pl.when((warpgroup == 0) & (self.count > 0))(lambda: self.attend(0))
 
@@ -189,27 +191,10 @@ class Piece(Named):
         """Of 64 rows over the piece's pages."""
         mine = pl.ds(consumer * ROWS, ROWS)
         value_stripes = stripes(self.values.shape[2])
-        if self.num_consumers == 2:
-
-            @pl.when(consumer == 0)
-            def _():
-                self.fetch_queries()
-                ahead = jnp.minimum(self.num_blocks, self.num_stages - 1)
-                lax.fori_loop(0, ahead, lambda number, _: self.fetch(number), None)
-
-        # jax 0.11 takes loads of global memory only if they may be slow; these are of 64 numbers, once.
-        load = partial(plgpu.load, layout=self.down, optimized=False)
-        lows, highs = (load(one.at[self.item, mine]) for one in (self.row_first, self.row_last))
-        if self.row_scales is not None:  # kept where log-sum-exps will be: registers are scarce
-            factors = load(self.row_scales.at[self.item, self.head, mine])
-            self.lse_out[mine] = factors * self.scale
-            plgpu.commit_smem()
-        plgpu.barrier_wait(self.queries_arrived)
+        lows, highs = self.begin_rows(mine)
 
         def block(number, state):
             sums, highest, total = state
-            if self.num_consumers == 2:
-                self.fetch_ahead(number, consumer)
             place = lax.rem(number, self.num_stages if self.per is None else self.tiles.num_staged)
             starts, bits = self.listed(number)
             self.wait_to_multiply("keys", number, place)
@@ -232,21 +217,12 @@ class Piece(Named):
             if self.per == "token":
                 weighed = exact * lax.broadcast_in_dim(self.token_scales("values", number), scores.shape, [1])
                 exact = jnp.where(exact > 0, weighed, 0.0)  # the scale of what nobody sees may be anything
-            # In two halves of 16 bits the weights lose nothing: the time is in the copies, not here.
-            high = exact.astype(self.weights.dtype)
-            self.weights[0, mine] = high
-            self.weights[1, mine] = (exact - high.astype(jnp.float32)).astype(self.weights.dtype)
+            self.leave_weights(mine, exact)
             if self.per is None:
                 self.wait_to_multiply("values", number, place)
             if not (self.per == "token" and self.values_ring.dtype != jnp.float8_e4m3fn):
-                pl.when((consumer == 0) & jnp.logical_not(self.is_whole(starts, bits)))(
-                    lambda: self.silence(place, starts, bits)
-                )
+                pl.when(jnp.logical_not(self.is_whole(starts, bits)))(lambda: self.silence(place, starts, bits))
             plgpu.commit_smem()
-            if self.num_consumers == 2:
-                # One for each stage: the first of the two may be as far ahead of the other as the ring is deep.
-                pl.when(consumer == 0)(lambda: plgpu.barrier_arrive(self.silenced.at[place]))
-                pl.when(consumer == 1)(lambda: plgpu.barrier_wait(self.silenced.at[place]))
 
             scaled = []
             for columns, one in zip(value_stripes, sums, strict=True):
@@ -268,22 +244,39 @@ class Piece(Named):
             plgpu.barrier_arrive(self.free.at[place])
             return tuple(scaled), new, total
 
-        def filled(shape, value, layout):
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
         state = (
             tuple(filled((ROWS, one.size), 0, plgpu.Layout.WGMMA) for one in value_stripes),
             filled((ROWS,), -jnp.inf, self.down),
             filled((ROWS,), 0, self.down),
         )
-        sums, highest, total = lax.fori_loop(0, self.num_blocks, block, state)
-        if self.num_consumers == 2:
-            pl.when(consumer == 0)(lambda: self.drain(self.num_stages))
+        self.leave(consumer, *lax.fori_loop(0, self.num_blocks, block, state))
+
+    def begin_rows(self, mine: Any) -> tuple[Array, Array]:
+        """First and last position that each row sees; and waits for the queries."""
+        # jax 0.11 takes loads of global memory only if they may be slow; these are of 64 numbers, once.
+        load = partial(plgpu.load, layout=self.down, optimized=False)
+        lows, highs = (load(one.at[self.item, mine]) for one in (self.row_first, self.row_last))
+        if self.row_scales is not None:  # kept where log-sum-exps will be: registers are scarce
+            factors = load(self.row_scales.at[self.item, self.head, mine])
+            self.lse_out[mine] = factors * self.scale
+            plgpu.commit_smem()
+        plgpu.barrier_wait(self.queries_arrived)
+        return lows, highs
+
+    def leave_weights(self, mine: Any, exact: Array) -> None:
+        """In two halves of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times that of
+        its own rounding."""
+        high = exact.astype(self.weights.dtype)
+        self.weights[0, mine] = high
+        self.weights[1, mine] = (exact - high.astype(jnp.float32)).astype(self.weights.dtype)
+
+    def leave(self, consumer: Any, sums: tuple[Array, ...], highest: Array, total: Array) -> None:
+        """What a piece comes to: normalised outputs, and their log-sum-exp."""
+        mine, out = pl.ds(consumer * ROWS, ROWS), pl.ds(consumer * ROWS, self.padded_rows)
         divisor = jnp.where(total == 0, 1.0, total)
-        out = pl.ds(consumer * ROWS, self.padded_rows)
         self.lse_out[mine] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         step = self.sums_out.shape[1]
-        for columns, one in zip(value_stripes, sums, strict=True):
+        for columns, one in zip(stripes(self.values.shape[2]), sums, strict=True):
             shares = one / lax.broadcast_in_dim(divisor, one.shape, [0])
             for at in range(0, columns.size, step):
                 plgpu.wait_smem_to_gmem(0)
@@ -293,15 +286,6 @@ class Piece(Named):
                 plgpu.copy_smem_to_gmem(self.sums_out.at[out], into)
         plgpu.copy_smem_to_gmem(self.lse_out.at[out], self.log_sum_exp.at[self.piece, self.head, out])
         plgpu.wait_smem_to_gmem(0)
-
-    def fetch_ahead(self, number: Any, consumer: Any) -> None:
-        """What the first of two that attend asks for, into the stage that the block before has left."""
-        ahead = number + self.num_stages - 1
-
-        @pl.when((consumer == 0) & (ahead < self.num_blocks))
-        def _():
-            pl.when(number > 0)(lambda: plgpu.barrier_wait(self.free.at[lax.rem(ahead, self.num_stages)]))
-            self.fetch(ahead)
 
     def wait_to_multiply(self, name: str, number: Any, place: Any) -> None:
         if self.per is None:

@@ -127,7 +127,7 @@ def scratch_for(
         "free": plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_free),
     }
     if num_consumers > 1:
-        scratch["silenced"] = plgpu.Barrier(num_barriers=tiles.num_stages)
+        scratch["turns"] = plgpu.Barrier(num_barriers=num_consumers)
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((num_consumers * block_pages, ROWS), jnp.float32)
     return scratch

@@ -1,0 +1,159 @@
+"""A piece of a chunk, on Hopper: two warpgroups attend to the same pages, 64 rows each, and a third copies them.
+
+Products and softmax run at once. Every warpgroup asks for the scores of a block and, behind them, for what the weights of the block
+before come to; the second runs while it exponentiates the first. The two take turns at asking, so that tensor cores get the work of
+one while the other has none.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.gpu_piece import LOG2_E, Piece, filled
+from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN, stripes
+from pallas_kernels.tensor_cores import ROWS
+
+COPYING, ATTENDING = 40, 232
+"""Registers of a thread that copies, and of one that attends: of three warpgroups each would have 168 else."""
+
+
+class Chunk(Piece):
+    """One piece of 128 rows, of pages that are not quantised."""
+
+    def run(self) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when((warpgroup == self.num_consumers) & (self.count > 0))
+        def _():
+            plgpu.set_max_registers(COPYING, action="decrease")
+            self.produce()
+
+        @pl.when((warpgroup < self.num_consumers) & (self.count > 0))
+        def _():
+            plgpu.set_max_registers(ATTENDING, action="increase")
+            self.attend(warpgroup)
+
+    def attend(self, consumer: Any) -> None:
+        """Of 64 rows over the piece's pages."""
+        mine = pl.ds(consumer * ROWS, ROWS)
+        value_stripes = stripes(self.values.shape[2])
+        lows, highs = self.begin_rows(mine)
+        pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
+
+        def softmax(number, scores, highest):
+            """Weights of a block, the new highest, and what the old sums are worth."""
+            starts, bits = self.listed(number)
+            scores, factor = self.capped(mine, scores)
+            scores = self.masked(scores, starts, bits, lows, highs)
+            new = jnp.maximum(highest, scores.max(axis=1) * factor)
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
+            if "pages_out" in self.named:
+                self.leave_page_sums(number, consumer, exact, shift)
+            return exact, new, jnp.exp2(highest - shift)
+
+        def leave_weights(number, exact):
+            """And what they are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
+            starts, bits = self.listed(number)
+            place = lax.rem(number, self.num_stages)
+            self.leave_weights(mine, exact)
+            self.wait_for(self.values_arrived, number)
+            pl.when((consumer == 0) & jnp.logical_not(self.is_whole(starts, bits)))(
+                lambda: self.silence(place, starts, bits)
+            )
+            plgpu.commit_smem()
+
+        def first(scores):
+            self.wait_for(self.keys_arrived, 0)
+            self.in_turn(consumer, lambda: self.multiply_keys(scores, mine, 0))
+            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), -jnp.inf, self.down))
+
+        def block(number, state):
+            sums, keep, highest, total = state
+
+            def multiplied(scores, *parts):
+                self.wait_for(self.keys_arrived, number)
+
+                def multiply():
+                    self.multiply_keys(scores, mine, number)
+                    self.multiply_values(parts, mine, number - 1)
+
+                self.in_turn(consumer, multiply)
+                mine_of = plgpu.wgmma_accumulator_load(scores, wait_n=2 * len(parts))
+                exact, new, next_keep = softmax(number, mine_of, highest)
+                return exact, new, next_keep, added(sums, keep, parts)
+
+            exact, new, next_keep, sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
+            plgpu.barrier_arrive(self.free.at[lax.rem(number - 1, self.num_stages)])
+            total = total * next_keep + exact.sum(axis=1)
+            leave_weights(number, exact)
+            return sums, next_keep, new, total
+
+        def last(*parts):
+            self.in_turn(consumer, lambda: self.multiply_values(parts, mine, self.num_blocks - 1))
+            return added(sums, keep, parts)
+
+        widths = [one.size for one in value_stripes]
+        exact, highest, keep = pl.run_scoped(first, accumulator(BLOCK_LEN))
+        leave_weights(0, exact)
+        sums = tuple(filled((ROWS, one), 0, plgpu.Layout.WGMMA) for one in widths)
+        state = sums, keep, highest, exact.sum(axis=1)
+        sums, keep, highest, total = lax.fori_loop(1, self.num_blocks, block, state)
+        sums = pl.run_scoped(last, *map(accumulator, widths))
+        plgpu.barrier_arrive(self.free.at[lax.rem(self.num_blocks - 1, self.num_stages)])
+        pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
+        self.leave(consumer, sums, highest, total)
+
+    def in_turn(self, consumer: Any, multiply: Any) -> None:
+        """Asks for products, once the other has asked for its own."""
+        plgpu.barrier_wait(self.turns.at[consumer])
+        multiply()
+        plgpu.barrier_arrive(self.turns.at[1 - consumer])
+
+    def multiply_keys(self, scores: Any, mine: Any, number: Any) -> None:
+        place = lax.rem(number, self.num_stages)
+        for columns in stripes(self.queries.shape[1]):
+            plgpu.wgmma(scores, self.queries.at[mine, columns], self.keys.at[place, :, columns].transpose((1, 0)))
+
+    def multiply_values(self, parts: Any, mine: Any, number: Any) -> None:
+        place = lax.rem(number, self.num_stages)
+        for columns, part in zip(stripes(self.values.shape[2]), parts, strict=True):
+            for half in range(2):
+                plgpu.wgmma(part, self.weights.at[half, mine], self.values.at[place, :, columns])
+
+    def capped(self, mine: Any, scores: Array) -> tuple[Array, float]:
+        """Scores, and what to multiply them with so that two to their power is their exponential."""
+        if self.row_scales is not None:
+            factors = plgpu.load(self.lse_out.at[mine], layout=self.down)
+            scores = scores * lax.broadcast_in_dim(factors, scores.shape, [0])
+        elif self.soft_cap is None and self.scale > 0:
+            return scores, self.scale * LOG2_E
+        else:
+            scores = scores * self.scale
+        if self.soft_cap is not None:
+            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        return scores, LOG2_E
+
+    def masked(self, scores: Array, starts: list[Any], bits: list[Any], lows: Array, highs: Array) -> Array:
+        """Only what is seen; a block that every row sees all of, as it is."""
+        return lax.cond(
+            self.is_whole(starts, bits),
+            lambda: scores,
+            lambda: jnp.where(self.seen(starts, bits, lows, highs), scores, -jnp.inf),
+        )
+
+
+def accumulator(width: int) -> Any:
+    return plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
+
+
+def added(sums: tuple[Array, ...], keep: Array, parts: Any) -> tuple[Array, ...]:
+    """What is summed, with what a block's values came to: those of one block earlier are worth `keep` of it."""
+    return tuple(
+        one * lax.broadcast_in_dim(keep, one.shape, [0]) + plgpu.wgmma_accumulator_load(part)
+        for one, part in zip(sums, parts, strict=True)
+    )
