@@ -181,6 +181,7 @@ def paged_attention(
             scale=scale,
             per=per if is_quantised else None,
             num_consumers=num_consumers,
+            is_simulated=bool(interpret),
             steps={"keys": step_of(dim, key_pages), "values": step_of(value_dim, value_pages)},
             padded_rows=min(padded_rows, ROWS),
         ).run()

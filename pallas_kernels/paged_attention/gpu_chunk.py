@@ -73,9 +73,10 @@ class Chunk(Piece):
             return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), -jnp.inf, self.down))
 
         def block(number, state):
-            sums, keep, highest, total = state
+            sums, highest, total = state
 
             def multiplied(scores, *parts):
+                self.start_sums(parts, sums)
                 self.wait_for(self.keys_arrived, number)
 
                 def multiply():
@@ -83,26 +84,27 @@ class Chunk(Piece):
                     self.multiply_values(parts, mine, number - 1)
 
                 self.in_turn(consumer, multiply)
-                mine_of = plgpu.wgmma_accumulator_load(scores, wait_n=2 * len(parts))
-                exact, new, next_keep = softmax(number, mine_of, highest)
-                return exact, new, next_keep, added(sums, keep, parts)
+                scores = plgpu.wgmma_accumulator_load(scores, wait_n=2 * len(parts))
+                return *softmax(number, scores, highest), self.summed(parts, sums)
 
-            exact, new, next_keep, sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
+            exact, new, keep, sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
             plgpu.barrier_arrive(self.free.at[lax.rem(number - 1, self.num_stages)])
-            total = total * next_keep + exact.sum(axis=1)
+            total = total * keep + exact.sum(axis=1)
             leave_weights(number, exact)
-            return sums, next_keep, new, total
+            sums = tuple(one * lax.broadcast_in_dim(keep, one.shape, [0]) for one in sums)
+            return sums, new, total
 
         def last(*parts):
+            self.start_sums(parts, sums)
             self.in_turn(consumer, lambda: self.multiply_values(parts, mine, self.num_blocks - 1))
-            return added(sums, keep, parts)
+            return self.summed(parts, sums)
 
         widths = [one.size for one in value_stripes]
-        exact, highest, keep = pl.run_scoped(first, accumulator(BLOCK_LEN))
+        exact, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
         leave_weights(0, exact)
         sums = tuple(filled((ROWS, one), 0, plgpu.Layout.WGMMA) for one in widths)
-        state = sums, keep, highest, exact.sum(axis=1)
-        sums, keep, highest, total = lax.fori_loop(1, self.num_blocks, block, state)
+        state = sums, highest, exact.sum(axis=1)
+        sums, highest, total = lax.fori_loop(1, self.num_blocks, block, state)
         sums = pl.run_scoped(last, *map(accumulator, widths))
         plgpu.barrier_arrive(self.free.at[lax.rem(self.num_blocks - 1, self.num_stages)])
         pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
@@ -124,6 +126,15 @@ class Chunk(Piece):
         for columns, part in zip(stripes(self.values.shape[2]), parts, strict=True):
             for half in range(2):
                 plgpu.wgmma(part, self.weights.at[half, mine], self.values.at[place, :, columns])
+
+    def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
+        """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and `summed` adds both."""
+        for part, one in zip(parts, () if self.is_simulated else sums, strict=not self.is_simulated):
+            part[...] = one
+
+    def summed(self, parts: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        found = tuple(map(plgpu.wgmma_accumulator_load, parts))
+        return tuple(map(jnp.add, found, sums)) if self.is_simulated else found
 
     def capped(self, mine: Any, scores: Array) -> tuple[Array, float]:
         """Scores, and what to multiply them with so that two to their power is their exponential."""
@@ -149,11 +160,3 @@ class Chunk(Piece):
 
 def accumulator(width: int) -> Any:
     return plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
-
-
-def added(sums: tuple[Array, ...], keep: Array, parts: Any) -> tuple[Array, ...]:
-    """What is summed, with what a block's values came to: those of one block earlier are worth `keep` of it."""
-    return tuple(
-        one * lax.broadcast_in_dim(keep, one.shape, [0]) + plgpu.wgmma_accumulator_load(part)
-        for one, part in zip(sums, parts, strict=True)
-    )
