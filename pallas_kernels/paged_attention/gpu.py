@@ -195,7 +195,7 @@ def paged_attention(
         num_threads=1 + num_consumers,
         thread_name="warpgroup",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=False),
+        compiler_params=plgpu.CompilerParams(approx_math=num_consumers == 2 and soft_cap is None),
     )(*given)
     outputs, log_sum_exp = merge(answers[0], answers[1], pieces, items)
 

@@ -45,7 +45,8 @@ class Chunk(Piece):
         pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
 
         def softmax(number, scores, highest):
-            """Weights of a block, the new highest, and what the old sums are worth."""
+            """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums, the new highest
+            score, and what the old sums are worth."""
             starts, bits = self.listed(number)
             scores, factor = self.capped(mine, scores)
             scores = self.masked(scores, starts, bits, lows, highs)
@@ -54,16 +55,17 @@ class Chunk(Piece):
             exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
             if "pages_out" in self.named:
                 self.leave_page_sums(number, consumer, exact, shift)
-            return exact, new, jnp.exp2(highest - shift)
+            total = exact.sum(axis=1)
+            for half, one in enumerate(self.halves(exact)):
+                self.weights[lax.rem(number, 2) * 2 + half, mine] = one
+            return total, new, jnp.exp2(highest - shift)
 
-        def leave_weights(number, exact):
-            """And what they are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
+        def ready(number):
+            """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
             starts, bits = self.listed(number)
-            place = lax.rem(number, self.num_stages)
-            self.leave_weights(mine, exact)
             self.wait_for(self.values_arrived, number)
             pl.when((consumer == 0) & jnp.logical_not(self.is_whole(starts, bits)))(
-                lambda: self.silence(place, starts, bits)
+                lambda: self.silence(lax.rem(number, self.num_stages), starts, bits)
             )
             plgpu.commit_smem()
 
@@ -85,14 +87,13 @@ class Chunk(Piece):
 
                 self.in_turn(consumer, multiply)
                 scores = plgpu.wgmma_accumulator_load(scores, wait_n=2 * len(parts))
-                return *softmax(number, scores, highest), self.summed(parts, sums)
+                return softmax(number, scores, highest), self.summed(parts, sums)
 
-            exact, new, keep, sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
+            (added, new, keep), sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
             plgpu.barrier_arrive(self.free.at[lax.rem(number - 1, self.num_stages)])
-            total = total * keep + exact.sum(axis=1)
-            leave_weights(number, exact)
+            ready(number)
             sums = tuple(one * lax.broadcast_in_dim(keep, one.shape, [0]) for one in sums)
-            return sums, new, total
+            return sums, new, total * keep + added
 
         def last(*parts):
             self.start_sums(parts, sums)
@@ -100,11 +101,10 @@ class Chunk(Piece):
             return self.summed(parts, sums)
 
         widths = [one.size for one in value_stripes]
-        exact, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
-        leave_weights(0, exact)
+        total, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
+        ready(0)
         sums = tuple(filled((ROWS, one), 0, plgpu.Layout.WGMMA) for one in widths)
-        state = sums, highest, exact.sum(axis=1)
-        sums, highest, total = lax.fori_loop(1, self.num_blocks, block, state)
+        sums, highest, total = lax.fori_loop(1, self.num_blocks, block, (sums, highest, total))
         sums = pl.run_scoped(last, *map(accumulator, widths))
         plgpu.barrier_arrive(self.free.at[lax.rem(self.num_blocks - 1, self.num_stages)])
         pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
@@ -125,7 +125,7 @@ class Chunk(Piece):
         place = lax.rem(number, self.num_stages)
         for columns, part in zip(stripes(self.values.shape[2]), parts, strict=True):
             for half in range(2):
-                plgpu.wgmma(part, self.weights.at[half, mine], self.values.at[place, :, columns])
+                plgpu.wgmma(part, self.weights.at[lax.rem(number, 2) * 2 + half, mine], self.values.at[place, :, columns])
 
     def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
         """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and `summed` adds both."""

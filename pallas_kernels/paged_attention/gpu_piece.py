@@ -217,7 +217,7 @@ class Piece(Named):
             if self.per == "token":
                 weighed = exact * lax.broadcast_in_dim(self.token_scales("values", number), scores.shape, [1])
                 exact = jnp.where(exact > 0, weighed, 0.0)  # the scale of what nobody sees may be anything
-            self.leave_weights(mine, exact)
+            self.weights[0, mine], self.weights[1, mine] = self.halves(exact)
             if self.per is None:
                 self.wait_to_multiply("values", number, place)
             if not (self.per == "token" and self.values_ring.dtype != jnp.float8_e4m3fn):
@@ -263,21 +263,23 @@ class Piece(Named):
         plgpu.barrier_wait(self.queries_arrived)
         return lows, highs
 
-    def leave_weights(self, mine: Any, exact: Array) -> None:
-        """In two halves of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times that of
-        its own rounding."""
-        high = exact.astype(self.weights.dtype)
-        self.weights[0, mine] = high
-        self.weights[1, mine] = (exact - high.astype(jnp.float32)).astype(self.weights.dtype)
+    def halves(self, exact: Array) -> tuple[Array, Array]:
+        """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
+        that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
+        dtype = self.weights.dtype
+        bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        return high.astype(dtype), (exact - high).astype(dtype)
 
     def leave(self, consumer: Any, sums: tuple[Array, ...], highest: Array, total: Array) -> None:
         """What a piece comes to: normalised outputs, and their log-sum-exp."""
         mine, out = pl.ds(consumer * ROWS, ROWS), pl.ds(consumer * ROWS, self.padded_rows)
         divisor = jnp.where(total == 0, 1.0, total)
+        inverse = 1 / divisor
         self.lse_out[mine] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         step = self.sums_out.shape[1]
         for columns, one in zip(stripes(self.values.shape[2]), sums, strict=True):
-            shares = one / lax.broadcast_in_dim(divisor, one.shape, [0])
+            shares = one * lax.broadcast_in_dim(inverse, one.shape, [0])
             for at in range(0, columns.size, step):
                 plgpu.wait_smem_to_gmem(0)
                 self.sums_out[mine] = shares[:, at : at + step]

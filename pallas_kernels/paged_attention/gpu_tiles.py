@@ -50,7 +50,7 @@ def fit(
     block_pages = max(1, BLOCK_LEN // page_size)
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
     num_halves = 2 if is_quantised and per == "channel" else 1
-    fixed = [rows * dim * 2, 2 * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
+    fixed = [rows * dim * 2, 2 * num_consumers * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
     if with_page_mass:
         fixed.append(num_consumers * block_pages * ROWS * 4)
 
@@ -96,7 +96,8 @@ def scratch_for(
     of_keys, of_values = step_of(dim, key_pages), step_of(value_dim, key_pages)
     scratch = {
         "queries": shared((rows, dim), dtype, of_keys),
-        "weights": shared((2, rows, block_len), of_weights, of_values),
+        # Of two that attend, the weights of one block are multiplied while those of the next are written.
+        "weights": shared((2 * num_consumers, rows, block_len), of_weights, of_values),
         "sums_out": shared((rows, out_step(value_dim)), jnp.float32, out_step(value_dim)),
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
