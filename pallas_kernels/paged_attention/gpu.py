@@ -127,10 +127,10 @@ def paged_attention(
     def per_row(x: Array, fill: int) -> Array:
         return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, tile_rows - num_rows)), constant_values=fill)
 
-    # The positions that every row sees, padding apart, and the last that any row sees.
+    # The positions that every row sees, padding apart; the last that any row sees; and whether there is no padding.
     valid = last >= 0
     ends = jnp.where(valid, first, 0).max(axis=1), jnp.where(valid, last, NOWHERE).min(axis=1), last.max(axis=1)
-    whole = jnp.stack(ends, axis=1)  # [items, 3]
+    whole = jnp.stack([*ends, valid.all(axis=1)], axis=1, dtype=jnp.int32)  # [items, 4]
 
     arrays = {
         "pieces": pieces,
@@ -151,8 +151,9 @@ def paged_attention(
         arrays["column_scales"] = column_scales
     if row_scales is not None:
         arrays["row_scales"] = jnp.pad(row_scales, ((0, 0), (0, 0), (0, tile_rows - padded_rows)), constant_values=1)
+    out_dtype = queries.dtype if len(pieces) == items else jnp.dtype(jnp.float32)  # what is merged is cast afterwards
     out_type = {
-        "outputs": jax.ShapeDtypeStruct((len(pieces), num_kv_heads, padded_rows, value_dim), jnp.float32),
+        "outputs": jax.ShapeDtypeStruct((len(pieces), num_kv_heads, padded_rows, value_dim), out_dtype),
         "log_sum_exp": jax.ShapeDtypeStruct((len(pieces), num_kv_heads, padded_rows), jnp.float32),
     }
     if with_page_mass:
@@ -161,7 +162,9 @@ def paged_attention(
     names, given = list(arrays), jax.tree.leaves(list(arrays.values()))
     structure = jax.tree.structure(list(arrays.values()))
 
-    scratch = scratch_for(tiles, dim, value_dim, key_pages, dtype, block_pages, num_consumers, with_page_mass, chip)
+    scratch = scratch_for(
+        tiles, dim, value_dim, key_pages, dtype, block_pages, num_consumers, with_page_mass, chip, out_dtype
+    )
     accumulating = accumulators(chip, BLOCK_LEN, *(one.size for one in stripes(value_dim)))
 
     def kernel(*refs: Any) -> None:

@@ -5,7 +5,6 @@ before come to; the second runs while it exponentiates the first. The two take t
 one while the other has none.
 """
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -150,9 +149,9 @@ class Chunk(Piece):
         return scores, LOG2_E
 
     def masked(self, scores: Array, starts: list[Any], bits: list[Any], lows: Array, highs: Array) -> Array:
-        """Only what is seen; a block that every row sees all of, as it is."""
+        """Only what is seen; a block that every row sees all of, as it is, if no row is there to see nothing."""
         return lax.cond(
-            self.is_whole(starts, bits),
+            self.is_whole(starts, bits) & (self.whole[self.item, 3] > 0),
             lambda: scores,
             lambda: jnp.where(self.seen(starts, bits, lows, highs), scores, -jnp.inf),
         )

@@ -282,7 +282,7 @@ class Piece(Named):
             shares = one * lax.broadcast_in_dim(inverse, one.shape, [0])
             for at in range(0, columns.size, step):
                 plgpu.wait_smem_to_gmem(0)
-                self.sums_out[mine] = shares[:, at : at + step]
+                self.sums_out[mine] = shares[:, at : at + step].astype(self.sums_out.dtype)
                 plgpu.commit_smem()
                 into = self.outputs.at[self.piece, self.head, out, pl.ds(columns.start + at, step)]
                 plgpu.copy_smem_to_gmem(self.sums_out.at[out], into)

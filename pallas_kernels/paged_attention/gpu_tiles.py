@@ -88,6 +88,7 @@ def scratch_for(
     num_consumers: int,
     with_page_mass: bool,
     chip: Chip,
+    out_dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name."""
     rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
@@ -98,7 +99,7 @@ def scratch_for(
         "queries": shared((rows, dim), dtype, of_keys),
         # Of two that attend, the weights of one block are multiplied while those of the next are written.
         "weights": shared((2 * num_consumers, rows, block_len), of_weights, of_values),
-        "sums_out": shared((rows, out_step(value_dim)), jnp.float32, out_step(value_dim)),
+        "sums_out": shared((rows, out_step(value_dim)), out_dtype, out_step(value_dim)),
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
