@@ -3,13 +3,13 @@ evenly.
 
 A tile is up to 64 rows, or 128 for a chunk: the queries, at one or several positions of one sequence, of all heads that share a
 KV head. XLA lists for every tile the pages in which some row sees something and cuts the lists into pieces of nearly equal
-length (`split`); a thread block takes a piece of one KV head. Of its two warpgroups
+length (`split`); a thread block takes a piece of one KV head. Of its warpgroups
 
-* one asks for pages, as far ahead as the ring is deep, and the other attends; or
+* one asks for pages, as far ahead as the ring is deep, and another attends (`gpu_piece`); or
 * for quantised pages, the one that asks also turns what arrives into 16 bits, a block ahead of the other; or
-* for a chunk both attend, 64 rows each, over the same pages, and one of them asks.
+* for a chunk two others attend, 64 rows each, over the same pages (`gpu_chunk`).
 
-Every piece leaves normalised float32 outputs and their log-sum-exp, which XLA merges.
+Every piece leaves normalised outputs and their log-sum-exp, which XLA merges where a list is cut: in float32 then.
 """
 
 from typing import Any

@@ -18,6 +18,8 @@ from pallas_kernels.tensor_cores import ROWS
 
 COPYING, ATTENDING = 40, 232
 """Registers of a thread that copies, and of one that attends: of three warpgroups each would have 168 else."""
+LOWEST = float(jnp.finfo(jnp.float32).min)
+"""Where the highest score begins: not at -inf, from which -inf cannot be taken."""
 
 
 class Chunk(Piece):
@@ -40,7 +42,7 @@ class Chunk(Piece):
         """Of 64 rows over the piece's pages."""
         mine = pl.ds(consumer * ROWS, ROWS)
         value_stripes = stripes(self.values.shape[2])
-        lows, highs = self.begin_rows(mine)
+        self.begin_rows(mine)
         pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
 
         def softmax(number, scores, highest):
@@ -48,16 +50,15 @@ class Chunk(Piece):
             score, and what the old sums are worth."""
             starts, bits = self.listed(number)
             scores, factor = self.capped(mine, scores)
-            scores = self.masked(scores, starts, bits, lows, highs)
+            scores = self.masked(mine, scores, starts, bits)
             new = jnp.maximum(highest, scores.max(axis=1) * factor)
-            shift = jnp.where(new == -jnp.inf, 0.0, new)
-            exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(shift, scores.shape, [0]))
+            exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
             if "pages_out" in self.named:
-                self.leave_page_sums(number, consumer, exact, shift)
+                self.leave_page_sums(number, consumer, exact, new)
             total = exact.sum(axis=1)
             for half, one in enumerate(self.halves(exact)):
-                self.weights[lax.rem(number, 2) * 2 + half, mine] = one
-            return total, new, jnp.exp2(highest - shift)
+                self.weights[(number & 1) * 2 + half, mine] = one
+            return total, new, jnp.exp2(highest - new)
 
         def ready(number):
             """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
@@ -71,7 +72,7 @@ class Chunk(Piece):
         def first(scores):
             self.wait_for(self.keys_arrived, 0)
             self.in_turn(consumer, lambda: self.multiply_keys(scores, mine, 0))
-            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), -jnp.inf, self.down))
+            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), LOWEST, self.down))
 
         def block(number, state):
             sums, highest, total = state
@@ -124,7 +125,7 @@ class Chunk(Piece):
         place = lax.rem(number, self.num_stages)
         for columns, part in zip(stripes(self.values.shape[2]), parts, strict=True):
             for half in range(2):
-                plgpu.wgmma(part, self.weights.at[lax.rem(number, 2) * 2 + half, mine], self.values.at[place, :, columns])
+                plgpu.wgmma(part, self.weights.at[(number & 1) * 2 + half, mine], self.values.at[place, :, columns])
 
     def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
         """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and `summed` adds both."""
@@ -148,13 +149,13 @@ class Chunk(Piece):
             scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
         return scores, LOG2_E
 
-    def masked(self, scores: Array, starts: list[Any], bits: list[Any], lows: Array, highs: Array) -> Array:
+    def masked(self, mine: Any, scores: Array, starts: list[Any], bits: list[Any]) -> Array:
         """Only what is seen; a block that every row sees all of, as it is, if no row is there to see nothing."""
-        return lax.cond(
-            self.is_whole(starts, bits) & (self.whole[self.item, 3] > 0),
-            lambda: scores,
-            lambda: jnp.where(self.seen(starts, bits, lows, highs), scores, -jnp.inf),
-        )
+
+        def seen():
+            return jnp.where(self.seen(starts, bits, *self.bounds_of(mine)), scores, -jnp.inf)
+
+        return lax.cond(self.is_whole(starts, bits) & (self.whole[self.item, 3] > 0), lambda: scores, seen)
 
 
 def accumulator(width: int) -> Any:

@@ -191,7 +191,8 @@ class Piece(Named):
         """Of 64 rows over the piece's pages."""
         mine = pl.ds(consumer * ROWS, ROWS)
         value_stripes = stripes(self.values.shape[2])
-        lows, highs = self.begin_rows(mine)
+        lows, highs = self.bounds_of(mine)
+        self.begin_rows(mine)
 
         def block(number, state):
             sums, highest, total = state
@@ -251,17 +252,20 @@ class Piece(Named):
         )
         self.leave(consumer, *lax.fori_loop(0, self.num_blocks, block, state))
 
-    def begin_rows(self, mine: Any) -> tuple[Array, Array]:
-        """First and last position that each row sees; and waits for the queries."""
-        # jax 0.11 takes loads of global memory only if they may be slow; these are of 64 numbers, once.
-        load = partial(plgpu.load, layout=self.down, optimized=False)
-        lows, highs = (load(one.at[self.item, mine]) for one in (self.row_first, self.row_last))
+    def of_rows(self, numbers: Any) -> Array:
+        """Of 64 rows. jax 0.11 takes loads of global memory only if they may be slow."""
+        return plgpu.load(numbers, layout=self.down, optimized=False)
+
+    def bounds_of(self, mine: Any) -> tuple[Array, Array]:
+        """First and last position that each row sees."""
+        return self.of_rows(self.row_first.at[self.item, mine]), self.of_rows(self.row_last.at[self.item, mine])
+
+    def begin_rows(self, mine: Any) -> None:
+        """Waits for the queries."""
         if self.row_scales is not None:  # kept where log-sum-exps will be: registers are scarce
-            factors = load(self.row_scales.at[self.item, self.head, mine])
-            self.lse_out[mine] = factors * self.scale
+            self.lse_out[mine] = self.of_rows(self.row_scales.at[self.item, self.head, mine]) * self.scale
             plgpu.commit_smem()
         plgpu.barrier_wait(self.queries_arrived)
-        return lows, highs
 
     def halves(self, exact: Array) -> tuple[Array, Array]:
         """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
