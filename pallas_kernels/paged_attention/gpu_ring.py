@@ -1,10 +1,12 @@
 """Pages on their way through a GPU's shared memory: asked for, waited for, turned into 16 bits, and what may be seen of them.
 
 A block is 64 tokens: one page, several, or a part of one. Its pages come by TMA into a stage of a ring; every page has a barrier of
-its own. Quantised pages are turned into numbers of 16 bits, exactly, in a staged block: their scales are left to whoever multiplies.
+its own. Pages of 16 bits are multiplied in the ring, `keys` and `values`. Quantised ones come into `keys_ring` and `values_ring`, and
+are turned into numbers of 16 bits, exactly, in staged blocks: their scales are left to whoever multiplies.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,8 +23,14 @@ from pallas_kernels.tensor_cores import Named
 LOG2_E = math.log2(math.e)
 
 
+def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Array:
+    """Float32 in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
 class Ring(Named):
-    """Entries [begin, begin + count) of an item's list of pages, for one KV head; refs and sizes by name."""
+    """Entries [begin, begin + count) of an item's list of pages, for one KV head: refs and sizes by name, `piece` and `head` among
+    them."""
 
     def __init__(self, refs: dict[str, Any], **options: Any) -> None:
         super().__init__({"words": None, **refs, **options})
@@ -48,7 +56,7 @@ class Ring(Named):
                 target = pl.ds(entry * self.page_size, self.page_size)
                 for name in ("keys", "values"):
                     payload, *scales = self.named["key_pages" if name == "keys" else "value_pages"]
-                    barrier, ring = self.named[f"{name}_arrived"].at[arrived], self.named[f"{name}_ring"]
+                    barrier, ring = self.named[f"{name}_arrived"].at[arrived], self.ring_of(name)
                     plgpu.copy_gmem_to_smem(payload.at[page, self.head, part], ring.at[stage, target], barrier)
                     for one in scales:
                         kept = self.named[f"{name}_scales"].at[self.place_of_scales(number)]
@@ -57,6 +65,10 @@ class Ring(Named):
                         else:
                             mine, into = one.at[page, self.head], kept.at[entry]
                         plgpu.copy_gmem_to_smem(mine, into, barrier)
+
+    def ring_of(self, name: str) -> Any:
+        """What pages of keys or values are copied into."""
+        return self.named[name if self.per is None else f"{name}_ring"]
 
     def place_of_scales(self, number: Any) -> Any:
         """They are needed for as long as the staged block is, which is longer than the stage."""
@@ -71,6 +83,13 @@ class Ring(Named):
         """Until a block's pages are there."""
         stage = lax.rem(number, self.num_stages)
         self.each_page(number, lambda entry: plgpu.barrier_wait(arrived.at[stage * self.block_pages + entry]))
+
+    def wait_to_multiply(self, name: str, number: Any, place: Any) -> None:
+        """Until a block of keys or values is in its place of the ring, or of the staged blocks."""
+        if self.per is None:
+            self.wait_for(self.named[f"{name}_arrived"], number)
+        else:
+            plgpu.barrier_wait(self.named[f"{name}_staged"].at[place])
 
     def drain(self, num_slots: int) -> None:
         """A barrier must not end with a phase that its waiter has not seen."""
@@ -97,7 +116,7 @@ class Ring(Named):
             pl.when(number >= self.num_staged)(lambda: plgpu.barrier_wait(self.free.at[slot]))
             for name in ("keys", "values"):
                 self.wait_for(self.named[f"{name}_arrived"], number)
-                self.convert(self.named[f"{name}_ring"].at[stage], self.named[name].at[slot], self.steps[name])
+                self.convert(name, stage, slot)
                 plgpu.commit_smem()  # all have read the ring and written what products take
                 plgpu.barrier_arrive(self.named[f"{name}_staged"].at[slot])
             pl.when(number + self.num_stages < self.num_blocks)(lambda: self.fetch(number + self.num_stages))
@@ -107,22 +126,34 @@ class Ring(Named):
         lax.fori_loop(0, self.num_blocks, block, None)
         self.drain(self.num_staged)
 
-    def convert(self, ring: Any, into: Any, step: int) -> None:
-        """Numbers of 8 or 4 bits in 16, `step` columns at a time."""
-        width, is_packed = ring.shape[1], ring.dtype == jnp.uint8
+    def convert(self, name: str, stage: Any, slot: Any) -> None:
+        """A block's numbers of 8 or 4 bits in 16."""
+        into = self.named[name]
+        for columns, numbers in self.unpacked(name, stage):
+            is_direct = numbers.dtype == jnp.int8 or (numbers.dtype != jnp.int32 and into.dtype == jnp.float16)
+            wide = numbers if is_direct else numbers.astype(jnp.float32)
+            into[slot, :, columns] = wide.astype(into.dtype)
+
+    def unpacked(self, name: str, stage: Any) -> Iterator[tuple[Any, Array]]:
+        """The columns of a stage, some at a time, and what they hold in registers: two halves of them where a byte holds two."""
+        ring = self.named[f"{name}_ring"]
+        width, step = ring.shape[2], self.steps[name]
         for at in range(0, width, step):
-            raw = plgpu.load(ring.at[:, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
-            numbers = [(at, raw)]
-            if is_packed:
-                whole = raw.astype(jnp.int32)
-                numbers = [
-                    (at, lax.shift_right_arithmetic(lax.shift_left(whole, 28), 28)),
-                    (at + width, lax.shift_right_arithmetic(lax.shift_left(whole, 24), 28)),
-                ]
-            for begin, one in numbers:
-                is_direct = one.dtype == jnp.int8 or (one.dtype != jnp.int32 and into.dtype == jnp.float16)
-                one = one if is_direct else one.astype(jnp.float32)
-                into[:, pl.ds(begin, step)] = one.astype(into.dtype)
+            raw = plgpu.load(ring.at[stage, :, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
+            if ring.dtype != jnp.uint8:
+                yield pl.ds(at, step), raw
+                continue
+            whole = raw.astype(jnp.int32)
+            for begin, place in ((at, 28), (at + width, 24)):
+                yield pl.ds(begin, step), lax.shift_right_arithmetic(lax.shift_left(whole, place), 28)
+
+    def halves(self, exact: Array) -> tuple[Array, Array]:
+        """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
+        that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
+        dtype = self.weights.dtype
+        bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        return high.astype(dtype), (exact - high).astype(dtype)
 
     # What is seen of a block: tokens lie along `axis` of an array, or alone.
 
@@ -172,8 +203,9 @@ class Ring(Named):
             is_whole = is_whole & (word == ((1 << span) - 1 if span < WORD else -1))
         return is_whole
 
-    def silence(self, values: Any, step: int, starts: list[Any], bits: list[tuple[int, Any]]) -> None:
-        """A weight of zero does not silence a NaN: what no query sees of a block's values [64, Dv] is replaced."""
+    def silence(self, blocks: list[Any], step: int, starts: list[Any], bits: list[tuple[int, Any]]) -> None:
+        """A weight of zero does not silence a NaN: what no query sees of a block's values [64, Dv] is replaced, `step` columns at a
+        time; several `blocks` hold them where their numbers have several parts."""
         slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK_LEN,), 0, layout=self.down)
         places = self.positions_of(slots, starts)
 
@@ -188,8 +220,9 @@ class Ring(Named):
             nothing = plgpu.layout_cast(jnp.zeros((BLOCK_LEN,), jnp.int32), self.down)
             readable = lax.fori_loop(0, self.last.shape[1], of_query, nothing)
         readable = jnp.where(self.only_valid(readable > 0, slots, bits), 1, 0)
-        for at in range(0, values.shape[1], step):
-            columns = values.at[:, pl.ds(at, step)]
-            kept = plgpu.load(columns, layout=plgpu.Layout.WGMMA)
-            keeps = lax.broadcast_in_dim(readable, kept.shape, [0]) > 0
-            columns[...] = jnp.where(keeps, kept, jnp.zeros((), kept.dtype))
+        for at in range(0, blocks[0].shape[1], step):
+            for block in blocks:
+                columns = block.at[:, pl.ds(at, step)]
+                kept = plgpu.load(columns, layout=plgpu.Layout.WGMMA)
+                keeps = lax.broadcast_in_dim(readable, kept.shape, [0]) > 0
+                columns[...] = jnp.where(keeps, kept, jnp.zeros((), kept.dtype))

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling
+from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.tensor_cores import ROWS, Chip, shared
 
-BLOCK_LEN = 64
-"""Tokens of a block: of several pages, or of a part of one."""
 SHARED_BYTES = (227 - 4) * 1024
 """Shared memory of a thread block, but for what Mosaic takes for sums over a warpgroup, 2 KiB, and for barriers. What queries, weights
 and outputs leave of it is the ring's."""
@@ -50,7 +49,7 @@ def fit(
     block_pages = max(1, BLOCK_LEN // page_size)
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
     num_halves = 2 if is_quantised and per == "channel" else 1
-    fixed = [rows * dim * 2, 2 * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
+    fixed = [rows * dim * 2, 2 * num_consumers * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
     if with_page_mass:
         fixed.append(num_consumers * block_pages * ROWS * 4)
 
@@ -88,6 +87,7 @@ def scratch_for(
     num_consumers: int,
     with_page_mass: bool,
     chip: Chip,
+    out_dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name."""
     rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
@@ -96,8 +96,9 @@ def scratch_for(
     of_keys, of_values = step_of(dim, key_pages), step_of(value_dim, key_pages)
     scratch = {
         "queries": shared((rows, dim), dtype, of_keys),
-        "weights": shared((2, rows, block_len), of_weights, of_values),
-        "sums_out": shared((rows, out_step(value_dim)), jnp.float32, out_step(value_dim)),
+        # Of two that attend, the weights of one block are multiplied while those of the next are written.
+        "weights": shared((2 * num_consumers, rows, block_len), of_weights, of_values),
+        "sums_out": shared((rows, out_step(value_dim)), out_dtype, out_step(value_dim)),
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
@@ -127,7 +128,7 @@ def scratch_for(
         "free": plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_free),
     }
     if num_consumers > 1:
-        scratch["silenced"] = plgpu.Barrier(num_barriers=tiles.num_stages)
+        scratch["turns"] = plgpu.Barrier(num_barriers=num_consumers)
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((num_consumers * block_pages, ROWS), jnp.float32)
     return scratch

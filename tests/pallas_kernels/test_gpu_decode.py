@@ -14,7 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import FORMATS, Quantised
 from pallas_kernels.masking import NOWHERE
 from pallas_kernels.paged_attention import gpu, gpu_decode, paged_attention, plan_attention, proof
+from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
+from pallas_kernels.paged_attention.gpu_ring import Ring
+from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
 from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
@@ -142,18 +145,16 @@ def test_a_wrong_page_is_caught():
 def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
     """Who reads and does not wait for the copy or the conversion; who writes and does not wait for the reader."""
     real, name = plgpu.barrier_wait, []
-    for of in (gpu_decode.Ring, gpu_decode._Decode):
-        for method in ("wait_for", "wait_to_multiply", "produce", "produce_and_convert"):
-            if method in vars(of):
-                inner = vars(of)[method]
-                role = {"wait_for": "arrived", "wait_to_multiply": "staged"}.get(method, "free")
+    for method in ("wait_for", "wait_to_multiply", "produce", "produce_and_convert"):
+        inner = vars(Ring)[method]
+        role = {"wait_for": "arrived", "wait_to_multiply": "staged"}.get(method, "free")
 
-                def noted(self, *arguments, inner=inner, role=role):
-                    name.append(role)
-                    inner(self, *arguments)
-                    name.pop()
+        def noted(self, *arguments, inner=inner, role=role):
+            name.append(role)
+            inner(self, *arguments)
+            name.pop()
 
-                monkeypatch.setattr(of, method, noted)
+        monkeypatch.setattr(Ring, method, noted)
 
     def wait(barrier):
         if not name or name[-1] != skipped:
@@ -282,9 +283,9 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                 ):
                     continue
                 pools = [_pool(format, per, page_size, dim) for dim in dims]
-                tiles = gpu_decode.fit(dims, format, per, columns, page_size)
+                tiles = fit(dims, format, per, columns, page_size)
                 dtype = jnp.dtype(jnp.bfloat16)
-                scratch = gpu_decode.scratch_for(
+                scratch = scratch_for(
                     tiles, *pools, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True
                 )
                 sizes = [
@@ -292,7 +293,7 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                     for one in scratch.values()
                     if hasattr(one, "dtype")
                 ]
-                assert sum(sizes) == tiles.num_bytes <= gpu_decode.WHOLE_BYTES
+                assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
                 barriers = [int(np.prod(one.num_barriers)) for one in scratch.values() if hasattr(one, "num_barriers")]
                 assert max(barriers) <= 32
                 seen += 1

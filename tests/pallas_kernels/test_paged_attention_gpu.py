@@ -8,20 +8,22 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import gpu, pages, proof
+from pallas_kernels.paged_attention import pages, proof
+from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 check = partial(proof.check, is_compiled=False)
-simulated = partial(gpu.in_tiles, interpret=plgpu.InterpretGPUParams(detect_races=True))
+NUM_STAGES = 2
+simulated = partial(
+    in_tiles, num_pieces=3, max_stages=NUM_STAGES, interpret=plgpu.InterpretGPUParams(detect_races=True)
+)
+"""With two stages and few pieces, so that the ring turns and short sequences are split."""
 FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Two stages and few pieces, so that the ring turns and short sequences are split; a clean simulator afterwards."""
-    monkeypatch.setattr(gpu, "MAX_STAGES", 2)
-    monkeypatch.setattr(gpu, "PIECES", 3)
+def clean():
     yield
     reset_gpu_interpret_mode_state()
 
@@ -127,7 +129,7 @@ def test_a_missing_barrier_is_caught(monkeypatch, side, capfd):
     real, in_producer = plgpu.barrier_wait, side.startswith("who copies")
 
     def wait(barrier):
-        frees = getattr(getattr(barrier, "ref", barrier), "shape", ()) == (gpu.MAX_STAGES,)
+        frees = getattr(getattr(barrier, "ref", barrier), "shape", ()) == (NUM_STAGES,)
         if frees != in_producer:
             real(barrier)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax._src.pallas.mosaic_gpu.interpret.shared_memory import Barrier
@@ -14,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.debug import debugging
 from pallas_kernels.paged_attention import blocked as paged_blocked
-from pallas_kernels.paged_attention import gpu as paged_gpu
+from pallas_kernels.paged_attention import pages as paged_pages
 from pallas_kernels.paged_attention import proof
 from pallas_kernels.paged_attention import tpu as paged_tpu
 from pallas_kernels.paged_attention.proof import generated
@@ -96,26 +97,25 @@ class TestGPU(Contract):
     }
 
     @pytest.fixture(autouse=True)
-    def small(self, monkeypatch):
-        monkeypatch.setattr(paged_gpu, "MAX_STAGES", 2)
-        monkeypatch.setattr(paged_gpu, "PIECES", 3)
+    def clean(self):
         yield
         reset_gpu_interpret_mode_state()
 
-    def prefill(self, number=0):
+    def prefill(self, number=0, num_pieces=3, max_stages=2):
+        """With few stages and pieces, so that the ring turns and short sequences are split."""
         how = plgpu.InterpretGPUParams(detect_races=True)
-        return partial(gpu.paged_prefill, interpret=how, chip=("hopper", "blackwell")[number % 2])
+        chip = ("hopper", "blackwell")[number % 2]
+        return partial(gpu.paged_prefill, interpret=how, chip=chip, num_pieces=num_pieces, max_stages=max_stages)
 
     @named(CHUNK_CASES, "one tile", "int8")
     def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
         """And its rows of queries: where a list is not cut, nothing else."""
-        monkeypatch.setattr(paged_gpu, "PIECES", 1)
         ledger = Fetched()
         ledger.count_loads(monkeypatch)
         rows = 64 if case["num_queries"] * case["group"] <= 64 else 128
         tile_len = rows // case["group"]
         num_tiles = sum(-(-min(length, case["num_queries"]) // tile_len) for length in case["lengths"])
-        beside = ledger.of_chunk(self.check, self.prefill(), case, tile_len)
+        beside = ledger.of_chunk(self.check, self.prefill(num_pieces=1), case, tile_len)
         assert beside == num_tiles * 2 * rows * 64 * 2
 
     def test_one_of_two_warpgroups_may_be_late(self, monkeypatch):
@@ -128,16 +128,39 @@ class TestGPU(Contract):
             real(barrier, thread, **rest)
 
         monkeypatch.setattr(Barrier, "wait", wait)
-        monkeypatch.setattr(paged_gpu, "MAX_STAGES", 4)
-        monkeypatch.setattr(paged_gpu, "PIECES", 1)
         case = {"lengths": [250], "num_queries": 100, "group": 1, "kv_heads": 1, "dims": (32, 32), "page_size": 64}
-        self.check(self.prefill(), prefill=True, dtype="bfloat16", with_mass=False, **case)
+        run = self.prefill(num_pieces=1, max_stages=4)
+        self.check(run, prefill=True, dtype="bfloat16", with_mass=False, **case)
+
+    def test_what_fills_up_a_chunk_sees_nothing(self, capfd):
+        """Not even of a block that every other row sees all of."""
+        rng = np.random.default_rng(0)
+        queries, keys, values = (
+            jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((1, 70, 1, 32), *2 * [(3, 1, 64, 32)])
+        )
+        table, starts = jnp.array([[2, 1]], jnp.int32), jnp.array([[0, 64]], jnp.int32)
+        asked = queries, keys, values, table, starts, jnp.array([100]), jnp.array([3])
+        options: dict[str, Any] = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 0.2}
+        outputs, sums, mass = self.prefill()(*asked, with_page_mass=True, **options)
+        wanted = paged_prefill(*asked, with_page_mass=True, implementation="reference", **options)
+        np.testing.assert_allclose(np.float32(outputs[:, :3]), np.float32(wanted[0][:, :3]), atol=4e-3)
+        assert not outputs[:, 3:].any()
+        assert (sums[:, 3:] == -jnp.inf).all()
+        np.testing.assert_allclose(mass, wanted[2], atol=1e-4)
+        assert "RACE" not in capfd.readouterr().out
+
+    @pytest.mark.parametrize("cap", [None, 3.0])
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_list_that_is_not_cut_leaves_the_type_of_its_queries(self, dtype, cap, monkeypatch, capfd):
+        """Of many blocks, so that products and softmax of two run at once."""
+        monkeypatch.setattr(paged_pages, "ENOUGH", 1)
+        case = {"lengths": [300], "num_queries": 70, "group": 1, "kv_heads": 1, "dims": (32, 32), "page_size": 64}
+        self.check(self.prefill(num_pieces=1, max_stages=3), prefill=True, dtype=dtype, cap=cap, **case)
+        assert "RACE" not in capfd.readouterr().out
 
     def test_two_warpgroups_attend_where_rows_abound(self, monkeypatch):
         asked = []
-        monkeypatch.setattr(
-            paged_gpu, "paged_attention", lambda *_, **options: asked.append(options["num_consumers"]) or ()
-        )
+        monkeypatch.setattr(gpu, "in_tiles", lambda *_, **options: asked.append(options["num_consumers"]) or ())
         for tokens, dtype, chip in (
             (40, "bfloat16", "hopper"),
             (30, "bfloat16", "hopper"),
