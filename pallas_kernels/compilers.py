@@ -13,26 +13,35 @@ from pallas_kernels.chips import Shape, Target
 from pallas_kernels.formats import FORMATS
 
 
-def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
-    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
+def pool_of(format: str, per: str, leading: tuple[int, ...], dim: int, sharding: Any) -> Any:
+    """The shape of a pool of pages [P, K, page, dim] on a device, with its scales if `format` has them."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.formats import Quantised
+
+    def array(*dims: int, of: Any) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    if format not in FORMATS:
+        return array(*leading, dim, of=jnp.dtype(format))
+    payload = array(*leading, dim // 2 if format == "int4" else dim, of=FORMATS[format])
+    scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
+    return Quantised(payload, scales, "token" if per == "token" else "channel")
+
+
+def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
+    import jax
+    import jax.numpy as jnp
 
     batch, table_len, dim = shape.batch, 4096 // page_size, shape.head_dim
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
-    leading = batch * table_len + 1, 8, page_size
     dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
-    if shape.format in FORMATS:
-        payload = array(*leading, dim // 2 if shape.format == "int4" else dim, of=FORMATS[shape.format])
-        scales = array(*leading[:2], page_size if shape.per == "token" else dim, of=jnp.float32)
-        pool: Any = Quantised(payload, scales, "token" if shape.per == "token" else "channel")
-    else:
-        pool = array(*leading, dim, of=dtype)
+    pool = pool_of(shape.format, shape.per, (batch * table_len + 1, 8, page_size), dim, sharding)
     module = importlib.import_module(f"pallas_kernels.{shape.op}.{backend}")
     if shape.op == "kv_write":
         tokens = array(batch, shape.num_queries, 8, dim, of=dtype)
