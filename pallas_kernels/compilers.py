@@ -1,5 +1,6 @@
 """From an op and an absent chip to machine code, and what the compilers say of it."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -65,44 +66,49 @@ def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options
     return run, arrays
 
 
-def gpu_compiler(target: Target) -> Callable[[Shape], Any]:
-    """Compiles a shape for a GPU: what came of it, and the bytes that it keeps on chip."""
-    import jax
+def sharding_of(target: Target) -> Any:
+    """One absent device of a target, as arrays are placed on it."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target.description)
-    sharding = SingleDeviceSharding(topology.devices[0])
-    chip = "blackwell" if target.name == "B200" else "hopper"
-
-    def compile_one(shape: Shape) -> Any:
-        run, arrays = call_of(shape, "gpu", 64, sharding, chip=chip)
-        traced = jax.jit(run, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
-
-    return compile_one
+    if target.backend == "gpu":
+        how = {"platform": "cuda", "topology": "1 x 1 x 1", "target_config": target.description}
+    else:
+        how = {"platform": "tpu", "topology_name": target.description}
+    return SingleDeviceSharding(topologies.get_topology_desc(**how).devices[0])
 
 
-def tpu_compiler(target: Target) -> Callable[[Shape], Any]:
-    """Compiles a shape for a TPU: what came of it, and the bytes that it keeps on chip."""
+def context_of(target: Target) -> Any:
+    """What a program is to be traced under: for TPUs an abstract mesh of the absent device."""
     import jax
-    from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+    from jax.sharding import AbstractDevice, AbstractMesh
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=target.description).devices[0]
+    if target.backend == "gpu":
+        return contextlib.nullcontext()
+    (device,) = sharding_of(target).device_set
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=abstract)
-    sharding = SingleDeviceSharding(device)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract))
+
+
+def compiler(target: Target) -> Callable[[Shape], Any]:
+    """Compiles a shape for a target: what came of it, and the bytes that it keeps on chip."""
+    import jax
+
+    sharding = sharding_of(target)
+    page_size, options, lowering = 128, {}, {}
+    if target.backend == "gpu":
+        page_size, options = 64, {"chip": "blackwell" if target.name == "B200" else "hopper"}
+        lowering = {"lowering_platforms": ("cuda",)}
 
     def compile_one(shape: Shape) -> Any:
-        run, arrays = call_of(shape, "tpu", 128, sharding)
+        run, arrays = call_of(shape, target.backend, page_size, sharding, **options)
 
-        def under_mesh(*arrays: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh):
+        def in_context(*arrays: Any) -> Any:
+            with context_of(target):
                 return run(*arrays)
 
-        traced = jax.jit(under_mesh, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower().compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+        traced = jax.jit(in_context, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower(**lowering).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
     return compile_one
 

@@ -12,9 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import import_module, metadata
 from pathlib import Path
@@ -49,7 +48,7 @@ class Predicted:
         if (mine := self.kernel_us[gpu]) is None:
             return None
         others = self.num_launches - sum(one.attending is not None for one in self.kernels)
-        return mine + others * ASSUMED["a launch in a graph, us"], mine + others * ASSUMED["a launch of its own, us"]
+        return mine + others * ASSUMED.graph_launch_us, mine + others * ASSUMED.own_launch_us
 
 
 def problems() -> list[Any]:
@@ -102,6 +101,7 @@ def program_of(problem: Any, sharding: Any) -> tuple[Any, list[Any], tuple[int, 
 def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
     """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `pages.split` cuts the lists. A grid of
     another size is taken to have equal shares."""
+    import jax.numpy as jnp
     import numpy as np
 
     from pallas_kernels.paged_attention import gpu
@@ -122,7 +122,9 @@ def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
             pages = min(-(-last // page_size), problem.table_len * problem.page_size // page_size)
             counts += [pages] * (problem.num_kv_heads if by_head else 1)
     block_pages = BLOCK_LEN // page_size
-    pieces = np.asarray(split(np.array(counts, np.int32), block_pages, max(1, gpu.PIECES // heads), problem.table_len))
+    pieces = np.asarray(
+        split(jnp.array(counts, jnp.int32), block_pages, max(1, gpu.PIECES // heads), problem.table_len)
+    )
     turns = [-(-int(count) // block_pages) for count in pieces[:, 2] for _ in range(heads)]
     size = grid[0] * grid[1] * grid[2]
     if len(turns) == size:
@@ -192,7 +194,7 @@ def _work(name: str) -> None:
     topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target)
     run, arrays, donated = program_of(problem, SingleDeviceSharding(topology.devices[0]))
     lowered = jax.jit(run, donate_argnums=donated).trace(*arrays).lower(lowering_platforms=("cuda",))
-    print(f"{MARK}{json.dumps(count_launches(lowered.compile().as_text()))}", flush=True)
+    print(f"{MARK}{json.dumps(count_launches(lowered.compile().as_text() or ''))}", flush=True)
 
 
 HEADER = (
@@ -270,8 +272,8 @@ def as_json(found: Sequence[Predicted]) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "nvidia-cuda-nvcc")},
-        "assumed": ASSUMED | {f"cycles that a {name} leaves exposed": value for name, value in WAITS.items()},
-        "gpus": [vars(gpu) for gpu in GPUS],
+        "assumed": asdict(ASSUMED) | {"exposed_cycles": WAITS},
+        "gpus": [asdict(gpu) for gpu in GPUS],
         "problems": [
             {
                 "problem": one.problem,

@@ -1,6 +1,6 @@
 """How long a GPU kernel takes on a chip that is not here, by its machine code: a list of assumptions, and list scheduling.
 
-Nothing here was measured on a chip. What to expect of it is 15% either way (`ASSUMED`).
+Nothing here was measured on a chip. What to expect of it is 15% either way (`Assumed`).
 """
 
 import heapq
@@ -11,22 +11,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pallas_kernels import machine_code
+from pallas_kernels.compilers import resources
 from pallas_kernels.machine_code import Turn
 
-ASSUMED: dict[str, float] = {
-    "multiprocessors": 132,
-    "registers of a multiprocessor": 65536,
-    "shared bytes of a multiprocessor": 233472,
-    "start of a thread block, us": 1.7,
-    "a store that is waited for at its end, us": 0.75,
-    "an empty thread block, us": 1.0,
-    "a launch in a graph, us": 1.4,
-    "a launch of its own, us": 2.2,
-    "second-level cache, bytes a second": 5.4e12,
-    "uncertainty": 0.15,
-}
-"""Of Hopper, besides: every product is waited for at once, and a multiprocessor has its even share of the bandwidth. Four stores make the
-4.7 us that a block which stages 64 rows takes to start and to end."""
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the model takes for granted of Hopper. Besides: every product is waited for at once, and a multiprocessor has its even
+    share of the bandwidth. Start and four stores make the 4.7 us that a block which stages 64 rows takes beside its loop."""
+
+    multiprocessors: int = 132
+    registers: int = 65536
+    """Of a multiprocessor, as are the following."""
+    shared_bytes: int = 233472
+    threads: int = 2048
+    start_us: float = 1.7
+    """Of a thread block."""
+    store_us: float = 0.75
+    """Of each store that is waited for at its end."""
+    empty_us: float = 1.0
+    """Of a thread block without work."""
+    graph_launch_us: float = 1.4
+    """Of a small kernel that depends on the one before it, in a graph; launched by itself:"""
+    own_launch_us: float = 2.2
+    cache_bytes_per_s: float = 5.4e12
+    """Of the second-level cache."""
+    uncertainty: float = 0.15
+    """Of the times that come of all this, either way."""
+
+
+ASSUMED = Assumed()
 WAITS = {"BAR": 20, "MEMBAR": 40, "SHFL": 10, "LDG": 30, "SYNCS.PHASECHK": 20}
 """Cycles of latency that each operation of the inner loop leaves exposed: 350 for a decode kernel with 64 rows of queries."""
 
@@ -58,6 +72,7 @@ class Kernel:
     """Copies from shared memory that are waited for before the next."""
     attending: Turn | None
     fetching: Turn | None
+    """Of the warpgroup that does not attend; None: those that attend fetch as well."""
 
     @property
     def num_resident(self) -> int:
@@ -65,10 +80,10 @@ class Kernel:
         registers = math.ceil(self.registers / 8) * 8 * self.num_threads
         shared = self.shared_bytes + 2048
         most = (
-            ASSUMED["registers of a multiprocessor"] // registers,
-            ASSUMED["shared bytes of a multiprocessor"] // shared,
+            ASSUMED.registers // registers,
+            ASSUMED.shared_bytes // shared,
         )
-        return max(1, min(*most, 2048 // self.num_threads))
+        return max(1, min(*most, ASSUMED.threads // self.num_threads))
 
     @property
     def num_attending(self) -> int:
@@ -87,16 +102,16 @@ def cycles(turn: Turn) -> float:
     return turn.stall_cycles + turn.tensor_cycles + waits(turn)
 
 
-def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: float, bytes_per_s: float) -> float:
-    """Microseconds of one turn of every resident thread block: the slowest of its warpgroups, of the tensor cores and schedulers
+def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: float, bytes_per_s: float, num_resident: int) -> float:
+    """Microseconds of one turn of each of `num_resident` thread blocks on a multiprocessor: the slowest of its warpgroups, of the tensor cores and schedulers
     that they share, and of the memory."""
     turns = [one for one in (kernel.attending, kernel.fetching) if one]
     own = max(map(cycles, turns))
-    all_products = kernel.num_resident * kernel.num_attending * sum(one.tensor_cycles for one in turns)
-    issue = kernel.num_resident * sum(
+    all_products = num_resident * kernel.num_attending * sum(one.tensor_cycles for one in turns)
+    issue = num_resident * sum(
         len(one.instructions) * (kernel.num_attending if one is kernel.attending else 1) for one in turns
     )
-    memory = kernel.num_resident * turn_bytes / (bytes_per_s / ASSUMED["multiprocessors"]) * 1e6
+    memory = num_resident * turn_bytes / (bytes_per_s / ASSUMED.multiprocessors) * 1e6
     return max(max(own, all_products, issue) / (gpu.clock_ghz * 1e3), memory)
 
 
@@ -105,7 +120,7 @@ def scheduled_us(turns: Sequence[int], num_slots: int, one_turn_us: float, ends_
     block without any takes what an empty one does."""
     slots = [0.0] * num_slots
     for number in turns:
-        taken = number * one_turn_us + ends_us if number else ASSUMED["an empty thread block, us"]
+        taken = number * one_turn_us + ends_us if number else ASSUMED.empty_us
         heapq.heapreplace(slots, slots[0] + taken)
     return max(slots)
 
@@ -113,11 +128,12 @@ def scheduled_us(turns: Sequence[int], num_slots: int, one_turn_us: float, ends_
 def kernel_us(kernel: Kernel, gpu: Gpu, turns: Sequence[int], turn_bytes: float, *, is_cached: bool = False) -> float:
     """A kernel's time, from how often each of its thread blocks turns and what a turn reads: of the second-level cache, if
     `is_cached`."""
-    bytes_per_s = ASSUMED["second-level cache, bytes a second"] if is_cached else gpu.bytes_per_s
-    ends = ASSUMED["start of a thread block, us"]
-    ends += kernel.num_stores * ASSUMED["a store that is waited for at its end, us"]
-    num_slots = ASSUMED["multiprocessors"] * kernel.num_resident
-    return scheduled_us(turns, num_slots, turn_us(kernel, gpu, turn_bytes, bytes_per_s), ends)
+    bytes_per_s = ASSUMED.cache_bytes_per_s if is_cached else gpu.bytes_per_s
+    num_busy = sum(number > 0 for number in turns)
+    num_resident = max(1, min(kernel.num_resident, -(-num_busy // ASSUMED.multiprocessors)))
+    one_turn_us = turn_us(kernel, gpu, turn_bytes, bytes_per_s, num_resident)
+    ends_us = ASSUMED.start_us + kernel.num_stores * ASSUMED.store_us
+    return scheduled_us(turns, ASSUMED.multiprocessors * num_resident, one_turn_us, ends_us)
 
 
 def read_kernels(folder: Path) -> list[Kernel]:
@@ -125,7 +141,7 @@ def read_kernels(folder: Path) -> list[Kernel]:
     found = []
     for path in sorted(folder.glob("*.sass_ctrl"), key=lambda path: int(re.findall(r"\d+", path.stem)[-1])):
         turns = machine_code.loops(code := path.read_text())
-        said = path.with_suffix(".ptxas").read_text()
+        said = resources(path.with_suffix(".ptxas").read_text())
         x, y, z, threads, _, _, shared = launch_of(path.with_suffix(".mlir-passes.log"))
         instructions, _ = machine_code.parse(code)
         found.append(
@@ -134,12 +150,12 @@ def read_kernels(folder: Path) -> list[Kernel]:
                 (x, y, z),
                 threads,
                 shared,
-                max(map(int, re.findall(r"[Uu]sed (\d+) registers", said))),
-                sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", said))),
+                said["registers"],
+                said["spilled_bytes"],
                 len(instructions),
                 sum(one.name.startswith("UTMASTG") for one in instructions),
-                machine_code.attending(turns),
-                machine_code.fetching(turns),
+                attending := machine_code.attending(turns),
+                None if attending and attending.counts["UTMALDG"] else machine_code.fetching(turns),
             )
         )
     return found
