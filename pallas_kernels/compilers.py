@@ -90,15 +90,20 @@ def context_of(target: Target) -> Any:
     return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract))
 
 
+def platforms_of(target: Target) -> dict[str, Any]:
+    """What lowering is to be told: for a GPU, that programs are for CUDA."""
+    return {"lowering_platforms": ("cuda",)} if target.backend == "gpu" else {}
+
+
 def compiler(target: Target) -> Callable[[Shape], Any]:
     """Compiles a shape for a target: what came of it, and the bytes that it keeps on chip."""
     import jax
 
     sharding = sharding_of(target)
-    page_size, options, lowering = 128, {}, {}
+    page_size = 128
+    options: dict[str, Any] = {}
     if target.backend == "gpu":
         page_size, options = 64, {"chip": "blackwell" if target.name == "B200" else "hopper"}
-        lowering = {"lowering_platforms": ("cuda",)}
 
     def compile_one(shape: Shape) -> Any:
         run, arrays = call_of(shape, target.backend, page_size, sharding, **options)
@@ -108,7 +113,7 @@ def compiler(target: Target) -> Callable[[Shape], Any]:
                 return run(*arrays)
 
         traced = jax.jit(in_context, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower(**lowering).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+        return traced.lower(**platforms_of(target)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
     return compile_one
 

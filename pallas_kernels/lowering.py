@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pallas_kernels import compilers
 from pallas_kernels.chips import Target
 
 
@@ -79,10 +80,7 @@ def _lowering(target: Target, *, is_compiled: bool) -> Callable[..., None]:
     """A function that lowers `kernel(*arrays, **options)` for a target; it answers with `Reached`."""
     import jax
 
-    from pallas_kernels.compilers import context_of, sharding_of
-
-    sharding = sharding_of(target)
-    platforms: dict[str, Any] = {"lowering_platforms": ("cuda",)} if target.backend == "gpu" else {}
+    sharding = compilers.sharding_of(target)
 
     def lower_call(kernel: Callable[..., Any], *arrays: Any, **options: Any) -> None:
         shaped = {name: one for name, one in options.items() if hasattr(one, "shape")}
@@ -91,11 +89,11 @@ def _lowering(target: Target, *, is_compiled: bool) -> Callable[..., None]:
 
         def call(*flat: Any) -> Any:
             arrays, shaped = jax.tree.unflatten(structure, flat)
-            with context_of(target):
+            with compilers.context_of(target):
                 return kernel(*arrays, **shaped, **static)
 
         shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding) for one in flat]
-        lowered = jax.jit(call).trace(*shapes).lower(**platforms)
+        lowered = jax.jit(call).trace(*shapes).lower(**compilers.platforms_of(target))
         if is_compiled:
             lowered.compile()
         raise Reached

@@ -1,6 +1,6 @@
 """Predicts what the GPU kernels take on an H100 and an H200 that are not here, from their machine code.
 
-    python -m pallas_kernels.predict [TEXT ...] [--label before] [--json FILE] [--table FILE]     # in .venv-kernels
+    python -m pallas_kernels.predict [TEXT ...] [--label before] [--json FILE]     # in .venv-kernels
 
 For every problem of the bench that has a GPU kernel (or whose name has a TEXT): what one call launches, the kernel's registers, the
 cycles of its inner loop, and a time by `timing_model`. Nothing here was measured on a chip.
@@ -197,59 +197,8 @@ def _work(name: str) -> None:
     print(f"{MARK}{json.dumps(count_launches(lowered.compile().as_text() or ''))}", flush=True)
 
 
-HEADER = (
-    "problem",
-    "launches",
-    "registers",
-    "blocks an SM",
-    "inner loop: instructions, stalls + products + waits",
-    "the other loop",
-    *(f"{gpu.name}: kernel, of floor; call" for gpu in GPUS),
-)
-
-
-def row(one: Predicted) -> tuple[str, ...]:
-    """A prediction in words, in the order of HEADER."""
-
-    def loop(turn: Turn | None) -> str:
-        if turn is None:
-            return "-"
-        parts = f"{turn.stall_cycles} + {turn.tensor_cycles:.0f} + {waits(turn)}"
-        return f"{len(turn.instructions)}, {parts} = {cycles(turn):.0f}{' (inner loops once)' * bool(turn.num_inner_loops)}"
-
-    def of(gpu: Gpu) -> str:
-        if (mine := one.kernel_us[gpu.name]) is None or (call := one.call_us(gpu.name)) is None:
-            return "-"
-        return f"{mine:.0f} us, {one.floor_us[gpu.name] / mine:.2f}; {call[0]:.0f}-{call[1]:.0f} us"
-
-    def each(values: Sequence[object]) -> str:
-        return " / ".join(map(str, values)) or "-"
-
-    with_products = [kernel for kernel in one.kernels if kernel.attending]
-    return (
-        one.problem,
-        str(one.num_launches),
-        each(
-            [
-                f"{kernel.registers}{f', spills {kernel.spilled_bytes} B' * bool(kernel.spilled_bytes)}"
-                for kernel in one.kernels
-            ]
-        ),
-        each([kernel.num_resident for kernel in one.kernels]),
-        each([loop(kernel.attending) for kernel in with_products]),
-        each([loop(kernel.fetching) for kernel in with_products]),
-        *map(of, GPUS),
-    )
-
-
-def markdown(found: Sequence[Predicted]) -> str:
-    """The table as Markdown."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *map(row, found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def as_json(found: Sequence[Predicted]) -> dict[str, Any]:
-    """Everything, with what was assumed."""
+def as_json(one: Predicted) -> dict[str, Any]:
+    """A prediction as it is kept."""
 
     def loop(turn: Turn | None) -> dict[str, Any] | None:
         if turn is None:
@@ -260,6 +209,7 @@ def as_json(found: Sequence[Predicted]) -> dict[str, Any]:
             "stall_cycles": turn.stall_cycles,
             "tensor_cycles": turn.tensor_cycles,
             "wait_cycles": waits(turn),
+            "cycles": cycles(turn),
             "inner_loops_counted_once": turn.num_inner_loops,
             "operations": dict(turn.counts.most_common()),
         }
@@ -267,26 +217,74 @@ def as_json(found: Sequence[Predicted]) -> dict[str, Any]:
     def kernel(one: Kernel) -> dict[str, Any]:
         mine = {name: value for name, value in vars(one).items() if name not in ("attending", "fetching")}
         loops = {"attending": loop(one.attending), "fetching": loop(one.fetching)}
-        return mine | loops | {"num_resident": one.num_resident, "num_attending": one.num_attending}
+        return mine | {"num_resident": one.num_resident, "num_attending": one.num_attending} | loops
 
     return {
-        "date": date.today().isoformat(),
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "nvidia-cuda-nvcc")},
-        "assumed": asdict(ASSUMED) | {"exposed_cycles": WAITS},
-        "gpus": [asdict(gpu) for gpu in GPUS],
-        "problems": [
-            {
-                "problem": one.problem,
-                "launches": one.launches,
-                "num_launches": one.num_launches,
-                "kernel_us": one.kernel_us,
-                "call_us": {gpu.name: one.call_us(gpu.name) for gpu in GPUS},
-                "floor_us": one.floor_us,
-                "kernels": [kernel(each) for each in one.kernels],
-            }
-            for one in found
-        ],
+        "problem": one.problem,
+        "launches": one.launches,
+        "num_launches": one.num_launches,
+        "kernel_us": one.kernel_us,
+        "call_us": {gpu.name: one.call_us(gpu.name) for gpu in GPUS},
+        "floor_us": one.floor_us,
+        "kernels": [kernel(each) for each in one.kernels],
     }
+
+
+HEADER = (
+    "problem",
+    "launches",
+    "registers",
+    "thread blocks an SM",
+    "attending loop: instructions; stalls + products + waits",
+    "the other warpgroup's",
+    *(f"{gpu.name}: kernel, of floor; call" for gpu in GPUS),
+)
+
+
+def row(one: dict[str, Any]) -> tuple[str, ...]:
+    """A prediction as it is kept, in words, in the order of HEADER; of several kernels one behind the other."""
+
+    def loop(turn: dict[str, Any] | None) -> str:
+        if turn is None:
+            return "-"
+        parts = f"{turn['stall_cycles']} + {turn['tensor_cycles']:.0f} + {turn['wait_cycles']}"
+        once = " (inner loops once)" * bool(turn["inner_loops_counted_once"])
+        return f"{turn['instructions']}; {parts} = {turn['cycles']:.0f}{once}"
+
+    def on(gpu: str) -> str:
+        if (mine := one["kernel_us"][gpu]) is None:
+            return "-"
+        low, high = one["call_us"][gpu]
+        return f"{mine:.0f} us, {one['floor_us'][gpu] / mine:.2f}; {low:.0f}-{high:.0f} us"
+
+    def each(values: Sequence[object]) -> str:
+        return " / ".join(map(str, values)) or "-"
+
+    kernels = one["kernels"]
+    with_products = [kernel for kernel in kernels if kernel["attending"]]
+    return (
+        one["problem"],
+        str(one["num_launches"]),
+        each([f"{kernel['registers']}{' (spills)' * bool(kernel['spilled_bytes'])}" for kernel in kernels]),
+        each([kernel["num_resident"] for kernel in kernels]),
+        each([loop(kernel["attending"]) for kernel in with_products]),
+        each([loop(kernel["fetching"]) for kernel in with_products]),
+        *(on(gpu.name) for gpu in GPUS),
+    )
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    """Predictions as they are kept, as a table in Markdown."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *map(row, found)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def page(kept: dict[str, Any]) -> str:
+    """Everything that was kept, a table for each label."""
+    parts = ["# Predicted from machine code: nothing here was measured on a chip\n"]
+    for label, one in kept.items():
+        parts.append(f"## {label}\n\n{one['date']}, jax {one['versions']['jax']}.\n\n{markdown(one['problems'])}")
+    return "\n".join(parts)
 
 
 def main() -> int:
@@ -297,8 +295,7 @@ def main() -> int:
     parser.add_argument(
         "--label", default="now", help="the name under which --json keeps the result, beside others there"
     )
-    parser.add_argument("--json", type=Path, help="a file of results by label, which is made or added to")
-    parser.add_argument("--table", type=Path, help="write the table here")
+    parser.add_argument("--json", type=Path, help="results by label, made or added to; all tables go into the same .md")
     options = parser.parse_args()
     if options.worker:
         _work(options.worker)
@@ -308,15 +305,21 @@ def main() -> int:
         if options.texts and not any(text in problem.name for text in options.texts):
             continue
         try:
-            found.append(predict(problem))
+            found.append(as_json(predict(problem)))
             print(markdown(found[-1:]).split("\n", 2)[2], end="", flush=True)
         except RuntimeError as error:
             failed.append(str(error))
     if options.json:
-        known = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(known | {options.label: as_json(found)}, indent=1) + "\n")
-    if options.table:
-        options.table.write_text(markdown(found))
+        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        kept[options.label] = {
+            "date": date.today().isoformat(),
+            "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "nvidia-cuda-nvcc")},
+            "assumed": asdict(ASSUMED) | {"exposed_cycles": WAITS},
+            "gpus": [asdict(gpu) for gpu in GPUS],
+            "problems": found,
+        }
+        options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text(page(kept))
     for one in failed:
         print(f"failed: {one}", file=sys.stderr)
     return 1 if failed else 0

@@ -102,7 +102,7 @@ def cycles(turn: Turn) -> float:
     return turn.stall_cycles + turn.tensor_cycles + waits(turn)
 
 
-def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: float, bytes_per_s: float, num_resident: int) -> float:
+def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: int, bytes_per_s: float, num_resident: int) -> float:
     """Microseconds of one turn of each of `num_resident` thread blocks on a multiprocessor: the slowest of its warpgroups, of the tensor cores and schedulers
     that they share, and of the memory."""
     turns = [one for one in (kernel.attending, kernel.fetching) if one]
@@ -125,7 +125,7 @@ def scheduled_us(turns: Sequence[int], num_slots: int, one_turn_us: float, ends_
     return max(slots)
 
 
-def kernel_us(kernel: Kernel, gpu: Gpu, turns: Sequence[int], turn_bytes: float, *, is_cached: bool = False) -> float:
+def kernel_us(kernel: Kernel, gpu: Gpu, turns: Sequence[int], turn_bytes: int, *, is_cached: bool = False) -> float:
     """A kernel's time, from how often each of its thread blocks turns and what a turn reads: of the second-level cache, if
     `is_cached`."""
     bytes_per_s = ASSUMED.cache_bytes_per_s if is_cached else gpu.bytes_per_s
