@@ -47,7 +47,7 @@ peers-ledger: .peers-ledger/.installed
 	@touch $@
 
 # Compiles every kernel, and every case of the bench, for every chip on a machine that has none: on the newest and the oldest allowed jax. The
-# compilers, some 5 GB each, live apart. A part of it: TARGETS="H200 v5e" OLDEST_TARGETS=H200 DIMS=128, and CASES="0 --lower" (only the
+# compilers, some 5 GB each, live apart. A part of it: TARGETS="B200 v5e" OLDEST_TARGETS=H200 DIMS=128, and CASES="0 --lower" (only the
 # named cases, not as far as machine code).
 CASES ?= 40
 CHECK = -m pallas_kernels.targets $(if $(DIMS),--dims $(DIMS)) --cases $(CASES)

@@ -197,6 +197,9 @@ def _work(name: str) -> None:
     print(f"{MARK}{json.dumps(count_launches(lowered.compile().as_text() or ''))}", flush=True)
 
 
+LOOPS = ("attending", "fetching", "longest")
+
+
 def as_json(one: Predicted) -> dict[str, Any]:
     """A prediction as it is kept."""
 
@@ -215,8 +218,8 @@ def as_json(one: Predicted) -> dict[str, Any]:
         }
 
     def kernel(one: Kernel) -> dict[str, Any]:
-        mine = {name: value for name, value in vars(one).items() if name not in ("attending", "fetching")}
-        loops = {"attending": loop(one.attending), "fetching": loop(one.fetching)}
+        mine = {name: value for name, value in vars(one).items() if name not in LOOPS}
+        loops = {name: loop(getattr(one, name)) for name in LOOPS}
         return mine | {"num_resident": one.num_resident, "num_attending": one.num_attending} | loops
 
     return {
@@ -235,7 +238,7 @@ HEADER = (
     "launches",
     "registers",
     "thread blocks an SM",
-    "attending loop: instructions; stalls + products + waits",
+    "inner loop (without products: the longest): instructions; stalls + products + waits",
     "the other warpgroup's",
     *(f"{gpu.name}: kernel, of floor; call" for gpu in GPUS),
 )
@@ -261,14 +264,13 @@ def row(one: dict[str, Any]) -> tuple[str, ...]:
         return " / ".join(map(str, values)) or "-"
 
     kernels = one["kernels"]
-    with_products = [kernel for kernel in kernels if kernel["attending"]]
     return (
         one["problem"],
         str(one["num_launches"]),
         each([f"{kernel['registers']}{' (spills)' * bool(kernel['spilled_bytes'])}" for kernel in kernels]),
         each([kernel["num_resident"] for kernel in kernels]),
-        each([loop(kernel["attending"]) for kernel in with_products]),
-        each([loop(kernel["fetching"]) for kernel in with_products]),
+        each([loop(kernel["attending"] or kernel["longest"]) for kernel in kernels]),
+        each([loop(kernel["fetching"]) for kernel in kernels]),
         *(on(gpu.name) for gpu in GPUS),
     )
 

@@ -73,6 +73,8 @@ class Kernel:
     attending: Turn | None
     fetching: Turn | None
     """Of the warpgroup that does not attend; None: those that attend fetch as well."""
+    longest: Turn | None = None
+    """Of a kernel without products, its loop with the longest turn."""
 
     @property
     def num_resident(self) -> int:
@@ -141,6 +143,8 @@ def read_kernels(folder: Path) -> list[Kernel]:
     found = []
     for path in sorted(folder.glob("*.sass_ctrl"), key=lambda path: int(re.findall(r"\d+", path.stem)[-1])):
         turns = machine_code.loops(code := path.read_text())
+        attending = machine_code.attending(turns)
+        is_shared = attending is None or bool(attending.counts["UTMALDG"])
         said = resources(path.with_suffix(".ptxas").read_text())
         x, y, z, threads, _, _, shared = launch_of(path.with_suffix(".mlir-passes.log"))
         instructions, _ = machine_code.parse(code)
@@ -154,8 +158,9 @@ def read_kernels(folder: Path) -> list[Kernel]:
                 said["spilled_bytes"],
                 len(instructions),
                 sum(one.name.startswith("UTMASTG") for one in instructions),
-                attending := machine_code.attending(turns),
-                None if attending and attending.counts["UTMALDG"] else machine_code.fetching(turns),
+                attending,
+                None if is_shared else machine_code.fetching(turns),
+                None if attending else max(turns, key=cycles, default=None),
             )
         )
     return found

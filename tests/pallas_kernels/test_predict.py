@@ -253,6 +253,30 @@ def test_equal_shares_of_a_grid_that_is_not_cut_by_pieces():
     assert (len(pieces), sum(pieces), pieces[:8], pieces[-8:]) == (520, 32 * 64 * 8, [32] * 8, [0] * 8)
 
 
+PTXAS = (
+    "ptxas info : Used 202 registers, used 16 barriers, 17 bytes smem\n 8 bytes spill stores, 12 bytes spill loads\n"
+)
+
+
+def test_every_kernel_of_a_program_is_read(tmp_path):
+    """Two: one attends; the other, which has no products, has a longest loop."""
+    merging = SASS.replace("HGMMA.64x64x16.F32.BF16", "FMUL").replace("HGMMA.64x128x16.F32", "FMUL")
+    launch = "gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %c8, %e = %c65, %f = %c1_54) threads(%g, %h, %i) in (%j = %c256, %k = %c1, %l = %c1_3) dynamic_shared_memory_size %c208000_i32 {\n"  # fmt: skip
+    for number, text in ((0, SASS), (10, SASS), (2, merging)):
+        (tmp_path / f"kernel_{number}.sass_ctrl").write_text(text)
+        (tmp_path / f"kernel_{number}.ptxas").write_text(PTXAS)
+        (tmp_path / f"kernel_{number}.mlir-passes.log").write_text(launch)
+    first, second, third = timing_model.read_kernels(tmp_path)
+    assert [first.name, second.name, third.name] == ["kernel_0", "kernel_2", "kernel_10"]
+    assert (first.grid, first.num_threads, first.shared_bytes) == ((8, 65, 1), 256, 208000)
+    assert (first.registers, first.spilled_bytes, first.num_instructions) == (202, 20, 19)
+    assert first.attending is not None
+    assert first.fetching is not None
+    assert (first.longest, first.num_attending, first.fetching.address) == (None, 1, 0x20)
+    assert second.longest is not None
+    assert (second.attending, second.longest.address) == (None, 0x50)
+
+
 def test_a_page_of_predictions_names_every_label():
     kernel = kernel_of(1422, 768)
     times: dict[str, float | None] = {gpu.name: 170.0 for gpu in timing_model.GPUS}

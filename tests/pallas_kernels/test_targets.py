@@ -160,6 +160,35 @@ def test_a_case_that_does_not_lower_for_a_chip_is_named(monkeypatch, name, platf
     assert platform in said
 
 
+def test_a_case_that_does_not_lower_fails_the_command(monkeypatch, capsys, tmp_path):
+    """And stands in the JSON; the table has the shapes."""
+    monkeypatch.setattr(
+        targets, "compile_for", lambda target, dims: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)]
+    )
+    monkeypatch.setattr(
+        targets, "lower_for", lambda target, number, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
+    )
+    command = [
+        "targets",
+        "--cases",
+        "0",
+        "--json",
+        str(tmp_path / "all.json"),
+        "--table",
+        str(tmp_path / "all.md"),
+        "--",
+    ]
+    monkeypatch.setattr(targets.sys, "argv", [*command, "H100", "H200"])
+    assert targets.main() == 1
+    said = capsys.readouterr()
+    assert said.err == "failed: kv_write, one for H200: no\n"
+    assert "H200: 0 of 1 cases compiled" in said.out
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert (len(kept["compiled"]), [one["error"] for one in kept["cases"]]) == (2, ["no"])
+    table = (tmp_path / "all.md").read_text()
+    assert "| paged_attention | H200 | bfloat16 | 128 | - | 1.0 s | 194 | 0 B | 192 KiB | - | 112 us |" in table
+
+
 def test_cases_are_lowered_for_one_target_of_each_kind():
     assert [one.name for one in targets.generations([TARGETS[one] for one in TARGETS])] == ["H200", "B200", "7x"]
     assert [one.name for one in targets.generations([TARGETS["v5e"], TARGETS["H100"]])] == ["v5e", "H100"]
