@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check
+.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -46,15 +46,31 @@ peers-ledger: .peers-ledger/.installed
 	@ls -d "$$PWD"/.peers/lib/python*/site-packages > "$$(ls -d .peers-ledger/lib/python*/site-packages)/peers.pth"
 	@touch $@
 
-# Compiles every kernel for every chip (or TARGETS="H200 v5e" DIMS=128), on a machine that has none: the compilers, some 4 GB, live apart.
-kernels-check: .venv-kernels/.installed
-	.venv-kernels/bin/python -m pallas_kernels.targets $(TARGETS) $(if $(DIMS),--dims $(DIMS))
+# Compiles every kernel, and every case of the bench, for every chip on a machine that has none: on the newest and the oldest allowed jax. The
+# compilers, some 5 GB each, live apart. A part of it: TARGETS="B200 v5e" OLDEST_TARGETS=H200 DIMS=128, and CASES="0 --lower" (only the
+# named cases, not as far as machine code).
+CASES ?= 40
+CHECK = -m pallas_kernels.targets $(if $(DIMS),--dims $(DIMS)) --cases $(CASES)
+
+kernels-check: kernels-check-newest kernels-check-oldest
+
+kernels-check-newest: .venv-kernels/.installed
+	.venv-kernels/bin/python $(CHECK) -- $(TARGETS)
+
+kernels-check-oldest: .venv-kernels-oldest/.installed
+	.venv-kernels-oldest/bin/python $(CHECK) -- $(OLDEST_TARGETS)
 
 .venv-kernels/.installed: pallas_kernels/compilers.txt pyproject.toml .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r pallas_kernels/compilers.txt -e .
 	@touch $@
 
+# What GPU machines have: jax alone, for pallas_kernels needs nothing else.
+.venv-kernels-oldest/.installed: .ci/compilers-oldest.txt .ci/constraints-oldest.txt .ci/find_python.sh
+	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels-oldest
+	.venv-kernels-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt -r .ci/compilers-oldest.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-kernels .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """From an op and an absent chip to machine code, and what the compilers say of it."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -13,26 +14,35 @@ from pallas_kernels.chips import Shape, Target
 from pallas_kernels.formats import FORMATS
 
 
-def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
-    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
+def pool_of(format: str, per: str, leading: tuple[int, ...], dim: int, sharding: Any) -> Any:
+    """The shape of a pool of pages [P, K, page, dim] on a device, with its scales if `format` has them."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.formats import Quantised
+
+    def array(*dims: int, of: Any) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    if format not in FORMATS:
+        return array(*leading, dim, of=jnp.dtype(format))
+    payload = array(*leading, dim // 2 if format == "int4" else dim, of=FORMATS[format])
+    scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
+    return Quantised(payload, scales, "token" if per == "token" else "channel")
+
+
+def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
+    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
+    import jax
+    import jax.numpy as jnp
 
     batch, table_len, dim = shape.batch, 4096 // page_size, shape.head_dim
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
-    leading = batch * table_len + 1, 8, page_size
     dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
-    if shape.format in FORMATS:
-        payload = array(*leading, dim // 2 if shape.format == "int4" else dim, of=FORMATS[shape.format])
-        scales = array(*leading[:2], page_size if shape.per == "token" else dim, of=jnp.float32)
-        pool: Any = Quantised(payload, scales, "token" if shape.per == "token" else "channel")
-    else:
-        pool = array(*leading, dim, of=dtype)
+    pool = pool_of(shape.format, shape.per, (batch * table_len + 1, 8, page_size), dim, sharding)
     module = importlib.import_module(f"pallas_kernels.{shape.op}.{backend}")
     if shape.op == "kv_write":
         tokens = array(batch, shape.num_queries, 8, dim, of=dtype)
@@ -56,44 +66,54 @@ def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options
     return run, arrays
 
 
-def gpu_compiler(target: Target) -> Callable[[Shape], Any]:
-    """Compiles a shape for a GPU: what came of it, and the bytes that it keeps on chip."""
-    import jax
+def sharding_of(target: Target) -> Any:
+    """One absent device of a target, as arrays are placed on it."""
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target.description)
-    sharding = SingleDeviceSharding(topology.devices[0])
-    chip = "blackwell" if target.name == "B200" else "hopper"
-
-    def compile_one(shape: Shape) -> Any:
-        run, arrays = call_of(shape, "gpu", 64, sharding, chip=chip)
-        traced = jax.jit(run, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
-
-    return compile_one
+    if target.backend == "gpu":
+        how = {"platform": "cuda", "topology": "1 x 1 x 1", "target_config": target.description}
+    else:
+        how = {"platform": "tpu", "topology_name": target.description}
+    return SingleDeviceSharding(topologies.get_topology_desc(**how).devices[0])
 
 
-def tpu_compiler(target: Target) -> Callable[[Shape], Any]:
-    """Compiles a shape for a TPU: what came of it, and the bytes that it keeps on chip."""
+def context_of(target: Target) -> Any:
+    """What a program is to be traced under: for TPUs an abstract mesh of the absent device."""
     import jax
-    from jax.experimental import topologies
-    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+    from jax.sharding import AbstractDevice, AbstractMesh
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=target.description).devices[0]
+    if target.backend == "gpu":
+        return contextlib.nullcontext()
+    (device,) = sharding_of(target).device_set
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=abstract)
-    sharding = SingleDeviceSharding(device)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract))
+
+
+def platforms_of(target: Target) -> dict[str, Any]:
+    """What lowering is to be told: for a GPU, that programs are for CUDA."""
+    return {"lowering_platforms": ("cuda",)} if target.backend == "gpu" else {}
+
+
+def compiler(target: Target) -> Callable[[Shape], Any]:
+    """Compiles a shape for a target: what came of it, and the bytes that it keeps on chip."""
+    import jax
+
+    sharding = sharding_of(target)
+    page_size = 128
+    options: dict[str, Any] = {}
+    if target.backend == "gpu":
+        page_size, options = 64, {"chip": "blackwell" if target.name == "B200" else "hopper"}
 
     def compile_one(shape: Shape) -> Any:
-        run, arrays = call_of(shape, "tpu", 128, sharding)
+        run, arrays = call_of(shape, target.backend, page_size, sharding, **options)
 
-        def under_mesh(*arrays: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh):
+        def in_context(*arrays: Any) -> Any:
+            with context_of(target):
                 return run(*arrays)
 
-        traced = jax.jit(under_mesh, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower().compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+        traced = jax.jit(in_context, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
+        return traced.lower(**platforms_of(target)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
     return compile_one
 

@@ -1,8 +1,8 @@
 """Compiles kernels for chips that are not here, down to machine code, and says what they take.
 
-    python -m pallas_kernels.targets [--dims 128] [--json results.json] [--table docs/kernels.md]      # `make kernels-check`
+    python -m pallas_kernels.targets [H200 ...] [--dims 128] [--cases 40] [--json FILE] [--table FILE]      # `make kernels-check`
 
-Each target is compiled in a process of its own, since the compilers speak to standard error and remember their platform. They
+With `--cases`, the cases that the bench would run on such a chip are compiled too, or only lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and remember their platform. They
 come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
 """
 
@@ -24,8 +24,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels import lowering
 from pallas_kernels.chips import DIMS, TARGETS, Shape, Target, shapes
-from pallas_kernels.compilers import Overheard, estimate_us, gpu_compiler, resources, tpu_compiler
+from pallas_kernels.compilers import Overheard, compiler, estimate_us, resources
+from pallas_kernels.lowering import Lowered
 
 INSTALL = "run `make kernels-check`, which builds the environment with the compilers"
 
@@ -66,6 +68,26 @@ def compile_for(target: Target, dims: Sequence[int] = DIMS) -> list[Compiled]:
     wanted = shapes(target.backend, dims)
     if reason := missing(target):
         return [Compiled(target.name, shape, error=reason) for shape in wanted]
+    said = _ask(target, "--dims", *map(str, dims))
+    found = [Compiled(shape=Shape(**own.pop("shape")), **own) for own in _read(said)]
+    done = {one.shape for one in found}
+    return found + [Compiled(target.name, one, error=_last_words(said)) for one in wanted if one not in done]
+
+
+def lower_for(target: Target, num_generated: int, *, is_compiled: bool) -> list[Lowered]:
+    """Every case that the bench would run on a target, in a process of its own, as `compile_for`."""
+    wanted = lowering.cases(target, num_generated)
+    if reason := missing(target):
+        return [Lowered(target.name, one.op, one.name, error=reason) for one in wanted]
+    said = _ask(target, "--cases", str(num_generated), *([] if is_compiled else ["--lower"]))
+    found = [Lowered(**own) for own in _read(said)]
+    done = {(one.op, one.name) for one in found}
+    left = [one for one in wanted if (one.op, one.name) not in done]
+    return found + [Lowered(target.name, one.op, one.name, error=_last_words(said)) for one in left]
+
+
+def _ask(target: Target, *arguments: str) -> str:
+    """What a worker says, and the compilers in it."""
     variables = {
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -73,32 +95,32 @@ def compile_for(target: Target, dims: Sequence[int] = DIMS) -> list[Compiled]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }
-    command = [sys.executable, "-m", "pallas_kernels.targets", "--worker", target.name, "--dims", *map(str, dims)]
-    said = subprocess.run(
+    command = [sys.executable, "-m", "pallas_kernels.targets", "--worker", target.name, *arguments]
+    ran = subprocess.run(
         command, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    ).stdout.decode(errors="replace")
-    found = list(_read(target, said))
-    done = {one.shape for one in found}
-    died = said.strip().splitlines()[-1:] or ["the compiler's process said nothing"]
-    return found + [Compiled(target.name, one, error=died[0]) for one in wanted if one not in done]
+    )
+    return ran.stdout.decode(errors="replace")
 
 
 MARK = "== compiled "
 
 
-def _read(target: Target, said: str) -> Iterator[Compiled]:
-    """What a worker's output says: its own lines, each behind the compiler's remarks on that kernel."""
+def _read(said: str) -> Iterator[dict[str, Any]]:
+    """A worker's own lines, each behind the compiler's remarks on that kernel."""
     for part in re.split(rf"^(?={MARK})", said, flags=re.MULTILINE)[1:]:
-        line, _, _ = part.partition("\n")
-        yield Compiled(target.name, **(own := json.loads(line.removeprefix(MARK))) | {"shape": Shape(**own["shape"])})
+        yield json.loads(part.partition("\n")[0].removeprefix(MARK))
+
+
+def _last_words(said: str) -> str:
+    return (said.strip().splitlines() or ["the compiler's process said nothing"])[-1]
 
 
 def _work(target: Target, dims: Sequence[int]) -> None:
     """In the worker: compiles every shape and prints a line for each."""
-    compile_one = {"gpu": gpu_compiler, "tpu": tpu_compiler}[target.backend](target)
+    compile_one = compiler(target)
     for shape in shapes(target.backend, dims):
         began = time.perf_counter()
-        outcome: dict[str, Any] = {"shape": asdict(shape)}
+        outcome: dict[str, Any] = {"target": target.name, "shape": asdict(shape)}
         with Overheard() as heard:
             try:
                 compiled, outcome["on_chip_bytes"] = compile_one(shape)
@@ -110,6 +132,17 @@ def _work(target: Target, dims: Sequence[int]) -> None:
         if target.backend == "gpu" and "error" not in outcome:
             outcome |= resources(heard.text)
         print(f"{MARK}{json.dumps(outcome)}", flush=True)
+
+
+def _work_cases(target: Target, num_generated: int, *, is_compiled: bool) -> None:
+    """In the worker: lowers every case and prints a line for each."""
+    for one in lowering.lower(target, lowering.cases(target, num_generated), is_compiled=is_compiled):
+        print(f"{MARK}{json.dumps(asdict(one))}", flush=True)
+
+
+def generations(targets: Sequence[Target]) -> list[Target]:
+    """The last of the targets of each kind of code: Hopper's, Blackwell's, TPUs'. Cases are lowered for these."""
+    return list({(one.backend, one.name == "B200"): one for one in targets}.values())
 
 
 HEADER = (
@@ -151,58 +184,69 @@ def markdown(compiled: Sequence[Compiled]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def write_table(path: Path, compiled: Sequence[Compiled]) -> None:
-    """Replaces what stands between the marks in a page. Raises ValueError where there are none."""
-    begin, end = "<!-- compiled -->\n", "<!-- end -->\n"
-    before, found, rest = path.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{path}: has no lines {begin.strip()} and {end.strip()} to write between")
-    path.write_text(before + begin + markdown(compiled) + end + after)
-
-
-def failures(compiled: Sequence[Compiled]) -> list[str]:
-    """What must not be: a kernel that does not compile for a chip, or that spills there."""
-    return [f"{one.shape} for {one.target}: {one.error}" for one in compiled if one.error] + [
-        f"{one.shape} for {one.target}: spills {one.spilled_bytes} bytes" for one in compiled if one.spilled_bytes
+def failures(compiled: Sequence[Compiled], lowered: Sequence[Lowered] = ()) -> list[str]:
+    """What must not be: a kernel that does not compile for a chip, or that spills there; a case that does not lower."""
+    return [
+        *(f"{one.shape} for {one.target}: {one.error}" for one in compiled if one.error),
+        *(f"{one.shape} for {one.target}: spills {one.spilled_bytes} bytes" for one in compiled if one.spilled_bytes),
+        *(f"{one.op}, {one.name} for {one.target}: {one.error}" for one in lowered if one.error),
     ]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; all, if none is named")
+    parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
+    parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dims (default: all)")
+    parser.add_argument("--cases", type=int, help="the bench's cases as well: named ones, and so many drawn of each op")
+    parser.add_argument("--lower", action="store_true", help="lower cases, and do not compile them")
+    parser.add_argument("--json", type=Path, help="write every result here")
+    parser.add_argument("--table", type=Path, help="write the table here")
+    options = parser.parse_args()
+    if unknown := [one for one in options.targets if one not in TARGETS]:
+        parser.error(f"target = {unknown[0]!r}: must be some of {', '.join(TARGETS)}")
+    return options
 
 
 def main() -> int:
     """Compiles everything; the status is 1 where `failures` finds any."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; all, if none is named")
-    parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, help="write every result here")
-    parser.add_argument("--table", type=Path, help="a page whose table is to be renewed")
-    parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dims (default: all)")
-    options = parser.parse_args()
+    options = _options()
+    if options.worker and options.cases is not None:
+        _work_cases(TARGETS[options.worker], options.cases, is_compiled=not options.lower)
+        return 0
     if options.worker:
         _work(TARGETS[options.worker], options.dims)
         return 0
-    if unknown := [one for one in options.targets if one not in TARGETS]:
-        parser.error(f"target = {unknown[0]!r}: must be some of {', '.join(TARGETS)}")
     chosen = [TARGETS[one] for one in options.targets or TARGETS]
+    with_cases = generations(chosen) if options.cases is not None else []
 
-    def of_backend(backend: str) -> list[Compiled]:
-        found = []
+    def of_backend(backend: str) -> tuple[list[Compiled], list[Lowered]]:
+        compiled, lowered = [], []
         for target in chosen:
             if target.backend == backend:
-                found.append(compile_for(target, options.dims))
-                print(markdown(found[-1]).split("\n", 2)[2], end="", flush=True)
-        return list(itertools.chain.from_iterable(found))
+                compiled += (now := compile_for(target, options.dims))
+                print(markdown(now).split("\n", 2)[2], end="", flush=True)
+                if target in with_cases:
+                    lowered += (these := lower_for(target, options.cases, is_compiled=not options.lower))
+                    said = f"{sum(not one.error for one in these)} of {len(these)} cases"
+                    print(f"{target.name}: {said} {'lowered' if options.lower else 'compiled'}", flush=True)
+        return compiled, lowered
 
     with ThreadPoolExecutor(2) as pool:  # the compilers of the two run side by side
-        compiled = list(itertools.chain.from_iterable(pool.map(of_backend, ("gpu", "tpu"))))
+        compiled, lowered = (
+            list(itertools.chain(*one)) for one in zip(*pool.map(of_backend, ("gpu", "tpu")), strict=True)
+        )
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         found = {"date": date.today().isoformat(), "versions": versions, "compiled": [asdict(one) for one in compiled]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found | {"cases": [asdict(one) for one in lowered]}, indent=1) + "\n")
     if options.table:
-        write_table(options.table, compiled)
-    for one in failures(compiled):
+        options.table.write_text(
+            f"# What the kernels compile to (jax {importlib.metadata.version('jax')})\n\n" + markdown(compiled)
+        )
+    for one in failures(compiled, lowered):
         print(f"failed: {one}", file=sys.stderr)
-    return 1 if failures(compiled) else 0
+    return 1 if failures(compiled, lowered) else 0
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
 """What the compilers said, read and judged. The compilers themselves run in `make kernels-check`."""
 
+import contextlib
 import itertools
 import json
 import math
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
 
 from kvlab.hardware import CHIPS
-from pallas_kernels import chips, compilers, targets
+from pallas_kernels import chips, compilers, lowering, targets
 from pallas_kernels.chips import TARGETS, Shape
 from pallas_kernels.formats import FORMATS, Quantised
+from pallas_kernels.lowering import Lowered
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.paged_attention.gpu import refusal as gpu_refusal
 from pallas_kernels.paged_attention.gpu_tiles import fit, scratch_for
 from pallas_kernels.selection import Asked
@@ -74,7 +81,8 @@ def test_every_op_format_and_head_dim_is_compiled():
 
 def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
     """It said one thing, and then the compiler took the process with it."""
-    said = f"{targets.MARK}{json.dumps({'shape': asdict(SHAPE), 'seconds': 2.0, 'registers': 9})}\nSegmentation fault\n"
+    line = {"target": "H200", "shape": asdict(SHAPE), "seconds": 2.0, "registers": 9}
+    said = f"{targets.MARK}{json.dumps(line)}\nSegmentation fault\n"
     monkeypatch.setattr(targets, "missing", lambda target: None)
     monkeypatch.setattr(
         targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
@@ -112,18 +120,89 @@ def test_bandwidths_are_those_that_kvlab_plans_with():
             assert target.bandwidth == chip.bandwidth_gb_s * 1e9
 
 
-def test_the_table_is_written_between_its_marks_only(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- compiled -->\nold\n<!-- end -->\nafter\n")
-    targets.write_table(page, [Compiled("H200", SHAPE, 1.0, 194, 0, 196608, estimate_us=7.0)])
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| paged_attention | H200 | bfloat16 | 128 | - | 1.0 s | 194 | 0 B | 192 KiB | 7 us | 112 us |" in text
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="has no lines"):
-        targets.write_table(page, [])
+def test_a_worker_that_dies_leaves_an_answer_for_every_case(monkeypatch):
+    """The op and the name of a case say which one it was."""
+    cases = lowering.cases(TARGETS["B200"], 2)
+    first = asdict(Lowered("B200", cases[0].op, cases[0].name, 1.0))
+    said = f"{targets.MARK}{json.dumps(first)}\nSegmentation fault\n"
+    monkeypatch.setattr(targets, "missing", lambda target: None)
+    monkeypatch.setattr(
+        targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
+    )
+    found = targets.lower_for(TARGETS["B200"], 2, is_compiled=False)
+    assert [(one.op, one.name) for one in found] == [(one.op, one.name) for one in cases]
+    assert not found[0].error
+    assert targets.failures([], found)[0] == f"{cases[1].op}, {cases[1].name} for B200: Segmentation fault"
+    assert len(targets.failures([], found)) == len(cases) - 1
+
+
+@pytest.mark.parametrize(("name", "platform"), [("H200", "cuda"), ("7x", "tpu")])
+def test_a_case_that_does_not_lower_for_a_chip_is_named(monkeypatch, name, platform):
+    """A kernel of an operation that no chip has; the reference in its place lowers for each."""
+    planted = jax.extend.core.Primitive("round_to_odd")
+    planted.def_abstract_eval(lambda x: x)
+    monkeypatch.setattr(compilers, "sharding_of", lambda target: SingleDeviceSharding(jax.devices()[0]))
+    monkeypatch.setattr(compilers, "context_of", lambda target: contextlib.nullcontext())
+    monkeypatch.setattr(compilers, "platforms_of", lambda target: {"lowering_platforms": (platform,)})
+    target = TARGETS[name]
+    write, attend = (
+        next(one for one in lowering.cases(target, 0) if one.op == op) for op in ("kv_write", "paged_attention")
+    )
+    kernels = {
+        "paged_attention": partial(paged_attention, implementation="reference"),
+        "kv_write": lambda keys, *rest: (jax.tree.map(planted.bind, keys), keys),
+    }
+    found = list(lowering.lower(target, [attend, write], is_compiled=False, kernels=kernels))
+    assert not found[0].error
+    (said,) = targets.failures([], found)
+    assert said.startswith(f"kv_write, {write.name} for {name}: ")
+    assert "round_to_odd" in said
+    assert platform in said
+
+
+def test_a_case_that_does_not_lower_fails_the_command(monkeypatch, capsys, tmp_path):
+    """And stands in the JSON; the table has the shapes."""
+    monkeypatch.setattr(
+        targets, "compile_for", lambda target, dims: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)]
+    )
+    monkeypatch.setattr(
+        targets, "lower_for", lambda target, number, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
+    )
+    command = [
+        "targets",
+        "--cases",
+        "0",
+        "--json",
+        str(tmp_path / "all.json"),
+        "--table",
+        str(tmp_path / "all.md"),
+        "--",
+    ]
+    monkeypatch.setattr(targets.sys, "argv", [*command, "H100", "H200"])
+    assert targets.main() == 1
+    said = capsys.readouterr()
+    assert said.err == "failed: kv_write, one for H200: no\n"
+    assert "H200: 0 of 1 cases compiled" in said.out
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert (len(kept["compiled"]), [one["error"] for one in kept["cases"]]) == (2, ["no"])
+    table = (tmp_path / "all.md").read_text()
+    assert "| paged_attention | H200 | bfloat16 | 128 | - | 1.0 s | 194 | 0 B | 192 KiB | - | 112 us |" in table
+
+
+def test_cases_are_lowered_for_one_target_of_each_kind():
+    assert [one.name for one in targets.generations([TARGETS[one] for one in TARGETS])] == ["H200", "B200", "7x"]
+    assert [one.name for one in targets.generations([TARGETS["v5e"], TARGETS["H100"]])] == ["v5e", "H100"]
+
+
+def test_the_rows_on_the_page_are_those_of_the_results():
+    """The page shows a few rows of what `--table` wrote."""
+    root = Path(__file__).parents[2]
+    section = (root / "docs/kernels.md").read_text().split("## How it is proved")[1].split("\n### ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    everything = (root / "benchmarks/results/kernels.md").read_text().splitlines()
+    assert len(rows) == 2 + 12
+    assert not set(rows) - set(everything)
+    assert "| " + " | ".join(targets.HEADER) + " |" == rows[0]
 
 
 KEPT = [(format, per) for format in FORMATS for per in ("token", "channel")] + [("bfloat16", "token")]
