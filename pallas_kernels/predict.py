@@ -99,14 +99,13 @@ def program_of(problem: Any, sharding: Any) -> tuple[Any, list[Any], tuple[int, 
 
 
 def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
-    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `pages.split` cuts the lists. A grid of
-    another size is taken to have equal shares."""
+    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `pages.split` cuts the lists; where one query
+    is asked, the longest first, as a plan launches them. A grid of another size is taken to have equal shares."""
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.paged_attention import gpu
-    from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN
     from pallas_kernels.paged_attention.pages import split
+    from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
     from pallas_kernels.tensor_cores import ROWS
 
     by_head = problem.keep < 1
@@ -122,10 +121,9 @@ def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
             pages = min(-(-last // page_size), problem.table_len * problem.page_size // page_size)
             counts += [pages] * (problem.num_kv_heads if by_head else 1)
     block_pages = BLOCK_LEN // page_size
-    pieces = np.asarray(
-        split(jnp.array(counts, jnp.int32), block_pages, max(1, gpu.PIECES // heads), problem.table_len)
-    )
-    turns = [-(-int(count) // block_pages) for count in pieces[:, 2] for _ in range(heads)]
+    pieces = np.asarray(split(jnp.array(counts, jnp.int32), block_pages, max(1, PIECES // heads), problem.table_len))
+    sizes = -np.sort(-pieces[:, 2]) if problem.num_queries == 1 else pieces[:, 2]
+    turns = [-(-int(count) // block_pages) for count in sizes for _ in range(heads)]
     size = grid[0] * grid[1] * grid[2]
     if len(turns) == size:
         return turns
