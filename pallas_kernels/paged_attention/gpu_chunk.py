@@ -159,4 +159,5 @@ class Chunk(Piece):
 
 
 def accumulator(width: int) -> Any:
+    """Sums of 64 rows, for a product."""
     return plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
