@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 from typing import Any
 
 from pallas_kernels.chips import OPS
@@ -10,6 +11,7 @@ from pallas_kernels.compilers import Overheard
 
 def simulate(backend: str) -> dict[str, str]:
     """Runs a backend's kernels in their simulator on cases of each op's `proof`; says of each op what came of it."""
+    os.environ.setdefault("NPROC", "8")  # threads that XLA has: the simulator of GPUs wants one for every warpgroup
     from pallas_kernels.kv_write import proof as write_proof
     from pallas_kernels.paged_attention import proof
 

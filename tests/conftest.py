@@ -24,6 +24,8 @@ install_import_hook([*(f"kvlab.{name}" for name in CHECKED), "pallas_kernels"], 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
 # A third of the suite's time would be LLVM's, for programs that run once; XLA_FLAGS= in the environment has them optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# The simulator of GPUs wants a thread for every warpgroup; XLA has as many as this says, or as there are cores.
+os.environ.setdefault("NPROC", "8")
 os.environ["PALLAS_KERNELS_TILES"] = "/nowhere/tiles.json"  # not what was found on this machine
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 

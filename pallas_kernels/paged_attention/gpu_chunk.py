@@ -161,5 +161,5 @@ class Chunk(Piece):
 
 
 def accumulator(width: int) -> Any:
-    """Sums [64, width] of products."""
+    """Sums of 64 rows, for a product."""
     return plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)
