@@ -1,11 +1,11 @@
-# make demo | test | lint | kernels-check | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
+# make demo | test | lint | kernels-check | wheels | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
 # TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check
+.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check wheels
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -55,6 +55,15 @@ kernels-check: .venv-kernels/.installed
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r pallas_kernels/compilers.txt -e .
 	@touch $@
 
+# What kvlab needs beside what machines with GPUs have: pure Python, 10 MB, to be carried to one without a network. There:
+# python3 -m pip install --no-index --no-deps --find-links wheels --target site $(CARRIED), and site on PYTHONPATH.
+CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly
+
+wheels: $(VENV)/.installed
+	rm -rf wheels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -w wheels $(CARRIED)
+	@du -sh wheels
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-kernels .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
