@@ -28,6 +28,9 @@ LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 """The magnitude that a format's largest number stands for, before scales."""
 INVERSE = {format: float(np.float32(1) / np.float32(largest)) for format, largest in LARGEST.items()}
 """One over it: compilers divide by constants in ways of their own, and scales are to be the same everywhere."""
+FAINT = 2.0**-107
+"""What is nowhere larger (6e-33) is stored as zeros. Some chips take float32 below 2 ** -126 for zero, others do not: with a scale
+of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per"])
@@ -110,8 +113,12 @@ def tile_values(tiles: Pages) -> Array:
 
 def scales_for(tokens: Float[Array, "... page D"], format: str, per: Scaling) -> Float[Array, "... n"]:
     """The scales with which the largest magnitude just fits; what is zero throughout gets a scale of zero."""
-    largest = jnp.abs(tokens.astype(jnp.float32)).max(axis=-1 if per == "token" else -2)
-    return largest * INVERSE[format]
+    return scales_of(jnp.abs(tokens.astype(jnp.float32)).max(axis=-1 if per == "token" else -2), format)
+
+
+def scales_of(largest: Float[Array, "*shape"], format: str) -> Float[Array, "*shape"]:
+    """The scales for largest magnitudes; zero for those below `FAINT`. Kernels use it as well."""
+    return jnp.where(largest < FAINT, 0, largest) * INVERSE[format]
 
 
 def encoded(tokens: Float[Array, "... page D"], scales: Float[Array, "... n"], format: str, per: Scaling) -> Array:
@@ -133,9 +140,36 @@ def numbers(scaled: Float[Array, "*shape"], format: str) -> Shaped[Array, "*shap
     return jax.lax.bitcast_convert_type(inside + ROUND, jnp.int32) - ROUND_BITS
 
 
-def inverses(scales: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """What to multiply with to quantise: one over each scale, or zero."""
-    return jnp.where(scales == 0, 0, 1 / jnp.where(scales == 0, 1, scales))
+def inverses(
+    scales: Float[Array, "*shape"], reciprocal: Callable[[Array], Array] = lambda scales: 1 / scales
+) -> Float[Array, "*shape"]:
+    """What to multiply with to quantise: the float32 nearest to one over each scale; zero for scales outside [2 ** -126, 1.5 * 2 ** 125],
+    which no token asks for.
+
+    `reciprocal` may be off by two steps of a float32, as it is on GPUs. A Newton step would not do: with fused products it leaves 3
+    to 39 of the 2 ** 23 mantissas wrong, and without them a million. So the error is counted in whole numbers, which nothing rounds
+    and no compiler rewrites, and taken away: the same bits everywhere."""
+    is_legal = (scales >= 2.0**-126) & (scales <= 1.5 * 2.0**125)
+    safe = jnp.where(is_legal, scales, 1)
+    return jnp.where(is_legal, _nearest(safe, reciprocal(safe)), 0)
+
+
+def _nearest(scales: Float[Array, "*shape"], near: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The float32 nearest to one over each scale, from one at most two steps away.
+
+    As whole numbers of 24 bits, mantissas m of a scale and n of what is nearest have m * n within m / 2 of 2 ** 46 or 2 ** 47. Both
+    are zero in 32 bits that wrap around: twice the product is there twice its distance, in steps of m."""
+    bits = jax.lax.bitcast_convert_type(near, jnp.int32)
+    step = _mantissa(jax.lax.bitcast_convert_type(scales, jnp.int32))
+    for _ in range(2):
+        twice = 2 * (step * _mantissa(bits))
+        bits = jnp.where(twice > step, bits - 1, jnp.where(twice + step < 0, bits + 1, bits))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _mantissa(bits: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Of a normal float32, with its leading one."""
+    return (bits & 0x7FFFFF) | 0x800000
 
 
 def quantised(tokens: Float[Array, "... page D"], format: str, per: Scaling = "token") -> Quantised:

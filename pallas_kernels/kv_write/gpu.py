@@ -1,7 +1,7 @@
 """Tokens into pages on Hopper and Blackwell GPUs in Pallas Mosaic, quantised on the way.
 
-A thread block takes a tile of up to 64 tokens of one KV head: of one sequence, cut where its pages begin, or one token each of
-many sequences. It comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and scales in
+A thread block takes a tile of up to 64 tokens of one sequence and KV head, cut where pages begin; single tokens are `gpu_single`'s. It
+comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and scales in
 registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other tokens row by row, each
 from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their places: four bytes are too few for
 a copy.
@@ -16,23 +16,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import (
-    FORMATS,
-    INVERSE,
-    Pages,
-    Quantised,
-    arrays_of,
-    in_bytes,
-    inverses,
-    numbers,
-)
+from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of, inverses, numbers
+from pallas_kernels.kv_write import gpu_single
+from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.selection import Asked
-from pallas_kernels.tensor_cores import ROWS, Chip, Named, shared, store_plainly
+from pallas_kernels.tensor_cores import ROWS, Chip, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
 
-STEP = 32
-"""Columns that are turned into numbers at once."""
 ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
 
@@ -48,7 +39,7 @@ def refusal(asked: Asked) -> str | None:
     if page_size not in sizes and page_size % ROWS:
         legal = ", ".join(map(str, sizes))
         return f"page_size = {page_size}: must be {legal} or a multiple of {ROWS} for pages of {format}"
-    step = {"int8": 32, "fp8": 32}.get(format, 64)
+    step = {"int8": 32, "fp8": 32, "int4": 64}.get(format, 16)
     if any(dim % step or not step <= dim <= 256 for dim in head_dims):
         return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
     return None
@@ -66,13 +57,13 @@ def kv_write(
 ) -> tuple[Pages, Pages]:
     """See `api.kv_write`. It multiplies nothing: it is the same for every `chip`."""
     del chip
+    if write_slots.shape[1] == 1:
+        return gpu_single.write(key_pages, value_pages, keys, values, write_slots, interpret=interpret)
     num_pages, num_kv_heads, page_size = key_pages.shape[:3]
     unit = min(page_size, ROWS)
     begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
     pools = (key_pages, value_pages)
-    # Rows lie together in groups of 8, and a whole tile is copied at once: what is missing of either is filled up.
-    missing = max(ROWS - write_slots.size, -write_slots.size % 8)
-    tokens = [jnp.pad(x.reshape(-1, *x.shape[2:]), ((0, missing), (0, 0), (0, 0))) for x in (keys, values)]
+    tokens = [_filled_up(new, pool) for pool, new in zip(pools, (keys, values), strict=True)]
     kernel_pools = list(pools)
     for number, (pool, new) in enumerate(zip(pools, (keys, values), strict=True)):
         if isinstance(pool, Quantised) and pool.per == "channel":
@@ -84,49 +75,41 @@ def kv_write(
         per, format = key_pages.per, key_pages.format
     scales = [arrays_of(pool)[1] for pool in kernel_pools] if per == "channel" else []
 
-    scratch, names = [], ["arrived", "tokens"]
-    for pool, new in zip(pools, tokens, strict=True):
-        plain = plgpu.SMEM((ROWS, new.shape[2]), new.dtype)
-        if not isinstance(pool, Quantised):
-            scratch += [plgpu.Barrier(), plain]
-            continue
-        width = pool.payload.shape[3]
-        scratch += [
-            plgpu.Barrier(num_arrivals=1 if per == "token" else 2),
-            shared((ROWS, new.shape[2]), new.dtype, STEP),
-            shared((ROWS, width), pool.dtype, STEP),
-            plgpu.SMEM((ROWS, -(-width // ALIGNMENT) * ALIGNMENT), pool.dtype),
-            plgpu.SMEM((ROWS,), jnp.float32) if per == "token" else plain,
-        ]
-        names = ["arrived", "tokens", "payload", "rows", "scales" if per == "token" else "token_rows"]
+    scratch = [_scratch(pool, new) for pool, new in zip(pools, tokens, strict=True)]
     left = jax.ShapeDtypeStruct((len(begins), num_kv_heads, ROWS), jnp.float32)
 
     def kernel(begins, slots, wholes, keys, values, key_target, value_target, *refs):
         """Gives every ref its name."""
         refs, tiles = list(refs), []
+        tile, head = lax.div(lax.axis_index("item"), num_kv_heads), lax.rem(lax.axis_index("item"), num_kv_heads)
         channels = [refs.pop(0) for _ in scales]
         outs = [refs.pop(0) for _ in range(2 if per == "token" else 0)]
         for at, (source, target) in enumerate(((keys, key_target), (values, value_target))):
-            mine = dict(zip(names, refs[at * len(names) : (at + 1) * len(names)], strict=True))
+            mine = {name: refs.pop(0) for name in scratch[at]}
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            tiles.append(_Tile(mine, per=per, format=format, page_size=page_size, unit=unit))
+            tiles.append(
+                _Tile(
+                    mine
+                    | {"tile": tile, "head": head, "per": per, "format": format, "page_size": page_size, "unit": unit}
+                )
+            )
 
-        @pl.when(begins[lax.axis_index("tile")] >= 0)
+        @pl.when(begins[tile] >= 0)
         def _():
             for one in tiles:
                 one.fetch()
             for one in tiles:
                 one.leave()
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     made = plgpu.kernel(
         kernel,
         out_type=[left, left] if per == "token" else [],
-        scratch_types=scratch,
-        grid=(len(begins), num_kv_heads),
-        grid_names=("tile", "head"),
+        scratch_types=[one for mine in scratch for one in mine.values()],
+        grid=(len(begins) * num_kv_heads,),  # one axis: only the last may have more than 65,535
+        grid_names=("item",),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(begins, slots, wholes, *tokens, *targets, *scales)
@@ -144,6 +127,31 @@ def kv_write(
     return done(0), done(1)
 
 
+def _filled_up(tokens: Float[Array, "B T K D"], pool: Pages) -> Float[Array, "N K wide"]:
+    """With what copies want: a whole tile of rows, which lie together in groups of 8, and in pages of their own type rows that begin at
+    addresses which a TMA can read."""
+    missing = max(ROWS - tokens.shape[0] * tokens.shape[1], -(tokens.shape[0] * tokens.shape[1]) % 8)
+    narrower = 0 if isinstance(pool, Quantised) else -tokens.shape[3] % (ALIGNMENT // tokens.dtype.itemsize)
+    return jnp.pad(tokens.reshape(-1, *tokens.shape[2:]), ((0, missing), (0, 0), (0, narrower)))
+
+
+def _scratch(pool: Pages, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
+    """Of keys or of values."""
+    dim, wide, plain = pool.shape[3], tokens.shape[2], plgpu.SMEM((ROWS, tokens.shape[2]), tokens.dtype)
+    if not isinstance(pool, Quantised):
+        if dim == wide:
+            return {"arrived": plgpu.Barrier(), "tokens": plain}
+        tight = plgpu.SMEM((ROWS, dim), tokens.dtype)  # as units leave
+        return {"arrived": plgpu.Barrier(num_arrivals=2), "tokens": tight, "token_rows": plain}
+    width = pool.payload.shape[3]
+    return {
+        "arrived": plgpu.Barrier(num_arrivals=1 if pool.per == "token" else 2),
+        "tokens": shared((ROWS, dim), tokens.dtype, STEP),
+        "payload": shared((ROWS, width), pool.dtype, STEP),
+        "rows": plgpu.SMEM((ROWS, -(-width // ALIGNMENT) * ALIGNMENT), pool.dtype),
+    } | ({"scales": plgpu.SMEM((ROWS,), jnp.float32)} if pool.per == "token" else {"token_rows": plain})
+
+
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
@@ -153,17 +161,14 @@ def _tiles(
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
     total = batch * num_tokens
-    if num_tokens == 1:
-        begins = jnp.arange(0, total, ROWS, dtype=jnp.int32)
-        ends = begins + ROWS
-    else:  # a row's tiles end where its pages do, wherever its first token is
-        shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
-        shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
-        numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
-        first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
-        begins = jnp.maximum(numbers * ROWS - shift, 0)
-        ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
-        begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
+    # A row's tiles end where its pages do, wherever its first token is.
+    shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
+    shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
+    numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
+    first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
+    begins = jnp.maximum(numbers * ROWS - shift, 0)
+    ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
+    begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
     loaded = jnp.minimum(begins, max(0, total - ROWS))  # the last tile must not reach past the end
     tokens = loaded[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None]
     mine = (tokens >= begins[:, None]) & (tokens < ends[:, None]) & (tokens < total)
@@ -175,34 +180,26 @@ def _tiles(
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
 
 
-def _stored(halves: list[Array], dtype: Any) -> Array:
-    """Numbers as a payload holds them: two halves of dims in a byte."""
-    if len(halves) == 1:
-        return halves[0].astype(dtype)
-    return in_bytes(*halves).astype(dtype)
-
-
-class _Tile(Named):
+class _Tile(Tile):
     """Keys or values of one tile and head, in the kernel."""
 
-    def __init__(self, refs: dict[str, Any], **options: Any) -> None:
-        super().__init__(refs | options)
-        self.tile, self.head = lax.axis_index("tile"), lax.axis_index("head")
-
     def fetch(self) -> None:
-        rows = self.source.at[pl.ds(self.begins[self.tile], ROWS), self.head]
-        for into in ("tokens", "token_rows"):  # the latter to read one by one
+        rows = pl.ds(self.begins[self.tile], ROWS)
+        for into in ("tokens", "token_rows"):  # the latter to read, or to leave, one by one
             if into in self.named:
-                plgpu.copy_gmem_to_smem(rows, self.named[into], self.arrived)
+                columns = pl.ds(0, self.named[into].shape[1])
+                plgpu.copy_gmem_to_smem(self.source.at[rows, self.head, columns], self.named[into], self.arrived)
 
     def leave(self) -> None:
         """Into the pages."""
         plgpu.barrier_wait(self.arrived)
-        packed, rows = self.tokens, self.tokens
+        packed, rows = self.tokens, self.named.get("token_rows", self.tokens)
         if self.per is not None:
             packed, rows = self.payload, self.rows
             if self.per == "token":
-                self.quantise_by_token()
+                scale = self.scales_by_token()
+                self.scales[...] = scale
+                self.quantise_by_token(scale, self.store)
             else:
                 self.quantise_by_channel()
         plgpu.commit_smem()
@@ -235,43 +232,10 @@ class _Tile(Named):
 
         lax.fori_loop(number * self.unit, (number + 1) * self.unit, row, None)
 
-    def each_stripe(self, do: Any, state: Any = None) -> Any:
-        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers are packed.
-        A loop: what the compiler infers of a longer program takes minutes."""
-        width = self.payload.shape[1]
-        step = min(STEP, width)
-        seconds = [width] if self.payload.dtype == jnp.uint8 else []
-
-        def stripe(number, state):
-            at = number * step
-            return do(pl.ds(at, step), [pl.ds(first + at, step) for first in (0, *seconds)], state)
-
-        return lax.fori_loop(0, width // step, stripe, state)
-
-    def load(self, columns: Any) -> Array:
-        return plgpu.load(self.tokens.at[:, columns], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-
-    def quantise_by_token(self) -> None:
-        def larger(_, columns, largest):
-            for one in columns:
-                largest = jnp.maximum(largest, jnp.abs(self.load(one)).max(axis=1))
-            return largest
-
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-        scale = self.each_stripe(larger, nothing) * INVERSE[self.format]
-        self.scales[...] = scale
-        inverse = inverses(scale)
-
-        def quantise(into, columns, _):
-            halves = [
-                numbers(self.load(one) * lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.format)
-                for one in columns
-            ]
-            made = _stored(halves, self.payload.dtype)
-            self.payload[:, into] = made
-            store_plainly(self.rows.at[:, into], made)
-
-        self.each_stripe(quantise)
+    def store(self, into: Any, made: Array) -> None:
+        """To leave as whole units, and row by row."""
+        self.payload[:, into] = made
+        store_plainly(self.rows.at[:, into], made)
 
     def quantise_by_channel(self) -> None:
         """Unit by unit where all are of one page, else token by token."""
@@ -299,7 +263,7 @@ class _Tile(Named):
                 inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
                 halves.append(numbers(exact * inverse, self.format))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
-            made = _stored(halves, wide)
+            made = stored(halves, wide)
             if self.unit < ROWS:  # the other rows are other pages'
                 rows = plgpu.broadcasted_iota(jnp.int32, made.shape, 0, layout=plgpu.Layout.WGMMA)
                 old = plgpu.load(self.payload.at[:, into], layout=plgpu.Layout.WGMMA).astype(wide)
@@ -320,7 +284,7 @@ class _Tile(Named):
                 for one in columns:
                     exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
                     halves.append(numbers(exact * self.inverses_of(page, one), self.format))
-                self.rows[place, into] = _stored(halves, self.payload.dtype)
+                self.rows[place, into] = stored(halves, self.payload.dtype)
 
             pl.when(page >= 0)(lambda: self.each_stripe(quantise))
 

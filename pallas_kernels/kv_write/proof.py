@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.formats import FORMATS, INVERSE, LARGEST, Pages, Quantised, arrays_of
+from pallas_kernels.formats import FAINT, FORMATS, INVERSE, LARGEST, Pages, Quantised, arrays_of
 
 CASES: dict[str, dict[str, Any]] = {
     "one token each, some dropped": {"counts": [1, 0, 1, 1, 0, 1], "begins": [0, 3, 31, 5, 0, 32], "page_size": 32},
@@ -28,6 +28,19 @@ CASES: dict[str, dict[str, Any]] = {
         "format": "int4",
         "per": "channel",
         "dims": (64, 64),
+    },
+    "fp8 by token, sizes that some chips take for zero": {
+        "counts": [9] * 8,
+        "begins": [0] * 8,
+        "format": "fp8",
+        "sizes": (-128, -100),
+    },
+    "fp8 by channel, sizes that some chips take for zero, one token each": {
+        "counts": [1] * 8,
+        "begins": [0, 5] * 4,
+        "format": "fp8",
+        "per": "channel",
+        "sizes": (-128, -100),
     },
 }
 
@@ -59,11 +72,11 @@ def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], 
 
 def check(
     write: Callable[..., tuple[Pages, Pages]], *, counts, begins, num_tokens=None, dims=(32, 32), kv_heads=2, dtype="float32",
-    page_size=32, format=None, per="token", misplace=0, seed=3, is_compiled=True,
+    page_size=32, format=None, per="token", misplace=0, seed=3, sizes=(-6, 6), is_compiled=True,
 ) -> None:  # fmt: skip
     """Against numpy, bit for bit. Row b writes `counts[b]` tokens at positions from `begins[b]`; all other slots hold NaN and must
-    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given;
-    `is_compiled` as in `paged_attention.proof`."""
+    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given; `sizes` are the
+    exponents, base 2, between which rows differ; `is_compiled` as in `paged_attention.proof`."""
     rng, batch = np.random.default_rng(seed), len(counts)
     num_tokens = num_tokens or max(1, *counts)
     per_row = max((begin + count) // page_size + 1 for begin, count in zip(begins, counts, strict=True))
@@ -76,7 +89,7 @@ def check(
     tokens = []
     for dim in dims:
         drawn = rng.standard_normal((batch, num_tokens, kv_heads, dim)) * np.exp2(
-            rng.integers(-6, 6, (batch, 1, kv_heads, 1))
+            rng.integers(*sizes, (batch, 1, kv_heads, 1), dtype=np.int32)
         )
         drawn[rng.random(drawn.shape[:3]) < 0.1] = 0  # a token of zeros has no scale
         drawn[slots >= num_pages * page_size] = np.nan
@@ -125,13 +138,13 @@ def _written(pool: Pages, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndar
         opened = {int(slot) // page_size for slot in slots[slots < past] if slot % page_size == 0}
         for page in opened:
             mine = (slots // page_size == page) & (slots < past)
-            scales[page] = np.abs(exact[mine]).max(axis=0) * inverse
+            scales[page] = _loud(np.abs(exact[mine]).max(axis=0)) * inverse
     for row, place in np.argwhere(slots < past):
         page, offset = slots[row, place] // page_size, slots[row, place] % page_size
         for head in range(scales.shape[1]):
             token = exact[row, place, head]
             if pool.per == "token":
-                scales[page, head, offset] = np.abs(token).max() * inverse
+                scales[page, head, offset] = _loud(np.abs(token).max()) * inverse
             scale = scales[page, head, offset] if pool.per == "token" else scales[page, head]
             with np.errstate(divide="ignore"):
                 number = np.clip(token * np.where(scale == 0, np.float32(0), 1 / scale), -largest, largest)
@@ -144,3 +157,8 @@ def _written(pool: Pages, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndar
                     whole = low | high << 4
                 payload[page, head, offset] = whole.astype(payload.dtype)
     return arrays
+
+
+def _loud(largest: Any) -> Any:
+    """What is too faint for a format is zero."""
+    return np.where(largest < FAINT, np.float32(0), largest)

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import (
-    INVERSE,
     Pages,
     Quantised,
     arrays_of,
@@ -24,6 +23,7 @@ from pallas_kernels.formats import (
     inverses,
     numbers,
     scales_for,
+    scales_of,
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
@@ -184,7 +184,7 @@ def _encoded(tokens: Array, scales: Array | None, format: str | None, dtype: Any
         return tokens.astype(dtype)
     exact = tokens.astype(jnp.float32)
     if scales is None:
-        scales = jnp.abs(exact).max(axis=2, keepdims=True) * INVERSE[format]
+        scales = scales_of(jnp.abs(exact).max(axis=2, keepdims=True), format)
     made = numbers(exact * inverses(scales), format)
     if format != "int4":
         return made

@@ -1,0 +1,169 @@
+"""One token of each sequence into pages on GPUs: what decoding writes.
+
+    grid = sequences x {keys, values}
+      one TMA in: the token's KV heads [K, D]
+      registers: largest -> scale -> numbers, where pages are quantised
+      one TMA out: its slot in the page's K heads; scales by token one by one, 4 bytes are too few for a copy
+
+A thread block has one token, so that none waits for another's, and nothing is left to XLA: a write is one launch.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats import Pages, Quantised, arrays_of, inverses, numbers, scales_of
+from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
+from pallas_kernels.tensor_cores import ROWS, shared, store_plainly
+from pallas_kernels.typing import Float, Int32
+
+WARPS = 4
+"""Of a thread block."""
+
+
+def write(
+    key_pages: Pages,
+    value_pages: Pages,
+    keys: Float[Array, "B 1 K D"],
+    values: Float[Array, "B 1 K Dv"],
+    write_slots: Int32[Array, "B 1"],
+    *,
+    interpret: Any = False,
+) -> tuple[Pages, Pages]:
+    """See `api.kv_write`."""
+    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
+    pools = key_pages, value_pages
+    heads = max(one for one in range(1, ROWS + 1) if num_kv_heads % one == 0)
+    num_groups = num_kv_heads // heads
+    per = key_pages.per if isinstance(key_pages, Quantised) else None
+    format = key_pages.format if isinstance(key_pages, Quantised) else None
+    targets = [jax.new_ref(one) for pool in pools for one in arrays_of(pool)]
+    rooms = [_scratch(pool, new, heads) for pool, new in zip(pools, (keys, values), strict=True)]
+    scratch = rooms[0] if keys.shape == values.shape else rooms[0] + rooms[1]  # a block needs one of them
+
+    def kernel(slots, keys, values, *refs):
+        """Gives every ref its name."""
+        item, at = lax.axis_index("item"), lax.axis_index("array")
+        slot = slots[lax.div(item, num_groups)]
+        is_inside = (slot >= 0) & (slot < num_pages * page_size)
+        refs, num_arrays, num_scratch = list(refs), len(targets) // 2, len(rooms[0])
+        for number, source in enumerate((keys, values)):
+            mine = (
+                refs[number * num_arrays :][:num_arrays]
+                + (refs[len(targets) :] * 2)[number * num_scratch :][:num_scratch]
+            )
+            names = [
+                "target",
+                *(["scale_target"] if per else []),
+                "arrived",
+                "tokens",
+                *(["payload", "scales"] if per else []),
+            ]
+            one = _Token(
+                dict(zip(names, mine, strict=True)), source=source, heads=heads, per=per, format=format, item=item,
+                first_head=lax.rem(item, num_groups) * heads, page=lax.div(slot, page_size), offset=lax.rem(slot, page_size),
+            )  # fmt: skip
+            pl.when(is_inside & (at == number))(one.write)
+
+    plgpu.kernel(
+        kernel,
+        out_type=[],
+        scratch_types=scratch,
+        grid=(2, write_slots.size * num_groups),  # the last may be as long as any
+        grid_names=("array", "item"),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(write_slots.reshape(-1), *(one.reshape(-1, one.shape[3]) for one in (keys, values)), *targets)
+    written = [jax.freeze(one) for one in targets]
+    if per is None:
+        return written[0], written[1]
+    return Quantised(written[0], written[1], per), Quantised(written[2], written[3], per)
+
+
+def _scratch(pool: Pages, tokens: Array, heads: int) -> list[Any]:
+    """Of keys or of values."""
+    dim = tokens.shape[3]
+    if not isinstance(pool, Quantised):
+        return [plgpu.Barrier(), plgpu.SMEM((heads, dim), tokens.dtype)]
+
+    def rows(width: int, dtype: Any) -> Any:
+        """The heads' rows, and others of which nothing is wanted: a warpgroup has 64 of them. Copies into tiles are of whole ones."""
+        return shared((ROWS, width), dtype, STEP) if heads % 8 == 0 else plgpu.SMEM((ROWS, width), dtype)
+
+    by_token = pool.per == "token"
+    return [
+        plgpu.Barrier(num_arrivals=1 if by_token else 2),
+        rows(dim, tokens.dtype),
+        rows(pool.payload.shape[3], pool.dtype),
+        plgpu.SMEM((ROWS,), jnp.float32) if by_token else rows(dim, jnp.float32),
+    ]
+
+
+class _Token(Tile):
+    """The keys or values of one token, in the kernel."""
+
+    def __init__(self, refs: dict[str, Any], **options: Any) -> None:
+        super().__init__(refs | options)
+        self.is_tiled = self.heads % 8 == 0
+        self.mine, self.there = pl.ds(0, self.heads), pl.ds(self.first_head, self.heads)
+
+    def write(self) -> None:
+        plgpu.copy_gmem_to_smem(
+            self.source.at[pl.ds(self.item * self.heads, self.heads)], self.tokens.at[self.mine], self.arrived
+        )
+        if self.per == "channel":
+            plgpu.copy_gmem_to_smem(
+                self.scale_target.at[self.page, self.there], self.scales.at[self.mine], self.arrived
+            )
+        plgpu.barrier_wait(self.arrived)
+        if self.per == "token":
+            scale = self.scales_by_token()
+            self.scales[...] = scale
+            self.quantise_by_token(scale, lambda into, made: self.store(self.payload, into, made))
+            plgpu.warp_map(self.leave_scales)
+        elif self.per == "channel":
+            self.quantise_by_channel()
+        plgpu.commit_smem()
+        leaving = self.tokens if self.per is None else self.payload
+        plgpu.copy_smem_to_gmem(leaving.at[self.mine], self.target.at[self.page, self.there, self.offset])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def leave_scales(self, warp: Array) -> None:
+        """Of the heads, each warp those of its own."""
+
+        def leave(head: Array) -> None:
+            self.scale_target[self.page, self.first_head + head, self.offset] = self.scales[head]
+
+        for first in range(0, self.heads, WARPS):
+            pl.when(warp + first < self.heads)(partial(leave, warp + first))
+
+    def store(self, ref: Any, columns: Any, value: Array) -> None:
+        if self.is_tiled:
+            ref[:, columns] = value
+        else:
+            store_plainly(ref.at[:, columns], value)
+
+    def quantise_by_channel(self) -> None:
+        """With the page's scales, or where it is the page's first token with those that it asks for, which are the page's from then on."""
+        opens = self.offset == 0
+
+        def quantise(into, columns, _):
+            halves = []
+            for one in columns:
+                exact = self.load(one)
+                scale = jnp.where(opens, scales_of(jnp.abs(exact), self.format), self.load_from(self.scales, one))
+                self.store(self.scales, one, scale)
+                halves.append(numbers(exact * inverses(scale), self.format))
+            self.store(self.payload, into, stored(halves, self.payload.dtype))
+
+        self.each_stripe(quantise)
+        plgpu.commit_smem()
+
+        @pl.when(opens)
+        def _():
+            plgpu.copy_smem_to_gmem(self.scales.at[self.mine], self.scale_target.at[self.page, self.there])

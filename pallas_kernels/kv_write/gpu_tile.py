@@ -1,0 +1,71 @@
+"""What every kernel for GPUs does with a tile of 64 rows in shared memory: turning them into numbers and scales, in registers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats import in_bytes, inverses, numbers, scales_of
+from pallas_kernels.tensor_cores import ROWS, Named
+
+STEP = 32
+"""Columns that are turned into numbers at once."""
+
+
+def stored(halves: list[Array], dtype: Any) -> Array:
+    """Numbers as a payload holds them: two halves of dims in a byte."""
+    if len(halves) == 1:
+        return halves[0].astype(dtype)
+    return in_bytes(*halves).astype(dtype)
+
+
+class Tile(Named):
+    """`tokens` [64, D], the `payload` [64, W] that they become, and their `format`."""
+
+    is_tiled = True
+    """Whether they lie in shared memory as registers want them."""
+
+    def each_stripe(self, do: Any, state: Any = None) -> Any:
+        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers are packed.
+        A loop: what the compiler infers of a longer program takes minutes."""
+        width = self.payload.shape[1]
+        step = min(STEP, width)
+        seconds = [width] if self.payload.dtype == jnp.uint8 else []
+
+        def stripe(number, state):
+            at = number * step
+            return do(pl.ds(at, step), [pl.ds(first + at, step) for first in (0, *seconds)], state)
+
+        return lax.fori_loop(0, width // step, stripe, state)
+
+    def load(self, columns: Any) -> Array:
+        return self.load_from(self.tokens, columns).astype(jnp.float32)
+
+    def load_from(self, rows: Any, columns: Any) -> Array:
+        return plgpu.load(rows.at[:, columns], layout=plgpu.Layout.WGMMA, optimized=self.is_tiled)
+
+    def scales_by_token(self) -> Array:
+        """[64]: of every row."""
+
+        def larger(_, columns, largest):
+            for one in columns:
+                largest = jnp.maximum(largest, jnp.abs(self.load(one)).max(axis=1))
+            return largest
+
+        nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+        return scales_of(self.each_stripe(larger, nothing), self.format)
+
+    def quantise_by_token(self, scale: Array, store: Any) -> None:
+        """`store(columns, payload)` with stripes of what they become."""
+        inverse = inverses(scale)
+
+        def quantise(into, columns, _):
+            halves = [
+                numbers(self.load(one) * lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.format)
+                for one in columns
+            ]
+            store(into, stored(halves, self.payload.dtype))
+
+        self.each_stripe(quantise)
