@@ -1,11 +1,11 @@
-# make demo | test | lint | kernels-check | wheels | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
+# make demo | test | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
 # TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check wheels
+.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -58,6 +58,12 @@ kernels-check: .venv-kernels/.installed
 # What kvlab needs beside what machines with GPUs have: pure Python, 10 MB, to be carried to one without a network. There:
 # python3 -m pip install --no-index --no-deps --find-links wheels --target site $(CARRIED), and site on PYTHONPATH.
 CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly
+
+# The kernels' bench and whole models on the GPU of this machine, by its own Python (PYTHON=python3), in BUDGET seconds in all.
+BUDGET ?= 540
+
+gpu:
+	PYTHON='$(or $(PYTHON),python3)' sh benchmarks/gpu.sh $(BUDGET) $(FOLDER)
 
 wheels: $(VENV)/.installed
 	rm -rf wheels
