@@ -23,7 +23,7 @@ keep_freed_memory()
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from jaxlib import __version__ as jaxlib_version  # noqa: E402
+from jaxlib.version import __version__ as jaxlib_version  # noqa: E402
 
 from benchmarks.answers import about, against_floor, kernels, say, spread  # noqa: E402
 from benchmarks.engine import prefill, prompts, run_all  # noqa: E402
@@ -62,6 +62,8 @@ SIZES = {
     "full": Size((32, 1, 64, 8), 1024, 64, 64, (64, 512), (32, 64, 128, 256), 3, 64, 256),
     "tiny": Size((2, 1), 24, 8, 4, (4, 16), (2, 4, 6), 2, 16, 16),
 }
+PROMPTS_AT_ONCE = 4
+"""Of one chunk each: 1,024 tokens a step of size "full"."""
 
 
 def llama(
@@ -198,8 +200,8 @@ def decode(name: str, size: str, scratch: Path) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     model, chosen = model_of(size, name, scratch), SIZES[size]
     vocab, most = model.architecture.vocab_size, max(chosen.batches)
-    rows = tuple(sorted({4 if size == "full" else 1, *chosen.batches}))
-    budget = 4 * chosen.chunk_len
+    rows = tuple(sorted({min(PROMPTS_AT_ONCE, most), *chosen.batches}))
+    budget = PROMPTS_AT_ONCE * chosen.chunk_len
     engine = engine_of(model, chosen, max_batch=most, row_sizes=rows, token_budget=budget, mixed=False)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     if not model.architecture.model.tie_embeddings:
@@ -209,7 +211,7 @@ def decode(name: str, size: str, scratch: Path) -> None:
         asked = prompts([chosen.prompt_len] * batch, vocab_size=vocab)
         with recording() as taken:
             _decode_round(engine, asked, chosen.num_new)  # compiles
-        samples: list[float] = []
+        samples, tokens = list[float](), list[list[int]]()
         for _ in range(chosen.rounds):
             seconds, tokens = _decode_round(engine, asked, chosen.num_new)
             samples += seconds
@@ -229,15 +231,19 @@ def decode(name: str, size: str, scratch: Path) -> None:
 
 
 def _decode_round(engine: Engine, asked: list[list[int]], num_new: int) -> tuple[list[float], list[list[int]]]:
-    """Seconds of every decode step, and all answers."""
+    """Seconds of every decode step, and all answers. Prompts are computed four at a time, whatever the batch, so that one program
+    does them all: where there are fewer, others come along that end with their first token."""
     names = [engine.submit(ids, Sampling(max_tokens=num_new + 1)) for ids in asked]
+    others = -len(asked) % PROMPTS_AT_ONCE
+    if len(asked) + others <= engine.config.max_batch:
+        names += [engine.submit(asked[0], Sampling(max_tokens=1)) for _ in range(others)]
     prefill(engine)
     seconds = []
     while engine.requests:
         began = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - began)
-    return seconds, [engine.answers.pop(name).tokens for name in names]
+    return seconds, [engine.answers.pop(name).tokens for name in names][: len(asked)]
 
 
 def keep_tokens(scratch: Path, name: str, batch: int, tokens: list[list[int]]) -> None:
@@ -259,7 +265,7 @@ def requests(name: str, size: str, scratch: Path) -> None:
     lengths, new = ragged(chosen)
     most = chosen.num_requests
     fields: dict[str, Any] = {"max_batch": most, "row_sizes": (max(1, most // 4), most)}
-    engine = engine_of(model, chosen, token_budget=4 * chosen.chunk_len, **fields)
+    engine = engine_of(model, chosen, token_budget=PROMPTS_AT_ONCE * chosen.chunk_len, **fields)
     asked = prompts(lengths, vocab_size=model.architecture.vocab_size)
     samples: list[float] = []
     with recording() as taken:

@@ -18,6 +18,8 @@ class Chip:
     source: str
     compute_capability: str = ""
     """Of NVIDIA's chips."""
+    platform: str = "gpu"
+    """JAX's name for such devices."""
 
     @property
     def ridge(self) -> float:
@@ -38,9 +40,9 @@ CHIPS = {
         Chip("h200", 141, 4_800, 989, "NVIDIA H200 SXM datasheet", "9.0"),
         Chip("b200", 180, 8_000, 2_250, "NVIDIA HGX B200 datasheet", "10.0"),
         Chip("mi300x", 192, 5_300, 1_307, "AMD Instinct MI300X datasheet"),
-        Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation"),
-        Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation"),
-        Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation"),
+        Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation", platform="tpu"),
+        Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation", platform="tpu"),
+        Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation", platform="tpu"),
         Chip("tpu7x", 192, 7_380, 2_307, "Google Cloud TPU7x documentation"),
     )
 }
@@ -93,8 +95,7 @@ class HardwareConfig(Schema):
         """One of the chips, as ops ask for it; None for the host: this process' own device."""
         if self.name == "host":
             return None
-        platform = "tpu" if "TPU" in self.chip.source else "gpu"
-        return Device(platform, self.chip.name, self.chip.compute_capability)
+        return Device(self.chip.platform, self.chip.name, self.chip.compute_capability)
 
     def memory_bytes(self) -> int:
         """Memory of all chips together, or of this machine."""

@@ -40,7 +40,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Device:
-    """What ops ask of a device: stands for one that is not here. A `jax.Device` has these fields as well."""
+    """What ops ask of a device, in place of a `jax.Device`: stands for one that is not here."""
 
     platform: str
     device_kind: str
@@ -66,8 +66,8 @@ def recording() -> Iterator[Taken]:
         _recorders[:] = [one for one in _recorders if one is not taken]
 
 
-def wrong_device(backend: str, device: Device | jax.Device | None = None) -> str | None:
-    """Why kernels for "gpu" or "tpu" cannot run on a device (None: this process' first); None: they can."""
+def wrong_device(backend: str, device: Any = None) -> str | None:
+    """Why kernels for "gpu" or "tpu" cannot run on a `Device` or `jax.Device` (None: this process' first); None: they can."""
     device = device or jax.devices()[0]
     generation = str(getattr(device, "compute_capability", "")).split(".")[0]
     if backend == "gpu" and (device.platform != "gpu" or generation not in ("9", "10")):
@@ -86,7 +86,7 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     return run
 
 
-def refusals(op: str, asked: Asked | None = None, device: Device | jax.Device | None = None) -> dict[str, str]:
+def refusals(op: str, asked: Asked | None = None, device: Any = None) -> dict[str, str]:
     """Why a kernel of an op cannot serve what is asked on a device (None: this process' first), for those that cannot."""
     found = {}
     for backend in BACKENDS:

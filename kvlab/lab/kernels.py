@@ -11,7 +11,7 @@ from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.kv_write import api as kv_write
 from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.paged_prefill import api as paged_prefill
-from pallas_kernels.selection import Asked, Device, Taken, available, passed_over, refusals
+from pallas_kernels.selection import Asked, Taken, available, passed_over, refusals
 from pallas_kernels.ssd import api as ssd
 
 OF_PAGES = {"paged_attention": paged_attention, "paged_prefill": paged_prefill, "kv_write": kv_write}
@@ -24,8 +24,8 @@ class Chosen(NamedTuple):
     reason: str
 
 
-def chosen_kernels(lab: Laboratory, device: Device | jax.Device | None = None) -> dict[str, Chosen]:
-    """What a config's ops take on a device, None: this process' first. Nothing is traced; see `summary` for what was taken."""
+def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
+    """What a config's ops take on a `selection.Device`, None: this process' first. Nothing is traced; see `summary` for what was taken."""
     device = device or jax.devices()[0]
     taken: Taken = {}
     for layer, states in zip(lab.config.layers(), lab.states, strict=True):

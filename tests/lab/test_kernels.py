@@ -3,10 +3,11 @@
 import pytest
 
 from kvlab.compose import compose, configs_dir, expand
+from kvlab.hardware import HardwareConfig
 from kvlab.lab.kernels import chosen_kernels, summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.models.transformer import ModelConfig, dtype_for
-from pallas_kernels.selection import Device, recording, select
+from pallas_kernels.selection import Device, recording, refusals, select
 
 H200, A100, V5E = Device("gpu", "NVIDIA H200", "9.0"), Device("gpu", "NVIDIA A100", "8.0"), Device("tpu", "TPU v5e")
 MIXERS = sorted(path.stem for path in (configs_dir() / "mixer").glob("*.yaml"))
@@ -37,6 +38,13 @@ def test_a_kernel_that_is_passed_over_says_why():
     assert "head dims = (16, 16)" in chosen(V5E, "model.dtype=bfloat16")["paged_attention"].reason
     half = chosen(H200, "model.dtype=bfloat16", "memory.page_size=48")
     assert "page_size = 48" in half["paged_attention"].reason
+
+
+def test_a_plan_asks_the_hardware_that_it_names():
+    assert HardwareConfig("h200x2").device == Device("gpu", "h200", "9.0")
+    assert HardwareConfig("v5e").device == Device("tpu", "v5e")
+    assert HardwareConfig().device is None  # this machine
+    assert not refusals("paged_attention", device=HardwareConfig("b200").device).keys() & {"mosaic_gpu"}
 
 
 def test_the_dense_baseline_writes_rows_as_pages():
