@@ -29,8 +29,8 @@ LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 INVERSE = {format: float(np.float32(1) / np.float32(largest)) for format, largest in LARGEST.items()}
 """One over it: compilers divide by constants in ways of their own, and scales are to be the same everywhere."""
 FAINT = 2.0**-107
-"""What is nowhere larger (6e-33) is stored as zeros. Some chips take float32 below 2 ** -126 for zero, others do not: with a scale
-of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
+"""What is nowhere as large (6e-33) is stored as zeros. Some chips take float32 below 2 ** -126 for zero, others do not: with
+a scale of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per"])
@@ -143,22 +143,21 @@ def numbers(scaled: Float[Array, "*shape"], format: str) -> Shaped[Array, "*shap
 def inverses(
     scales: Float[Array, "*shape"], reciprocal: Callable[[Array], Array] = lambda scales: 1 / scales
 ) -> Float[Array, "*shape"]:
-    """What to multiply with to quantise: the float32 nearest to one over each scale; zero for scales outside [2 ** -126, 1.5 * 2 ** 125],
-    which no token asks for.
+    """What to multiply with to quantise: the float32 nearest to one over each scale. It is zero for scales outside
+    [2 ** -126, 1.5 * 2 ** 125], which no token asks for.
 
-    `reciprocal` may be off by two steps of a float32, as it is on GPUs. A Newton step would not do: with fused products it leaves 3
-    to 39 of the 2 ** 23 mantissas wrong, and without them a million. So the error is counted in whole numbers, which nothing rounds
-    and no compiler rewrites, and taken away: the same bits everywhere."""
+    `reciprocal` may be off by two steps of a float32, as it is on GPUs by one. A Newton step would not mend that: with
+    fused products it leaves 3 to 39 of the 2 ** 23 mantissas wrong, and without them a million. So what is missing is
+    counted in whole numbers, which nothing rounds and no compiler rewrites: the same bits everywhere."""
     is_legal = (scales >= 2.0**-126) & (scales <= 1.5 * 2.0**125)
-    safe = jnp.where(is_legal, scales, 1)
-    return jnp.where(is_legal, _nearest(safe, reciprocal(safe)), 0)
+    return jnp.where(is_legal, _nearest(scales, reciprocal(jnp.where(is_legal, scales, 1))), 0)
 
 
 def _nearest(scales: Float[Array, "*shape"], near: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The float32 nearest to one over each scale, from one at most two steps away.
 
-    As whole numbers of 24 bits, mantissas m of a scale and n of what is nearest have m * n within m / 2 of 2 ** 46 or 2 ** 47. Both
-    are zero in 32 bits that wrap around: twice the product is there twice its distance, in steps of m."""
+    As whole numbers of 24 bits, the mantissas m of a scale and n of what is nearest have m * n within m / 2 of 2 ** 46 or
+    2 ** 47. Both are zero in 32 bits that wrap around: there, twice the product is twice its distance, in steps of m."""
     bits = jax.lax.bitcast_convert_type(near, jnp.int32)
     step = _mantissa(jax.lax.bitcast_convert_type(scales, jnp.int32))
     for _ in range(2):

@@ -1,10 +1,10 @@
 """Tokens into pages on Hopper and Blackwell GPUs in Pallas Mosaic, quantised on the way.
 
-A thread block takes a tile of up to 64 tokens of one sequence and KV head, cut where pages begin; single tokens are `gpu_single`'s. It
-comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and scales in
-registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other tokens row by row, each
-from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their places: four bytes are too few for
-a copy.
+A thread block takes a tile of up to 64 tokens of one sequence and KV head, cut where pages begin; single tokens are
+`gpu_single`'s. It comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and
+scales in registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other tokens
+row by row, each from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their places:
+four bytes are too few for a copy.
 """
 
 from functools import partial
@@ -128,8 +128,8 @@ def kv_write(
 
 
 def _filled_up(tokens: Float[Array, "B T K D"], pool: Pages) -> Float[Array, "N K wide"]:
-    """With what copies want: a whole tile of rows, which lie together in groups of 8, and in pages of their own type rows that begin at
-    addresses which a TMA can read."""
+    """With what copies want: a whole tile of rows, which lie together in groups of 8; and where pages are of the tokens'
+    type, rows that begin at addresses which a TMA can read."""
     missing = max(ROWS - tokens.shape[0] * tokens.shape[1], -(tokens.shape[0] * tokens.shape[1]) % 8)
     narrower = 0 if isinstance(pool, Quantised) else -tokens.shape[3] % (ALIGNMENT // tokens.dtype.itemsize)
     return jnp.pad(tokens.reshape(-1, *tokens.shape[2:]), ((0, missing), (0, 0), (0, narrower)))

@@ -8,6 +8,7 @@
 A thread block has one token, so that none waits for another's, and nothing is left to XLA: a write is one launch.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,8 @@ from pallas_kernels.typing import Float, Int32
 
 WARPS = 4
 """Of a thread block."""
+BYTES = 128
+"""Copies from global memory are of a multiple: a byte for each thread of a thread block."""
 
 
 def write(
@@ -42,80 +45,85 @@ def write(
     num_groups = num_kv_heads // heads
     per = key_pages.per if isinstance(key_pages, Quantised) else None
     format = key_pages.format if isinstance(key_pages, Quantised) else None
+    tokens = [_filled_up(new.reshape(-1, new.shape[3]), heads) for new in (keys, values)]
+    scratch = [_scratch(pool, new, heads) for pool, new in zip(pools, tokens, strict=True)]
+    if keys.shape == values.shape:  # a block has but one of them
+        scratch[1] = {}
     targets = [jax.new_ref(one) for pool in pools for one in arrays_of(pool)]
-    rooms = [_scratch(pool, new, heads) for pool, new in zip(pools, (keys, values), strict=True)]
-    scratch = rooms[0] if keys.shape == values.shape else rooms[0] + rooms[1]  # a block needs one of them
 
     def kernel(slots, keys, values, *refs):
         """Gives every ref its name."""
         item, at = lax.axis_index("item"), lax.axis_index("array")
         slot = slots[lax.div(item, num_groups)]
         is_inside = (slot >= 0) & (slot < num_pages * page_size)
-        refs, num_arrays, num_scratch = list(refs), len(targets) // 2, len(rooms[0])
+        named = {"heads": heads, "per": per, "format": format, "item": item}
+        named |= {"page": lax.div(slot, page_size), "offset": lax.rem(slot, page_size)}
+        named["first_head"] = lax.rem(item, num_groups) * heads
+        refs = list(refs)
+        mine = [{name: refs.pop(0) for name in ("target", *(["scale_target"] if per else []))} for _ in pools]
+        rooms = [{name: refs.pop(0) for name in one} for one in scratch]
         for number, source in enumerate((keys, values)):
-            mine = (
-                refs[number * num_arrays :][:num_arrays]
-                + (refs[len(targets) :] * 2)[number * num_scratch :][:num_scratch]
-            )
-            names = [
-                "target",
-                *(["scale_target"] if per else []),
-                "arrived",
-                "tokens",
-                *(["payload", "scales"] if per else []),
-            ]
-            one = _Token(
-                dict(zip(names, mine, strict=True)), source=source, heads=heads, per=per, format=format, item=item,
-                first_head=lax.rem(item, num_groups) * heads, page=lax.div(slot, page_size), offset=lax.rem(slot, page_size),
-            )  # fmt: skip
+            one = _Token(named | mine[number] | (rooms[number] or rooms[0]) | {"source": source})
             pl.when(is_inside & (at == number))(one.write)
 
     plgpu.kernel(
         kernel,
         out_type=[],
-        scratch_types=scratch,
+        scratch_types=[one for mine in scratch for one in mine.values()],
         grid=(2, write_slots.size * num_groups),  # the last may be as long as any
         grid_names=("array", "item"),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(write_slots.reshape(-1), *(one.reshape(-1, one.shape[3]) for one in (keys, values)), *targets)
+    )(write_slots.reshape(-1), *tokens, *targets)
     written = [jax.freeze(one) for one in targets]
     if per is None:
         return written[0], written[1]
     return Quantised(written[0], written[1], per), Quantised(written[2], written[3], per)
 
 
-def _scratch(pool: Pages, tokens: Array, heads: int) -> list[Any]:
+def _filled_up(tokens: Float[Array, "N D"], heads: int) -> Float[Array, "more D"]:
+    """With the rows that the last of them is fetched with."""
+    missing = _rows_fetched(tokens, heads) - heads
+    return jnp.pad(tokens, ((0, missing), (0, 0))) if missing else tokens
+
+
+def _rows_fetched(tokens: Any, heads: int) -> int:
+    """Of an array [N, D] or a ref: as many as are wanted, or the next that make whole `BYTES`."""
+    step = BYTES // math.gcd(BYTES, tokens.shape[1] * tokens.dtype.itemsize)
+    return -(-heads // step) * step
+
+
+def _scratch(pool: Pages, tokens: Float[Array, "N D"], heads: int) -> dict[str, Any]:
     """Of keys or of values."""
-    dim = tokens.shape[3]
+    dim = tokens.shape[1]
     if not isinstance(pool, Quantised):
-        return [plgpu.Barrier(), plgpu.SMEM((heads, dim), tokens.dtype)]
+        return {"arrived": plgpu.Barrier(), "tokens": plgpu.SMEM((_rows_fetched(tokens, heads), dim), tokens.dtype)}
 
     def rows(width: int, dtype: Any) -> Any:
-        """The heads' rows, and others of which nothing is wanted: a warpgroup has 64 of them. Copies into tiles are of whole ones."""
+        """The heads' rows, and others of which nothing is wanted, for a warpgroup has 64. A tile is of 8 rows."""
         return shared((ROWS, width), dtype, STEP) if heads % 8 == 0 else plgpu.SMEM((ROWS, width), dtype)
 
     by_token = pool.per == "token"
-    return [
-        plgpu.Barrier(num_arrivals=1 if by_token else 2),
-        rows(dim, tokens.dtype),
-        rows(pool.payload.shape[3], pool.dtype),
-        plgpu.SMEM((ROWS,), jnp.float32) if by_token else rows(dim, jnp.float32),
-    ]
+    return {
+        "arrived": plgpu.Barrier(num_arrivals=1 if by_token else 2),
+        "tokens": rows(dim, tokens.dtype),
+        "payload": rows(pool.payload.shape[3], pool.dtype),
+        "scales": plgpu.SMEM((ROWS,), jnp.float32) if by_token else rows(dim, jnp.float32),
+    }
 
 
 class _Token(Tile):
     """The keys or values of one token, in the kernel."""
 
-    def __init__(self, refs: dict[str, Any], **options: Any) -> None:
-        super().__init__(refs | options)
+    def __init__(self, named: dict[str, Any]) -> None:
+        super().__init__(named)
         self.is_tiled = self.heads % 8 == 0
         self.mine, self.there = pl.ds(0, self.heads), pl.ds(self.first_head, self.heads)
 
     def write(self) -> None:
-        plgpu.copy_gmem_to_smem(
-            self.source.at[pl.ds(self.item * self.heads, self.heads)], self.tokens.at[self.mine], self.arrived
-        )
+        fetched = _rows_fetched(self.source, self.heads)
+        rows = self.source.at[pl.ds(self.item * self.heads, fetched)]
+        plgpu.copy_gmem_to_smem(rows, self.tokens.at[pl.ds(0, fetched)], self.arrived)
         if self.per == "channel":
             plgpu.copy_gmem_to_smem(
                 self.scale_target.at[self.page, self.there], self.scales.at[self.mine], self.arrived
@@ -149,7 +157,7 @@ class _Token(Tile):
             store_plainly(ref.at[:, columns], value)
 
     def quantise_by_channel(self) -> None:
-        """With the page's scales, or where it is the page's first token with those that it asks for, which are the page's from then on."""
+        """With the page's scales. The first token of a page sets them to those that it asks for."""
         opens = self.offset == 0
 
         def quantise(into, columns, _):

@@ -29,15 +29,21 @@ CASES: dict[str, dict[str, Any]] = {
         "per": "channel",
         "dims": (64, 64),
     },
+    "int8 by token, one token each, 8 heads": {
+        "counts": [1, 0, 1],
+        "begins": [0, 3, 33],
+        "format": "int8",
+        "kv_heads": 8,
+    },
     "fp8 by token, sizes that some chips take for zero": {
-        "counts": [9] * 8,
-        "begins": [0] * 8,
+        "counts": [9] * 4,
+        "begins": [0] * 4,
         "format": "fp8",
         "sizes": (-128, -100),
     },
     "fp8 by channel, sizes that some chips take for zero, one token each": {
-        "counts": [1] * 8,
-        "begins": [0, 5] * 4,
+        "counts": [1] * 6,
+        "begins": [0, 0, 0, 0, 5, 5],
         "format": "fp8",
         "per": "channel",
         "sizes": (-128, -100),
@@ -45,7 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], dims: Sequence[int], quantised_page_sizes: Sequence[int] | None = None) -> dict[str, Any]:  # fmt: skip
+def generated(
+    number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], dims: Sequence[int],
+    quantised_page_sizes: Sequence[int] | None = None, quantised_dims: Sequence[int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """A case drawn from the option space, the same for the same number."""
     rng = np.random.default_rng(number)
 
@@ -54,6 +63,7 @@ def generated(number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], 
 
     format = one_of((None, *FORMATS))
     page_size = one_of(quantised_page_sizes if format and quantised_page_sizes else page_sizes)
+    dims = (quantised_dims if format else None) or dims
     longest = one_of((1, 1, page_size, 2 * page_size + 3))
     rows = int(rng.integers(1, 5))
     return {
@@ -89,7 +99,7 @@ def check(
     tokens = []
     for dim in dims:
         drawn = rng.standard_normal((batch, num_tokens, kv_heads, dim)) * np.exp2(
-            rng.integers(*sizes, (batch, 1, kv_heads, 1), dtype=np.int32)
+            rng.integers(sizes[0], sizes[1], (batch, 1, kv_heads, 1))
         )
         drawn[rng.random(drawn.shape[:3]) < 0.1] = 0  # a token of zeros has no scale
         drawn[slots >= num_pages * page_size] = np.nan

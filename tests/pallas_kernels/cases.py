@@ -97,6 +97,16 @@ class Fetched:
 
         monkeypatch.setattr(plgpu, "copy_gmem_to_smem", counted)
 
+    def count_stores(self, monkeypatch: Any) -> None:
+        """Counts the copies out of shared memory that GPU kernels start."""
+        real = plgpu.copy_smem_to_gmem
+
+        def counted(source: Any, target: Any) -> None:
+            self.count(target)
+            real(source, target)
+
+        monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted)
+
     def listen(self, monkeypatch: Any) -> None:
         """Counts what the pipeline of a TPU's grid fetches into its blocks."""
         real = interpret_pallas_call.get

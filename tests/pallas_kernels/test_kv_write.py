@@ -63,7 +63,8 @@ class TestGPU(Contract):
         "dtypes": ("bfloat16", "float16"),
         "page_sizes": (8, 16, 32, 64, 128),
         "quantised_page_sizes": (32, 64, 128),
-        "dims": (64, 128),
+        "dims": (16, 64, 80, 128),
+        "quantised_dims": (64, 128),
     }
 
     @pytest.fixture(autouse=True)
@@ -79,13 +80,7 @@ class TestGPU(Contract):
         """Of whole pages: keys and values, 128 tokens of 2 heads, in 16 bits; and out again as the pages hold them."""
         come, go = Fetched(), Fetched()
         come.count_loads(monkeypatch)
-        copy_out = plgpu.copy_smem_to_gmem
-
-        def counted_out(source, target):
-            go.count(target)
-            copy_out(source, target)
-
-        monkeypatch.setattr(plgpu, "copy_smem_to_gmem", counted_out)
+        go.count_stores(monkeypatch)
         case = {
             "counts": [128],
             "begins": [0],
@@ -99,11 +94,48 @@ class TestGPU(Contract):
         assert come.num_bytes == 2 * 128 * 2 * 2 * 64
         assert go.num_bytes == 2 * 128 * 2 * a_token
 
-    def test_a_missing_wait_is_caught(self, monkeypatch, capfd):
+    @pytest.mark.parametrize(("format", "a_row"), [(None, 2 * 64), ("int8", 64), ("int4", 32)])
+    def test_single_tokens_come_once_and_leave_once(self, format, a_row, monkeypatch):
+        """The two of three that are not dropped: keys and values of 2 heads. Scales go without a copy."""
+        come, go = Fetched(), Fetched()
+        come.count_loads(monkeypatch)
+        go.count_stores(monkeypatch)
+        case = {"counts": [1, 0, 1], "begins": [5, 0, 64], "page_size": 64, "dims": (64, 64), "format": format}
+        self.check(self.write(), **case, dtype="bfloat16")
+        jax.effects_barrier()
+        assert come.num_bytes == 2 * 2 * 2 * 2 * 64
+        assert go.num_bytes == 2 * 2 * 2 * a_row
+
+    @pytest.mark.parametrize(
+        ("kv_heads", "format", "per"),
+        [
+            (8, "int8", "channel"),
+            (3, "int4", "token"),
+            (3, "int4", "channel"),
+            (66, "fp8", "token"),
+            (67, None, "token"),
+        ],
+    )
+    def test_single_tokens_of_any_number_of_heads(self, kv_heads, format, per, capfd):
+        """Groups of 8 and others, and more heads than a tile has rows."""
+        case = {"counts": [1], "begins": [32], "dims": (64, 128), "dtype": "bfloat16"}
+        self.check(self.write(), **case, kv_heads=kv_heads, format=format, per=per)
+        assert "RACE" not in capfd.readouterr().out
+
+    @pytest.mark.parametrize(("num_tokens", "dim"), [(1, 16), (1, 112), (30, 16), (70, 112)])
+    def test_plain_pages_of_any_multiple_of_16_dims(self, num_tokens, dim, capfd):
+        case = {"counts": [num_tokens, 1], "begins": [9, 0], "page_size": 16, "dims": (dim, 64), "dtype": "float16"}
+        self.check(self.write(), **case)
+        assert "RACE" not in capfd.readouterr().out
+
+    @pytest.mark.parametrize(
+        "case", ["int8 by token", "fp8 by token, one token each", "int4 by channel, one token each"]
+    )
+    def test_a_missing_wait_is_caught(self, case, monkeypatch, capfd):
         monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
         said = ""
         try:
-            self.check(self.write(), **CASES["int8 by token"], dtype="bfloat16")
+            self.check(self.write(), **CASES[case], dtype="bfloat16")
         except (AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
             said = str(error)
         assert "race" in (said + capfd.readouterr().out).lower()
@@ -151,6 +183,57 @@ class TestTPU(Contract):
             out_of_bounds_reads="raise",
         )
         return partial(tpu.kv_write, interpret=how)
+
+
+def kernel_calls(program: Any) -> list[Any]:
+    """The kernels in a traced program."""
+    return [one for one in program.jaxpr.eqns if one.primitive.name == "custom_vmap_call"]
+
+
+def traced(num_rows: int, num_tokens: int, pool: Any, dim: int) -> Any:
+    """The program of a write by the GPU kernel, which nothing runs."""
+    tokens = jnp.zeros((num_rows, num_tokens, 2, dim), jnp.bfloat16)
+    slots = jnp.zeros((num_rows, num_tokens), jnp.int32)
+    return jax.make_jaxpr(partial(gpu.kv_write, chip="hopper"))(pool, pool, tokens, tokens, slots)
+
+
+@pytest.mark.parametrize("num_tokens", [13, 65, 70, 100, 140])
+def test_what_gpus_are_handed_is_a_tile_and_whole_groups_of_8_rows(num_tokens):
+    """Which the compiler asks for, and no simulator."""
+    pool = quantised(jnp.zeros((4, 2, 32, 64)), "int8")
+    (call,) = kernel_calls(traced(1, num_tokens, pool, 64))
+    rows = [one.aval.shape[0] for one in call.invars if one.aval.dtype == jnp.bfloat16]
+    assert len(rows) == 2
+    assert all(one % 8 == 0 and one >= 64 for one in rows)
+
+
+@pytest.mark.parametrize(("dim", "wide"), [(16, 64), (80, 128), (128, 128)])
+def test_rows_that_leave_alone_begin_where_a_copy_may(dim, wide):
+    """At multiples of 128 bytes, which no simulator asks for."""
+    (call,) = kernel_calls(traced(1, 70, jnp.zeros((4, 2, 32, dim), jnp.bfloat16), dim))
+    assert [one.aval.shape[2] for one in call.invars if one.aval.shape[:1] == (72,)] == [wide, wide]
+
+
+@pytest.mark.parametrize(("dim", "wanted"), [(16, 4), (80, 4), (96, 2), (64, 2)])
+def test_a_single_token_is_fetched_in_whole_128_bytes(dim, wanted, monkeypatch):
+    """Which the compiler asks for: of 2 heads 4 rows, the last token's from behind the end. No simulator does."""
+    fetched = []
+    copy = plgpu.copy_gmem_to_smem
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *refs: (fetched.append(refs[1].shape), copy(*refs)))
+    (call,) = kernel_calls(traced(3, 1, jnp.zeros((4, 2, 32, dim), jnp.bfloat16), dim))
+    assert set(fetched) == {(wanted, dim)}
+    assert [one.aval.shape for one in call.invars[1:3]] == [(6 + wanted - 2, dim)] * 2
+
+
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_a_single_token_is_one_launch(format, per):
+    """Around the kernel there are but other names for the same bytes."""
+    pool = jnp.zeros((4, 2, 32, 64), jnp.bfloat16)
+    program = traced(3, 1, pool if format is None else quantised(pool, format, per), 64)
+    assert len(kernel_calls(program)) == 1
+    around = {one.primitive.name for one in program.jaxpr.eqns}
+    assert around <= {"new_ref", "reshape", "custom_vmap_call", "freeze"}
 
 
 def test_donated_pages_are_written_in_place():
@@ -249,11 +332,13 @@ def test_slots_against_the_rules_are_refused_while_debugging(slots, message):
     [
         ({"format": "float32"}, "pages of float32: must be of the tokens' type bfloat16"),
         ({"page_size": 24}, "page_size = 24: must be 8, 16, 32 or a multiple of 64"),
-        ({"head_dims": (80, 128)}, r"head dims = \(80, 128\): must be multiples of 64 in \[64, 256\]"),
+        ({"head_dims": (72, 128)}, r"head dims = \(72, 128\): must be multiples of 16 in \[16, 256\]"),
+        ({"head_dims": (128, 272)}, r"head dims = \(128, 272\): must be multiples of 16 in \[16, 256\]"),
         ({"format": "int4", "head_dims": (96, 96)}, "multiples of 64"),
         ({"dtype": "float32"}, "tokens of float32: must be bfloat16 or float16"),
         ({}, None),
         ({"format": "fp8", "head_dims": (96, 96), "page_size": 32}, None),
+        ({"head_dims": (16, 240)}, None),
     ],
 )
 def test_what_the_gpu_kernel_cannot_write_says_why(monkeypatch, pages, said):
