@@ -51,6 +51,22 @@ type Taken = dict[str, dict[str, set[str]]]
 """Of every op the names of the implementations that were taken, and of each why the kernels for this device were not."""
 
 _recorders: list[Taken] = []
+_assumed: list[Device] = []
+
+
+@contextmanager
+def as_if_on(device: Device) -> Iterator[None]:
+    """Inside, ops pick their implementations as on that device: to compile for one that is not here. Nothing can run."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.remove(device)
+
+
+def this_device() -> Any:
+    """The process' first device, or that of `as_if_on`."""
+    return _assumed[-1] if _assumed else jax.devices()[0]
 
 
 @contextmanager
@@ -68,7 +84,7 @@ def recording() -> Iterator[Taken]:
 
 def wrong_device(backend: str, device: Any = None) -> str | None:
     """Why kernels for "gpu" or "tpu" cannot run on a `Device` or `jax.Device` (None: this process' first); None: they can."""
-    device = device or jax.devices()[0]
+    device = device or this_device()
     generation = str(getattr(device, "compute_capability", "")).split(".")[0]
     if backend == "gpu" and (device.platform != "gpu" or generation not in ("9", "10")):
         return f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
@@ -126,7 +142,7 @@ def select(
     reason = ""
     if implementation is None:
         implementation = next(iter(legal))
-        reason = passed_over(implementation, refused, jax.devices()[0].platform)
+        reason = passed_over(implementation, refused, this_device().platform)
     if implementation not in legal:
         refusal = (
             f"cannot run here: {refused[implementation]}" if implementation in refused else "is not available here"

@@ -7,7 +7,7 @@ from kvlab.hardware import HardwareConfig
 from kvlab.lab.kernels import chosen_kernels, summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.models.transformer import ModelConfig, dtype_for
-from pallas_kernels.selection import Device, recording, refusals, select
+from pallas_kernels.selection import Device, as_if_on, recording, refusals, select
 
 H200, A100, V5E = Device("gpu", "NVIDIA H200", "9.0"), Device("gpu", "NVIDIA A100", "8.0"), Device("tpu", "TPU v5e")
 MIXERS = sorted(path.stem for path in (configs_dir() / "mixer").glob("*.yaml"))
@@ -67,6 +67,14 @@ def test_a_recording_has_the_reasons_of_those_who_named_nothing():
         "op": ("blocked+mosaic_cpu", "mosaic_cpu: pages of wood"),
         "other": ("blocked", ""),  # asked for by name
     }
+
+
+def test_an_absent_device_is_assumed_only_inside():
+    with as_if_on(H200), recording() as taken:
+        select("op", None, {"mosaic_gpu": abs, "blocked": abs}, {"mosaic_gpu": "pages of wood"})
+        assert "mosaic_gpu" not in refusals("paged_attention")
+    assert taken == {"op": {"blocked": {"mosaic_gpu: pages of wood"}}}
+    assert refusals("paged_attention")["mosaic_gpu"] == "it needs a Hopper or Blackwell GPU, this is cpu"
 
 
 def test_the_type_is_looked_up_when_a_config_is_made_and_part_of_its_identity():
