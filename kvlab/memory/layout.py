@@ -14,6 +14,7 @@ from kvlab.memory.plan import Plan
 from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import StateSpec
 from kvlab.schema import Schema, choice, integer
+from pallas_kernels.paged_attention import takes_plan
 
 type LayerStates = Mapping[str, StateSpec]
 """The named states of one layer: {"kv": ...}, {"ssm": ...}, a short convolution's {"short_conv": ...}."""
@@ -104,10 +105,16 @@ class MemoryLayout:
 
     def views(self, pools: Sequence[Mapping[str, device.Pool]], plan: Plan) -> tuple[dict[str, device.View], ...]:
         """Every layer's memory for one step."""
-        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+        starts, counts, is_wanted = jnp.asarray(plan.starts), jnp.asarray(plan.counts), takes_plan()
+        shared = [
+            device.attention_plan(state, mine, starts, counts, is_wanted=is_wanted)
+            for state, mine in zip(self.classes, plan.classes, strict=True)
+        ]
         return tuple(
             {
-                name: device.view(self.classes[index], pools[layer][name], plan.classes[index], starts, counts)
+                name: device.view(
+                    self.classes[index], pools[layer][name], plan.classes[index], starts, counts, shared[index]
+                )
                 for name, index in states.items()
             }
             for layer, states in enumerate(self.states)

@@ -13,10 +13,12 @@ from jax import Array
 
 from kvlab.memory.classes import StateClass
 from kvlab.memory.plan import ClassPlan
+from kvlab.memory.spec import TokenState
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.masking import masked_softmax, visible
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import Plan as AttentionPlan
+from pallas_kernels.paged_attention import paged_attention, plan_attention
 from pallas_kernels.paged_prefill import paged_prefill
 
 type Pool = dict[str, Any]
@@ -66,6 +68,7 @@ class PagedTokens:
     plan: Any  # ClassPlan; pytrees are rebuilt with placeholders, so fields are not checked at run time
     starts: Any  # [B] tokens already stored
     counts: Any  # [B] new tokens in this step
+    attention: Any = None  # AttentionPlan | None: what the class's layers share where each sequence has one new token
 
     def append(self, keys: Keys, values: Values) -> "PagedTokens":
         return replace(self, pool=write_tokens(self.pool, self.plan, keys, values))
@@ -78,7 +81,7 @@ class PagedTokens:
         options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "soft_cap": soft_cap}
         if queries.shape[1] > 1:
             return paged_prefill(*memory, self.starts, self.counts, **options)[0]
-        return paged_attention(*memory, positions, self.starts + self.counts, **options)[0]
+        return paged_attention(*memory, positions, self.starts + self.counts, plan=self.attention, **options)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -158,13 +161,40 @@ class StateSlots:
 type View = PagedTokens | DenseTokens | StateSlots
 
 
-def view(state: StateClass, pool: Pool, plan: ClassPlan, starts: Counts, counts: Counts) -> View:
-    """A pool joined with a step's plan."""
+def attention_plan(
+    state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts, *, is_wanted: bool
+) -> AttentionPlan | None:
+    """What all layers of a class share when they decode: which pages are live and how they are shared out. None where nothing
+    is decoded, or where it `is_wanted` by no kernel."""
+    spec = state.spec
+    if not (is_wanted and isinstance(spec, TokenState)) or state.contiguous or plan.write_slots.shape[1] != 1:
+        return None
+    return plan_attention(
+        jnp.asarray(plan.pages),
+        jnp.asarray(plan.page_starts),
+        starts[:, None],
+        starts + counts,
+        num_kv_heads=spec.num_kv_heads,
+        page_size=state.page_size,
+        window=spec.window,
+        num_sinks=spec.num_sinks,
+    )
+
+
+def view(
+    state: StateClass,
+    pool: Pool,
+    plan: ClassPlan,
+    starts: Counts,
+    counts: Counts,
+    attention: AttentionPlan | None = None,
+) -> View:
+    """A pool joined with a step's plan, and with what its class's layers share."""
     if not state.spec.per_token:
         return StateSlots(pool, plan, starts, counts)
     if state.contiguous:
         return DenseTokens(pool, plan, starts + counts)
-    return PagedTokens(pool, plan, starts, counts)
+    return PagedTokens(pool, plan, starts, counts, attention)
 
 
 def copy_pages(pool: Pool, sources: Array, destinations: Array) -> Pool:

@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,8 +91,9 @@ def is_accelerated() -> bool:
     return jax.devices()[0].platform != "cpu"
 
 
-def ceilings(size: str) -> dict[str, float]:
-    """Bytes a second of copying and of reading, and FLOP/s of a product in bfloat16, as this device does them."""
+def ceilings(size: str) -> Iterator[dict[str, float]]:
+    """Bytes a second of copying and of reading, and FLOP/s of a product in bfloat16, as this device does them: what is known, after
+    each."""
     length, side = (1 << 29, 8192) if size == "full" else (1 << 20, 256)
     big = jnp.ones(length, jnp.bfloat16)
     square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
@@ -107,10 +108,10 @@ def ceilings(size: str) -> dict[str, float]:
         "read_bytes_per_s": (big.nbytes, read, jnp.float32(0), big),
         "product_flops_per_s": (2 * side**3, lambda number, x, factor: x @ factor, square, factor),
     }
-    found = {}
+    found: dict[str, float] = {}
     for name, (amount, turn, state, arrays) in works.items():
         clock = Clock(Work(turn, state, arrays, lambda arrays: None))
         for _ in range(9):
             clock.sample()
         found[name] = amount / clock.median_us * 1e6
-    return found
+        yield found

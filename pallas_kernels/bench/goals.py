@@ -1,6 +1,6 @@
 """What a problem's fastest implementation of ours is to reach, and whether it did."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,10 @@ class Timing:
     absent: str = ""
     """Why it was not run, or is not counted."""
     is_wrong: bool = False
+    has_failed: bool = False
+    """Whether that was no refusal, but an error or the end of its process."""
+    doubt: str = ""
+    """Why its time does not count: cases in which it is wrong."""
 
 
 @dataclass
@@ -44,10 +48,24 @@ class Result:
     """One problem: its floor, and everybody's times, ours first."""
 
     problem: Any
-    floor_us: float
     timings: list[Timing] = field(default_factory=list)
     failed: str = ""
     """Why there are none, or nothing to compare them with."""
+    doing: str = ""
+    """Whose turn it is, while it is being measured: if the process ends, it was they."""
+    floor_us: float | None = None
+    """By the device's ceilings: None until they are known."""
+
+    def judge(self, limits: Mapping[str, float]) -> None:
+        """Finds the floor, and everybody's share of it, where all ceilings that it takes are known."""
+        try:
+            floor_us = self.problem.floor_us(limits)
+        except KeyError:
+            return
+        self.floor_us = floor_us
+        for timing in self.timings:
+            if timing.device_us is not None:
+                timing.fraction = floor_us / timing.device_us
 
     @property
     def best(self) -> Timing | None:
@@ -56,35 +74,42 @@ class Result:
 
 
 def verdicts(results: Sequence[Result]) -> Iterator[str]:
-    """A line for each goal of each problem."""
+    """A line for each goal of each problem; one whose time does not count says why."""
     times = {one.problem.name: one.best.device_us for one in results if one.best}
     for result in results:
-        goals, best, name = result.problem.goals, result.best, result.problem.name
-        if goals == NONE:
+        if result.problem.goals == NONE:
             continue
+        best = result.best
         if best is None or best.device_us is None:
-            yield f"{name}: nothing ran{': ' * bool(result.failed)}{result.failed}"
+            yield f"{result.problem.name}: nothing ran{': ' * bool(result.failed)}{result.failed}"
             continue
-        mine, said = best.device_us, f"{name} ({best.name})"
-        if goals.fraction:
-            share = result.floor_us / max(mine - goals.spared_us, 1e-9)
-            spared = f" and {goals.spared_us:.0f} us" if goals.spared_us else ""
-            yield f"{said}: {share:.2f} of the floor{spared}, {_judged(share, goals.fraction)}"
-        if goals.most_us:
-            yield f"{said}: {mine:.1f} us, {_judged(mine, goals.most_us, ' us', is_least=False)}"
-        for peer, factors in goals.faster_than:
-            other = next((one for one in result.timings if one.name == peer), None)
-            if other is best or other is None or other.device_us is None:
-                why = "it is that itself" if other is best else other.absent if other else "not asked"
-                yield f"{said}: beside {peer}, goal {factors[0]:.2f}x: not compared, {why}"
-            else:
-                ratio = other.device_us / mine
-                yield f"{said}: {ratio:.2f}x {peer}, {_judged(ratio, factors, 'x')}"
-        for names, factors in goals.over:
-            known = [time for one in names if (time := times.get(one)) is not None]
-            if len(known) == len(names):
-                ratio = sum(known) / mine
-                yield f"{said}: {ratio:.2f}x {' + '.join(names)}, {_judged(ratio, factors, 'x')}"
+        for said in _verdicts_of(result, best, best.device_us, times):
+            yield f"{result.problem.name} ({best.name}): {said}{'; does not count: ' * bool(best.doubt)}{best.doubt}"
+
+
+def _verdicts_of(result: Result, best: Timing, mine: float, times: Mapping[str, float | None]) -> Iterator[str]:
+    goals = result.problem.goals
+    if goals.fraction and result.floor_us is None:
+        yield f"goal {goals.fraction[0]:.2f} of the floor: not compared, the ceilings are not known"
+    elif goals.fraction and result.floor_us is not None:
+        share = result.floor_us / max(mine - goals.spared_us, 1e-9)
+        spared = f" and {goals.spared_us:.0f} us" if goals.spared_us else ""
+        yield f"{share:.2f} of the floor{spared}, {_judged(share, goals.fraction)}"
+    if goals.most_us:
+        yield f"{mine:.1f} us, {_judged(mine, goals.most_us, ' us', is_least=False)}"
+    for peer, factors in goals.faster_than:
+        other = next((one for one in result.timings if one.name == peer), None)
+        if other is best or other is None or other.device_us is None:
+            why = "it is that itself" if other is best else other.absent if other else "not asked"
+            yield f"beside {peer}, goal {factors[0]:.2f}x: not compared, {why}"
+        else:
+            ratio = other.device_us / mine
+            yield f"{ratio:.2f}x {peer}, {_judged(ratio, factors, 'x')}"
+    for names, factors in goals.over:
+        known = [time for one in names if (time := times.get(one)) is not None]
+        if len(known) == len(names):
+            ratio = sum(known) / mine
+            yield f"{ratio:.2f}x {' + '.join(names)}, {_judged(ratio, factors, 'x')}"
 
 
 def _judged(value: float, wanted: tuple[float, ...], unit: str = "", *, is_least: bool = True) -> str:

@@ -37,6 +37,11 @@ class Write:
     format: str = "bfloat16"
     goals: Goals = NONE
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return ("kv_write",)
+
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
         a_token = 2 * self.dim * 2 + paged.bytes_of(2 * self.dim, self.format)
@@ -92,6 +97,11 @@ class Mixed:
     decodes: paged.Problem
     goals: Goals = NONE
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return self.chunk.ops + self.decodes.ops
+
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds, one after the other."""
         return self.chunk.floor_us(limits) + self.decodes.floor_us(limits)
@@ -138,6 +148,11 @@ class Scan:
     state_dim: int = 128
     goals: Goals = NONE
 
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return ("ssd",)
+
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
         a_token = 2 * (2 * self.num_heads * self.head_dim + 2 * self.state_dim + self.num_heads)
@@ -176,6 +191,11 @@ class Step:
     head_dim: int = 64
     state_dim: int = 128
     goals: Goals = NONE
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return ("ssd_step",)
 
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""

@@ -16,7 +16,7 @@ from pallas_kernels.bench.goals import NONE, Goals
 from pallas_kernels.flash_attention import api as flash_api
 from pallas_kernels.formats import FORMATS, Pages, Quantised, quantised
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention import api
+from pallas_kernels.paged_attention import api, plan_attention
 from pallas_kernels.paged_prefill import api as prefill_api
 from pallas_kernels.selection import Asked
 
@@ -24,6 +24,9 @@ CACHE_BYTES = 120_000_000
 """Twice an H200's second-level cache: inputs are drawn from at least so much memory, so that none is found there."""
 MOST_SCORES = 16_000_000_000
 """Bytes of scores that XLA's gather may write out."""
+PLANNED, LAYERS = ", planned", 8
+"""Behind the name of an implementation: each call has a plan, as it has in the layers of a model. In a turn are so many layers, or one
+for each table; what the plan itself takes, once a step, is in the line without it."""
 LONGEST_UNROLLED = 2048
 """Queries, of what is unrolled over them."""
 
@@ -45,6 +48,11 @@ class Problem:
     latent_dim: int = 0
     format: str = "bfloat16"
     goals: Goals = NONE
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Those of ours that it asks."""
+        return ("paged_attention" if self.num_queries == 1 else "paged_prefill",)
 
     @property
     def value_dim(self) -> int:
@@ -86,13 +94,18 @@ class Problem:
 
         inputs = make_inputs(self)
         names = self.implementations(inputs)
+        layers = {}
+        if names[0] in api.PLANNED and self.num_queries == 1:
+            layers = {f"{names[0]}{PLANNED}": partial(planned, self, inputs, names[0])}
+        if alone and layers:
+            return layers
         made = {name: partial(ours, self, inputs, name) for name in (names[:1] if alone else names)}
         if not alone and self.is_whole:
             made |= {
                 f"flash_attention, {name}": partial(flash, self, inputs, name) for name in flash_api.IMPLEMENTATIONS
             }
         made |= {} if alone else {name: partial(make, self, inputs) for name, make in PEERS.items()}
-        return {name: lambda make=make: work_of(make(), inputs) for name, make in made.items()}
+        return layers | {name: lambda make=make: work_of(make(), inputs) for name, make in made.items()}
 
     def implementations(self, inputs: "Inputs") -> list[str]:
         """Ours that can run here, the one that `None` takes first."""
@@ -208,6 +221,40 @@ def ours(problem: Problem, inputs: Inputs, implementation: str | None, tiles: di
     return Attend(run, inputs)
 
 
+def planned(problem: Problem, inputs: Inputs, implementation: str) -> Work:
+    """Layers one after another, each with its table and a plan that was made before: nothing of it is launched again."""
+    make = jax.jit(
+        partial(
+            plan_attention,
+            num_kv_heads=problem.num_kv_heads,
+            page_size=problem.page_size,
+        )
+    )
+    layers = [
+        (table, starts, make(table, starts, inputs.positions, inputs.lens))
+        for table, starts in zip(inputs.tables[:LAYERS], inputs.starts[:LAYERS], strict=True)
+    ]
+
+    def attend(queries: Array, layer: Any, inputs: Inputs) -> Array:
+        table, starts, plan = layer
+        memory = queries, inputs.keys, inputs.values, table, starts, inputs.positions, inputs.lens
+        return api.paged_attention(*memory, plan=plan, implementation=implementation)[0]
+
+    def turn(number: Array, queries: Array, arrays: Any) -> Array:
+        del number
+        layers, inputs = arrays
+        for layer in layers:
+            outputs = attend(queries, layer, inputs)
+            queries = queries + (outputs.sum(axis=-1, keepdims=True) * 1e-30).astype(queries.dtype)
+        return queries
+
+    def answer(arrays: Any) -> Array:
+        layers, inputs = arrays
+        return attend(inputs.queries, layers[0], inputs)
+
+    return Work(turn, inputs.queries, (layers, inputs), answer, num_calls=len(layers))
+
+
 def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
     """`flash_attention` of whole sequences, whose keys and values were never paged. Raises NotImplementedError for long ones."""
     if implementation == "reference" and problem.num_queries > LONGEST_UNROLLED:
@@ -243,5 +290,4 @@ def plain(inputs: Inputs) -> tuple[Array, Array]:
 
 def bucket_of(problem: Problem, inputs: Inputs) -> str:
     """The problem's shapes, as tile sizes are remembered."""
-    op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
-    return api.bucket_of(op, inputs.queries, inputs.keys, inputs.values, inputs.tables[0])
+    return api.bucket_of(problem.ops[0], inputs.queries, inputs.keys, inputs.values, inputs.tables[0])

@@ -154,3 +154,5 @@ PEERS: dict[str, Callable[[Problem, Inputs], Attend]] = {
     "torch SDPA, dense": torch_sdpa,
     "torch FlexAttention, dense": torch_flex,
 }
+SLOW = ("torch FlexAttention, dense",)
+"""Those that compile for half a minute."""

@@ -110,6 +110,31 @@ PROBLEMS: dict[str, tuple[Any, ...]] = {
         Step("SSM decode step B2", 2, 4, 8, 16),
     ),
 }
+HEADLINE = {"full": DECODE, "tiny": "decode B3"}
+"""The problem that is measured first, beside every peer."""
+EXPECTED_S: dict[str, float] = {
+    DECODE: 30,
+    "decode B1 S1024, 4 KV heads": 12,
+    "decode B64, 128 to 32K": 18,
+    f"{DECODE}, int8": 15,
+    "write 8192 tokens, bfloat16": 12,
+    f"{DECODE}, fp8": 15,
+    f"{DECODE}, pages of 16": 15,
+    SELECTED: 20,
+    f"{SELECTED}, 1/8 of the pages by head": 20,
+    f"{DECODE}, int4": 15,
+    "a chunk of 2048 at 8K": 15,
+    "64 decodes at 4K": 12,
+    "a chunk of 2048 at 8K with 64 decodes at 4K": 15,
+    "write 8192 tokens, int8": 12,
+    "SSM decode step B64, H128": 12,
+    "flash forward 4 x 48 x 8192, causal": 30,
+    "MLA decode B64 S8192, 16 heads": 15,
+    "SSD forward of 16384 tokens, H128": 15,
+    "write 8192 tokens, fp8": 12,
+    "write 8192 tokens, int4": 12,
+}
+"""Seconds that a full problem takes without slow peers, guessed: none has run on a GPU yet. Their order is that of value a second."""
 SWEEPS = {"full": ((1, 8, 32, 128), (512, 2048, 8192, 32768)), "tiny": ((1, 2), (16, 64))}
 """Batches and contexts of decoding, over which the achieved bandwidth is drawn."""
 MOST_BYTES = 12_000_000_000

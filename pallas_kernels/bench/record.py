@@ -57,8 +57,9 @@ class Record:
     def keep(self, line: Mapping[str, Any]) -> None:
         """Appends a line. It is on the disk when this returns."""
         self.lines.append(finite(dict(line)))
-        written = json.dumps(self.lines[-1], allow_nan=False) + "\n"
-        os.write(self._file, written.encode())
+        left = (json.dumps(self.lines[-1], allow_nan=False) + "\n").encode()
+        while left:  # a full disk takes a part, and then raises
+            left = left[os.write(self._file, left) :]
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -83,17 +84,18 @@ def read(path: Path) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
-    """The line that counts of every kind and name: the last one, unless it knows less than one before it, as what was skipped, cut or
-    interrupted later does."""
+    """The line that counts of every kind and name: the last one of those that know most. One that is done knows more than one that
+    answered something before it ended, and that more than one without an answer."""
     found: dict[tuple[str, str], Line] = {}
     for line in lines:
         key = line["kind"], line["name"]
-        if key in found and line.get("outcome") in ("skipped", "cut", "interrupted"):
-            former = found[key]
-            if former.get("outcome") in SETTLED or ("answer" in former and "answer" not in line):
-                continue
-        found[key] = line
+        if key not in found or _known(line) >= _known(found[key]):
+            found[key] = line
     return found
+
+
+def _known(line: Line) -> int:
+    return 2 if line.get("outcome") == "done" else int("answer" in line)
 
 
 def finite(value: Any) -> Any:

@@ -39,15 +39,15 @@ def rows(result: Result) -> Iterator[tuple[str, ...]]:
             timing.name,
             f"{timing.device_us:.1f}",
             f"{timing.wall_us:.1f}",
-            f"{result.floor_us:.1f}",
-            f"{timing.fraction:.2f}",
+            "-" if result.floor_us is None else f"{result.floor_us:.1f}",
+            "-" if timing.fraction is None else f"{timing.fraction:.2f}",
             f"{timing.device_us / first:.2f}" if first else "",
-            "" if timing.error is None else f"{timing.error:.1e}",
+            "; ".join(filter(None, ("" if timing.error is None else f"{timing.error:.1e}", timing.doubt))),
         )
 
 
 def plot(points: Sequence[dict[str, Any]], limits: dict[str, float], path: Path) -> None:
-    """Bandwidth over context, a line for each batch. Raises ModuleNotFoundError without matplotlib."""
+    """Bandwidth over context, a line for each batch, and what reading alone reaches where that is known. Raises ModuleNotFoundError without matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -59,7 +59,8 @@ def plot(points: Sequence[dict[str, Any]], limits: dict[str, float], path: Path)
         axes.plot(
             [one["context"] for one in mine], [one["bytes_per_s"] / 1e9 for one in mine], "o-", label=f"B{batch:.0f}"
         )
-    axes.axhline(limits["read_bytes_per_s"] / 1e9, color="0.5", linestyle="--", label="reading alone")
+    if "read_bytes_per_s" in limits:
+        axes.axhline(limits["read_bytes_per_s"] / 1e9, color="0.5", linestyle="--", label="reading alone")
     axes.set_xscale("log", base=2)
     contexts = sorted({one["context"] for one in points})
     axes.set_xticks(contexts, [f"{one:,.0f}" for one in contexts])

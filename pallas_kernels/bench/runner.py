@@ -96,7 +96,8 @@ class Runner:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "Runner":
-        self._former = {one: signal.signal(one, self._interrupt) for one in SIGNALS}
+        heard = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]  # as nohup wants
+        self._former = {one: signal.signal(one, self._interrupt) for one in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,25 +126,35 @@ class Runner:
                 if self.signal:
                     raise Interrupted(self.signal.name)
                 while waiting and len(running) < workers:
-                    piece = waiting.popleft()
-                    left_s = end_s - self.seconds
-                    if piece.key in self.known:
-                        lines[piece.key] = self.known[piece.key]
-                        self.tell(lines[piece.key])
-                    elif left_s < max(piece.least_s, LEAST_S):
-                        reason = f"{max(left_s, 0):.0f} s were left, it needs {piece.least_s:.0f}"
-                        lines[piece.key] = self._keep(piece, {"outcome": "skipped", "reason": reason})
+                    begun = self._begin(waiting.popleft(), end_s - self.seconds)
+                    if isinstance(begun, _Child):
+                        running.append(begun)
                     else:
-                        running.append(_Child(piece, self.env, left_s, self.seconds))
-                for child in [one for one in running if one.has_ended]:
-                    lines[child.piece.key] = self._keep(child.piece, child.line())
+                        lines[begun["kind"], begun["name"]] = begun
+                ended = [one for one in running if one.has_ended]
+                for child in ended:
+                    child.kill()
+                for child in ended:
                     running.remove(child)
+                    lines[child.piece.key] = self._keep(child.piece, child.line())
                 if running:
                     time.sleep(TICK_S)
         finally:
             for child in running:
+                child.kill()
+            for child in running:
                 self._keep(child.piece, child.line("interrupted", "the run was interrupted"))
         return [lines[one.key] for one in pieces]
+
+    def _begin(self, piece: Piece, left_s: float) -> "_Child | Line":
+        """Its process, or the line of one that is known or has too little time."""
+        if piece.key in self.known:
+            self.tell(self.known[piece.key])
+            return self.known[piece.key]
+        if left_s < max(piece.least_s, LEAST_S):
+            reason = f"{max(left_s, 0):.1f} s were left, it needs {piece.least_s:.1f}"
+            return self._keep(piece, {"outcome": "skipped", "reason": reason})
+        return _Child(piece, self.env, left_s, self.seconds)
 
     def _keep(self, piece: Piece, line: Line) -> Line:
         line = {"kind": piece.kind, "name": piece.name, "at_s": round(self.seconds, 1), **line}
@@ -163,6 +174,7 @@ def ask(piece: Piece, env: Mapping[str, str] | None = None) -> Line:
         while not child.has_ended:
             time.sleep(TICK_S)
     finally:
+        child.kill()
         line = {"kind": piece.kind, "name": piece.name, "at_s": 0.0, **child.line()}
     return line
 
@@ -202,24 +214,28 @@ class _Child:
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT  # its number stays taken until the group is killed
         return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
-    def line(self, outcome: str = "", reason: str = "") -> Line:
-        """What became of it, and what it said. Kills it, and every child that it left."""
-        seconds, was_over = time.monotonic() - self.began, self._is_over
+    def kill(self) -> None:
+        """Ends it if it runs, and every child that it left. A process that holds a GPU takes a second to go: so all are killed before
+        any is waited for."""
+        self.seconds, self.was_over = time.monotonic() - self.began, self._is_over
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def line(self, outcome: str = "", reason: str = "") -> Line:
+        """What became of it, and what it said, once it was killed."""
         stays = ""
         try:
             status = self.process.wait(DEATH_S)
         except subprocess.TimeoutExpired:
             status, stays = 0, ", and does not die"
         answer = self._answer()
-        if was_over:
+        if self.was_over:
             outcome = "done" if status == 0 and answer is not None else "failed"
             reason = _said(status) if status else "it printed no JSON object"
         elif not outcome:
             outcome = "cut" if self.is_cut else "timeout"
             reason = f"killed after {self.limit_s:.0f} s{', as the time for it was up' * self.is_cut}{stays}"
-        line: Line = {"at_s": round(self.at_s, 1), "seconds": round(seconds, 2), "outcome": outcome}
+        line: Line = {"at_s": round(self.at_s, 1), "seconds": round(self.seconds, 2), "outcome": outcome}
         if answer is not None:
             line["answer"] = answer
         if outcome != "done":

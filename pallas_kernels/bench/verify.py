@@ -1,7 +1,6 @@
 """Whether the kernels are right on the device at hand: every op's contract, in what a kernel there takes."""
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,20 +59,24 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-def verify(num_generated: int) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Runs them with what `None` chooses: how many were answered by which implementation of each op, and what went wrong. Where there
-    are kernels, an op that no case ran with its kernel is wrong as well."""
+def check(op: str, name: str, num_generated: int) -> Iterator[dict[str, Any]]:
+    """Runs one of `cases` on this process' first device, with what `None` chooses: before it, what is run, and after it, by which
+    implementations it was answered (`by`), and what was wrong (`wrong`, empty where it is right). Raises ValueError for no such case."""
     platform = jax.devices()[0].platform
-    done: Counter[tuple[str, str]] = Counter()
-    wrong = []
-    for op, name, case in cases(platform if platform in SPACES else "cpu", num_generated):
-        with recording() as taken:
-            try:
-                CHECKS[op](**case)
-            except Exception as error:  # wrong, or not to be run: both are failures
-                said = str(error).strip().splitlines() or [type(error).__name__]
-                wrong.append(f"{op}, {name}: {said[0]}")
-        done.update((op, implementation) for implementation in taken.get(op, ()))
-    if platform in ("gpu", "tpu"):
-        wrong += [f"{op}: no case ran by mosaic_{platform}" for op in CHECKS if not done[op, f"mosaic_{platform}"]]
-    return done, wrong
+    found = {(op, name): case for op, name, case in cases(platform if platform in SPACES else "cpu", num_generated)}
+    if (op, name) not in found:
+        raise ValueError(f"case = {op}: {name}: is none of the {len(found)} of {platform}")
+    answer = {"op": op, "by": [], "wrong": ""}
+    yield answer
+    with recording() as taken:
+        try:
+            CHECKS[op](**found[op, name])
+        except Exception as error:  # wrong, or not to be run: both are failures
+            answer["wrong"] = said(error)
+    yield answer | {"by": sorted(taken.get(op, ()))}
+
+
+def said(error: Exception) -> str:
+    """Its type and first line."""
+    first = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first[0]}"[:200]

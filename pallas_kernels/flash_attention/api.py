@@ -6,7 +6,7 @@ from typing import Any
 from jax import Array
 
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.paged_attention.checks import check_options
+from pallas_kernels.masking import check_options
 from pallas_kernels.selection import select
 from pallas_kernels.typing import Float
 

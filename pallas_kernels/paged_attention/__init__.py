@@ -1,6 +1,7 @@
-"""Attention over pages: `paged_attention`."""
+"""Attention over pages: `paged_attention`, and `plan_attention` for what its layers share."""
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.api import implementations, paged_attention
+from pallas_kernels.paged_attention.api import implementations, paged_attention, takes_plan
+from pallas_kernels.paged_attention.plan import Plan, plan_attention
 
-__all__ = ["NOWHERE", "implementations", "paged_attention"]
+__all__ = ["NOWHERE", "Plan", "implementations", "paged_attention", "plan_attention", "takes_plan"]

@@ -11,7 +11,8 @@ from pallas_kernels import selection
 from pallas_kernels.debug import check_tables
 from pallas_kernels.formats import Pages, Quantised, format_of
 from pallas_kernels.paged_attention import blocked, reference
-from pallas_kernels.paged_attention.checks import check
+from pallas_kernels.paged_attention.checks import check, check_plan
+from pallas_kernels.paged_attention.plan import Plan
 from pallas_kernels.selection import Asked
 from pallas_kernels.tuning import bucket, check_tiles, lookup
 from pallas_kernels.typing import Bool, Float, Int32
@@ -23,12 +24,19 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.paged_attention,
 }
 """The first that can run is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
+PLANNED = ("mosaic_gpu",)
+"""Those that take a plan."""
 refusals = partial(selection.refusals, "paged_attention")
 
 
 def implementations() -> dict[str, Callable[..., Any]]:
     """What can run on this device, the most preferred first, for the pages that kernels like best."""
     return selection.available(IMPLEMENTATIONS, refusals())
+
+
+def takes_plan() -> bool:
+    """Whether any kernel that can run on this process' first device has a use for plans: computing one for others is in vain."""
+    return any(name not in refusals() for name in PLANNED)
 
 
 def paged_attention(
@@ -40,6 +48,7 @@ def paged_attention(
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    plan: Plan | None = None,
     valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
     window: int | None = None,
     num_sinks: int = 0,
@@ -65,6 +74,9 @@ def paged_attention(
     `with_page_mass` a third result [B, T, H, num_pages] (float32) says what share of each row's attention every table entry took:
     the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
+    `plan` is what `plan_attention` made of these tables, positions, lengths, valid slots and masks: layers that share them share it,
+    and launch nothing to find out which pages are live. Its figures are believed; without one, each call makes its own.
+
     `tiles` are an implementation's tile sizes by name (`tuning.SPACES`); None takes what is remembered for shapes like these.
 
     Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
@@ -75,12 +87,15 @@ def paged_attention(
         queries, key_pages, value_pages, page_table, page_starts, valid_slots, window, num_sinks, soft_cap,
         {"query_positions": (query_positions, queries.shape[:2]), "kv_lens": (kv_lens, queries.shape[:1])},
     )  # fmt: skip
+    if plan is not None:
+        check_plan(plan, queries.shape, key_pages.shape, page_table.shape, valid_slots, window, num_sinks)
     return dispatch(
         "paged_attention",
         IMPLEMENTATIONS,
         implementation,
         (queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens),
         tiles,
+        plan=plan,
         valid_slots=valid_slots,
         window=window,
         num_sinks=num_sinks,
@@ -99,10 +114,11 @@ def dispatch(
     *,
     scale: float | None,
     with_page_mass: bool,
+    plan: Plan | None = None,
     **options: Any,
 ) -> tuple[Array, ...]:
     """Runs an op over pages, whose arguments have been checked, by the implementation that is asked for, with its tile sizes. `arrays`
-    are queries, pools, tables, starts, and what the op wants to know of its queries."""
+    are queries, pools, tables, starts, and what the op wants to know of its queries; a plan goes to those that take one."""
     queries, key_pages, value_pages, page_table, page_starts, *of_queries = arrays
     asked = Asked.of(key_pages, value_pages, queries.shape[2] // key_pages.shape[1], queries.dtype)
     name, run = selection.select(op, implementation, implementations, selection.refusals(op, asked))
@@ -114,6 +130,8 @@ def dispatch(
     if tiles is None:
         tiles = lookup(name, bucket_of(op, queries, key_pages, value_pages, page_table))
     check_tiles(name, tiles)
+    if plan is not None and name in PLANNED:
+        options["plan"] = plan
     return run(
         queries,
         key_pages,

@@ -1,11 +1,11 @@
 """What is refused before anything is traced: pools, tables and options that do not fit together."""
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from pallas_kernels.formats import Pages, Quantised, check_format, format_of
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.masking import check_options
+from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 
 
 def check_pages(key_pages: Pages, value_pages: Pages) -> None:
@@ -84,18 +84,38 @@ def check(
     check_options(window, num_sinks, soft_cap)
 
 
-def check_options(window: int | None, num_sinks: int, soft_cap: float | None) -> None:
-    """Raises ValueError for what attention of any kind cannot be asked."""
-    for name, value in (("window", window), ("num_sinks", num_sinks)):
-        if value is not None and not isinstance(value, int | np.integer):
-            raise ValueError(f"{name} = {value!r}: must be a whole number")
-    if window is not None and window < 1:
-        raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
-    if num_sinks < 0:
-        raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
-    for name, value in (("window", window), ("num_sinks", num_sinks)):
-        if value is not None and value >= NOWHERE:
-            raise ValueError(f"{name} = {value}: must be below {NOWHERE}")
-    is_number = isinstance(soft_cap, int | float | np.number)
-    if soft_cap is not None and not (is_number and 0 < soft_cap < np.inf):
-        raise ValueError(f"soft_cap = {soft_cap!r}: must be positive and finite")
+def check_plan(
+    plan: Plan,
+    queries: tuple[int, ...],
+    key_pages: tuple[int, ...],
+    page_table: tuple[int, ...],
+    valid_slots: Array | None,
+    window: int | None,
+    num_sinks: int,
+) -> None:
+    """Raises ValueError for a plan that was made for something else than a call of these shapes and options."""
+    by_head = len(page_table) == 3
+    num_parts = max(1, key_pages[2] // BLOCK_LEN)
+    wanted = {
+        "items": queries[0] * (key_pages[1] if by_head else 1),
+        "queries": queries[1],
+        "entries": page_table[-1] * num_parts,
+        "page_size": key_pages[2] // num_parts,
+        "num_kv_heads": 1 if by_head else key_pages[1],
+        "has valid_slots": valid_slots is not None,
+        "window": window,
+        "num_sinks": num_sinks,
+    }
+    found = {
+        "items": plan.last.shape[0],
+        "queries": plan.last.shape[1],
+        "entries": plan.pages.shape[1],
+        "page_size": plan.page_size,
+        "num_kv_heads": plan.num_kv_heads,
+        "has valid_slots": plan.words is not None,
+        "window": plan.window,
+        "num_sinks": plan.num_sinks,
+    }
+    for name, value in found.items():
+        if value != wanted[name]:
+            raise ValueError(f"plan: {name} = {value}: must be {wanted[name]}, as the call's arguments say")

@@ -19,8 +19,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of
+from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling, arrays_of, each_array, format_of
 from pallas_kernels.masking import NOWHERE
+from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.paged_attention.gpu_decode import columns_for
+from pallas_kernels.paged_attention.gpu_merge import merge as merge_pieces
 from pallas_kernels.paged_attention.gpu_piece import Piece
 from pallas_kernels.paged_attention.gpu_tiles import BLOCK_LEN, MAX_STAGES, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.pages import (
@@ -33,12 +36,10 @@ from pallas_kernels.paged_attention.pages import (
     split,
     tiled,
 )
+from pallas_kernels.paged_attention.plan import PIECES, Plan, plan_attention
 from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
 from pallas_kernels.typing import Bool, Float, Int32
-
-PIECES = 264
-"""Pieces to aim at: two for each of an H200's 132 multiprocessors, over all KV heads."""
 
 
 def refusal(asked: Asked) -> str | None:
@@ -62,8 +63,95 @@ def refusal(asked: Asked) -> str | None:
     return None
 
 
-@any_lists
 def paged_attention(
+    queries: Float[Array, "B T H D"],
+    key_pages: Float[Array, "P K page D"] | Quantised,
+    value_pages: Float[Array, "P K page Dv"] | Quantised,
+    page_table: Int32[Array, "B *heads num_pages"],
+    page_starts: Int32[Array, "B *heads num_pages"],
+    query_positions: Int32[Array, "B T"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    plan: Plan | None = None,
+    valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
+    window: int | None,
+    num_sinks: int,
+    soft_cap: float | None,
+    scale: float,
+    with_page_mass: bool = False,
+    num_pieces: int | None = None,
+    max_stages: int | None = None,
+    chip: Chip | None = None,
+    interpret: Any = False,
+) -> tuple[Array, ...]:
+    """See `api.paged_attention`: by `gpu_decode` where it can, else in tiles of 64 rows, as chunks are."""
+    chip = chip or this_chip()
+    batch, num_queries, num_heads, dim = queries.shape
+    _, num_kv_heads, page_size, value_dim = value_pages.shape
+    per: Scaling = key_pages.per if isinstance(key_pages, Quantised) else "token"
+    num_columns = columns_for(num_queries, num_heads // num_kv_heads)
+    dims, format = (dim, value_dim), format_of(key_pages)
+    if gpu_decode.refusal(dims, format, per, num_columns, page_size, chip):
+        tables = page_table, page_starts, query_positions, kv_lens
+        options = {"valid_slots": valid_slots, "window": window, "num_sinks": num_sinks, "soft_cap": soft_cap}
+        options |= {"scale": scale, "with_page_mass": with_page_mass, "num_pieces": num_pieces}
+        options |= {"max_stages": max_stages, "chip": chip, "interpret": interpret}
+        return in_tiles(queries, key_pages, value_pages, *tables, **options)
+    if plan is None:
+        plan = plan_attention(
+            page_table,
+            page_starts,
+            query_positions,
+            kv_lens,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            valid_slots=valid_slots,
+            window=window,
+            num_sinks=num_sinks,
+            num_pieces=num_pieces or PIECES,
+        )
+    group, by_head = num_heads // num_kv_heads, page_table.ndim == 3
+    if by_head:  # a head is an item of its own, and a page a single tile
+        queries = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
+        queries = queries.reshape(-1, num_queries, group, dim)
+        tiles = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731
+        key_pages, value_pages = (each_array(pool, tiles) for pool in (key_pages, value_pages))
+    made = gpu_decode.decode(
+        queries,
+        key_pages,
+        value_pages,
+        plan,
+        soft_cap=soft_cap,
+        scale=scale,
+        with_page_mass=with_page_mass,
+        max_stages=max_stages or MAX_STAGES,
+        chip=chip,
+        interpret=interpret,
+    )
+    outputs, sums = merge_pieces(made[0], made[1], plan.shares, num_queries, group, queries.dtype, interpret=interpret)
+
+    def parted(x: Array) -> Array:
+        """[items, T, heads, ...] to [B, T, H, ...]."""
+        if by_head:
+            x = x.reshape(batch, num_kv_heads, num_queries, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(batch, num_queries, num_heads, *x.shape[4 if by_head else 3 :])
+
+    def rows(x: Array) -> Array:
+        """[items, K, columns, ...] to [B, T, H, ...]."""
+        x = x[:, :, : num_queries * group].reshape(len(x), x.shape[1], num_queries, group, *x.shape[3:])
+        x = x.swapaxes(1, 2)
+        return parted(x.reshape(*x.shape[:2], -1, *x.shape[4:]))
+
+    found = parted(outputs), rows(sums)
+    if not with_page_mass:
+        return found
+    mass = page_mass(made[2], sums, plan.counts[:, None], plan.order[:, None])
+    mass = mass.reshape(*mass.shape[:-1], page_table.shape[-1], -1).sum(axis=-1)
+    return *found, rows(mass)
+
+
+@any_lists
+def in_tiles(
     queries: Float[Array, "B T H D"],
     key_pages: Float[Array, "P K page D"] | Quantised,
     value_pages: Float[Array, "P K page Dv"] | Quantised,
@@ -84,8 +172,8 @@ def paged_attention(
     chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
-    """See `api.paged_attention`. `num_consumers` warpgroups attend in a thread block: 2 are for chunks, on Hopper, of pages that are
-    not quantised."""
+    """See `api.paged_attention`: in tiles of 64 rows for each of `num_consumers` warpgroups that attend in a thread block; 2 are for
+    chunks, on Hopper, of pages that are not quantised."""
     batch, num_queries, num_heads, dim = queries.shape
     _, num_kv_heads, page_size, value_dim = value_pages.shape
     chip = chip or this_chip()

@@ -19,9 +19,7 @@ from pallas_kernels.tensor_cores import ROWS, this_chip
 __all__ = ["paged_prefill", "refusal"]
 
 
-def _paged_attention(
-    queries: Array, key_pages: Any, value_pages: Any, *arrays: Any, **options: Any
-) -> tuple[Array, ...]:
+def _in_tiles(queries: Array, key_pages: Any, value_pages: Any, *arrays: Any, **options: Any) -> tuple[Array, ...]:
     chip = options.get("chip") or this_chip()
     rows = queries.shape[1] * queries.shape[2] // key_pages.shape[1]
     is_wide = chip == "hopper" and rows > ROWS and not isinstance(key_pages, Quantised)
@@ -37,7 +35,7 @@ def _paged_attention(
             with_page_mass=options.get("with_page_mass", False),
         )
         is_wide = tiles.num_stages >= 2
-    return gpu.paged_attention(queries, key_pages, value_pages, *arrays, num_consumers=2 if is_wide else 1, **options)
+    return gpu.in_tiles(queries, key_pages, value_pages, *arrays, num_consumers=2 if is_wide else 1, **options)
 
 
-paged_prefill = by_positions(_paged_attention)
+paged_prefill = by_positions(_in_tiles)

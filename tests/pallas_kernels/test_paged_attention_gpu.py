@@ -1,4 +1,4 @@
-"""The GPU kernel of paged attention in the simulator, with race detection."""
+"""The GPU kernel of paged attention in tiles of 64 rows, in the simulator with race detection."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 check = partial(proof.check, is_compiled=False)
-simulated = partial(gpu.paged_attention, interpret=plgpu.InterpretGPUParams(detect_races=True))
+simulated = partial(gpu.in_tiles, interpret=plgpu.InterpretGPUParams(detect_races=True))
 FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
 
 

@@ -154,6 +154,17 @@ def test_a_killed_run_leaves_a_file_and_no_process(tmp_path, number):
     assert [one["outcome"] for one in again] == ["done"] * 3
 
 
+def test_signals_are_given_back_and_ignored_ones_stay_so(tmp_path):
+    of = lambda: [signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)]  # noqa: E731
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = of()
+    with Runner(tmp_path / "r.jsonl", IDENTITY):
+        assert of()[0] == signal.SIG_IGN
+        assert of()[1] != before[1]
+    assert of() == before
+    signal.signal(signal.SIGHUP, former)
+
+
 def test_what_knows_less_does_not_count():
     line = {"kind": "a", "name": "b"}
     done, timeout = line | {"outcome": "done", "answer": 1}, line | {"outcome": "timeout", "answer": 2}
@@ -164,6 +175,7 @@ def test_what_knows_less_does_not_count():
     assert count(done, skipped) == done
     assert count(other, skipped) == skipped
     assert count(skipped, other) == other
+    assert count(timeout, other) == timeout, "what was answered before it ended is not lost"
 
 
 def test_a_record_has_no_nan(tmp_path):

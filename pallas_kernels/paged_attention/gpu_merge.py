@@ -1,0 +1,105 @@
+"""The pieces of an item put together on GPUs, by their log-sum-exp, and written where the answer has them: one launch."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.gpu_ring import LOG2_E
+from pallas_kernels.tensor_cores import store_plainly
+from pallas_kernels.typing import Float, Int32
+
+AT_ONCE = 8
+"""Pieces that are read side by side: copies from the cache of the second level take their time."""
+REGISTERS = 64
+"""Most registers of a thread for the outputs that are read side by side."""
+
+
+def merge(
+    outputs: Float[Array, "pieces K Dv columns"],
+    log_sum_exp: Float[Array, "pieces K columns"],
+    shares: Int32[Array, "items 2"],
+    num_queries: int,
+    group: int,
+    dtype: Any,
+    *,
+    interpret: Any = False,
+) -> tuple[Float[Array, "items T H Dv"], Float[Array, "items K columns"]]:
+    """Attention over all pieces of each item, in `dtype`, from normalised outputs of each; and its log-sum-exp. An item without
+    pieces has 0 and -inf."""
+    (_, num_kv_heads, value_dim, num_columns), items = outputs.shape, len(shares)
+
+    def kernel(outputs, log_sum_exp, shares, merged, merged_sums, rows, sums):
+        block = lax.axis_index("block")
+        item, head = lax.div(block, num_kv_heads), lax.rem(block, num_kv_heads)
+        begin, end = shares[item, 0], shares[item, 1]
+        across = plgpu.Layout.WGMMA.reduce(0)
+        stripe = 64
+        most = max(1, min(AT_ONCE, REGISTERS * 128 // (stripe * num_columns)))
+
+        def read(ref, layout):
+            return plgpu.load(ref, layout=layout, optimized=False)
+
+        def of_stripe(columns):
+            def some(number, state):
+                merged, highest, total = state
+                pieces = [begin + number * most + place for place in range(most)]
+                logs, parts = [], []
+                for piece in pieces:
+                    there = jnp.minimum(piece, end - 1)
+                    theirs = read(log_sum_exp.at[there, head], across) * LOG2_E
+                    logs.append(theirs + jnp.where(piece < end, 0.0, -jnp.inf))
+                    parts.append(read(outputs.at[there, head, columns], plgpu.Layout.WGMMA))
+                new = highest
+                for one in logs:
+                    new = jnp.maximum(new, one)
+                shift = jnp.where(new == -jnp.inf, 0.0, new)
+                keep = jnp.exp2(highest - shift)
+                merged, total = merged * lax.broadcast_in_dim(keep, merged.shape, [1]), total * keep
+                for one, part in zip(logs, parts, strict=True):
+                    weight = jnp.exp2(one - shift)
+                    merged, total = merged + part * lax.broadcast_in_dim(weight, part.shape, [1]), total + weight
+                return merged, new, total
+
+            def filled(shape, value, layout):
+                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+            state = (
+                filled((columns.size, num_columns), 0, plgpu.Layout.WGMMA),
+                filled((num_columns,), -jnp.inf, across),
+                filled((num_columns,), 0, across),
+            )
+            return lax.fori_loop(0, pl.cdiv(end - begin, most), some, state)
+
+        for at in range(0, value_dim, stripe):
+            columns = pl.ds(at, stripe)
+            found, highest, total = of_stripe(columns)
+            divisor = jnp.where(total == 0, 1.0, total)
+            found = (found / lax.broadcast_in_dim(divisor, found.shape, [1])).astype(dtype)
+            turned = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
+            store_plainly(rows.at[:, columns].transpose((1, 0)), turned)
+            if at == 0:
+                sums[...] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
+        plgpu.commit_smem()
+        for query in range(num_queries):
+            mine = pl.ds(query * group, group)
+            plgpu.copy_smem_to_gmem(rows.at[mine], merged.at[item, query, pl.ds(head * group, group)])
+        plgpu.copy_smem_to_gmem(sums, merged_sums.at[item, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    merged, merged_sums = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((items, num_queries, num_kv_heads * group, value_dim), dtype),
+            jax.ShapeDtypeStruct((items, num_kv_heads, num_columns), jnp.float32),
+        ],
+        scratch_types=[plgpu.SMEM((num_columns, value_dim), dtype), plgpu.SMEM((num_columns,), jnp.float32)],
+        grid=(items * num_kv_heads,),
+        grid_names=("block",),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(outputs, log_sum_exp, shares)
+    return merged, merged_sums

@@ -1,0 +1,306 @@
+"""Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the merge behind it."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats import FORMATS, Quantised
+from pallas_kernels.masking import NOWHERE
+from pallas_kernels.paged_attention import gpu, gpu_decode, paged_attention, plan_attention, proof
+from pallas_kernels.paged_attention.gpu_merge import merge
+from pallas_kernels.paged_attention.proof import CASES, generated
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
+
+HOW = plgpu.InterpretGPUParams(detect_races=True)
+check = partial(proof.check, is_compiled=False)
+SMALL = {"num_pieces": 3, "max_stages": 2}
+"""So that short sequences are cut, and the ring turns."""
+
+
+def simulated(*arrays: Any, **options: Any) -> Any:
+    """`gpu.paged_attention`, which must not fall back."""
+    queries, keys, values = arrays[:3]
+    per = keys.per if isinstance(keys, Quantised) else "token"
+    columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // keys.shape[1])
+    dims = keys.shape[3], values.shape[3]
+    format = keys.format if isinstance(keys, Quantised) else keys.dtype.name
+    assert gpu_decode.refusal(dims, format, per, columns, keys.shape[2]) is None
+    return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "64 query heads": {"lengths": [70], "num_queries": 1, "group": 64, "kv_heads": 1},
+    "8 queries of 5 heads, window, sinks": {
+        "lengths": [150, 3],
+        "num_queries": 8,
+        "group": 5,
+        "kv_heads": 1,
+        "window": 70,
+        "sinks": 2,
+    },
+    "values in several products": {"lengths": [70], "num_queries": 3, "group": 16, "kv_heads": 1, "dims": (64, 192)},
+    "long pages": {"lengths": [300], "num_queries": 1, "group": 3, "page_size": 128, "kv_heads": 1},
+    "fp8 by token, dims of many sizes": {
+        "lengths": [40],
+        "num_queries": 1,
+        "group": 2,
+        "format": "fp8",
+        "page_size": 32,
+        "magnitude": tuple(0.5**channel for channel in range(25)),
+        "of_keys": tuple(2.0**channel for channel in range(9)),
+    },
+    "int4 by channel, two queries of 16 heads": {
+        "lengths": [100],
+        "num_queries": 2,
+        "group": 16,
+        "kv_heads": 1,
+        "format": "int4",
+        "per": "channel",
+        "page_size": 64,
+    },
+}
+SLOW = (
+    "several blocks, odd head dims",
+    "head dims that models have",
+    "head dims of 192",
+    "one-hot attention",
+    "positions beyond 32 K",
+    "one head each",
+    "large logits",
+    "pages that several sequences list, and one lists twice",
+    "fp8 by token, tiny values",
+    "fp8 by token, large logits",
+    "int8 by channel, keys beyond float16",
+    "int8 by channel, valid slots",
+    "int8 by channel, sizes of queries and keys that make up for each other",
+    "int4 by channel",
+    "values in several products",
+    "long pages",
+    "int4 by channel, two queries of 16 heads",
+    "8 queries of 5 heads, window, sinks",
+)
+
+
+@named(CASES | MORE, *SLOW)
+def test_equals_float64_without_a_race(case, capfd):
+    check(
+        simulated, **{"dtype": "bfloat16", **case, "dims": case["dims"] if case.get("dims") == (64, 192) else (64, 64)}
+    )
+    assert "RACE" not in capfd.readouterr().out
+
+
+SPACE = {
+    "dtypes": ("bfloat16", "float16"),
+    "page_sizes": (8, 16, 32, 64),
+    "dims": (64, 128),
+    "formats": ("int8", "fp8", "int4"),
+    "quantised_page_sizes": (32, 64),
+}
+
+
+@pytest.mark.parametrize("number", numbers(1))
+def test_equals_float64_over_the_option_space(number, capfd):
+    case = generated(number, **SPACE)
+    check(simulated, **case | {"group": min(case["group"], 8)})
+    assert "RACE" not in capfd.readouterr().out
+
+
+LONG = {"lengths": [600], "num_queries": 1, "group": 1, "kv_heads": 1, "dtype": "bfloat16", "dims": (64, 64)}
+"""In pieces of four blocks, so that both stages of the ring are used again."""
+
+
+@pytest.mark.parametrize("case", LEDGER_CASES)
+def test_live_pages_are_fetched_once(case, monkeypatch):
+    """And little else: the queries, once for each piece."""
+    ledger = Fetched()
+    ledger.count_loads(monkeypatch)
+    assert 1 < ledger.of(check, simulated, case) <= 1.05
+
+
+def test_a_wrong_page_is_caught():
+    with pytest.raises(AssertionError):
+        check(simulated, **LONG, misread=1)
+
+
+@pytest.mark.parametrize(
+    ("format", "skipped"),
+    [(None, "arrived"), (None, "free"), ("int8", "arrived"), ("int8", "free"), ("int8", "staged")],
+)
+def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
+    """Who reads and does not wait for the copy or the conversion; who writes and does not wait for the reader."""
+    real, name = plgpu.barrier_wait, []
+    for of in (gpu_decode.Ring, gpu_decode._Decode):
+        for method in ("wait_for", "wait_to_multiply", "produce", "produce_and_convert"):
+            if method in vars(of):
+                inner = vars(of)[method]
+                role = {"wait_for": "arrived", "wait_to_multiply": "staged"}.get(method, "free")
+
+                def noted(self, *arguments, inner=inner, role=role):
+                    name.append(role)
+                    inner(self, *arguments)
+                    name.pop()
+
+                monkeypatch.setattr(of, method, noted)
+
+    def wait(barrier):
+        if not name or name[-1] != skipped:
+            real(barrier)
+
+    monkeypatch.setattr(plgpu, "barrier_wait", wait)
+    case = LONG | ({"format": format, "page_size": 32, "lengths": [900]} if format else {})
+    said = ""
+    try:
+        check(simulated, **case)
+    except (AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
+        said = str(error)
+    assert "race" in (said + capfd.readouterr().out).lower()
+
+
+# The plan.
+
+TABLES = {"lengths": (300, 0, 64, 5), "page_size": 16}
+
+
+def tables() -> tuple[Any, ...]:
+    """Table, starts, positions and lengths of `TABLES`, in order."""
+    lengths, size = TABLES["lengths"], TABLES["page_size"]
+    starts = np.full((len(lengths), 20), NOWHERE, np.int32)
+    table = np.zeros_like(starts)
+    pages = iter(range(1, 100))
+    for row, length in enumerate(lengths):
+        for entry in range(-(-length // size)):
+            starts[row, entry], table[row, entry] = entry * size, next(pages)
+    lens = np.array(lengths, np.int32)
+    return tuple(map(jnp.asarray, (table, starts, lens[:, None] - 1, lens)))
+
+
+def test_a_plan_launches_the_longest_pieces_first_and_knows_each_items_own():
+    made = plan_attention(*tables(), num_kv_heads=2, page_size=16, num_pieces=6)
+    pieces, launch, shares = (np.asarray(one) for one in (made.pieces, made.launch, made.shares))
+    counts = pieces[launch, 2]
+    assert sorted(launch.tolist()) == list(range(len(pieces)))
+    assert (np.diff(counts) <= 0).all()
+    for item, (begin, end) in enumerate(shares.tolist()):
+        mine = np.flatnonzero((pieces[:, 0] == item) & (pieces[:, 2] > 0))
+        assert mine.tolist() == list(range(begin, end))
+        assert pieces[begin:end, 2].sum() == -(-TABLES["lengths"][item] // 16) == made.counts[item]
+
+
+def test_a_call_with_a_plan_equals_one_without():
+    table, starts, positions, lens = tables()
+    keys = jax.random.split(jax.random.key(0), 3)
+    pool, values = (jax.random.normal(key, (40, 2, 16, 64), jnp.bfloat16) for key in keys[:2])
+    queries = jax.random.normal(keys[2], (4, 1, 4, 64), jnp.bfloat16)
+    options = {"window": 40, "num_sinks": 3, "soft_cap": None, "scale": 0.125}
+    arrays = queries, pool, values, table, starts, positions, lens
+    made = plan_attention(*arrays[3:], num_kv_heads=2, page_size=16, window=40, num_sinks=3, num_pieces=3)
+    for mine, alone in zip(simulated(*arrays, plan=made, **options), simulated(*arrays, **options), strict=True):
+        np.testing.assert_array_equal(mine, alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"window": 8}, "window = 8: must be None"),
+        ({"page_size": 8}, "page_size = 8: must be 16"),
+        ({"num_kv_heads": 1}, "num_kv_heads = 1: must be 2"),
+        ({"words": jnp.zeros((4, 20, 1), jnp.int32)}, "has valid_slots = True: must be False"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused(change, said):
+    pool = jnp.zeros((40, 2, 16, 64), jnp.bfloat16)
+    made = plan_attention(*tables(), num_kv_heads=2, page_size=16)
+    with pytest.raises(ValueError, match=said):
+        paged_attention(
+            jnp.zeros((4, 1, 4, 64), jnp.bfloat16), pool, pool, *tables(), plan=dataclasses.replace(made, **change)
+        )
+
+
+def test_wrong_masks_of_a_plan_are_refused():
+    with pytest.raises(ValueError, match="window = 0: must be at least 1"):
+        plan_attention(*tables(), num_kv_heads=2, page_size=16, window=0)
+
+
+# The merge.
+
+
+@pytest.mark.parametrize(("cuts", "num_queries", "group"), [((1, 20, 0, 3), 1, 4), ((2, 1), 3, 5)])
+def test_pieces_merge_to_float64s_answer(cuts, num_queries, group):
+    """Items of so many pieces, and an empty one at the end that holds NaN."""
+    rng, columns = np.random.default_rng(0), gpu_decode.columns_for(num_queries, group)
+    num_pieces = sum(cuts) + 1
+    outputs = rng.standard_normal((num_pieces, 2, 64, columns)).astype(np.float32)
+    sums = (30 * rng.standard_normal((num_pieces, 2, columns))).astype(np.float32)
+    outputs[-1], sums[-1] = np.nan, np.nan
+    ends = np.cumsum(cuts)
+    shares = np.stack([ends - cuts, ends], axis=1).astype(np.int32)
+    merged, log_sum_exp = merge(
+        *map(jnp.asarray, (outputs, sums, shares)), num_queries, group, jnp.float16, interpret=HOW
+    )
+    assert merged.shape == (len(cuts), num_queries, 2 * group, 64)
+    for item, (begin, end) in enumerate(shares.tolist()):
+        for head, column in np.ndindex(2, num_queries * group):
+            query, mine = divmod(column, group)
+            found = np.asarray(merged[item, query, head * group + mine], np.float64)
+            if begin == end:
+                assert not found.any()
+                assert log_sum_exp[item, head, column] == -np.inf
+                continue
+            logs = sums[begin:end, head, column].astype(np.float64)
+            weights = np.exp(logs - logs.max())
+            wanted = weights @ outputs[begin:end, head, :, column].astype(np.float64) / weights.sum()
+            assert np.linalg.norm(found - wanted) <= 6e-4 * np.linalg.norm(wanted)
+            assert abs(log_sum_exp[item, head, column] - np.log(weights.sum()) - logs.max()) < 1e-4
+
+
+# Shared memory.
+
+
+@pytest.mark.parametrize("format", ["bfloat16", *FORMATS])
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_what_fits_is_what_the_scratch_takes(format, per):
+    """Of every shape that is not refused: in whole KiB, below the limit, and at most 32 barriers together."""
+    seen = 0
+    for dims in ((64, 64), (128, 128), (256, 256), (80, 128)):
+        for columns in (8, 24, 64):
+            for page_size in (8, 32, 64):
+                if (format in FORMATS and (page_size < 32 or dims[0] % 32)) or gpu_decode.refusal(
+                    dims, format, per, columns, page_size
+                ):
+                    continue
+                pools = [_pool(format, per, page_size, dim) for dim in dims]
+                tiles = gpu_decode.fit(dims, format, per, columns, page_size)
+                dtype = jnp.dtype(jnp.bfloat16)
+                scratch = gpu_decode.scratch_for(
+                    tiles, *pools, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True
+                )
+                sizes = [
+                    -(-int(np.prod(one.shape)) * jnp.dtype(one.dtype).itemsize // 1024) * 1024
+                    for one in scratch.values()
+                    if hasattr(one, "dtype")
+                ]
+                assert sum(sizes) == tiles.num_bytes <= gpu_decode.WHOLE_BYTES
+                barriers = [int(np.prod(one.num_barriers)) for one in scratch.values() if hasattr(one, "num_barriers")]
+                assert max(barriers) <= 32
+                seen += 1
+    assert seen > 3
+
+
+def _pool(format: str, per: Any, page_size: int, dim: int) -> Any:
+    if format not in FORMATS:
+        return jnp.zeros((1, 1, page_size, dim), format)
+    payload = jnp.zeros((1, 1, page_size, dim // 2 if format == "int4" else dim), FORMATS[format])
+    return Quantised(payload, jnp.zeros((1, 1, page_size if per == "token" else dim)), per)
