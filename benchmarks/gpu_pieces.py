@@ -134,9 +134,9 @@ def probe(name: str, size: str, scratch: Path) -> None:
 def measure_ceilings(name: str, size: str, scratch: Path) -> None:
     """Copying, reading, a product: what floors are made of."""
     del name
-    found = ceilings(size)
-    (scratch / "ceilings.json").write_text(json.dumps(found))
-    say(**about(), **found)
+    for found in ceilings(size):
+        (scratch / "ceilings.json").write_text(json.dumps(found))
+        say(**about(), **found)
 
 
 def agree(name: str, size: str, scratch: Path) -> None:

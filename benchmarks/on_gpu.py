@@ -1,7 +1,7 @@
 """A whole model on one chip, in a few minutes: decoding and ragged requests beside transformers, training with members vmapped.
 
     python3 -m benchmarks.on_gpu --budget 240 --output on_gpu.jsonl        # in the repository's folder
-    python3 -m benchmarks.on_gpu --size tiny --output tiny.jsonl           # a rehearsal, in a minute or two of a CPU
+    python3 -m benchmarks.on_gpu --output tiny.jsonl                       # where there is no GPU: a rehearsal, in 100 CPU seconds
     make gpu BUDGET=540                                                     # the kernels' bench first, then this
 
 Every piece is a process with a time limit: a hang or an abort costs one, and what a piece knew by then is kept. Lines are on the
@@ -109,13 +109,14 @@ def tell(line: Line) -> None:
 def run(options: argparse.Namespace, scratch: Path, began: float) -> int:
     """Runs the pieces; returns 0 when all of them ended well."""
     env = environment(scratch)
-    probe = ask(Task("gpu_pieces", "probe", "-", 90).piece(options.size, scratch), env)
+    probe = ask(Task("gpu_pieces", "probe", "-", 90).piece(options.size or "tiny", scratch), env)
     tell(probe)
     if "answer" not in probe:
         return 1
-    identity = {**probe["answer"], "size": options.size, "code": digest(*(ROOT / one for one in CODE))}
+    size = options.size or ("tiny" if probe["answer"]["platform"] == "cpu" else "full")
+    identity = {**probe["answer"], "size": size, "code": digest(*(ROOT / one for one in CODE))}
     wanted = [one for one in TASKS if options.only in f"{one.label} {one.model}"]
-    pieces = [one.piece(options.size, scratch) for one in wanted]
+    pieces = [one.piece(size, scratch) for one in wanted]
     about = {"benchmark": "on_gpu", "date": time.strftime("%Y-%m-%d"), "budget_s": options.budget}
     fields = {"about": about, "budget_s": options.budget, "began": began, "resume": options.resume, "env": env}
     with Runner(options.output, identity, **fields, tell=tell) as runner:
@@ -136,7 +137,7 @@ def main() -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=240.0, help="seconds in all")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--size", choices=("full", "tiny"), help="default: full on an accelerator, tiny on a CPU")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--resume", action="store_true", help="leave out what the output has already")
     parser.add_argument("--only", default="", help="pieces with this in kind and model, such as 'decode 1b'")
