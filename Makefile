@@ -1,11 +1,11 @@
-# make demo | test | lint | kernels-check | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
+# make demo | test | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
 # TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest
+.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -56,6 +56,7 @@ kernels-check: kernels-check-newest kernels-check-oldest
 
 kernels-check-newest: .venv-kernels/.installed
 	.venv-kernels/bin/python $(CHECK) -- $(TARGETS)
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-kernels/bin/python -m kvlab.lab.absent H200 gqa hybrid
 
 kernels-check-oldest: .venv-kernels-oldest/.installed
 	.venv-kernels-oldest/bin/python $(CHECK) -- $(OLDEST_TARGETS)
@@ -71,6 +72,21 @@ kernels-check-oldest: .venv-kernels-oldest/.installed
 	.venv-kernels-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt -r .ci/compilers-oldest.txt
 	@touch $@
 
+# What kvlab needs beside what machines with GPUs have: pure Python, 10 MB, to be carried to one without a network. There:
+# python3 -m pip install --no-index --no-deps --find-links wheels --target site $(CARRIED), and site on PYTHONPATH.
+CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly
+
+# The kernels' bench and whole models on the GPU of this machine, by its own Python (PYTHON=python3), in BUDGET seconds in all.
+BUDGET ?= 540
+
+gpu:
+	PYTHON='$(or $(PYTHON),python3)' sh benchmarks/gpu.sh $(BUDGET) $(FOLDER)
+
+wheels: $(VENV)/.installed
+	rm -rf wheels
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -w wheels $(CARRIED)
+	@du -sh wheels
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

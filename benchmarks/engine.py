@@ -46,6 +46,7 @@ from kvlab.weights.architectures import Architecture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
+PEER_PYTHON = ROOT / ".peers" / "bin" / "python"
 VOCAB, BATCH, NEW = 8192, 8, 32
 KV_BYTES = 8 * 2 * 2 * 64 * 4
 """Of one token: layers, keys and values, KV heads, head dim, float32."""
@@ -71,9 +72,9 @@ def parrot(model: Pretrained) -> Pretrained:
     return Pretrained(model.architecture, model.structure, params)
 
 
-def prompts(lengths: list[int], seed: int = 7) -> list[list[int]]:
+def prompts(lengths: list[int], seed: int = 7, vocab_size: int = VOCAB) -> list[list[int]]:
     """As `engine_peer.prompts`."""
-    return [np.random.default_rng([seed, i, n]).integers(0, VOCAB, n).tolist() for i, n in enumerate(lengths)]
+    return [np.random.default_rng([seed, i, n]).integers(0, vocab_size, n).tolist() for i, n in enumerate(lengths)]
 
 
 def read_bandwidth() -> float:
@@ -89,15 +90,22 @@ def read_bandwidth() -> float:
 
 
 class Peer:
-    """transformers, one command at a time."""
+    """transformers, one command at a time, on a device of torch's."""
 
-    def __init__(self, folder: str, threads: int):
-        python = ROOT / ".peers" / "bin" / "python"
+    def __init__(
+        self,
+        folder: str,
+        threads: int,
+        device: str = "cpu",
+        dtype: str = "float32",
+        python: Path = PEER_PYTHON,
+        errors: int | None = subprocess.DEVNULL,
+    ):
         if not python.exists():
             sys.exit("benchmarks/engine.py: transformers' environment is missing; run `make peers` first")
-        command = [str(python), str(ROOT / "benchmarks" / "engine_peer.py"), folder, str(threads)]
+        command = [str(python), str(ROOT / "benchmarks" / "engine_peer.py"), folder, str(threads), device, dtype]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
         )
         self.versions = self._read()
 
@@ -191,7 +199,7 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
         def theirs(n: int = prompt_len, answers: dict = answers) -> float:
             said = peer("decode", lengths=[n] * BATCH, num_new=NEW)
-            answers["peer"] = said["tokens"]
+            answers["peer"] = said["tokens"][0]
             return said["step_s"]
 
         paged, dense, reference = rounds_of(count, lambda: ours(0), lambda: ours(1), theirs)

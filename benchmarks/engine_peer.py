@@ -1,5 +1,9 @@
-"""transformers under the work of `engine.py`, in an environment of its own (make peers): one JSON command a line, one answer."""
+"""transformers under the work of `engine.py`, in an environment of its own (make peers): one JSON command a line, one answer.
 
+python engine_peer.py FOLDER THREADS cpu|cuda|auto float32|bfloat16
+"""
+
+import dataclasses
 import json
 import logging
 import sys
@@ -14,6 +18,11 @@ logging.disable(logging.WARNING)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+PAGE_FIELD = next(
+    one.name for one in dataclasses.fields(ContinuousBatchingConfig) if one.name in ("page_size", "block_size")
+)
+"""Its name before and since transformers 5.2x."""
+
 
 def prompts(lengths: list[int], vocab_size: int) -> list[list[int]]:
     """The prompts of `engine.py`."""
@@ -21,24 +30,34 @@ def prompts(lengths: list[int], vocab_size: int) -> list[list[int]]:
 
 
 def decode(model, lengths: list[int], num_new: int) -> dict:
-    """Seconds of one decode step: a long answer less a short one; and the first row's tokens."""
-    ids = torch.tensor(prompts(lengths, model.config.vocab_size))
+    """Seconds of one decode step: a long answer less a short one; and every row's tokens."""
+    ids = torch.tensor(prompts(lengths, model.config.vocab_size), device=model.device)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
 
     def run(count: int) -> tuple[float, torch.Tensor]:
         began = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
+        out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options).cpu()  # waits for a GPU
         return time.perf_counter() - began, out
 
     short, _ = run(1)
     long, out = run(num_new + 1)
-    return {"prefill_s": short, "step_s": (long - short) / num_new, "tokens": out[0, ids.shape[1] :].tolist()}
+    return {"prefill_s": short, "step_s": (long - short) / num_new, "tokens": out[:, ids.shape[1] :].tolist()}
 
 
-def batch(model, lengths: list[int], num_new: list[int], max_batch_tokens: int, way: str) -> dict:
+def batch(
+    model,
+    lengths: list[int],
+    num_new: list[int],
+    max_batch_tokens: int,
+    way: str,
+    page_size: int = 16,
+    num_pages: int = 2048,
+    passes: int = 1,
+) -> dict:
     """Seconds for ragged requests through continuous batching. `generate_batch` takes one bound for all its requests: "whole" is
     one call in which each gets the longest answer asked for, "grouped" a call for every length of answer, and "manager" hands
-    each request with its own bound to what lies beneath."""
+    each request with its own bound to what lies beneath, all of them `passes` times over: what is set up at first counts once."""
+    asked = prompts(lengths, model.config.vocab_size)
 
     def configs(count: int) -> dict:
         return {
@@ -46,41 +65,57 @@ def batch(model, lengths: list[int], num_new: list[int], max_batch_tokens: int, 
                 max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
             ),
             "continuous_batching_config": ContinuousBatchingConfig(
-                page_size=16, num_blocks=2048, max_batch_tokens=max_batch_tokens, allow_block_sharing=False
+                **{PAGE_FIELD: page_size},
+                num_blocks=num_pages,
+                max_batch_tokens=max_batch_tokens,
+                allow_block_sharing=False,
             ),
         }
 
-    began, longest = time.perf_counter(), max(num_new)
+    began, longest, samples = time.perf_counter(), max(num_new), []
     if way == "manager":
         manager = model.init_continuous_batching(**configs(longest))
         manager.start()
-        for ids, count in zip(prompts(lengths, model.config.vocab_size), num_new, strict=True):
-            manager.add_request(ids, max_new_tokens=count)
-        out = []
-        while len(out) < len(lengths):
-            one = manager.get_result(timeout=1)
-            if one is not None and one.is_finished():
-                out.append(one)
+        for _ in range(passes):
+            out = all_of(manager, asked, num_new)
+            samples.append(time.perf_counter() - began)
+            began = time.perf_counter()
         manager.stop(block=True)
-        seconds, total = time.perf_counter() - began, sum(num_new)
+        total = sum(num_new)
     else:
         bounds = [longest] * len(lengths) if way == "whole" else num_new
         out = []
         for count in sorted(set(bounds)):
             chosen = [n for n, bound in zip(lengths, bounds, strict=True) if bound == count]
             out += model.generate_batch(prompts(chosen, model.config.vocab_size), **configs(count)).values()
-        seconds, total = time.perf_counter() - began, sum(bounds)
+        samples.append(time.perf_counter() - began)
+        total = sum(bounds)
     wrong = [one.error for one in out if one.error]
     if wrong or sum(len(one.generated_tokens) for one in out) != total:
         raise RuntimeError(f"continuous batching failed: {wrong[:1]}")
-    return {"seconds": seconds}
+    return {"seconds": samples[-1], "samples": samples}
+
+
+def all_of(manager, asked: list[list[int]], num_new: list[int]) -> list:
+    """The results of all requests, each with its own bound."""
+    for ids, count in zip(asked, num_new, strict=True):
+        manager.add_request(ids, max_new_tokens=count)
+    out = []
+    while len(out) < len(asked):
+        one = manager.get_result(timeout=1)
+        if one is not None and one.is_finished():
+            out.append(one)
+    return out
 
 
 def main() -> None:
-    folder, threads = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    print(json.dumps({"torch": torch.__version__, "transformers": transformers.__version__}), flush=True)
+    folder, threads, device, dtype = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(versions | {"torch_device": device}), flush=True)
     commands = {"decode": decode, "batch": batch}
     for line in sys.stdin:
         command = json.loads(line)

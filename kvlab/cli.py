@@ -176,7 +176,15 @@ def plan(arguments: list[str]) -> int:
         cells = [config.run_id, config.label, Run(config).state, f"{found.num_params:,}"]
         table.add_row(*cells, *(human_bytes(size) for size in sizes), f"{found.train_flops:.2e}", fits)
     _console().print(table)
+    for kernels in dict.fromkeys(_kernels_line(found) for found in alike.values()):
+        _console().print(kernels, markup=False)
     return 0 if all(found.fits for found in alike.values()) else 1
+
+
+def _kernels_line(plan: Any) -> str:
+    """The implementations that a run would take, and why it would not take the kernels of such a device."""
+    said = (f"{op} {one.taken}" + (f" ({one.reason})" if one.reason else "") for op, one in plan.kernels.items())
+    return f"on {plan.hardware}: {', '.join(said)}"
 
 
 def show(arguments: list[str]) -> int:

@@ -22,6 +22,7 @@ from kvlab.capacity.estimate import CapacityConfig
 from kvlab.capacity.presets import Preset
 from kvlab.config import Config, defaults
 from kvlab.mixers import MIXERS
+from kvlab.models.transformer import ModelConfig
 from kvlab.schema import ConfigError, nearest
 from kvlab.tasks import TASKS
 
@@ -129,10 +130,14 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
         except HydraException as error:
             raise ConfigError("overrides", overrides, " ".join(str(error).split())) from None
     plain = [[one for one in job if not one.startswith(("hydra.", "hydra/"))] for job in jobs]
-    configs = [compose(job) for job in plain]
+    composed = [_composed(job) for job in plain]
+    configs = [Config.build(one) for one in composed]
     for config in configs:
         _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
-    return configs, [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+    handed = [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+    if all(one["model"]["dtype"] == "auto" for one in composed):  # another machine might choose another: another run
+        handed.append(f"model.dtype={ModelConfig(dtype='auto').dtype}")
+    return configs, handed
 
 
 def _explained(overrides: list[str], error: Exception, primary: str = "config") -> Exception:

@@ -201,6 +201,8 @@ class Config(Schema):
 
 
 def defaults() -> dict[str, Any]:
-    """The defaults of every section that is not chosen by name: the base that Hydra composes upon."""
+    """The defaults of every section that is not chosen by name: the base that Hydra composes upon. Here the model's type is "auto":
+    it becomes the one that this machine's kernels read, and part of the run's identity."""
     top = {"experiment": "default", "seed": 0, "results_dir": "results"}
-    return top | {name: kind.defaults() for name, kind in SECTIONS.items()}
+    sections = {name: kind.defaults() for name, kind in SECTIONS.items()}
+    return top | sections | {"model": {**sections["model"], "dtype": "auto"}}

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from kvlab.schema import ConfigError, Schema, integer, nearest, text
+from pallas_kernels.selection import Device
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,10 @@ class Chip:
     bandwidth_gb_s: float
     bf16_tflops: float
     source: str
+    compute_capability: str = ""
+    """Of NVIDIA's chips."""
+    platform: str = "gpu"
+    """JAX's name for such devices."""
 
     @property
     def ridge(self) -> float:
@@ -30,14 +35,14 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("a100", 80, 2_039, 312, "NVIDIA A100 80GB SXM datasheet"),
-        Chip("h100", 80, 3_350, 989, "NVIDIA H100 SXM datasheet"),
-        Chip("h200", 141, 4_800, 989, "NVIDIA H200 SXM datasheet"),
-        Chip("b200", 180, 8_000, 2_250, "NVIDIA HGX B200 datasheet"),
+        Chip("a100", 80, 2_039, 312, "NVIDIA A100 80GB SXM datasheet", "8.0"),
+        Chip("h100", 80, 3_350, 989, "NVIDIA H100 SXM datasheet", "9.0"),
+        Chip("h200", 141, 4_800, 989, "NVIDIA H200 SXM datasheet", "9.0"),
+        Chip("b200", 180, 8_000, 2_250, "NVIDIA HGX B200 datasheet", "10.0"),
         Chip("mi300x", 192, 5_300, 1_307, "AMD Instinct MI300X datasheet"),
-        Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation"),
-        Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation"),
-        Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation"),
+        Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation", platform="tpu"),
+        Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation", platform="tpu"),
+        Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation", platform="tpu"),
         Chip("tpu7x", 192, 7_380, 2_307, "Google Cloud TPU7x documentation"),
     )
 }
@@ -84,6 +89,13 @@ class HardwareConfig(Schema):
     def peak_flops(self) -> float:
         """Dense bf16 FLOPs a second of all chips together."""
         return self.chip.bf16_tflops * 1e12 * self.total_chips
+
+    @property
+    def device(self) -> Device | None:
+        """One of the chips, as ops ask for it; None for the host: this process' own device."""
+        if self.name == "host":
+            return None
+        return Device(self.chip.platform, self.chip.name, self.chip.compute_capability)
 
     def memory_bytes(self) -> int:
         """Memory of all chips together, or of this machine."""

@@ -97,10 +97,15 @@ def flag(default: bool) -> Any:
     return _field(default, Check("true or false", lambda v: v if isinstance(v, bool) else None))
 
 
-def choice(default: str, options: Iterable[str]) -> Any:
-    """One of the named options."""
+def choice(default: str, options: Iterable[str], *, auto: Callable[[], str] | None = None) -> Any:
+    """One of the named options. With `auto` also that word, which becomes the option that is returned by it."""
     names = tuple(options)
-    return _field(default, Check(f"one of {', '.join(names)}", lambda v: v if v in names else None))
+    legal = [*names, *(("auto",) if auto else ())]
+
+    def parse(value: object) -> object | None:
+        return auto() if auto and value == "auto" else value if value in names else None
+
+    return _field(default, Check(f"one of {', '.join(legal)}", parse))
 
 
 def text(default: str | None, *, legal: str = "a non-empty string", optional: bool = False) -> Any:

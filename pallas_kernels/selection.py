@@ -38,15 +38,43 @@ class Asked:
         return Asked(format_of(key_pages), key_pages.shape[2], head_dims, group, per, dtype)
 
 
-_recorders: list[dict[str, set[str]]] = []
+@dataclass(frozen=True)
+class Device:
+    """What ops ask of a device, in place of a `jax.Device`: stands for one that is not here."""
+
+    platform: str
+    device_kind: str
+    compute_capability: str = ""
+
+
+type Taken = dict[str, dict[str, set[str]]]
+"""Of every op the names of the implementations that were taken, and of each why the kernels for this device were not."""
+
+_recorders: list[Taken] = []
+_assumed: list[Device] = []
 
 
 @contextmanager
-def recording() -> Iterator[dict[str, set[str]]]:
-    """Of every op that is called, or traced, inside by any thread: the names of the implementations that were taken.
+def as_if_on(device: Device) -> Iterator[None]:
+    """Inside, ops pick their implementations as on that device: to compile for one that is not here. Nothing can run."""
+    _assumed.append(device)
+    try:
+        yield
+    finally:
+        _assumed.remove(device)
+
+
+def this_device() -> Any:
+    """The process' first device, or that of `as_if_on`."""
+    return _assumed[-1] if _assumed else jax.devices()[0]
+
+
+@contextmanager
+def recording() -> Iterator[Taken]:
+    """Of every op that is called, or traced, inside by any thread: the implementations that were taken, and why.
 
     What was compiled before is not traced again, and leaves no name."""
-    taken: dict[str, set[str]] = {}
+    taken: Taken = {}
     _recorders.append(taken)
     try:
         yield taken
@@ -54,9 +82,9 @@ def recording() -> Iterator[dict[str, set[str]]]:
         _recorders[:] = [one for one in _recorders if one is not taken]
 
 
-def wrong_device(backend: str) -> str | None:
-    """Why kernels for "gpu" or "tpu" cannot run on this process' first device; None: they can."""
-    device = jax.devices()[0]
+def wrong_device(backend: str, device: Any = None) -> str | None:
+    """Why kernels for "gpu" or "tpu" cannot run on a `Device` or `jax.Device` (None: this process' first); None: they can."""
+    device = device or this_device()
     generation = str(getattr(device, "compute_capability", "")).split(".")[0]
     if backend == "gpu" and (device.platform != "gpu" or generation not in ("9", "10")):
         return f"it needs a Hopper or Blackwell GPU, this is {device.device_kind}"
@@ -74,16 +102,22 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
     return run
 
 
-def refusals(op: str, asked: Asked | None = None) -> dict[str, str]:
-    """Why a kernel of an op cannot serve what is asked on this process' first device, for those that cannot."""
+def refusals(op: str, asked: Asked | None = None, device: Any = None) -> dict[str, str]:
+    """Why a kernel of an op cannot serve what is asked on a device (None: this process' first), for those that cannot."""
     found = {}
     for backend in BACKENDS:
-        reason = wrong_device(backend)
+        reason = wrong_device(backend, device)
         if not reason:
             reason = importlib.import_module(f"pallas_kernels.{op}.{backend}").refusal(asked or Asked())
         if reason:
             found[f"mosaic_{backend}"] = reason
     return found
+
+
+def passed_over(taken: str, refused: Mapping[str, str], platform: str) -> str:
+    """Why not the kernel that was written for such a device; empty where there is none, or where it is what was taken."""
+    kernel = f"mosaic_{platform}"
+    return f"{kernel}: {refused[kernel]}" if kernel in refused and taken != kernel else ""
 
 
 def available(
@@ -105,11 +139,16 @@ def select(
     ValueError for a name that is unknown or refused.
     """
     legal = available(implementations, refused)
+    reason = ""
     if implementation is None:
         implementation = next(iter(legal))
+        reason = passed_over(implementation, refused, this_device().platform)
     if implementation not in legal:
-        reason = f"cannot run here: {refused[implementation]}" if implementation in refused else "is not available here"
-        raise ValueError(f"{op}: implementation = {implementation!r} {reason}; legal: None, {', '.join(legal)}")
+        refusal = (
+            f"cannot run here: {refused[implementation]}" if implementation in refused else "is not available here"
+        )
+        raise ValueError(f"{op}: implementation = {implementation!r} {refusal}; legal: None, {', '.join(legal)}")
     for taken in _recorders:
-        taken.setdefault(op, set()).add(implementation)
+        reasons = taken.setdefault(op, {}).setdefault(implementation, set())
+        reasons.update([reason] if reason else [])
     return implementation, legal[implementation]

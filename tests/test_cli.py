@@ -159,3 +159,10 @@ def test_kernels_says_what_is_missing_and_what_failed(capsys, monkeypatch):
     assert call(capsys, monkeypatch, "kernels", "H200")[0] == 1
     status, _, err = call(capsys, monkeypatch, "kernels", "H300")
     assert (status, err) == (2, "kvlab: target = 'H300': must be some of H100, H200, B200, v4, v5e, v5p, v6e, 7x\n")
+
+
+def test_runs_need_none_of_what_only_pages_and_development_need():
+    """What a machine with a GPU has, and the wheels of `make wheels` but plotly, suffice to train."""
+    absent = ["plotly", "beartype", "hypothesis", "tokenizers", "tensorboardX", "submitit", "joblib", "selenium"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kvlab.lab.execute, kvlab.lab.report, kvlab.cli"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -469,11 +469,13 @@ class Engine:
                 continue
             tokens = one.num_new + one.lookahead
             width = shapes.width_for(tokens, self.ledger.chunk_len)
+            width = min(shapes.least_of(self.config.width_sizes, tokens, width), self.ledger.chunk_len)
             groups.setdefault((width, one.lookahead > 0), []).append(one)
         return [(rows, *key) for key, rows in groups.items()]
 
     def _plan(self, rows: list[Work], width: int) -> Plan:
         num_rows = shapes.rows_for(len(rows), self.config.max_batch)
+        num_rows = shapes.least_of(self.config.row_sizes, len(rows), num_rows)
         return self.ledger.plan([one.entry.name for one in rows], num_rows, width)
 
     def _look_ahead(self) -> None:

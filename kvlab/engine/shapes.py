@@ -1,5 +1,12 @@
 """The sizes that steps are padded to, so that few programs are compiled."""
 
+from collections.abc import Sequence
+
+
+def least_of(sizes: Sequence[int], count: int, otherwise: int) -> int:
+    """The least of the sizes that holds as many; `otherwise` where none does."""
+    return min((one for one in sizes if one >= count), default=otherwise)
+
 
 def rows_for(num_rows: int, limit: int) -> int:
     """The least power of two, or one and a half of one, that holds as many rows: at most a third is padding."""

@@ -13,6 +13,7 @@ from kvlab.engine.measure import MemoryReport, measure
 from kvlab.engine.score import Scorer, SliceScore, mean_metric
 from kvlab.engine.step import MemoryStep
 from kvlab.host import keep_freed_memory
+from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.plan import explain_out_of_memory
 from kvlab.lab.provenance import provenance
@@ -51,8 +52,10 @@ def execute(config: Config) -> str:
             }
 
             def finish(**outcome: Any) -> None:
-                """The record says which kernels ran: all caches were empty, so each was traced."""
-                origin["implementations"] = {op: "+".join(sorted(names)) for op, names in sorted(taken.items())}
+                """The record says which kernels ran, and why others did not: all caches were empty, so each was traced."""
+                kernels = summary(taken)
+                origin["implementations"] = {op: one.taken for op, one in kernels.items()}
+                origin["passed_over"] = {op: one.reason for op, one in kernels.items() if one.reason}
                 run.finish({**base, **outcome, "wall_s": time.monotonic() - began})
 
             try:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kvlab.config import Config
 from kvlab.engine.step import MemoryStep
+from kvlab.lab.kernels import Chosen, chosen_kernels
 from kvlab.lab.laboratory import Laboratory
 from kvlab.memory.pools import num_bytes
 from kvlab.training.progress import human_bytes
@@ -19,7 +20,8 @@ class Plan:
     """Predicted bytes by component, and FLOPs of the whole training.
 
     activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those of
-    a compiled decode step. All are the compiler's figures on this machine's backend, not a formula.
+    a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what each op
+    takes on the named hardware.
     """
 
     num_params: int
@@ -31,6 +33,7 @@ class Plan:
     train_flops: float
     hardware: str
     hardware_bytes: int
+    kernels: dict[str, Chosen]
 
     @property
     def train_bytes(self) -> int:
@@ -79,6 +82,7 @@ def predict(lab: Laboratory) -> Plan:
         train_flops=flops * max(1, len(config.tune.learning_rate)),
         hardware=config.hardware.label,
         hardware_bytes=config.hardware.memory_bytes(),
+        kernels=chosen_kernels(lab, config.hardware.device),
     )
 
 

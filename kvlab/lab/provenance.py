@@ -9,14 +9,11 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, ssd
-
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
 
 
 def provenance() -> dict[str, Any]:
-    """Everything but the config, as plain data. `implementations` are those that would be taken; the record of a run that has ended
-    names those that were."""
+    """Everything but the config and the implementations that a run takes, as plain data."""
     commit, dirty = _git()
     device = jax.devices()[0]
     return {
@@ -31,10 +28,6 @@ def provenance() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "implementations": {
-            op.__name__.rsplit(".", 1)[-1]: next(iter(op.implementations()))
-            for op in (paged_attention, paged_prefill, kv_write, flash_attention, ssd)
-        },
     }
 
 

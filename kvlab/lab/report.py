@@ -10,7 +10,6 @@ from string import Template
 from typing import Any
 
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier, draw_needle
 from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_metrics, read_records
@@ -65,6 +64,8 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
 
 def render_page(title: str, records: list[dict[str, Any]], found: list[Point], heat_map: bytes | None = None) -> str:
     """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
+    from plotly.offline import get_plotlyjs  # only pages need it: runs do without
+
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
     failed = [record for record in records if record["status"] != "done"]
     tasks = by_task(found)
@@ -189,6 +190,7 @@ def _provenance_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row |= {"commit": commit, "device": f"{origin['device']['kind']} x{origin['device']['count']}"}
         row |= {"versions": versions, "XLA flags": origin["xla_flags"], "wall s": record.get("wall_s")}
         kernels = " ".join(f"{op}={name}" for op, name in origin["implementations"].items())
+        kernels += "".join(f" ({op}: {reason})" for op, reason in origin.get("passed_over", {}).items())
         rows.append(row | {"kernels": kernels})
     return rows
 

@@ -16,16 +16,23 @@ from kvlab.schema import Schema, choice, flag, integer, nearest, real
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 
 
+def dtype_for(platform: str) -> str:
+    """What `model.dtype` "auto" stands for on a platform of JAX: what its kernels read. The tensor cores of a GPU refuse pages
+    of float32; a CPU has nothing faster."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 @dataclass(frozen=True)
 class ModelConfig(Schema):
-    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP."""
+    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP. `dtype` "auto" is
+    looked up when the config is made (`dtype_for` this process' first device): a config never holds the word."""
 
     model_dim: int = integer(64, 1, 65536)
     num_layers: int | None = integer(None, 1, 1024, optional=True)
     mlp_dim: int = integer(0, 0, 262144)
     tie_embeddings: bool = flag(True)
     norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
-    dtype: str = choice("float32", ("float32", "bfloat16"))
+    dtype: str = choice("float32", ("float32", "bfloat16"), auto=lambda: dtype_for(jax.default_backend()))
 
 
 @dataclass(frozen=True)

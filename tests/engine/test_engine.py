@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from kvlab.engine import shapes
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import GenerationError
@@ -145,6 +146,21 @@ def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
     for old, new in zip(before, after, strict=True):
         for name in old:
             np.testing.assert_array_equal(old[name], new[name])
+
+
+@pytest.mark.every_shape
+def test_steps_are_padded_to_the_sizes_that_are_named():
+    """Fewer programs, and not a token changes."""
+    prompts = [prompt(n, VOCAB, seed=n) for n in (1, 3, 5)]
+    sized = {"row_sizes": (4,), "width_sizes": (4,)}
+    named, plain = (engine_of("llama_gqa", max_batch=4, chunk_len=4, **more) for more in (sized, {}))
+    tokens = [[one.tokens for one in each.generate(prompts, Sampling(max_tokens=4))] for each in (named, plain)]
+    assert tokens[0] == tokens[1]
+    assert named.stats.shapes == {(4, 4, False), (4, 1, False)}
+    assert shapes.least_of((2, 8), 3, 3) == 8
+    assert shapes.least_of((2,), 3, 3) == 3  # as without
+    with pytest.raises(ConfigError, match="row_sizes = \\[8\\]: must each be at most max_batch = 4"):
+        EngineConfig(max_batch=4, row_sizes=(8,))
 
 
 @pytest.mark.every_shape

@@ -77,6 +77,7 @@ def test_a_run_leaves_a_complete_record(tmp_path):
         "paged_attention": "blocked",
         "paged_prefill": "blocked",
     }
+    assert record["provenance"]["passed_over"] == {}
     assert [trial["learning_rate"] for trial in record["training"]["trials"]] == [0.01, 0.001]
     best = max(record["training"]["trials"], key=lambda trial: trial["validation"])
     assert record["training"]["learning_rate"] == best["learning_rate"]

@@ -1,0 +1,65 @@
+"""Which implementation of each op a run takes on a device, and why not the kernel that was written for it."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from kvlab.lab.laboratory import Laboratory
+from kvlab.memory.spec import TokenState
+from kvlab.models.transformer import LayerConfig
+from pallas_kernels.flash_attention import api as flash_attention
+from pallas_kernels.kv_write import api as kv_write
+from pallas_kernels.paged_attention import api as paged_attention
+from pallas_kernels.paged_prefill import api as paged_prefill
+from pallas_kernels.selection import Asked, Taken, available, passed_over, refusals
+from pallas_kernels.ssd import api as ssd
+
+OF_PAGES = {"paged_attention": paged_attention, "paged_prefill": paged_prefill, "kv_write": kv_write}
+
+
+class Chosen(NamedTuple):
+    """The implementations of an op, "blocked" or "blocked+mosaic_gpu", and why kernels were passed over: empty if none was."""
+
+    taken: str
+    reason: str
+
+
+def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
+    """What a config's ops take on a `selection.Device`, None: this process' first. Nothing is traced; see `summary` for what was taken."""
+    device = device or jax.devices()[0]
+    taken: Taken = {}
+    for layer, states in zip(lab.config.layers(), lab.states, strict=True):
+        taken.setdefault(*_of_whole_sequences(layer))
+        for spec in states.values():
+            if not isinstance(spec, TokenState):
+                continue
+            for op, asked in _asked(lab, layer, spec).items():
+                refused = refusals(op, asked, device)
+                name = next(iter(available(OF_PAGES[op].IMPLEMENTATIONS, refused)))
+                reason = passed_over(name, refused, device.platform)
+                taken.setdefault(op, {}).setdefault(name, set()).update([reason] if reason else [])
+    return summary(taken)
+
+
+def _of_whole_sequences(layer: LayerConfig) -> tuple[str, dict[str, set[str]]]:
+    """Training's op of a layer, which has no kernels to choose from."""
+    op, implementations = ("ssd", ssd) if layer.mixer == "mamba2" else ("flash_attention", flash_attention)
+    return op, {next(iter(implementations.implementations())): set()}
+
+
+def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> dict[str, Asked]:
+    """What a layer asks of each op on its pages. The dense baseline writes through an op, and attends without one."""
+    memory = lab.config.memory
+    options: dict[str, Any] = {"format": spec.dtype, "head_dims": (spec.key_dim, spec.value_dim), "dtype": spec.dtype}
+    if memory.name == "dense":
+        return {"kv_write": Asked(**options, page_size=lab.config.context_len)}
+    group = getattr(layer.config, "num_heads", spec.num_kv_heads) // spec.num_kv_heads
+    return {op: Asked(**options, page_size=memory.page_size, group=1 if op == "kv_write" else group) for op in OF_PAGES}
+
+
+def summary(taken: Taken) -> dict[str, Chosen]:
+    """A recording in a record's words, an op a line."""
+    return {
+        op: Chosen("+".join(sorted(names)), "; ".join(sorted(set().union(*names.values()))))
+        for op, names in sorted(taken.items())
+    }
