@@ -65,6 +65,51 @@ def lower(
         yield Lowered(target.name, case.op, case.name, time.perf_counter() - began, error)
 
 
+MOST_LAUNCHES = 3
+"""Of a layer that decodes with a plan: queries in eights, attention, the merge of its pieces."""
+
+
+def layers(target: Target, kernel: Callable[..., Any] | None = None) -> Lowered:
+    """Whether one more layer that decodes by the same plan costs a program at most `MOST_LAUNCHES` launches on a Hopper GPU: 32
+    sequences of 4,096 tokens, 32 query heads on 8 KV heads. `kernel` stands in for `paged_attention`'s."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.launches import launches
+    from pallas_kernels.paged_attention import gpu, plan_attention
+
+    sharding, run = compilers.sharding_of(target), kernel or gpu.paged_attention
+    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 128**-0.5, "chip": "hopper"}
+
+    def array(*dims: int, of: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    def program(num_layers: int) -> int:
+        def decode(queries: Any, pools: Any, *tables: Any) -> Any:
+            plan = plan_attention(*tables, num_kv_heads=8, page_size=64)
+            for keys, values in pools:
+                queries = run(queries, keys, values, *tables, plan=plan, **options)[0]
+            return queries
+
+        pool = array(2049, 8, 64, 128, of=jnp.bfloat16)
+        queries, tables = (
+            array(32, 1, 32, 128, of=jnp.bfloat16),
+            (array(32, 64), array(32, 64), array(32, 1), array(32)),
+        )
+        traced = jax.jit(decode).trace(queries, [(pool, pool)] * num_layers, *tables)
+        return launches(traced.lower(**compilers.platforms_of(target)).compile())
+
+    began, error = time.perf_counter(), ""
+    try:
+        more = program(2) - program(1)
+        if more > MOST_LAUNCHES:
+            error = f"{more} launches a layer: must be at most {MOST_LAUNCHES}"
+    except Exception as said:  # whatever a compiler refuses is an answer
+        error = f"{type(said).__name__}: {(str(said).strip().splitlines() or ['without a word'])[0]}"
+    name = f"a layer more takes at most {MOST_LAUNCHES} launches"
+    return Lowered(target.name, "paged_attention", name, time.perf_counter() - began, error)
+
+
 def _check_of(op: str) -> Callable[..., None]:
     from pallas_kernels.kv_write import proof as write_proof
     from pallas_kernels.paged_attention import proof

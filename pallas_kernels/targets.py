@@ -135,8 +135,10 @@ def _work(target: Target, dims: Sequence[int]) -> None:
 
 
 def _work_cases(target: Target, num_generated: int, *, is_compiled: bool) -> None:
-    """In the worker: lowers every case and prints a line for each."""
-    for one in lowering.lower(target, lowering.cases(target, num_generated), is_compiled=is_compiled):
+    """In the worker: lowers every case and prints a line for each; then, for Hopper, counts what a layer launches."""
+    lowered = lowering.lower(target, lowering.cases(target, num_generated), is_compiled=is_compiled)
+    more = [lowering.layers] if target.backend == "gpu" and target.name != "B200" else []
+    for one in itertools.chain(lowered, (count(target) for count in more)):
         print(f"{MARK}{json.dumps(asdict(one))}", flush=True)
 
 

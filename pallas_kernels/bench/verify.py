@@ -21,6 +21,34 @@ SPACES: dict[str, dict[str, Any]] = {
 """Options that a platform's kernels take."""
 
 
+CHUNKS: dict[str, dict[str, Any]] = {
+    "a chunk of several tiles": {"lengths": [300, 70, 0], "num_queries": 100, "group": 2, "page_size": 64},
+    "a chunk, window, sinks, soft cap": {
+        "lengths": [200],
+        "num_queries": 150,
+        "group": 1,
+        "window": 70,
+        "sinks": 3,
+        "cap": 20.0,
+    },
+    "a chunk by lists of each head": {
+        "lengths": [150, 40],
+        "num_queries": 80,
+        "group": 2,
+        "lists": "heads",
+        "kept": 0.6,
+    },
+    "a chunk over int8 by channel": {
+        "lengths": [150],
+        "num_queries": 70,
+        "group": 2,
+        "format": "int8",
+        "per": "channel",
+    },
+}
+"""More rows than decoding kernels take: of `paged_prefill` alone."""
+
+
 def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, Any]]]:
     """Op, name and arguments: the named cases of every op's contract in sizes that the platform's kernels take, then generated ones."""
     space, found = SPACES[platform], []
@@ -31,7 +59,11 @@ def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, A
         case = {"dtype": "bfloat16", "page_size": 32 if is_quantised else 16, **case}
         if platform == "tpu":
             return case | {"page_size": 32, "dims": (256, 256) if is_int4 else (128, 128)}
-        return case | ({"dims": (64, 64)} if platform == "gpu" else {})
+        return {"dims": (64, 64), **case} if platform == "gpu" else case
+
+    def written(case: dict[str, Any]) -> dict[str, Any]:
+        """As `fitted`: numbers of 4 bits are written in rows of 64 dims."""
+        return fitted(case) | ({"dims": (64, 64)} if platform == "gpu" and case.get("format") else {})
 
     def drawn(generated: Callable[..., dict[str, Any]], **more: Any) -> dict[str, dict[str, Any]]:
         cases = {f"generated {number}": generated(number, **space, **more) for number in range(num_generated)}
@@ -44,11 +76,12 @@ def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, A
     }
     named = proof.CASES | stored
     attending = {name: fitted(case) for name, case in named.items()} | drawn(proof.generated, formats=tuple(FORMATS))
-    writing = {name: fitted(case) for name, case in write_proof.CASES.items()} | drawn(write_proof.generated)
+    writing = {name: written(case) for name, case in write_proof.CASES.items()} | drawn(write_proof.generated)
     for name, case in attending.items():
         found.append(("paged_attention", name, case))
         if case["num_queries"] > 1:
             found.append(("paged_prefill", name, case))
+    found += [("paged_prefill", name, fitted(case)) for name, case in CHUNKS.items()]
     return found + [("kv_write", name, case) for name, case in writing.items()]
 
 
