@@ -1,0 +1,76 @@
+"""What layers share when they decode: made of the ledger's own plans, and right about them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.pools import attention_plan
+from kvlab.memory.spec import ArraySpec, RecurrentState, TokenState
+from pallas_kernels.paged_attention import gpu, paged_attention
+
+PAGE = 16
+FULL = TokenState(2, 64, 64, "bfloat16")
+WINDOW = TokenState(2, 64, 64, "bfloat16", window=20, num_sinks=3)
+LENGTHS = {"long": 150, "short": 5}
+
+
+def decoding(spec, memory="paged"):
+    """A class of one layer, and the ledger's plan of one more token for ragged sequences and a row that nobody has."""
+    config = MemoryConfig(memory, page_size=PAGE, chunk_len=256)
+    layout = MemoryLayout.of([{"kv": spec}], config, max_sequences=3, max_len=256)
+    ledger = layout.ledger()
+    for name, length in LENGTHS.items():
+        for tokens in (length, 1):
+            ledger.reserve(name, tokens)
+            if tokens > 1:
+                ledger.commit(name, tokens)
+    plan = ledger.plan(list(LENGTHS), 3, 1)
+    return layout.classes[0], plan
+
+
+def planned(spec, memory="paged", is_wanted=True):
+    state, plan = decoding(spec, memory)
+    starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+    return state, plan, attention_plan(state, plan.classes[0], starts, counts, is_wanted=is_wanted)
+
+
+@pytest.mark.parametrize("spec", [FULL, WINDOW])
+def test_lists_the_pages_that_the_spec_says_are_live(spec):
+    _, _, made = planned(spec)
+    for row, length in enumerate(LENGTHS.values()):
+        pages = {position // PAGE for live in spec.live(length) for position in live} | {length // PAGE}
+        found = {int(start) // PAGE for start in made.starts[row, : made.counts[row]]}
+        assert found == pages
+    assert made.counts[2] == 0, "nobody's row"
+
+
+@pytest.mark.parametrize("spec", [FULL, WINDOW])
+def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
+    state, plan, made = planned(spec)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shape = (state.num_pages, 2, PAGE, 64)
+    pools = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2]]
+    queries = jax.random.normal(keys[2], (3, 1, 4, 64), jnp.bfloat16)
+    tables = [jnp.asarray(one) for one in (plan.classes[0].pages, plan.classes[0].page_starts)]
+    tables += [jnp.asarray(plan.starts)[:, None], jnp.asarray(plan.starts + plan.counts)]
+    options = {"window": spec.window, "num_sinks": spec.num_sinks, "soft_cap": None, "scale": 0.125}
+    how = plgpu.InterpretGPUParams(detect_races=True)
+    found = gpu.paged_attention(queries, *pools, *tables, plan=made, interpret=how, chip="hopper", **options)[0]
+    reset_gpu_interpret_mode_state()
+    wanted = paged_attention(queries, *pools, *tables, implementation="reference", **options)[0]
+    np.testing.assert_allclose(np.float32(found[:2]), np.float32(wanted[:2]), atol=1e-2)
+
+
+def test_is_made_only_where_it_is_of_use():
+    for spec, memory, is_wanted in ((FULL, "dense", True), (FULL, "paged", False)):
+        assert planned(spec, memory, is_wanted)[2] is None
+    recurrent = RecurrentState((ArraySpec("ssm", (4, 4), "float32"),))
+    assert planned(recurrent)[2] is None
+    state, plan = decoding(FULL)
+    chunk = plan.classes[0]._replace(write_slots=np.zeros((3, 2), np.int32))
+    starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+    assert attention_plan(state, chunk, starts, counts, is_wanted=True) is None
