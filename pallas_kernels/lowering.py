@@ -69,16 +69,16 @@ MOST_LAUNCHES = 3
 """Of a layer that decodes with a plan: queries in eights, attention, the merge of its pieces."""
 
 
-def layers(target: Target, kernel: Callable[..., Any] | None = None) -> Lowered:
+def layers(target: Target) -> Lowered:
     """Whether one more layer that decodes by the same plan costs a program at most `MOST_LAUNCHES` launches on a Hopper GPU: 32
-    sequences of 4,096 tokens, 32 query heads on 8 KV heads. `kernel` stands in for `paged_attention`'s."""
+    sequences of 4,096 tokens, 32 query heads on 8 KV heads."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.launches import launches
     from pallas_kernels.paged_attention import gpu, plan_attention
 
-    sharding, run = compilers.sharding_of(target), kernel or gpu.paged_attention
+    sharding = compilers.sharding_of(target)
     options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 128**-0.5, "chip": "hopper"}
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
@@ -88,7 +88,7 @@ def layers(target: Target, kernel: Callable[..., Any] | None = None) -> Lowered:
         def decode(queries: Any, pools: Any, *tables: Any) -> Any:
             plan = plan_attention(*tables, num_kv_heads=8, page_size=64)
             for keys, values in pools:
-                queries = run(queries, keys, values, *tables, plan=plan, **options)[0]
+                queries = gpu.paged_attention(queries, keys, values, *tables, plan=plan, **options)[0]
             return queries
 
         pool = array(2049, 8, 64, 128, of=jnp.bfloat16)

@@ -14,7 +14,6 @@ from kvlab.memory.plan import Plan
 from kvlab.memory.replacement import POLICIES
 from kvlab.memory.spec import StateSpec
 from kvlab.schema import Schema, choice, integer
-from pallas_kernels.paged_attention import takes_plan
 
 type LayerStates = Mapping[str, StateSpec]
 """The named states of one layer: {"kv": ...}, {"ssm": ...}, a short convolution's {"short_conv": ...}."""
@@ -105,9 +104,9 @@ class MemoryLayout:
 
     def views(self, pools: Sequence[Mapping[str, device.Pool]], plan: Plan) -> tuple[dict[str, device.View], ...]:
         """Every layer's memory for one step."""
-        starts, counts, is_wanted = jnp.asarray(plan.starts), jnp.asarray(plan.counts), takes_plan()
+        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
         shared = [
-            device.attention_plan(state, mine, starts, counts, is_wanted=is_wanted)
+            device.attention_plan(state, mine, starts, counts)
             for state, mine in zip(self.classes, plan.classes, strict=True)
         ]
         return tuple(

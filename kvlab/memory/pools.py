@@ -4,6 +4,7 @@ Pools are pytrees of plain arrays, one per layer and state, donated to the step 
 joined with the step's plan; it exists only while the step is traced.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.masking import masked_softmax, visible
 from pallas_kernels.paged_attention import Plan as AttentionPlan
-from pallas_kernels.paged_attention import paged_attention, plan_attention
+from pallas_kernels.paged_attention import paged_attention, plan_attention, takes_plan
 from pallas_kernels.paged_prefill import paged_prefill
+from pallas_kernels.selection import Asked
 
 type Pool = dict[str, Any]
 """Arrays of one layer's state by name: token states [P, K, page, D], recurrent states [slots, ...]."""
@@ -162,12 +164,18 @@ type View = PagedTokens | DenseTokens | StateSlots
 
 
 def attention_plan(
-    state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts, *, is_wanted: bool
+    state: StateClass,
+    plan: ClassPlan,
+    starts: Counts,
+    counts: Counts,
+    is_taken: Callable[[Asked], bool] = takes_plan,
 ) -> AttentionPlan | None:
     """What all layers of a class share when they decode: which pages are live and how they are shared out. None where nothing
-    is decoded, or where it `is_wanted` by no kernel."""
+    is decoded, or where no kernel that serves such pages here takes one, as `is_taken` says."""
     spec = state.spec
-    if not (is_wanted and isinstance(spec, TokenState)) or state.contiguous or plan.write_slots.shape[1] != 1:
+    if not isinstance(spec, TokenState) or state.contiguous or plan.write_slots.shape[1] != 1:
+        return None
+    if not is_taken(Asked(spec.dtype, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
         return None
     return plan_attention(
         jnp.asarray(plan.pages),

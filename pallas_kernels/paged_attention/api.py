@@ -34,9 +34,10 @@ def implementations() -> dict[str, Callable[..., Any]]:
     return selection.available(IMPLEMENTATIONS, refusals())
 
 
-def takes_plan() -> bool:
-    """Whether any kernel that can run on this process' first device has a use for plans: computing one for others is in vain."""
-    return any(name not in refusals() for name in PLANNED)
+def takes_plan(asked: Asked) -> bool:
+    """Whether a kernel that serves such pages on this process' first device has a use for plans: for others, one is in vain."""
+    refused = refusals(asked)
+    return any(name not in refused for name in PLANNED)
 
 
 def paged_attention(
@@ -75,7 +76,8 @@ def paged_attention(
     the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
     `plan` is what `plan_attention` made of these tables, positions, lengths, valid slots and masks: layers that share them share it,
-    and launch nothing to find out which pages are live. Its figures are believed; without one, each call makes its own.
+    and launch nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever `tiles` say;
+    without one, each call makes its own.
 
     `tiles` are an implementation's tile sizes by name (`tuning.SPACES`); None takes what is remembered for shapes like these.
 
@@ -139,7 +141,7 @@ def dispatch(
         jnp.clip(page_table, 0, len(key_pages) - 1),
         page_starts,
         *of_queries,
-        scale=queries.shape[3] ** -0.5 if scale is None else scale,
+        scale=queries.shape[3] ** -0.5 if scale is None else float(scale),
         with_page_mass=with_page_mass,
         **options,
         **tiles,

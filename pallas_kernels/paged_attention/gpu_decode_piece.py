@@ -28,7 +28,7 @@ class Columns(Ring):
     def attend(self) -> None:
         """Of all columns over the piece's pages."""
         bounds = self.column_bounds()
-        factors: Any = self.scale if self.soft_cap is not None else self.scale * LOG2_E
+        factors: Any = float(self.scale) * (1 if self.soft_cap is not None else LOG2_E)
         if "column_factors" in self.named:
             theirs = self.column_factors.at[self.item, self.head]
             factors = factors * plgpu.load(theirs, layout=self.across, optimized=False)
@@ -183,7 +183,9 @@ class Columns(Ring):
             tokens = pl.ds(entry * self.page_size, self.page_size)
             both = self.product(values.at[tokens].transpose((1, 0)), self.weights.at[:, tokens])
             scales = self.channel_scales("values", number, entry, channels)
-            part = (both[:, :size] + both[:, size:]) * lax.broadcast_in_dim(scales, shape, [0])
+            part = both[:, :size] + both[:, size:]
+            # Of a page of which nothing is seen the scale may be anything.
+            part = jnp.where(part == 0, 0.0, part * lax.broadcast_in_dim(scales, shape, [0]))
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -208,12 +210,12 @@ class Columns(Ring):
                 mine = jnp.where((slots >= begin) & (slots < begin + self.page_size), exact, 0.0)
             total = mine.sum(axis=0)
             logs = jnp.where(total == 0, -jnp.inf, (jnp.log2(jnp.where(total == 0, 1.0, total)) + shift) / LOG2_E)
-            self.pages_out[entry] = logs
+            self.pages_out[entry, pl.ds(0, self.num_columns)] = logs
         plgpu.commit_smem()
 
         def leave(entry):
             place = self.begin + number * self.block_pages + entry
             there = self.page_log_sum_exp.at[self.item, self.head, place]
-            plgpu.copy_smem_to_gmem(self.pages_out.at[entry], there)
+            plgpu.copy_smem_to_gmem(self.pages_out.at[entry, pl.ds(0, self.num_columns)], there)
 
         self.each_page(number, leave)

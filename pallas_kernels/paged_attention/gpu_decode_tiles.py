@@ -33,6 +33,11 @@ class Tiles:
     num_bytes: int
 
 
+def aligned(num_columns: int) -> int:
+    """Float32 numbers from one row to the next where rows are copied alone: copies begin at multiples of 128 bytes."""
+    return -(-num_columns // 32) * 32
+
+
 def stripe_of(value_dim: int, num_columns: int) -> int:
     """Dims of values that are multiplied at once: a multiple of 64."""
     return next(
@@ -80,7 +85,7 @@ def scratch_bytes(
     sizes = [num_stages * BLOCK_LEN * width * bits // 8 for width in dims]
     sizes += [2 * num_columns * BLOCK_LEN * 2, stripe_of(dims[1], num_columns) * num_columns * 4, num_columns * 4]
     if with_page_mass:
-        sizes.append(block_pages * num_columns * 4)
+        sizes.append(block_pages * aligned(num_columns) * 4)
     if format in FORMATS:
         sizes += [num_staged * BLOCK_LEN * width * 2 for width in dims]
     if format in FORMATS and per == "channel":
@@ -135,7 +140,7 @@ def scratch_for(
     else:
         scratch["queries"] = shared((num_columns, dims[0]), dtype, step_of(dims[0], key_pages))
     if with_page_mass:
-        scratch["pages_out"] = plgpu.SMEM((block_pages, num_columns), jnp.float32)
+        scratch["pages_out"] = plgpu.SMEM((block_pages, aligned(num_columns)), jnp.float32)
     return scratch
 
 

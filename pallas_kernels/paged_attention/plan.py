@@ -77,8 +77,11 @@ def plan_attention(
 ) -> Plan:
     """The plan for calls of `paged_attention` with these tables, positions, lengths and masks, over pools with `num_kv_heads` heads and
     pages of `page_size` slots (P, K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
-    What the arrays hold is not looked at, as in `paged_attention`; raises ValueError for options out of range."""
+    What the arrays hold is not looked at, as in `paged_attention`; raises ValueError for options out of range, and for pages that are
+    neither parts of a block nor whole blocks."""
     check_options(window, num_sinks, None)
+    if page_size < 1 or (BLOCK_LEN % page_size and page_size % BLOCK_LEN):
+        raise ValueError(f"page_size = {page_size}: must divide {BLOCK_LEN} or be a multiple of it")
     num_entries = page_table.shape[-1]
     if page_table.ndim == 3:  # a head is a sequence of its own, over a pool whose pages are single tiles
         page_table = page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]

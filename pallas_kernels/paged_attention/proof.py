@@ -175,6 +175,18 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 32,
         "dims": (32, 32),
     },
+    "int8 by channel, a page of which nothing is seen though slots behind its end are valid": {
+        "lengths": [33],
+        "num_queries": 1,
+        "group": 2,
+        "kv_heads": 1,
+        "format": "int8",
+        "per": "channel",
+        "kept": 0.5,
+        "seed": 1,
+        "page_size": 32,
+        "dims": (32, 32),
+    },
     "int4 by channel": {
         "lengths": [40, 100],
         "num_queries": 1,

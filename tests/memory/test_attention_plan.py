@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import attention_plan
 from kvlab.memory.spec import ArraySpec, RecurrentState, TokenState
-from pallas_kernels.paged_attention import gpu, paged_attention
+from pallas_kernels.paged_attention import gpu, paged_attention, takes_plan
+from pallas_kernels.selection import Asked, Device, as_if_on
 
 PAGE = 16
 FULL = TokenState(2, 64, 64, "bfloat16")
@@ -32,10 +33,10 @@ def decoding(spec, memory="paged"):
     return layout.classes[0], plan
 
 
-def planned(spec, memory="paged", is_wanted=True):
+def planned(spec, memory="paged", is_taken=True):
     state, plan = decoding(spec, memory)
     starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
-    return state, plan, attention_plan(state, plan.classes[0], starts, counts, is_wanted=is_wanted)
+    return state, plan, attention_plan(state, plan.classes[0], starts, counts, lambda asked: is_taken)
 
 
 @pytest.mark.parametrize("spec", [FULL, WINDOW])
@@ -66,11 +67,19 @@ def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
 
 
 def test_is_made_only_where_it_is_of_use():
-    for spec, memory, is_wanted in ((FULL, "dense", True), (FULL, "paged", False)):
-        assert planned(spec, memory, is_wanted)[2] is None
+    for memory, is_taken in (("dense", True), ("paged", False)):
+        assert planned(FULL, memory, is_taken)[2] is None
     recurrent = RecurrentState((ArraySpec("ssm", (4, 4), "float32"),))
     assert planned(recurrent)[2] is None
     state, plan = decoding(FULL)
     chunk = plan.classes[0]._replace(write_slots=np.zeros((3, 2), np.int32))
     starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
-    assert attention_plan(state, chunk, starts, counts, is_wanted=True) is None
+    assert attention_plan(state, chunk, starts, counts, lambda asked: True) is None
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dtype", "taken"), [(64, "bfloat16", True), (96, "bfloat16", False), (64, "float32", False)]
+)
+def test_a_gpu_makes_one_only_of_pages_that_its_kernel_takes(page_size, dtype, taken):
+    with as_if_on(Device("gpu", "NVIDIA H200", "9")):
+        assert takes_plan(Asked(dtype, page_size, (64, 64), dtype=dtype)) == taken

@@ -1,6 +1,7 @@
 """Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the merge behind it."""
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from pallas_kernels.paged_attention import gpu, gpu_decode, paged_attention, pla
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_ring import Ring
+from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
 from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
@@ -54,6 +56,17 @@ MORE: dict[str, dict[str, Any]] = {
         "window": 70,
         "sinks": 2,
     },
+    "keys of 80 dims": {"lengths": [70], "num_queries": 1, "group": 2, "kv_heads": 1, "dims": (80, 64)},
+    "256 dims by channel": {
+        "lengths": [70],
+        "num_queries": 1,
+        "group": 4,
+        "kv_heads": 1,
+        "dims": (256, 256),
+        "format": "int8",
+        "per": "channel",
+        "page_size": 64,
+    },
     "values in several products": {"lengths": [70], "num_queries": 3, "group": 16, "kv_heads": 1, "dims": (64, 192)},
     "long pages": {"lengths": [300], "num_queries": 1, "group": 3, "page_size": 128, "kv_heads": 1},
     "fp8 by token, dims of many sizes": {
@@ -90,6 +103,8 @@ SLOW = (
     "int8 by channel, valid slots",
     "int8 by channel, sizes of queries and keys that make up for each other",
     "int4 by channel",
+    "keys of 80 dims",
+    "256 dims by channel",
     "values in several products",
     "long pages",
     "int4 by channel, two queries of 16 heads",
@@ -99,9 +114,8 @@ SLOW = (
 
 @named(CASES | MORE, *SLOW)
 def test_equals_float64_without_a_race(case, capfd):
-    check(
-        simulated, **{"dtype": "bfloat16", **case, "dims": case["dims"] if case.get("dims") == (64, 192) else (64, 64)}
-    )
+    dims = case.get("dims", (64, 64))  # where it names some that this kernel takes
+    check(simulated, **{"dtype": "bfloat16", **case, "dims": dims if dims[1] % 64 == 0 and dims[0] >= 64 else (64, 64)})
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -230,6 +244,27 @@ def test_a_plan_for_something_else_is_refused(change, said):
         )
 
 
+def test_a_grid_has_one_axis_however_many_pieces_there_are():
+    """CUDA takes at most 65,535 thread blocks along any other than the first."""
+    array = lambda *shape, of=jnp.int32: jax.ShapeDtypeStruct(shape, of)  # noqa: E731
+    many = 70_000
+    pool, tables = array(9, 1, 64, 64, of=jnp.bfloat16), (array(many, 2), array(many, 2))
+    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 0.1, "chip": "hopper"}
+    for run, num_queries in ((gpu.paged_attention, 1), (in_tiles, 80)):
+        queries = array(many, num_queries, 1, 64, of=jnp.bfloat16)
+        traced = jax.make_jaxpr(partial(run, **options))(
+            queries, pool, pool, *tables, array(many, num_queries), array(many)
+        )
+        grids = re.findall(r"grid=\((.*?)\)", str(traced))
+        assert grids
+        assert all(len([size for size in one.split(",") if size.strip()]) <= 1 for one in grids), grids
+
+
+def test_pages_that_are_no_part_of_blocks_are_refused():
+    with pytest.raises(ValueError, match="page_size = 96: must divide 64 or be a multiple of it"):
+        plan_attention(*tables(), num_kv_heads=2, page_size=96)
+
+
 def test_wrong_masks_of_a_plan_are_refused():
     with pytest.raises(ValueError, match="window = 0: must be at least 1"):
         plan_attention(*tables(), num_kv_heads=2, page_size=16, window=0)
@@ -296,6 +331,8 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                 assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
                 barriers = [int(np.prod(one.num_barriers)) for one in scratch.values() if hasattr(one, "num_barriers")]
                 assert max(barriers) <= 32
+                in_rows = [one for name, one in scratch.items() if name.endswith("_scales") or name == "pages_out"]
+                assert all(one.shape[-1] * 4 % 128 == 0 for one in in_rows), "rows that are copied alone are aligned"
                 seen += 1
     assert seen > 3
 
