@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from pallas_kernels import compilers
+from pallas_kernels.alignment import aligned_copies
 from pallas_kernels.chips import Target
 
 
@@ -134,7 +135,7 @@ def _lowering(target: Target, *, is_compiled: bool) -> Callable[..., None]:
 
         def call(*flat: Any) -> Any:
             arrays, shaped = jax.tree.unflatten(structure, flat)
-            with compilers.context_of(target):
+            with compilers.context_of(target), aligned_copies():
                 return kernel(*arrays, **shaped, **static)
 
         shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding) for one in flat]
