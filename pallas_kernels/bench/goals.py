@@ -91,8 +91,10 @@ def _verdicts_of(result: Result, best: Timing, mine: float, times: Mapping[str, 
     goals = result.problem.goals
     if goals.fraction and result.floor_us is None:
         yield f"goal {goals.fraction[0]:.2f} of the floor: not compared, the ceilings are not known"
+    elif goals.fraction and mine <= goals.spared_us:
+        yield f"{mine:.1f} us, within the {goals.spared_us:.0f} us that are not held against it: met"
     elif goals.fraction and result.floor_us is not None:
-        share = result.floor_us / max(mine - goals.spared_us, 1e-9)
+        share = result.floor_us / (mine - goals.spared_us)
         spared = f" and {goals.spared_us:.0f} us" if goals.spared_us else ""
         yield f"{share:.2f} of the floor{spared}, {_judged(share, goals.fraction)}"
     if goals.most_us:

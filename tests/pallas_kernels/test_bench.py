@@ -140,6 +140,8 @@ def test_verdicts_compare_with_the_goal():
     assert said(Goals((0.85, 0.95)))[0].endswith("goal 0.85, stretch 0.95: met")
     assert said(Goals((0.85, 0.9)))[0].endswith("goal 0.85, stretch 0.90: stretch met")
     assert said(Goals((0.95,), spared_us=1.0)) == ["p (ours): 1.00 of the floor and 1 us, goal 0.95: met"]
+    within = "p (ours): 10.0 us, within the 11 us that are not held against it: met"
+    assert said(Goals((0.95,), spared_us=11.0)) == [within], "no share of a time below zero"
     assert said(Goals(most_us=(9.0, 8.0)))[0].endswith("10.0 us, goal 9 us, stretch 8 us: missed")
     assert said(Goals(most_us=(12.0, 10.0)))[0].endswith("stretch met")
     peer = Goals(faster_than=(("peer", (1.5,)),))
