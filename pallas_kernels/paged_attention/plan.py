@@ -77,8 +77,9 @@ def plan_attention(
 ) -> Plan:
     """The plan for calls of `paged_attention` with these tables, positions, lengths and masks, over pools with `num_kv_heads` heads and
     pages of `page_size` slots (P, K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
-    What the arrays hold is not looked at, as in `paged_attention`; raises ValueError for options out of range, and for pages that are
-    neither parts of a block nor whole blocks."""
+    Page ids must lie in the pools, whose size is not known here: unlike `paged_attention`, it does not bring others inside, and a copy
+    reads zeros for them. Raises ValueError for options out of range, and for pages that are neither parts of a block nor whole blocks.
+    """
     check_options(window, num_sinks, None)
     if page_size < 1 or (BLOCK_LEN % page_size and page_size % BLOCK_LEN):
         raise ValueError(f"page_size = {page_size}: must divide {BLOCK_LEN} or be a multiple of it")
