@@ -97,6 +97,9 @@ def test_spills_and_errors_fail_on_every_chip():
     assert not targets.failures([Compiled("H200", SHAPE, registers=200, spilled_bytes=0)])
     assert "no such instruction" in targets.failures([Compiled("B200", SHAPE, error="no such instruction")])[0]
     assert "spills 8 bytes" in targets.failures([Compiled("H100", SHAPE, registers=255, spilled_bytes=8)])[0]
+    wide = Shape("paged_prefill", "fp8", 256, "token")
+    assert not targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=32)]), "where none is left"
+    assert targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=40)])
 
 
 def test_a_missing_compiler_is_the_answer(monkeypatch):
