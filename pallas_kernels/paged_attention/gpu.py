@@ -100,7 +100,6 @@ def paged_attention(
         scale=scale,
         with_page_mass=with_page_mass,
         max_stages=max_stages,
-        chip=chip,
         interpret=interpret,
     )
     outputs, sums = merge(made[0], made[1], plan.shares, num_queries, group, queries.dtype, interpret=interpret)

@@ -64,7 +64,6 @@ def decode(
     scale: float,
     with_page_mass: bool,
     max_stages: int | None = None,
-    chip: Chip = "hopper",
     interpret: Any = False,
 ) -> tuple[Array, ...]:
     """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns] (natural log), both
