@@ -37,8 +37,8 @@ from flax import nnx  # noqa: E402
 from kvlab.engine.config import EngineConfig  # noqa: E402
 from kvlab.engine.engine import Engine  # noqa: E402
 from kvlab.engine.sampling import Choices, Mode, Sampling, draw_tokens  # noqa: E402
+from kvlab.ledger.plan import Plan  # noqa: E402
 from kvlab.memory.layout import MemoryConfig  # noqa: E402
-from kvlab.memory.plan import Plan  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split  # noqa: E402
 from kvlab.weights import Pretrained, save_checkpoint  # noqa: E402

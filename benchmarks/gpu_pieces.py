@@ -31,7 +31,8 @@ from benchmarks.gpu_training import train  # noqa: E402
 from kvlab.engine.config import EngineConfig  # noqa: E402
 from kvlab.engine.engine import Engine  # noqa: E402
 from kvlab.engine.sampling import Sampling  # noqa: E402
-from kvlab.engine.step import MemoryStep, Session  # noqa: E402
+from kvlab.engine.step import MemoryStep  # noqa: E402
+from kvlab.evaluation.session import Session  # noqa: E402
 from kvlab.memory.layout import MemoryConfig, MemoryLayout  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, merge, path_name  # noqa: E402

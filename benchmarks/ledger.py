@@ -28,9 +28,9 @@ PAGE, TOKENS, STEPS = 16, 8192, 64
 def ours(num_sequences: int, num_tokens: int, prefix_caching: bool) -> dict[str, float]:
     """Milliseconds of a step and of a prompt."""
     from kvlab.host import keep_freed_memory
-    from kvlab.memory.classes import StateClass
-    from kvlab.memory.ledger import Ledger
-    from kvlab.memory.spec import TokenState
+    from kvlab.ledger.classes import StateClass
+    from kvlab.ledger.ledger import Ledger
+    from kvlab.ledger.states import TokenState
 
     keep_freed_memory()  # as every run does: without it glibc maps and unmaps half a megabyte of tables each step
     table_len = (num_tokens + STEPS) // PAGE + 2

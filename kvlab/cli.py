@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
         statuses = [_execute(configs[0])]
     else:
         Console(stderr=True, highlight=False).print(_sweep_summary(configs), markup=False)
-        from kvlab.training.interrupt import sweep_stops_together
+        from kvlab.interrupt import sweep_stops_together
 
         stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
         with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):  # the runs' states tell what happened
@@ -132,7 +132,7 @@ def _job(composed: Any) -> None:
     from omegaconf import OmegaConf
 
     from kvlab.config import Config
-    from kvlab.training.interrupt import stop_sweep
+    from kvlab.interrupt import stop_sweep
 
     if _execute(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
         stop_sweep()
@@ -157,7 +157,7 @@ def plan(arguments: list[str]) -> int:
     from kvlab.lab.laboratory import Laboratory
     from kvlab.lab.plan import predict
     from kvlab.lab.runs import Run
-    from kvlab.training.progress import human_bytes
+    from kvlab.units import human_bytes
 
     use_compilation_cache()
     configs, _ = expand(overrides, bool(flags))
@@ -377,7 +377,7 @@ def _print_runs(configs: list["Config"]) -> None:
 
 def _print_records(records: list[dict[str, Any]]) -> None:
     from kvlab.lab.results import points
-    from kvlab.training.progress import human_bytes
+    from kvlab.units import human_bytes
 
     names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
     table = Table(*names, "step ms", "decode tok/s")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from kvlab.engine.measure import MeasureConfig
+from kvlab.evaluation.measure import MeasureConfig
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS

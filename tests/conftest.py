@@ -14,7 +14,7 @@ CHECKED = [
     "memory.layout",
     "engine.step",
     "engine.sampling",
-    "engine.score",
+    "evaluation.score",
     "tasks",
     "training",
 ]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kvlab.engine.step import MemoryStep, Session
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.mamba2 import Mamba2Config

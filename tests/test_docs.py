@@ -7,10 +7,10 @@ from pathlib import Path
 
 import yaml
 
-from kvlab.memory.classes import StateClass
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.spec import TokenState
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from tests.contracts import VARIANTS, assert_memory_equals_parallel

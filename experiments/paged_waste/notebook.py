@@ -5,7 +5,7 @@
 # %%
 from kvlab.capacity.workload import requests
 from kvlab.lab.experiments import load_figure
-from kvlab.memory.accounting import as_table
+from kvlab.ledger.accounting import as_table
 
 paged_waste = load_figure("paged_waste")
 asked = requests(paged_waste.WORKLOADS["ShareGPT"])[:300]
@@ -16,7 +16,7 @@ print(f"{len(asked)} requests; a pool of {paged_waste.NUM_SLOTS:,} slots")
 # will, padding what the buddy allocator rounds up.
 
 # %%
-from kvlab.memory.classes import Lengths
+from kvlab.ledger.classes import Lengths
 
 accounts = []
 for reservation in paged_waste.SYSTEMS.values():

@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 
 from kvlab.lab.claims import Claim, verdict
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.replacement import LRU, POLICIES, Policy, belady
-from kvlab.memory.spec import ArraySpec, RecurrentState, TokenState
-from kvlab.memory.tokens import page_keys
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.replacement import LRU, POLICIES, Policy, belady
+from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
+from kvlab.ledger.tokens import page_keys
 
 HERE = Path(__file__).resolve().parent
 ATTENTION = TokenState(8, 128, 128, "bfloat16")

@@ -4,7 +4,7 @@
 
 # %%
 from kvlab.lab.experiments import load_figure
-from kvlab.memory.replacement import POLICIES, belady
+from kvlab.ledger.replacement import POLICIES, belady
 
 reuse = load_figure("prefix_reuse")
 turns = reuse.shared_prefix(seed=1, count=120)
@@ -17,7 +17,7 @@ for name, policy in POLICIES.items():
 # A policy of your own is one function.
 
 # %%
-from kvlab.memory.replacement import Policy
+from kvlab.ledger.replacement import Policy
 
 
 class DeepFirst(Policy):

@@ -19,9 +19,9 @@ import pandas as pd
 
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
 from kvlab.lab.claims import Claim, verdict
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.spec import TokenState
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.states import TokenState
 
 HERE = Path(__file__).resolve().parent
 OPT_13B = TokenState(40, 128, 128, "float16")

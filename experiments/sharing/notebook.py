@@ -4,7 +4,7 @@
 
 # %%
 from kvlab.lab.experiments import load_figure
-from kvlab.memory.accounting import as_table
+from kvlab.ledger.accounting import as_table
 
 sharing = load_figure("sharing")
 ledger = sharing.make_ledger()

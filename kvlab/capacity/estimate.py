@@ -10,11 +10,11 @@ from kvlab.capacity.simulator import Outcome, Simulator
 from kvlab.capacity.workload import Request, WorkloadConfig, requests
 from kvlab.engine.scheduler import Schedule
 from kvlab.hardware import HardwareConfig
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import Lengths, StateClass
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.replacement import POLICIES
-from kvlab.memory.spec import StateSpec, max_pages_for_step
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import Lengths, StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.replacement import POLICIES
+from kvlab.ledger.states import StateSpec, max_pages_for_step
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, real
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from kvlab.memory.spec import ArraySpec, LatentState, RecurrentState, RetrievalState, StateSpec, TokenState
+from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, StateSpec, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
 
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")

@@ -10,8 +10,8 @@ import numpy as np
 
 from kvlab.capacity.workload import Request
 from kvlab.engine.scheduler import Entry, Schedule, Scheduler, Work
-from kvlab.memory.accounting import PARTS
-from kvlab.memory.ledger import Ledger
+from kvlab.ledger.accounting import PARTS
+from kvlab.ledger.ledger import Ledger
 
 type StepTime = Callable[[Sequence[int], Sequence[int]], float]
 """Seconds of a step, from the lengths of the sequences that decode and the number of new tokens of each prompt chunk."""

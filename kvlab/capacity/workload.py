@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from kvlab.memory.tokens import TokenIds
+from kvlab.ledger.tokens import TokenIds
 from kvlab.schema import ConfigError, Schema, choice, integer, real, text
 
 MOONCAKE_BLOCK = 512

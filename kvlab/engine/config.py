@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvlab.memory.checkpoints import CHECKPOINTS
-from kvlab.memory.replacement import POLICIES
+from kvlab.ledger.checkpoints import CHECKPOINTS
+from kvlab.ledger.replacement import POLICIES
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, integers
 
 

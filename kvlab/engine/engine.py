@@ -40,11 +40,12 @@ from kvlab.engine.speculative import Drafter, ModelDrafter, NgramDrafter
 from kvlab.engine.step import MemoryStep
 from kvlab.engine.stream import Stream
 from kvlab.engine.swap import HostTier
-from kvlab.engine.text import Tokenizer, Transcript
+from kvlab.engine.transcript import Transcript
+from kvlab.ledger.plan import Plan
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.plan import Plan
 from kvlab.models.transformer import Transformer, merge
 from kvlab.schema import ConfigError
+from kvlab.tokenizers import Tokenizer
 from kvlab.typing import Params
 
 

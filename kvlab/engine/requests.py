@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.scheduler import Entry
-from kvlab.engine.text import Transcript
+from kvlab.engine.transcript import Transcript
 
 type FinishReason = Literal["length", "stop", "cancelled", "error"]
 

@@ -11,10 +11,10 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.memory.answers import Never, Ready, Wait
-from kvlab.memory.classes import Lengths
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.plan import Swap
+from kvlab.ledger.answers import Never, Ready, Wait
+from kvlab.ledger.classes import Lengths
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Swap
 from kvlab.schema import Schema, choice, flag, integer
 
 UNLIMITED = 1 << 30

@@ -22,8 +22,8 @@ from kvlab.engine import shapes
 from kvlab.engine.requests import Sample
 from kvlab.engine.sampling import Choices, Mode, draw
 from kvlab.engine.step import MemoryStep, Pools
+from kvlab.ledger.plan import ClassPlan, Plan
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.plan import ClassPlan, Plan
 from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Params, Tokens
 

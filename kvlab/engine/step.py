@@ -1,6 +1,6 @@
-"""The device step, a pure function, and the host driver that plans it: `Session` prefills in chunks and decodes."""
+"""The device step, a pure function."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -13,9 +13,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool
 
-from kvlab.memory.answers import Ready
+from kvlab.ledger.plan import Plan
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.plan import Plan
 from kvlab.memory.pools import copy_pages
 from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
@@ -99,39 +98,3 @@ class MemoryStep:
                 padded.append(jnp.asarray(np.concatenate([one.copies, nothing])))
             pools = self.copy(pools, tuple(padded))
         return plan.without_copies(), pools
-
-
-class Session:
-    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer sequences leave rows padded."""
-
-    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None):
-        self.step, self.params = step, params
-        self.layout = step.layout
-        self.ledger = self.layout.ledger()
-        self.pools: Pools = self.layout.allocate() if pools is None else pools
-
-    def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
-        """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
-
-        Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not fit;
-        no sequence has then changed.
-        """
-        names = list(chunks)
-        tokens = np.zeros((self.layout.max_sequences, width), np.int32)
-        for row, name in enumerate(names):
-            answer = self.ledger.reserve(name, len(chunks[name]))
-            if not isinstance(answer, Ready):
-                for reserved in names[:row]:
-                    self.ledger.cancel(reserved)
-                raise MemoryError(f"sequence {name!r}: {answer.reason}")
-            tokens[row, : len(chunks[name])] = chunks[name]
-        plan = self.ledger.plan(names, self.layout.max_sequences, width)
-        logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
-        for name in names:
-            self.ledger.commit(name, len(chunks[name]))
-        return logits
-
-    def release_all(self) -> None:
-        """Ends every sequence; their pages are free, their contents stay until overwritten."""
-        for name in self.ledger.sequences:
-            self.ledger.release(name)

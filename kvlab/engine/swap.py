@@ -9,8 +9,8 @@ import numpy.typing as npt
 from jax import Array
 
 from kvlab.engine.step import Pools
+from kvlab.ledger.plan import Swap
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.plan import Swap
 
 
 class HostTier:

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from kvlab.config import SCHEMA_VERSION, Config
-from kvlab.engine.measure import MemoryReport, measure
-from kvlab.engine.score import Scorer, SliceScore, mean_metric
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.measure import MemoryReport, measure
+from kvlab.evaluation.score import Scorer, SliceScore, mean_metric
 from kvlab.host import keep_freed_memory
+from kvlab.interrupt import Interrupted, StopRequest, stop_on_signals
 from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.plan import explain_out_of_memory
@@ -21,7 +22,6 @@ from kvlab.lab.runs import Run
 from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.training.checkpoint import Checkpoints
-from kvlab.training.interrupt import Interrupted, StopRequest, stop_on_signals
 from kvlab.training.loop import TrialResult, params_digest, train
 from kvlab.typing import Params
 from pallas_kernels.selection import recording

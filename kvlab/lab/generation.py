@@ -21,16 +21,16 @@ from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
 from kvlab.engine.sampling import Sampling
-from kvlab.engine.text import ByteTokenizer, Tokenizer, load_tokenizer
 from kvlab.host import keep_freed_memory
 from kvlab.lab.execute import load_params
-from kvlab.memory.accounting import PARTS
+from kvlab.ledger.accounting import PARTS
 from kvlab.memory.layout import MemoryConfig
 from kvlab.models.transformer import Transformer
 from kvlab.schema import ConfigError, Schema, choice, nearest, text
 from kvlab.tasks import Text
-from kvlab.training.progress import human_bytes
+from kvlab.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from kvlab.typing import Params
+from kvlab.units import human_bytes
 from kvlab.weights import load_checkpoint
 
 TOP = ("dtype", "draft", "stop_at_end")

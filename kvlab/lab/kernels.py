@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kvlab.lab.laboratory import Laboratory
-from kvlab.memory.spec import TokenState
+from kvlab.ledger.states import TokenState
 from kvlab.models.transformer import LayerConfig
 from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.kv_write import api as kv_write

@@ -11,8 +11,8 @@ from kvlab.engine.step import MemoryStep
 from kvlab.lab.kernels import Chosen, chosen_kernels
 from kvlab.lab.laboratory import Laboratory
 from kvlab.memory.pools import num_bytes
-from kvlab.training.progress import human_bytes
 from kvlab.training.step import init_state
+from kvlab.units import human_bytes
 
 
 @dataclass(frozen=True)

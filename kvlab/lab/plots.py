@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from kvlab.lab.results import Point, non_dominated
-from kvlab.training.progress import human_bytes
+from kvlab.units import human_bytes
 
 COLOURS = {
     "mha": "#0072b2",

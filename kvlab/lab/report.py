@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from kvlab.files import write_atomic
 from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier, draw_needle
 from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_metrics, read_records
-from kvlab.training.checkpoint import write_atomic
-from kvlab.training.progress import human_bytes
+from kvlab.units import human_bytes
 
 MAX_CURVE_POINTS = 200
 

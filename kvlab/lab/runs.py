@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from kvlab.config import Config
-from kvlab.training.checkpoint import write_atomic, write_json
+from kvlab.files import write_atomic, write_json
 
 
 class RunLocked(RuntimeError):

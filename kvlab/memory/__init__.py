@@ -1,1 +1,1 @@
-"""The memory: what must stay live (`spec`), who holds which page (`ledger` and its kin), and the arrays (`layout`, `pools`)."""
+"""The memory on the device: how states are laid out (`layout`), and their arrays (`pools`)."""

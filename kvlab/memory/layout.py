@@ -6,13 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import StateClass, sized_class
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Plan
+from kvlab.ledger.replacement import POLICIES
+from kvlab.ledger.states import StateSpec
 from kvlab.memory import pools as device
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass, sized_class
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.plan import Plan
-from kvlab.memory.replacement import POLICIES
-from kvlab.memory.spec import StateSpec
 from kvlab.schema import Schema, choice, integer
 
 type LayerStates = Mapping[str, StateSpec]

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvlab.memory.classes import StateClass
-from kvlab.memory.plan import ClassPlan
-from kvlab.memory.spec import TokenState
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.plan import ClassPlan
+from kvlab.ledger.states import TokenState
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.masking import masked_softmax, visible

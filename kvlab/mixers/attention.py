@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from kvlab.ledger.states import StateSpec, TokenState
 from kvlab.memory.pools import TokenMemory
-from kvlab.memory.spec import StateSpec, TokenState
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, flag, integer, real, reals

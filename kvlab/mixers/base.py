@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from kvlab.memory.spec import StateSpec
+from kvlab.ledger.states import StateSpec
 from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.typing import Hidden, Positions
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kvlab.ledger.states import ArraySpec, RecurrentState
 from kvlab.memory.pools import StateSlots
-from kvlab.memory.spec import ArraySpec, RecurrentState
 from kvlab.typing import Channels
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlab.memory.spec import ArraySpec, RecurrentState, StateSpec
+from kvlab.ledger.states import ArraySpec, RecurrentState, StateSpec
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.engine.text import ByteTokenizer, Tokenizer
 from kvlab.schema import ConfigError, Schema, integer, integers, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of
 from kvlab.tasks.text import SPLITS
+from kvlab.tokenizers import ByteTokenizer, Tokenizer
 from kvlab.typing import PyTree
 
 

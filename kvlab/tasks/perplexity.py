@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.text import FileTokenizer
 from kvlab.schema import ConfigError, flag, text
 from kvlab.tasks.base import Batch, EvalSlice
 from kvlab.tasks.text import Text, TextConfig, read_splits
+from kvlab.tokenizers import FileTokenizer
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Checkpoints behind one small class: orbax, atomic, the last n kept, always restored into an abstract tree."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from kvlab.files import write_atomic
 from kvlab.typing import PyTree
 
 
@@ -67,15 +67,3 @@ def truncate_jsonl(path: Path, keep: int) -> None:
     if len(lines) < keep:
         raise CheckpointError(f"{path}: {len(lines)} rows, but the checkpoint was taken after {keep}")
     write_atomic(path, "".join(lines))
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file so that it is there wholly or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic, indented, with a final newline; NaN and infinities are refused."""
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

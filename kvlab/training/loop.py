@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvlab.interrupt import StopRequest
 from kvlab.memory.pools import num_bytes
 from kvlab.random import named_key
 from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.tasks import Task
 from kvlab.training.checkpoint import Checkpoints, truncate_jsonl
-from kvlab.training.interrupt import StopRequest
 from kvlab.training.progress import TrainingProgress
 from kvlab.training.step import TrainState, TrainStep, init_state
 from kvlab.typing import Params

@@ -11,7 +11,7 @@ from kvlab.capacity.estimate import decode_roofline, estimate, make_ledger, user
 from kvlab.compose import compose_capacity, configs_dir
 from kvlab.hardware import CHIPS
 from kvlab.lab.experiments import load_figure
-from kvlab.memory.classes import Lengths
+from kvlab.ledger.classes import Lengths
 from kvlab.schema import ConfigError
 
 PRESETS = sorted(

@@ -8,10 +8,10 @@ import pytest
 from kvlab.capacity.simulator import Simulator
 from kvlab.capacity.workload import Request
 from kvlab.engine.scheduler import Schedule
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger
-from tests.memory.exerciser import FULL, STATE, WINDOWED
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from tests.ledger.exerciser import FULL, STATE, WINDOWED
 
 
 def make(num_pages=20, slots=6, specs=(FULL, WINDOWED, STATE), max_len=60, host=0, **options):

@@ -11,9 +11,9 @@ from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import GenerationError
 from kvlab.engine.sampling import Sampling
-from kvlab.engine.text import ByteTokenizer
 from kvlab.memory.layout import MemoryConfig
 from kvlab.schema import ConfigError
+from kvlab.tokenizers import ByteTokenizer
 from tests.contracts import build as build_variant
 from tests.engine.families import MAX_LEN, VOCAB, Oracle, checked, engine_of, pretrained
 from tests.weights.random_checkpoint import prompt

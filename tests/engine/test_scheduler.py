@@ -1,8 +1,8 @@
 """The scheduler without a device."""
 
 from kvlab.engine.scheduler import Entry, Scheduler, Work
-from kvlab.memory.classes import Lengths
-from tests.memory.test_prefix import MODELS, make
+from kvlab.ledger.classes import Lengths
+from tests.ledger.test_prefix import MODELS, make
 
 
 def two_that_decode(num_pages):

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlab.engine.step import MemoryStep, Session
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.session import Session
+from kvlab.ledger.answers import Ready
+from kvlab.ledger.plan import load_plans, save_plans
+from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory import pools as device
-from kvlab.memory.answers import Ready
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.plan import load_plans, save_plans
-from kvlab.memory.spec import ArraySpec, RecurrentState, TokenState
 from tests.contracts import VOCAB, build, parallel_logits, poisoned_session
-from tests.memory import exerciser as exercising
-from tests.memory.exerciser import CHUNK_LEN, Exerciser
-from tests.memory.test_spec import visible_by_mask
+from tests.ledger import exerciser as exercising
+from tests.ledger.exerciser import CHUNK_LEN, Exerciser
+from tests.ledger.test_states import visible_by_mask
 
 NUM_TAGS = 2048
 FULL = TokenState(1, 1, NUM_TAGS)

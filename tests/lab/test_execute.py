@@ -110,7 +110,7 @@ def test_the_dense_baseline_and_text_run_too(tmp_path):
 
 def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
     """The first trial's rows and the second's survive; the result is that of an undisturbed run."""
-    from kvlab.training.interrupt import Interrupted
+    from kvlab.interrupt import Interrupted
     from kvlab.training.loop import TrainStep
 
     tuned = ["tune.learning_rate=[0.01,0.001]"]
@@ -148,7 +148,7 @@ def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatc
 
 
 def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, monkeypatch):
-    from kvlab.engine.score import Scorer
+    from kvlab.evaluation.score import Scorer
 
     right = Scorer.parallel
 

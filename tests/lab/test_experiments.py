@@ -45,7 +45,7 @@ def test_a_failed_claim_is_an_exit_status(capsys):
 def test_a_broken_buddy_fails_the_figure(monkeypatch):
     """The figure is no decoration: with an allocator that gives half of what was asked for, it does not come out."""
     from kvlab.capacity.workload import requests
-    from kvlab.memory.contiguous import Buddy
+    from kvlab.ledger.contiguous import Buddy
 
     figure = load_figure("paged_waste")
     monkeypatch.setattr(Buddy, "take", lambda self, count, take=Buddy.take: take(self, max(1, count // 2)))

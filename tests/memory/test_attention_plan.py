@@ -7,9 +7,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import attention_plan
-from kvlab.memory.spec import ArraySpec, RecurrentState, TokenState
 from pallas_kernels.paged_attention import gpu, paged_attention, takes_plan
 from pallas_kernels.selection import Asked, Device, as_if_on
 

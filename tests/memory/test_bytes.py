@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from kvlab.engine import measure as measuring
-from kvlab.engine.measure import measure
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.measure import measure
+from kvlab.ledger.plan import ClassPlan
 from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.plan import ClassPlan
 from kvlab.memory.pools import num_bytes
 from tests.contracts import VARIANTS, VOCAB, build
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryConfig
-from kvlab.memory.ledger import Ledger
 from tests import contracts
 from tests.contracts import VARIANTS, WINDOW, assert_memory_equals_parallel
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlab.training.checkpoint import CheckpointError, Checkpoints, truncate_jsonl, write_json
+from kvlab.files import write_json
+from kvlab.training.checkpoint import CheckpointError, Checkpoints, truncate_jsonl
 
 TREE = {"blocks": {0: {"kernel": jnp.arange(6.0).reshape(2, 3)}, 1: {"kernel": jnp.ones((1,), jnp.bfloat16)}}}
 

@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from kvlab.training import progress
-from kvlab.training.progress import TrainingProgress, human_bytes
+from kvlab.training.progress import TrainingProgress
+from kvlab.units import human_bytes
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvlab.memory.answers import Never, Wait
-from kvlab.memory.classes import RESERVATIONS, Lengths, StateClass
-from kvlab.memory.plan import Ints
-from kvlab.memory.prefix import PrefixIndex
-from kvlab.memory.stores import Holding, Store
+from kvlab.ledger.answers import Never, Wait
+from kvlab.ledger.classes import RESERVATIONS, Lengths, StateClass
+from kvlab.ledger.plan import Ints
+from kvlab.ledger.prefix import PrefixIndex
+from kvlab.ledger.stores import Holding, Store
 
 
 class Buddy:

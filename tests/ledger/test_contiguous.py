@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from kvlab.memory.answers import Never, Ready, Wait
-from kvlab.memory.classes import Lengths, StateClass
-from kvlab.memory.contiguous import Buddy
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.spec import TokenState
+from kvlab.ledger.answers import Never, Ready, Wait
+from kvlab.ledger.classes import Lengths, StateClass
+from kvlab.ledger.contiguous import Buddy
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.states import TokenState
 
 SPEC = TokenState(1, 1, 1, "float16")
 WINDOWED = TokenState(1, 1, 1, "float16", window=3)

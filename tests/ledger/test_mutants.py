@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
-from kvlab.memory import accounting, prefix, spec, stores, swapping
-from kvlab.memory import ledger as ledger_module
-from tests.memory import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_spec
+from kvlab.ledger import accounting, prefix, states, stores, swapping
+from kvlab.ledger import ledger as ledger_module
+from tests.ledger import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_states
 
 
 class Mutant(NamedTuple):
@@ -144,12 +144,12 @@ MUTANTS = [
     ),
     Mutant(
         "pages leave the window one token early",
-        spec.TokenState,
+        states.TokenState,
         "forgotten_at",
         "position + self.window",
         "position + self.window - 1",
-        test_spec.test_a_page_is_free_when_its_last_slot_is_forgotten,
-        (spec.TokenState(1, 1, 1, window=5),),
+        test_states.test_a_page_is_free_when_its_last_slot_is_forgotten,
+        (states.TokenState(1, 1, 1, window=5),),
     ),
     Mutant(
         "pages leave the window one token late",
@@ -161,12 +161,12 @@ MUTANTS = [
     ),
     Mutant(
         "sinks are forgotten with the window",
-        spec.TokenState,
+        states.TokenState,
         "forgotten_at",
         "position < self.num_sinks",
         "position < 0",
-        test_spec.test_nothing_forgotten_is_recalled,
-        (spec.TokenState(1, 1, 1, window=5, num_sinks=2),),
+        test_states.test_nothing_forgotten_is_recalled,
+        (states.TokenState(1, 1, 1, window=5, num_sinks=2),),
     ),
     Mutant(
         "a failed allocation keeps what it took",

@@ -7,11 +7,11 @@ from collections import OrderedDict, deque
 
 import pytest
 
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.replacement import POLICIES, CostAware, belady
-from kvlab.memory.spec import TokenState
-from kvlab.memory.tokens import page_keys
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.replacement import POLICIES, CostAware, belady
+from kvlab.ledger.states import TokenState
+from kvlab.ledger.tokens import page_keys
 
 SPEC = TokenState(1, 1, 1)
 

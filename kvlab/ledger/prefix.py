@@ -9,11 +9,11 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from kvlab.memory.classes import StateClass
-from kvlab.memory.replacement import Order, Policy
-from kvlab.memory.spec import live_pages
-from kvlab.memory.tokens import ITEM, sha256
-from kvlab.memory.trie import CachedPage, Node
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.replacement import Order, Policy
+from kvlab.ledger.states import live_pages
+from kvlab.ledger.tokens import ITEM, sha256
+from kvlab.ledger.trie import CachedPage, Node
 
 
 class PrefixIndex:

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvlab.memory.answers import Wait
-from kvlab.memory.plan import Swap
-from kvlab.memory.stores import Holding
-from kvlab.memory.trie import CachedPage
+from kvlab.ledger.answers import Wait
+from kvlab.ledger.plan import Swap
+from kvlab.ledger.stores import Holding
+from kvlab.ledger.trie import CachedPage
 
 if TYPE_CHECKING:
-    from kvlab.memory.ledger import Ledger, Tracked
+    from kvlab.ledger.ledger import Ledger, Tracked
 
 
 def swap_out(ledger: "Ledger", sequence: Hashable, held: "Tracked") -> Swap | Wait:

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvlab.engine.step import MemoryStep, Session
-from kvlab.memory.accounting import Account
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.session import Session
+from kvlab.ledger.accounting import Account
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
 from kvlab.typing import Params

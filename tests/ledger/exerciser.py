@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvlab.memory.accounting import PARTS
-from kvlab.memory.answers import Never, Ready, Wait
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger, Tracked
-from kvlab.memory.plan import NOWHERE, Plan
-from kvlab.memory.replacement import POLICIES
-from kvlab.memory.spec import ArraySpec, LatentState, RecurrentState, TokenState
-from tests.memory.test_spec import visible_by_mask
+from kvlab.ledger.accounting import PARTS
+from kvlab.ledger.answers import Never, Ready, Wait
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger, Tracked
+from kvlab.ledger.plan import NOWHERE, Plan
+from kvlab.ledger.replacement import POLICIES
+from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, TokenState
+from tests.ledger.test_states import visible_by_mask
 
 FULL = TokenState(2, 4, 4)
 WINDOWED = TokenState(1, 4, 4, window=5, num_sinks=2)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from tests.memory.exerciser import Exerciser
+from tests.ledger.exerciser import Exerciser
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -12,12 +12,12 @@ from itertools import takewhile
 
 import numpy as np
 
-from kvlab.memory.answers import Never, Wait
-from kvlab.memory.classes import Lengths, StateClass
-from kvlab.memory.plan import NOWHERE, ClassPlan, Ints
-from kvlab.memory.prefix import PrefixIndex
-from kvlab.memory.spec import page_forgotten_at
-from kvlab.memory.trie import CachedPage, Node
+from kvlab.ledger.answers import Never, Wait
+from kvlab.ledger.classes import Lengths, StateClass
+from kvlab.ledger.plan import NOWHERE, ClassPlan, Ints
+from kvlab.ledger.prefix import PrefixIndex
+from kvlab.ledger.states import page_forgotten_at
+from kvlab.ledger.trie import CachedPage, Node
 
 NEVER_WAKES = 2**62
 """A length that no sequence reaches."""

@@ -13,7 +13,7 @@ import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from kvlab.memory.trie import CachedPage
+from kvlab.ledger.trie import CachedPage
 
 type Order = tuple[int | float, ...]
 

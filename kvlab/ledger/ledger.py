@@ -19,18 +19,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvlab.memory import swapping
-from kvlab.memory.accounting import Account, Held, account
-from kvlab.memory.answers import READY, Never, Ready, Wait
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import Lengths, StateClass
-from kvlab.memory.contiguous import BlockStore
-from kvlab.memory.plan import Plan, Swap
-from kvlab.memory.prefix import PrefixIndex
-from kvlab.memory.replacement import LRU, Policy
-from kvlab.memory.stores import NEVER_WAKES, Holding, PageStore, StateStore, Store
-from kvlab.memory.tokens import ITEM, TokenIds, encode, sha256
-from kvlab.memory.trie import CachedPage, Node
+from kvlab.ledger import swapping
+from kvlab.ledger.accounting import Account, Held, account
+from kvlab.ledger.answers import READY, Never, Ready, Wait
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import Lengths, StateClass
+from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.plan import Plan, Swap
+from kvlab.ledger.prefix import PrefixIndex
+from kvlab.ledger.replacement import LRU, Policy
+from kvlab.ledger.stores import NEVER_WAKES, Holding, PageStore, StateStore, Store
+from kvlab.ledger.tokens import ITEM, TokenIds, encode, sha256
+from kvlab.ledger.trie import CachedPage, Node
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Ledger:
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant; see `invariants`."""
-        from kvlab.memory.invariants import check  # which needs to know what a ledger is
+        from kvlab.ledger.invariants import check  # which needs to know what a ledger is
 
         check(self)
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from kvlab.memory.contiguous import BlockStore
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.stores import Store
+from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.stores import Store
 
 
 def check(ledger: Ledger) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvlab.engine.step import MemoryStep, Session
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task

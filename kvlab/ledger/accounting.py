@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvlab.memory.classes import StateClass
-from kvlab.memory.stores import Holding
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.stores import Holding
 
 SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared")
 PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")

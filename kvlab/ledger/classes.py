@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvlab.memory.spec import StateSpec, max_pages_for_step
+from kvlab.ledger.states import StateSpec, max_pages_for_step
 from kvlab.schema import nearest
 
 

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from kvlab.memory.answers import Ready
-from kvlab.memory.checkpoints import Checkpoints
-from kvlab.memory.classes import StateClass
-from kvlab.memory.ledger import Ledger
-from kvlab.memory.spec import TokenState
-from kvlab.memory.tokens import encode, namespace, page_keys
-from tests.memory.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
+from kvlab.ledger.answers import Ready
+from kvlab.ledger.checkpoints import Checkpoints
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.states import TokenState
+from kvlab.ledger.tokens import encode, namespace, page_keys
+from tests.ledger.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
 
 
 def make(specs, page_size=4, num_pages=200, slots=40, max_len=120, chunk_len=16, **options):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from kvlab.memory.spec import (
+from kvlab.ledger.states import (
     ArraySpec,
     LatentState,
     RecurrentState,

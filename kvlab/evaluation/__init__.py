@@ -1,0 +1,1 @@
+"""Evaluation: quality through the memory it would be served from, and the bytes that this memory held."""

@@ -1,0 +1,1 @@
+"""The ledger: what must stay live (`states`), and who holds which page. No JAX."""
