@@ -479,9 +479,10 @@ def device_seconds(engine: Engine, plan: Plan) -> float:
     tokens = np.array([[one.ids[start]] for one, start in zip(samples, plan.starts, strict=True)], np.int32)
     positions = (plan.starts + plan.counts)[:, None]
     choices = Choices(*(jnp.asarray(one) for one in Choices.of([], len(plan.starts))))
-    jax.block_until_ready(engine.pools)
+    runner = engine.runner
+    jax.block_until_ready(runner.pools)
     began = time.perf_counter()
-    logits, finite, engine.pools = engine.step_fn.next_logits(engine.params, engine.pools, plan, tokens)
+    logits, finite, runner.pools = runner.step_fn.next_logits(runner.params, runner.pools, plan, tokens)
     jax.device_get((draw_tokens(logits, positions, choices, None, mode=Mode()), finite))
     return time.perf_counter() - began
 

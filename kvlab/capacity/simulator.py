@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvlab.capacity.workload import Request
-from kvlab.engine.scheduler import Entry, Schedule, Scheduler, Work
+from kvlab.engine.entries import Entry, Work
+from kvlab.engine.scheduler import Schedule, Scheduler
 from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.ledger import Ledger
 
@@ -22,8 +23,6 @@ class _Served(Entry):
     """One request being served."""
 
     request: Request = None  # type: ignore[assignment]  # dataclasses put fields with defaults behind those without
-    tokens: list[int] | None = None
-    """Ids of the known tokens, where the index is to find them."""
 
 
 @dataclass
@@ -87,16 +86,15 @@ class Simulator:
         return self.outcome
 
     def _served(self, name: int, request: Request) -> _Served:
-        one = _Served(name, request.prompt_len, request.prompt_len + request.output_len - 1, request=request)
+        served = _Served(name, request.prompt_len, request.prompt_len + request.output_len - 1, request=request)
         if self.caches and request.tokens is not None:
-            one.prompt = one.tokens = [int(token) for token in request.tokens]
-        return one
+            served.ids, served.indexed = [int(token) for token in request.tokens], True
+        return served
 
     def _step(self) -> None:
-        work = self.scheduler.schedule()
-        self.scheduler.moves.clear()
-        self.outcome.rejected += [reason for _, reason in self.scheduler.rejected]
-        self.scheduler.rejected.clear()
+        step = self.scheduler.schedule()
+        work = step.work
+        self.outcome.rejected += [reason for _, reason in step.rejected]
         if not work:
             return
         decoding = [one.entry for one in work if one.entry.num_computed >= one.entry.prefill_len]
@@ -116,7 +114,7 @@ class Simulator:
         begin, end = max(one.prefill_len, one.num_computed), one.num_computed + count
         if one.num_computed < one.prefill_len:
             self.outcome.prefilled_tokens += count
-        self.ledger.commit(one.name, count, one.tokens[begin:end] if one.tokens is not None else ())
+        self.ledger.commit(one.name, count, one.ids[begin:end] if one.indexed else ())
         one.num_computed = end
         if end < one.num_known:
             return
@@ -126,11 +124,11 @@ class Simulator:
             self.outcome.finished += 1
             self.outcome.latencies.append(self.clock - one.request.arrival_s)
             return
-        if one.tokens is not None:
+        if one.indexed:
             if one.request.answer is None:
-                one.prompt = one.tokens = None  # what follows has no ids, so nothing more can be published or found
+                one.indexed = False  # what follows has no ids, so nothing more can be published or found
             else:
-                one.tokens.append(int(one.request.answer[one.num_known - one.request.prompt_len]))
+                one.ids.append(int(one.request.answer[one.num_known - one.request.prompt_len]))
         one.num_known += 1
 
     def _sample(self, seconds: float) -> None:

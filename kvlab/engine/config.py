@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvlab.engine.shapes import Buckets
 from kvlab.ledger.checkpoints import CHECKPOINTS
 from kvlab.ledger.replacement import POLICIES
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, integers
@@ -38,6 +39,11 @@ class EngineConfig(Schema):
     width_sizes: tuple[int, ...] = integers((), 1, 65536)
     seed: int = integer(0, 0)
 
+    @property
+    def buckets(self) -> Buckets:
+        """The sizes that steps are padded to."""
+        return Buckets(self.row_sizes, self.width_sizes)
+
     def cross_check(self) -> None:
         if self.pool_len is not None and self.pool_len < self.max_len:
             raise ConfigError(
@@ -52,13 +58,13 @@ class EngineConfig(Schema):
 
 @dataclass
 class Stats:
-    """What the engine did so far. Its seconds: `host_s` planning and settling, of which `hidden_s` while the device worked,
+    """What the engine did so far. Its seconds: `host_s` planning and settling, of which `hidden_s` while a program was under way,
     `dispatch_s` handing programs over (a CPU may run them meanwhile), and `wait_s` waiting for them."""
 
     steps: int = 0
     launches: int = 0
     planned_ahead: int = 0
-    """Launches that were planned while the device worked on the step before."""
+    """Launches that were made while the device worked on the step before."""
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     drafted_tokens: int = 0

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvlab.engine.entries import Entry
 from kvlab.engine.sampling import Sampling
-from kvlab.engine.scheduler import Entry
 from kvlab.engine.transcript import Transcript
 
 type FinishReason = Literal["length", "stop", "cancelled", "error"]
@@ -70,8 +70,8 @@ class GenerationError(RuntimeError):
     """Requests that failed beside others that did not; `answers` has them all."""
 
     def __init__(self, answers: Sequence[Answer]):
-        failed = [one for one in answers if one.error]
-        listed = "; ".join(f"{one.name}: {one.error}" for one in failed[:5])
+        failed = [answer for answer in answers if answer.error]
+        listed = "; ".join(f"{answer.name}: {answer.error}" for answer in failed[:5])
         super().__init__(f"{len(failed)} of {len(answers)} requests failed: {listed}")
         self.answers = list(answers)
 
@@ -100,12 +100,10 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Sample(Entry):
-    """One sequence that works on a request: an entry of the scheduler that knows its tokens."""
+    """One sequence that works on a request: an entry of the scheduler whose `ids` are prompt and answer."""
 
     request: Request = None  # type: ignore[assignment]  # dataclasses put fields with defaults behind those without
     index: int = 0
-    ids: list[int] = field(default_factory=list)
-    """Prompt and answer."""
     stop_tokens: tuple[int, ...] = ()
     logprobs: list[float] = field(default_factory=list)
     alternatives: list[Alternatives] = field(default_factory=list)

@@ -2,19 +2,17 @@
 some of the difference, be it a prompt's chunk, one decoded token, or what a preemption or a rejected speculation threw away.
 
     sequence.num_known - sequence.num_computed      what is left to compute; 1 while decoding
-    scheduler.schedule() -> [Work(sequence, num_new, lookahead), ...]    reserved in the ledger, within the token budget
+    scheduler.schedule() -> Step(work, moves, rejected)     work: [(sequence, num_new, lookahead), ...], reserved in the ledger
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock.
 """
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
 
+from kvlab.engine.entries import Counters, Entry, Move, Rejection, Step, Work
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import Swap
 from kvlab.schema import Schema, choice, flag, integer
 
 UNLIMITED = 1 << 30
@@ -34,68 +32,13 @@ class Schedule(Schema):
     preemption: str = choice("recompute", ("recompute", "swap"))
 
 
-@dataclass(eq=False, slots=True)
-class Entry:
-    """One sequence as the scheduler sees it. `final_len` bounds the tokens that it will ever store."""
-
-    name: Hashable
-    num_known: int
-    final_len: int
-    priority: int = 0
-    prompt: Sequence[int] | None = None
-    """Ids of all known tokens, for the prefix index; None: nothing is looked up nor published."""
-    namespace: str = ""
-    num_computed: int = 0
-    prefill_len: int = 0
-    """Tokens known when it was admitted: below, it computes a prompt; above, it decodes."""
-    drafts: int = 0
-    """Speculative tokens that may follow the known ones in the next step."""
-    hold: int | None = None
-    """It computes up to here and then waits for the caller to branch it and to lift this; beyond, it has no effect."""
-    paused: bool = False
-    """Takes part in nothing: it waits for others of its group."""
-    arrival: int = -1
-    state: Literal["new", "waiting", "running", "away", "gone"] = "new"
-    decoding: "Work" = field(init=False, repr=False)
-    """Its part of a step that computes its last known token behind its prompt: made once, to be told apart at a glance."""
-
-    def __post_init__(self) -> None:
-        self.decoding = Work(self, 1, 0)
-
-    @property
-    def target(self) -> int:
-        """Tokens to compute for now."""
-        held = self.hold is not None and self.num_computed < self.hold
-        return self.hold if held else self.num_known  # type: ignore[return-value]
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: the higher priority, then the older."""
-        return (-self.priority, self.arrival)
-
-
-class Work(NamedTuple):
-    """One sequence's part of a step: `num_new` known tokens from `num_computed` on, then `lookahead` drafts."""
-
-    entry: Entry
-    num_new: int
-    lookahead: int
-
-
-class Move(NamedTuple):
-    """Pages to carry to the host ("out") or back ("in") before the step."""
-
-    direction: Literal["out", "in"]
-    swap: Swap
-
-
 @dataclass
-class Counters:
-    """What scheduling did so far."""
+class _Unfinished:
+    """A step while it is made: its work by sequence, in any order."""
 
-    preempted: int = 0
-    recomputed_tokens: int = 0
-    hit_tokens: int = 0
+    work: dict[Entry, Work] = field(default_factory=dict)
+    moves: list[Move] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
 
 
 @dataclass
@@ -112,14 +55,9 @@ class Scheduler:
     counters: Counters = field(default_factory=Counters)
     running: list[Entry] = field(default_factory=list)
     waiting: list[Entry] = field(default_factory=list)
-    away: list[Entry] = field(default_factory=list)
-    moves: list[Move] = field(default_factory=list)
-    """Swaps of the step being made, in order; the caller carries them out before it and clears them."""
-    rejected: list[tuple[Entry, str]] = field(default_factory=list)
-    """Who can never fit, with the ledger's reason; the caller clears them."""
+    swapped: list[Entry] = field(default_factory=list)
+    """Who was swapped out: their pages are on the host."""
     _arrived: int = 0
-    _ahead: list[Work] = field(default_factory=list)
-    """The next step, where `look_ahead` has reserved it."""
 
     def submit(self, entry: Entry) -> None:
         """A new sequence waits for its turn."""
@@ -130,7 +68,6 @@ class Scheduler:
     def branch(self, parent: Entry, child: Entry) -> None:
         """`child` continues from where `parent` is: forked in memory where that leaves it something to compute and there is
         room, otherwise computed when its turn comes (and found in the index)."""
-        self._take_back()
         child.arrival = parent.arrival
         has_room = parent.state == "running" and len(self.running) < self.schedule_config.max_batch
         if has_room and 0 < parent.num_computed < child.num_known:
@@ -142,253 +79,246 @@ class Scheduler:
 
     def remove(self, entry: Entry, *, keep: bool = True) -> None:
         """A sequence ended; what it published stays in the index, unless not `keep`."""
-        if entry.state in ("running", "away"):
+        if entry.state in ("running", "swapped"):
             self.ledger.release(entry.name, keep=keep)
-        {"running": self.running, "waiting": self.waiting, "away": self.away}[entry.state].remove(entry)
+        {"running": self.running, "waiting": self.waiting, "swapped": self.swapped}[entry.state].remove(entry)
         entry.state = "gone"
 
     def start_over(self, ledger: Ledger, waiting: list[Entry]) -> None:
         """Only these are left, and none of them has begun in this ledger, which is a new one."""
         self.ledger, self.waiting = ledger, waiting
-        self.running, self.away, self.moves, self.rejected, self._ahead = [], [], [], [], []
+        self.running, self.swapped = [], []
 
     @property
     def num_unfinished(self) -> int:
         """Sequences that have not been removed."""
-        return len(self.running) + len(self.waiting) + len(self.away)
+        return len(self.running) + len(self.waiting) + len(self.swapped)
 
-    def schedule(self) -> list[Work]:
-        """The next step's work, reserved. Empty only when every sequence is paused, has just come back or was just
-        rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
-        if self._ahead and self._closed:
-            ahead, self._ahead = self._ahead, []
-            stay = [one for one in ahead if one.entry.state == "running"]
-            return ahead if len(stay) == len(ahead) else stay
-        self._take_back()
+    def schedule(self) -> Step:
+        """The next step, reserved. Without work only when every sequence is paused, has just come back or was just rejected, or
+        there is none. Raises RuntimeError when sequences could go on and none does."""
         if self._closed and (steady := self._steady(self.running)) is not None:
-            return steady
-        config, preempted = self.schedule_config, self.counters.preempted
-        work: dict[Entry, Work] = {}
-        came = len(self.away), len(self.rejected)
+            return Step(steady)
+        config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
+        num_swapped = len(self.swapped)
         if config.mixed:
-            self._decode(work, self._decode_budget())
-        budget = config.token_budget - sum(one.num_new + one.lookahead for one in work.values())
-        if len(work) < len(self.running):
-            budget = self._continue(work, budget)
+            self._decode(step, self._decode_budget())
+        budget = config.token_budget - sum(part.num_new + part.lookahead for part in step.work.values())
+        if len(step.work) < len(self.running):
+            budget = self._continue(step, budget)
         if self.counters.preempted == preempted:  # whoever made room is not let in again at once
-            self._admit(work, budget)
-        if not config.mixed and not work:
-            self._decode(work, config.token_budget)
-        if not work and (len(self.away), len(self.rejected)) == came:
-            self._unblock()
-        return [work[one] for one in self.running if one in work]
+            self._admit(step, budget)
+        if not config.mixed and not step.work:
+            self._decode(step, config.token_budget)
+        if not step.work and not step.rejected and len(self.swapped) == num_swapped:
+            self._unblock(step)
+        work = [step.work[entry] for entry in self.running if entry in step.work]
+        return Step(work, step.moves, step.rejected)
 
-    def look_ahead(self) -> list[Work] | None:
-        """Reserves the step after the one that the device works on, whose tokens the counters have already: where everybody
-        decodes on but those at their end, and nobody can come in. `schedule` then returns this very list, or what is left of
-        it, or takes the reservations back. None where any of this does not hold; nothing is reserved then.
+    def schedule_ahead(self) -> list[Work] | None:
+        """The work of the step behind the one that the device works on, whose tokens the counters have already, reserved: where
+        everybody decodes on but those at their end, and nobody can come in. None where that does not hold; nothing is reserved
+        then.
 
         Publishes nothing: what the device works on may come out wrong. Evicts, but not for what ends now anyway.
         """
-        going = [one for one in self.running if one.num_computed < one.final_len]
-        if not going or not self._closed or (len(going) < len(self.running) and (self.waiting or self.away)):
+        going = [entry for entry in self.running if entry.num_computed < entry.final_len]
+        all_go_on = len(going) == len(self.running)
+        if not going or not self._closed or not (all_go_on or self._nobody_waits):
             return None
-        self._ahead = self._steady(going, evicts=len(going) == len(self.running)) or []
-        return self._ahead or None
+        return self._steady(going, evicts=all_go_on)
 
     # Who takes part.
 
     @property
     def _closed(self) -> bool:
         """Whether nobody can come in: nobody waits, or every place is taken."""
-        return not (self.waiting or self.away) or len(self.running) >= self.schedule_config.max_batch
+        return self._nobody_waits or len(self.running) >= self.schedule_config.max_batch
+
+    @property
+    def _nobody_waits(self) -> bool:
+        return not (self.waiting or self.swapped)
 
     def _steady(self, entries: list[Entry], *, evicts: bool = True) -> list[Work] | None:
         """The step in which each of these decodes one token and no page is short: nearly all steps, quickly. None where that
         does not hold, or would evict though it should not; nothing is reserved then."""
-        plain = [one.prefill_len <= one.num_computed == one.num_known - 1 and not one.drafts for one in entries]
-        if not all(plain) or len(entries) > self.schedule_config.token_budget or any([one.paused for one in entries]):  # noqa: C419
+        if len(entries) > self.schedule_config.token_budget:
             return None
-        names = [one.name for one in entries]
+        if not all([entry.decodes and not entry.paused for entry in entries]):  # noqa: C419  a list is faster
+            return None
+        names = [entry.name for entry in entries]
         done = self.ledger.reserve_each(names)
         short = [name for name, had in zip(names, done, strict=True) if not had]
         # Where pages are short, `reserve` might publish to find some.
         stores = self.ledger.stores
         enough = all((store.num_available if evicts else len(store.free)) >= len(short) for store in stores)
         if not enough or not all(self.ledger.reserve(name, 1).ready for name in short):
-            self._cancel(names)
+            for name in names:
+                if self.ledger.running[name].num_new:
+                    self.ledger.cancel(name)
             return None
-        return [one.decoding for one in entries]
-
-    def _take_back(self) -> None:
-        """What `look_ahead` reserved will not run so."""
-        ahead, self._ahead = self._ahead, []
-        self._cancel([one.entry.name for one in ahead if one.entry.state == "running"])
-
-    def _cancel(self, names: list[Hashable]) -> None:
-        for name in names:
-            if self.ledger.running[name].num_new:
-                self.ledger.cancel(name)
+        return [Work(entry, 1, 0) for entry in entries]
 
     def _decode_budget(self) -> int:
         """The tokens that decoding may take: all, but for one where somebody who computes a prompt, or could begin one, goes
         before the last of those decoding."""
         budget = self.schedule_config.token_budget
-        prompts = [one for one in self.running if one.num_computed < one.prefill_len and not one.paused]
+        prompts = [entry for entry in self.running if entry.num_computed < entry.prefill_len and not entry.paused]
         if len(self.running) < self.schedule_config.max_batch:
-            prompts += [one for one in self.waiting if not one.paused][:1]
+            prompts += [entry for entry in self.waiting if not entry.paused][:1]
         if not prompts:
             return budget
-        first = min(one.order for one in prompts)
-        ahead = sum(one.order < first for one in self.running if one.num_computed >= one.prefill_len)
+        first = min(entry.order for entry in prompts)
+        ahead = sum(entry.order < first for entry in self.running if entry.num_computed >= entry.prefill_len)
         return budget if ahead >= budget else max(ahead, budget - 1)
 
-    def _decode(self, work: dict[Entry, Work], budget: int) -> None:
+    def _decode(self, step: _Unfinished, budget: int) -> None:
         """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when short."""
-        ready = [one for one in self.running if one.prefill_len <= one.num_computed < one.num_known and not one.paused]
-        plain = [one for one in ready[:budget] if one.num_known - one.num_computed == 1 and not one.drafts]
-        for one, done in zip(plain, self.ledger.reserve_each([one.name for one in plain]), strict=True):
+        work = step.work
+        active = [entry for entry in self.running if not entry.paused]
+        ready = [entry for entry in active if entry.prefill_len <= entry.num_computed < entry.num_known]
+        plain = [entry for entry in ready[:budget] if entry.decodes]
+        for entry, done in zip(plain, self.ledger.reserve_each([entry.name for entry in plain]), strict=True):
             if done:  # nearly always: the token falls into a page that the sequence has
-                work[one] = one.decoding
+                work[entry] = Work(entry, 1, 0)
         budget -= len(work)
         if len(work) == len(ready):
             return
-        for one in ready:
-            count = one.num_known - one.num_computed
-            if budget <= 0 or one.state != "running" or one in work:
+        for entry in ready:
+            count = entry.num_known - entry.num_computed
+            if budget <= 0 or entry.state != "running" or entry in work:
                 continue
-            count = self._chunk(one, count, budget)
+            count = self._chunk(entry, count, budget)
             lookahead = 0
-            if one.num_computed + count == one.num_known:
-                lookahead = max(0, min(one.drafts, budget - count, self.ledger.chunk_len - count))
-            if lookahead and not self.ledger.reserve(one.name, count, lookahead).ready:
+            if entry.num_computed + count == entry.num_known:
+                lookahead = max(0, min(entry.drafts, budget - count, self.ledger.chunk_len - count))
+            if lookahead and not self.ledger.reserve(entry.name, count, lookahead).ready:
                 lookahead = 0
-            if lookahead or self._reserve(one, count, work):
-                last = count == 1 == one.num_known - one.num_computed and not lookahead
-                work[one] = one.decoding if last else Work(one, count, lookahead)
+            if lookahead or self._reserve(entry, count, step):
+                work[entry] = Work(entry, count, lookahead)
                 budget -= count + lookahead
 
-    def _continue(self, work: dict[Entry, Work], budget: int) -> int:
+    def _continue(self, step: _Unfinished, budget: int) -> int:
         """The next chunks of prompts that are partly computed; returns what is left of the budget."""
-        for one in self.running[:]:
-            left = min(one.target, one.prefill_len) - one.num_computed
-            if left > 0 and budget > 0 and not one.paused and one.state == "running":
-                count = self._chunk(one, left, budget)
-                if self._reserve(one, count, work):
-                    work[one] = Work(one, count, 0)
+        for entry in self.running[:]:
+            left = min(entry.target, entry.prefill_len) - entry.num_computed
+            if left > 0 and budget > 0 and not entry.paused and entry.state == "running":
+                count = self._chunk(entry, left, budget)
+                if self._reserve(entry, count, step):
+                    step.work[entry] = Work(entry, count, 0)
                     budget -= count
         return budget
 
-    def _chunk(self, one: Entry, left: int, budget: int) -> int:
-        return self.ledger.clip(one.name, min(left, budget, self.ledger.chunk_len))
+    def _chunk(self, entry: Entry, left: int, budget: int) -> int:
+        return self.ledger.clip(entry.name, min(left, budget, self.ledger.chunk_len))
 
-    def _admit(self, work: dict[Entry, Work], budget: int) -> None:
+    def _admit(self, step: _Unfinished, budget: int) -> None:
         """Brings sequences back from the host and begins those waiting, in order; who must wait lets nobody past."""
-        candidates = [one for one in (*self.away, *self.waiting) if not one.paused]
-        if self.away:
-            candidates.sort(key=lambda one: one.order)
-        for one in candidates:
+        candidates = [entry for entry in (*self.swapped, *self.waiting) if not entry.paused]
+        if self.swapped:
+            candidates.sort(key=lambda entry: entry.order)
+        for entry in candidates:
             if len(self.running) >= self.schedule_config.max_batch:
                 return
-            if one.state == "away":
-                swap = self.ledger.swap_in(one.name)
+            if entry.state == "swapped":
+                swap = self.ledger.swap_in(entry.name)
                 if isinstance(swap, Wait):
                     return
-                self.moves.append(Move("in", swap))
-                self.away.remove(one)
-                self._run(one)
+                step.moves.append(Move("in", swap))
+                self.swapped.remove(entry)
+                self._run(entry)
                 continue
             if budget <= 0:
                 return
-            count = self._begin(one, budget)
+            count = self._begin(entry, step, budget)
             if count is None:
                 return
             if count:
-                self.waiting.remove(one)
-                self._run(one)
-                work[one] = Work(one, count, 0)
+                self.waiting.remove(entry)
+                self._run(entry)
+                step.work[entry] = Work(entry, count, 0)
                 budget -= count
 
-    def _begin(self, one: Entry, budget: int) -> int | None:
+    def _begin(self, entry: Entry, step: _Unfinished, budget: int) -> int | None:
         """Reserves a sequence's first chunk and returns its size; 0 if it can never fit, None if it must wait."""
-        hit = None if one.prompt is None else self.ledger.lookup(one.prompt, one.namespace)
-        start = one.num_computed = hit.length if hit else 0
-        count = min(one.target - start, budget, self.ledger.chunk_len)
+        hit = self.ledger.lookup(entry.ids, entry.namespace) if entry.indexed else None
+        start = entry.num_computed = hit.length if hit else 0
+        count = min(entry.target - start, budget, self.ledger.chunk_len)
         if hit:
             count = self.ledger.clip(hit, count)
-        answer = self.ledger.reserve(one.name, count, hit=hit, lengths=Lengths(one.num_known, one.final_len))
+        answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(entry.num_known, entry.final_len))
         if isinstance(answer, Ready):
-            one.prefill_len = one.num_known
+            entry.prefill_len = entry.num_known
             self.counters.hit_tokens += start
             return count
         if hit:
             self.ledger.unpin(hit)
-        one.num_computed = 0
+        entry.num_computed = 0
         if isinstance(answer, Wait):
             return None
-        self.waiting.remove(one)
-        one.state = "gone"
-        self.rejected.append((one, answer.reason))
+        self.waiting.remove(entry)
+        entry.state = "gone"
+        step.rejected.append(Rejection(entry, answer.reason))
         return 0
 
     # Making room.
 
-    def _reserve(self, one: Entry, count: int, work: dict[Entry, Work]) -> bool:
+    def _reserve(self, entry: Entry, count: int, step: _Unfinished) -> bool:
         """Reserves, preempting the last in order, in the end the sequence itself; False: it was preempted."""
-        while not isinstance(answer := self.ledger.reserve(one.name, count), Ready):
+        while not isinstance(answer := self.ledger.reserve(entry.name, count), Ready):
             if isinstance(answer, Never):
                 raise RuntimeError(f"admitted and then refused: {answer.reason}")
             # Who pauses has nothing to do now, and goes before who could: unless that would let somebody past.
-            pausing = [other for other in self.running if other.paused and other.order >= one.order]
+            pausing = [other for other in self.running if other.paused and other.order >= entry.order]
             victim = (pausing or self.running)[-1]
-            self._preempt(victim, work)
-            if victim is one:
+            self._preempt(victim, step)
+            if victim is entry:
                 return False
         return True
 
-    def _preempt(self, one: Entry, work: dict[Entry, Work]) -> None:
-        self.running.remove(one)
+    def _preempt(self, entry: Entry, step: _Unfinished) -> None:
+        self.running.remove(entry)
         self.counters.preempted += 1
-        if work.pop(one, None):
-            self.ledger.cancel(one.name)
-        if one.name in self.ledger.running:  # otherwise it had only begun
+        if step.work.pop(entry, None):
+            self.ledger.cancel(entry.name)
+        if entry.name in self.ledger.running:  # otherwise it had only begun
             if self.schedule_config.preemption == "swap":
-                swap = self.ledger.swap_out(one.name)
+                swap = self.ledger.swap_out(entry.name)
                 if not isinstance(swap, Wait):
-                    self.moves.append(Move("out", swap))
-                    self._insert(self.away, one)
-                    one.state = "away"
+                    step.moves.append(Move("out", swap))
+                    self._insert(self.swapped, entry)
+                    entry.state = "swapped"
                     return
-            self.ledger.release(one.name)
-            self.counters.recomputed_tokens += one.num_computed
-        one.num_computed = 0
-        self._queue(one)
+            self.ledger.release(entry.name)
+            self.counters.recomputed_tokens += entry.num_computed
+        entry.num_computed = 0
+        self._queue(entry)
 
-    def _unblock(self) -> None:
+    def _unblock(self, step: _Unfinished) -> None:
         """Nobody was scheduled although somebody could go on: those who pause hold the pages, so the last of them goes."""
-        ready = [one for one in (*self.running, *self.away, *self.waiting) if not one.paused]
+        ready = [entry for entry in (*self.running, *self.swapped, *self.waiting) if not entry.paused]
         if not ready:
             return
-        paused = [one for one in self.running if one.paused]
+        paused = [entry for entry in self.running if entry.paused]
         if not paused:
-            sizes = f"{len(self.running)} running, {len(self.waiting)} waiting, {len(self.away)} away"
+            sizes = f"{len(self.running)} running, {len(self.waiting)} waiting, {len(self.swapped)} swapped out"
             raise RuntimeError(f"no progress: {sizes}, first {ready[0].name!r}")
-        self._preempt(paused[-1], {})
+        self._preempt(paused[-1], step)
 
     # Lists in order.
 
-    def _run(self, one: Entry) -> None:
-        one.state = "running"
-        self._insert(self.running, one)
+    def _run(self, entry: Entry) -> None:
+        entry.state = "running"
+        self._insert(self.running, entry)
 
-    def _queue(self, one: Entry) -> None:
-        one.state = "waiting"
-        self._insert(self.waiting, one)
+    def _queue(self, entry: Entry) -> None:
+        entry.state = "waiting"
+        self._insert(self.waiting, entry)
 
     @staticmethod
-    def _insert(entries: list[Entry], one: Entry) -> None:
+    def _insert(entries: list[Entry], entry: Entry) -> None:
         """Behind everybody who goes before it; nearly always at the end."""
         place = len(entries)
-        while place and one.order < entries[place - 1].order:
+        while place and entry.order < entries[place - 1].order:
             place -= 1
-        entries.insert(place, one)
+        entries.insert(place, entry)

@@ -1,19 +1,25 @@
 """The sizes that steps are padded to, so that few programs are compiled."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 
-def least_of(sizes: Sequence[int], count: int, otherwise: int) -> int:
-    """The least of the sizes that holds as many; `otherwise` where none does."""
-    return min((one for one in sizes if one >= count), default=otherwise)
+class Buckets(NamedTuple):
+    """Sizes of rows and of widths to pad to. Where none of them is large enough, sizes grow by powers of two."""
 
+    rows: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
 
-def rows_for(num_rows: int, limit: int) -> int:
-    """The least power of two, or one and a half of one, that holds as many rows: at most a third is padding."""
-    power = 1 << (num_rows - 1).bit_length()
-    return min(3 * power // 4 if num_rows <= 3 * power // 4 and power >= 4 else power, limit)
+    def rows_for(self, num_rows: int, limit: int) -> int:
+        """The least size that holds as many rows. Without one: the least power of two, or one and a half of one, so that at
+        most a third is padding."""
+        power = 1 << (num_rows - 1).bit_length()
+        size = 3 * power // 4 if num_rows <= 3 * power // 4 and power >= 4 else power
+        return min((size for size in self.rows if size >= num_rows), default=min(size, limit))
 
-
-def width_for(num_tokens: int, limit: int) -> int:
-    """The least power of two that holds as many tokens of a row."""
-    return min(1 << (num_tokens - 1).bit_length(), limit)
+    def width_for(self, num_tokens: int, limit: int) -> int:
+        """The least size that holds as many tokens of a row. Without one: the least power of two. A single token has width 1,
+        since that is what decoding runs all the time."""
+        if num_tokens == 1:
+            return 1
+        power = 1 << (num_tokens - 1).bit_length()
+        return min(min((size for size in self.widths if size >= num_tokens), default=power), limit)

@@ -7,7 +7,7 @@ paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978).
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,13 +18,16 @@ import numpy.typing as npt
 from flax import nnx
 from jax import Array
 
-from kvlab.engine import shapes
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.entries import Entry
 from kvlab.engine.requests import Sample
 from kvlab.engine.sampling import Choices, Mode, draw
+from kvlab.engine.shapes import Buckets
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.plan import ClassPlan, Plan
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.models.transformer import Transformer, logits_at, merge
+from kvlab.schema import ConfigError
 from kvlab.typing import Params, Tokens
 
 
@@ -129,8 +132,9 @@ class ModelDrafter(Drafter):
         num_drafts: int,
         max_sequences: int,
         max_len: int,
+        buckets: Buckets,
     ):
-        self.num_drafts, self.params = num_drafts, params
+        self.num_drafts, self.params, self.buckets = num_drafts, params, buckets
         states = merge(structure, params).states()
         layout = MemoryLayout.of(
             states,
@@ -194,7 +198,7 @@ class ModelDrafter(Drafter):
     def _draft(self, rows: Sequence[Sample]) -> dict[Sample, list[int]]:
         """Drafts behind all that is known of sequences with a reservation."""
         counts, lookahead = [self._pending(one) for one in rows], self.num_drafts - 1
-        width = shapes.width_for(max(counts), self.ledger.chunk_len - lookahead)
+        width = self.buckets.width_for(max(counts), self.ledger.chunk_len - lookahead)
         tokens, plan = self._planned(rows, counts, width + lookahead, reserve=False)
         asked = [(one.request.sampling, one.request.seed, one.index) for one in rows]
         mode = Mode.of([sampling for sampling, _, _ in asked])._replace(num_logprobs=0, penalty=False)
@@ -206,7 +210,8 @@ class ModelDrafter(Drafter):
         self, rows: Sequence[Sample], counts: Sequence[int], width: int, *, reserve: bool
     ) -> tuple[npt.NDArray[np.int32], Plan]:
         """The tokens and the plan of a step of these rows."""
-        tokens = np.zeros((shapes.rows_for(len(rows), self.step.layout.max_sequences), width), np.int32)
+        num_rows = self.buckets.rows_for(len(rows), self.step.layout.max_sequences)
+        tokens = np.zeros((num_rows, width), np.int32)
         for row, (one, count) in enumerate(zip(rows, counts, strict=True)):
             if reserve and not (answer := self.ledger.reserve(one, count)).ready:
                 raise RuntimeError(f"a drafter's pool has room for every sequence: {answer}")
@@ -214,3 +219,69 @@ class ModelDrafter(Drafter):
             tokens[row, :count] = one.ids[start : start + count]
         plan, self.pools = self.step.copied(self.pools, self.ledger.plan(rows, *tokens.shape))
         return tokens, plan
+
+
+class Speculation:
+    """Who is asked for guesses before each step, and of whom the drafter still knows. Without a drafter, nobody is."""
+
+    def __init__(self, make_drafter: Callable[[], Drafter | None]):
+        self._make_drafter = make_drafter
+        self.drafter = make_drafter()
+        self._known: set[Sample] = set()
+        """Sequences that the drafter may hold memory of."""
+
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        memory: MemoryConfig,
+        draft: tuple[nnx.GraphDef[Transformer], Params] | None,
+        vocab_size: int,
+    ) -> "Speculation":
+        """What a configuration asks for. Raises ConfigError for a draft model where none is asked for, none where one is, and one
+        of another vocabulary."""
+        if (draft is not None) != (config.speculation == "draft"):
+            raise ConfigError("speculation", config.speculation, 'must be "draft" with a draft model, and only then')
+        if draft is None:
+            return cls(lambda: NgramDrafter(config.num_drafts) if config.speculation == "ngram" else None)
+        if (draft_vocab := merge(*draft).embedding.num_embeddings) != vocab_size:
+            raise ConfigError("draft", f"vocabulary of {draft_vocab}", f"must have the model's {vocab_size} tokens")
+        return cls(
+            lambda: ModelDrafter(
+                *draft,
+                memory,
+                num_drafts=config.num_drafts,
+                max_sequences=config.max_batch,
+                max_len=config.max_len,
+                buckets=config.buckets,
+            )
+        )
+
+    def start_over(self) -> None:
+        """A drafter made anew."""
+        self.drafter, self._known = self._make_drafter(), set()
+
+    def forget(self, sample: Sample) -> None:
+        """A sequence ended."""
+        if self.drafter is not None:
+            self.drafter.forget(sample)
+
+    def ask(self, running: Sequence[Entry]) -> None:
+        """Guesses for the sequences that decode next."""
+        if self.drafter is None:
+            return
+        samples = [entry for entry in running if isinstance(entry, Sample)]
+        for sample in self._known.difference(samples):
+            self.drafter.forget(sample)
+        asked = []
+        for sample in samples:
+            sample.draft_ids, sample.drafts = [], 0
+            room = sample.final_len - sample.num_known
+            plain = sample.seen is None and not sample.request.sampling.beam_width and sample.hold is None
+            # What a recurrent state rejected is fed again before it guesses anew.
+            if plain and room > 0 and sample.decodes:
+                asked.append((sample, room))
+        self._known = {sample for sample, _ in asked} | self._known.intersection(samples)
+        for (sample, room), guess in zip(asked, self.drafter.propose([sample for sample, _ in asked]), strict=True):
+            sample.draft_ids = guess[:room]
+            sample.drafts = len(sample.draft_ids)

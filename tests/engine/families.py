@@ -15,6 +15,7 @@ from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Sample
 from kvlab.engine.speculative import Drafter
 from kvlab.memory.layout import MemoryConfig
+from kvlab.tokenizers import Tokenizer
 from kvlab.weights import Pretrained, load_checkpoint
 from tests.weights.random_checkpoint import draw
 
@@ -46,11 +47,32 @@ def pretrained(family: str) -> Pretrained:
         return load_checkpoint(write_folder(family, Path(folder)))
 
 
-def engine_of(family: str, *, page_size: int = 16, chunk_len: int = 32, memory: str = "paged", **fields: Any) -> Engine:
-    """An engine whose ledger is checked after every step."""
-    model = pretrained(family)
-    config = EngineConfig(**{"max_batch": 4, "max_len": MAX_LEN, **fields})
-    engine = Engine(model.structure, model.params, memory=MemoryConfig(memory, page_size, chunk_len), config=config)
+def config_of(chunk_len: int, **fields: Any) -> EngineConfig:
+    """Few programs to compile: every batch has all its rows, and every row one token or a whole chunk."""
+    fields = {"max_batch": 4, "max_len": MAX_LEN, **fields}
+    return EngineConfig(**{"row_sizes": (fields["max_batch"],), "width_sizes": (chunk_len,), **fields})
+
+
+def engine_of(
+    family: str,
+    *,
+    page_size: int = 16,
+    chunk_len: int = 32,
+    memory: str = "paged",
+    draft: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    **fields: Any,
+) -> Engine:
+    """An engine whose ledger is checked after every step; `draft` is the family of its draft model."""
+    model, drafting = pretrained(family), pretrained(draft) if draft else None
+    engine = Engine(
+        model.structure,
+        model.params,
+        memory=MemoryConfig(memory, page_size, chunk_len),
+        config=config_of(chunk_len, **fields),
+        tokenizer=tokenizer,
+        draft=(drafting.structure, drafting.params) if drafting else None,
+    )
     return checked(engine)
 
 
@@ -75,9 +97,9 @@ class Oracle(Drafter):
 
     def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
         guesses = []
-        for one in samples:
-            done = len(one.answer)
-            guess = list(self.answers[tuple(one.request.prompt)][done : done + self.num_drafts])
+        for sample in samples:
+            done = len(sample.answer)
+            guess = list(self.answers[tuple(sample.request.prompt)][done : done + self.num_drafts])
             spoiled = done % (self.num_drafts + 2)
             if spoiled < len(guess):
                 guess[spoiled] = (guess[spoiled] + 1) % VOCAB

@@ -119,7 +119,7 @@ def test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right(family
     assert engine.stats.drafted_tokens
     if drafting == family:
         assert engine.stats.acceptance_rate > 0.99  # near ties may round differently in another batch shape
-    assert not engine.drafter.ledger.sequences
+    assert not engine.speculation.drafter.ledger.sequences
 
 
 def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
@@ -127,21 +127,21 @@ def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
     engine.submit(PROMPTS[2], Sampling(max_tokens=10))
     engine.step()
 
-    class Wrong(type(engine.drafter)):
+    class Wrong(type(engine.speculation.drafter)):
         def propose(self, samples):
             return [[1, 2, 3] for _ in samples]
 
-    engine.drafter = Wrong(3)
+    engine.speculation.drafter = Wrong(3)
     (sample,) = engine.scheduler.running
     slot = lambda: [h.pages[0] for h in engine.ledger.running[sample.name].holdings]  # noqa: E731
     before = [
-        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.pools[0].values(), strict=True)
+        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
     ]
     engine.step()
     assert engine.stats.drafted_tokens == 3
     assert engine.stats.accepted_tokens == 0
     after = [
-        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.pools[0].values(), strict=True)
+        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
     ]
     for old, new in zip(before, after, strict=True):
         for name in old:
@@ -447,7 +447,7 @@ def test_an_answer_may_stop_inside_accepted_drafts(family):
     (free,) = engine_of(family).generate([ids], Sampling(max_tokens=12))
     for place in range(0, 12, 2):
         engine = engine_of(family, speculation="ngram", num_drafts=5)
-        engine.drafter = Oracle({tuple(ids): free.tokens}, 5)
+        engine.speculation.drafter = Oracle({tuple(ids): free.tokens}, 5)
         (answer,) = engine.generate([ids], Sampling(max_tokens=12, stop_tokens=(free.tokens[place],)))
         assert answer.tokens == free.tokens[: free.tokens.index(free.tokens[place]) + 1]
         assert engine.stats.accepted_tokens < len(answer.tokens)

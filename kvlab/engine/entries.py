@@ -1,0 +1,89 @@
+"""The nouns of scheduling: a sequence as the scheduler sees it, and the step that it makes of many."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from kvlab.ledger.plan import Swap
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One sequence as the scheduler sees it. `final_len` bounds the tokens that it will ever store."""
+
+    name: Hashable
+    num_known: int
+    final_len: int
+    priority: int = 0
+    ids: list[int] = field(default_factory=list)
+    """Its known tokens; a simulator may not have them."""
+    indexed: bool = False
+    """Whether its ids are looked up in the prefix index, and published there."""
+    namespace: str = ""
+    num_computed: int = 0
+    prefill_len: int = 0
+    """Tokens known when it was admitted: below, it computes a prompt; above, it decodes."""
+    drafts: int = 0
+    """Speculative tokens that may follow the known ones in the next step."""
+    hold: int | None = None
+    """It computes up to here and then waits for the caller to branch it and to lift this; beyond, it has no effect."""
+    paused: bool = False
+    """Takes part in nothing: it waits for others of its group."""
+    arrival: int = -1
+    state: Literal["new", "waiting", "running", "swapped", "gone"] = "new"
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute for now."""
+        held = self.hold is not None and self.num_computed < self.hold
+        return self.hold if held else self.num_known  # type: ignore[return-value]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: the higher priority, then the older."""
+        return (-self.priority, self.arrival)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its next step computes its last known token behind its prompt, and nothing else."""
+        return self.prefill_len <= self.num_computed == self.num_known - 1 and not self.drafts
+
+
+class Work(NamedTuple):
+    """One sequence's part of a step: `num_new` known tokens from `num_computed` on, then `lookahead` drafts."""
+
+    entry: Entry
+    num_new: int
+    lookahead: int
+
+
+class Move(NamedTuple):
+    """Pages to carry to the host ("out") or back ("in") before the step."""
+
+    direction: Literal["out", "in"]
+    swap: Swap
+
+
+class Rejection(NamedTuple):
+    """A sequence that can never fit, with the ledger's reason."""
+
+    entry: Entry
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the scheduler says of the next step: first the moves, in order, then the work, which is reserved in the ledger."""
+
+    work: list[Work]
+    moves: list[Move] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+@dataclass
+class Counters:
+    """What scheduling did so far."""
+
+    preempted: int = 0
+    recomputed_tokens: int = 0
+    hit_tokens: int = 0

@@ -1,0 +1,110 @@
+"""What may be asked of an engine: prompts and settings, checked before anything of them is queued."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.requests import Request
+from kvlab.engine.sampling import Sampling
+from kvlab.ledger.ledger import Ledger
+from kvlab.tokenizers import Tokenizer
+
+
+class Intake:
+    """Makes requests of what callers ask. Raises ValueError with the field, the value and what is legal."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None, *, shares: bool):
+        self.config, self.vocab_size, self.tokenizer, self.shares = config, vocab_size, tokenizer, shares
+        self._num_submitted = 0
+
+    def request(
+        self,
+        prompt: Sequence[int] | str,
+        sampling: Sampling | None,
+        *,
+        name: str | None,
+        priority: int,
+        namespace: str,
+        ledger: Ledger,
+        taken: Collection[str],
+    ) -> Request:
+        """A request that can be answered; its name is none of those `taken`."""
+        sampling = sampling or Sampling()
+        ids = self._encoded(prompt)
+        self._check_ids(ids)
+        self._check_lengths(len(ids), sampling, ledger)
+        self._check_sampling(sampling)
+        if name is None:
+            name = self._free_name(taken)
+        elif not isinstance(name, str) or name in taken:
+            raise ValueError(f"name = {name!r}: {'is in use' if isinstance(name, str) else 'must be a string'}")
+        if type(priority) is not int:
+            raise ValueError(f"priority = {priority!r}: must be an integer")
+        if not isinstance(namespace, str):
+            raise ValueError(f"namespace = {namespace!r}: must be a string")
+        seed = sampling.seed
+        if seed is None:
+            seed = int(np.random.default_rng([self.config.seed, self._num_submitted]).integers(2**31))
+        self._num_submitted += 1
+        return Request(name, [int(token) for token in ids], sampling, seed, priority, namespace)
+
+    def _free_name(self, taken: Collection[str]) -> str:
+        number = self._num_submitted
+        while (name := f"request-{number}") in taken:
+            number += 1
+        return name
+
+    def _encoded(self, prompt: Sequence[int] | str) -> list[Any]:
+        if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
+            return list(prompt)
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt = {prompt!r}: must be text or a list of token ids")
+        if self.tokenizer is None:
+            raise ValueError("prompt: is text, and the engine has no tokenizer; give token ids")
+        return self.tokenizer.encode(prompt)
+
+    def _check_ids(self, ids: list[Any]) -> None:
+        if not ids:
+            raise ValueError("prompt = []: must have at least one token")
+        wrong = [token for token in ids if not isinstance(token, int | np.integer) or isinstance(token, bool)]
+        if wrong:
+            raise ValueError(f"prompt: token {wrong[0]!r}: must be an integer")
+        if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"prompt: token {outside[0]}: must be in [0, {self.vocab_size})")
+
+    def _check_lengths(self, prompt_len: int, sampling: Sampling, ledger: Ledger) -> None:
+        longest = self.config.max_len - prompt_len + 1
+        if sampling.max_tokens > longest:
+            if longest < 1:
+                raise ValueError(f"prompt: {prompt_len} tokens: must be at most max_len = {self.config.max_len}")
+            legal = f"must be in [1, {longest}], since prompt and answer share max_len = {self.config.max_len}"
+            raise ValueError(f"max_tokens = {sampling.max_tokens}: {legal}")
+        if never := ledger.never(prompt_len + sampling.max_tokens - 1):
+            raise ValueError(f"prompt: {prompt_len} tokens and max_tokens = {sampling.max_tokens}: {never.reason}")
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        beam_width, max_batch = sampling.beam_width or 0, self.config.max_batch
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError(f"stop = {list(sampling.stop)}: stop strings need a tokenizer")
+        if beam_width > max_batch:
+            raise ValueError(f"beam_width = {beam_width}: must be at most max_batch = {max_batch}")
+        if beam_width and not self.shares:
+            raise ValueError(f"beam_width = {beam_width}: beams need memory=paged, which can be shared")
+        most = self.vocab_size // 2 if beam_width else self.vocab_size
+        for field_name, value in (("num_logprobs", sampling.num_logprobs), ("beam_width", beam_width)):
+            if value > most:
+                raise ValueError(f"{field_name} = {value}: must be at most {most} of a vocabulary of {self.vocab_size}")
+
+
+def each_sampling(
+    prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None
+) -> list[tuple[Any, Sampling | None]]:
+    """Every prompt with its sampling. Raises ValueError for a single prompt, and for counts that differ."""
+    each = [sampling] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+        raise ValueError("prompts: must be a list of prompts; put a single one into a list")
+    if len(each) != len(prompts):
+        raise ValueError(f"sampling: {len(each)} of them for {len(prompts)} prompts: must be one, or one for each")
+    return list(zip(prompts, each, strict=True))

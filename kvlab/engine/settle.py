@@ -1,0 +1,169 @@
+"""What a step means: tokens are accepted, memory is committed, sequences end, beams advance."""
+
+import math
+from typing import NamedTuple
+
+from kvlab.engine.beam import BeamGroup
+from kvlab.engine.book import Book
+from kvlab.engine.config import Stats
+from kvlab.engine.requests import Alternatives, Event, FinishReason, Sample
+from kvlab.engine.runner import Fetched, Launched
+from kvlab.engine.scheduler import Scheduler
+
+
+class _Row(NamedTuple):
+    """One sequence's part of a program: `num_new` known tokens and `lookahead` drafts, and what was drawn behind the last known one
+    and behind each draft."""
+
+    sample: Sample
+    num_new: int
+    lookahead: int
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Settler:
+    """Settles what programs drew. `rolls_back`: a step can be accepted in part, which recurrent states cannot."""
+
+    def __init__(self, scheduler: Scheduler, book: Book, stats: Stats, *, rolls_back: bool):
+        self.scheduler, self.book, self.stats, self.rolls_back = scheduler, book, stats, rolls_back
+
+    def commit_early(self, launched: Launched) -> bool:
+        """Counts the tokens of a program that decodes while the device works on it, and says whether all of them could be: then
+        the step behind can be scheduled. What is not finite, as it may turn out, nobody has seen: pages wait for `publish`."""
+        rows = [row for row, part in enumerate(launched.group.work) if part.entry.state != "gone"]
+        entries = [launched.group.work[row].entry for row in rows]
+        fed = [entry.ids[entry.num_computed] for entry in entries]
+        done = self.scheduler.ledger.commit_each([entry.name for entry in entries], fed)
+        for row, entry, was_committed in zip(rows, entries, done, strict=True):
+            if was_committed:
+                launched.committed[row] = True
+                entry.num_computed += 1
+                entry.num_known += 1
+        return all(done)
+
+    def settle(self, launched: Launched, fetched: Fetched) -> list[Event]:
+        """Every row's part in the answers. A row whose sequence has ended meanwhile was computed in vain."""
+        events: list[Event] = []
+        tokens, logprobs = fetched.drawn.tokens.tolist(), fetched.drawn.logprobs.tolist()
+        finite, everywhere = fetched.finite.tolist(), launched.group.everywhere
+        for number, (sample, count, lookahead) in enumerate(launched.group.work):
+            assert isinstance(sample, Sample)
+            if sample.state == "gone":
+                continue
+            first = count - 1 if everywhere else 0
+            drawn = slice(first, first + lookahead + 1)
+            row = _Row(sample, count, lookahead, tokens[number][drawn], logprobs[number][drawn])
+            committed = launched.committed[number]
+            if not finite[number] or not all(map(math.isfinite, row.logprobs)):
+                start = sample.num_computed - committed
+                reason = f"logits or states at tokens [{start}, {start + count}) are not finite"
+                events.append(self.book.fail(sample, reason))
+            elif committed:
+                self.stats.decoded_tokens += 1
+                events.append(event := self._accept(sample, row.tokens[0], row.logprobs[0]))
+                if event.finish_reason is not None:
+                    self.book.finish(sample, event.finish_reason)
+            else:
+                top_tokens = fetched.drawn.top_tokens[number][drawn].tolist()
+                top_logprobs = fetched.drawn.top_logprobs[number][drawn].tolist()
+                events += self._settle_row(row, list(map(Alternatives, top_tokens, top_logprobs)))
+        return events
+
+    def _settle_row(self, row: _Row, alternatives: list[Alternatives]) -> list[Event]:
+        """A row that was not committed early: a prompt's chunk, drafts, or what asks for more than tokens and text."""
+        sample, count, lookahead, tokens, logprobs = row
+        events: list[Event] = []
+        sampling, accepted = sample.request.sampling, 0
+        while accepted < lookahead and tokens[accepted] == sample.draft_ids[accepted]:
+            accepted += 1
+        finish: FinishReason | None = None
+        if sample.num_computed + count < sample.num_known:
+            pass  # more of the prompt follows
+        elif sampling.beam_width:
+            sample.candidates, sample.paused = alternatives[0], True
+        else:
+            for kept, token in enumerate(tokens[: accepted + 1]):
+                if most := sampling.num_logprobs:
+                    best = alternatives[kept]
+                    sample.alternatives.append(Alternatives(best.tokens[:most], best.logprobs[:most]))
+                sample.num_known += 1
+                events.append(event := self._accept(sample, token, logprobs[kept]))
+                if (finish := event.finish_reason) is not None:
+                    accepted = kept  # the tokens behind the end are not known, so they cannot be stored
+                    break
+        if lookahead:
+            self.stats.drafted_tokens += lookahead
+            self.stats.accepted_tokens += accepted
+        self._commit(sample, count, lookahead, accepted)
+        if sample.hold is not None and sample.num_computed >= sample.hold:
+            self.book.start_others(sample)
+        if finish is not None:
+            self.book.finish(sample, finish)
+        return events
+
+    def _commit(self, sample: Sample, count: int, lookahead: int, accepted: int) -> None:
+        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its accepted
+        tokens, known now, are fed again."""
+        if sample.num_computed >= sample.prefill_len:
+            self.stats.decoded_tokens += accepted + 1
+        else:
+            self.stats.prefilled_tokens += count
+        stored = count + accepted if self.rolls_back or accepted == lookahead else 0
+        begin, end = max(sample.prefill_len, sample.num_computed), sample.num_computed + stored
+        new_ids = sample.ids[begin:end] if sample.indexed and begin < end else ()
+        self.scheduler.ledger.commit(sample.name, stored, new_ids)
+        sample.num_computed = end
+
+    @staticmethod
+    def _accept(sample: Sample, token: int, logprob: float) -> Event:
+        """One more token of an answer, and whether it ends there."""
+        sample.ids.append(token)
+        sample.logprobs.append(logprob)
+        if sample.seen is not None:
+            sample.seen[token] = True
+        text, transcript = "", sample.transcript
+        if transcript is not None:
+            text = transcript.add(token)
+        finish: FinishReason | None = None
+        if token in sample.stop_tokens or (transcript is not None and transcript.stopped):
+            finish = "stop"
+        elif len(sample.ids) > sample.final_len:
+            finish = "length"
+        if finish and transcript is not None:
+            text += transcript.finish()
+        return Event(sample.request.name, sample.index, token, logprob, text, finish)
+
+    def advance_beams(self) -> list[Event]:
+        """Every group whose beams all have their candidates goes on."""
+        ready = [group for group in self.book.beams.values() if group.ready]
+        return [event for group in ready for event in self._advance(group)]
+
+    def _advance(self, group: BeamGroup) -> list[Event]:
+        """The group's next beams: the first child of each goes on in its place, the others are forked from it."""
+        chosen = group.select()
+        if not chosen:
+            return self.book.end_beams(group)
+        children: dict[Sample, list[tuple[int, float]]] = {beam: [] for beam in group.request.samples}
+        for parent, token, logprob in chosen:
+            children[parent].append((token, logprob))
+        for parent in [beam for beam, tokens in children.items() if not tokens]:
+            self.book.drop(parent)  # first, so that there is room for the others' children
+            del children[parent]
+        for parent, tokens in children.items():
+            for token, logprob in tokens[1:]:
+                child = self.book.sample(group.request, parent.index, parent.ids)
+                child.logprobs, child.score = list(parent.logprobs), parent.score
+                _extend(child, token, logprob)
+                self.scheduler.branch(parent, child)
+            _extend(parent, *tokens[0])
+        return []
+
+
+def _extend(beam: Sample, token: int, logprob: float) -> None:
+    """A beam goes on with this token."""
+    beam.ids.append(token)
+    beam.logprobs.append(logprob)
+    beam.num_known += 1
+    beam.score += logprob
+    beam.candidates, beam.paused = None, False
