@@ -54,8 +54,7 @@ def build(variant: str, dtype: str = "float32"):
     @jax.jit
     def forward(tokens):
         whole = merge(structure, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        return whole.logits(whole.hidden(tokens, positions)[0])
+        return whole.logits(whole.parallel(tokens))
 
     return model, structure, params, forward
 

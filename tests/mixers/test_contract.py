@@ -71,7 +71,7 @@ def test_the_contract_fails_for_a_window_off_by_one(monkeypatch):
 
 
 def test_the_contract_fails_for_a_state_that_is_not_reset(monkeypatch):
-    from kvlab.memory.pools import StateSlots
+    from kvlab.memory.views.slots import StateSlots
 
     monkeypatch.setattr(
         StateSlots, "read", lambda self: {name: array[self.plan.pages[:, 0]] for name, array in self.pool.items()}
