@@ -17,6 +17,7 @@ from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError, Schema, choice, integer
 from pallas_kernels.formats import FORMATS
 
+
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
     """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them, or as numbers

@@ -5,7 +5,7 @@ whose `pool` the step returns. `Planned` is what the views over pools share, `To
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -17,11 +17,10 @@ from kvlab.memory.pools import Pool, allocate_pages, write_tokens
 from kvlab.typing import Counts, HeadOutputs, Positions, Queries
 
 
+@runtime_checkable
 class View(Protocol):
-    """What every kind of memory offers to the layout. One kind of state in one kind of memory is one class in `VIEWS`."""
-
-    pool: Any
-    """The arrays after all that was written."""
+    """What every kind of memory offers to the layout. One kind of state in one kind of memory is one class in `VIEWS`. A view's
+    `pool` are the arrays after all that was written."""
 
     @classmethod
     def check(cls, state: State) -> None:
@@ -44,6 +43,7 @@ class View(Protocol):
         ...
 
 
+@runtime_checkable
 class TokenView(Protocol):
     """The memory of a state that is addressed by token."""
 
@@ -60,6 +60,7 @@ class TokenView(Protocol):
         ...
 
 
+@runtime_checkable
 class StateView(Protocol):
     """The memory of a state of which each sequence has one."""
 
@@ -93,7 +94,9 @@ class Planned:
     @classmethod
     def check(cls, state: State) -> None:
         if any(array.per_page for array in state.arrays):
-            raise ValueError("must scale by token: a channel's scale is that of a whole page, and pages are filled in steps")
+            raise ValueError(
+                "must scale by token: a channel's scale is that of a whole page, and pages are filled in steps"
+            )
 
     @classmethod
     def share(cls, state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts) -> Any:

@@ -49,7 +49,9 @@ class PagedRetrieval(PlannedTokens):
         alone = replace(
             self,
             starts=self.query_slots(num_tokens).reshape(-1),
-            counts=(jnp.arange(num_tokens, dtype=jnp.int32)[None, :] < self.counts[:, None]).reshape(-1).astype(jnp.int32),
+            counts=(jnp.arange(num_tokens, dtype=jnp.int32)[None, :] < self.counts[:, None])
+            .reshape(-1)
+            .astype(jnp.int32),
         )
         chosen = selected.reshape(batch * num_tokens, *self.plan.pages.shape[1:], -1)
         narrow = _narrowed(by_query(lists.table), by_query(lists.starts), chosen, self.state.num_selected)
