@@ -11,11 +11,10 @@ from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import State
+from kvlab.ledger.states import QUANTISED, State
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError, Schema, choice, integer
-from pallas_kernels.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class MemoryConfig(Schema):
     of 8 or 4 bits with a scale for each token and head."""
 
     name: str = choice("paged", ("paged", "dense"))
-    format: str = choice("model", ("model", *FORMATS))
+    format: str = choice("model", ("model", *QUANTISED))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
 

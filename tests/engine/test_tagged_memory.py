@@ -20,6 +20,7 @@ from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import view_of
 from kvlab.memory.views.slots import StateSlots
+from pallas_kernels.visible import Visible
 from tests.contracts import VOCAB, build, parallel_logits, poisoned_session
 from tests.ledger import exerciser as exercising
 from tests.ledger.exerciser import CHUNK_LEN, Exerciser
@@ -27,7 +28,7 @@ from tests.ledger.test_states import visible_by_mask
 
 NUM_TAGS = 2048
 FULL = TokenState(1, 1, NUM_TAGS)
-WINDOWED = TokenState(1, 1, NUM_TAGS, window=5, num_sinks=2)
+WINDOWED = TokenState(1, 1, NUM_TAGS, visible=Visible(window=5, num_sinks=2))
 STATE = RecurrentState((ArraySpec("tag", (1,), "float32"),))
 MODELS = {"full": (FULL,), "window": (WINDOWED,), "hybrid": (FULL, WINDOWED, STATE)}
 
