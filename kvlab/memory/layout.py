@@ -23,9 +23,9 @@ class MemoryConfig(Schema):
     of 8 or 4 bits with a scale for each token and head."""
 
     name: str = choice("paged", ("paged", "dense"))
-    format: str = choice("model", ("model", *QUANTISED))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
+    format: str = choice("model", ("model", *QUANTISED))
 
 
 @dataclass(frozen=True)

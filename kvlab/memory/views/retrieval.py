@@ -36,7 +36,7 @@ class PagedRetrieval(PlannedTokens):
         batch, num_tokens, num_heads, dim = queries.shape
         lists = Lists.of(self.plan)
         index = self.pool["index"][lists.table][:, :, 0]  # [B, num_pages, page, index_dim]
-        slots = lists.starts[:, :, None] + jnp.arange(index.shape[2], dtype=jnp.int32)
+        slots = lists.starts[:, :, None] + jnp.arange(index.shape[2], dtype=jnp.int32)[None, None, :]
         slots = slots.reshape(batch, 1, -1)
         seen = self.state.visible.sees(self.query_slots(num_tokens)[:, :, None], slots)
         seen = seen & (slots < self.slot_lens[:, None, None])

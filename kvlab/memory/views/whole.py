@@ -23,7 +23,7 @@ from pallas_kernels.flash_attention import flash_attention
 
 @dataclass(frozen=True)
 class Whole:
-    """What the views of complete sequences share. Its pool is what was appended."""
+    """What the views of complete sequences share."""
 
     state: Any = field(metadata={"static": True})
     pool: Any
@@ -45,13 +45,18 @@ class Whole:
     def of(cls, state: Any, pool: Pool, plan: Any, starts: Counts, counts: Counts, shared: Any = None) -> Self:
         return cls(state, pool, counts)
 
+
+@dataclass(frozen=True)
+class Appended(Whole):
+    """Token arrays as they were appended."""
+
     def append(self, **tokens: Array) -> Self:
         return replace(self, pool=tokens)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class WholeTokens(Whole):
+class WholeTokens(Appended):
     """Keys and values of the call's own tokens."""
 
     def attend(
@@ -87,7 +92,7 @@ class WholeLatents(WholeTokens):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class WholeRetrieval(Whole):
+class WholeRetrieval(Appended):
     """Keys, values and index entries of the call's own tokens: every query selects as it does in pages."""
 
     def attend(
