@@ -8,10 +8,8 @@ import pytest
 from kvlab.engine import measure as measuring
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.measure import measure
-from kvlab.ledger.plan import ClassPlan
-from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.pools import num_bytes
+from kvlab.memory.pools import num_bytes, write_tokens
 from tests.contracts import VARIANTS, VOCAB, build
 
 MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(name="dense", chunk_len=4)]
@@ -68,7 +66,7 @@ def test_a_donated_write_copies_nothing(dtype, num_tokens):
     new = jnp.asarray(np.random.default_rng(0).integers(0, 3, (rows, num_tokens, 2, 32)), dtype)
 
     def write(pool, slots, new):
-        return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots), new, new)
+        return write_tokens(pool, slots, {"keys": new, "values": new})
 
     stored = dtype if jnp.dtype(dtype).itemsize > 1 else "uint8"
     pool = {name: jnp.zeros(shape, stored) for name in ("keys", "values")}
