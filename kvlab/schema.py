@@ -48,7 +48,7 @@ class ConfigError(ValueError):
 
     def under(self, prefix: str) -> "ConfigError":
         """The same error seen from the parent section `prefix`."""
-        return ConfigError(f"{prefix}.{self.name}" if prefix else self.name, self.value, self.legal)
+        return ConfigError(".".join(filter(None, (prefix, self.name))), self.value, self.legal)
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:
@@ -97,7 +97,7 @@ def integer(default: int | None, low: int = 1, high: int = 2**31 - 1, *, optiona
 
 def real(default: float | None, low: float, high: float, *, open_low: bool = False, optional: bool = False) -> Any:
     """A finite number in [low, high], or (low, high] with `open_low`."""
-    return _field(default, real_type(low, high, open_low=open_low), optional)
+    return _field(None if default is None else float(default), real_type(low, high, open_low=open_low), optional)
 
 
 def flag(default: bool) -> Any:
@@ -122,7 +122,7 @@ def text(default: str | None, *, legal: str | None = None, optional: bool = Fals
 
 def reals(default: Iterable[float], low: float, high: float, *, open_low: bool = False, min_len: int = 0) -> Any:
     """A list of finite numbers, each in the range."""
-    return _field(tuple(default), list_type(real_type(low, high, open_low=open_low), min_len))
+    return _field(tuple(map(float, default)), list_type(real_type(low, high, open_low=open_low), min_len))
 
 
 def integers(default: Iterable[int], low: int, high: int = 2**31 - 1, *, min_len: int = 0) -> Any:
@@ -167,8 +167,11 @@ class Schema(metaclass=_Checked):
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        """The section's default values as plain YAML-able data."""
-        return to_plain(cls())
+        """The default of every field that has one, as plain YAML-able data."""
+        made = {item.name: item.default_factory for item in dataclasses.fields(cls)}
+        given = {item.name: item.default for item in dataclasses.fields(cls) if made[item.name] is dataclasses.MISSING}
+        given |= {name: make() for name, make in made.items() if callable(make)}
+        return to_plain({name: value for name, value in given.items() if value is not dataclasses.MISSING})
 
     @classmethod
     def build(cls, values: object, path: str = "") -> Self:
@@ -177,7 +180,7 @@ class Schema(metaclass=_Checked):
         Raises `ConfigError` for an unknown, missing, ill-typed or out-of-range field, under its full name.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(path or cls.__name__, values, "must be a mapping of fields")
+            raise ConfigError(path or cls.__name__, values, f"must be {legal_of(json_schema(cls), {})}")
         return validated(cls, dict(values), path)
 
 
@@ -209,8 +212,7 @@ def problems(error: ValidationError, kind: Any, values: object, path: str = "") 
     found = error.errors(include_url=False)
     found.sort(key=lambda item: 0 if item["type"] in UNKNOWN else 1 if item["type"] in MISSING else 2)
     schema = json_schema(kind)
-    said = (_sentence(item, schema, values).under(path) for item in found)
-    return [ConfigError(item.name.strip("."), item.value, item.legal) for item in said]
+    return [_sentence(item, schema, values).under(path) for item in found]
 
 
 def _sentence(item: Any, schema: dict[str, Any], values: object) -> ConfigError:
@@ -235,13 +237,22 @@ def _walk(
     """Down from a node of the schema to `place`, or as far as there are fields: names, node and value there."""
     names: list[str] = []
     for part in place:
-        fields = _resolved(node, schema)
-        inner = fields.get("properties", {}).get(part, fields.get("additionalProperties"))
-        if not isinstance(inner, dict) or not isinstance(value, Mapping):
+        inner = _inner(node, schema, part)
+        if inner is None or not isinstance(value, Mapping):
             break
         names.append(str(part))
         node, value = inner, value.get(part)
     return names, _resolved(node, schema), value
+
+
+def _inner(node: dict[str, Any], schema: Mapping[str, Any], name: str | int) -> dict[str, Any] | None:
+    """The node of a mapping's field, or of its values where any name is legal; None where there are no fields."""
+    node = _resolved(node, schema)
+    for option in (node, *(_resolved(option, schema) for option in node.get("anyOf", ()))):
+        inner = option.get("properties", {}).get(name, option.get("additionalProperties"))
+        if isinstance(inner, dict):
+            return inner
+    return None
 
 
 def _resolved(node: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +265,7 @@ def legal_of(node: dict[str, Any], schema: Mapping[str, Any]) -> str:
     """What a node of a JSON schema allows, in words: "an integer in [1, 4096] or null"."""
     node = _resolved(node, schema)
     if "properties" in node:
-        return "a mapping of fields"
+        return f"a mapping of its fields: {', '.join(node['properties'])}"
     if "description" in node:
         return node["description"]
     if "anyOf" in node:

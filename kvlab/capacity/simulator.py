@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlab.capacity.workload import Request
+from kvlab.capacity.traces import Request
 from kvlab.engine.scheduler import Entry, Schedule, Scheduler, Work
 from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.ledger import Ledger
