@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
-from kvlab.schema import ConfigError, Schema, integer, nearest, reals, text, to_plain
+from kvlab.schema import ConfigError, Schema, choice, flag, integer, nearest, reals, text, to_plain
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -198,6 +200,19 @@ class Config(Schema):
     def label(self) -> str:
         """How people call this run: variant, task, seed."""
         return f"{self.mixer.name}/{self.task_name}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class GenerateConfig(Schema):
+    """How `kvlab generate` answers. `dtype` "stored" computes in the file's own; `draft` is the folder of a draft model; with
+    `stop_at_end` answers end at the checkpoint's own end tokens, too."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    memory: MemoryConfig = field(default_factory=lambda: MemoryConfig(chunk_len=256))
+    dtype: str = choice("stored", ("stored", "float32", "bfloat16"))
+    draft: str | None = text(None, legal="a folder", optional=True)
+    stop_at_end: bool = flag(True)
 
 
 def defaults() -> dict[str, Any]:

@@ -2,8 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any, Self
 
-from kvlab.schema import ConfigError, Schema, integer, nearest, text
+from pydantic import GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from kvlab.schema import ConfigError, Schema, integer, nearest, text, validated
 from pallas_kernels.selection import Device
 
 
@@ -48,37 +53,62 @@ CHIPS = {
 }
 
 
+def _parts(word: str) -> tuple[str, int]:
+    """ "h100x2" as ("h100", 2)."""
+    match = re.fullmatch(r"(\w+?)x([1-9]\d{0,4})", word)
+    return (match[1], int(match[2])) if match and word not in CHIPS else (word, 1)
+
+
+def _is_known(word: str) -> bool:
+    return word == "host" or _parts(word)[0] in CHIPS
+
+
 @dataclass(frozen=True)
 class HardwareConfig(Schema):
-    """The chips that `kvlab plan` and `kvlab capacity` fit against: "h100", "h100x2" for two; "host" is the machine it runs on."""
+    """The chips that `kvlab plan` and `kvlab capacity` fit against, written in one word: "h100", "h100x2" for two; "host" is the
+    machine it runs on. `num_chips` multiplies them."""
 
     name: str = text("host")
     num_chips: int = integer(1, 1, 1 << 16)
 
-    def cross_check(self) -> None:
-        if self.name != "host" and self._parts()[0] not in CHIPS:
-            raise ConfigError("name", self.name, nearest(self.name, ["host", *CHIPS]))
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, values: Any) -> Any:
+        if not isinstance(values, str):
+            return values
+        if not _is_known(values):
+            raise ConfigError("", values, nearest(values, ["host", *CHIPS]))
+        return {"name": values}
 
-    def _parts(self) -> tuple[str, int]:
-        match = re.fullmatch(r"(\w+?)x([1-9]\d{0,4})", self.name)
-        return (match[1], int(match[2])) if match and self.name not in CHIPS else (self.name, 1)
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [{"type": "string", "description": "chips such as h100x2"}, handler(core)]}
+
+    @classmethod
+    def build(cls, values: object, path: str = "") -> Self:
+        """From a word such as "h100x2", or from a mapping. Raises ConfigError."""
+        return validated(cls, values, path) if isinstance(values, str) else super().build(values, path)
+
+    def cross_check(self) -> None:
+        if not _is_known(self.name):
+            raise ConfigError("name", self.name, nearest(self.name, ["host", *CHIPS]))
 
     @property
     def total_chips(self) -> int:
         """Chips in all."""
-        return self._parts()[1] * self.num_chips
+        return _parts(self.name)[1] * self.num_chips
 
     @property
     def label(self) -> str:
         """How people write it: h100x2."""
-        return self._parts()[0] + (f"x{self.total_chips}" if self.total_chips > 1 else "")
+        return _parts(self.name)[0] + (f"x{self.total_chips}" if self.total_chips > 1 else "")
 
     @property
     def chip(self) -> Chip:
         """One of the chips. Raises ConfigError for the host, of which no datasheet is known."""
         if self.name == "host":
             raise ConfigError("hardware.name", self.name, nearest("host", CHIPS))
-        return CHIPS[self._parts()[0]]
+        return CHIPS[_parts(self.name)[0]]
 
     @property
     def bandwidth(self) -> float:

@@ -1,27 +1,54 @@
-"""Configuration fields that know their legal range, and the one builder that turns mappings into frozen dataclasses.
+"""Whatever comes from outside is checked by pydantic here, and every error is a sentence: field, value, what is legal.
 
-Every error is a `ConfigError`, a sentence of the form "field = value: what is legal", raised before anything is compiled
-or written. The same checks run when a config is built by hand in a notebook.
+Config sections are frozen dataclasses derived from `Schema`; their fields are made by `integer`, `real`, `choice` and so on,
+which put pydantic's types in the place of plain annotations. Every error is a `ConfigError`, raised before anything is
+compiled or written. The same checks run when a config is built by hand in a notebook. The legal range in a sentence is read
+from the JSON schema that editors complete YAML with, so both say the same.
 """
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Self, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+from annotated_types import Interval
+from pydantic import (
+    AllowInfNan,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+MAX_SHOWN = 200
+"""Characters of a value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, cut where it is long."""
+    words = repr(value)
+    return words if len(words) <= MAX_SHOWN else f"{words[:MAX_SHOWN]}..."
 
 
 class ConfigError(ValueError):
     """A wrong value in a configuration: names the field, the value and what would be legal."""
 
     def __init__(self, name: str, value: object, legal: str):
-        super().__init__(f"{name} = {value!r}: {legal}")
+        super().__init__(f"{name} = {shown(value)}: {legal}")
         self.name, self.value, self.legal = name, value, legal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.value, self.legal)
 
     def under(self, prefix: str) -> "ConfigError":
         """The same error seen from the parent section `prefix`."""
-        return ConfigError(f"{prefix}.{self.name}" if prefix else self.name, self.value, self.legal)
+        return ConfigError(".".join(filter(None, (prefix, self.name))), self.value, self.legal)
 
 
 def nearest(name: str, legal: Iterable[str]) -> str:
@@ -32,133 +59,119 @@ def nearest(name: str, legal: Iterable[str]) -> str:
     return f"{hint}legal: {', '.join(names)}"
 
 
-@dataclass(frozen=True)
-class Check:
-    """Parses one value or raises: `parse` returns the typed value, or None when `value` is illegal."""
-
-    legal: str
-    parse: Callable[[object], object | None]
-    optional: bool = False
-
-    def __call__(self, name: str, value: object) -> object:
-        if value is None and self.optional:
-            return None
-        parsed = None if value is None else self.parse(value)
-        if parsed is None:
-            raise ConfigError(name, value, f"must be {self.legal}{' or null' if self.optional else ''}")
-        return parsed
+# Types. A message reads the range from their JSON schema; a description there takes its place.
 
 
-def _as_int(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def integer_type(low: int, high: int) -> Any:
+    """An integer in [low, high]."""
+    return Annotated[int, Strict(), Interval(ge=low, le=high)]
 
 
-def _as_float(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
+def real_type(low: float, high: float, *, open_low: bool = False) -> Any:
+    """A finite number in [low, high], or (low, high] with `open_low`."""
+    bounds = Interval(gt=low, le=high) if open_low else Interval(ge=low, le=high)
+    return Annotated[float, Strict(), AllowInfNan(False), bounds]
 
 
-def _field(default: object, check: Check) -> Any:
-    if isinstance(default, list | tuple):
-        return field(default_factory=lambda: tuple(default), metadata={"check": check})
-    return field(default=default, metadata={"check": check})
+def text_type(legal: str | None = None) -> Any:
+    """A non-empty string; `legal` says in an error what it must be."""
+    return Annotated[str, Strict(), Field(min_length=1, description=legal)]
 
 
-def _integer_check(low: int, high: int, optional: bool = False) -> Check:
-    def parse(value: object) -> int | None:
-        number = _as_int(value)
-        return number if number is not None and low <= number <= high else None
-
-    return Check(f"an integer in [{low}, {high}]", parse, optional)
+def list_type(item: Any, min_len: int = 0) -> Any:
+    """A list of `item`, kept as a tuple."""
+    return Annotated[tuple[item, ...], Field(min_length=min_len)]
 
 
-def _real_check(low: float, high: float, *, open_low: bool = False, optional: bool = False) -> Check:
-    def parse(value: object) -> float | None:
-        number = _as_float(value)
-        inside = number is not None and (low < number if open_low else low <= number) and number <= high
-        return number if inside else None
+# Fields of sections.
 
-    return Check(f"a finite number in {'(' if open_low else '['}{low:g}, {high:g}]", parse, optional)
+
+def _field(default: object, kind: Any, optional: bool = False) -> Any:
+    return field(default=default, metadata={"type": kind | None if optional else kind})
 
 
 def integer(default: int | None, low: int = 1, high: int = 2**31 - 1, *, optional: bool = False) -> Any:
     """An integer field in [low, high]; `optional` also allows null."""
-    return _field(default, _integer_check(low, high, optional))
+    return _field(default, integer_type(low, high), optional)
 
 
 def real(default: float | None, low: float, high: float, *, open_low: bool = False, optional: bool = False) -> Any:
     """A finite number in [low, high], or (low, high] with `open_low`."""
-    return _field(default, _real_check(low, high, open_low=open_low, optional=optional))
+    return _field(None if default is None else float(default), real_type(low, high, open_low=open_low), optional)
 
 
 def flag(default: bool) -> Any:
     """true or false."""
-    return _field(default, Check("true or false", lambda v: v if isinstance(v, bool) else None))
+    return _field(default, Annotated[bool, Strict()])
 
 
 def choice(default: str, options: Iterable[str], *, auto: Callable[[], str] | None = None) -> Any:
     """One of the named options. With `auto` also that word, which becomes the option that is returned by it."""
     names = tuple(options)
-    legal = [*names, *(("auto",) if auto else ())]
-
-    def parse(value: object) -> object | None:
-        return auto() if auto and value == "auto" else value if value in names else None
-
-    return _field(default, Check(f"one of {', '.join(legal)}", parse))
-
-
-def text(default: str | None, *, legal: str = "a non-empty string", optional: bool = False) -> Any:
-    """A non-empty string."""
-    return _field(default, Check(legal, lambda v: v if isinstance(v, str) and v else None, optional))
+    kind: Any = Literal[names]
+    if auto is not None:
+        chosen = BeforeValidator(lambda value: auto() if value == "auto" else value)
+        kind = Annotated[kind, chosen, WithJsonSchema({"enum": [*names, "auto"], "type": "string"})]
+    return _field(default, kind)
 
 
-def _sequence(item: Check, default: Iterable[object], min_len: int) -> Any:
-    def parse(value: object) -> tuple[object, ...] | None:
-        if not isinstance(value, list | tuple) or len(value) < min_len:
-            return None
-        parsed = tuple(item.parse(one) for one in value)
-        return None if any(one is None for one in parsed) else parsed
-
-    return _field(
-        tuple(default), Check(f"a list{f' of at least {min_len}' if min_len else ''}, each {item.legal}", parse)
-    )
+def text(default: str | None, *, legal: str | None = None, optional: bool = False) -> Any:
+    """A non-empty string; `legal` says in an error what it must be."""
+    return _field(default, text_type(legal), optional)
 
 
 def reals(default: Iterable[float], low: float, high: float, *, open_low: bool = False, min_len: int = 0) -> Any:
     """A list of finite numbers, each in the range."""
-    return _sequence(_real_check(low, high, open_low=open_low), default, min_len)
+    return _field(tuple(map(float, default)), list_type(real_type(low, high, open_low=open_low), min_len))
 
 
 def integers(default: Iterable[int], low: int, high: int = 2**31 - 1, *, min_len: int = 0) -> Any:
     """A list of integers, each in [low, high]."""
-    return _sequence(_integer_check(low, high), default, min_len)
+    return _field(tuple(default), list_type(integer_type(low, high), min_len))
 
 
 def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     """A list of non-empty strings."""
-    item = Check("a non-empty string", lambda v: v if isinstance(v, str) and v else None)
-    return _sequence(item, default, min_len)
+    return _field(tuple(default), list_type(text_type(), min_len))
+
+
+class _Checked(type):
+    """Making a section by hand validates its arguments as building it from a mapping does."""
+
+    def __call__[T](cls: type[T], *args: object, **kwargs: object) -> T:
+        names = [item.name for item in dataclasses.fields(cast(Any, cls)) if item.init]
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or given.keys() & kwargs.keys():
+            raise TypeError(f"{cls.__name__} takes each of its fields once: {', '.join(names)}")
+        return validated(cls, given | kwargs)
 
 
 @dataclass(frozen=True)
-class Schema:
-    """Base of every config section: a frozen dataclass whose fields are checked when it is made."""
+class Schema(metaclass=_Checked):
+    """Base of every config section: a frozen dataclass that pydantic validates whenever one is made."""
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            check = item.metadata.get("check")
-            if check is not None:
-                object.__setattr__(self, item.name, check(item.name, getattr(self, item.name)))
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", validate_default=True)
+
+    def __init_subclass__(cls) -> None:
+        for name, declared in list(vars(cls).items()):
+            if isinstance(declared, dataclasses.Field) and "type" in declared.metadata:
+                cls.__annotations__[name] = declared.metadata["type"]
+
+    @model_validator(mode="after")
+    def _cross_checked(self) -> Self:
         self.cross_check()
+        return self
 
     def cross_check(self) -> None:
         """Rules between fields of this section; raises `ConfigError`."""
 
     @classmethod
     def defaults(cls) -> dict[str, object]:
-        """The section's default values as plain YAML-able data."""
-        return to_plain(cls())
+        """The default of every field that has one, as plain YAML-able data."""
+        made = {item.name: item.default_factory for item in dataclasses.fields(cls)}
+        given = {item.name: item.default for item in dataclasses.fields(cls) if made[item.name] is dataclasses.MISSING}
+        given |= {name: make() for name, make in made.items() if callable(make)}
+        return to_plain({name: value for name, value in given.items() if value is not dataclasses.MISSING})
 
     @classmethod
     def build(cls, values: object, path: str = "") -> Self:
@@ -167,21 +180,117 @@ class Schema:
         Raises `ConfigError` for an unknown, missing, ill-typed or out-of-range field, under its full name.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(path or cls.__name__, values, "must be a mapping of fields")
-        given = cast(Mapping[str, object], values)
-        legal = {item.name: item for item in dataclasses.fields(cls) if item.init}
-        for name in given:
-            if name not in legal:
-                unknown = ConfigError(str(name), given[name], f"no such field; {nearest(str(name), legal)}")
-                raise unknown.under(path)
-        for name, item in legal.items():
-            if name not in given and item.default is MISSING and item.default_factory is MISSING:
-                raise ConfigError(name, None, "is missing and has no default").under(path)
-        try:
-            checks = {name: legal[name].metadata.get("check") for name in given}
-            return cls(**{name: check(name, given[name]) if check else given[name] for name, check in checks.items()})
-        except ConfigError as error:
-            raise error.under(path) from None
+            raise ConfigError(path or cls.__name__, values, f"must be {legal_of(json_schema(cls), {})}")
+        return validated(cls, dict(values), path)
+
+
+def validated[T](kind: type[T], values: object, path: str = "") -> T:
+    """`values` as the type `kind`, whatever pydantic can check. Raises the first `ConfigError`, named under `path`."""
+    try:
+        return adapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise problems(error, kind, values, path)[0] from None
+
+
+@cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Pydantic's validator of a type, made when it is first needed."""
+    return TypeAdapter(kind)
+
+
+def json_schema(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a type, as editors and messages read it."""
+    return adapter(kind).json_schema()
+
+
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")
+MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
+
+
+def problems(error: ValidationError, kind: Any, values: object, path: str = "") -> list[ConfigError]:
+    """Everything that pydantic found wrong with `values`, as sentences: unknown fields first, then missing ones."""
+    found = error.errors(include_url=False)
+    found.sort(key=lambda item: 0 if item["type"] in UNKNOWN else 1 if item["type"] in MISSING else 2)
+    schema = json_schema(kind)
+    return [_sentence(item, schema, values).under(path) for item in found]
+
+
+def _sentence(item: Any, schema: dict[str, Any], values: object) -> ConfigError:
+    """One of pydantic's errors. A list is answered as a whole, a union too."""
+    reason = item.get("ctx", {}).get("error")
+    place = [str(part) for part in item["loc"]]
+    if isinstance(reason, ConfigError):
+        return reason.under(".".join(place))
+    if item["type"] in UNKNOWN:
+        parent, _ = _walk(schema, schema, values, item["loc"][:-1])[1:]
+        legal = f"no such field; {nearest(place[-1], parent.get('properties', {}))}"
+        return ConfigError(".".join(place), item["input"], legal)
+    if item["type"] in MISSING:
+        return ConfigError(".".join(place), None, "is missing and has no default")
+    names, node, value = _walk(schema, schema, values, item["loc"])
+    return ConfigError(".".join(names), value, str(reason) if reason else f"must be {legal_of(node, schema)}")
+
+
+def _walk(
+    schema: Mapping[str, Any], node: dict[str, Any], value: Any, place: Sequence[str | int]
+) -> tuple[list[str], dict[str, Any], Any]:
+    """Down from a node of the schema to `place`, or as far as there are fields: names, node and value there."""
+    names: list[str] = []
+    for part in place:
+        inner = _inner(node, schema, part)
+        if inner is None or not isinstance(value, Mapping):
+            break
+        names.append(str(part))
+        node, value = inner, value.get(part)
+    return names, _resolved(node, schema), value
+
+
+def _inner(node: dict[str, Any], schema: Mapping[str, Any], name: str | int) -> dict[str, Any] | None:
+    """The node of a mapping's field, or of its values where any name is legal; None where there are no fields."""
+    node = _resolved(node, schema)
+    for option in (node, *(_resolved(option, schema) for option in node.get("anyOf", ()))):
+        inner = option.get("properties", {}).get(name, option.get("additionalProperties"))
+        if isinstance(inner, dict):
+            return inner
+    return None
+
+
+def _resolved(node: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return node
+
+
+def legal_of(node: dict[str, Any], schema: Mapping[str, Any]) -> str:
+    """What a node of a JSON schema allows, in words: "an integer in [1, 4096] or null"."""
+    node = _resolved(node, schema)
+    if "properties" in node:
+        return f"a mapping of its fields: {', '.join(node['properties'])}"
+    if "description" in node:
+        return node["description"]
+    if "anyOf" in node:
+        return " or ".join(legal_of(option, schema) for option in node["anyOf"])
+    if "enum" in node or "const" in node:
+        return f"one of {', '.join(map(str, node.get('enum', [node.get('const')])))}"
+    kind = node.get("type")
+    if kind in ("integer", "number"):
+        return _range(node)
+    if kind == "array":
+        least = f" of at least {node['minItems']}" if node.get("minItems") else ""
+        return f"a list{least}, each {legal_of(node.get('items', {}), schema)}"
+    words = {"boolean": "true or false", "null": "null", "object": "a mapping"}
+    return words.get(str(kind), "a non-empty string" if node.get("minLength") else "a string")
+
+
+def _range(node: Mapping[str, Any]) -> str:
+    whole = node["type"] == "integer"
+    low = node.get("minimum", node.get("exclusiveMinimum"))
+    high = node.get("maximum", node.get("exclusiveMaximum"))
+    noun = "an integer" if whole else "a finite number"
+    if low is None or high is None:
+        return noun if low is None else f"{noun} of at least {low}"
+    ends = (f"{low}", f"{high}") if whole else (f"{low:g}", f"{high:g}")
+    return f"{noun} in {'(' if 'exclusiveMinimum' in node else '['}{', '.join(ends)}]"
 
 
 def to_plain(value: object) -> Any:
@@ -189,7 +298,7 @@ def to_plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(one) for key, one in value.items()}
+        return {str(key): to_plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(one) for one in value]
+        return [to_plain(inner) for inner in value]
     return value

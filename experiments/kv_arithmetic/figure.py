@@ -13,8 +13,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from kvlab.capacity.estimate import intensity
 from kvlab.capacity.presets import Preset
+from kvlab.capacity.roofline import intensity
 from kvlab.compose import compose_capacity
 from kvlab.hardware import CHIPS
 from kvlab.lab.claims import Claim, verdict

@@ -3,8 +3,8 @@
 # Bytes from the specs that the ledger allocates by, not from a formula beside them.
 
 # %%
-from kvlab.capacity.estimate import intensity
 from kvlab.capacity.report import both_units
+from kvlab.capacity.roofline import intensity
 from kvlab.hardware import CHIPS
 from kvlab.lab.experiments import load_figure
 

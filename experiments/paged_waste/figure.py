@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from kvlab.capacity.simulator import Outcome, Simulator
-from kvlab.capacity.workload import Request, WorkloadConfig, requests
+from kvlab.capacity.traces import Request
+from kvlab.capacity.workload import WorkloadConfig, requests
 from kvlab.engine.scheduler import Schedule
 from kvlab.lab.claims import Claim, verdict
 from kvlab.ledger.classes import StateClass

@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from kvlab.capacity.workload import Request, WorkloadConfig, requests
+from kvlab.capacity.traces import Request
+from kvlab.capacity.workload import WorkloadConfig, requests
 from kvlab.lab.claims import Claim, verdict
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger

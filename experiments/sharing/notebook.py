@@ -26,7 +26,7 @@ print(
 # %%
 import numpy as np
 
-from kvlab.capacity.workload import Request
+from kvlab.capacity.traces import Request
 
 request = Request(0.0, prompt_len=50, output_len=60)
 for width in sharing.WIDTHS:

@@ -1,9 +1,10 @@
-"""Published models as their states and sizes: what capacity is computed from. One YAML each in `configs/model`."""
+"""Published models as their states and sizes: what capacity is computed from. One YAML each in `configs/capacity/model`."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Annotated, cast
+
+from pydantic import Field
 
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
@@ -104,21 +105,9 @@ class Preset(Schema):
     experts_per_token: int = integer(1, 1, 65536)
     weight_dtype: str = choice("bfloat16", WEIGHT_BYTES)
     variant: str = choice("published", VARIANTS)
-    layers: tuple[LayerGroup, ...] = ()
-
-    @classmethod
-    def build(cls, values: object, path: str = "") -> "Preset":
-        """From a mapping whose `layers` are named groups. Raises ConfigError with the full name of the field."""
-        if not isinstance(values, Mapping):
-            raise ConfigError(path or "model", values, "must be a mapping")
-        fields = dict(cast(Mapping[str, object], values))
-        groups = fields.pop("layers", None)
-        if not isinstance(groups, Mapping) or not groups:
-            legal = "must be a mapping of layer groups; kvlab capacity takes presets such as model=llama3-70b"
-            raise ConfigError(f"{path}.layers" if path else "layers", groups, legal)
-        named = cast(Mapping[str, object], groups)
-        layers = tuple(LayerGroup.build(one, f"{path}.layers.{name}") for name, one in named.items())
-        return replace(super().build(fields, path), layers=layers)
+    layers: dict[str, LayerGroup] = field(
+        kw_only=True, metadata={"type": Annotated[dict[str, LayerGroup], Field(min_length=1)]}
+    )
 
     def cross_check(self) -> None:
         if self.experts_per_token > self.num_experts:
@@ -130,7 +119,7 @@ class Preset(Schema):
     @property
     def num_layers(self) -> int:
         """Layers that hold a state."""
-        return sum(group.count for group in self.layers)
+        return sum(group.count for group in self.layers.values())
 
     @property
     def weight_bytes(self) -> int:
@@ -148,7 +137,7 @@ class Preset(Schema):
 
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layers under `variant`."""
-        return tuple(_varied(group, self.variant) for group in self.layers)
+        return tuple(_varied(group, self.variant) for group in self.layers.values())
 
     def specs(self, dtype: str) -> dict[State, int]:
         """Every distinct state with its number of layers."""

@@ -6,7 +6,8 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from kvlab.capacity.estimate import Answer, CapacityConfig
+from kvlab.capacity.config import CapacityConfig
+from kvlab.capacity.estimate import Answer
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlab.capacity.workload import Request
+from kvlab.capacity.traces import Request
 from kvlab.engine.entries import Entry, Work
 from kvlab.engine.scheduler import Schedule, Scheduler
 from kvlab.ledger.accounting import PARTS

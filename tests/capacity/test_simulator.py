@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvlab.capacity.simulator import Simulator
-from kvlab.capacity.workload import Request
+from kvlab.capacity.traces import Request
 from kvlab.engine.scheduler import Schedule
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from kvlab.capacity.workload import WorkloadConfig, read_trace, requests
+from kvlab.capacity.traces import read_trace
+from kvlab.capacity.workload import WorkloadConfig, requests
 from kvlab.compose import compose_capacity
 from kvlab.schema import ConfigError
 
@@ -109,7 +110,7 @@ def test_a_trace_takes_the_arrivals_asked_for(tmp_path):
         (
             "a.jsonl",
             json.dumps({"timestamp": 1, "input_length": 6, "output_length": 3, "hash_ids": [-1]}),
-            "hash_ids = -1",
+            r"hash_ids = \[-1\]: must be a list, each an integer in \[0",
         ),
         ("a.jsonl", "\x00\x01", "must be JSON"),
         ("a.jsonl", "[" * 100_000, "must be JSON"),

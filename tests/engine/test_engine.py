@@ -135,13 +135,15 @@ def test_a_rejected_draft_leaves_recurrent_states_bit_for_bit():
     (sample,) = engine.scheduler.running
     slot = lambda: [h.pages[0] for h in engine.ledger.running[sample.name].holdings]  # noqa: E731
     before = [
-        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
+        {k: np.asarray(v[s]) for k, v in pool.items()}
+        for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
     ]
     engine.step()
     assert engine.stats.drafted_tokens == 3
     assert engine.stats.accepted_tokens == 0
     after = [
-        {k: np.asarray(v[s]) for k, v in pool.items()} for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
+        {k: np.asarray(v[s]) for k, v in pool.items()}
+        for s, pool in zip(slot(), engine.runner.pools[0].values(), strict=True)
     ]
     for old, new in zip(before, after, strict=True):
         for name in old:
