@@ -15,6 +15,7 @@ from kvlab.schema import ConfigError, nearest
 
 if TYPE_CHECKING:
     from kvlab.config import Config
+    from kvlab.lab.record import AnyRecord
 
 USAGE = """usage: kvlab <command> [...]
 
@@ -111,8 +112,7 @@ def _execute(config: "Config") -> str:
     if status == "failed":
         from kvlab.lab.runs import Run
 
-        record = Run(config).record or {}
-        reason = f": {record.get('reason')}"
+        reason = f": {getattr(Run(config).record, 'reason', None)}"
     print(f"{config.label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
     return status
 
@@ -370,12 +370,13 @@ def _sweep_summary(configs: list["Config"]) -> str:
 def _print_runs(configs: list["Config"]) -> None:
     from kvlab.lab.runs import Run
 
-    records = [{**record, "directory": str(config.run_dir)} for config in configs if (record := Run(config).record)]
+    records = [record for config in configs if (record := Run(config).record)]
     if records:
         _print_records(records)
 
 
-def _print_records(records: list[dict[str, Any]]) -> None:
+def _print_records(records: "list[AnyRecord]") -> None:
+    from kvlab.lab.record import Unfinished
     from kvlab.lab.results import points
     from kvlab.units import human_bytes
 
@@ -385,13 +386,17 @@ def _print_records(records: list[dict[str, Any]]) -> None:
         sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
         interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
         cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
-        speeds = (str(point.context_len), f"{point.train_step_ms:.1f}", f"{point.decode_tokens_per_s:,.0f}")
+        speeds = (
+            str(point.context_len),
+            f"{point.speeds['train_step_ms']:.1f}",
+            f"{point.speeds['decode_tokens_per_s']:,.0f}",
+        )
         table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds)
     console = _console()
     if table.row_count:
         console.print(table)
     for record in records:
-        if record["status"] != "done":
-            name = record["config"]["mixer"]["name"]
-            line = f"{record['status']}: {name} seed {record['seed']} [{record['run_id']}] {record.get('reason')}"
+        if isinstance(record, Unfinished):
+            name = record.config["mixer"]["name"]
+            line = f"{record.status}: {name} seed {record.seed} [{record.run_id}] {record.reason}"
             console.print(line, markup=False)

@@ -32,6 +32,8 @@ from kvlab.weights.section import WeightsConfig, with_pretrained
 SCHEMA_VERSION = 1
 NOT_IDENTITY = ("hardware", "results_dir")
 """Sections that say where a run happens, not what it is."""
+TRAINING = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
+"""Sections that determine the trained parameters; the others choose how these are evaluated."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,25 @@ class Config(Schema):
 
         Raises ConfigError when the task's data cannot be read or are too short.
         """
-        identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
+        return self._digest({name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY})
+
+    @property
+    def training_half(self) -> dict[str, Any]:
+        """What determines the trained parameters, as plain data: runs that agree in it share one training.
+
+        `validation_batch_size` is `measure.batch_size`: validation is summed in batches of that size.
+        """
+        half = {name: value for name, value in self.as_dict().items() if name in TRAINING}
+        evaluated_only = TASKS[self.task_name].evaluation_fields
+        half["task"] = {name: value for name, value in half["task"].items() if name not in evaluated_only}
+        return {**half, "validation_batch_size": self.measure.batch_size}
+
+    @property
+    def training_id(self) -> str:
+        """Ten hex digits of the SHA-256 of `training_half` and of data from outside. Raises as `run_id` does."""
+        return self._digest(self.training_half)
+
+    def _digest(self, identity: dict[str, Any]) -> str:
         if data := self.make_task().fingerprint():
             identity["data"] = data
         if self.weights.path is not None:
@@ -195,6 +215,11 @@ class Config(Schema):
     def run_dir(self) -> Path:
         """Where the run lives: results_dir / experiment / run_id."""
         return Path(self.results_dir) / self.experiment / self.run_id
+
+    @property
+    def training_dir(self) -> Path:
+        """Where the parameters are trained and kept: results_dir / experiment / trained / training_id."""
+        return Path(self.results_dir) / self.experiment / "trained" / self.training_id
 
     @property
     def label(self) -> str:

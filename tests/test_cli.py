@@ -93,7 +93,7 @@ def test_sweeps_through_every_local_launcher(launcher, tmp_path):
     first = kvlab(*arguments)
     assert first.returncode == 0, first.stderr
     assert "2 runs: 2 to run" in first.stderr
-    assert sorted(r["config"]["mixer"]["name"] for r in read_records(tmp_path)) == ["mha", "mqa"]
+    assert sorted(r.config["mixer"]["name"] for r in read_records(tmp_path)) == ["mha", "mqa"]
     again = kvlab(*arguments)
     assert "2 runs: 2 done already" in again.stderr
     assert again.stderr.count("skipped") >= (2 if launcher == "joblib" else 0)
@@ -113,7 +113,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path):
     arguments += ["optimizer.weight_decay=10", "model.dtype=bfloat16", "train.num_steps=100", "train.eval_every=100"]
     done = kvlab("run", *arguments, "optimizer.learning_rate=10,0.001", f"results_dir={tmp_path}")
     assert done.returncode == 1, done.stderr
-    assert sorted(record["status"] for record in read_records(tmp_path)) == ["done", "failed"]
+    assert sorted(record.status for record in read_records(tmp_path)) == ["done", "failed"]
     assert "failed: mha seed 0" in done.stdout
     assert "is not finite" in done.stdout
 

@@ -1,7 +1,8 @@
 """What a model really holds and how fast it decodes: bytes from the ledger, the arrays and the compiler; never a formula."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
 from kvlab.ledger.accounting import Account
+from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
 from kvlab.typing import Params
@@ -28,33 +30,115 @@ class MeasureConfig(Schema):
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What was seen while every sequence was filled: the ledger's accounts, the compiled decode step, seconds of one decode
+    step, and milliseconds of a training step, which was timed before."""
+
+    layout: MemoryLayout
+    accounts: tuple[Account, ...]
+    compiled: Any
+    decode_s: float
+    train_step_ms: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a sequence; with
+    `column`, its heading in tables."""
+
+    take: Callable[[Observed], Any]
+    axis: str = ""
+    column: str = ""
+
+
+def measured(take: Callable[[Observed], Any], *, axis: str = "", column: str = "") -> Any:
+    """A field of a report, with the measure that fills it: adding a measure is adding one such row."""
+    return field(metadata={"measure": Measure(take, axis, column)})
+
+
+def measures(report: type) -> dict[str, Measure]:
+    """The rows of a report by name."""
+    return {item.name: item.metadata["measure"] for item in fields(report)}
+
+
+def take_all[Report](report: type[Report], seen: Observed) -> Report:
+    """A report with every measure taken."""
+    return report(**{name: measure.take(seen) for name, measure in measures(report).items()})
+
+
+def _temp_bytes(seen: Observed) -> int:
+    return seen.compiled.memory_analysis().temp_size_in_bytes
+
+
+def _peak_bytes(seen: Observed) -> int:
+    analysis = seen.compiled.memory_analysis()
+    resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return resident + analysis.temp_size_in_bytes
+
+
+def _device_peak_bytes(seen: Observed) -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
+    """Bytes of every (layer, state): a class's account is shared equally by its layers, whose arrays are alike."""
+    rows = []
+    for layer, states in enumerate(seen.layout.states):
+        for name, index in states.items():
+            share, account = seen.layout.classes[index].num_layers, seen.accounts[index]
+            sizes = {"logical": account.live, "allocated": account.allocated, "pool": account.pool}
+            rows.append({"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()})
+    return tuple(rows)
+
+
+@dataclass(frozen=True)
 class MemoryReport:
     """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
 
     logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: all that
     a decode step needs at once (weights, pools, plan, outputs, temporaries). `device_peak_bytes` is the device's own
-    high-water mark of this process, training included, where it reports one. `pool_bytes` is the arrays' size, which
-    includes free pages and the null page.
+    high-water mark of this process, a training in it included, where the device reports one. `pool_bytes` is the arrays'
+    size, which includes free pages and the null page.
     """
 
-    logical_bytes: int
-    allocated_bytes: int
-    temp_bytes: int
-    peak_bytes: int
-    device_peak_bytes: int | None
-    pool_bytes: int
-    context_len: int
-    batch_size: int
-    layers: list[dict[str, Any]]
-    accounts: list[dict[str, int | str]]
+    logical_bytes: int = measured(
+        lambda seen: sum(account.live for account in seen.accounts),
+        axis="logical bytes per sequence (live tokens and states)",
+    )
+    allocated_bytes: int = measured(
+        lambda seen: sum(account.allocated for account in seen.accounts),
+        axis="allocated bytes per sequence (pages held)",
+    )
+    temp_bytes: int = measured(_temp_bytes, axis="temporary bytes of a decode step, per sequence")
+    peak_bytes: int = measured(
+        _peak_bytes, axis="peak bytes of a decode step, weights included, divided by its sequences"
+    )
+    device_peak_bytes: int | None = measured(_device_peak_bytes)
+    pool_bytes: int = measured(lambda seen: seen.layout.pool_bytes)
+    context_len: int = measured(lambda seen: seen.layout.max_len)
+    batch_size: int = measured(lambda seen: seen.layout.max_sequences)
+    layers: tuple[dict[str, Any], ...] = measured(_layers)
+    accounts: tuple[dict[str, int | str], ...] = measured(
+        lambda seen: tuple(account.as_dict() for account in seen.accounts)
+    )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for a record."""
-        return asdict(self)
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """How fast: one training step, and tokens a second that the whole batch decodes."""
+
+    train_step_ms: float = measured(lambda seen: seen.train_step_ms, column="step ms")
+    decode_tokens_per_s: float = measured(lambda seen: seen.layout.max_sequences / seen.decode_s, column="decode tok/s")
 
 
-def measure(step: MemoryStep, params: Params, vocab_size: int, decode_steps: int) -> tuple[MemoryReport, float]:
-    """Fills every sequence up to layout.max_len, decoding the last `decode_steps` tokens; returns the report and tokens/s.
+AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
+"""The memory that figures may have as their axis: every number of a record, and how people call it."""
+
+
+def measure(
+    step: MemoryStep, params: Params, vocab_size: int, decode_steps: int, *, train_step_ms: float = 0.0
+) -> tuple[MemoryReport, SpeedReport]:
+    """Fills every sequence up to layout.max_len, decoding and timing the last `decode_steps` tokens, and takes all measures.
 
     Raises AssertionError if the arrays' bytes differ from the stated ones: a wrong axis must not be plotted.
     """
@@ -74,41 +158,7 @@ def measure(step: MemoryStep, params: Params, vocab_size: int, decode_steps: int
         jax.block_until_ready(session.advance({row: tokens[row, place : place + 1] for row in rows}, 1))
         times.append(time.perf_counter() - began)
     session.ledger.check()
-    accounts = session.ledger.audit()
-    analysis = compiled.memory_analysis()
-    stats = jax.local_devices()[0].memory_stats() or {}
-    resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    report = MemoryReport(
-        logical_bytes=sum(one.live for one in accounts),
-        allocated_bytes=sum(one.allocated for one in accounts),
-        temp_bytes=analysis.temp_size_in_bytes,
-        peak_bytes=resident + analysis.temp_size_in_bytes,
-        device_peak_bytes=stats.get("peak_bytes_in_use"),
-        pool_bytes=layout.pool_bytes,
-        context_len=num_tokens,
-        batch_size=layout.max_sequences,
-        layers=_layers(step, accounts),
-        accounts=[one.as_dict() for one in accounts],
-    )
     # The first timed step may have compiled.
-    seconds = float(np.median(times[1:] or times))
-    return report, len(rows) / seconds
-
-
-def _layers(step: MemoryStep, accounts: tuple[Account, ...]) -> list[dict[str, Any]]:
-    """Bytes of every (layer, state): a class's account is shared equally by its layers, whose arrays are alike."""
-    rows = []
-    for layer, states in enumerate(step.layout.states):
-        for name, index in states.items():
-            share = step.layout.classes[index].num_layers
-            account = accounts[index]
-            rows.append(
-                {
-                    "layer": layer,
-                    "state": name,
-                    "logical_bytes": account.live // share,
-                    "allocated_bytes": account.allocated // share,
-                    "pool_bytes": account.pool // share,
-                }
-            )
-    return rows
+    decode_s = float(np.median(times[1:] or times))
+    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms)
+    return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

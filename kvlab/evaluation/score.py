@@ -1,6 +1,5 @@
 """Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
 
-import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -14,25 +13,16 @@ from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task
+from kvlab.tasks.metrics import Sums
 from kvlab.training.step import score, weighted_nll
 from kvlab.typing import Params
 
 
-@dataclass(frozen=True)
-class SliceScore:
-    """Sums over one slice; `metric` turns them into the task's number."""
+@dataclass(frozen=True, kw_only=True)
+class SliceScore(Sums):
+    """The sums of one slice."""
 
     name: str
-    nll: float
-    correct: float
-    weight: float
-
-    def metric(self, task: Task) -> float:
-        """Accuracy, or from nats bits per byte or perplexity."""
-        if task.metric == "accuracy":
-            return self.correct / self.weight
-        nats = self.nll / self.weight
-        return math.exp(min(nats, 700.0)) if task.metric == "perplexity" else nats / math.log(2)
 
 
 class Scorer:
@@ -53,7 +43,7 @@ class Scorer:
                 batch = self._batch(split, one, index)
                 nll, correct = self._parallel(params, batch)
                 total += [float(nll.sum()), float(correct.sum()), float(batch.weights.sum())]
-            scores.append(SliceScore(one.name, *total.tolist()))
+            scores.append(_slice_score(one, total))
         return tuple(scores)
 
     def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:
@@ -65,7 +55,7 @@ class Scorer:
             for index in range(0, one.num_examples, self.batch_size):
                 total += self._score_batch(session, self._batch(split, one, index), one)
                 session.release_all()
-            scores.append(SliceScore(one.name, *total.tolist()))
+            scores.append(_slice_score(one, total))
         return tuple(scores)
 
     def _score_batch(self, session: Session, batch: Batch, one: EvalSlice) -> np.ndarray:
@@ -105,6 +95,6 @@ class Scorer:
         return self._batches[place]
 
 
-def mean_metric(scores: tuple[SliceScore, ...], task: Task) -> float:
-    """The task's number: the plain mean over slices, as the papers average."""
-    return float(np.mean([one.metric(task) for one in scores]))
+def _slice_score(one: EvalSlice, total: np.ndarray) -> SliceScore:
+    nll, correct, weight = total.tolist()
+    return SliceScore(name=one.name, nll=nll, correct=correct, weight=weight)

@@ -110,3 +110,11 @@ def explain_out_of_memory(config: Config) -> str:
         "model.model_dim": f"model.model_dim={max(1, config.model.model_dim // 2)}",
     }[field]
     return f"the largest part is {name}, {human_bytes(size)}; {change} would save about {human_bytes(size / 2)}"
+
+
+def explain_failure(config: Config, error: Exception) -> str:
+    """The reason that a record gives for an error; for exhausted memory also the culprit and a remedy."""
+    reason = f"{type(error).__name__}: {error}"
+    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+        return f"out of memory: {explain_out_of_memory(config)} ({reason.splitlines()[0]})"
+    return reason

@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from kvlab.evaluation.measure import AXES
 from kvlab.lab.results import Point, non_dominated
+from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
 COLOURS = {
@@ -28,13 +30,6 @@ COLOURS = {
     "hybrid": "#d55e00",
 }
 OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
-METRIC_NAMES = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "perplexity": "perplexity"}
-AXIS_NAMES = {
-    "logical_bytes": "logical bytes per sequence (live tokens and states)",
-    "allocated_bytes": "allocated bytes per sequence (pages held)",
-    "temp_bytes": "temporary bytes of a decode step, per sequence",
-    "peak_bytes": "peak bytes of a decode step, weights included, divided by its sequences",
-}
 
 
 def colour(variant: str) -> str:
@@ -82,13 +77,13 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
     first = members[0]
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
-    panel.set_xlabel(AXIS_NAMES[axis] + f"\nat {first.context_len} tokens")
-    panel.set_ylabel(METRIC_NAMES.get(first.metric, first.metric))
+    panel.set_xlabel(AXES[axis] + f"\nat {first.context_len} tokens")
+    panel.set_ylabel(metric_label(first.metric))
     if first.higher_is_better:
         panel.set_ylim(-0.03, 1.05)
     else:
         panel.set_ylim(1.15 * max(point.high for point in members), 0)
-    panel.set_title(f"{task}: {METRIC_NAMES.get(first.metric, first.metric)} against memory")
+    panel.set_title(f"{task}: {metric_label(first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8, loc="lower right" if first.higher_is_better else "upper right", framealpha=0.9)
 

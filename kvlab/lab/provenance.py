@@ -5,30 +5,31 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import jax
+
+from kvlab.lab.record import Provenance
 
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
 
 
-def provenance() -> dict[str, Any]:
-    """Everything but the config and the implementations that a run takes, as plain data."""
+def provenance() -> Provenance:
+    """Everything but the config and the implementations that a run takes, as of now."""
     commit, dirty = _git()
     device = jax.devices()[0]
-    return {
-        "git_commit": commit,
-        "git_dirty": dirty,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "device": {
+    return Provenance(
+        git_commit=commit,
+        git_dirty=dirty,
+        versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        device={
             "platform": device.platform,
             "kind": device.device_kind,
             "count": jax.device_count(),
             "host": platform.machine(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+    )
 
 
 def _version(package: str) -> str | None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from kvlab.evaluation.measure import AXES, SpeedReport, measures
 from kvlab.files import write_atomic
-from kvlab.lab.plots import AXIS_NAMES, METRIC_NAMES, by_task, colour, draw_frontier, draw_needle
-from kvlab.lab.results import MEMORY_AXES, Point, non_dominated, points, read_metrics, read_records
+from kvlab.lab.plots import by_task, colour, draw_frontier, draw_needle
+from kvlab.lab.record import AnyRecord, Done, Unfinished
+from kvlab.lab.results import Point, non_dominated, points, read_metrics, read_records
+from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
 MAX_CURVE_POINTS = 200
@@ -28,7 +31,7 @@ def write_report(results: Path, output: Path) -> list[Path]:
     records = read_records(results)
     found = points(records)
     output.mkdir(parents=True, exist_ok=True)
-    title = ", ".join(sorted({record["experiment"] for record in records}))
+    title = ", ".join(sorted({record.experiment for record in records}))
     written = []
     if found:
         pictures = [output / "frontier.png", output / "frontier.pdf"]
@@ -53,21 +56,21 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
     for point in found:
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"low": point.low, "high": point.high, "num_seeds": point.num_seeds, "context_len": point.context_len}
-        row |= {f"{axis}_per_sequence": point.bytes_per_sequence[axis] for axis in MEMORY_AXES}
+        row |= {f"{axis}_per_sequence": point.bytes_per_sequence[axis] for axis in AXES}
         row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
-        row |= {"train_step_ms": point.train_step_ms, "decode_tokens_per_s": point.decode_tokens_per_s}
+        row |= point.speeds
         row |= {"learning_rates": " ".join(f"{rate:g}" for rate in point.learning_rates)}
         row |= {f"slice {name}": value for name, value in point.slices.items()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def render_page(title: str, records: list[dict[str, Any]], found: list[Point], heat_map: bytes | None = None) -> str:
+def render_page(title: str, records: list[AnyRecord], found: list[Point], heat_map: bytes | None = None) -> str:
     """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
     from plotly.offline import get_plotlyjs  # only pages need it: runs do without
 
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
-    failed = [record for record in records if record["status"] != "done"]
+    failed = [record for record in records if isinstance(record, Unfinished)]
     tasks = by_task(found)
     summary = f"{len(records)} runs, {len(records) - len(failed)} done, {len(failed)} not; {len(found)} points."
     charts = "".join(
@@ -87,7 +90,7 @@ def render_page(title: str, records: list[dict[str, Any]], found: list[Point], h
         charts=charts,
         axis_options="".join(
             f'<option value="{axis}"{" selected" if axis == "allocated_bytes" else ""}>{html.escape(name)}</option>'
-            for axis, name in AXIS_NAMES.items()
+            for axis, name in AXES.items()
         ),
         table=_table(_point_rows(found), "points", sortable=True),
         failed=_table([_failed_row(record) for record in failed], "failed") if failed else "<p>None.</p>",
@@ -102,9 +105,9 @@ def _script_json(value: Any) -> str:
     return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _page_data(records: list[dict[str, Any]], tasks: dict[str, list[Point]]) -> dict[str, Any]:
+def _page_data(records: list[AnyRecord], tasks: dict[str, list[Point]]) -> dict[str, Any]:
     return {
-        "axes": AXIS_NAMES,
+        "axes": AXES,
         "tasks": [_task_data(task, members) for task, members in tasks.items()],
         "curves": [curve for record in records if (curve := _curve(record))],
         "layers": [
@@ -123,11 +126,11 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
     first = members[0]
     return {
         "task": html.escape(task),
-        "metric": METRIC_NAMES.get(first.metric, html.escape(first.metric)),
+        "metric": html.escape(metric_label(first.metric)),
         "higher_is_better": first.higher_is_better,
         "context_len": first.context_len,
         "frontiers": {
-            axis: [[p.bytes_per_sequence[axis], p.value] for p in non_dominated(members, axis)] for axis in MEMORY_AXES
+            axis: [[p.bytes_per_sequence[axis], p.value] for p in non_dominated(members, axis)] for axis in AXES
         },
         "points": [
             {
@@ -144,18 +147,17 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
     }
 
 
-def _curve(record: dict[str, Any]) -> dict[str, Any] | None:
+def _curve(record: AnyRecord) -> dict[str, Any] | None:
     """Loss over steps of a run's chosen trial (of all its rows while there is none), thinned."""
-    chosen = record.get("training", {}).get("learning_rate")
+    chosen = record.training.learning_rate if isinstance(record, Done) else None
     rows = [row for row in read_metrics(record) if chosen is None or row["learning_rate"] == chosen]
     if not rows:
         return None
     rows = rows[:: max(1, len(rows) // MAX_CURVE_POINTS)]
-    config = record["config"]
     return {
-        "name": html.escape(f"{config['mixer']['name']} seed {record['seed']}"),
-        "task": html.escape(config["task"]["type"]),
-        "colour": colour(config["mixer"]["name"]),
+        "name": html.escape(f"{record.config['mixer']['name']} seed {record.seed}"),
+        "task": html.escape(record.config["task"]["type"]),
+        "colour": colour(record.config["mixer"]["name"]),
         "steps": [row["step"] for row in rows],
         "losses": [row["loss"] for row in rows],
     }
@@ -166,31 +168,31 @@ def _point_rows(found: list[Point]) -> list[dict[str, Any]]:
     for point in found:
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
-        row |= {f"{axis.removesuffix('_bytes')} B/seq": point.bytes_per_sequence[axis] for axis in MEMORY_AXES}
-        row |= {"context": point.context_len, "parameters": point.num_params, "step ms": point.train_step_ms}
-        rows.append(row | {"decode tok/s": point.decode_tokens_per_s})
+        row |= {f"{axis.removesuffix('_bytes')} B/seq": point.bytes_per_sequence[axis] for axis in AXES}
+        row |= {"context": point.context_len, "parameters": point.num_params}
+        rows.append(row | {measure.column: point.speeds[name] for name, measure in measures(SpeedReport).items()})
     return rows
 
 
-def _failed_row(record: dict[str, Any]) -> dict[str, Any]:
-    config = record["config"]
-    row = {"run": record["run_id"], "variant": config["mixer"]["name"], "task": config["task"]["type"]}
-    return row | {"seed": record["seed"], "status": record["status"], "reason": record.get("reason")}
+def _failed_row(record: Unfinished) -> dict[str, Any]:
+    config = record.config
+    row = {"run": record.run_id, "variant": config["mixer"]["name"], "task": config["task"]["type"]}
+    return row | {"seed": record.seed, "status": record.status, "reason": record.reason}
 
 
-def _provenance_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _provenance_rows(records: list[AnyRecord]) -> list[dict[str, Any]]:
     rows = []
     for record in records:
-        origin = record.get("provenance")
+        origin = record.provenance
         if origin is None:
             continue
-        commit = f"{(origin['git_commit'] or 'no checkout')[:12]}{' (dirty)' if origin['git_dirty'] else ''}"
-        versions = " ".join(f"{name} {version}" for name, version in origin["versions"].items())
-        row = {"run": record["run_id"], "variant": record["config"]["mixer"]["name"], "seed": record["seed"]}
-        row |= {"commit": commit, "device": f"{origin['device']['kind']} x{origin['device']['count']}"}
-        row |= {"versions": versions, "XLA flags": origin["xla_flags"], "wall s": record.get("wall_s")}
-        kernels = " ".join(f"{op}={name}" for op, name in origin["implementations"].items())
-        kernels += "".join(f" ({op}: {reason})" for op, reason in origin.get("passed_over", {}).items())
+        commit = f"{(origin.git_commit or 'no checkout')[:12]}{' (dirty)' if origin.git_dirty else ''}"
+        versions = " ".join(f"{name} {version}" for name, version in origin.versions.items())
+        row = {"run": record.run_id, "variant": record.config["mixer"]["name"], "seed": record.seed}
+        row |= {"commit": commit, "device": f"{origin.device['kind']} x{origin.device['count']}"}
+        row |= {"versions": versions, "XLA flags": origin.xla_flags, "wall s": record.wall_s}
+        kernels = " ".join(f"{op}={name}" for op, name in origin.implementations.items())
+        kernels += "".join(f" ({op}: {reason})" for op, reason in origin.passed_over.items())
         rows.append(row | {"kernels": kernels})
     return rows
 

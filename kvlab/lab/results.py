@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-MEMORY_AXES = ("logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes")
+from kvlab.evaluation.measure import AXES
+from kvlab.lab.record import AnyRecord, Done, Unfinished, damaged, read_record
+from kvlab.lab.trained import training_directory
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
+def read_records(path: str | Path) -> list[AnyRecord]:
     """Every record under a folder, sorted by run id; runs that were begun and never finished count as `cut`.
 
     Raises FileNotFoundError when the folder does not exist or holds no run.
@@ -27,13 +29,13 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     for config_path in sorted(root.rglob("config.yaml")):
         record = _read_record(config_path)
         if record is not None:
-            records.append({**record, "directory": str(config_path.parent)})
+            records.append(replace(record, directory=str(config_path.parent)))
     if not records:
         raise FileNotFoundError(f"{root}: holds no run (no config.yaml in any folder below it)")
     return records
 
 
-def _read_record(config_path: Path) -> dict[str, Any] | None:
+def _read_record(config_path: Path) -> AnyRecord | None:
     """The record beside a config, one made up for a run without a readable one; None where the config is not a run's."""
     try:
         config = yaml.safe_load(config_path.read_text())
@@ -41,20 +43,19 @@ def _read_record(config_path: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(config, dict) or not {"mixer", "task", "seed", "experiment"} <= set(config):
         return None
-    path = config_path.with_name("record.json")
-    status, reason = "cut", "never finished"
-    if path.exists():
-        try:
-            return json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            status, reason = "failed", f"record.json is damaged: {error}"
-    base = {"status": status, "reason": reason, "config": config, "seed": config["seed"]}
-    return base | {"run_id": config_path.parent.name, "experiment": config["experiment"]}
+    path, run_id = config_path.with_name("record.json"), config_path.parent.name
+    if not path.exists():
+        known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
+        return Unfinished(**known, status="cut", reason="never finished")
+    try:
+        return read_record(path)
+    except ValueError as error:
+        return damaged(error, run_id, config)
 
 
-def read_metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run's metrics; a last line that a killed process left half written is left out."""
-    path = Path(record["directory"]) / "metrics.jsonl"
+def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
+    """The rows of a run's training; a last line that a killed process left half written is left out."""
+    path = training_directory(Path(record.directory)) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -76,17 +77,18 @@ def load(path: str | Path) -> pd.DataFrame:
     return frame.reindex(columns=[*varying, *other, *constant])
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"run_id": record["run_id"], "status": record["status"], "reason": record.get("reason")}
-    if "quality" in record:
-        row |= {f"quality.{name}": record["quality"][name] for name in ("metric", "value", "parallel_value")}
-        row |= {f"quality.{name}": value for name, value in record["quality"]["slices"].items()}
-        memory = record["memory"]
-        row |= {f"memory.{name}": memory[name] for name in (*MEMORY_AXES, "context_len", "batch_size")}
-        row |= {f"speed.{name}": value for name, value in record["speed"].items()}
-        row |= {"num_params": record["num_params"], "learning_rate": record["training"]["learning_rate"]}
-    row |= {"wall_s": record.get("wall_s"), "directory": record["directory"]}
-    return row | flatten(record["config"], "config")
+def _row(record: AnyRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {"run_id": record.run_id, "status": record.status}
+    row["reason"] = record.reason if isinstance(record, Unfinished) else None
+    if isinstance(record, Done):
+        quality, memory = record.quality, record.memory
+        row |= {f"quality.{name}": getattr(quality, name) for name in ("metric", "value", "parallel_value")}
+        row |= {f"quality.{name}": value for name, value in quality.slices.items()}
+        row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
+        row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
+        row |= {"num_params": record.num_params, "learning_rate": record.training.learning_rate}
+    row |= {"wall_s": record.wall_s, "directory": record.directory}
+    return row | flatten(record.config, "config")
 
 
 def flatten(value: Any, path: str) -> dict[str, Any]:
@@ -117,20 +119,19 @@ class Point:
     slices: dict[str, float]
     learning_rates: list[float]
     num_params: int
-    train_step_ms: float
-    decode_tokens_per_s: float
-    layers: list[dict[str, Any]]
+    speeds: dict[str, float]
+    layers: tuple[dict[str, Any], ...]
     run_ids: list[str]
 
 
-def points(records: Iterable[dict[str, Any]]) -> list[Point]:
+def points(records: Iterable[AnyRecord]) -> list[Point]:
     """Done runs grouped by everything but the seed, in order of task and bytes. Memory is exact, so it must not differ
     between seeds; speeds are medians over seeds."""
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Done]] = {}
     for record in records:
-        if record["status"] == "done":
+        if isinstance(record, Done):
             config = {
-                name: one for name, one in record["config"].items() if name not in ("seed", "results_dir", "hardware")
+                name: value for name, value in record.config.items() if name not in ("seed", "results_dir", "hardware")
             }
             groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
     labels = _labels([json.loads(config) for config in groups])
@@ -153,33 +154,29 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def _point(label: str, group: list[dict[str, Any]]) -> Point:
+def _point(label: str, group: list[Done]) -> Point:
     first = group[0]
-    values = [record["quality"]["value"] for record in group]
+    values = [record.quality.value for record in group]
     mean = statistics.fmean(values)
     half = interval_half_width(values)
-    memory, batch_size = first["memory"], first["memory"]["batch_size"]
-    speeds = {name: statistics.median(r["speed"][name] for r in group) for name in first["speed"]}
-    slices = first["quality"]["slices"]
     return Point(
         name=label,
-        variant=first["config"]["mixer"]["name"],
-        task=first["config"]["task"]["type"],
-        metric=first["quality"]["metric"],
-        higher_is_better=first["quality"]["higher_is_better"],
+        variant=first.config["mixer"]["name"],
+        task=first.config["task"]["type"],
+        metric=first.quality.metric,
+        higher_is_better=first.quality.higher_is_better,
         value=mean,
         low=mean - half,
         high=mean + half,
         num_seeds=len(group),
-        bytes_per_sequence={axis: memory[axis] / batch_size for axis in MEMORY_AXES},
-        context_len=memory["context_len"],
-        slices={name: statistics.mean(r["quality"]["slices"][name] for r in group) for name in slices},
-        learning_rates=[record["training"]["learning_rate"] for record in group],
-        num_params=first["num_params"],
-        train_step_ms=speeds["train_step_ms"],
-        decode_tokens_per_s=speeds["decode_tokens_per_s"],
-        layers=memory["layers"],
-        run_ids=[record["run_id"] for record in group],
+        bytes_per_sequence={axis: getattr(first.memory, axis) / first.memory.batch_size for axis in AXES},
+        context_len=first.memory.context_len,
+        slices={name: statistics.mean(r.quality.slices[name] for r in group) for name in first.quality.slices},
+        learning_rates=[record.training.learning_rate for record in group],
+        num_params=first.num_params,
+        speeds={name: statistics.median(getattr(r.speed, name) for r in group) for name in asdict(first.speed)},
+        layers=first.memory.layers,
+        run_ids=[record.run_id for record in group],
     )
 
 

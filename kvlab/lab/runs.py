@@ -2,23 +2,22 @@
 
 results/<experiment>/<run id>/
   lock  config.yaml  provenance.json     written first
-  status.json  metrics.jsonl  trials/    while it runs
-  params/                                the final parameters
+  trained.json                           where its parameters and metrics are (kvlab/lab/trained.py)
+  status.json                            while it runs
   record.json                            last, by atomic rename: the run is done (or failed, with a reason)
 """
 
-import fcntl
-import json
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 
 from kvlab.config import Config
-from kvlab.files import write_atomic, write_json
+from kvlab.files import LockHeld, is_locked, locked, write_atomic, write_json
+from kvlab.lab.record import AnyRecord, Provenance, as_json, damaged, read_record
 
 
 class RunLocked(RuntimeError):
@@ -33,30 +32,28 @@ class Run:
         self.directory = config.run_dir
 
     @property
-    def record(self) -> dict[str, Any] | None:
-        """The finished record, done or failed; None while there is none."""
+    def record(self) -> AnyRecord | None:
+        """The record, done or failed; None while there is none. A damaged one counts as failed."""
         path = self.directory / "record.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return read_record(path)
+        except ValueError as error:
+            return damaged(error, self.config.run_id, self.config.as_dict())
 
     @property
     def state(self) -> str:
         """new, cut (begun, not finished), failed or done."""
         record = self.record
         if record is not None:
-            return record["status"]
+            return record.status
         return "cut" if (self.directory / "config.yaml").exists() else "new"
 
     @property
     def held_elsewhere(self) -> bool:
         """Whether another process is working on this run now."""
-        if not (self.directory / "lock").exists():
-            return False
-        with (self.directory / "lock").open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_locked(self.directory / "lock")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,37 +61,26 @@ class Run:
 
         Raises `RunLocked` at once if another process holds it.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("a+") as lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                owner = lock.read().strip() or "unknown"
-                raise RunLocked(f"{self.directory}: another process (pid {owner}) is working on this run") from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
+                stack.enter_context(locked(self.directory / "lock"))
+            except LockHeld as held:
+                owner = f"another process (pid {held.owner})"
+                raise RunLocked(f"{self.directory}: {owner} is working on this run") from None
             yield
 
-    def begin(self, provenance: dict[str, Any]) -> None:
-        """Config and provenance first. A failed run is tried again from its last checkpoint; only unreadable checkpoints
-        are thrown away, since nothing can be resumed from them."""
-        record = self.record
-        if record is not None and record["status"] == "failed":
-            if record["reason"].startswith("CheckpointError"):
-                (self.directory / "metrics.jsonl").unlink(missing_ok=True)
-                shutil.rmtree(self.directory / "trials", ignore_errors=True)
-            for name in ("traceback.txt", "record.json"):
-                (self.directory / name).unlink(missing_ok=True)
+    def begin(self, provenance: Provenance) -> None:
+        """Config and provenance first. A failed run is tried again."""
+        for name in ("traceback.txt", "record.json"):
+            (self.directory / name).unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
-        write_json(self.directory / "provenance.json", provenance)
+        write_json(self.directory / "provenance.json", asdict(provenance))
 
     def say(self, status: str, **details: Any) -> None:
         """Where the run is, for people and schedulers that look from outside."""
         write_json(self.directory / "status.json", {"status": status, "pid": os.getpid(), **details})
 
-    def finish(self, record: dict[str, Any]) -> None:
+    def finish(self, record: AnyRecord) -> None:
         """The record, last."""
-        self.say(record["status"])
-        write_json(self.directory / "record.json", record)
+        self.say(record.status)
+        write_json(self.directory / "record.json", as_json(record))

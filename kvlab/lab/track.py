@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from kvlab.evaluation.measure import AXES
+from kvlab.lab.record import Done
 from kvlab.lab.results import flatten, read_metrics, read_records
 
 
@@ -17,17 +19,17 @@ def to_tensorboard(results: Path, output: Path) -> list[Path]:
         raise ImportError("kvlab track needs the extra: pip install 'kvlab[track]'") from None
     written = []
     for record in read_records(results):
-        folder = output / f"{record['config']['mixer']['name']}-{record['run_id']}"
+        folder = output / f"{record.config['mixer']['name']}-{record.run_id}"
         with SummaryWriter(str(folder)) as writer:
-            writer.add_text("config", json.dumps(flatten(record["config"], ""), indent=2))
+            writer.add_text("config", json.dumps(flatten(record.config, ""), indent=2))
             for row in read_metrics(record):
                 for name in ("loss", "grad_norm", "validation"):
                     if name in row:
                         writer.add_scalar(f"lr_{row['learning_rate']:g}/{name}", row[name], row["step"])
-            if record["status"] == "done":
-                steps = record["training"]["num_steps"]
-                writer.add_scalar(f"quality/{record['quality']['metric']}", record["quality"]["value"], steps)
-                for axis in ("logical_bytes", "allocated_bytes", "temp_bytes", "peak_bytes"):
-                    writer.add_scalar(f"memory/{axis}", record["memory"][axis], steps)
+            if isinstance(record, Done):
+                steps = record.training.num_steps
+                writer.add_scalar(f"quality/{record.quality.metric}", record.quality.value, steps)
+                for axis in AXES:
+                    writer.add_scalar(f"memory/{axis}", getattr(record.memory, axis), steps)
         written.append(folder)
     return written

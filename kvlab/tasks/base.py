@@ -8,6 +8,7 @@ import jax
 from jax import Array
 
 from kvlab.schema import Schema
+from kvlab.tasks.metrics import Metric
 from kvlab.typing import PyTree
 
 
@@ -40,11 +41,12 @@ class EvalSlice:
 
 
 class Task(abc.ABC):
-    """A supervised sequence task. `metric` names what is reported; `higher_is_better` orders it."""
+    """A supervised sequence task. `metric` is what is reported; `evaluation_fields` are the fields of its config that change the
+    test alone, neither training nor validation: runs that differ in them share their parameters."""
 
     Config: ClassVar[type[Schema]]
-    metric: ClassVar[str]
-    higher_is_better: ClassVar[bool]
+    metric: ClassVar[Metric]
+    evaluation_fields: ClassVar[tuple[str, ...]] = ()
     vocab_size: int
 
     @property

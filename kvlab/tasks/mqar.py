@@ -14,6 +14,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
 from kvlab.tasks.base import Batch, EvalSlice, Task, round_robin
+from kvlab.tasks.metrics import ACCURACY
 from kvlab.typing import PyTree
 
 
@@ -60,8 +61,8 @@ class Mqar(Task):
     """Accuracy of the recalled values, averaged over test slices. Knob: the number of pairs."""
 
     Config = MqarConfig
-    metric = "accuracy"
-    higher_is_better = True
+    metric = ACCURACY
+    evaluation_fields = ("num_test",)
 
     def __init__(self, config: MqarConfig):
         self.config = config

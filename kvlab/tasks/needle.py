@@ -11,6 +11,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, Schema, integer, integers, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.tasks.metrics import ACCURACY
 from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of
 from kvlab.tasks.text import SPLITS
 from kvlab.tokenizers import ByteTokenizer, Tokenizer
@@ -50,8 +51,8 @@ class Needle(Task):
     """Accuracy of the number's digits, averaged over the grid. A slice is "context@depth"."""
 
     Config = NeedleConfig
-    metric = "accuracy"
-    higher_is_better = True
+    metric = ACCURACY
+    evaluation_fields = ("num_test",)
 
     def __init__(self, config: NeedleConfig):
         self.config = config

@@ -12,6 +12,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, flag, text
 from kvlab.tasks.base import Batch, EvalSlice
+from kvlab.tasks.metrics import PERPLEXITY
 from kvlab.tasks.text import Text, TextConfig, read_splits
 from kvlab.tokenizers import FileTokenizer
 
@@ -33,8 +34,7 @@ class Perplexity(Text):
     """exp of the mean negative log-likelihood of a token, over windows of `seq_len` tokens that know nothing of each other."""
 
     Config = PerplexityConfig
-    metric = "perplexity"
-    higher_is_better = False
+    metric = PERPLEXITY
 
     def __init__(self, config: PerplexityConfig):
         super().__init__(config)

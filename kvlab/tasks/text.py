@@ -13,6 +13,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, Schema, integer, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.tasks.metrics import BITS_PER_BYTE
 from kvlab.typing import PyTree
 
 SPLITS = {"validation": (0, 8), "test": (8, 16), "train": (16, 256)}
@@ -44,8 +45,8 @@ class Text(Task):
     """Bits per byte over evenly spaced windows of held-out files."""
 
     Config = TextConfig
-    metric = "bits_per_byte"
-    higher_is_better = False
+    metric = BITS_PER_BYTE
+    evaluation_fields = ("decode_len", "num_test")
     vocab_size = 256
 
     def __init__(self, config: TextConfig):

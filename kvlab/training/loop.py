@@ -17,6 +17,7 @@ from kvlab.memory.pools import num_bytes
 from kvlab.random import named_key
 from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.tasks import Task
+from kvlab.tasks.metrics import Metric
 from kvlab.training.checkpoint import Checkpoints, truncate_jsonl
 from kvlab.training.progress import TrainingProgress
 from kvlab.training.step import TrainState, TrainStep, init_state
@@ -148,7 +149,7 @@ def train(
                 if done % config.eval_every == 0 or done == config.num_steps:
                     at.validation = validate(state.params)
                     row["validation"] = at.validation
-                    at.finished = _judge(at, task, config) or done == config.num_steps
+                    at.finished = _judge(at, task.metric, config) or done == config.num_steps
                 write({**row, "tokens": at.num_tokens})
                 progress.update(done, row["loss"], seen_tokens)
                 if done % config.checkpoint_every == 0 or at.finished or stop.reason:
@@ -160,13 +161,12 @@ def train(
     return TrialResult(state.params, at.validation, int(state.step), at.num_tokens, at.train_step_ms)
 
 
-def _judge(at: _Progress, task: Task, config: TrainConfig) -> bool:
+def _judge(at: _Progress, metric: Metric, config: TrainConfig) -> bool:
     """Whether the last validation ends training; keeps count of validations without improvement."""
     assert at.validation is not None
-    sign = 1 if task.higher_is_better else -1
-    improved = at.best is None or sign * at.validation > sign * at.best
+    improved = at.best is None or metric.is_better(at.validation, at.best)
     at.best, at.num_bad = (at.validation, 0) if improved else (at.best, at.num_bad + 1)
-    reached = config.stop_at is not None and sign * at.validation >= sign * config.stop_at
+    reached = config.stop_at is not None and metric.has_reached(at.validation, config.stop_at)
     return reached or (config.patience is not None and at.num_bad >= config.patience)
 
 

@@ -15,6 +15,7 @@ import kvlab
 from kvlab.compose import compose
 from kvlab.lab import execute as executing
 from kvlab.lab.execute import execute, load_params
+from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.training.loop import params_digest
 
@@ -33,7 +34,7 @@ def small(tmp_path, *overrides):
 
 
 def rows(config):
-    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (config.training_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_a_complete_record(tmp_path):
@@ -41,58 +42,39 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert Run(config).state == "new"
     assert execute(config) == "done"
     record = Run(config).record
-    assert set(record) >= FIELDS
-    assert set(record["quality"]) >= {"metric", "value", "slices"}
-    assert set(record["quality"]["slices"]) == {"16:2", "24:3"}
-    assert record["quality"]["value"] == pytest.approx(record["quality"]["parallel_value"], abs=0.1)
-    memory = record["memory"]
-    assert set(memory) >= {
-        "logical_bytes",
-        "allocated_bytes",
-        "temp_bytes",
-        "peak_bytes",
-        "context_len",
-        "batch_size",
-        "layers",
-    }
-    history = 2 * 16 * 4
-    assert memory["logical_bytes"] == 4 * (
-        40 * 2 * 4 * 4 * 4 + history
-    )  # 4 sequences, 40 tokens, K and V, 4 heads of 4, f32
-    assert (memory["context_len"], memory["batch_size"]) == (40, 4)
-    assert record["speed"]["train_step_ms"] > 0
-    assert record["speed"]["decode_tokens_per_s"] > 0
-    assert set(record["provenance"]) >= {
-        "git_commit",
-        "git_dirty",
-        "versions",
-        "device",
-        "xla_flags",
-        "implementations",
-    }
-    taken = record["provenance"]["implementations"]
+    assert isinstance(record, Done)
+    assert set(json.loads((config.run_dir / "record.json").read_text())) >= FIELDS
+    assert set(record.quality.slices) == {"16:2", "24:3"}
+    assert record.quality.value == pytest.approx(record.quality.parallel_value, abs=0.1)
+    memory, history = record.memory, 2 * 16 * 4
+    # 4 sequences, 40 tokens, keys and values, 4 heads of 4, float32
+    assert memory.logical_bytes == 4 * (40 * 2 * 4 * 4 * 4 + history)
+    assert (memory.context_len, memory.batch_size) == (40, 4)
+    assert record.speed.train_step_ms > 0
+    assert record.speed.decode_tokens_per_s > 0
+    taken = record.provenance.implementations
     assert taken == {
         "flash_attention": "reference",
         "kv_write": "reference",
         "paged_attention": "blocked",
         "paged_prefill": "blocked",
     }
-    assert record["provenance"]["passed_over"] == {}
-    assert [trial["learning_rate"] for trial in record["training"]["trials"]] == [0.01, 0.001]
-    best = max(record["training"]["trials"], key=lambda trial: trial["validation"])
-    assert record["training"]["learning_rate"] == best["learning_rate"]
+    assert record.provenance.passed_over == {}
+    assert record.training.implementations == {"flash_attention": "reference"}
+    assert (record.training.training_id, record.training.trained_by) == (config.training_id, config.run_id)
+    assert [trial["learning_rate"] for trial in record.training.trials] == [0.01, 0.001]
+    best = max(record.training.trials, key=lambda trial: trial["validation"])
+    assert record.training.learning_rate == best["learning_rate"]
     assert len(rows(config)) == 16  # two trials of eight calls
-    assert params_digest(load_params(config)[1]) == record["training"]["params_sha256"]
+    assert params_digest(load_params(config)[1]) == record.training.params_sha256
     assert execute(config) == "skipped"
     again = small(tmp_path, "seed=7", "measure.context_len=40")
     assert execute(again) == "done"
-    assert Run(again).record["provenance"]["implementations"] == taken, (
-        "what an earlier run compiled does not hide what ran"
-    )
+    assert Run(again).record.provenance.implementations == taken, "what an earlier run compiled does not hide what ran"
 
     frame = kvlab.load(tmp_path)
     assert len(frame) == 2
-    assert frame["memory.logical_bytes"][0] == memory["logical_bytes"]
+    assert frame["memory.logical_bytes"][0] == memory.logical_bytes
 
 
 def test_the_dense_baseline_and_text_run_too(tmp_path):
@@ -103,9 +85,9 @@ def test_the_dense_baseline_and_text_run_too(tmp_path):
     config = compose([*keep, f"results_dir={tmp_path}", *text, "model.num_layers=1", "model.dtype=bfloat16"])
     assert execute(config) == "done"
     record = Run(config).record
-    assert record["quality"]["metric"] == "bits_per_byte"
-    assert 2 < record["quality"]["value"] < 9
-    assert record["training"]["data_sha256"]
+    assert record.quality.metric == "bits_per_byte"
+    assert 2 < record.quality.value < 9
+    assert record.training.data_sha256
 
 
 def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
@@ -129,7 +111,7 @@ def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert execute(cut) == "done"
     assert rows(cut) == rows(calm)
-    assert Run(cut).record["training"]["params_sha256"] == Run(calm).record["training"]["params_sha256"]
+    assert Run(cut).record.training.params_sha256 == Run(calm).record.training.params_sha256
 
 
 def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatch):
@@ -141,7 +123,7 @@ def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatc
     monkeypatch.setattr(executing, "measure_memory", broken)
     assert execute(config) == "failed"
     record = Run(config).record
-    assert (record["status"], record["reason"]) == ("failed", "RuntimeError: the memory is wrong")
+    assert (record.status, record.reason) == ("failed", "RuntimeError: the memory is wrong")
     assert kvlab.load(tmp_path)["reason"][0] == "RuntimeError: the memory is wrong"
     monkeypatch.undo()
     assert execute(config) == "done"
@@ -160,7 +142,7 @@ def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, m
     monkeypatch.setattr(Scorer, "parallel", wrong)
     config = small(tmp_path)
     assert execute(config) == "failed"
-    assert "they must agree within" in Run(config).record["reason"]
+    assert "they must agree within" in Run(config).record.reason
 
 
 def test_a_nan_is_a_failure_with_step_and_leaf(tmp_path):
@@ -168,7 +150,7 @@ def test_a_nan_is_a_failure_with_step_and_leaf(tmp_path):
                    "optimizer.warmup_fraction=0", "model.dtype=bfloat16", "train.num_steps=400",
                    "optimizer.weight_decay=10", "train.eval_every=400", "train.checkpoint_every=400")  # fmt: skip
     assert execute(config) == "failed"
-    reason = Run(config).record["reason"]
+    reason = Run(config).record.reason
     assert reason.startswith("NotFinite: step ")
     assert "is not finite" in reason
 
@@ -180,7 +162,7 @@ def test_out_of_memory_names_the_culprit(tmp_path, monkeypatch):
     monkeypatch.setattr(executing, "measure_memory", full)
     config = small(tmp_path)
     assert execute(config) == "failed"
-    reason = Run(config).record["reason"]
+    reason = Run(config).record.reason
     assert reason.startswith("out of memory: the largest part is ")
     assert "would save about" in reason
 
@@ -228,8 +210,8 @@ def _killed_and_resumed(tmp_path, num_kills, seed):
 def test_kill_9_and_resume_is_bit_for_bit(tmp_path, num_kills):
     kills, (calm, stormy), (calm_rows, stormy_rows) = _killed_and_resumed(tmp_path, num_kills, seed=num_kills)
     assert kills >= 1
-    assert stormy["training"]["params_sha256"] == calm["training"]["params_sha256"]
-    assert stormy["quality"]["value"] == calm["quality"]["value"]
+    assert stormy.training.params_sha256 == calm.training.params_sha256
+    assert stormy.quality.value == calm.quality.value
     assert stormy_rows == calm_rows  # no row lost, none doubled
 
 
@@ -238,7 +220,7 @@ def test_a_polite_stop_saves_and_resumes(tmp_path, number):
     config = small(tmp_path, "train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000")
     arguments = ["train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000"]
     process = subprocess.Popen(command(tmp_path, *arguments), stderr=subprocess.PIPE, text=True)
-    metrics = config.run_dir / "metrics.jsonl"
+    metrics = config.training_dir / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while (not metrics.exists() or len(metrics.read_text().splitlines()) < 5) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -249,7 +231,7 @@ def test_a_polite_stop_saves_and_resumes(tmp_path, number):
     status = json.loads((config.run_dir / "status.json").read_text())
     assert status["status"] == "interrupted"
     assert status["reason"] == f"stopped by {signal.Signals(number).name}; the same command resumes"
-    saved = [int(path.name) for path in (config.run_dir / "trials" / "0").iterdir() if path.name.isdigit()]
+    saved = [int(path.name) for path in (config.training_dir / "trials" / "0").iterdir() if path.name.isdigit()]
     assert max(saved) == rows(config)[-1]["step"]
 
 

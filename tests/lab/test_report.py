@@ -2,10 +2,12 @@
 
 import shutil
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from kvlab.lab.record import Unfinished
 from kvlab.lab.report import write_report
 from tests.lab.test_results import record, write
 
@@ -20,12 +22,17 @@ def results(tmp_path):
         record("mha", 0, 2.5, 8000, "text", "bits_per_byte"),
         record("swa16", 0, 2.6, 1000, "text", "bits_per_byte"),
     ]
-    failed = record("mamba2", 0) | {"status": "failed", "reason": f"RuntimeError: {NASTY}"}
-    for name in ("quality", "memory", "speed", "num_params", "training"):
-        del failed[name]
-    for index, one in enumerate([*made, failed]):
-        one["run_id"] = f"run{index}"
-    return write(tmp_path / "results", *made, failed)
+    crashed = Unfinished(
+        run_id="",
+        experiment="made",
+        config=record("mamba2").config,
+        seed=0,
+        status="failed",
+        reason=f"RuntimeError: {NASTY}",
+        provenance=record().provenance,
+    )
+    named = [replace(each, run_id=f"run{index}") for index, each in enumerate([*made, crashed])]
+    return write(tmp_path / "results", *named)
 
 
 def test_files_are_written_and_the_csv_is_the_plot(results, tmp_path):

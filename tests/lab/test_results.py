@@ -5,32 +5,50 @@ import json
 import numpy as np
 import pytest
 
+from kvlab.evaluation.measure import MemoryReport, SpeedReport
+from kvlab.lab.record import Done, Provenance, Quality, TrainingReport, as_json, read_record
 from kvlab.lab.results import interval_half_width, load, non_dominated, points, read_records
 
 
 def record(variant="mha", seed=0, value=0.9, size=1000, task="mqar", metric="accuracy", **config):
-    return {
-        "schema": 1, "run_id": f"{variant}{seed}{task}", "experiment": "made", "status": "done", "seed": seed, "wall_s": 1.0,
-        "config": {"mixer": {"name": variant}, "task": {"type": task}, "seed": seed, "results_dir": "r", **config},
-        "num_params": 7,
-        "quality": {"metric": metric, "higher_is_better": metric == "accuracy", "value": value, "parallel_value": value,
-                    "slices": {"all": value}},
-        "memory": {"logical_bytes": size, "allocated_bytes": 2 * size, "temp_bytes": 1, "peak_bytes": 9, "context_len": 64,
-                   "batch_size": 2, "layers": [{"layer": 0, "state": "kv", "logical_bytes": size,
-                                                "allocated_bytes": 2 * size, "pool_bytes": 3 * size}]},
-        "speed": {"train_step_ms": 1.0 + seed, "decode_tokens_per_s": 10.0},
-        "training": {"learning_rate": 0.01, "num_steps": 4},
-        "provenance": {"git_commit": "c", "git_dirty": False, "versions": {"jax": "x"}, "xla_flags": "",
-                       "device": {"kind": "cpu", "count": 1}, "implementations": {"ssd": "reference"}},
-    }  # fmt: skip
+    row = {"layer": 0, "state": "kv", "logical_bytes": size, "allocated_bytes": 2 * size, "pool_bytes": 3 * size}
+    return Done(
+        run_id=f"{variant}{seed}{task}",
+        experiment="made",
+        seed=seed,
+        wall_s=1.0,
+        config={"mixer": {"name": variant}, "task": {"type": task}, "seed": seed, "results_dir": "r", **config},
+        num_params=7,
+        quality=Quality(
+            metric=metric,
+            higher_is_better=metric == "accuracy",
+            value=value,
+            parallel_value=value,
+            validation=value,
+            slices={"all": value},
+        ),
+        memory=MemoryReport(size, 2 * size, 1, 9, None, 3 * size, 64, 2, (row,), ()),
+        speed=SpeedReport(1.0 + seed, 10.0),
+        training=TrainingReport(
+            learning_rate=0.01, trials=[], num_steps=4, num_tokens=8, params_sha256="p", data_sha256=None
+        ),
+        provenance=Provenance(
+            git_commit="c",
+            git_dirty=False,
+            versions={"jax": "x"},
+            device={"kind": "cpu", "count": 1},
+            xla_flags="",
+            implementations={"ssd": "reference"},
+        ),
+    )
 
 
 def write(folder, *records):
-    for one in records:
-        directory = folder / "made" / one["run_id"]
+    for made in records:
+        directory = folder / "made" / made.run_id
         directory.mkdir(parents=True)
-        (directory / "config.yaml").write_text(json.dumps(one["config"] | {"experiment": "made"}))
-        (directory / "record.json").write_text(json.dumps(one))
+        (directory / "config.yaml").write_text(json.dumps(made.config | {"experiment": "made"}))
+        (directory / "record.json").write_text(json.dumps(as_json(made)))
         (directory / "metrics.jsonl").write_text('{"learning_rate": 0.01, "step": 4, "loss": 2.0}\n')
     return folder
 
@@ -40,7 +58,7 @@ def test_seeds_are_one_point_with_an_interval():
     assert (point.num_seeds, point.value) == (3, pytest.approx(0.9))
     assert point.high - point.value == pytest.approx(4.302653 * 0.1 / np.sqrt(3))  # Student t, 2 degrees, 97.5%
     assert point.bytes_per_sequence["logical_bytes"] == 500
-    assert point.train_step_ms == 2.0
+    assert point.speeds == {"train_step_ms": 2.0, "decode_tokens_per_s": 10.0}
 
 
 def test_one_seed_has_no_interval():
@@ -81,8 +99,8 @@ def test_load_puts_what_varies_first(tmp_path):
 def test_a_cut_run_is_a_row(tmp_path):
     write(tmp_path, record())
     (tmp_path / "made" / "cut").mkdir()
-    (tmp_path / "made" / "cut" / "config.yaml").write_text(json.dumps(record()["config"] | {"experiment": "made"}))
-    assert sorted(one["status"] for one in read_records(tmp_path)) == ["cut", "done"]
+    (tmp_path / "made" / "cut" / "config.yaml").write_text(json.dumps(record().config | {"experiment": "made"}))
+    assert sorted(one.status for one in read_records(tmp_path)) == ["cut", "done"]
     assert set(load(tmp_path)["status"]) == {"cut", "done"}
 
 
@@ -92,8 +110,8 @@ def test_a_damaged_record_is_a_failed_row_and_foreign_configs_are_not_runs(tmp_p
     (tmp_path / "config.yaml").write_text("defaults: [mixer]\n")
     (tmp_path / "made" / "config.yaml").write_text("")
     (row,) = read_records(tmp_path)
-    assert row["status"] == "failed"
-    assert row["reason"].startswith("record.json is damaged")
+    assert row.status == "failed"
+    assert row.reason.startswith("record.json is damaged")
 
 
 def test_a_folder_without_runs_is_named(tmp_path):
@@ -112,3 +130,25 @@ def test_tensorboard_gets_every_row(tmp_path):
     content = events.read_bytes()
     for tag in (b"lr_0.01/loss", b"quality/accuracy", b"memory/allocated_bytes"):
         assert tag in content
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    write(tmp_path, record())
+    assert read_record(tmp_path / "made" / "mha0mqar" / "record.json") == record()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"status": "well"}, "record: Input tag 'well'"),
+        ({"num_params": "many"}, "done.num_params: Input should be a valid integer"),
+        ({"quality": {"metric": "accuracy"}}, "done.quality.higher_is_better: Field required"),
+    ],
+)
+def test_a_wrong_record_names_its_field(tmp_path, change, reason):
+    write(tmp_path, record())
+    path = tmp_path / "made" / "mha0mqar" / "record.json"
+    path.write_text(json.dumps(as_json(record()) | change))
+    (row,) = read_records(tmp_path)
+    assert row.status == "failed"
+    assert row.reason.startswith(f"record.json is damaged: {reason}")

@@ -1,0 +1,127 @@
+"""What a run leaves behind: one typed record, written as JSON and checked when it is read back."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter
+
+from kvlab.evaluation.measure import MemoryReport, SpeedReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where a number comes from: code, versions, device, flags, the implementations taken and why others were not."""
+
+    git_commit: str | None
+    git_dirty: bool | None
+    versions: dict[str, str | None]
+    device: dict[str, Any]
+    xla_flags: str
+    implementations: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation."""
+
+    metric: str
+    higher_is_better: bool
+    value: float
+    slices: dict[str, float]
+    parallel_value: float
+    validation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are empty
+    in records from before trainings were shared."""
+
+    learning_rate: float
+    trials: list[dict[str, float]]
+    num_steps: int
+    num_tokens: int
+    params_sha256: str
+    data_sha256: str | None
+    training_id: str = ""
+    trained_by: str = ""
+    implementations: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedTraining:
+    """The shared training that a run failed for, and which of its attempts that was."""
+
+    training_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What every run has. `directory` is where it was read from; it is not part of the file."""
+
+    run_id: str
+    experiment: str
+    config: dict[str, Any]
+    seed: int
+    schema: int = 1
+    wall_s: float | None = None
+    directory: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unfinished(Record):
+    """A run that failed, or that was begun and never finished."""
+
+    status: Literal["failed", "cut"]
+    reason: str
+    provenance: Provenance | None = None
+    training: FailedTraining | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done(Record):
+    """A finished run. `memory_at_task_context` is there where memory was measured at another length than the task's."""
+
+    num_params: int
+    quality: Quality
+    memory: MemoryReport
+    speed: SpeedReport
+    training: TrainingReport
+    provenance: Provenance
+    memory_at_task_context: MemoryReport | None = None
+    status: Literal["done"] = "done"
+
+
+type AnyRecord = Done | Unfinished
+_READER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[Done | Unfinished, Field(discriminator="status")])
+
+
+def read_record(path: Path) -> AnyRecord:
+    """The record of a file. Raises ValueError (pydantic's, with field and value) when it is none."""
+    return _READER.validate_json(path.read_bytes())
+
+
+def damaged(error: ValueError, run_id: str, config: dict[str, Any]) -> Unfinished:
+    """The record of a run whose file is none: it failed, and says how."""
+    reason = f"record.json is damaged: {first_error(error)}"
+    known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
+    return Unfinished(**known, status="failed", reason=reason)
+
+
+def as_json(record: AnyRecord) -> dict[str, Any]:
+    """Plain data for the file; what a record does not have is left out."""
+    return {name: value for name, value in asdict(record).items() if name != "directory" and value is not None}
+
+
+def first_error(error: ValueError) -> str:
+    """The first thing that is wrong with a record, in one line."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error).splitlines()[0]
+    first = errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "record"
+    return f"{place}: {first['msg']}"

@@ -1,0 +1,183 @@
+"""Train once, evaluate many: the training that all runs of one training half share, in a folder of its own.
+
+results/<experiment>/trained/<training id>/
+  lock  training.yaml  provenance.json   written first
+  status.json  metrics.jsonl  trials/    while it trains; failed trainings say why in status.json
+  params/                                the final parameters, the only copy
+  trained.json                           last, by atomic rename: the training is done, and trials/ goes
+
+One process trains. Others that need the same parameters wait for the lock; the kernel opens it when its holder dies, and
+the next one resumes from the last checkpoint.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter
+
+from kvlab.config import Config
+from kvlab.files import LockHeld, locked, write_atomic, write_json
+from kvlab.interrupt import StopRequest
+from kvlab.lab.provenance import provenance
+from kvlab.lab.record import TrainingReport
+from kvlab.training.checkpoint import CheckpointError, Checkpoints
+from kvlab.training.loop import params_digest
+from kvlab.typing import Params
+
+POINTER = "trained.json"
+"""In a run's folder: where its parameters are. In the folder of a training: the training is done."""
+POLL_S = 0.2
+
+
+class TrainingFailed(RuntimeError):
+    """The training that a run needs has failed, in this run or another; `attempt` counts its failures."""
+
+    def __init__(self, reason: str, attempt: int):
+        super().__init__(reason)
+        self.attempt = attempt
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: what its runs report of it, the validation metric, and milliseconds of a step."""
+
+    report: TrainingReport
+    validation: float
+    train_step_ms: float
+
+
+class Training:
+    """One training's folder. Everything but `locked` and `directory` is for the process that holds the lock."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.directory = config.training_dir
+
+    @contextmanager
+    def locked(self, stop: StopRequest, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Holds the training; while another process does, says so once by `waiting(its pid)` and waits.
+
+        Raises `Interrupted` when asked to stop meanwhile.
+        """
+        with ExitStack() as stack:
+            is_said = False
+            while True:
+                try:
+                    stack.enter_context(locked(self.directory / "lock"))
+                    break
+                except LockHeld as held:
+                    if not is_said:
+                        waiting(held.owner)
+                    is_said = True
+                stop.check()
+                time.sleep(POLL_S)
+            yield
+
+    @property
+    def done(self) -> Trained | None:
+        """The finished training; None while there is none."""
+        path = self.directory / POINTER
+        return TypeAdapter(Trained).validate_json(path.read_bytes()) if path.exists() else None
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Where the training is: `status`, `attempt`, and the `reason` of a failed one."""
+        path = self.directory / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {"status": "new", "attempt": 0}
+
+    def begin(self, known_attempt: int) -> int:
+        """Starts or resumes; returns the number of the attempt.
+
+        A failed training is tried again by a run that recorded this failure as `known_attempt`: its command was given
+        again. A run that learns of the failure only now raises `TrainingFailed`, so that a sweep does not repeat it.
+        Unreadable checkpoints are thrown away, since nothing can be resumed from them.
+        """
+        status = self.status
+        attempt = max(1, status["attempt"])
+        if status["status"] == "failed":
+            if status["attempt"] > known_attempt:
+                again = "the same command tries again"
+                raise TrainingFailed(f"{status['reason']} (in the shared training {self.directory}; {again})", attempt)
+            attempt += 1
+            if status["reason"].startswith("CheckpointError"):
+                self.discard()
+        half = {"run_id": self.config.run_id, **self.config.training_half}
+        write_atomic(self.directory / "training.yaml", yaml.safe_dump(half, sort_keys=False))
+        write_json(self.directory / "provenance.json", asdict(provenance()))
+        self.say("running", attempt)
+        return attempt
+
+    def discard(self) -> None:
+        """Removes all that was trained."""
+        for name in (POINTER, "metrics.jsonl"):
+            (self.directory / name).unlink(missing_ok=True)
+        for name in ("params", "trials"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+
+    def say(self, status: str, attempt: int, **details: Any) -> None:
+        """Where the training is, for those who look from outside and for the next process."""
+        write_json(
+            self.directory / "status.json", {"status": status, "attempt": attempt, "pid": os.getpid(), **details}
+        )
+
+    def finish(self, trained: Trained, params: Params, attempt: int) -> None:
+        """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more."""
+        save_params(self.directory / "params", params)
+        self.say("done", attempt)
+        write_json(self.directory / POINTER, asdict(trained))
+        shutil.rmtree(self.directory / "trials", ignore_errors=True)
+
+    def restore(self, like: Params, trained: Trained) -> Params:
+        """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were trained."""
+        shutil.rmtree(self.directory / "trials", ignore_errors=True)  # left where a process died before it removed them
+        params = restore_params(self.directory / "params", like)
+        if params is None or params_digest(params) != trained.report.params_sha256:
+            raise CheckpointError(f"{self.directory / 'params'}: not the parameters that were trained")
+        return params
+
+
+def point_to(training: Training, run_directory: Path) -> None:
+    """Writes into a run's folder where its parameters, metrics and checkpoints are."""
+    where = {"training_id": training.config.training_id, "directory": str(training.directory.absolute())}
+    write_json(run_directory / POINTER, where)
+
+
+def training_directory(run_directory: Path) -> Path:
+    """The folder with a run's parameters and metrics: beside the run, where results were moved as a whole; else where it was
+    when the run was made. A run from before trainings were shared has them in its own folder."""
+    path = run_directory / POINTER
+    if not path.exists():
+        return run_directory
+    where = json.loads(path.read_text())
+    beside = run_directory.parent / "trained" / where["training_id"]
+    return beside if beside.is_dir() else Path(where["directory"])
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Parameters as a checkpoint of their own, in place of what an earlier attempt may have left."""
+    shutil.rmtree(directory, ignore_errors=True)
+    checkpoints = Checkpoints(directory, keep=1)
+    try:
+        checkpoints.save(0, params, {})
+    finally:
+        checkpoints.close()
+
+
+def restore_params(directory: Path, like: Params) -> Params | None:
+    """The parameters that `save_params` wrote; None where there are none."""
+    if not directory.exists():
+        return None
+    checkpoints = Checkpoints(directory, keep=1)
+    try:
+        restored = checkpoints.restore(like)
+    finally:
+        checkpoints.close()
+    return None if restored is None else restored[1]

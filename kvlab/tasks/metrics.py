@@ -1,0 +1,78 @@
+"""Metrics: each is one object that says everything about itself. A new one is one more object, here.
+
+Scoring sums; a metric makes its number of the sums. Training asks it what is better, evaluation what still counts as
+equal, plots and tables how people call it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Sums over the labels of some sequences: nats, right answers and weights."""
+
+    nll: float
+    correct: float
+    weight: float
+
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
+"""By a model's type: within which the memory's form and the parallel form must agree. Their sums differ in the last bits."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task reports: `name` in records, `label` for people, and how it is made from sums.
+
+    `compared` is what must agree between the memory's form and the parallel form, where that is not the metric itself.
+    `num_flips` labels of a slice may differ besides: a near tie flips an argmax.
+    """
+
+    name: str
+    label: str
+    higher_is_better: bool
+    from_sums: Callable[[Sums], float]
+    compared: Callable[[Sums], float] | None = None
+    num_flips: int = 0
+
+    def mean(self, slices: Sequence[Sums]) -> float:
+        """The plain mean over slices, as the papers average."""
+        return float(np.mean([self.from_sums(sums) for sums in slices]))
+
+    def is_better(self, value: float, than: float) -> bool:
+        """Whether a value is strictly better than another."""
+        return value > than if self.higher_is_better else value < than
+
+    def has_reached(self, value: float, goal: float) -> bool:
+        """Whether a value is at least as good as another."""
+        return value == goal or self.is_better(value, goal)
+
+    def difference(self, one: Sums, other: Sums) -> float:
+        """How far two forms of the same model lie apart, in what is compared."""
+        compared = self.compared or self.from_sums
+        return abs(compared(one) - compared(other))
+
+    def tolerance(self, sums: Sums, dtype: str) -> float:
+        """How far they may lie apart in a model that computes in `dtype`."""
+        return max(TOLERANCES[dtype], self.num_flips / sums.weight)
+
+
+def _nats(sums: Sums) -> float:
+    return sums.nll / sums.weight
+
+
+ACCURACY = Metric("accuracy", "accuracy", True, lambda sums: sums.correct / sums.weight, num_flips=2)
+BITS_PER_BYTE = Metric("bits_per_byte", "bits per byte", False, lambda sums: _nats(sums) / math.log(2))
+PERPLEXITY = Metric("perplexity", "perplexity", False, lambda sums: math.exp(min(_nats(sums), 700.0)), compared=_nats)
+
+METRICS = {metric.name: metric for metric in (ACCURACY, BITS_PER_BYTE, PERPLEXITY)}
+"""By the name that records carry."""
+
+
+def metric_label(name: str) -> str:
+    """How people call a metric of a record; a metric that is not known here keeps its name."""
+    return METRICS[name].label if name in METRICS else name

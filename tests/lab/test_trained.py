@@ -1,0 +1,187 @@
+"""Train once, evaluate many: which runs share parameters, who trains, who waits, and what a failure means for the others."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from kvlab.compose import compose
+from kvlab.files import locked
+from kvlab.interrupt import Interrupted, StopRequest
+from kvlab.lab import parameters
+from kvlab.lab.execute import execute, load_params
+from kvlab.lab.results import read_metrics, read_records
+from kvlab.lab.runs import Run
+from kvlab.lab.trained import Training
+from kvlab.training.loop import params_digest
+from tests.lab.test_execute import command, rows, small
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """The labels of the trials that were trained in this process."""
+    labels, right = [], parameters.train
+
+    def counted(*arguments, **options):
+        labels.append(options["label"])
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(parameters, "train", counted)
+    return labels
+
+
+def test_runs_that_differ_in_evaluation_only_train_once(tmp_path, trainings):
+    first, second = small(tmp_path), small(tmp_path, "memory=dense", "task.num_test=5", "measure.context_len=30")
+    assert [execute(config) for config in (first, second)] == ["done", "done"]
+    assert len(trainings) == 1
+    records = [Run(config).record for config in (first, second)]
+    assert records[0].training == records[1].training
+    assert records[1].training.trained_by == first.run_id
+    assert len(list(tmp_path.rglob("params"))) == 1  # one copy on disk
+    assert not list(tmp_path.rglob("trials"))
+    assert params_digest(load_params(second)[1]) == records[1].training.params_sha256
+    assert [read_metrics(record) for record in read_records(tmp_path)] == [rows(first)] * 2
+
+    alone = small(tmp_path / "alone", "memory=dense", "task.num_test=5", "measure.context_len=30")
+    assert execute(alone) == "done"
+    assert Run(alone).record.quality == records[1].quality
+    assert Run(alone).record.training.params_sha256 == records[1].training.params_sha256
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["memory=dense"],
+        ["memory.page_size=8"],
+        ["measure.context_len=40"],
+        ["measure.decode_steps=2"],
+        ["task.num_test=5"],
+    ],
+)
+def test_what_only_evaluates_is_another_run_of_the_same_training(tmp_path, overrides):
+    base, other = small(tmp_path), small(tmp_path, *overrides)
+    assert other.training_id == base.training_id
+    assert other.run_id != base.run_id
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["seed=1"], ["optimizer.eps=1e-7"], ["task.num_validation=5"], ["train.eval_every=16"], ["mixer=mqa"],
+     ["model.mlp_dim=8"], ["tune.learning_rate=[0.1]"], ["measure.batch_size=2"]],
+)  # fmt: skip
+def test_what_training_depends_on_is_another_training(tmp_path, overrides):
+    assert small(tmp_path, *overrides).training_id != small(tmp_path).training_id
+
+
+def test_the_identity_of_a_run_is_what_it_was():
+    """The hashes of runs that lie in folders since version 0.1.0."""
+    assert compose(["model.dtype=float32"]).run_id == "539e25bf8c"
+    assert compose(["model.dtype=float32", "memory=dense", "mixer=mamba2"]).run_id == "a2df1ee423"
+
+
+def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_path, monkeypatch, trainings):
+    configs = [small(tmp_path), small(tmp_path, "memory=dense")]
+    counted = parameters.train
+
+    def broken(*arguments, **options):
+        counted(*arguments, **options)
+        raise RuntimeError("the loss is wrong")
+
+    monkeypatch.setattr(parameters, "train", broken)
+    for number in (1, 2):  # the command, and the same command again
+        assert [execute(config) for config in configs] == ["failed", "failed"]
+        assert len(trainings) == number
+        first, second = (Run(config).record for config in configs)
+        assert first.reason == "RuntimeError: the loss is wrong"
+        assert second.reason.startswith("RuntimeError: the loss is wrong (in the shared training ")
+        assert first.training.attempt == second.training.attempt == number
+    monkeypatch.setattr(parameters, "train", counted)
+    assert [execute(config) for config in configs] == ["done", "done"]
+
+
+def test_damaged_parameters_are_trained_again(tmp_path, trainings):
+    config, other = small(tmp_path), small(tmp_path, "memory=dense")
+    assert execute(config) == "done"
+    files = [path for path in (config.training_dir / "params").rglob("*") if path.is_file() and path.stat().st_size]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.warns(RuntimeWarning, match="trained again|damaged checkpoint"):
+        assert execute(other) == "done"
+    assert len(trainings) == 2
+    assert Run(other).record.training.params_sha256 == Run(config).record.training.params_sha256
+
+
+def test_a_waiting_run_says_for_whom_and_can_be_stopped(tmp_path):
+    training, said, checks = Training(small(tmp_path)), [], []
+
+    class Stop(StopRequest):
+        def check(self):
+            checks.append(1)
+            if len(checks) == 3:
+                raise Interrupted("the test")
+
+    with locked(training.directory / "lock"), pytest.raises(Interrupted), training.locked(Stop(), said.append):
+        raise AssertionError
+    assert said == [str(os.getpid())]
+    with training.locked(StopRequest(), said.append):
+        assert len(said) == 1
+
+
+def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(tmp_path):
+    config = small(tmp_path / "results")
+    assert execute(config) == "done"
+    digest = Run(config).record.training.params_sha256
+    (tmp_path / "results").rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / config.experiment / config.run_id
+    assert params_digest(load_params(config, moved)[1]) == digest
+    (moved / "trained.json").unlink()  # as runs were: parameters and metrics in the run's own folder
+    trained = tmp_path / "moved" / config.experiment / "trained" / config.training_id
+    for name in ("params", "metrics.jsonl"):
+        shutil.move(trained / name, moved / name)
+    assert params_digest(load_params(config, moved)[1]) == digest
+    assert len(read_metrics(read_records(tmp_path / "moved")[0])) == 8
+    shutil.rmtree(moved / "params")
+    with pytest.raises(FileNotFoundError, match="there are no final parameters"):
+        load_params(config, moved)
+
+
+def _until(condition, process, seconds=200):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_waiting_process_takes_over_from_one_that_is_killed(tmp_path):
+    """The first trains and is killed; the second waited for it, resumes from its checkpoint, and ends as an undisturbed run."""
+    steps = ["train.num_steps=2000", "train.eval_every=500", "train.checkpoint_every=20"]
+    calm, first = small(tmp_path / "calm", *steps), small(tmp_path / "storm", *steps)
+    second = small(tmp_path / "storm", *steps, "memory=dense")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    one = subprocess.Popen(command(tmp_path / "storm", *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = first.training_dir / "metrics.jsonl"
+    _until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 30, one)
+    one.send_signal(signal.SIGSTOP)  # it holds the training and gets no further
+    other = subprocess.Popen(command(tmp_path / "storm", *steps, "memory=dense"), **quiet)
+    status = second.run_dir / "status.json"
+    _until(lambda: status.exists() and json.loads(status.read_text())["status"] == "waiting", other)
+    one.kill()
+    one.wait()
+    _, errors = other.communicate(timeout=300)
+    assert other.returncode == 0, errors
+    assert f"waits for process {one.pid}" in errors
+    assert "resumed at step" in errors
+    again = subprocess.run(command(tmp_path / "storm", *steps), check=True, capture_output=True, text=True)
+    assert "resumed" not in again.stderr
+    assert execute(calm) == "done"
+    records = [Run(config).record for config in (calm, first, second)]
+    assert {record.training.params_sha256 for record in records} == {records[0].training.params_sha256}
+    assert records[1].training.trained_by == second.run_id
+    assert records[1].quality == records[0].quality
+    assert rows(first) == rows(calm)
