@@ -1,21 +1,30 @@
-# make demo | test | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
-# TESTS=tests/engine a part of the tests.
+# make demo | test | test-all | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs.
+# PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
+.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
 	$(BIN)/kvlab report $(RESULTS)/demo
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+# tests/tiers.py says which test is in which tier. test-all takes all but the generated cases of kernels, which have an hour of their own.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+test: $(VENV)/.installed
+	$(PYTEST) $(TESTS)
+
+test-ci: $(VENV)/.installed
+	$(PYTEST) -m ci $(TESTS)
+
+test-all: $(VENV)/.installed
+	$(PYTEST) -m 'not generated' $(TESTS)
+
+test-generated: $(VENV)/.installed
+	$(PYTEST) -m generated $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
