@@ -20,7 +20,9 @@ REFERENCES = {
 def cases_of(platform: str) -> list:
     """Named cases, and generated ones marked as such."""
     return [
-        pytest.param(op, case, id=f"{platform}, {op}, {name}", marks=pytest.mark.generated if "generated" in name else ())
+        pytest.param(
+            op, case, id=f"{platform}, {op}, {name}", marks=pytest.mark.generated if "generated" in name else ()
+        )
         for op, name, case in cases(platform, 40)
     ]
 
