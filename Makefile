@@ -1,21 +1,30 @@
-# make demo | test | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs. PYTHON=/path/to/python3.12 chooses the interpreter,
-# TESTS=tests/engine a part of the tests.
+# make demo | test | test-all | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs.
+# PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-slow lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
+.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
 	$(BIN)/kvlab report $(RESULTS)/demo
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
+# tests/tiers.py says which test is in which tier. test-all takes all but the generated cases of kernels, which have an hour of their own.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+test: $(VENV)/.installed
+	$(PYTEST) $(TESTS)
+
+test-ci: $(VENV)/.installed
+	$(PYTEST) -m ci $(TESTS)
+
+test-all: $(VENV)/.installed
+	$(PYTEST) -m 'not generated' $(TESTS)
+
+test-generated: $(VENV)/.installed
+	$(PYTEST) -m generated $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -73,9 +82,12 @@ kernels-check-oldest: .venv-kernels-oldest/.installed
 	.venv-kernels-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt -r .ci/compilers-oldest.txt
 	@touch $@
 
-# What kvlab needs beside what machines with GPUs have: pure Python, 10 MB, to be carried to one without a network. There:
-# python3 -m pip install --no-index --no-deps --find-links wheels --target site $(CARRIED), and site on PYTHONPATH.
-CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly
+# What kvlab needs beside what machines with GPUs have, 13 MB, to be carried to one without a network. There:
+# python3 -m pip install --no-index --no-deps --target site wheels/*.whl, and site on PYTHONPATH.
+CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly pydantic annotated-types typing-inspection
+# The one that is compiled: for that machine's Python, on x86-64.
+CARRIED_BINARY := pydantic-core
+CARRIED_PYTHON ?= 3.12
 
 # The kernels' bench and whole models on the GPU of this machine, by its own Python (PYTHON=python3), in BUDGET seconds in all.
 BUDGET ?= 540
@@ -86,6 +98,8 @@ gpu:
 wheels: $(VENV)/.installed
 	rm -rf wheels
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -w wheels $(CARRIED)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -d wheels --only-binary=:all: \
+	    --implementation cp --python-version $(CARRIED_PYTHON) --platform manylinux_2_17_x86_64 $(CARRIED_BINARY)
 	@du -sh wheels
 
 clean:

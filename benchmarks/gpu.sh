@@ -10,7 +10,7 @@ folder=${2:-results/gpu-$(date +%Y%m%d-%H%M%S)}
 python=${PYTHON:-python3}
 mkdir -p "$folder"
 
-if ! "$python" -c 'import hydra, plotly' 2>/dev/null; then
+if ! "$python" -c 'import hydra, plotly, pydantic' 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" wheels/*.whl

@@ -16,8 +16,8 @@ NUM_CASES = 200
 
 
 def numbers(num_fast: int) -> list:
-    """Of all generated cases, the first few in every run and the rest marked slow."""
-    return [pytest.param(one, marks=() if one < num_fast else pytest.mark.slow) for one in range(NUM_CASES)]
+    """Of all generated cases, the first few with the named ones and the rest marked `generated`."""
+    return [pytest.param(one, marks=() if one < num_fast else pytest.mark.generated) for one in range(NUM_CASES)]
 
 
 def named(cases: dict[str, Any], *slow: str) -> Any:

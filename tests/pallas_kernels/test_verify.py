@@ -18,9 +18,11 @@ REFERENCES = {
 
 
 def cases_of(platform: str) -> list:
-    """Named cases in every run, generated ones as slow tests."""
+    """Named cases, and generated ones marked as such."""
     return [
-        pytest.param(op, case, id=f"{platform}, {op}, {name}", marks=pytest.mark.slow if "generated" in name else ())
+        pytest.param(
+            op, case, id=f"{platform}, {op}, {name}", marks=pytest.mark.generated if "generated" in name else ()
+        )
         for op, name, case in cases(platform, 40)
     ]
 
