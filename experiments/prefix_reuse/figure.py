@@ -3,8 +3,8 @@
 kvlab reproduce prefix_reuse
 
 Requests are served one after the other through the ledger: looked up, computed behind the hit, published, released.
-Counted are prompt tokens found instead of computed. The optimum knows the whole trace (Belady, 1966). An endless pool is
-the ceiling.
+Counted are prompt tokens found instead of computed. The optimum knows the whole trace (Belady, 1966). An endless pool
+is the ceiling.
 """
 
 import sys
@@ -45,8 +45,8 @@ class Turn(NamedTuple):
 
 
 def shared_prefix(seed: int = 0, count: int = 400) -> list[Turn]:
-    """System prompts of Zipf popularity before short questions. One request in five is a long document that nobody asks for
-    again."""
+    """System prompts of Zipf popularity before short questions. One request in five is a long document that nobody
+    asks for again."""
     rng = np.random.default_rng(seed)
     prefixes = [rng.integers(0, 1 << 30, rng.integers(100, 400)).tolist() for _ in range(24)]
     popularity = 1 / np.arange(1, 25)
