@@ -92,7 +92,7 @@ def serve(reservation: str | None, workload: str, asked: list[Request]) -> Outco
 
 
 def shares(outcome: Outcome, paged: bool) -> tuple[float, ...]:
-    """Percent of token states, reservation, internal and external, after the first fifth; of what is held for paging."""
+    """Percent of token states, reservation, internal and external, after the first fifth. Paging: of what is held."""
     start = outcome.seconds / 5
     mean = {
         name: outcome.mean(name, start) for name in ("live", "reserved", "tail", "free", "padding", "allocated", "pool")

@@ -35,8 +35,9 @@ PUBLISHED = {"parallel": (6.1, 9.8), "beam": (37.6, 55.2)}
 """Percent at the narrowest and widest: 2 and 6 branches."""
 UNCERTAIN, SPREAD = 0.12, 2.0
 """The random language model: this share of tokens is uncertain, with normal logits of this deviation. The others are
-as good as given. That decides how long beams stay apart. Set by hand so that two beams come near the published 37.6%; the
-six are then a prediction. With every token uncertain beams merge within a few steps and share too much: 41% and 68%."""
+as good as given. That decides how long beams stay apart. Set by hand so that two beams come near the published 37.6%;
+the six are then a prediction. With every token uncertain beams merge within a few steps and share too much: 41% and
+68%."""
 
 
 def make_ledger() -> Ledger:
