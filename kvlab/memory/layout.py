@@ -11,11 +11,11 @@ from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import StateSpec
+from kvlab.ledger.states import State
 from kvlab.memory import pools as device
 from kvlab.schema import Schema, choice, integer
 
-type LayerStates = Mapping[str, StateSpec]
+type LayerStates = Mapping[str, State]
 """The named states of one layer: {"kv": ...}, {"ssm": ...}, a short convolution's {"short_conv": ...}."""
 
 
@@ -60,7 +60,7 @@ class MemoryLayout:
         """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len; with
         `pool_len` all of them together to that many only. See `sized_class` for the rest."""
         chunk_len = min(memory.chunk_len, max_len)
-        specs: dict[StateSpec, int] = {}
+        specs: dict[State, int] = {}
         for layer in layers:
             for spec in layer.values():
                 specs[spec] = specs.get(spec, 0) + 1
@@ -129,5 +129,5 @@ class MemoryLayout:
         return sum(state.pool_bytes for state in self.classes)
 
 
-def _name(spec: StateSpec, layers: Sequence[LayerStates]) -> str:
+def _name(spec: State, layers: Sequence[LayerStates]) -> str:
     return next(name for layer in layers for name, one in layer.items() if one == spec)

@@ -184,8 +184,8 @@ def attention_plan(
         starts + counts,
         num_kv_heads=spec.num_kv_heads,
         page_size=state.page_size,
-        window=spec.window,
-        num_sinks=spec.num_sinks,
+        window=spec.visible.window,
+        num_sinks=spec.visible.num_sinks,
     )
 
 

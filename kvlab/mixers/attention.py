@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from kvlab.ledger.states import StateSpec, TokenState
+from kvlab.ledger.states import State, TokenState
 from kvlab.memory.pools import TokenMemory
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,10 @@ class Attention(Mixer):
             self.key_norm = RMSNorm(dim, eps=config.norm_eps)
         self.config, self.dtype = config, dtype
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         config = self.config
-        kv = TokenState(
-            config.num_kv_heads, config.head_dim, config.head_dim, self.dtype, config.window, config.num_sinks
-        )
-        return {"kv": kv}
+        visible = Visible(config.window, config.num_sinks)
+        return {"kv": TokenState(config.num_kv_heads, config.head_dim, config.head_dim, self.dtype, visible=visible)}
 
     def __call__(
         self, x: Hidden, positions: Positions, memory: LayerMemory | None

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from kvlab.ledger.states import StateSpec
+from kvlab.ledger.states import State
 from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.typing import Hidden, Positions
 
@@ -38,7 +38,7 @@ class Mixer(nnx.Module):
     Config: ClassVar[type[MixerConfig]]
 
     @abc.abstractmethod
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         """The named states one layer of this mixer must remember."""
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlab.ledger.states import ArraySpec, RecurrentState, StateSpec
+from kvlab.ledger.states import ArraySpec, RecurrentState, State
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
@@ -70,7 +70,7 @@ class Mamba2(Mixer):
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
         self.config, self.dtype = config, dtype
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         config = self.config
         ssm = RecurrentState((ArraySpec("ssm", (config.num_heads, config.head_dim, config.state_dim), "float32"),))
         return {"ssm": ssm, "conv": self.conv.state()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlab.ledger.states import StateSpec
+from kvlab.ledger.states import State
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
@@ -75,7 +75,7 @@ class Block(nnx.Module):
             self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
         return self.mixer.states() | ({"short_conv": self.short_conv.state()} if self.has_conv else {})
 
@@ -106,7 +106,7 @@ class Transformer(nnx.Module):
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.config = model
 
-    def states(self) -> tuple[dict[str, StateSpec], ...]:
+    def states(self) -> tuple[dict[str, State], ...]:
         """The named states of every layer."""
         return tuple(block.states() for block in self.blocks)
 

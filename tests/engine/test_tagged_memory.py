@@ -18,6 +18,7 @@ from kvlab.ledger.plan import load_plans, save_plans
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from pallas_kernels.visible import Visible
 from tests.contracts import VOCAB, build, parallel_logits, poisoned_session
 from tests.ledger import exerciser as exercising
 from tests.ledger.exerciser import CHUNK_LEN, Exerciser
@@ -25,7 +26,7 @@ from tests.ledger.test_states import visible_by_mask
 
 NUM_TAGS = 2048
 FULL = TokenState(1, 1, NUM_TAGS)
-WINDOWED = TokenState(1, 1, NUM_TAGS, window=5, num_sinks=2)
+WINDOWED = TokenState(1, 1, NUM_TAGS, visible=Visible(window=5, num_sinks=2))
 STATE = RecurrentState((ArraySpec("tag", (1,), "float32"),))
 MODELS = {"full": (FULL,), "window": (WINDOWED,), "hybrid": (FULL, WINDOWED, STATE)}
 
@@ -49,7 +50,7 @@ def _step_of(classes):
                 view = view.write({"tag": tag})
             else:
                 view = view.append(zeros, values)
-                window, sinks = state.spec.window, state.spec.num_sinks
+                window, sinks = state.spec.visible.window, state.spec.visible.num_sinks
                 reads.append(view.attend(zeros, positions, window=window, num_sinks=sinks, soft_cap=None))
             after.append(view.pool)
         return after, reads

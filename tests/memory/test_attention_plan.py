@@ -12,10 +12,11 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import attention_plan
 from pallas_kernels.paged_attention import gpu, paged_attention, takes_plan
 from pallas_kernels.selection import Asked, Device, as_if_on
+from pallas_kernels.visible import Visible
 
 PAGE = 16
 FULL = TokenState(2, 64, 64, "bfloat16")
-WINDOW = TokenState(2, 64, 64, "bfloat16", window=20, num_sinks=3)
+WINDOW = TokenState(2, 64, 64, "bfloat16", visible=Visible(window=20, num_sinks=3))
 LENGTHS = {"long": 150, "short": 5}
 
 
@@ -58,7 +59,7 @@ def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
     queries = jax.random.normal(keys[2], (3, 1, 4, 64), jnp.bfloat16)
     tables = [jnp.asarray(one) for one in (plan.classes[0].pages, plan.classes[0].page_starts)]
     tables += [jnp.asarray(plan.starts)[:, None], jnp.asarray(plan.starts + plan.counts)]
-    options = {"window": spec.window, "num_sinks": spec.num_sinks, "soft_cap": None, "scale": 0.125}
+    options = {"window": spec.visible.window, "num_sinks": spec.visible.num_sinks, "soft_cap": None, "scale": 0.125}
     how = plgpu.InterpretGPUParams(detect_races=True)
     found = gpu.paged_attention(queries, *pools, *tables, plan=made, interpret=how, chip="hopper", **options)[0]
     reset_gpu_interpret_mode_state()
