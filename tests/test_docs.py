@@ -4,16 +4,21 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import yaml
 
+from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import write_folder
 
@@ -32,6 +37,23 @@ def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     assert_memory_equals_parallel("average", MemoryConfig(page_size=4, chunk_len=5), (1, 5, 9))
     (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert module.AverageConfig.build(yaml.safe_load(written)["E"]).channels == 64
+
+
+def test_the_recipe_for_a_format_holds(monkeypatch):
+    """docs/adding-a-format.md: its lines are the code's with one entry more, and what must hold does."""
+    page = (ROOT / "docs" / "adding-a-format.md").read_text()
+    numbers, sizes, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    written: dict = {"jnp": jnp, "Any": Any}
+    exec(compile(numbers + sizes, "docs/adding-a-format.md", "exec"), written)
+    inverse = {name: float(np.float32(1) / np.float32(largest)) for name, largest in written["LARGEST"].items()}
+    for found, table in ((written["FORMATS"], FORMATS), (written["LARGEST"], LARGEST), (inverse, INVERSE)):
+        assert found == table | {"int16": found["int16"]}
+        monkeypatch.setitem(table, "int16", found["int16"])
+    assert written["ITEM_BITS"] == states.ITEM_BITS | {"int16": 16}
+    assert written["QUANTISED"] == (*states.QUANTISED, "int16")
+    monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
+    monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
+    exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
 
 
 def test_the_ledgers_page_runs():
