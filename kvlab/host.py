@@ -11,8 +11,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory instead of giving it back to the kernel; returns whether it could.
 
     XLA on CPU allocates the temporaries of every call anew. With glibc's defaults they are mapped, faulted in page by page
-    and unmapped each time, which costs half of a training step of tens of megabytes (docs/log.md). A process that trains
-    wants the opposite: one arena, never trimmed, never mapped piecewise. Elsewhere than glibc nothing happens.
+    and unmapped each time. That costs half of a training step of tens of megabytes (docs/findings/training.md). A process
+    that trains wants the opposite: one arena, never trimmed, never mapped piecewise. Without glibc nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return False

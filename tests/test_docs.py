@@ -4,15 +4,21 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
 import yaml
 
+from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
+from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import write_folder
 
@@ -31,6 +37,23 @@ def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     assert_memory_equals_parallel("average", MemoryConfig(page_size=4, chunk_len=5), (1, 5, 9))
     (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert module.AverageConfig.build(yaml.safe_load(written)["E"]).channels == 64
+
+
+def test_the_recipe_for_a_format_holds(monkeypatch):
+    """docs/adding-a-format.md: its lines are the code's with one entry more, and what must hold does."""
+    page = (ROOT / "docs" / "adding-a-format.md").read_text()
+    numbers, sizes, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    written: dict = {"jnp": jnp, "Any": Any}
+    exec(compile(numbers + sizes, "docs/adding-a-format.md", "exec"), written)
+    inverse = {name: float(np.float32(1) / np.float32(largest)) for name, largest in written["LARGEST"].items()}
+    for found, table in ((written["FORMATS"], FORMATS), (written["LARGEST"], LARGEST), (inverse, INVERSE)):
+        assert found == table | {"int16": found["int16"]}
+        monkeypatch.setitem(table, "int16", found["int16"])
+    assert written["ITEM_BITS"] == states.ITEM_BITS | {"int16": 16}
+    assert written["QUANTISED"] == (*states.QUANTISED, "int16")
+    monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
+    monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
+    exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
 
 
 def test_the_ledgers_page_runs():
@@ -76,3 +99,28 @@ def test_no_pickle_anywhere():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             assert not {"pickle", "cloudpickle", "dill", "joblib", "shelve"} & set(names), path
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_has_short_lines_and_its_links_lead_somewhere(page):
+    """Lines of at most 120 columns; every relative link names a file, and a heading of it where it has an anchor."""
+    lines = page.read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120]
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

@@ -11,9 +11,8 @@ from kvlab.lab.experiments import load_figure
 arithmetic = load_figure("kv_arithmetic")
 for name in ("llama3-70b", "deepseek-v3", "gemma3-27b", "mamba2-2.7b"):
     model = arithmetic.preset(name)
-    print(
-        f"{name:12} a token {arithmetic.per_token(model):>9,} B, 131,072 tokens {both_units(model.logical_bytes(131_072, 'bfloat16'))}"
-    )
+    context = both_units(model.logical_bytes(131_072, "bfloat16"))
+    print(f"{name:12} a token {arithmetic.per_token(model):>9,} B, 131,072 tokens {context}")
 
 # %% [markdown]
 # One model, six memories.

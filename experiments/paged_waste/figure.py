@@ -2,8 +2,8 @@
 
 kvlab reproduce paged_waste
 
-OPT-13B on an A100-40GB leaves 12 GiB for keys and values: 15,728 slots of 800 KiB. Four systems serve the same requests:
-three reserve one contiguous block a request (a buddy allocator), one pages.
+OPT-13B on an A100-40GB leaves 12 GiB for keys and values: 15,728 slots of 800 KiB. Four systems serve the same
+requests. Three reserve one contiguous block a request (a buddy allocator), one pages.
 """
 
 import sys
@@ -53,7 +53,8 @@ FIG_2 = {
     "Orca (Oracle)": (38.2, 25.2, 0.0, 36.6),
     "vLLM": (96.3, 0.0, 3.7, 0.0),
 }
-"""Percent of the memory for keys and values; vLLM's bar is of what it holds, and its 3.7% are reservation, internal and external."""
+"""Percent of the memory for keys and values. vLLM's bar is of what it holds; its 3.7% are reservation, internal and
+external together."""
 FIG_13 = {"ShareGPT": (7.00, 9.81, 13.62, 30.42), "Alpaca": (7.00, 43.24, 72.75, 132.44)}
 ABLATION = {1: 100.0, 8: 99.2, 16: 98.3, 32: 96.5, 64: 93.0, 128: 86.7, 256: 76.6}
 
@@ -65,9 +66,9 @@ SECONDS = {"ShareGPT": {"max": 1000, "pow2": 2100, "oracle": 1000}, "Alpaca": {"
 def step_seconds(decoding: Sequence[int], chunks: Sequence[int]) -> float:
     """Seconds of one iteration: 36 ms, and 0.3 ms for each sequence in it.
 
-    The paper prints no iteration times. Where memory is not what limits the batch (vLLM on Alpaca), Little's law ties them to
-    its other figures: 30.42 sequences at 2 requests/s of 337.99 tokens are 45 ms an iteration, 132.44 at 30/s of 58.45
-    are 76 ms. These two constants are those two figures; the other rows hardly depend on them.
+    The paper prints no iteration times. Where memory does not limit the batch (vLLM on Alpaca), Little's law ties them
+    to its other figures: 30.42 sequences at 2 requests/s of 337.99 tokens are 45 ms an iteration, 132.44 at 30/s of
+    58.45 are 76 ms. These two constants are those two figures; the other rows hardly depend on them.
     """
     return 0.036 + 0.0003 * (len(decoding) + len(chunks))
 
@@ -83,8 +84,8 @@ def ledger(reservation: str | None, page_size: int = 16) -> Ledger:
 
 
 def serve(reservation: str | None, workload: str, asked: list[Request]) -> Outcome:
-    """One system under one workload. Paging is served at the paper's rates; reservations are overloaded by them, so that
-    their requests are all waiting from the start, and time is spent where the figure varies most between requests."""
+    """One system under one workload. Paging is served at the paper's rates. Reservations are overloaded by these rates.
+    So all their requests wait from the start, and time is spent where the figure varies most between requests."""
     simulator = Simulator(ledger(reservation), step_seconds, Schedule(), sample_every=20)
     if reservation is None:
         return simulator.run(asked, until=asked[-1].arrival_s)
@@ -92,7 +93,7 @@ def serve(reservation: str | None, workload: str, asked: list[Request]) -> Outco
 
 
 def shares(outcome: Outcome, paged: bool) -> tuple[float, ...]:
-    """Percent of token states, reservation, internal and external, after the first fifth; paging's are of what is held."""
+    """Percent of token states, reservation, internal and external, after the first fifth. Paging: of what is held."""
     start = outcome.seconds / 5
     mean = {
         name: outcome.mean(name, start) for name in ("live", "reserved", "tail", "free", "padding", "allocated", "pool")

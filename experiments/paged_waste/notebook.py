@@ -1,6 +1,7 @@
 # %% [markdown]
 # # What paging recovers
-# The same requests under four allocators, on the ledger that also plans kvlab's device steps. Run the cells, then change one.
+# The same requests under four allocators, on the ledger that also plans kvlab's device steps. Run the cells, then
+# change one.
 
 # %%
 from kvlab.capacity.workload import requests
@@ -12,8 +13,8 @@ asked = requests(paged_waste.WORKLOADS["ShareGPT"])[:300]
 print(f"{len(asked)} requests; a pool of {paged_waste.NUM_SLOTS:,} slots")
 
 # %% [markdown]
-# Every byte of a moment: one sequence of 700 tokens under each allocator. Reserved is what it will still use, tail what it never
-# will, padding what the buddy allocator rounds up.
+# Every byte of a moment: one sequence of 700 tokens under each allocator. Reserved is what it will still use, tail what
+# it never will, padding what the buddy allocator rounds up.
 
 # %%
 from kvlab.ledger.classes import Lengths

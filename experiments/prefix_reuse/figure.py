@@ -2,8 +2,9 @@
 
 kvlab reproduce prefix_reuse
 
-Requests are served one after the other through the ledger: looked up, computed behind the hit, published, released. Counted are
-prompt tokens found instead of computed. The optimum knows the whole trace (Belady, 1966); an endless pool is the ceiling.
+Requests are served one after the other through the ledger: looked up, computed behind the hit, published, released.
+Counted are prompt tokens found instead of computed. The optimum knows the whole trace (Belady, 1966). An endless pool
+is the ceiling.
 """
 
 import sys
@@ -45,7 +46,8 @@ class Turn(NamedTuple):
 
 
 def shared_prefix(seed: int = 0, count: int = 400) -> list[Turn]:
-    """System prompts of Zipf popularity before short questions; one request in five is a long document nobody asks for again."""
+    """System prompts of Zipf popularity before short questions. One request in five is a long document that nobody
+    asks for again."""
     rng = np.random.default_rng(seed)
     prefixes = [rng.integers(0, 1 << 30, rng.integers(100, 400)).tolist() for _ in range(24)]
     popularity = 1 / np.arange(1, 25)
@@ -141,7 +143,7 @@ def compare_policies() -> pd.DataFrame:
 
 
 def compare_checkpoints() -> pd.DataFrame:
-    """Which recurrent states to keep, on a hybrid of attention, windows and states, in an ample and in a tight memory."""
+    """Which recurrent states to keep: a hybrid of attention, windows and states, in an ample and in a tight memory."""
     rows = []
     for workload, make in WORKLOADS.items():
         turns = make()

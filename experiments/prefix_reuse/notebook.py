@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Which pages to keep
-# A trace, a pool, a policy: how much of every prompt is found instead of computed, and how far that is from the optimum.
+# A trace, a pool, a policy: how much of every prompt is found instead of computed? How far is that from the optimum?
 
 # %%
 from kvlab.lab.experiments import load_figure

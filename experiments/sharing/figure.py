@@ -1,8 +1,9 @@
-"""What sharing saves: parallel sampling and beam search with copy-on-write (PagedAttention, arXiv 2309.06180, section 6.3).
+"""What sharing saves: parallel sampling and beam search with copy-on-write (arXiv 2309.06180, section 6.3).
 
 kvlab reproduce sharing
 
-One request at a time through the ledger: its prompt is computed once and forked; every step each branch writes one token.
+One request at a time through the ledger. Its prompt is computed once and forked; every step each branch writes one
+token.
 Saved is the share of pages that would be held without sharing: (references - pages) / references, summed over steps.
 """
 
@@ -34,9 +35,10 @@ ALPACA = WorkloadConfig(
 PUBLISHED = {"parallel": (6.1, 9.8), "beam": (37.6, 55.2)}
 """Percent at the narrowest and widest: 2 and 6 branches."""
 UNCERTAIN, SPREAD = 0.12, 2.0
-"""The random language model: one token in ten is uncertain, its logits normal with this deviation; the others are as good as
-given. That decides how long beams stay apart. Set by hand so that two beams come near the published 37.6%; the six are then
-a prediction. With every token uncertain beams merge within a few steps and share too much: 41% and 68%."""
+"""The random language model: this share of tokens is uncertain, with normal logits of this deviation. The others are
+as good as given. That decides how long beams stay apart. Set by hand so that two beams come near the published 37.6%;
+the six are then a prediction. With every token uncertain beams merge within a few steps and share too much: 41% and
+68%."""
 
 
 def make_ledger() -> Ledger:

@@ -16,9 +16,8 @@ for branch in "abc":
 sharing.write_one(ledger, ["a", "b", "c"])
 (after,) = ledger.audit()
 print(as_table([before, after]))
-print(
-    f"saved by sharing: {before.shared:,} bytes before the branches write, {after.shared:,} after; {ledger.stores[0].copied} pages copied"
-)
+copied = ledger.stores[0].copied
+print(f"saved: {before.shared:,} bytes before the branches write, {after.shared:,} after; {copied} pages copied")
 
 # %% [markdown]
 # Over whole requests.

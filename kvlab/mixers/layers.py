@@ -10,7 +10,7 @@ from jax import Array
 
 class Linear(nnx.Linear):
     """`nnx.Linear` on the flattened leading axes: its weight gradient is then one matrix product, which XLA on CPU runs
-    twice as fast as the contraction over two axes (docs/log.md)."""
+    twice as fast as the contraction over two axes (docs/findings/training.md)."""
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)

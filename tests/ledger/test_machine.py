@@ -87,7 +87,7 @@ def test_the_operations_reach_every_corner():
 
 @pytest.mark.slow
 def test_soak_of_a_million_operations():
-    """Run once for each release; its figures are in docs/log.md."""
+    """Run once for each release; its figures are in docs/findings/ledger.md."""
     done = seed = 0
     while done < 1_000_000:
         exerciser = Exerciser(random.Random(10_000 + seed).randrange, thorough=seed % 10 == 0)
