@@ -168,10 +168,13 @@ class Schema(metaclass=_Checked):
     @classmethod
     def defaults(cls) -> dict[str, object]:
         """The default of every field that has one, as plain YAML-able data."""
-        made = {item.name: item.default_factory for item in dataclasses.fields(cls)}
-        given = {item.name: item.default for item in dataclasses.fields(cls) if made[item.name] is dataclasses.MISSING}
-        given |= {name: make() for name, make in made.items() if callable(make)}
-        return to_plain({name: value for name, value in given.items() if value is not dataclasses.MISSING})
+        found: dict[str, object] = {}
+        for item in dataclasses.fields(cls):
+            if item.default_factory is not dataclasses.MISSING:
+                found[item.name] = item.default_factory()
+            elif item.default is not dataclasses.MISSING:
+                found[item.name] = item.default
+        return to_plain(found)
 
     @classmethod
     def build(cls, values: object, path: str = "") -> Self:

@@ -8,8 +8,12 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from kvlab import cli
+from kvlab.capacity.config import CapacityConfig
+from kvlab.compose import compose_capacity, compose_generate
+from kvlab.config import GenerateConfig
 from kvlab.lab.results import read_records
 
 TINY = ["debug=tiny", "model.model_dim=16", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
@@ -35,6 +39,35 @@ def test_help_version_and_unknown_commands(capsys, monkeypatch):
     status, _, errors = call(capsys, monkeypatch, "rnu")
     assert status == 2
     assert "did you mean run" in errors
+
+
+def test_a_wrong_option_is_answered_in_one_line(capsys, monkeypatch):
+    for words in (["plan", "--fast"], ["show"], ["capacity", "--cfg", "hydra"], ["generate"]):
+        status, _, errors = call(capsys, monkeypatch, *words)
+        assert status == 2
+        assert errors.startswith(f"kvlab {words[0]}: ")
+        assert errors.endswith(f"see kvlab {words[0]} --help\n")
+        assert errors.count("\n") == 1
+
+
+def test_every_command_prints_its_composed_config(capsys, monkeypatch, tmp_path):
+    status, out, _ = call(capsys, monkeypatch, "generate", "--cfg", "job", "memory=dense", "sampling.stop=[a,b]")
+    assert status == 0
+    assert GenerateConfig.build(yaml.safe_load(out)) == compose_generate(["memory=dense", "sampling.stop=[a,b]"])
+    status, out, _ = call(capsys, monkeypatch, "capacity", "model=jamba", "--cfg", "job", "hardware=h200x5")
+    assert status == 0
+    assert CapacityConfig.build(yaml.safe_load(out)) == compose_capacity(["model=jamba", "hardware=h200x5"])
+    status, out, _ = call(capsys, monkeypatch, "schema", "--out", str(tmp_path))
+    assert status == 0
+    assert str(tmp_path / "run.mixer.json") in out.split()
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['kvlab', '--help']; from kvlab.cli import main; main(); "
+    code += "print(*sorted({'jax', 'pydantic', 'rich', 'hydra', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+    assert "reproduce" in done.stdout
 
 
 def test_results_that_are_not_there(capsys, monkeypatch, tmp_path):
@@ -84,6 +117,8 @@ def test_tab_completion():
     done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
     assert done.stdout.split() == ["mixer=mqa"]
     assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
+    done = kvlab("-sc", "query=bash", COMP_LINE="kvlab capacity model=mixt")
+    assert done.stdout.split() == ["model=mixtral-8x7b"]
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

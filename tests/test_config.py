@@ -21,6 +21,11 @@ WRONG = [
     ("hardware=h1000", "hardware = 'h1000': did you mean h100"),
     ("launcher=slrm", "launcher = 'slrm': did you mean slurm"),
     ("debug=tin", "debug = 'tin': did you mean tiny"),
+    ("model=llama3-8b", "model = 'llama3-8b': is for kvlab capacity only; legal: mqar, needle, perplexity, text"),
+    ("memory=oracle", "memory = 'oracle': is for kvlab capacity only; legal: dense, paged"),
+    ("hardware=h1000x2", "hardware = 'h1000x2': did you mean h100"),
+    ("hardware=h100x0", "hardware = 'h100x0': did you mean h100"),
+    ("hardware=[h100]", "hardware = ['h100']: must be a mapping of its fields: name, num_chips"),
     ("model.model_dm=64", "model.model_dm = 64: no such field; did you mean model_dim"),
     ("trian.num_steps=4", "trian = 4: no such field; did you mean train"),
     ("mixer.A.num_head=2", "mixer.A.num_head = 2: no such field; did you mean num_heads"),
@@ -144,6 +149,25 @@ def test_round_trip_and_identity():
     assert compose(["mixer=hybrid", "seed=4"]).run_id != config.run_id
     elsewhere = compose(["mixer=hybrid", "seed=3", "results_dir=/tmp/x", "hardware=h100", "launcher=joblib"])
     assert elsewhere.run_id == config.run_id
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label", "total"),
+    [
+        (["hardware=h100x3"], "h100x3", 3),
+        (["+hardware=h200"], "h200", 1),
+        (["hardware.name=h100x2", "hardware.num_chips=2"], "h100x4", 4),
+        ([], "host", 1),
+    ],
+)
+def test_chips_are_a_word(overrides, label, total):
+    """In notebooks, on the command line and in a sweep alike."""
+    (config,), _ = expand(overrides, multirun=False)
+    assert config == compose([word.removeprefix("+") for word in overrides])
+    assert (config.hardware.label, config.hardware.total_chips) == (label, total)
+    assert Config.build(config.as_dict() | {"hardware": label}).hardware.total_chips == total
+    swept, _ = expand(["hardware=h100x2,h200"], multirun=True)
+    assert [config.hardware.label for config in swept] == ["h100x2", "h200"]
 
 
 def test_a_sweep_without_m_is_refused():

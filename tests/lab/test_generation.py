@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from kvlab.cli import main
-from kvlab.compose import compose
+from kvlab.compose import compose, compose_generate
 from kvlab.engine.sampling import Sampling
 from kvlab.lab.execute import execute
-from kvlab.lab.generation import GenerateConfig, load_source, read_requests
+from kvlab.lab.request_lines import read_requests
+from kvlab.lab.source import load_source
 from kvlab.models.transformer import merge
 from kvlab.schema import ConfigError
 from tests.engine.families import golden, pretrained, write_folder
@@ -113,10 +114,10 @@ def test_a_draft_model_is_a_folder(tmp_path, monkeypatch, capsys):
         (["--prompt", "1", "engine.max_len=4"], "max_tokens = 64: must be in"),
         (["--prompt", "1", "page_size=4"], "page_size = 4: no such field"),
         (["--prompt", "1", "sampling"], "must be field=value"),
-        (
-            ["--prompt", "1", "memory=dense"],
-            "memory = 'dense': is a section: give one of its fields, memory.field=value; legal: ",
-        ),
+        (["--prompt", "1", "memory=pow2"], "memory = 'pow2': is for kvlab capacity only; legal: dense, paged"),
+        (["--prompt", "1", "engine=8"], "engine = 8: must be a mapping of its fields: max_batch, "),
+        (["--prompt", "1", "stop_at_end=maybe"], "stop_at_end = 'maybe': must be true or false"),
+        (["--prompt", "1", "sampling.stop_tokens=[1,x]"], "sampling.stop_tokens = [1, 'x']: must be a list, each"),
         (["--prompt", "1", "engine.speculation=draft"], "speculation = 'draft'"),
     ],
 )
@@ -131,9 +132,12 @@ def test_bad_lines_and_folders_say_where(tmp_path, monkeypatch, capsys):
     source = tmp_path / "in.jsonl"
     for line, message in (
         ("{", "line 2: "),
-        ('{"prompt": [1], "sampler": 1}', "line 2: 'sampler'"),
+        ('{"prompt": [1], "sampler": 1}', "line 2: sampler = 1: no such field; did you mean sampling"),
         ('{"prompt": [1], "sampling": {"top_k": -1}}', "line 2: sampling.top_k = -1"),
-        ('{"prompt": [1], "priority": "high"}', "request 2: priority = 'high': must be an integer"),
+        ('{"prompt": [1], "priority": "high"}', "line 2: priority = 'high': must be an integer"),
+        ('{"prompt": [1, 0.5]}', "line 2: prompt = [1, 0.5]: must be a string or a list, each an integer"),
+        ('{"prompt": [1], "sampling": 3}', "line 2: sampling = 3: must be a mapping or null"),
+        ('{"prompt": [1], "name": 7}', "line 2: name = 7: must be a string or null"),
         ("[1]", 'line 2: must be an object with "prompt"'),
     ):
         source.write_text('{"prompt": [1]}\n' + line)
@@ -142,7 +146,7 @@ def test_bad_lines_and_folders_say_where(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "generate", str(tmp_path), "--prompt", "1") == 2
     assert "neither a run's directory" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="dtype"):
-        GenerateConfig.parse(["dtype=float64"])
+        compose_generate(["dtype=float64"])
 
 
 def test_a_run_answers_text(tmp_path, monkeypatch, capsys):

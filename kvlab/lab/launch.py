@@ -1,0 +1,62 @@
+"""Runs started from the command line: one in this process, or a sweep through Hydra's launchers."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import jax
+from omegaconf import OmegaConf
+
+from kvlab.compose import RUN, Root, register
+from kvlab.config import Config
+from kvlab.interrupt import stop_sweep, sweep_stops_together
+from kvlab.lab.execute import execute
+from kvlab.lab.runs import Run, RunLocked
+from kvlab.lab.tables import sweep_summary
+
+
+def run_sweep(configs: list[Config], handed: list[str]) -> None:
+    """All of them, by Hydra's launcher. The runs' states tell what happened."""
+    print(sweep_summary(configs), file=sys.stderr)
+    stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
+    with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):
+        through_hydra(["--multirun", *handed])
+
+
+def execute_one(config: Config) -> str:
+    """Executes a run here and says in one line how it ended; returns its status, "locked" when another process has it."""
+    use_compilation_cache()
+    try:
+        status = execute(config)
+    except RunLocked as error:
+        print(f"kvlab: {error}", file=sys.stderr)
+        return "locked"
+    reason = ""
+    if status == "failed":
+        reason = f": {getattr(Run(config).record, 'reason', None)}"
+    print(f"{config.label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
+    return status
+
+
+def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
+    """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process."""
+    register()
+    sys.argv = ["kvlab", *arguments]
+    hydra.main(version_base="1.3", config_path=str(root.path), config_name=root.file)(_job)()
+
+
+def _job(composed: Any) -> None:
+    if execute_one(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
+        stop_sweep()
+
+
+def use_compilation_cache() -> None:
+    """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    if not jax.config.jax_compilation_cache_dir:
+        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(base / "kvlab" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,55 @@
+"""What a terminal shows of an engine at work: its requests, where the memory's bytes are, and how fast it goes."""
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text as RichText
+
+from kvlab.engine.engine import Engine
+from kvlab.engine.requests import Answer
+from kvlab.ledger.accounting import PARTS
+from kvlab.units import human_bytes
+
+
+def status(engine: Engine, seconds: float, most: int = 12) -> Group:
+    """The live table: requests that run and wait, where every byte of the memory is, and how fast it goes."""
+    requests = Table("request", "state", "prompt", "answer", "text", title_justify="left")
+    shown = [one for request in engine.requests.values() for one in request.samples]
+    for one in shown[:most]:
+        text = one.transcript.text[-60:] if one.transcript else " ".join(map(str, one.answer[-12:]))
+        length = f"{len(one.answer)}/{one.request.sampling.max_tokens}"
+        requests.add_row(str(one.name), one.state, str(len(one.request.prompt)), length, RichText(text))
+    if len(shown) > most:
+        requests.add_row(f"and {len(shown) - most} more", "", "", "", "")
+    accounts = engine.ledger.audit()
+    memory = Table("memory", "pool", *(part for part in PARTS if any(getattr(one, part) for one in accounts)))
+    for one in accounts:
+        parts = (getattr(one, part) for part in PARTS if any(getattr(other, part) for other in accounts))
+        memory.add_row(one.name, human_bytes(one.pool), *(f"{100 * part / one.pool:.1f}%" for part in parts))
+    return Group(requests, memory, RichText(summary(engine, seconds)))
+
+
+def summary(engine: Engine, seconds: float) -> str:
+    """One line about what was done."""
+    stats, counters = engine.stats, engine.scheduler.counters
+    total = stats.prefilled_tokens + stats.decoded_tokens
+    words = [
+        f"{stats.decoded_tokens} tokens decoded, {stats.prefilled_tokens} prefilled, {counters.hit_tokens} found in memory",
+        f"{total / max(seconds, 1e-9):,.0f} tok/s",
+        f"{stats.read_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s read",
+        f"{counters.preempted} preempted",
+    ]
+    if stats.drafted_tokens:
+        words.append(f"{100 * stats.acceptance_rate:.0f}% of {stats.drafted_tokens} drafts accepted")
+    return ", ".join(words)
+
+
+def print_answers(answers: Sequence[Answer], console: Console) -> None:
+    """Prompts and answers for reading."""
+    for one in answers:
+        console.rule(one.name, align="left")
+        if one.error:
+            console.print(f"failed: {one.error}", markup=False)
+        for completion in one.completions:
+            console.print(completion.text or str(completion.tokens), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,97 @@
+"""JSON schemas for editors: one for each command's config, and one for each group of YAML files.
+
+They are made from the dataclasses that validate a run. In VS Code with the YAML extension, `.vscode/settings.json`:
+
+    "yaml.schemas": {"schemas/run.mixer.json": "configs/mixer/*.yaml", "schemas/run.json": "configs/experiment/*.yaml"}
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvlab.capacity.config import CapacityConfig, ServingMemory
+from kvlab.capacity.presets import Preset
+from kvlab.capacity.workload import WorkloadConfig
+from kvlab.config import SECTIONS, GenerateConfig
+from kvlab.memory.layout import MemoryConfig
+from kvlab.mixers import MIXERS
+from kvlab.schema import json_schema
+from kvlab.tasks import TASKS
+
+type Node = dict[str, Any]
+
+HYDRA: Node = {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
+"""What Hydra reads of a file, and takes out of the config."""
+FREE_GROUPS = ("launcher", "experiment", "debug")
+"""Groups of `kvlab run` whose files may set anything of the whole config."""
+
+
+def all_schemas() -> dict[str, Node]:
+    """Every schema by its name: a command's, such as "run", or a group's, such as "run.mixer". Any field may be left out: a
+    file says what differs."""
+    sections = {name: json_schema(kind) for name, kind in SECTIONS.items()}
+    sections |= {"mixer": _mixer(), "task": {"anyOf": _by_type(TASKS)}}
+    word: Node = {"type": "string"}
+    top = {"experiment": word, "seed": {"type": "integer", "minimum": 0}, "results_dir": word}
+    run: Node = {"type": "object", "properties": sections | top, "additionalProperties": False}
+    schemas = {"run": run, "capacity": json_schema(CapacityConfig), "generate": json_schema(GenerateConfig)}
+    groups = sections | dict.fromkeys(FREE_GROUPS, run)
+    schemas |= {f"run.{name}": node for name, node in groups.items()}
+    for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
+        schemas[f"capacity.{name}"] = json_schema(kind)
+    schemas["generate.memory"] = json_schema(MemoryConfig)
+    return {name: _whole(node) for name, node in schemas.items()}
+
+
+def write_schemas(folder: Path) -> list[Path]:
+    """Writes each as NAME.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, schema in all_schemas().items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(schema, indent=2) + "\n")
+    return paths
+
+
+def _by_type(registry: Mapping[str, Any]) -> list[Node]:
+    """The section of each registered name, with its `type`, which a defaults list may bring as well."""
+    found = []
+    for name, kind in registry.items():
+        node = json_schema(kind.Config)
+        found.append(node | {"properties": {"type": {"const": name}, **node["properties"]}})
+    return found
+
+
+def _mixer() -> Node:
+    """A variant: layers have any name."""
+    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}}
+    return {"type": "object", "properties": named, "additionalProperties": {"anyOf": _by_type(MIXERS)}}
+
+
+def _whole(node: Node) -> Node:
+    """A schema of a whole file: nothing is required, Hydra's own keys are legal, definitions are at the top."""
+    definitions: Node = {}
+    lifted = _without_definitions(node, definitions)
+    opened = {"anyOf": [_opened(option) for option in lifted["anyOf"]]} if "anyOf" in lifted else _opened(lifted)
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, **opened, **({"$defs": definitions} if definitions else {})}
+
+
+def _opened(node: Node) -> Node:
+    if "properties" not in node:
+        return node
+    return {name: value for name, value in node.items() if name != "required"} | {
+        "properties": node["properties"] | HYDRA
+    }
+
+
+def _without_definitions(node: Any, definitions: Node) -> Any:
+    """The node with every "$defs" below it moved to `definitions`."""
+    if isinstance(node, list):
+        return [_without_definitions(inner, definitions) for inner in node]
+    if not isinstance(node, dict):
+        return node
+    for name, inner in node.get("$defs", {}).items():
+        definitions[name] = _without_definitions(inner, definitions)
+    return {name: _without_definitions(inner, definitions) for name, inner in node.items() if name != "$defs"}

@@ -1,0 +1,82 @@
+"""Tables for a terminal: runs to come, runs that were done, and what a sweep holds."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from kvlab.config import Config
+from kvlab.lab.plan import Plan
+from kvlab.lab.record import AnyRecord, Unfinished
+from kvlab.lab.results import points
+from kvlab.lab.runs import Run
+from kvlab.units import human_bytes
+
+
+def wide_console() -> Console:
+    """Full width where nobody is watching, so that piped tables are not cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
+    """A row for each run: what it would hold and cost, and whether that fits; then the kernels that it would take."""
+    names = ("run", "label", "state", "params", "weights", "optimizer", "activations", "memory", "temporaries", "FLOPs")
+    table = Table(*names, "fits", title=f"{len(plans)} runs", title_justify="left")
+    for config, plan in plans:
+        sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
+        sizes = (*sizes, plan.state_bytes, plan.temporaries_bytes)
+        fits = f"{'yes' if plan.fits else 'NO'}: {human_bytes(max(plan.train_bytes, plan.decode_bytes))}"
+        fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
+        cells = [config.run_id, config.label, Run(config).state, f"{plan.num_params:,}"]
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), f"{plan.train_flops:.2e}", fits)
+    console = wide_console()
+    console.print(table)
+    for line in dict.fromkeys(_kernels_line(plan) for _, plan in plans):
+        console.print(line, markup=False)
+
+
+def _kernels_line(plan: Plan) -> str:
+    """The implementations that a run would take, and why it would not take the kernels of such a device."""
+    chosen = plan.kernels.items()
+    said = (f"{op} {choice.taken}" + (f" ({choice.reason})" if choice.reason else "") for op, choice in chosen)
+    return f"on {plan.hardware}: {', '.join(said)}"
+
+
+def sweep_summary(configs: Sequence[Config]) -> str:
+    """How many runs of a sweep are in which state."""
+    states = Counter(Run(config).state for config in configs)
+    words = {"new": "to run", "cut": "to resume", "failed": "to retry", "done": "done already"}
+    return f"{len(configs)} runs: " + ", ".join(f"{count} {words[state]}" for state, count in states.items())
+
+
+def print_runs(configs: Sequence[Config]) -> None:
+    """The records of runs that have one, as `print_records` prints them."""
+    records = [record for config in configs if (record := Run(config).record)]
+    if records:
+        print_records(records)
+
+
+def print_records(records: list[AnyRecord]) -> None:
+    """One row a point; failed and cut runs below with their reasons."""
+    names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
+    table = Table(*names, "step ms", "decode tok/s")
+    for point in points(records):
+        sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
+        interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
+        cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
+        speeds = (
+            str(point.context_len),
+            f"{point.speeds['train_step_ms']:.1f}",
+            f"{point.speeds['decode_tokens_per_s']:,.0f}",
+        )
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds)
+    console = wide_console()
+    if table.row_count:
+        console.print(table)
+    for record in records:
+        if isinstance(record, Unfinished):
+            name = record.config["mixer"]["name"]
+            line = f"{record.status}: {name} seed {record.seed} [{record.run_id}] {record.reason}"
+            console.print(line, markup=False)
