@@ -59,7 +59,9 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     config = compose(["task=parity", "mixer=mamba2"])
     assert (config.model.num_layers, config.train.num_steps, config.optimizer.learning_rate) == (2, 800, 0.003)
     assert config.task == module.ParityConfig()
-    assert compose(["task=parity", "model=mqar"]).model.num_layers == 2  # the group's file wins only where it says something
+    assert (
+        compose(["task=parity", "model=mqar"]).model.num_layers == 2
+    )  # the group's file wins only where it says something
     tiny = compose(["task=parity", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=12", "task.test_len=20"])
     assert execute(tiny) == "done"
 
