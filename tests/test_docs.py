@@ -1,6 +1,7 @@
 """The recipes do what they say: the mixer of docs/adding-a-mixer.md is built from the page itself and meets the contract."""
 
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
+from kvlab.compose import compose
+from kvlab.lab.execute import execute
 from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
@@ -18,9 +21,11 @@ from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
+from kvlab.tasks import TASKS
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import write_folder
+from tests.tasks.contracts import CONTRACT, SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,6 +59,34 @@ def test_the_recipe_for_a_format_holds(monkeypatch):
     monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
     monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
     exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
+
+
+def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
+    """docs/adding-a-task.md: the file, its line, its YAML and its row, as the page says, and a run through `kvlab run`."""
+    page = (ROOT / "docs" / "adding-a-task.md").read_text()
+    source, registry_line, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("kvlab.tasks.parity")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/adding-a-task.md", "exec"), module.__dict__)
+    assert registry_line.strip() == '"parity": Parity,'
+    monkeypatch.setitem(TASKS, "parity", module.Parity)
+    rows: dict = {}
+    exec(row, {"SMALL": rows})
+    monkeypatch.setitem(SMALL, "parity", rows["parity"])
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "task" / "parity.yaml").write_text(written)
+    monkeypatch.setattr("kvlab.compose.configs_dir", lambda: tmp_path / "configs")
+    for meets in CONTRACT:
+        meets("parity")
+    config = compose(["task=parity", "mixer=mamba2"])
+    assert (config.model.num_layers, config.train.num_steps, config.optimizer.learning_rate) == (2, 800, 0.003)
+    assert config.task == module.ParityConfig()
+    assert (
+        compose(["task=parity", "model=mqar"]).model.num_layers == 2
+    )  # the group's file wins only where it says something
+    tiny = compose(["task=parity", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=12", "task.test_len=20"])
+    assert execute(tiny) == "done"
 
 
 def test_the_ledgers_page_runs():

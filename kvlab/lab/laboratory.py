@@ -1,6 +1,6 @@
 """What a config describes, built: the one place where task, model and memory meet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax import Array
 from kvlab.config import Config
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.transformer import Transformer, merge, split
+from kvlab.placement import Placement
 from kvlab.random import named_key
 from kvlab.schema import ConfigError
 from kvlab.tasks import Task
@@ -29,14 +30,15 @@ class Laboratory:
     structure: nnx.GraphDef[Transformer]
     params: Params
     states: tuple[dict[str, Any], ...]
+    placement: Placement = field(default_factory=Placement)
 
     @classmethod
-    def of(cls, config: Config, *, abstract: bool = False) -> "Laboratory":
+    def of(cls, config: Config, *, abstract: bool = False, placement: Placement | None = None) -> "Laboratory":
         """Builds the model; parameters depend on the seed alone, or are loaded from `weights.path`. `abstract` gives shapes in
-        their place: nothing is held."""
-        task = config.make_task()
+        their place: nothing is held. On the mesh of a `placement` the parameters lie whole on every device."""
+        task, placement = config.make_task(), placement or Placement()
         if config.weights.path is not None:
-            return cls._pretrained(config, task, abstract=abstract)
+            return cls._pretrained(config, task, placement, abstract=abstract)
 
         def build(key: Array) -> Transformer:
             return Transformer(config.layers(), config.model, task.vocab_size, rngs=nnx.Rngs(key))
@@ -44,11 +46,11 @@ class Laboratory:
         key = named_key(config.seed, "init")
         model = nnx.eval_shape(build, key)
         init = jax.jit(lambda key: split(build(key))[1])  # one program instead of one an array
-        params = jax.eval_shape(init, key) if abstract else init(key)
-        return cls(config, task, split(model)[0], params, model.states())
+        params = jax.eval_shape(init, key) if abstract else placement.put(init(key), "")
+        return cls(config, task, split(model)[0], params, model.states(), placement)
 
     @classmethod
-    def _pretrained(cls, config: Config, task: Task, *, abstract: bool) -> "Laboratory":
+    def _pretrained(cls, config: Config, task: Task, placement: Placement, *, abstract: bool) -> "Laboratory":
         """A published checkpoint under a task whose tokens it knows."""
         folder, dtype = config.weights.folder, config.weights.compute_dtype
         architecture = peek_architecture(folder, dtype)
@@ -59,8 +61,8 @@ class Laboratory:
             structure, params = abstract_model(architecture)
         else:
             loaded = load_checkpoint(folder, dtype)
-            structure, params = loaded.structure, loaded.params
-        return cls(config, task, structure, params, merge(structure, params).states())
+            structure, params = loaded.structure, placement.put(loaded.params, "")
+        return cls(config, task, structure, params, merge(structure, params).states(), placement)
 
     @property
     def model(self) -> Transformer:
@@ -76,7 +78,8 @@ class Laboratory:
         """The compiled training call."""
         train_config = self.config.train
         optimizer = make_optimizer(self.config.optimizer, train_config.num_steps)
-        return TrainStep(self.structure, self.task, optimizer, train_config.batch_size, train_config.accumulation)
+        sizes = train_config.batch_size, train_config.accumulation
+        return TrainStep(self.structure, self.task, optimizer, *sizes, self.placement)
 
     def layout(self, max_len: int, max_sequences: int) -> MemoryLayout:
         """The memory for `max_sequences` sequences of up to `max_len` tokens."""

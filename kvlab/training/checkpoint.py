@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from kvlab.files import write_atomic
+from kvlab.placement import Placement
 from kvlab.typing import PyTree
 
 
@@ -19,8 +20,8 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """Numbered checkpoints of a pytree of arrays with a JSON note each. A save is visible only once it is complete."""
 
-    def __init__(self, directory: Path, keep: int):
-        self.directory = directory
+    def __init__(self, directory: Path, keep: int, placement: Placement | None = None):
+        self.directory, self.placement = directory, placement or Placement()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
@@ -33,11 +34,11 @@ class Checkpoints:
     def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Step, tree and note of the newest readable checkpoint; None when there is none at all.
 
-        `like` gives structure, shapes and dtypes. A damaged checkpoint is named in a warning, removed, and the previous
+        `like` gives structure, shapes and dtypes; every array lies whole where the placement says. A damaged checkpoint is named in a warning, removed, and the previous
         one used; raises `CheckpointError` when none of those present is readable.
         """
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
+        whole = self.placement.sharding("")
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), like)
         problems = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             items = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract), note=ocp.args.JsonRestore())

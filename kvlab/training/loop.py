@@ -98,10 +98,11 @@ def train(
     alone, not on how often the process was killed in between.
     """
     task: Task = step_fn.task
-    key, data = named_key(seed, "train"), task.train_data()
-    state = init_state(params, step_fn.optimizer, learning_rate)
+    placement = step_fn.placement
+    key, data = named_key(seed, "train"), placement.put(task.train_data(), "")
+    state = placement.put(init_state(params, step_fn.optimizer, learning_rate), "")
     at = _Progress(num_rows=_num_rows(metrics_path))
-    checkpoints = Checkpoints(directory, config.keep_checkpoints)
+    checkpoints = Checkpoints(directory, config.keep_checkpoints, placement)
     call_ms: dict[int, list[float]] = {}
     try:
         restored = checkpoints.restore(state)

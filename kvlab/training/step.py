@@ -1,6 +1,6 @@
 """One device call of training: several optimizer steps, batches generated on device, everything donated."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.models.transformer import Transformer, logits_at, merge, path_name
+from kvlab.placement import Placement
 from kvlab.tasks import Batch, Task
 from kvlab.typing import Params, PyTree
 
@@ -67,13 +68,15 @@ def _gradients(structure: nnx.GraphDef[Transformer], params: Params, batch: Batc
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The compiled training call of one (model, task, optimizer); `__call__` runs `len(knobs)` steps."""
+    """The compiled training call of one (model, task, optimizer); `__call__` runs `len(knobs)` steps. Batches lie where
+    `placement` says; on a mesh that divides "B", each device computes its rows."""
 
     structure: nnx.GraphDef[Transformer]
     task: Task
     optimizer: optax.GradientTransformation
     batch_size: int
     accumulation: int
+    placement: Placement = field(default_factory=Placement)
 
     @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
     def __call__(
@@ -102,6 +105,7 @@ class TrainStep:
     def gradients(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> tuple[Array, Params]:
         """Loss and gradients of the batch that belongs to `state.step`."""
         batch = self.task.train_batch(data, jax.random.fold_in(key, state.step), self.batch_size, seq_len, knob)
+        batch = jax.tree.map(lambda rows: self.placement.constrain(rows, "B"), batch)
         return _gradients(self.structure, state.params, batch, self.accumulation)
 
     def first_bad_leaf(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> str:
