@@ -7,14 +7,18 @@
 * `generated`: the generated cases of the kernels' proofs. `make test-generated`, about an hour.
 
 A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker beside the
-test itself before any row. Where a row stands for no test any more, collecting the whole suite fails and names it.
+test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pytest
+
 MARKERS = ("ci", "slow", "generated")
+UNUSED_ROWS = pytest.StashKey[list[str]]()
+"""Where `tests/conftest.py` leaves the rows that stand for no test, once the whole suite is collected."""
 
 KERNELS = "tests/pallas_kernels"
 DECODE = f"{KERNELS}/test_gpu_decode.py"
