@@ -122,7 +122,6 @@ def test_tab_completion():
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-@pytest.mark.slow
 def test_sweeps_through_every_local_launcher(launcher, tmp_path):
     arguments = ["run", "-m", *TINY, f"launcher={launcher}", "mixer=mha,mqa", f"results_dir={tmp_path}"]
     first = kvlab(*arguments)

@@ -11,7 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_runs_from_an_empty_environment(tmp_path):
     def run(*command, cwd=tmp_path):

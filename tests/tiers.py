@@ -6,21 +6,122 @@
 * `slow`: only `make test-all`, which runs all three.
 * `generated`: the generated cases of the kernels' proofs. `make test-generated`, about an hour.
 
-A row stands for every test whose id begins with it; of several rows the longest counts. A test's own marker counts as well.
+A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker beside the
+test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-TIER_OF: dict[str, str] = {"tests/test_walls.py": "ci"}
+import pytest
+
+MARKERS = ("ci", "slow", "generated")
+UNUSED_ROWS = pytest.StashKey[list[str]]()
+"""Where `tests/conftest.py` leaves the rows that stand for no test, once the whole suite is collected."""
+
+KERNELS = "tests/pallas_kernels"
+DECODE = f"{KERNELS}/test_gpu_decode.py"
+TILED = f"{KERNELS}/test_paged_attention_gpu.py"
+ON_TPU = f"{KERNELS}/test_paged_attention_tpu.py"
+ON_HOST = f"{KERNELS}/test_paged_attention.py"
+PREFILL = f"{KERNELS}/test_paged_prefill.py"
+WRITE = f"{KERNELS}/test_kv_write.py"
+
+CHILDREN = {
+    "tests/test_walls.py": "ci",
+    "tests/test_wheel.py": "ci",
+    "tests/test_on_gpu.py::test_a_window_leaves_lines_and_goes_on_where_it_stopped": "ci",
+    "tests/test_config.py::test_the_command_line_answers_in_one_line": "ci",
+    "tests/ledger/test_ledger.py::test_the_ledger_imports_no_jax": "ci",
+    "tests/test_cli.py::test_hydra_options_still_work": "ci",
+    "tests/test_cli.py::test_tab_completion": "ci",
+    "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
+    "tests/test_cli.py::test_a_corpus_that_is_too_short_is_answered_before_anything_is_written": "ci",
+    "tests/test_cli.py::test_a_sweep_goes_on_after_a_failure_and_says_so": "ci",
+    "tests/test_cli.py::test_sigterm_to_a_sweep_stops_its_workers_and_saves": "ci",
+    "tests/test_cli.py::test_runs_need_none_of_what_only_pages_and_development_need": "ci",
+    "tests/lab/test_execute.py::test_kill_9_and_resume_is_bit_for_bit": "ci",
+    "tests/lab/test_execute.py::test_a_polite_stop_saves_and_resumes": "ci",
+    "tests/lab/test_generation.py::test_the_command_works_as_installed": "ci",
+    "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
+    "tests/weights/test_weights.py::test_loading_holds_little_more_than_the_model": "ci",
+    f"{KERNELS}/test_alone.py": "ci",
+    f"{KERNELS}/test_bench_run.py": "ci",
+    f"{KERNELS}/test_bench_run.py::test_wrong_options_name_the_limit": "fast",
+    f"{KERNELS}/test_bench_run.py::test_pieces_share_a_cache_and_the_device": "fast",
+    f"{KERNELS}/test_runner.py": "ci",
+    f"{KERNELS}/test_runner.py::test_signals_are_given_back_and_ignored_ones_stay_so": "fast",
+    f"{KERNELS}/test_runner.py::test_what_knows_less_does_not_count": "fast",
+    f"{KERNELS}/test_runner.py::test_a_record_has_no_nan": "fast",
+    f"{KERNELS}/test_runner.py::test_the_digest_is_of_the_code": "fast",
+}
+"""Tests that start processes."""
+
+SIMULATORS = {
+    "tests/memory/test_attention_plan.py::test_the_gpu_kernel_answers_by_it": "ci",
+    f"{DECODE}::test_equals_float64": "ci",
+    f"{DECODE}::test_equals_float64_without_a_race[int8 by token, window, soft cap]": "fast",
+    f"{DECODE}::test_live_pages_are_fetched_once": "slow",
+    f"{DECODE}::test_live_pages_are_fetched_once[ragged]": "ci",
+    f"{DECODE}::test_live_pages_are_fetched_once[int4 by channel]": "ci",
+    f"{DECODE}::test_a_wrong_page_is_caught": "ci",
+    f"{DECODE}::test_a_missing_barrier_is_caught": "ci",
+    f"{DECODE}::test_a_call_with_a_plan_equals_one_without": "ci",
+    f"{DECODE}::test_pieces_merge_to_float64s_answer": "ci",
+    f"{TILED}::": "ci",
+    f"{TILED}::test_equals_float64_without_a_race[int8 by token, window, soft cap]": "fast",
+    f"{TILED}::test_live_pages_are_fetched_once": "slow",
+    f"{TILED}::test_live_pages_are_fetched_once[a window of 128 with sinks]": "ci",
+    f"{TILED}::test_live_pages_are_fetched_once[int8]": "ci",
+    f"{ON_TPU}::": "ci",
+    f"{ON_TPU}::test_equals_float64_without_a_race[one head each-": "fast",
+    f"{PREFILL}::TestGPU": "ci",
+    f"{PREFILL}::TestGPU::test_equals_float64[int8]": "fast",
+    f"{PREFILL}::TestGPU::test_two_warpgroups_attend_where_rows_abound": "fast",
+    f"{PREFILL}::TestTPU": "ci",
+    f"{PREFILL}::TestTPU::test_equals_float64[window, sinks, soft cap]": "fast",
+    f"{WRITE}::TestGPU": "ci",
+    f"{WRITE}::TestGPU::test_equals_numpy[int8 by token]": "fast",
+    f"{WRITE}::TestTPU": "ci",
+    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait": "slow",
+    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[one token each, some dropped]": "ci",
+    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[int4 by token]": "ci",
+    f"{WRITE}::TestTPU::test_equals_numpy[int8 by token]": "fast",
+}
+"""Kernels in the simulators of GPUs and TPUs: every case of a proof is in `ci`, the counts of bytes for two formats."""
+
+REFERENCES = {
+    f"{ON_HOST}::test_equals_float64[reference-": "ci",
+    f"{ON_HOST}::test_equals_float64[reference-int8 by token, window, soft cap]": "fast",
+    f"{ON_HOST}::test_equals_float64_over_the_option_space": "ci",
+    f"{PREFILL}::TestReference": "ci",
+    f"{KERNELS}/test_verify.py": "ci",
+}
+"""The oracles themselves, and the cases that chips run, on this machine."""
+
+SWEEPS = {
+    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page1-": "ci",
+    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page8-": "ci",
+    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-dense-page16-chunk1]": "ci",
+    "tests/ledger/test_machine.py::TestLedgerMachine": "ci",
+    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[": "ci",
+    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[17-True-swap]": "fast",
+    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[40-False-recompute]": "fast",
+}
+"""Of what is tried in many ways, some ways are fast."""
+
+TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:
     """Marks collected tests with their tiers; returns the rows that stand for none of them."""
     unused, rows = set(tier_of), sorted(tier_of, key=len)
+    patterns = {row: re.compile(".*".join(map(re.escape, row.split("*")))) for row in rows}
     for item in items:
-        matching = [row for row in rows if item.nodeid.startswith(row)]
+        matching = [row for row in rows if patterns[row].match(item.nodeid)]
         unused.difference_update(matching)
-        if matching and (tier := tier_of[matching[-1]]) != "fast":
+        tier = tier_of[matching[-1]] if matching else "fast"
+        if tier != "fast" and not any(map(item.get_closest_marker, MARKERS)):
             item.add_marker(tier)
     return sorted(unused)

@@ -205,7 +205,6 @@ def _killed_and_resumed(tmp_path, num_kills, seed):
     return kills, [Run(config).record for config in configs], [rows(config) for config in configs]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [1, 5])
 def test_kill_9_and_resume_is_bit_for_bit(tmp_path, num_kills):
     kills, (calm, stormy), (calm_rows, stormy_rows) = _killed_and_resumed(tmp_path, num_kills, seed=num_kills)
