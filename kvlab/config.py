@@ -182,6 +182,8 @@ class Config(Schema):
         Raises ConfigError when the task's data cannot be read or are too short.
         """
         identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
+        if self.memory.format == "model":  # what every run was before there was a choice
+            del identity["memory"]["format"]
         if data := self.make_task().fingerprint():
             identity["data"] = data
         if self.weights.path is not None:

@@ -23,7 +23,7 @@ class PagedLatents(PlannedTokens):
     def check(cls, state: State) -> None:
         super().check(state)
         if cast(LatentState, state).format == "int4":
-            raise ValueError("must be model, int8 or fp8 for latent states: their values are the first bytes of a row")
+            raise ValueError("latent rows are values in their first numbers, which share bytes with others")
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
