@@ -25,11 +25,14 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4, two numbers share a byte."""
+    """Shape and type of an array in pages: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain bytes: XLA
+    there widens or copies a pool of any other type of that size to write into it."""
     heads, *dims = array.shape
     if array.dtype == "int4":
         dims[-1] //= 2
-    return (num_pages, heads, page_size, *dims), FORMATS.get(array.dtype, array.dtype)
+    dtype = FORMATS.get(array.dtype, array.dtype)
+    as_bytes = array.dtype in FORMATS and jax.default_backend() == "cpu"
+    return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
 
 
 def allocate_slots(state: State, num_slots: int) -> Pool:
@@ -48,13 +51,15 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     return {name: poison(array) for name, array in pool.items()}
 
 
-def stored(pool: Pool, name: str) -> Pages:
+def stored(state: Any, pool: Pool, name: str) -> Pages:
     """A pool's array as kernels take it: with its scales where it is quantised."""
     scales = pool.get(f"{name}_scale")
-    return pool[name] if scales is None else Quantised(pool[name], scales, "token")
+    if scales is None:
+        return pool[name]
+    return Quantised(jax.lax.bitcast_convert_type(pool[name], FORMATS[state.format]), scales, "token")
 
 
-def write_tokens(pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
+def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
     """A pool with tokens [B, T, K, D] of its arrays in their slots [B, T], in the pool's format. A slot is (page, offset); an
     index past the pool drops the write. Keys and values are written together, any other array by itself."""
     written = dict(pool)
@@ -62,10 +67,11 @@ def write_tokens(pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
         if name == "values":
             continue
         other = "values" if name == "keys" and "values" in tokens else name
-        pages = kv_write(stored(pool, name), stored(pool, other), tokens[name], tokens[other], slots)
+        pages = kv_write(stored(state, pool, name), stored(state, pool, other), tokens[name], tokens[other], slots)
         for array, after in zip((name, other), pages, strict=True):
             if isinstance(after, Quantised):
-                written |= {array: after.payload, f"{array}_scale": after.scales}
+                payload = jax.lax.bitcast_convert_type(after.payload, pool[array].dtype)
+                written |= {array: payload, f"{array}_scale": after.scales}
             else:
                 written[array] = after
     return written

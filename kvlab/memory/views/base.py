@@ -115,7 +115,7 @@ class PlannedTokens(Planned):
 
     def append(self, **tokens: Array) -> Self:
         slots = jnp.asarray(self.plan.write_slots)
-        return replace(self, pool=write_tokens(self.pool, slots, tokens))
+        return replace(self, pool=write_tokens(self.state, self.pool, slots, tokens))
 
     @property
     def slot_starts(self) -> Array:

@@ -28,7 +28,7 @@ class PagedLatents(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> HeadOutputs:
-        rows = stored(self.pool, "keys")
+        rows = stored(self.state, self.pool, "keys")
         pages = rows, _leading(rows, self.state.rank)
         return attend_pages(self, queries, pages, Lists.of(self.plan), scale=scale, soft_cap=soft_cap)
 

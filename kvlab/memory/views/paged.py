@@ -50,7 +50,7 @@ class PagedTokens(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> HeadOutputs:
-        pages = stored(self.pool, "keys"), stored(self.pool, "values")
+        pages = stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values")
         return attend_pages(self, queries, pages, Lists.of(self.plan), scale=scale, soft_cap=soft_cap)
 
 

@@ -55,7 +55,7 @@ class PagedRetrieval(PlannedTokens):
         )
         chosen = selected.reshape(batch * num_tokens, *self.plan.pages.shape[1:], -1)
         narrow = _narrowed(by_query(lists.table), by_query(lists.starts), chosen, self.state.num_selected)
-        pages = stored(self.pool, "keys"), stored(self.pool, "values")
+        pages = stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values")
         rows = queries.reshape(-1, 1, num_heads, dim)
         outputs = attend_pages(alone, rows, pages, narrow, scale=scale, soft_cap=soft_cap)
         return outputs.reshape(batch, num_tokens, num_heads, -1)
