@@ -18,12 +18,17 @@ from pallas_kernels.tensor_cores import ROWS, this_chip
 __all__ = ["paged_prefill", "refusal"]
 
 
+NARROW = 64
+"""Most dims of values that two warpgroups attend to with page mass or valid slots: beyond, the registers of jax 0.12 do not suffice."""
+
+
 def _in_tiles(queries: Array, key_pages: Any, value_pages: Any, *arrays: Any, **options: Any) -> tuple[Array, ...]:
     chip = options.get("chip") or this_chip()
     rows = queries.shape[1] * queries.shape[2] // key_pages.shape[1]
     *_, page_size, dim = key_pages.shape
     # Wider values than are multiplied at once would not fit into registers: they are held while the next scores are there.
-    is_wide = chip == "hopper" and rows > ROWS and value_pages.shape[3] <= COLUMNS
+    asks_more = options.get("with_page_mass", False) or options.get("valid_slots") is not None
+    is_wide = chip == "hopper" and rows > ROWS and value_pages.shape[3] <= (NARROW if asks_more else COLUMNS)
     is_wide = is_wide and not isinstance(key_pages, Quantised)
     if is_wide:
         tiles = fit(
