@@ -83,30 +83,31 @@ class Quantised:
         return numbers * (self.scales[..., :, None] if self.per == "token" else self.scales[..., None, :])
 
 
-type Pages = Array | Quantised
+type Stored = Array | Quantised
+"""What holds keys or values: an array as it is, or a `Quantised` one."""
 ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000
 """Added to a float32 below 2 ** 22, it leaves the nearest whole number, half to even, in the bits above its own: what kernels can do.
 Taken away as a float instead, some compilers see nothing done."""
 
 
-def format_of(pages: Pages) -> str:
+def format_of(pages: Stored) -> str:
     """ "int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
     if isinstance(pages, Quantised):
         return pages.format
     return f"{pages.dtype.name} without scales" if pages.dtype.name in FORMATS else pages.dtype.name
 
 
-def each_array(pages: Pages, do: Callable[[Array], Array]) -> Pages:
+def each_array(pages: Stored, do: Callable[[Array], Array]) -> Stored:
     """`do` with every array of pages: for what concerns the axes [P, K], which all of them begin with."""
     return pages.each(do) if isinstance(pages, Quantised) else do(pages)
 
 
-def arrays_of(pages: Pages) -> list[Array]:
+def arrays_of(pages: Stored) -> list[Array]:
     """The arrays behind pages: the payload, then scales."""
     return [pages.payload, pages.scales] if isinstance(pages, Quantised) else [pages]
 
 
-def tile_values(tiles: Pages) -> Array:
+def tile_values(tiles: Stored) -> Array:
     """What tiles hold: float32 where they were quantised."""
     return tiles.values() if isinstance(tiles, Quantised) else tiles
 

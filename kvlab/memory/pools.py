@@ -17,11 +17,11 @@ from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import TokenState
 from kvlab.typing import Counts, HeadOutputs, Keys, Positions, Queries, Values
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.masking import masked_softmax, visible
+from pallas_kernels.masking import masked_softmax
+from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention, plan_attention, takes_plan
 from pallas_kernels.paged_attention import Plan as AttentionPlan
-from pallas_kernels.paged_attention import paged_attention, plan_attention, takes_plan
-from pallas_kernels.paged_prefill import paged_prefill
 from pallas_kernels.selection import Asked
+from pallas_kernels.visible import Visible
 
 type Pool = dict[str, Any]
 """Arrays of one layer's state by name: token states [P, K, page, D], recurrent states [slots, ...]."""
@@ -57,8 +57,8 @@ class TokenMemory(Protocol):
 
 def write_tokens(pool: Pool, plan: ClassPlan, keys: Keys, values: Values) -> Pool:
     """A pool with keys and values in their slots; a slot is (page, offset), and an index past the pool drops the write."""
-    written = kv_write(pool["keys"], pool["values"], keys, values, jnp.asarray(plan.write_slots))
-    return pool | dict(zip(("keys", "values"), written, strict=True))
+    written = kv_write(Pages(pool["keys"], pool["values"]), keys, values, jnp.asarray(plan.write_slots))
+    return pool | {"keys": written.keys, "values": written.values}
 
 
 @jax.tree_util.register_dataclass
@@ -78,11 +78,11 @@ class PagedTokens:
     def attend(
         self, queries: Queries, positions: Positions, *, window: int | None, num_sinks: int, soft_cap: float | None
     ) -> HeadOutputs:
-        tables = jnp.asarray(self.plan.pages), jnp.asarray(self.plan.page_starts)
-        memory = queries, self.pool["keys"], self.pool["values"], *tables
-        options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "soft_cap": soft_cap}
+        lists = Lists(jnp.asarray(self.plan.pages), jnp.asarray(self.plan.page_starts))
+        memory = queries, Pages(self.pool["keys"], self.pool["values"]), lists
+        options: dict[str, Any] = {"visible": Visible(window, num_sinks), "soft_cap": soft_cap}
         if queries.shape[1] > 1:
-            return paged_prefill(*memory, self.starts, self.counts, **options)[0]
+            return paged_attention(*memory, *chunk_positions(self.starts, self.counts, queries.shape[1]), **options)[0]
         return paged_attention(*memory, positions, self.starts + self.counts, plan=self.attention, **options)[0]
 
 
@@ -111,9 +111,8 @@ class DenseTokens:
         grouped = to_rows(queries)
         grouped = grouped.reshape(*grouped.shape[:2], num_kv_heads, -1, head_dim)
         slots = jnp.arange(max_len, dtype=jnp.int32)[None, None, :]
-        seen = visible(to_rows(positions)[:, :, None], slots, window, num_sinks) & (
-            slots < to_rows(self.lens)[:, None, None]
-        )
+        seen = Visible(window, num_sinks).sees(to_rows(positions)[:, :, None], slots)
+        seen = seen & (slots < to_rows(self.lens)[:, None, None])
         scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
         scores = scores * head_dim**-0.5
         if soft_cap is not None:
@@ -178,14 +177,12 @@ def attention_plan(
     if not is_taken(Asked(spec.dtype, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
         return None
     return plan_attention(
-        jnp.asarray(plan.pages),
-        jnp.asarray(plan.page_starts),
+        Lists(jnp.asarray(plan.pages), jnp.asarray(plan.page_starts)),
         starts[:, None],
         starts + counts,
         num_kv_heads=spec.num_kv_heads,
         page_size=state.page_size,
-        window=spec.window,
-        num_sinks=spec.num_sinks,
+        visible=Visible(spec.window, spec.num_sinks),
     )
 
 

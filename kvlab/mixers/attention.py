@@ -14,6 +14,7 @@ from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ class Attention(Mixer):
                 queries,
                 keys,
                 values,
-                window=config.window,
-                num_sinks=config.num_sinks,
+                visible=Visible(config.window, config.num_sinks),
                 soft_cap=config.soft_cap,
             )
         else:
