@@ -66,8 +66,10 @@ class Write:
         keys = jax.random.split(jax.random.key(0), 2 * SETS)
         tokens = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
         empty = jnp.zeros((num_pages, self.num_kv_heads, size, self.dim), jnp.bfloat16)
-        pools = [empty if self.format == "bfloat16" else quantised(empty, self.format) for _ in range(2)]
-        return Pages(*pools), slots, list(zip(tokens[::2], tokens[1::2], strict=True))
+        keys_stored, values_stored = (
+            empty if self.format == "bfloat16" else quantised(empty, self.format) for _ in range(2)
+        )
+        return Pages(keys_stored, values_stored), slots, list(zip(tokens[::2], tokens[1::2], strict=True))
 
     def _work(self, implementation: str) -> Work:
         pages, slots, sets = self._inputs()

@@ -283,7 +283,8 @@ def plain(inputs: Inputs) -> tuple[Array, Array]:
     """The pools, for those who take them as they are. Raises NotImplementedError for pages with scales."""
     if inputs.pages.per is not None:
         raise NotImplementedError("takes pages of 16 bits")
-    return inputs.pages.keys, inputs.pages.pools[-1][..., : inputs.pages.head_dims[1]]
+    pages = inputs.pages
+    return pages.keys, pages.keys[..., : pages.value_dim] if pages.is_latent else pages.values
 
 
 def bucket_of(inputs: Inputs) -> str:

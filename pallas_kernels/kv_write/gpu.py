@@ -96,9 +96,9 @@ def _write_tiles(
     scales = [arrays_of(pool)[1] for pool in pools] if per == "channel" else []
     static = {"per": per, "format": pages.format, "page_size": page_size, "unit": min(page_size, ROWS)}
 
-    def kernel(begins: Any, slots: Any, wholes: Any, *refs: Any) -> None:
+    def kernel(begins: Any, slots: Any, wholes: Any, *given: Any) -> None:
         """Gives every ref its name."""
-        refs = list(refs)
+        refs = list(given)
         sources, into = ([refs.pop(0) for _ in range(sides)] for _ in range(2))
         tile, head = lax.div(lax.axis_index("item"), num_kv_heads), lax.rem(lax.axis_index("item"), num_kv_heads)
         channels = [refs.pop(0) for _ in scales]

@@ -45,7 +45,7 @@ def write(
         scratch[1] = {}
     targets = [jax.new_ref(array) for pool in pools for array in arrays_of(pool)]
 
-    def kernel(slots: Any, *refs: Any) -> None:
+    def kernel(slots: Any, *rest: Any) -> None:
         """Gives every ref its name."""
         item, at = lax.axis_index("item"), lax.axis_index("array")
         slot = slots[lax.div(item, num_groups)]
@@ -53,7 +53,7 @@ def write(
         named = {"heads": heads, "per": per, "format": format, "item": item}
         named |= {"page": lax.div(slot, page_size), "offset": lax.rem(slot, page_size)}
         named["first_head"] = lax.rem(item, num_groups) * heads
-        refs = list(refs)
+        refs = list(rest)
         sources = [refs.pop(0) for _ in pools]
         mine = [{name: refs.pop(0) for name in ("target", *(["scale_target"] if per else []))} for _ in pools]
         rooms = [{name: refs.pop(0) for name in room} for room in scratch]
@@ -71,7 +71,9 @@ def write(
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(write_slots.reshape(-1), *tokens, *targets)
     written = [jax.freeze(target) for target in targets]
-    done = written if per is None else [Quantised(*written[at : at + 2], per) for at in range(0, len(written), 2)]
+    done = written
+    if per is not None:
+        done = [Quantised(written[at], written[at + 1], per) for at in range(0, len(written), 2)]
     return replace(pages, keys=done[0], values=None if pages.is_latent else done[1])
 
 

@@ -46,7 +46,7 @@ def check(
         tokens.append(jnp.asarray(drawn, dtype))
     pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in widths]
     wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
-    pages = Pages(pools[0], value_dim=dims[1]) if is_latent else Pages(*pools)
+    pages = Pages(pools[0], value_dim=dims[1]) if is_latent else Pages(pools[0], pools[1])
     given = (tokens[0], None) if is_latent else tokens
     found = (jax.jit(write) if is_compiled else write)(pages, *given, jnp.asarray(slots + misplace))
     for name, pool, arrays in zip(("keys", "values")[: len(pools)], found.pools, wanted, strict=True):

@@ -75,9 +75,7 @@ def paged_attention(
     ValueError for shapes and formats that do not fit together, for options out of range and for an unavailable
     `implementation`; and while debugging is on (`pallas_kernels.debug`), for such ids.
     """
-    scoring = Scoring(
-        queries.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap, visible, with_page_mass
-    )
+    scoring = Scoring(queries.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap, visible, with_page_mass)
     _check(queries, pages, lists, query_positions, kv_lens)
     if plan is not None:
         plan.check(queries.shape, pages, lists, visible)

@@ -51,7 +51,14 @@ def test_a_wrong_page_is_caught(implementation):
         check(by_api(implementation=implementation), **CASES["one head each"], misread=1)
 
 
-MASKS = [Visible(), Visible(1), Visible(7), Visible(70, 2), Visible(100), *map(lambda n: Visible(chunk=n), (1, 24, 64, 70))]
+MASKS = [
+    Visible(),
+    Visible(1),
+    Visible(7),
+    Visible(70, 2),
+    Visible(100),
+    *map(lambda n: Visible(chunk=n), (1, 24, 64, 70)),
+]
 
 
 @pytest.mark.parametrize("visible", MASKS, ids=str)
