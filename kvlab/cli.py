@@ -301,7 +301,8 @@ def kernels(arguments: list[str]) -> int:
     """What runs here, what the simulators say, and what each kernel takes on chips that are not here."""
     from rich.table import Table
 
-    from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, simulators, ssd, targets
+    from pallas_kernels import simulators, targets
+    from pallas_kernels.ops import OPS
 
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
@@ -309,8 +310,8 @@ def kernels(arguments: list[str]) -> int:
     if unknown := [one for one in arguments if one not in targets.TARGETS]:
         raise ConfigError("target", unknown[0], f"must be some of {', '.join(targets.TARGETS)}")
     console, chosen = _console(), [targets.TARGETS[one] for one in arguments or targets.TARGETS]
-    for op in (paged_attention, paged_prefill, kv_write, flash_attention, ssd):
-        console.print(f"{op.__name__.rsplit('.', 1)[-1]}: here {', then '.join(op.implementations())}")
+    for op in OPS.values():
+        console.print(f"{op.name}: here {', then '.join(op.available())}")
     status = 0
     for backend in dict.fromkeys(one.backend for one in chosen):
         for op, said in simulators.simulate(backend).items():

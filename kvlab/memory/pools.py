@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
-from pallas_kernels.formats import FORMATS, Pages, Quantised
+from pallas_kernels.formats import FORMATS, Quantised, Stored
 from pallas_kernels.kv_write import kv_write
+from pallas_kernels.pages import Pages
 
 type Pool = dict[str, Any]
 """Arrays of one layer's state by name."""
@@ -51,12 +52,13 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     return {name: poison(array) for name, array in pool.items()}
 
 
-def stored(state: Any, pool: Pool, name: str) -> Pages:
+def stored(state: Any, pool: Pool, name: str) -> Stored:
     """A pool's array as kernels take it: with its scales where it is quantised."""
     scales = pool.get(f"{name}_scale")
     if scales is None:
         return pool[name]
-    return Quantised(jax.lax.bitcast_convert_type(pool[name], FORMATS[state.format]), scales, "token")
+    is_typed = pool[name].dtype == FORMATS[state.format]
+    return Quantised(pool[name], scales, "token", None if is_typed else state.format)
 
 
 def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
@@ -66,14 +68,17 @@ def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Arra
     for name in tokens:
         if name == "values":
             continue
-        other = "values" if name == "keys" and "values" in tokens else name
-        pages = kv_write(stored(state, pool, name), stored(state, pool, other), tokens[name], tokens[other], slots)
-        for array, after in zip((name, other), pages, strict=True):
-            if isinstance(after, Quantised):
-                payload = jax.lax.bitcast_convert_type(after.payload, pool[array].dtype)
-                written |= {array: payload, f"{array}_scale": after.scales}
+        values = tokens.get("values") if name == "keys" else None
+        if values is None:
+            pages = Pages(stored(state, pool, name), value_dim=tokens[name].shape[-1])
+        else:
+            pages = Pages(stored(state, pool, "keys"), stored(state, pool, "values"))
+        after = kv_write(pages, tokens[name], values, slots)
+        for array, held in zip((name, "values"), after.pools, strict=False):
+            if isinstance(held, Quantised):
+                written |= {array: held.payload, f"{array}_scale": held.scales}
             else:
-                written[array] = after
+                written[array] = held
     return written
 
 

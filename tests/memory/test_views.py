@@ -162,7 +162,7 @@ def test_what_a_memory_cannot_hold_is_refused_by_name():
 
     assert "memory.format = 'int4': " in refused(TokenState(1, 5, 5), format="int4")
     assert refused(TokenState(1, 5, 5), format="int4").endswith("legal: model, int8, fp8")
-    assert refused(LatentState(6, 2), format="int4").endswith("legal: model, int8, fp8")
+    assert refused(LatentState(6, 1), format="int4").endswith("legal: model, int8, fp8")
     assert refused(LatentState(6, 2), name="dense") == "memory.name = 'dense': cannot hold LatentState; legal: paged"
     with pytest.raises(ConfigError, match=r"format = 'int8.channel': must be one of model, int8, fp8, int4"):
         MemoryConfig(format="int8.channel")
