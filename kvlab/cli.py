@@ -297,13 +297,14 @@ def kernels(options: argparse.Namespace) -> int:
 
     from kvlab.lab.tables import wide_console
     from kvlab.schema import ConfigError
-    from pallas_kernels import flash_attention, kv_write, paged_attention, paged_prefill, simulators, ssd, targets
+    from pallas_kernels import simulators, targets
+    from pallas_kernels.ops import OPS
 
     if unknown := [name for name in options.targets if name not in targets.TARGETS]:
         raise ConfigError("target", unknown[0], f"must be some of {', '.join(targets.TARGETS)}")
     console, chosen = wide_console(), [targets.TARGETS[name] for name in options.targets or targets.TARGETS]
-    for op in (paged_attention, paged_prefill, kv_write, flash_attention, ssd):
-        console.print(f"{op.__name__.rsplit('.', 1)[-1]}: here {', then '.join(op.implementations())}")
+    for op in OPS.values():
+        console.print(f"{op.name}: here {', then '.join(op.available())}")
     status = 0
     for backend in dict.fromkeys(one.backend for one in chosen):
         for op, said in simulators.simulate(backend).items():

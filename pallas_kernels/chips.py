@@ -1,9 +1,13 @@
-"""Chips that kernels are compiled for, and what is compiled for each of them."""
+"""Chips that kernels are compiled for, and what one compilation is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from pallas_kernels.formats import FORMATS
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import FORMATS, Quantised, Stored
 
 GPU_DESCRIPTION = """
 gpu_device_info {{
@@ -30,6 +34,11 @@ class Target:
     bandwidth: float
     description: str
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What kernels are to be told of the chip, as they cannot ask it."""
+        return {"chip": "blackwell" if self.name == "B200" else "hopper"} if self.backend == "gpu" else {}
+
 
 def _gpu(name: str, full_name: str, bandwidth: float, memory: int, cores: int, major: int) -> Target:
     description = GPU_DESCRIPTION.format(name=full_name, bandwidth=bandwidth, memory=memory, cores=cores, major=major)
@@ -53,56 +62,43 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One compilation of an op: 32 sequences of 4,096 tokens, 32 query heads on 8 KV heads; a chunk is of 256 tokens each. `format`
-    is the pages', scaled `per` token or channel where it is quantised."""
+    """One compilation of an op, in the sizes that its `shapes` says. `format` is the pages', scaled `per` token or channel where it is
+    quantised; `num_queries` are the new tokens of each sequence; `extra` is what is asked for beside."""
 
     op: str
     format: str
     head_dim: int
     per: str = ""
     extra: str = ""
-    """What is asked for beside: "lists" of each KV head with valid slots, page "mass", "options" (a window, sinks, a soft cap); to write, "decode" of one token each, and "few" of three sequences."""
-
-    @property
-    def num_queries(self) -> int:
-        """New tokens of each sequence."""
-        return 1 if self.op == "paged_attention" or self.extra in ("decode", "few") else 256
-
-    @property
-    def batch(self) -> int:
-        """Sequences."""
-        return 3 if self.extra == "few" else 32
-
-    @property
-    def page_bytes(self) -> int:
-        """Keys and values that must move: live bytes once, with their scales; to write, the tokens in 16 bits and what they become."""
-        bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4}.get(self.format, 16)
-        a_token = 2 * self.head_dim * bits // 8 + (2 * 4 if self.per == "token" else 0)
-        if self.op == "kv_write":
-            return self.batch * self.num_queries * 8 * (a_token + 2 * self.head_dim * max(2, bits // 16))
-        return self.batch * 4096 * 8 * a_token
+    num_queries: int = 1
 
 
-OPS = ("paged_attention", "paged_prefill", "kv_write")
+class Call(NamedTuple):
+    """A function of arrays, their shapes on an absent device, and which of them are given away."""
+
+    run: Callable[..., Any]
+    arrays: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+
+
 DIMS = (64, 128, 256)
 
 
-def shapes(backend: str, dims: Sequence[int] = DIMS) -> list[Shape]:
-    """What is compiled for a backend: every op, format and head dim, and what may be asked for beside."""
+def formats_of(backend: str) -> list[tuple[str, str]]:
+    """The formats of pages that a backend's kernels take, and what their scales are of: nothing, "token" or "channel"."""
     plain = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
-    formats = [(one, "") for one in plain] + [(one, per) for per in ("token", "channel") for one in FORMATS]
-    found = [Shape(op, format, dim, per) for op in OPS for format, per in formats for dim in dims]
-    return [
-        *found,
-        Shape("paged_attention", "bfloat16", 128, extra="lists"),
-        Shape("paged_attention", "bfloat16", 128, extra="mass"),
-        Shape("paged_attention", "int8", 128, "token", extra="mass"),
-        Shape("paged_attention", "int8", 128, "channel", extra="mass"),
-        Shape("paged_attention", "bfloat16", 128, extra="options"),
-        Shape("paged_attention", "int8", 128, "token", extra="options"),
-        Shape("paged_attention", "int8", 128, "channel", extra="options"),
-        Shape("paged_prefill", "bfloat16", 128, extra="options"),
-        Shape("kv_write", "bfloat16", 128, extra="decode"),
-        Shape("kv_write", "int8", 128, "token", extra="decode"),
-        Shape("kv_write", "int4", 128, "channel", extra="few"),
-    ]
+    return [(format, "") for format in plain] + [(format, per) for per in ("token", "channel") for format in FORMATS]
+
+
+def stored_as(format: str, per: str, shape: tuple[int, ...], sharding: Any) -> Stored:
+    """The shapes of a pool [P, K, page, D] on an absent device, with its scales if `format` has them."""
+
+    def array(*dims: int, of: Any) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    *leading, dim = shape
+    if format not in FORMATS:
+        return array(*shape, of=jnp.dtype(format))
+    payload = array(*leading, dim // 2 if format == "int4" else dim, of=FORMATS[format])
+    scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
+    return Quantised(payload, scales, "token" if per == "token" else "channel")

@@ -1,69 +1,14 @@
-"""From an op and an absent chip to machine code, and what the compilers say of it."""
+"""From a call and an absent chip to machine code, and what the compilers say of it."""
 
 import contextlib
-import importlib
 import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
-from pallas_kernels.chips import Shape, Target
-from pallas_kernels.formats import FORMATS
-
-
-def pool_of(format: str, per: str, leading: tuple[int, ...], dim: int, sharding: Any) -> Any:
-    """The shape of a pool of pages [P, K, page, dim] on a device, with its scales if `format` has them."""
-    import jax
-    import jax.numpy as jnp
-
-    from pallas_kernels.formats import Quantised
-
-    def array(*dims: int, of: Any) -> Any:
-        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
-
-    if format not in FORMATS:
-        return array(*leading, dim, of=jnp.dtype(format))
-    payload = array(*leading, dim // 2 if format == "int4" else dim, of=FORMATS[format])
-    scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
-    return Quantised(payload, scales, "token" if per == "token" else "channel")
-
-
-def call_of(shape: Shape, backend: str, page_size: int, sharding: Any, **options: Any) -> tuple[Any, list[Any]]:
-    """A function of arrays that runs an op's kernel, and the arrays' shapes; pages come first."""
-    import jax
-    import jax.numpy as jnp
-
-    batch, table_len, dim = shape.batch, 4096 // page_size, shape.head_dim
-
-    def array(*dims: int, of: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
-
-    dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
-    pool = pool_of(shape.format, shape.per, (batch * table_len + 1, 8, page_size), dim, sharding)
-    module = importlib.import_module(f"pallas_kernels.{shape.op}.{backend}")
-    if shape.op == "kv_write":
-        tokens = array(batch, shape.num_queries, 8, dim, of=dtype)
-        return module.kv_write, [pool, pool, tokens, tokens, array(batch, shape.num_queries)]
-    heads = (8,) if shape.extra == "lists" else ()
-    table = array(batch, *heads, table_len)
-    options |= {"window": None, "num_sinks": 0, "soft_cap": None, "scale": dim**-0.5}
-    if shape.extra == "options":
-        options |= {"window": 1024, "num_sinks": 4, "soft_cap": 30.0}
-    options["with_page_mass"] = shape.extra == "mass"
-    queries = array(batch, shape.num_queries, 32, dim, of=dtype)
-    of_each = array(batch, shape.num_queries) if shape.op == "paged_attention" else array(batch)
-    arrays = [pool, pool, queries, table, table, of_each, array(batch)]
-    if heads:
-        arrays.append(array(batch, *heads, table_len, page_size, of=jnp.bool))
-
-    def run(keys: Any, values: Any, queries: Any, *rest: Any) -> Any:
-        valid = rest[4] if heads else None
-        return getattr(module, shape.op)(queries, keys, values, *rest[:4], valid_slots=valid, **options)
-
-    return run, arrays
+from pallas_kernels.chips import Call, Target
 
 
 def sharding_of(target: Target) -> Any:
@@ -95,27 +40,16 @@ def platforms_of(target: Target) -> dict[str, Any]:
     return {"lowering_platforms": ("cuda",)} if target.backend == "gpu" else {}
 
 
-def compiler(target: Target) -> Callable[[Shape], Any]:
-    """Compiles a shape for a target: what came of it, and the bytes that it keeps on chip."""
+def compiled_for(target: Target, call: Call) -> tuple[Any, int]:
+    """What a target's compiler makes of a call, and the bytes that it keeps on chip."""
     import jax
 
-    sharding = sharding_of(target)
-    page_size = 128
-    options: dict[str, Any] = {}
-    if target.backend == "gpu":
-        page_size, options = 64, {"chip": "blackwell" if target.name == "B200" else "hopper"}
+    def in_context(*arrays: Any) -> Any:
+        with context_of(target):
+            return call.run(*arrays)
 
-    def compile_one(shape: Shape) -> Any:
-        run, arrays = call_of(shape, target.backend, page_size, sharding, **options)
-
-        def in_context(*arrays: Any) -> Any:
-            with context_of(target):
-                return run(*arrays)
-
-        traced = jax.jit(in_context, donate_argnums=(0, 1) if shape.op == "kv_write" else ()).trace(*arrays)
-        return traced.lower(**platforms_of(target)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
-
-    return compile_one
+    traced = jax.jit(in_context, donate_argnums=call.donated).trace(*call.arrays)
+    return traced.lower(**platforms_of(target)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
 
 
 def on_chip_bytes(jaxpr: Any) -> int:

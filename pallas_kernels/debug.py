@@ -46,8 +46,8 @@ def check_tables(
         table, starts = map(np.asarray, arrays)
         used = starts < NOWHERE
         for name, values, wrong, legal in (
-            ("page_table", table, used & ((table < 0) | (table >= num_pages)), f"[0, {num_pages})"),
-            ("page_starts", starts, starts < 0, f"[0, {NOWHERE}), or {NOWHERE} where unused"),
+            ("lists.table", table, used & ((table < 0) | (table >= num_pages)), f"[0, {num_pages})"),
+            ("lists.starts", starts, starts < 0, f"[0, {NOWHERE}), or {NOWHERE} where unused"),
         ):
             if wrong.any():
                 place = tuple(int(one[0]) for one in np.nonzero(wrong))
@@ -87,7 +87,7 @@ def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_
         check(write_slots)
 
 
-def check_chunks(op: str, query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int) -> None:
+def check_chunks(query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int) -> None:
     """Where debugging is on: raises ValueError for a chunk that begins before its sequence, or is longer than the queries."""
 
     def check(*arrays: Array) -> None:
@@ -98,7 +98,7 @@ def check_chunks(op: str, query_starts: Int32[Array, "B"], query_lens: Int32[Arr
         ):
             if wrong.any():
                 row = int(np.flatnonzero(wrong)[0])
-                raise ValueError(f"{op}: {name}[{row}] = {values[row]}: must be {legal}")
+                raise ValueError(f"{name}[{row}] = {values[row]}: must be {legal}")
 
     if not _on.get():
         return

@@ -8,7 +8,7 @@ tile holds its two halves and need not interleave them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -33,18 +33,20 @@ FAINT = 2.0**-107
 a scale of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per"])
+@partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per", "bytes_of"])
 @dataclass(frozen=True)
 class Quantised:
     """Pages [P, K, page, D] (or any tiles [..., page, D]) of a format of `FORMATS`. What a slot holds is payload * scale.
 
     `payload` is int8 or float8_e4m3fn [..., page, D], or uint8 [..., page, D / 2] for two numbers of 4 bits each; `scales`
-    float32 [..., page], one for each token, or [..., D], one for each channel, as `per` says.
+    float32 [..., page], one for each token, or [..., D], one for each channel, as `per` says. With `bytes_of` the payload are the
+    bytes of numbers in that format, in uint8: what XLA on a CPU writes to in place.
     """
 
     payload: Any
     scales: Any
     per: Scaling = "token"
+    bytes_of: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,6 +66,8 @@ class Quantised:
     @property
     def format(self) -> str:
         """A key of `FORMATS`. Raises ValueError for a payload of another type."""
+        if self.bytes_of is not None:
+            return self.bytes_of
         for name, dtype in FORMATS.items():
             if self.payload.dtype == dtype:
                 return name
@@ -75,38 +79,42 @@ class Quantised:
 
     def each(self, do: Callable[[Array], Array]) -> "Quantised":
         """With both arrays replaced: for what concerns their leading axes, which they share."""
-        return Quantised(do(self.payload), do(self.scales), self.per)
+        return replace(self, payload=do(self.payload), scales=do(self.scales))
 
     def values(self) -> Float[Array, "*leading page D"]:
         """What is stored, in float32."""
-        numbers = unpacked(self.payload) if self.format == "int4" else self.payload.astype(jnp.float32)
+        if self.format == "int4":
+            numbers = unpacked(self.payload)
+        else:
+            numbers = jax.lax.bitcast_convert_type(self.payload, FORMATS[self.format]).astype(jnp.float32)
         return numbers * (self.scales[..., :, None] if self.per == "token" else self.scales[..., None, :])
 
 
-type Pages = Array | Quantised
+type Stored = Array | Quantised
+"""What holds keys or values: an array as it is, or a `Quantised` one."""
 ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000
 """Added to a float32 below 2 ** 22, it leaves the nearest whole number, half to even, in the bits above its own: what kernels can do.
 Taken away as a float instead, some compilers see nothing done."""
 
 
-def format_of(pages: Pages) -> str:
+def format_of(pages: Stored) -> str:
     """ "int8", "fp8", "int4", or the name of the type that pages are stored in as they are."""
     if isinstance(pages, Quantised):
         return pages.format
     return f"{pages.dtype.name} without scales" if pages.dtype.name in FORMATS else pages.dtype.name
 
 
-def each_array(pages: Pages, do: Callable[[Array], Array]) -> Pages:
+def each_array(pages: Stored, do: Callable[[Array], Array]) -> Stored:
     """`do` with every array of pages: for what concerns the axes [P, K], which all of them begin with."""
     return pages.each(do) if isinstance(pages, Quantised) else do(pages)
 
 
-def arrays_of(pages: Pages) -> list[Array]:
+def arrays_of(pages: Stored) -> list[Array]:
     """The arrays behind pages: the payload, then scales."""
     return [pages.payload, pages.scales] if isinstance(pages, Quantised) else [pages]
 
 
-def tile_values(tiles: Pages) -> Array:
+def tile_values(tiles: Stored) -> Array:
     """What tiles hold: float32 where they were quantised."""
     return tiles.values() if isinstance(tiles, Quantised) else tiles
 

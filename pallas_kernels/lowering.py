@@ -1,9 +1,8 @@
 """Lowers the cases that the bench will run on a chip, for one that is not here.
 
-The checks of `bench.verify` make arrays and compare answers; here the kernel that they call is lowered, or compiled, instead.
+The ops' proofs make arrays and compare answers; here the kernel that they call is lowered, or compiled, instead.
 """
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +12,12 @@ from typing import Any
 from pallas_kernels import compilers
 from pallas_kernels.alignment import aligned_copies
 from pallas_kernels.chips import Target
+from pallas_kernels.ops import OPS, WITH_KERNELS
 
 
 @dataclass(frozen=True)
 class Case:
-    """One of `verify.cases`: its op, its name, and what its check is called with."""
+    """One of an op's cases: the op, its name, and what its check is called with."""
 
     op: str
     name: str
@@ -41,9 +41,11 @@ class Reached(Exception):
 
 def cases(target: Target, num_generated: int) -> list[Case]:
     """The named cases of a target's platform and `num_generated` drawn ones of each op."""
-    from pallas_kernels.bench import verify
-
-    return [Case(*one) for one in verify.cases(target.backend, num_generated)]
+    return [
+        Case(op.name, name, case)
+        for op in WITH_KERNELS.values()
+        for name, case in op.cases(target.backend, num_generated).items()
+    ]
 
 
 def lower(
@@ -52,13 +54,12 @@ def lower(
     """What becomes of each case: lowered by Pallas and Mosaic, and `is_compiled` to machine code as well. `kernels` stand in for the
     target's own, by op."""
     lower_call = _lowering(target, is_compiled=is_compiled)
-    chip = {"chip": "blackwell" if target.name == "B200" else "hopper"} if target.backend == "gpu" else {}
     for case in cases:
-        module = importlib.import_module(f"pallas_kernels.{case.op}.{target.backend}")
-        kernel = (kernels or {}).get(case.op) or partial(getattr(module, case.op), **chip)
+        op = OPS[case.op]
+        kernel = (kernels or {}).get(case.op) or partial(op.kernel(target.backend), **target.options)
         began, error = time.perf_counter(), "its check returned without calling the kernel"
         try:
-            _check_of(case.op)(partial(lower_call, kernel), **case.arguments, is_compiled=False)
+            op.check(partial(lower_call, kernel), **case.arguments, is_compiled=False)
         except Reached:
             error = ""
         except Exception as said:  # whatever a compiler refuses is an answer
@@ -77,27 +78,26 @@ def layers(target: Target) -> Lowered:
     import jax.numpy as jnp
 
     from pallas_kernels.launches import launches
-    from pallas_kernels.paged_attention import gpu, plan_attention
+    from pallas_kernels.masking import Scoring
+    from pallas_kernels.paged_attention import Lists, Pages, gpu, plan_attention
 
-    sharding = compilers.sharding_of(target)
-    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 128**-0.5, "chip": "hopper"}
+    sharding, scoring = compilers.sharding_of(target), Scoring(128**-0.5)
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
     def program(num_layers: int) -> int:
-        def decode(queries: Any, pools: Any, *tables: Any) -> Any:
-            plan = plan_attention(*tables, num_kv_heads=8, page_size=64)
-            for keys, values in pools:
-                queries = gpu.paged_attention(queries, keys, values, *tables, plan=plan, **options)[0]
+        def decode(queries: Any, layers: Any, lists: Lists, positions: Any, lens: Any) -> Any:
+            plan = plan_attention(lists, positions, lens, num_kv_heads=8, page_size=64)
+            for pages in layers:
+                asked = queries, pages, lists, positions, lens, scoring
+                queries = gpu.paged_attention(*asked, plan=plan, chip="hopper")[0]
             return queries
 
         pool = array(2049, 8, 64, 128, of=jnp.bfloat16)
-        queries, tables = (
-            array(32, 1, 32, 128, of=jnp.bfloat16),
-            (array(32, 64), array(32, 64), array(32, 1), array(32)),
-        )
-        traced = jax.jit(decode).trace(queries, [(pool, pool)] * num_layers, *tables)
+        queries = array(32, 1, 32, 128, of=jnp.bfloat16)
+        asked = Lists(array(32, 64), array(32, 64)), array(32, 1), array(32)
+        traced = jax.jit(decode).trace(queries, [Pages(pool, pool)] * num_layers, *asked)
         return launches(traced.lower(**compilers.platforms_of(target)).compile())
 
     began, error = time.perf_counter(), ""
@@ -111,35 +111,23 @@ def layers(target: Target) -> Lowered:
     return Lowered(target.name, "paged_attention", name, time.perf_counter() - began, error)
 
 
-def _check_of(op: str) -> Callable[..., None]:
-    from pallas_kernels.kv_write import proof as write_proof
-    from pallas_kernels.paged_attention import proof
-
-    return {
-        "paged_attention": proof.check,
-        "paged_prefill": partial(proof.check, prefill=True),
-        "kv_write": write_proof.check,
-    }[op]
-
-
 def _lowering(target: Target, *, is_compiled: bool) -> Callable[..., None]:
-    """A function that lowers `kernel(*arrays, **options)` for a target; it answers with `Reached`."""
+    """A function that lowers `kernel(*arguments)` for a target; it answers with `Reached`."""
     import jax
 
     sharding = compilers.sharding_of(target)
 
-    def lower_call(kernel: Callable[..., Any], *arrays: Any, **options: Any) -> None:
-        shaped = {name: one for name, one in options.items() if hasattr(one, "shape")}
-        static = {name: one for name, one in options.items() if name not in shaped}
-        flat, structure = jax.tree.flatten((arrays, shaped))
+    def lower_call(kernel: Callable[..., Any], *arguments: Any) -> None:
+        leaves, structure = jax.tree.flatten(arguments)
+        places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]  # options are leaves as well
 
-        def call(*flat: Any) -> Any:
-            arrays, shaped = jax.tree.unflatten(structure, flat)
+        def call(*arrays: Any) -> Any:
+            given = dict(enumerate(leaves)) | dict(zip(places, arrays, strict=True))
             with compilers.context_of(target), aligned_copies():
-                return kernel(*arrays, **shaped, **static)
+                return kernel(*jax.tree.unflatten(structure, given.values()))
 
-        shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding) for one in flat]
-        lowered = jax.jit(call).trace(*shapes).lower(**compilers.platforms_of(target))
+        shaped = [jax.ShapeDtypeStruct(leaves[at].shape, leaves[at].dtype, sharding=sharding) for at in places]
+        lowered = jax.jit(call).trace(*shaped).lower(**compilers.platforms_of(target))
         if is_compiled:
             lowered.compile()
         raise Reached

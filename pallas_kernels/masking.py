@@ -1,24 +1,44 @@
-"""Which keys a query sees, what may be asked of that, and a softmax that survives seeing none: shared by all attention."""
+"""How products of queries and keys become weights: the mask, the scale, the soft cap, and a softmax that survives seeing none."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.typing import Bool, Float
+from pallas_kernels.visible import CAUSAL, LIMIT, Visible
 
-NOWHERE = 2**30
+NOWHERE = LIMIT
 """First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
 
 
-def visible(
-    query_positions: Int32[Array, "..."], key_positions: Int32[Array, "..."], window: int | None, num_sinks: int
-) -> Bool[Array, "..."]:
-    """Causal visibility with an optional window (including the current token) and attention sinks at [0, num_sinks)."""
-    seen = key_positions <= query_positions
-    if window is not None:
-        seen = seen & ((key_positions > query_positions - window) | (key_positions < num_sinks))
-    return seen
+@dataclass(frozen=True)
+class Scoring:
+    """What attention is asked beside its arrays. Static: hashable, and equal if the fields are."""
+
+    scale: float
+    """Multiplies the products of queries and keys."""
+    soft_cap: float | None = None
+    """c maps a scaled score s to c * tanh(s / c), before masking."""
+    visible: Visible = CAUSAL
+    with_page_mass: bool = False
+    """Whether the share of each page in a row's attention is asked for as well."""
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.soft_cap, int | float | np.number)
+        if self.soft_cap is not None and not (is_number and 0 < self.soft_cap < np.inf):
+            raise ValueError(f"soft_cap = {self.soft_cap!r}: must be positive and finite")
+
+    @property
+    def num_sinks(self) -> int | None:
+        """Sinks in front of what each query sees; None: there is no first position, every query sees from 0 on."""
+        return None if self.visible.span is None else self.visible.num_sinks
+
+    def capped(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Scaled scores under the soft cap, if there is one."""
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
 
 def masked_softmax(
@@ -33,20 +53,3 @@ def masked_softmax(
     total = weights.sum(axis=-1, keepdims=True)
     log_sum_exp = jnp.log(total) + highest
     return weights / jnp.where(total == 0, 1, total), log_sum_exp[..., 0]
-
-
-def check_options(window: int | None, num_sinks: int, soft_cap: float | None) -> None:
-    """Raises ValueError for what attention of any kind cannot be asked."""
-    for name, value in (("window", window), ("num_sinks", num_sinks)):
-        if value is not None and not isinstance(value, int | np.integer):
-            raise ValueError(f"{name} = {value!r}: must be a whole number")
-    if window is not None and window < 1:
-        raise ValueError(f"window = {window}: must be at least 1 (the current token counts)")
-    if num_sinks < 0:
-        raise ValueError(f"num_sinks = {num_sinks}: must be at least 0")
-    for name, value in (("window", window), ("num_sinks", num_sinks)):
-        if value is not None and value >= NOWHERE:
-            raise ValueError(f"{name} = {value}: must be below {NOWHERE}")
-    is_number = isinstance(soft_cap, int | float | np.number)
-    if soft_cap is not None and not (is_number and 0 < soft_cap < np.inf):
-        raise ValueError(f"soft_cap = {soft_cap!r}: must be positive and finite")

@@ -15,12 +15,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.chips import TARGETS
+from pallas_kernels.chips import TARGETS, Call, stored_as
 from pallas_kernels.machine_code import Turn
+from pallas_kernels.masking import Scoring
+from pallas_kernels.ops import OPS
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.timing_model import ASSUMED, GPUS, WAITS, Gpu, Kernel, cycles, kernel_us, read_kernels, waits
 
 LIMITS = {"product_flops_per_s": 790e12}
@@ -64,48 +67,46 @@ def problems() -> list[Any]:
     ]
 
 
-def program_of(problem: Any, sharding: Any) -> tuple[Any, list[Any], tuple[int, ...]]:
-    """A function of arrays that answers a problem by our GPU kernel, the arrays' shapes, and which of them are given away."""
+def program_of(problem: Any, sharding: Any) -> Call:
+    """A function of arrays that answers a problem by our GPU kernel."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels.bench.others import Write
-    from pallas_kernels.compilers import pool_of
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
-    def pool(num_pages: int) -> Any:
-        return pool_of(
-            problem.format, "token", (num_pages, problem.num_kv_heads, problem.page_size), problem.dim, sharding
-        )
+    def pages(num_pages: int) -> Pages:
+        shape = num_pages, problem.num_kv_heads, problem.page_size, problem.dim
+        pool = stored_as(problem.format, "token", shape, sharding)
+        return Pages(pool, pool)
 
+    (op,) = problem.ops
+    kernel = OPS[op].kernel("gpu")
     if isinstance(problem, Write):
-        module, num_tokens = import_module("pallas_kernels.kv_write.gpu"), problem.num_tokens
+        num_tokens = problem.num_tokens
         tokens = array(1, num_tokens, problem.num_kv_heads, problem.dim, of=jnp.bfloat16)
-        one = pool(8 * num_tokens // problem.page_size + 1)
-        arrays = [one, one, tokens, tokens, array(1, num_tokens)]
-        return lambda *given: module.kv_write(*given, chip="hopper"), arrays, (0, 1)
-    op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
-    module, batch = import_module(f"pallas_kernels.{op}.gpu"), len(problem.lengths)
+        arrays = pages(8 * num_tokens // problem.page_size + 1), tokens, tokens, array(1, num_tokens)
+        return Call(lambda *given: kernel(*given, chip="hopper"), arrays, (0,))
+    batch = len(problem.lengths)
     heads = (problem.num_kv_heads,) if problem.keep < 1 else ()
     table = array(batch, *heads, problem.table_len)
     queries = array(batch, problem.num_queries, problem.num_heads, problem.dim, of=jnp.bfloat16)
-    one = pool(1 + batch * -(-max(problem.lengths) // problem.page_size))
-    of_each = array(batch, 1) if op == "paged_attention" else array(batch)
-    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": problem.dim**-0.5, "chip": "hopper"}
-    arrays = [queries, one, one, table, table, of_each, array(batch)]
-    return lambda *given: getattr(module, op)(*given, **options), arrays, ()
+    pool = pages(1 + batch * -(-max(problem.lengths) // problem.page_size))
+    arrays = queries, pool, Lists(table, table), array(batch, problem.num_queries), array(batch)
+    scoring = Scoring(problem.dim**-0.5)
+    return Call(lambda *given: kernel(*given, scoring, chip="hopper"), arrays)
 
 
 def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
-    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `pages.split` cuts the lists; where one query
+    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `sharing.split` cuts the lists; where one query
     is asked, the longest first, as a plan launches them. A grid of another size is taken to have equal shares."""
     import jax.numpy as jnp
     import numpy as np
 
-    from pallas_kernels.paged_attention.pages import split
     from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
+    from pallas_kernels.paged_attention.sharing import split
     from pallas_kernels.tensor_cores import ROWS
 
     by_head = problem.keep < 1
@@ -190,8 +191,8 @@ def _work(name: str) -> None:
     (problem,) = (one for one in problems() if one.name == name)
     target = TARGETS["H200"].description
     topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target)
-    run, arrays, donated = program_of(problem, SingleDeviceSharding(topology.devices[0]))
-    lowered = jax.jit(run, donate_argnums=donated).trace(*arrays).lower(lowering_platforms=("cuda",))
+    call = program_of(problem, SingleDeviceSharding(topology.devices[0]))
+    lowered = jax.jit(call.run, donate_argnums=call.donated).trace(*call.arrays).lower(lowering_platforms=("cuda",))
     print(f"{MARK}{json.dumps(count_launches(lowered.compile().as_text() or ''))}", flush=True)
 
 

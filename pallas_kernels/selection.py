@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.formats import Pages, Quantised, Scaling, format_of
+from pallas_kernels.formats import Scaling
+from pallas_kernels.pages import Pages
 
 BACKENDS = ("gpu", "tpu")
 """Those that have kernels: `mosaic_gpu` in an op's `gpu.py`, `mosaic_tpu` in its `tpu.py`."""
@@ -29,13 +30,14 @@ class Asked:
     per: Scaling = "token"
     dtype: Any = "bfloat16"
     """Of the queries, or of the tokens to write."""
+    is_latent: bool = False
+    """Whether values are columns of the keys."""
 
     @staticmethod
-    def of(key_pages: Pages, value_pages: Pages, group: int, dtype: Any) -> "Asked":
-        """What such pools ask for."""
-        per: Scaling = key_pages.per if isinstance(key_pages, Quantised) else "token"
-        head_dims = key_pages.shape[3], value_pages.shape[3]
-        return Asked(format_of(key_pages), key_pages.shape[2], head_dims, group, per, dtype)
+    def of(pages: Pages, group: int, dtype: Any) -> "Asked":
+        """What such pages ask for."""
+        per: Scaling = pages.per or "token"
+        return Asked(pages.format, pages.page_size, pages.head_dims, group, per, dtype, pages.is_latent)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
     python -m pallas_kernels.targets [H200 ...] [--dims 128] [--cases 40] [--json FILE] [--table FILE]      # `make kernels-check`
 
-With `--cases`, the cases that the bench would run on such a chip are compiled too, or only lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and remember their platform. They
-come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
+With `--cases`, the cases that the bench would run on such a chip are compiled too, or only lowered (`lowering`). Each target is
+compiled in a process of its own, since the compilers speak to standard error and remember their platform. They come from
+`pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
 """
 
 import argparse
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels import lowering
-from pallas_kernels.chips import DIMS, TARGETS, Shape, Target, shapes
-from pallas_kernels.compilers import Overheard, compiler, estimate_us, resources
+from pallas_kernels.chips import DIMS, TARGETS, Shape, Target
+from pallas_kernels.compilers import Overheard, compiled_for, estimate_us, resources, sharding_of
 from pallas_kernels.lowering import Lowered
+from pallas_kernels.ops import OPS, shapes
 
 INSTALL = "run `make kernels-check`, which builds the environment with the compilers"
 
@@ -50,7 +52,7 @@ class Compiled:
     @property
     def floor_us(self) -> float:
         """Microseconds that moving the live bytes once takes at the data sheet's bandwidth."""
-        return self.shape.page_bytes / TARGETS[self.target].bandwidth * 1e6
+        return OPS[self.shape.op].floor_bytes(self.shape) / TARGETS[self.target].bandwidth * 1e6
 
 
 def missing(target: Target) -> str | None:
@@ -117,13 +119,14 @@ def _last_words(said: str) -> str:
 
 def _work(target: Target, dims: Sequence[int]) -> None:
     """In the worker: compiles every shape and prints a line for each."""
-    compile_one = compiler(target)
+    sharding = sharding_of(target)
     for shape in shapes(target.backend, dims):
         began = time.perf_counter()
         outcome: dict[str, Any] = {"target": target.name, "shape": asdict(shape)}
         with Overheard() as heard:
             try:
-                compiled, outcome["on_chip_bytes"] = compile_one(shape)
+                call = OPS[shape.op].call(shape, target, sharding)
+                compiled, outcome["on_chip_bytes"] = compiled_for(target, call)
                 outcome["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
                 outcome["estimate_us"] = estimate_us(compiled)
             except Exception as error:  # whatever a compiler refuses is an answer
@@ -166,7 +169,7 @@ def row(one: Compiled) -> tuple[str, ...]:
     """A compilation in words, in the order of HEADER."""
     dash, shape = "-", one.shape
     return (
-        shape.op,
+        shape.op if shape.num_queries == 1 else f"{shape.op}, {shape.num_queries} tokens",
         one.target,
         f"{shape.format} by {shape.per}" if shape.per else shape.format,
         str(shape.head_dim),

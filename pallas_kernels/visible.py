@@ -25,16 +25,10 @@ class Visible:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("window", "num_sinks", "chunk"):
-            value = getattr(self, name)
-            if value is None and name != "num_sinks":
-                continue
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ValueError(f"{name} = {value!r}: must be a whole number")
-            lowest = 0 if name == "num_sinks" else 1
-            if not lowest <= value < LIMIT:
-                raise ValueError(f"{name} = {value}: must be at least {lowest} and below {LIMIT}")
-            object.__setattr__(self, name, int(value))
+        object.__setattr__(self, "num_sinks", _whole("num_sinks", self.num_sinks, 0))
+        for name in ("window", "chunk"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _whole(name, getattr(self, name), 1))
         if self.num_sinks and self.window is None:
             raise ValueError(f"num_sinks = {self.num_sinks}: must be 0 without a window")
         if self.window is not None and self.chunk is not None:
@@ -51,12 +45,16 @@ class Visible:
     def sees(self, query: Any, key: Any) -> Any:
         """Whether the token at position `query` sees the one at `key`; elementwise of arrays, which broadcast."""
         seen = key <= query
+        if self.span is None:
+            return seen
+        recent = key >= self.earliest(query)
+        return seen & ((recent | (key < self.num_sinks)) if self.num_sinks else recent)
+
+    def earliest(self, query: Any) -> Any:
+        """The first position that the token at `query` sees, sinks apart; elementwise. May be negative behind a window."""
         if self.window is not None:
-            recent = key > query - self.window
-            seen = seen & ((recent | (key < self.num_sinks)) if self.num_sinks else recent)
-        if self.chunk is not None:
-            seen = seen & (key >= query - query % self.chunk)
-        return seen
+            return query - self.window + 1
+        return query * 0 if self.chunk is None else query - query % self.chunk
 
     def forgotten_at(self, position: int) -> int | None:
         """The first n that does not see `position`, or None: never. As n grows, live(n) recalls nothing it forgot."""
@@ -69,3 +67,16 @@ class Visible:
         """The most tokens of live(n) that are no sinks; None: all of them."""
         longest = self.chunk if self.window is None else self.window
         return None if longest is None else longest - 1
+
+
+def _whole(name: str, value: Any, lowest: int) -> int:
+    """A field as an int. Raises ValueError where it is none, or out of range."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} = {value!r}: must be a whole number")
+    if not lowest <= value < LIMIT:
+        raise ValueError(f"{name} = {value}: must be at least {lowest} and below {LIMIT}")
+    return int(value)
+
+
+CAUSAL = Visible()
+"""Every token sees all before it, and itself."""

@@ -187,7 +187,7 @@ def test_kernels_says_what_is_missing_and_what_failed(capsys, monkeypatch):
     assert status == 0
     assert "paged_attention: here blocked, then reference" in out
     assert "kv_write for gpus, simulated with race detection: 3 cases right" in out
-    assert "paged_prefill: here blocked, then reference" in out
+    assert "flash_attention: here reference" in out
     assert "v5e: no compiler" in out
     monkeypatch.setattr(simulators, "simulate", lambda backend: {"kv_write": "FAILED: a race"})
     assert call(capsys, monkeypatch, "kernels", "H200")[0] == 1

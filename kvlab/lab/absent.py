@@ -16,10 +16,11 @@ from jax.sharding import SingleDeviceSharding
 
 from kvlab.compose import compose, configs_dir
 from kvlab.engine.step import MemoryStep
-from kvlab.lab.kernels import OF_PAGES, summary
+from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.models.transformer import dtype_for
 from pallas_kernels.chips import TARGETS
+from pallas_kernels.ops import WITH_KERNELS
 from pallas_kernels.selection import Device, as_if_on, recording
 
 
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
                 except Exception as error:  # whatever a compiler raises: the others are tried all the same
                     said = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
             found = {op: one.taken for op, one in summary(taken).items()}
-            right = all(one == "mosaic_gpu" for op, one in found.items() if op in OF_PAGES)
+            right = all(one == "mosaic_gpu" for op, one in found.items() if op in WITH_KERNELS)
             status |= not right or said != "compiled"
             print(f"{mixer}, {width} tokens a sequence for {name}: {said}; {found}", flush=True)
     return int(status)

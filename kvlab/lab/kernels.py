@@ -1,5 +1,6 @@
 """Which implementation of each op a run takes on a device, and why not the kernel that was written for it."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -7,14 +8,8 @@ import jax
 from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.states import TokenState
 from kvlab.models.transformer import LayerConfig
-from pallas_kernels.flash_attention import api as flash_attention
-from pallas_kernels.kv_write import api as kv_write
-from pallas_kernels.paged_attention import api as paged_attention
-from pallas_kernels.paged_prefill import api as paged_prefill
-from pallas_kernels.selection import Asked, Taken, available, passed_over, refusals
-from pallas_kernels.ssd import api as ssd
-
-OF_PAGES = {"paged_attention": paged_attention, "paged_prefill": paged_prefill, "kv_write": kv_write}
+from pallas_kernels.ops import OPS, WITH_KERNELS
+from pallas_kernels.selection import Asked, Taken, passed_over
 
 
 class Chosen(NamedTuple):
@@ -34,17 +29,16 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
             if not isinstance(spec, TokenState):
                 continue
             for op, asked in _asked(lab, layer, spec).items():
-                refused = refusals(op, asked, device)
-                name = next(iter(available(OF_PAGES[op].IMPLEMENTATIONS, refused)))
-                reason = passed_over(name, refused, device.platform)
+                name = OPS[op].available(asked, device)[0]
+                reason = passed_over(name, OPS[op].refusals(asked, device), device.platform)
                 taken.setdefault(op, {}).setdefault(name, set()).update([reason] if reason else [])
     return summary(taken)
 
 
 def _of_whole_sequences(layer: LayerConfig) -> tuple[str, dict[str, set[str]]]:
     """Training's op of a layer, which has no kernels to choose from."""
-    op, implementations = ("ssd", ssd) if layer.mixer == "mamba2" else ("flash_attention", flash_attention)
-    return op, {next(iter(implementations.implementations())): set()}
+    op = "ssd" if layer.mixer == "mamba2" else "flash_attention"
+    return op, {OPS[op].available()[0]: set()}
 
 
 def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> dict[str, Asked]:
@@ -54,7 +48,8 @@ def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> dict[str, A
     if memory.name == "dense":
         return {"kv_write": Asked(**options, page_size=lab.config.context_len)}
     group = getattr(layer.config, "num_heads", spec.num_kv_heads) // spec.num_kv_heads
-    return {op: Asked(**options, page_size=memory.page_size, group=1 if op == "kv_write" else group) for op in OF_PAGES}
+    asked = Asked(**options, page_size=memory.page_size)
+    return {op: replace(asked, group=group) if op == "paged_attention" else asked for op in WITH_KERNELS}
 
 
 def summary(taken: Taken) -> dict[str, Chosen]:

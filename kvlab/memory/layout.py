@@ -62,7 +62,7 @@ class MemoryLayout:
 
         Raises ConfigError for a state that such a memory cannot hold, or not in its format."""
         chunk_len = min(memory.chunk_len, max_len)
-        layers = [{name: _held(spec, memory) for name, spec in layer.items()} for layer in layers]
+        layers = stored_states(layers, memory)
         specs: dict[State, int] = {}
         for layer in layers:
             for spec in layer.values():
@@ -144,18 +144,30 @@ def _view(state: StateClass) -> type[View]:
     return view_of(state.spec, "dense" if state.contiguous else "paged")
 
 
-def _held(state: State, memory: MemoryConfig) -> State:
-    """A state as a memory stores it."""
+def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
+    """Every layer's states as a memory stores them. Raises ConfigError for one that such a memory cannot hold, or not in its
+    format."""
+    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+
+
+def _stored(state: State, memory: MemoryConfig) -> State:
     try:
         view = view_of(state, memory.name)
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
+    if reason := _refusal(view, state, memory.format):
+        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
+        raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
+    return state.stored(memory.format)
+
+
+def _refusal(view: type[View], state: State, format: str) -> str:
+    """Why a kind of memory cannot store a state in a format; empty: it can."""
     try:
-        held = state.stored(memory.format)
-        view.check(held)
+        view.check(state.stored(format))
     except ValueError as error:
-        raise ConfigError("memory.format", memory.format, str(error)) from None
-    return held
+        return str(error)
+    return ""
 
 
 def _name(state: State, layers: Sequence[LayerStates]) -> str:

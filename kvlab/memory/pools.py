@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
-from pallas_kernels.formats import FORMATS, Pages, Quantised
+from pallas_kernels.formats import FORMATS, Quantised, Stored
 from pallas_kernels.kv_write import kv_write
+from pallas_kernels.pages import Pages
 
 type Pool = dict[str, Any]
 """Arrays of one layer's state by name."""
@@ -25,11 +26,14 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4, two numbers share a byte."""
+    """Shape and type of an array in pages: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain bytes: XLA
+    there widens or copies a pool of any other type of that size to write into it."""
     heads, *dims = array.shape
     if array.dtype == "int4":
         dims[-1] //= 2
-    return (num_pages, heads, page_size, *dims), FORMATS.get(array.dtype, array.dtype)
+    dtype = FORMATS.get(array.dtype, array.dtype)
+    as_bytes = array.dtype in FORMATS and jax.default_backend() == "cpu"
+    return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
 
 
 def allocate_slots(state: State, num_slots: int) -> Pool:
@@ -48,26 +52,33 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     return {name: poison(array) for name, array in pool.items()}
 
 
-def stored(pool: Pool, name: str) -> Pages:
+def stored(state: Any, pool: Pool, name: str) -> Stored:
     """A pool's array as kernels take it: with its scales where it is quantised."""
     scales = pool.get(f"{name}_scale")
-    return pool[name] if scales is None else Quantised(pool[name], scales, "token")
+    if scales is None:
+        return pool[name]
+    is_typed = pool[name].dtype == FORMATS[state.format]
+    return Quantised(pool[name], scales, "token", None if is_typed else state.format)
 
 
-def write_tokens(pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
+def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
     """A pool with tokens [B, T, K, D] of its arrays in their slots [B, T], in the pool's format. A slot is (page, offset); an
     index past the pool drops the write. Keys and values are written together, any other array by itself."""
     written = dict(pool)
     for name in tokens:
         if name == "values":
             continue
-        other = "values" if name == "keys" and "values" in tokens else name
-        pages = kv_write(stored(pool, name), stored(pool, other), tokens[name], tokens[other], slots)
-        for array, after in zip((name, other), pages, strict=True):
-            if isinstance(after, Quantised):
-                written |= {array: after.payload, f"{array}_scale": after.scales}
+        values = tokens.get("values") if name == "keys" else None
+        if values is None:
+            pages = Pages(stored(state, pool, name), value_dim=tokens[name].shape[-1])
+        else:
+            pages = Pages(stored(state, pool, "keys"), stored(state, pool, "values"))
+        after = kv_write(pages, tokens[name], values, slots)
+        for array, held in zip((name, "values"), after.pools, strict=False):
+            if isinstance(held, Quantised):
+                written |= {array: held.payload, f"{array}_scale": held.scales}
             else:
-                written[array] = after
+                written[array] = held
     return written
 
 

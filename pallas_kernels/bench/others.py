@@ -13,11 +13,11 @@ from jax import Array
 from pallas_kernels.bench import paged
 from pallas_kernels.bench.clock import Work
 from pallas_kernels.bench.goals import NONE, Goals
-from pallas_kernels.formats import Pages, arrays_of, quantised
-from pallas_kernels.kv_write import api as write_api
+from pallas_kernels.formats import quantised
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.selection import Asked, available
-from pallas_kernels.ssd import api as ssd_api
+from pallas_kernels.ops import OPS
+from pallas_kernels.pages import Pages
+from pallas_kernels.selection import Asked
 from pallas_kernels.ssd import ssd, ssd_step
 
 SETS = 4
@@ -49,9 +49,8 @@ class Write:
 
     def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation that can write such pages."""
-        pools, _, _ = self._inputs()
-        refused = write_api.refusals(Asked.of(*pools, 1, jnp.bfloat16))
-        names = list(available(write_api.IMPLEMENTATIONS, refused))
+        pages, _, _ = self._inputs()
+        names = OPS["kv_write"].available(Asked.of(pages, 1, jnp.bfloat16))
         return {name: partial(self._work, name) for name in names}
 
     def wanted(self) -> Any:
@@ -59,7 +58,7 @@ class Write:
         work = self._work("reference")
         return jax.jit(work.answer)(work.arrays)
 
-    def _inputs(self) -> tuple[tuple[Pages, Pages], Array, list[tuple[Array, Array]]]:
+    def _inputs(self) -> tuple[Pages, Array, list[tuple[Array, Array]]]:
         num_pages, size = 8 * self.num_tokens // self.page_size + 1, self.page_size
         order = np.random.default_rng(0).permutation(np.arange(1, num_pages))[: self.num_tokens // size]
         slots = jnp.asarray((order[:, None] * size + np.arange(size)[None]).reshape(1, -1), jnp.int32)
@@ -67,25 +66,27 @@ class Write:
         keys = jax.random.split(jax.random.key(0), 2 * SETS)
         tokens = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
         empty = jnp.zeros((num_pages, self.num_kv_heads, size, self.dim), jnp.bfloat16)
-        pools = [empty if self.format == "bfloat16" else quantised(empty, self.format) for _ in range(2)]
-        return (pools[0], pools[1]), slots, list(zip(tokens[::2], tokens[1::2], strict=True))
+        keys_stored, values_stored = (
+            empty if self.format == "bfloat16" else quantised(empty, self.format) for _ in range(2)
+        )
+        return Pages(keys_stored, values_stored), slots, list(zip(tokens[::2], tokens[1::2], strict=True))
 
     def _work(self, implementation: str) -> Work:
-        pools, slots, sets = self._inputs()
-        size, num_slots = self.page_size, pools[0].shape[0] * self.page_size
+        pages, slots, sets = self._inputs()
+        size, num_slots = self.page_size, pages.num_pages * self.page_size
 
-        def turn(number: Array, pools: tuple[Pages, Pages], arrays: Any) -> tuple[Pages, Pages]:
+        def turn(number: Array, pages: Pages, arrays: Any) -> Pages:
             slots, sets = arrays
             for which, (keys, values) in enumerate(sets):
                 moved = (slots - size + (SETS * number + which) * self.num_tokens) % (num_slots - size) + size
-                pools = kv_write(*pools, keys, values, moved, implementation=implementation)
-            return pools
+                pages = kv_write(pages, keys, values, moved, implementation=implementation)
+            return pages
 
         def answer(arrays: Any) -> Array:
-            empty = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), pools)
-            return _joined(*(one for pool in turn(jnp.int32(0), empty, arrays) for one in arrays_of(pool)))
+            empty = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), pages)
+            return _joined(*jax.tree.leaves(turn(jnp.int32(0), empty, arrays)))
 
-        return Work(turn, pools, (slots, sets), answer, num_calls=SETS)
+        return Work(turn, pages, (slots, sets), answer, num_calls=SETS)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Scan:
 
     def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation of `ssd`."""
-        return {name: partial(self._work, name) for name in ssd_api.IMPLEMENTATIONS}
+        return {name: partial(self._work, name) for name in OPS["ssd"].implementations}
 
     def wanted(self) -> Any:
         """What XLA's chunked form answers."""
@@ -204,7 +205,7 @@ class Step:
 
     def works(self) -> dict[str, Callable[[], Work]]:
         """Every implementation of `ssd_step`."""
-        return {name: partial(self._work, name) for name in ssd_api.STEP_IMPLEMENTATIONS}
+        return {name: partial(self._work, name) for name in OPS["ssd_step"].implementations}
 
     def wanted(self) -> Any:
         """What XLA answers."""

@@ -13,11 +13,11 @@ from jax import Array, lax
 
 from pallas_kernels.bench.clock import Work, is_accelerated
 from pallas_kernels.bench.goals import NONE, Goals
-from pallas_kernels.flash_attention import api as flash_api
-from pallas_kernels.formats import FORMATS, Pages, Quantised, quantised
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.formats import FORMATS, Stored, quantised
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention import api, plan_attention
-from pallas_kernels.paged_prefill import api as prefill_api
+from pallas_kernels.ops import OPS
+from pallas_kernels.paged_attention import Lists, Pages, api, chunk_positions, paged_attention, plan_attention
 from pallas_kernels.selection import Asked
 
 CACHE_BYTES = 120_000_000
@@ -52,7 +52,7 @@ class Problem:
     @property
     def ops(self) -> tuple[str, ...]:
         """Those of ours that it asks."""
-        return ("paged_attention" if self.num_queries == 1 else "paged_prefill",)
+        return ("paged_attention",)
 
     @property
     def value_dim(self) -> int:
@@ -102,16 +102,16 @@ class Problem:
         made = {name: partial(ours, self, inputs, name) for name in (names[:1] if alone else names)}
         if not alone and self.is_whole:
             made |= {
-                f"flash_attention, {name}": partial(flash, self, inputs, name) for name in flash_api.IMPLEMENTATIONS
+                f"flash_attention, {name}": partial(flash, self, inputs, name)
+                for name in OPS["flash_attention"].implementations
             }
         made |= {} if alone else {name: partial(make, self, inputs) for name, make in PEERS.items()}
         return layers | {name: lambda make=make: work_of(make(), inputs) for name, make in made.items()}
 
     def implementations(self, inputs: "Inputs") -> list[str]:
         """Ours that can run here, the one that `None` takes first."""
-        op, group = api if self.num_queries == 1 else prefill_api, self.num_heads // self.num_kv_heads
-        refused = op.refusals(Asked.of(inputs.keys, inputs.values, group, inputs.queries.dtype))
-        return [name for name in op.IMPLEMENTATIONS if name not in refused]
+        asked = Asked.of(inputs.pages, self.num_heads // self.num_kv_heads, inputs.queries.dtype)
+        return OPS["paged_attention"].available(asked)
 
     def wanted(self) -> Any:
         """The answer that all are compared with."""
@@ -129,8 +129,7 @@ class Inputs(NamedTuple):
     """The arguments of one problem, with as many tables as keep their pages out of the cache."""
 
     queries: Array
-    keys: Pages
-    values: Pages
+    pages: Pages
     tables: Array
     starts: Array
     positions: Array
@@ -165,14 +164,14 @@ def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
     lens = np.array(problem.lengths, np.int32)
     positions = lens[:, None] - problem.num_queries + np.arange(problem.num_queries, dtype=np.int32)[None]
 
-    def pool(key: Array) -> Pages:
+    def pool(key: Array) -> Stored:
         made = jax.random.normal(key, shape, jnp.bfloat16)
         return made if problem.format == "bfloat16" else jax.jit(quantised, static_argnums=1)(made, problem.format)
 
     lists, stored = map(jnp.asarray, (tables, starts, positions, lens)), pool(keys[1])
-    if problem.latent_dim and not isinstance(stored, Quantised):
-        return Inputs(queries, stored, stored[..., : problem.latent_dim], *lists)
-    return Inputs(queries, stored, pool(keys[2]), *lists)
+    if problem.latent_dim:
+        return Inputs(queries, Pages(stored, value_dim=problem.latent_dim), *lists)
+    return Inputs(queries, Pages(stored, pool(keys[2])), *lists)
 
 
 class Attend(NamedTuple):
@@ -204,19 +203,18 @@ def work_of(attend: Attend, inputs: Inputs) -> Work:
 
 
 def ours(problem: Problem, inputs: Inputs, implementation: str | None, tiles: dict[str, int] | None = None) -> Attend:
-    """`paged_attention` by that implementation, or of a chunk `paged_prefill`. Raises NotImplementedError for what would fill the
-    device."""
+    """`paged_attention` by that implementation. Raises NotImplementedError for what would fill the device."""
     how: dict[str, Any] = {"implementation": implementation, "tiles": tiles}
     scores = 4 * len(problem.lengths) * problem.num_heads * problem.num_queries * max(problem.lengths)
     if implementation == "reference" and scores > MOST_SCORES:
         raise NotImplementedError(f"scores would take {scores / 1e9:.0f} GB")
 
     def run(queries: Array, table: Array, starts: Array, inputs: Inputs) -> Array:
-        memory = queries, inputs.keys, inputs.values, table, starts
-        if problem.num_queries == 1:
-            return api.paged_attention(*memory, inputs.positions, inputs.lens, **how)[0]
-        lens = jnp.full_like(inputs.lens, problem.num_queries)
-        return prefill_api.paged_prefill(*memory, inputs.positions[:, 0], lens, **how)[0]
+        asked = inputs.positions, inputs.lens
+        if problem.num_queries > 1:
+            lens = jnp.full_like(inputs.lens, problem.num_queries)
+            asked = chunk_positions(inputs.positions[:, 0], lens, problem.num_queries)
+        return paged_attention(queries, inputs.pages, Lists(table, starts), *asked, **how)[0]
 
     return Attend(run, inputs)
 
@@ -231,14 +229,14 @@ def planned(problem: Problem, inputs: Inputs, implementation: str) -> Work:
         )
     )
     layers = [
-        (table, starts, make(table, starts, inputs.positions, inputs.lens))
-        for table, starts in zip(inputs.tables[:LAYERS], inputs.starts[:LAYERS], strict=True)
+        (lists, make(lists, inputs.positions, inputs.lens))
+        for lists in map(Lists, inputs.tables[:LAYERS], inputs.starts[:LAYERS])
     ]
 
     def attend(queries: Array, layer: Any, inputs: Inputs) -> Array:
-        table, starts, plan = layer
-        memory = queries, inputs.keys, inputs.values, table, starts, inputs.positions, inputs.lens
-        return api.paged_attention(*memory, plan=plan, implementation=implementation)[0]
+        lists, plan = layer
+        memory = queries, inputs.pages, lists, inputs.positions, inputs.lens
+        return paged_attention(*memory, plan=plan, implementation=implementation)[0]
 
     def turn(number: Array, queries: Array, arrays: Any) -> Array:
         del number
@@ -262,7 +260,7 @@ def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
 
     def run(queries: Array, table: Array, starts: Array, rows: Any) -> Array:
         del table, starts
-        return flash_api.flash_attention(queries, *rows, implementation=implementation)
+        return flash_attention(queries, *rows, implementation=implementation)
 
     return Attend(run, dense(problem, inputs))
 
@@ -283,11 +281,12 @@ def dense(problem: Problem, inputs: Inputs) -> tuple[Array, Array]:
 
 def plain(inputs: Inputs) -> tuple[Array, Array]:
     """The pools, for those who take them as they are. Raises NotImplementedError for pages with scales."""
-    if isinstance(inputs.keys, Quantised) or isinstance(inputs.values, Quantised):
+    if inputs.pages.per is not None:
         raise NotImplementedError("takes pages of 16 bits")
-    return inputs.keys, inputs.values
+    pages = inputs.pages
+    return pages.keys, pages.keys[..., : pages.value_dim] if pages.is_latent else pages.values
 
 
-def bucket_of(problem: Problem, inputs: Inputs) -> str:
-    """The problem's shapes, as tile sizes are remembered."""
-    return api.bucket_of(problem.ops[0], inputs.queries, inputs.keys, inputs.values, inputs.tables[0])
+def bucket_of(inputs: Inputs) -> str:
+    """A problem's shapes, as tile sizes are remembered."""
+    return api.bucket_of(inputs.queries, inputs.pages, Lists(inputs.tables[0], inputs.starts[0]))

@@ -12,7 +12,7 @@ from pallas_kernels.bench.measure import sweep
 from pallas_kernels.bench.paged import Problem
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS
 from pallas_kernels.bench.runner import Piece
-from pallas_kernels.bench.verify import SPACES, cases
+from pallas_kernels.bench.verify import cases
 
 CASE_S, START_S, SLOW_S = 60.0, 5.0, 40.0
 """Limit of a case; what any process needs at least on an accelerator; what a slow peer needs."""
@@ -58,7 +58,7 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
             for one in problems
         )
 
-    checked = [(op, name) for op, name, _ in cases(platform if platform in SPACES else "cpu", options.cases)]
+    checked = [(op, name) for op, name, _ in cases(platform, options.cases)]
     generated, named = (
         tuple(
             Piece("case", f"{op}: {name}", command("case", f"{op}: {name}", options), CASE_S, start_s)

@@ -11,7 +11,7 @@ from pallas_kernels.bench.paged import PLANNED
 from pallas_kernels.bench.peers import PEERS
 from pallas_kernels.bench.problems import PROBLEMS
 from pallas_kernels.bench.record import Line, latest
-from pallas_kernels.bench.verify import CHECKS
+from pallas_kernels.ops import WITH_KERNELS
 
 
 @dataclass
@@ -151,7 +151,7 @@ def _never_ran(lines: Iterable[Line], kernel: str) -> Iterator[str]:
     """Ops of which cases ran, and none by its kernel."""
     done = [(line["name"].partition(": ")[0], line["answer"]["by"]) for line in lines if line["outcome"] == "done"]
     ran, mine = {op for op, _ in done}, {op for op, by in done if kernel in by}
-    return (f"{op}: no case ran by {kernel}" for op in CHECKS if op in ran - mine)
+    return (f"{op}: no case ran by {kernel}" for op in WITH_KERNELS if op in ran - mine)
 
 
 def _named(line: Line) -> str:

@@ -1,21 +1,14 @@
 """Causal attention of whole sequences: the parallel form, for training and scoring."""
 
-from collections.abc import Callable
-from typing import Any
-
 from jax import Array
 
 from pallas_kernels.flash_attention import reference
-from pallas_kernels.masking import check_options
+from pallas_kernels.masking import Scoring
 from pallas_kernels.selection import select
 from pallas_kernels.typing import Float
+from pallas_kernels.visible import CAUSAL, Visible
 
 IMPLEMENTATIONS = {"reference": reference.flash_attention}
-
-
-def implementations() -> dict[str, Callable[..., Any]]:
-    """What can run on this device, the most preferred first."""
-    return dict(IMPLEMENTATIONS)
 
 
 def flash_attention(
@@ -23,17 +16,17 @@ def flash_attention(
     keys: Float[Array, "B T K D"],
     values: Float[Array, "B T K Dv"],
     *,
-    window: int | None = None,
-    num_sinks: int = 0,
+    visible: Visible = CAUSAL,
     soft_cap: float | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """Attention of token t over tokens [0, t], or over its window and sinks; options as in `paged_attention`.
+    """Attention of token t over the tokens of [0, t] that are `visible`; options as in `paged_attention`.
 
-    Softmax in float32. Raises ValueError for shapes that do not fit together, options out of range and an unavailable `implementation`.
+    Softmax in float32. Raises ValueError for shapes that do not fit together, options out of range and an unavailable
+    `implementation`.
     """
-    check_options(window, num_sinks, soft_cap)
+    scoring = Scoring(queries.shape[-1] ** -0.5 if scale is None else scale, soft_cap, visible)
     batch, num_tokens, _, dim = queries.shape
     for name, array, wanted in (("keys", keys, (batch, num_tokens, dim)), ("values", values, (batch, num_tokens))):
         found = (*array.shape[:2], *array.shape[3:])[: len(wanted)]
@@ -42,5 +35,4 @@ def flash_attention(
     if queries.shape[2] % keys.shape[2]:
         raise ValueError(f"num_heads = {queries.shape[2]}: must be a multiple of num_kv_heads = {keys.shape[2]}")
     _, run = select("flash_attention", implementation, IMPLEMENTATIONS)
-    scale = queries.shape[3] ** -0.5 if scale is None else scale
-    return run(queries, keys, values, window=window, num_sinks=num_sinks, soft_cap=soft_cap, scale=scale)
+    return run(queries, keys, values, scoring)

@@ -1,13 +1,13 @@
 """Dense causal attention in plain XLA, by blocks of queries.
 
-Block i of queries reads keys [a, b) only: b is the block's end (causality), a the first position its window reaches. Keys
+Block i of queries reads keys [a, b) only: b is the block's end (causality), a the first position its first query sees. Keys
 outside are never multiplied, so a causal layer costs about half of the full square and a windowed one its band.
 """
 
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.masking import masked_softmax, visible
+from pallas_kernels.masking import Scoring, masked_softmax
 from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
@@ -17,17 +17,13 @@ def flash_attention(
     queries: Float[Array, "B T H D"],
     keys: Float[Array, "B T K D"],
     values: Float[Array, "B T K Dv"],
-    *,
-    window: int | None,
-    num_sinks: int,
-    soft_cap: float | None,
-    scale: float,
+    scoring: Scoring,
 ) -> Float[Array, "B T H Dv"]:
     """See `api.flash_attention`."""
     batch, seq_len, num_heads, head_dim = queries.shape
     num_kv_heads, value_dim = values.shape[2:]
     # Head-major, so that each product is one plain batched matrix product.
-    grouped = (queries * scale).reshape(batch, seq_len, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = (queries * scoring.scale).reshape(batch, seq_len, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     positions = jnp.arange(seq_len, dtype=jnp.int32)
 
@@ -35,16 +31,14 @@ def flash_attention(
     for start in range(0, seq_len, BLOCK_LEN):
         end = min(start + BLOCK_LEN, seq_len)
         # With sinks the band would be two intervals; one interval from 0 is simpler and right.
-        first = 0 if window is None or num_sinks else max(0, start - window + 1)
+        first = 0 if scoring.num_sinks else max(0, scoring.visible.earliest(start))
         scores = jnp.einsum(
             "bkgtd,bksd->bkgts",
             grouped[:, :, :, start:end],
             keys[:, :, first:end],
             preferred_element_type=jnp.float32,
         )
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = visible(positions[start:end, None], positions[None, first:end], window, num_sinks)
-        weights, _ = masked_softmax(scores, seen[None, None, None])
+        seen = scoring.visible.sees(positions[start:end, None], positions[None, first:end])
+        weights, _ = masked_softmax(scoring.capped(scores), seen[None, None, None])
         outputs.append(jnp.einsum("bkgts,bksd->btkgd", weights.astype(values.dtype), values[:, :, first:end]))
     return jnp.concatenate(outputs, axis=1).reshape(batch, seq_len, num_heads, value_dim)

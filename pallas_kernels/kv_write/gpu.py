@@ -7,6 +7,7 @@ row by row, each from an address that a TMA can read. Scales of tokens are left 
 four bytes are too few for a copy.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, arrays_of, inverses, numbers
+from pallas_kernels.formats import FORMATS, Quantised, Stored, arrays_of, inverses, numbers
 from pallas_kernels.kv_write import gpu_single
 from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
 from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
@@ -46,88 +48,89 @@ def refusal(asked: Asked) -> str | None:
 
 
 def kv_write(
-    key_pages: Pages,
-    value_pages: Pages,
+    pages: Pages,
     keys: Float[Array, "B T K D"],
-    values: Float[Array, "B T K Dv"],
+    values: Float[Array, "B T K Dv"] | None,
     write_slots: Int32[Array, "B T"],
     *,
     chip: Chip | None = None,
     interpret: Any = False,
-) -> tuple[Pages, Pages]:
+) -> Pages:
     """See `api.kv_write`. It multiplies nothing: it is the same for every `chip`."""
     del chip
+    given = [keys] if values is None else [keys, values]
     if write_slots.shape[1] == 1:
-        return gpu_single.write(key_pages, value_pages, keys, values, write_slots, interpret=interpret)
-    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
-    unit = min(page_size, ROWS)
-    begins, slots, wholes = _tiles(write_slots, num_pages, page_size, unit)
-    pools = (key_pages, value_pages)
-    tokens = [_filled_up(new, pool) for pool, new in zip(pools, (keys, values), strict=True)]
-    kernel_pools = list(pools)
-    for number, (pool, new) in enumerate(zip(pools, (keys, values), strict=True)):
+        return gpu_single.write(pages, given, write_slots, interpret=interpret)
+    num_pages, page_size = pages.num_pages, pages.page_size
+    tiles = _tiles(write_slots, num_pages, page_size, min(page_size, ROWS))
+    tokens = [_filled_up(new, pool) for pool, new in zip(pages.pools, given, strict=True)]
+    pools = list(pages.pools)
+    for at, (pool, new) in enumerate(zip(pages.pools, given, strict=True)):
         if isinstance(pool, Quantised) and pool.per == "channel":
             scales = channel_scales(pool, new, *places(write_slots, num_pages, page_size))
-            kernel_pools[number] = Quantised(pool.payload, scales, "channel")
-    targets = [jax.new_ref(arrays_of(pool)[0]) for pool in kernel_pools]
-    per, format = None, None
-    if isinstance(key_pages, Quantised):
-        per, format = key_pages.per, key_pages.format
-    scales = [arrays_of(pool)[1] for pool in kernel_pools] if per == "channel" else []
+            pools[at] = Quantised(pool.payload, scales, "channel")
+    targets = [jax.new_ref(arrays_of(pool)[0]) for pool in pools]
+    made = _write_tiles(pages, pools, tokens, targets, tiles, interpret)
 
+    def done(at: int) -> Stored:
+        pool, payload = pools[at], jax.freeze(targets[at])
+        if not isinstance(pool, Quantised):
+            return payload
+        kept = pool.scales
+        if pool.per == "token":
+            listed, offsets = places(tiles[1], num_pages, page_size)
+            kept = kept.at[listed, :, offsets].set(made[at].swapaxes(1, 2), mode="drop")
+        return Quantised(payload, kept, pool.per)
+
+    return replace(pages, keys=done(0), values=None if pages.is_latent else done(1))
+
+
+def _write_tiles(
+    pages: Pages, pools: list[Stored], tokens: list[Array], targets: list[Any], tiles: tuple[Array, ...], interpret: Any
+) -> list[Array]:
+    """Runs the kernel over `_tiles` of tokens, for keys and values; returns the scales of tokens [tiles, K, 64], if they have some."""
+    begins, slots, wholes = tiles
+    per, page_size, num_kv_heads, sides = pages.per, pages.page_size, pages.num_kv_heads, len(pools)
     scratch = [_scratch(pool, new) for pool, new in zip(pools, tokens, strict=True)]
     left = jax.ShapeDtypeStruct((len(begins), num_kv_heads, ROWS), jnp.float32)
+    scales = [arrays_of(pool)[1] for pool in pools] if per == "channel" else []
+    static = {"per": per, "format": pages.format, "page_size": page_size, "unit": min(page_size, ROWS)}
 
-    def kernel(begins, slots, wholes, keys, values, key_target, value_target, *refs):
+    def kernel(begins: Any, slots: Any, wholes: Any, *given: Any) -> None:
         """Gives every ref its name."""
-        refs, tiles = list(refs), []
+        refs = list(given)
+        sources, into = ([refs.pop(0) for _ in range(sides)] for _ in range(2))
         tile, head = lax.div(lax.axis_index("item"), num_kv_heads), lax.rem(lax.axis_index("item"), num_kv_heads)
         channels = [refs.pop(0) for _ in scales]
-        outs = [refs.pop(0) for _ in range(2 if per == "token" else 0)]
-        for at, (source, target) in enumerate(((keys, key_target), (values, value_target))):
-            mine = {name: refs.pop(0) for name in scratch[at]}
+        outs = [refs.pop(0) for _ in range(sides if per == "token" else 0)]
+        parts = []
+        for at, (source, target) in enumerate(zip(sources, into, strict=True)):
+            mine = {name: refs.pop(0) for name in scratch[at]} | static | {"tile": tile, "head": head}
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            tiles.append(
-                _Tile(
-                    mine
-                    | {"tile": tile, "head": head, "per": per, "format": format, "page_size": page_size, "unit": unit}
-                )
-            )
+            parts.append(_Tile(mine))
 
         @pl.when(begins[tile] >= 0)
         def _():
-            for one in tiles:
-                one.fetch()
-            for one in tiles:
-                one.leave()
+            for part in parts:
+                part.fetch()
+            for part in parts:
+                part.leave()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    made = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=[left, left] if per == "token" else [],
-        scratch_types=[one for mine in scratch for one in mine.values()],
+        out_type=[left] * sides if per == "token" else [],
+        scratch_types=[room for mine in scratch for room in mine.values()],
         grid=(len(begins) * num_kv_heads,),  # one axis: only the last may have more than 65,535
         grid_names=("item",),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(begins, slots, wholes, *tokens, *targets, *scales)
 
-    def done(at: int) -> Pages:
-        pool, payload = kernel_pools[at], jax.freeze(targets[at])
-        if not isinstance(pool, Quantised):
-            return payload
-        kept = pool.scales
-        if per == "token":
-            pages, offsets = places(slots, num_pages, page_size)
-            kept = kept.at[pages, :, offsets].set(made[at].swapaxes(1, 2), mode="drop")
-        return Quantised(payload, kept, pool.per)
 
-    return done(0), done(1)
-
-
-def _filled_up(tokens: Float[Array, "B T K D"], pool: Pages) -> Float[Array, "N K wide"]:
+def _filled_up(tokens: Float[Array, "B T K D"], pool: Stored) -> Float[Array, "N K wide"]:
     """With what copies want: a whole tile of rows, which lie together in groups of 8; and where pages are of the tokens'
     type, rows that begin at addresses which a TMA can read."""
     missing = max(ROWS - tokens.shape[0] * tokens.shape[1], -(tokens.shape[0] * tokens.shape[1]) % 8)
@@ -135,7 +138,7 @@ def _filled_up(tokens: Float[Array, "B T K D"], pool: Pages) -> Float[Array, "N 
     return jnp.pad(tokens.reshape(-1, *tokens.shape[2:]), ((0, missing), (0, 0), (0, narrower)))
 
 
-def _scratch(pool: Pages, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
+def _scratch(pool: Stored, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
     """Of keys or of values."""
     dim, wide, plain = pool.shape[3], tokens.shape[2], plgpu.SMEM((ROWS, tokens.shape[2]), tokens.dtype)
     if not isinstance(pool, Quantised):
@@ -155,8 +158,8 @@ def _scratch(pool: Pages, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative where there is none; and of each of its
-    `unit`s of rows whether they are a whole page, or a block of one."""
+    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative where there is
+    none; and of each of its `unit`s of rows whether they are a whole page, or a block of one."""
     batch, num_tokens = write_slots.shape
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1

@@ -1,6 +1,6 @@
 """One token of each sequence into pages on GPUs: what decoding writes.
 
-    grid = sequences x {keys, values}
+    grid = {keys, values} x sequences
       one TMA in: the token's KV heads [K, D]
       registers: largest -> scale -> numbers, where pages are quantised
       one TMA out: its slot in the page's K heads; scales by token one by one, 4 bytes are too few for a copy
@@ -9,6 +9,7 @@ A thread block has one token, so that none waits for another's, and nothing is l
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import Pages, Quantised, arrays_of, inverses, numbers, scales_of
+from pallas_kernels.formats import Quantised, Stored, arrays_of, inverses, numbers, scales_of
 from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
+from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import ROWS, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
 
@@ -30,55 +32,49 @@ BYTES = 128
 
 
 def write(
-    key_pages: Pages,
-    value_pages: Pages,
-    keys: Float[Array, "B 1 K D"],
-    values: Float[Array, "B 1 K Dv"],
-    write_slots: Int32[Array, "B 1"],
-    *,
-    interpret: Any = False,
-) -> tuple[Pages, Pages]:
-    """See `api.kv_write`."""
-    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
-    pools = key_pages, value_pages
-    heads = max(one for one in range(1, ROWS + 1) if num_kv_heads % one == 0)
+    pages: Pages, given: list[Float[Array, "B 1 K D"]], write_slots: Int32[Array, "B 1"], *, interpret: Any = False
+) -> Pages:
+    """See `api.kv_write`; `given` are keys, and values where pages have some."""
+    num_slots, num_kv_heads, page_size = pages.num_pages * pages.page_size, pages.num_kv_heads, pages.page_size
+    pools, per, format = pages.pools, pages.per, pages.format
+    heads = max(number for number in range(1, ROWS + 1) if num_kv_heads % number == 0)
     num_groups = num_kv_heads // heads
-    per = key_pages.per if isinstance(key_pages, Quantised) else None
-    format = key_pages.format if isinstance(key_pages, Quantised) else None
-    tokens = [_filled_up(new.reshape(-1, new.shape[3]), heads) for new in (keys, values)]
+    tokens = [_filled_up(new.reshape(-1, new.shape[3]), heads) for new in given]
     scratch = [_scratch(pool, new, heads) for pool, new in zip(pools, tokens, strict=True)]
-    if keys.shape == values.shape:  # a block has but one of them
+    if len(given) == 2 and given[0].shape == given[1].shape:  # a block has but one of them
         scratch[1] = {}
-    targets = [jax.new_ref(one) for pool in pools for one in arrays_of(pool)]
+    targets = [jax.new_ref(array) for pool in pools for array in arrays_of(pool)]
 
-    def kernel(slots, keys, values, *refs):
+    def kernel(slots: Any, *rest: Any) -> None:
         """Gives every ref its name."""
         item, at = lax.axis_index("item"), lax.axis_index("array")
         slot = slots[lax.div(item, num_groups)]
-        is_inside = (slot >= 0) & (slot < num_pages * page_size)
+        is_inside = (slot >= 0) & (slot < num_slots)
         named = {"heads": heads, "per": per, "format": format, "item": item}
         named |= {"page": lax.div(slot, page_size), "offset": lax.rem(slot, page_size)}
         named["first_head"] = lax.rem(item, num_groups) * heads
-        refs = list(refs)
+        refs = list(rest)
+        sources = [refs.pop(0) for _ in pools]
         mine = [{name: refs.pop(0) for name in ("target", *(["scale_target"] if per else []))} for _ in pools]
-        rooms = [{name: refs.pop(0) for name in one} for one in scratch]
-        for number, source in enumerate((keys, values)):
-            one = _Token(named | mine[number] | (rooms[number] or rooms[0]) | {"source": source})
-            pl.when(is_inside & (at == number))(one.write)
+        rooms = [{name: refs.pop(0) for name in room} for room in scratch]
+        for number, source in enumerate(sources):
+            token = _Token(named | mine[number] | (rooms[number] or rooms[0]) | {"source": source})
+            pl.when(is_inside & (at == number))(token.write)
 
     plgpu.kernel(
         kernel,
         out_type=[],
-        scratch_types=[one for mine in scratch for one in mine.values()],
-        grid=(2, write_slots.size * num_groups),  # the last may be as long as any
+        scratch_types=[room for mine in scratch for room in mine.values()],
+        grid=(len(pools), write_slots.size * num_groups),  # the last may be as long as any
         grid_names=("array", "item"),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(write_slots.reshape(-1), *tokens, *targets)
-    written = [jax.freeze(one) for one in targets]
-    if per is None:
-        return written[0], written[1]
-    return Quantised(written[0], written[1], per), Quantised(written[2], written[3], per)
+    written = [jax.freeze(target) for target in targets]
+    done = written
+    if per is not None:
+        done = [Quantised(written[at], written[at + 1], per) for at in range(0, len(written), 2)]
+    return replace(pages, keys=done[0], values=None if pages.is_latent else done[1])
 
 
 def _filled_up(tokens: Float[Array, "N D"], heads: int) -> Float[Array, "more D"]:
@@ -93,7 +89,7 @@ def _rows_fetched(tokens: Any, heads: int) -> int:
     return -(-heads // step) * step
 
 
-def _scratch(pool: Pages, tokens: Float[Array, "N D"], heads: int) -> dict[str, Any]:
+def _scratch(pool: Stored, tokens: Float[Array, "N D"], heads: int) -> dict[str, Any]:
     """Of keys or of values."""
     dim = tokens.shape[1]
     if not isinstance(pool, Quantised):

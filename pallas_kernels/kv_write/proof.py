@@ -1,6 +1,7 @@
 """What every implementation of `kv_write` must do, simulated or on a chip: bit for bit what numpy writes, and nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,85 +9,24 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.formats import FAINT, FORMATS, INVERSE, LARGEST, Pages, Quantised, arrays_of
-
-CASES: dict[str, dict[str, Any]] = {
-    "one token each, some dropped": {"counts": [1, 0, 1, 1, 0, 1], "begins": [0, 3, 31, 5, 0, 32], "page_size": 32},
-    "a chunk from the middle of a page, a whole page, an empty row": {
-        "counts": [80, 64, 0],
-        "begins": [5, 64, 0],
-        "page_size": 64,
-    },
-    "pages of 8, odd head dims": {"counts": [30, 1], "begins": [3, 7], "page_size": 8, "dims": (80, 48)},
-    "int8 by token": {"counts": [70, 3], "begins": [9, 32], "format": "int8"},
-    "fp8 by token, one token each": {"counts": [1, 1, 1], "begins": [0, 33, 63], "format": "fp8", "page_size": 64},
-    "int4 by token": {"counts": [40, 32], "begins": [31, 0], "format": "int4", "dims": (64, 128)},
-    "int8 by channel": {"counts": [70, 3], "begins": [0, 37], "format": "int8", "per": "channel"},
-    "int4 by channel, one token each": {
-        "counts": [1, 1],
-        "begins": [5, 32],
-        "format": "int4",
-        "per": "channel",
-        "dims": (64, 64),
-    },
-    "int8 by token, one token each, 8 heads": {
-        "counts": [1, 0, 1],
-        "begins": [0, 3, 33],
-        "format": "int8",
-        "kv_heads": 8,
-    },
-    "fp8 by token, sizes that some chips take for zero": {
-        "counts": [9] * 4,
-        "begins": [0] * 4,
-        "format": "fp8",
-        "sizes": (-128, -100),
-    },
-    "fp8 by channel, sizes that some chips take for zero, one token each": {
-        "counts": [1] * 6,
-        "begins": [0, 0, 0, 0, 5, 5],
-        "format": "fp8",
-        "per": "channel",
-        "sizes": (-128, -100),
-    },
-}
+from pallas_kernels.formats import FAINT, FORMATS, INVERSE, LARGEST, Quantised, Stored, arrays_of
+from pallas_kernels.kv_write.api import kv_write
+from pallas_kernels.pages import Pages
 
 
-def generated(
-    number: int, *, dtypes: Sequence[str], page_sizes: Sequence[int], dims: Sequence[int],
-    quantised_page_sizes: Sequence[int] | None = None, quantised_dims: Sequence[int] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """A case drawn from the option space, the same for the same number."""
-    rng = np.random.default_rng(number)
-
-    def one_of(options: Sequence[Any]) -> Any:
-        return options[int(rng.integers(len(options)))]
-
-    format = one_of((None, *FORMATS))
-    page_size = one_of(quantised_page_sizes if format and quantised_page_sizes else page_sizes)
-    dims = (quantised_dims if format else None) or dims
-    longest = one_of((1, 1, page_size, 2 * page_size + 3))
-    rows = int(rng.integers(1, 5))
-    return {
-        "counts": [int(rng.integers(longest + 1)) for _ in range(rows)],
-        "begins": [one_of((0, 1, page_size - 1, page_size, int(rng.integers(60)))) for _ in range(rows)],
-        "num_tokens": longest,
-        "dims": (one_of(dims), one_of(dims)),
-        "kv_heads": one_of((1, 2)),
-        "dtype": one_of(dtypes),
-        "page_size": page_size,
-        "format": format,
-        "per": one_of(("token", "channel")),
-        "seed": number,
-    }
+def by_api(**how: Any) -> Callable[..., Pages]:
+    """`api.kv_write`, which is called as implementations are; `how` goes to it as well."""
+    return partial(kv_write, **how)
 
 
 def check(
-    write: Callable[..., tuple[Pages, Pages]], *, counts, begins, num_tokens=None, dims=(32, 32), kv_heads=2, dtype="float32",
-    page_size=32, format=None, per="token", misplace=0, seed=3, sizes=(-6, 6), is_compiled=True,
+    write: Callable[..., Pages], *, counts, begins, num_tokens=None, dims=(32, 32), kv_heads=2, dtype="float32",
+    page_size=32, format=None, per="token", misplace=0, seed=3, sizes=(-6, 6), is_latent=False, is_compiled=True,
 ) -> None:  # fmt: skip
     """Against numpy, bit for bit. Row b writes `counts[b]` tokens at positions from `begins[b]`; all other slots hold NaN and must
-    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given; `sizes` are the
-    exponents, base 2, between which rows differ; `is_compiled` as in `paged_attention.proof`."""
+    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given;
+    `sizes` are the exponents, base 2, between which rows differ; where values are columns of the keys (`is_latent`), only keys are
+    written; `is_compiled` as in `paged_attention.proof`."""
     rng, batch = np.random.default_rng(seed), len(counts)
     num_tokens = num_tokens or max(1, *counts)
     per_row = max((begin + count) // page_size + 1 for begin, count in zip(begins, counts, strict=True))
@@ -96,20 +36,20 @@ def check(
     for row, (begin, count) in enumerate(zip(begins, counts, strict=True)):
         positions = begin + np.arange(count)
         slots[row, :count] = tables[row, positions // page_size] * page_size + positions % page_size
-    tokens = []
-    for dim in dims:
+    tokens, widths = [], dims[:1] if is_latent else dims
+    for dim in widths:
         drawn = rng.standard_normal((batch, num_tokens, kv_heads, dim)) * np.exp2(
             rng.integers(sizes[0], sizes[1], (batch, 1, kv_heads, 1))
         )
         drawn[rng.random(drawn.shape[:3]) < 0.1] = 0  # a token of zeros has no scale
         drawn[slots >= num_pages * page_size] = np.nan
         tokens.append(jnp.asarray(drawn, dtype))
-    pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in dims]
+    pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in widths]
     wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
-    found = (jax.jit(write) if is_compiled else write)(
-        pools[0], pools[1], tokens[0], tokens[1], jnp.asarray(slots + misplace)
-    )
-    for name, pool, arrays in zip(("keys", "values"), found, wanted, strict=True):
+    pages = Pages(pools[0], value_dim=dims[1]) if is_latent else Pages(pools[0], pools[1])
+    given = (tokens[0], None) if is_latent else tokens
+    found = (jax.jit(write) if is_compiled else write)(pages, *given, jnp.asarray(slots + misplace))
+    for name, pool, arrays in zip(("keys", "values")[: len(pools)], found.pools, wanted, strict=True):
         for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
             width = np.dtype(f"u{there.dtype.itemsize}")
             same = np.asarray(one).view(width) == there.view(width)
@@ -118,7 +58,7 @@ def check(
             )
 
 
-def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per: Any) -> Pages:
+def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per: Any) -> Stored:
     if format is None:
         return jnp.full(shape, jnp.nan, dtype)
     width = shape[3] // 2 if format == "int4" else shape[3]
@@ -130,7 +70,7 @@ def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per:
     return Quantised(payload, jnp.asarray(scales), per)
 
 
-def _written(pool: Pages, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
+def _written(pool: Stored, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
     """What is to be in the pool's arrays, token by token."""
     arrays = [np.array(one) for one in arrays_of(pool)]
     page_size, past = pool.shape[2], pool.shape[0] * pool.shape[2]

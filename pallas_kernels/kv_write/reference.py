@@ -1,39 +1,44 @@
 """Writing into pages in plain XLA: one scatter for each array, in place where the pages are donated. The oracle, and the CPU path."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.formats import Pages, Quantised, encoded, scales_for
+from pallas_kernels.formats import Quantised, Stored, encoded, scales_for
+from pallas_kernels.pages import Pages
 from pallas_kernels.typing import Float, Int32
 
 
 def kv_write(
-    key_pages: Pages,
-    value_pages: Pages,
+    pages: Pages,
     keys: Float[Array, "B T K D"],
-    values: Float[Array, "B T K Dv"],
+    values: Float[Array, "B T K Dv"] | None,
     write_slots: Int32[Array, "B T"],
-) -> tuple[Pages, Pages]:
+) -> Pages:
     """See `api.kv_write`."""
-    page_size = key_pages.shape[2]
-    pages, offsets = places(write_slots, key_pages.shape[0], page_size)
+    listed, offsets = places(write_slots, pages.num_pages, pages.page_size)
 
-    def written(pool: Pages, tokens: Array) -> Pages:
+    def written(pool: Stored, tokens: Array) -> Stored:
         if not isinstance(pool, Quantised):
-            return stored(pool, tokens, pages, offsets)
+            return stored(pool, tokens, listed, offsets)
         if pool.per == "token":
             scales = scales_for(tokens, pool.format, "token")
-            kept = pool.scales.at[pages, :, offsets].set(scales, mode="drop")
+            kept = pool.scales.at[listed, :, offsets].set(scales, mode="drop")
         else:
-            kept = channel_scales(pool, tokens, pages, offsets)
-            scales = kept.at[pages].get(mode="fill", fill_value=0)
+            kept = channel_scales(pool, tokens, listed, offsets)
+            scales = kept.at[listed].get(mode="fill", fill_value=0)
         # A token is a page of one: its scale, or its page's for every channel.
         factors = scales[..., None] if pool.per == "token" else scales
         payload = encoded(tokens[..., None, :], factors, pool.format, pool.per)[..., 0, :]
-        return Quantised(stored(pool.payload, payload, pages, offsets), kept, pool.per)
+        return replace(pool, payload=stored(pool.payload, payload, listed, offsets), scales=kept)
 
-    return written(key_pages, keys), written(value_pages, values)
+    return replace(
+        pages,
+        keys=written(pages.keys, keys),
+        values=None if values is None else written(pages.values, values),
+    )
 
 
 def places(

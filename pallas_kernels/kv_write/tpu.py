@@ -6,6 +6,7 @@ come and go through the pipeline of the grid, in place: of the pages, only granu
 tokens, one number each, are left to XLA.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import (
-    Pages,
     Quantised,
+    Stored,
     arrays_of,
     in_bytes,
     inverses,
@@ -27,6 +28,7 @@ from pallas_kernels.formats import (
 )
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
+from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.typing import Float, Int32
 
@@ -44,20 +46,19 @@ class Granules(NamedTuple):
 
 
 def kv_write(
-    key_pages: Pages,
-    value_pages: Pages,
+    pages: Pages,
     keys: Float[Array, "B T K D"],
-    values: Float[Array, "B T K Dv"],
+    values: Float[Array, "B T K Dv"] | None,
     write_slots: Int32[Array, "B T"],
     *,
     interpret: pltpu.InterpretParams | bool = False,
-) -> tuple[Pages, Pages]:
+) -> Pages:
     """See `api.kv_write`."""
-    num_pages, num_kv_heads, page_size = key_pages.shape[:3]
-    size = min(32 // key_pages.dtype.itemsize, page_size)
+    num_pages, num_kv_heads, page_size = pages.num_pages, pages.num_kv_heads, pages.page_size
+    size = min(32 // pages.keys.dtype.itemsize, page_size)
     found = granules(write_slots, num_pages, page_size, size)
     num_granules = len(found.tokens)
-    pools, per = (key_pages, value_pages), key_pages.per if isinstance(key_pages, Quantised) else None
+    pools, per, given = pages.pools, pages.per, [keys] if values is None else [keys, values]
     page_and_offset = places(write_slots, num_pages, page_size)
 
     def granule(width: int, which: int) -> pl.BlockSpec:
@@ -72,7 +73,7 @@ def kv_write(
         return pl.BlockSpec(shape, lambda i, count, *_: (jnp.maximum(jnp.minimum(i, count[0] - 1), 0), *rest))
 
     kept, arrays, specs, targets = [], [], [], []
-    for pool, tokens in zip(pools, (keys, values), strict=True):
+    for pool, tokens in zip(pools, given, strict=True):
         tiles = tokens.reshape(-1, *tokens.shape[2:])[found.tokens].swapaxes(1, 2)  # [N, K, g, D]
         arrays.append(tiles)
         specs.append(listed(1, *tiles.shape[1:]))
@@ -82,8 +83,10 @@ def kv_write(
         if not isinstance(pool, Quantised):
             continue
         if pool.per == "token":
-            pages, offsets = page_and_offset
-            kept.append(pool.scales.at[pages, :, offsets].set(scales_for(tokens, pool.format, "token"), mode="drop"))
+            listed_pages, offsets = page_and_offset
+            kept.append(
+                pool.scales.at[listed_pages, :, offsets].set(scales_for(tokens, pool.format, "token"), mode="drop")
+            )
         else:
             kept.append(channel_scales(pool, tokens, *page_and_offset))
             arrays.append(kept[-1][:, :, None])
@@ -93,7 +96,7 @@ def kv_write(
     arrays.append(found.mine[:, :, None])
     specs.append(listed(1, size, 1))
     written = pl.pallas_call(
-        partial(_kernel, per=per, format=key_pages.format if isinstance(key_pages, Quantised) else None),
+        partial(_kernel, num_sides=len(pools), per=per, format=pages.format if per else None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_granules,),
@@ -101,19 +104,19 @@ def kv_write(
             out_specs=[granule(one.shape[4], 1) for one in targets],
         ),
         out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in targets],
-        input_output_aliases={3 + len(arrays) + at: at for at in range(2)},
+        input_output_aliases={3 + len(arrays) + at: at for at in range(len(targets))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
         name="kv_write",
     )(found.num_written[None], found.places, found.needed, *arrays, *targets)
 
-    def done(at: int) -> Pages:
+    def done(at: int) -> Stored:
         pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
         if not isinstance(pool, Quantised):
             return payload
         return Quantised(payload, kept[at], pool.per)
 
-    return done(0), done(1)
+    return replace(pages, keys=done(0), values=None if pages.is_latent else done(1))
 
 
 def refusal(asked: Asked) -> str | None:
@@ -150,18 +153,21 @@ def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, s
     return Granules(both, both[:, needed], tokens, mine, count)
 
 
-def _kernel(count: Any, places: Any, needed: Any, *refs: Any, per: str | None, format: str | None) -> None:
+def _kernel(
+    count: Any, places: Any, needed: Any, *refs: Any, num_sides: int, per: str | None, format: str | None
+) -> None:
     """One granule of all heads."""
     del places, needed
     item = pl.program_id(0)
-    num_inputs = 2 if per != "channel" else 4
-    inputs, mine, (old_keys, old_values, *outs) = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
-    step = num_inputs // 2
+    step = 2 if per == "channel" else 1
+    num_inputs = num_sides * step
+    inputs, mine, targets = refs[:num_inputs], refs[num_inputs], refs[num_inputs + 1 :]
+    olds, outs = targets[:num_sides], targets[num_sides:]
 
     @pl.when((item < count[0]) | (item == 0))
     def _():
         is_mine = (mine[0] > 0) & (item < count[0])  # [g, 1]
-        for at, (old, out) in enumerate(zip((old_keys, old_values), outs, strict=True)):
+        for at, (old, out) in enumerate(zip(olds, outs, strict=True)):
             scales = inputs[at * step + 1] if per == "channel" else None
             new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
             new, kept = (_bits(one.astype(out.dtype)) for one in (new, old[0, :, 0]))

@@ -1,7 +1,8 @@
 """Attention over pages: `paged_attention`, and `plan_attention` for what its layers share."""
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.api import implementations, paged_attention, takes_plan
+from pallas_kernels.paged_attention.api import chunk_positions, paged_attention, takes_plan
 from pallas_kernels.paged_attention.plan import Plan, plan_attention
+from pallas_kernels.pages import Lists, Pages
 
-__all__ = ["NOWHERE", "Plan", "implementations", "paged_attention", "plan_attention", "takes_plan"]
+__all__ = ["NOWHERE", "Lists", "Pages", "Plan", "chunk_positions", "paged_attention", "plan_attention", "takes_plan"]

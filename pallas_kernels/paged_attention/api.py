@@ -1,4 +1,4 @@
-"""Attention of a chunk of queries over the pages of each sequence (arXiv 2309.06180); decode is a chunk of one."""
+"""Attention of new tokens over the pages of each sequence (arXiv 2309.06180): a decoded token, a few, or ragged chunks (arXiv 2403.02310)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import selection
-from pallas_kernels.debug import check_tables
-from pallas_kernels.formats import Pages, Quantised, format_of
+from pallas_kernels.debug import check_chunks, check_tables
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import blocked, reference
-from pallas_kernels.paged_attention.checks import check, check_plan
 from pallas_kernels.paged_attention.plan import Plan
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.selection import Asked
-from pallas_kernels.tuning import bucket, check_tiles, lookup
-from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.tiles import bucket, check_tiles, lookup
+from pallas_kernels.typing import Float, Int32
+from pallas_kernels.visible import CAUSAL, Visible
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "mosaic_gpu": selection.kernel("paged_attention", "gpu"),
@@ -29,11 +30,6 @@ PLANNED = ("mosaic_gpu",)
 refusals = partial(selection.refusals, "paged_attention")
 
 
-def implementations() -> dict[str, Callable[..., Any]]:
-    """What can run on this device, the most preferred first, for the pages that kernels like best."""
-    return selection.available(IMPLEMENTATIONS, refusals())
-
-
 def takes_plan(asked: Asked) -> bool:
     """Whether a kernel that serves such pages on this process' first device has a use for plans: for others, one is in vain."""
     refused = refusals(asked)
@@ -42,123 +38,110 @@ def takes_plan(asked: Asked) -> bool:
 
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"] | Quantised,
-    value_pages: Float[Array, "P K page Dv"] | Quantised,
-    page_table: Int32[Array, "B *heads num_pages"],
-    page_starts: Int32[Array, "B *heads num_pages"],
+    pages: Pages,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
+    visible: Visible = CAUSAL,
     plan: Plan | None = None,
-    valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
-    window: int | None = None,
-    num_sinks: int = 0,
-    soft_cap: float | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
     with_page_mass: bool = False,
     implementation: str | None = None,
     tiles: Mapping[str, int] | None = None,
 ) -> tuple[Array, ...]:
-    """Causal attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural
-    log, float32).
+    """Attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural log,
+    float32).
 
-    Slot o of page-table entry n of sequence b holds token position p = page_starts[b, n] + o. A query at position t sees p
-    iff p <= t, p < kv_lens[b], `valid_slots[b, n, o]` where given, and (no window, or p > t - window, or p < num_sinks): `window`
-    counts the visible tokens including the current one. Unused entries are page 0 with start `NOWHERE`. Slots that no query of
-    a sequence sees are never read arithmetically: they may hold NaN. A query that sees nothing gets 0 and log-sum-exp -inf.
+    A query at position t sees the token at p iff `visible` says so, p < kv_lens[b], and the slot is valid (`Lists`). A query at
+    a negative position is none. Slots that no query of a sequence sees are never read arithmetically: they may hold NaN. A query
+    that sees nothing gets 0 and log-sum-exp -inf. `chunk_positions` gives the positions and lengths of ragged chunks.
 
-    The tables need not be sorted nor contiguous: windowed layers list only the pages still held. With tables, starts and
-    valid slots of [B, K, num_pages ...] every KV head has lists of its own, as after eviction or selection by head. Accumulates
-    in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
+    Accumulates in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a scaled
+    score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
     `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well. With
-    `with_page_mass` a third result [B, T, H, num_pages] (float32) says what share of each row's attention every table entry took:
+    `with_page_mass` a third result [B, T, H, N] (float32) says what share of each row's attention every entry of a list took:
     the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
-    `plan` is what `plan_attention` made of these tables, positions, lengths, valid slots and masks: layers that share them share it,
-    and launch nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever `tiles` say;
-    without one, each call makes its own.
+    `plan` is what `plan_attention` made of these lists, positions, lengths and mask: layers that share them share it, and launch
+    nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever `tiles` say; without
+    one, each call makes its own.
 
-    `tiles` are an implementation's tile sizes by name (`tuning.SPACES`); None takes what is remembered for shapes like these.
+    `tiles` are an implementation's tile sizes by name (`tiles.SPACES`); None takes what is remembered for shapes like these.
 
     Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
-    ValueError for shapes and formats that do not fit together, for out-of-range options and for an unavailable `implementation`; and while
-    debugging is on (`pallas_kernels.debug`), for such ids.
+    ValueError for shapes and formats that do not fit together, for options out of range and for an unavailable
+    `implementation`; and while debugging is on (`pallas_kernels.debug`), for such ids.
     """
-    check(
-        queries, key_pages, value_pages, page_table, page_starts, valid_slots, window, num_sinks, soft_cap,
-        {"query_positions": (query_positions, queries.shape[:2]), "kv_lens": (kv_lens, queries.shape[:1])},
-    )  # fmt: skip
+    scoring = Scoring(queries.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap, visible, with_page_mass)
+    _check(queries, pages, lists, query_positions, kv_lens)
     if plan is not None:
-        check_plan(plan, queries.shape, key_pages.shape, page_table.shape, valid_slots, window, num_sinks)
-    return dispatch(
-        "paged_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        (queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens),
-        tiles,
-        plan=plan,
-        valid_slots=valid_slots,
-        window=window,
-        num_sinks=num_sinks,
-        soft_cap=soft_cap,
-        scale=scale,
-        with_page_mass=with_page_mass,
-    )
-
-
-def dispatch(
-    op: str,
-    implementations: Mapping[str, Callable[..., Any]],
-    implementation: str | None,
-    arrays: tuple[Any, ...],
-    tiles: Mapping[str, int] | None,
-    *,
-    scale: float | None,
-    with_page_mass: bool,
-    plan: Plan | None = None,
-    **options: Any,
-) -> tuple[Array, ...]:
-    """Runs an op over pages, whose arguments have been checked, by the implementation that is asked for, with its tile sizes. `arrays`
-    are queries, pools, tables, starts, and what the op wants to know of its queries; a plan goes to those that take one."""
-    queries, key_pages, value_pages, page_table, page_starts, *of_queries = arrays
-    asked = Asked.of(key_pages, value_pages, queries.shape[2] // key_pages.shape[1], queries.dtype)
-    name, run = selection.select(op, implementation, implementations, selection.refusals(op, asked))
-    check_tables(op, page_table, page_starts, len(key_pages))
-    if 0 in (*queries.shape[:2], page_table.shape[-1]):  # no sequences, no queries, or no entries to list
+        plan.check(queries.shape, pages, lists, visible)
+    asked = Asked.of(pages, queries.shape[2] // pages.num_kv_heads, queries.dtype)
+    name, run = selection.select("paged_attention", implementation, IMPLEMENTATIONS, refusals(asked))
+    check_tables("paged_attention", lists.table, lists.starts, pages.num_pages)
+    if 0 in (*queries.shape[:2], lists.num_entries):  # no sequences, no queries, or no entries to list
         shape = queries.shape[:3]
-        nothing = jnp.zeros((*shape, value_pages.shape[3]), queries.dtype), jnp.full(shape, -jnp.inf)
-        return (*nothing, jnp.zeros((*shape, page_table.shape[-1]))) if with_page_mass else nothing
+        nothing = jnp.zeros((*shape, pages.head_dims[1]), queries.dtype), jnp.full(shape, -jnp.inf)
+        return (*nothing, jnp.zeros((*shape, lists.num_entries))) if with_page_mass else nothing
     if tiles is None:
-        tiles = lookup(name, bucket_of(op, queries, key_pages, value_pages, page_table))
+        tiles = lookup(name, bucket_of(queries, pages, lists))
     check_tiles(name, tiles)
-    if plan is not None and name in PLANNED:
-        options["plan"] = plan
-    return run(
-        queries,
-        key_pages,
-        value_pages,
-        jnp.clip(page_table, 0, len(key_pages) - 1),
-        page_starts,
-        *of_queries,
-        scale=queries.shape[3] ** -0.5 if scale is None else float(scale),
-        with_page_mass=with_page_mass,
-        **options,
-        **tiles,
-    )
+    planned = {"plan": plan} if plan is not None and name in PLANNED else {}
+    return run(queries, pages, lists.clipped(pages.num_pages), query_positions, kv_lens, scoring, **planned, **tiles)
 
 
-def bucket_of(op: str, queries: Array, key_pages: Pages, value_pages: Pages, page_table: Array) -> str:
+def chunk_positions(
+    query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B"]]:
+    """The `query_positions` and `kv_lens` of ragged chunks: that of sequence b is its tokens at positions
+    [query_starts[b], query_starts[b] + query_lens[b]), whose keys and values are in the pages already (`kv_write`), as are those
+    before it. Queries from `query_lens[b]` on fill up the batch: they see nothing.
+
+        paged_attention(queries, pages, lists, *chunk_positions(starts, lens, queries.shape[1]))
+
+    Raises ValueError for other types and shapes; while debugging is on, for chunks that cannot be.
+    """
+    for name, array in (("query_starts", query_starts), ("query_lens", query_lens)):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} of {array.dtype.name}: must be int32")
+        if array.ndim != 1 or array.shape != query_starts.shape:
+            raise ValueError(f"{name} = {array.shape}: must be [B], the same for both")
+    check_chunks(query_starts, query_lens, num_queries)
+    numbers = jnp.arange(num_queries, dtype=jnp.int32)[None]
+    positions = jnp.where(numbers < query_lens[:, None], query_starts[:, None] + numbers, -1)
+    return positions, query_starts + query_lens
+
+
+def _check(queries: Array, pages: Pages, lists: Lists, query_positions: Array, kv_lens: Array) -> None:
+    """Raises ValueError for shapes and types that do not fit together."""
+    if queries.ndim != 4 or not queries.shape[2] or not jnp.issubdtype(queries.dtype, jnp.floating):
+        said = "must be floating [B, T, H, D], with a head at least"
+        raise ValueError(f"queries = {queries.dtype.name}{list(queries.shape)}: {said}")
+    pages.check()
+    if pages.per is None and not jnp.issubdtype(pages.keys.dtype, jnp.floating):
+        raise ValueError(f"pages.keys of {pages.keys.dtype.name}: must be floating, or Quantised with scales")
+    lists.check(len(queries), pages)
+    if queries.shape[2] % pages.num_kv_heads:
+        said = f"must be a multiple of num_kv_heads = {pages.num_kv_heads}"
+        raise ValueError(f"num_heads = {queries.shape[2]}: {said}")
+    if queries.shape[3] != pages.head_dims[0]:
+        raise ValueError(f"queries: head dim {queries.shape[3]} must equal the keys' {pages.head_dims[0]}")
+    for name, array, shape in (
+        ("query_positions", query_positions, queries.shape[:2]),
+        ("kv_lens", kv_lens, queries.shape[:1]),
+    ):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"{name} of {array.dtype.name}: must be int32")
+        if array.shape != shape:
+            raise ValueError(f"{name} = {array.shape}: must be {shape}, as queries {queries.shape} say")
+
+
+def bucket_of(queries: Array, pages: Pages, lists: Lists) -> str:
     """The shapes that share a choice of tile sizes with these."""
-    dims, per = (key_pages.shape[3], value_pages.shape[3]), key_pages.per if isinstance(key_pages, Quantised) else ""
-    sizes = len(queries), queries.shape[1], page_table.shape[-1] * key_pages.shape[2]
-    group = queries.shape[2] // key_pages.shape[1]
-    return bucket(
-        op if page_table.ndim == 2 else f"{op} by lists of heads",
-        format_of(key_pages),
-        per,
-        dims,
-        group,
-        key_pages.shape[2],
-        sizes,
-    )
+    sizes = len(queries), queries.shape[1], lists.num_entries * pages.page_size
+    op = "paged_attention by lists of heads" if lists.is_by_head else "paged_attention"
+    group = queries.shape[2] // pages.num_kv_heads
+    return bucket(op, pages.format, pages.per or "", pages.head_dims, group, pages.page_size, sizes)

@@ -8,10 +8,12 @@ the sum of the live lengths, not the width of the page table nor the longest seq
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.formats import Pages, Quantised, each_array, tile_values
-from pallas_kernels.masking import NOWHERE, visible
-from pallas_kernels.paged_attention.pages import any_lists
+from pallas_kernels.formats import Quantised, Stored, each_array, tile_values
+from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.paged_attention.sharing import any_lists
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.visible import Visible
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""
@@ -20,56 +22,39 @@ BLOCK_LEN = 256
 @any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"] | Quantised,
-    value_pages: Float[Array, "P K page Dv"] | Quantised,
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
+    pages: Pages,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
+    scoring: Scoring,
     *,
-    valid_slots: Bool[Array, "B num_pages page"] | None = None,
-    window: int | None,
-    num_sinks: int,
-    soft_cap: float | None,
-    scale: float,
-    with_page_mass: bool = False,
     block_len: int | None = None,
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`. Not differentiable: the loop's length is known on the device only."""
     batch, num_queries, num_heads, dim = queries.shape
-    _, num_kv_heads, page_size, value_dim = value_pages.shape
-    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, page_table.shape[1]))
+    num_kv_heads, page_size, value_dim = pages.num_kv_heads, pages.page_size, pages.head_dims[1]
+    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, lists.num_entries))
     # Few items a turn waste little on the last one; many short queries want more work than one item is.
-    num_blocks = batch * -(-page_table.shape[1] // block_pages)
+    num_blocks = batch * -(-lists.num_entries // block_pages)
     num_items = min(max(8, batch // 4) if num_queries < 8 else 2, num_blocks)
 
-    tables, starts, valid, owners, order, num_live = _work_list(
-        page_table,
-        page_starts,
-        valid_slots,
-        query_positions,
-        kv_lens,
-        window,
-        num_sinks,
-        page_size,
-        block_pages,
-        num_items,
-    )
+    work = _work_list(lists, query_positions, kv_lens, scoring.visible, page_size, block_pages, num_items)
+    tables, starts, valid, owners, order, num_live = work
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, dim)
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, dim)  # [B, K, G * T, D]
     offsets = jnp.arange(page_size, dtype=jnp.int32)[None, None, :]
 
     def turn(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         highest, total, outputs, *of_pages = state
-        pages, begins, owner = (
+        listed, begins, owner = (
             lax.dynamic_slice_in_dim(x, index * num_items, num_items) for x in (tables, starts, owners)
         )
         positions = (begins[:, :, None] + offsets).reshape(num_items, 1, -1)
-        seen = visible(query_positions[owner][:, :, None], positions, window, num_sinks)
+        seen = scoring.visible.sees(query_positions[owner][:, :, None], positions)
         seen = seen & (positions < kv_lens[owner][:, None, None])
         if valid is not None:
             seen = seen & lax.dynamic_slice_in_dim(valid, index * num_items, num_items)[:, None]
-        part, part_highest, part_totals = _attend(rows[owner], key_pages, value_pages, pages, seen, soft_cap, scale)
+        part, part_highest, part_totals = _attend(rows[owner], pages, listed, seen, scoring)
         # Several items of a turn may belong to one sequence.
         new = highest.at[owner].max(part_highest)
         keep, take = jnp.exp(highest - _finite(new)), jnp.exp(part_highest - _finite(new)[owner])
@@ -81,7 +66,7 @@ def paged_attention(
 
     shape = rows.shape[:3]
     state = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, value_dim)))
-    if with_page_mass:  # of all blocks and one more, where what fills the last turn is written
+    if scoring.with_page_mass:  # of all blocks and one more, where what fills the last turn is written
         state = (*state, jnp.full((num_blocks + 1, *shape[1:], block_pages), -jnp.inf))
     highest, total, outputs, *of_pages = lax.fori_loop(0, -(-num_live // num_items), turn, state)
 
@@ -91,40 +76,38 @@ def paged_attention(
     log_sum_exp = (jnp.log(total) + _finite(highest)).reshape(shape).transpose(0, 3, 1, 2)
     outputs = outputs.reshape(batch, num_queries, num_heads, value_dim).astype(queries.dtype)
     log_sum_exp = log_sum_exp.reshape(batch, num_queries, num_heads)
-    if not with_page_mass:
+    if not scoring.with_page_mass:
         return outputs, log_sum_exp
     logs = of_pages[0][:-1].reshape(batch, -1, *shape[1:], block_pages)
-    logs = logs.transpose(0, 4, 2, 3, 1, 5).reshape(batch, num_queries, num_heads, -1)[..., : page_table.shape[1]]
+    logs = logs.transpose(0, 4, 2, 3, 1, 5).reshape(batch, num_queries, num_heads, -1)[..., : lists.num_entries]
     return outputs, log_sum_exp, jnp.exp(logs - _finite(log_sum_exp)[..., None])
 
 
 def _work_list(
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
-    valid_slots: Bool[Array, "B num_pages page"] | None,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
-    window: int | None,
-    num_sinks: int,
+    visible: Visible,
     page_size: int,
     block_pages: int,
     num_items: int,
 ) -> tuple[Array, Array, Array | None, Array, Array, Array]:
     """Pages [N, c], first positions [N, c], valid slots [N, S], sequence [N] and number [N] of every item in which a query sees
-    something, those first; and how many these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees nothing and changes nothing."""
-    padding = ((0, 0), (0, -page_table.shape[1] % block_pages))
-    tables = jnp.pad(page_table, padding).reshape(-1, block_pages)
-    starts = jnp.pad(page_starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
-    owners = jnp.arange(len(tables), dtype=jnp.int32) // (len(tables) // len(page_table))
+    something, those first; and how many these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees
+    nothing and changes nothing."""
+    padding = ((0, 0), (0, -lists.num_entries % block_pages))
+    tables = jnp.pad(lists.table, padding).reshape(-1, block_pages)
+    starts = jnp.pad(lists.starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
+    owners = jnp.arange(len(tables), dtype=jnp.int32) // (len(tables) // len(lists.table))
     last = jnp.minimum(query_positions.max(axis=1), kv_lens - 1)[owners, None]
     live = starts <= last
-    if window is not None:
+    if visible.span is not None:
         earliest = jnp.where(query_positions < 0, NOWHERE, query_positions).min(axis=1)
-        first = (earliest - window + 1)[owners, None]
-        live = live & ((starts + page_size > first) | (starts < num_sinks))
+        first = visible.earliest(earliest)[owners, None]
+        live = live & ((starts + page_size > first) | (starts < visible.num_sinks))
     valid = None
-    if valid_slots is not None:
-        valid = jnp.pad(valid_slots, (*padding, (0, 0))).reshape(len(tables), block_pages, page_size)
+    if lists.valid is not None:
+        valid = jnp.pad(lists.valid, (*padding, (0, 0))).reshape(len(tables), block_pages, page_size)
         live = live & valid.any(axis=2)
     live = live.any(axis=1)
     size = -(-len(tables) // num_items) * num_items
@@ -138,22 +121,20 @@ def _work_list(
 
 def _attend(
     queries: Float[Array, "I K M D"],
-    key_pages: Pages,
-    value_pages: Pages,
-    pages: Int32[Array, "I c"],
+    pages: Pages,
+    listed: Int32[Array, "I c"],
     seen: Bool[Array, "I T S"],
-    soft_cap: float | None,
-    scale: float,
+    scoring: Scoring,
 ) -> tuple[Float[Array, "I K M Dv"], Float[Array, "I K M"], Float[Array, "I K M c"]]:
     """Outputs of each item's queries over its own pages, not normalised, with the highest score and each page's sum of weights."""
     num_items, num_kv_heads, num_rows, _ = queries.shape
-    num_pages, _, page_size, value_dim = value_pages.shape
-    num_slots = pages.shape[1] * page_size
+    num_pages, page_size, value_dim = pages.num_pages, pages.page_size, pages.head_dims[1]
+    num_slots = listed.shape[1] * page_size
     # Rows of one whole (page, head) tile are long contiguous copies, already in the order that the products want.
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
-    tiles = pages[:, None, :] * num_kv_heads + heads
+    tiles = listed[:, None, :] * num_kv_heads + heads
 
-    def gather(pool: Pages) -> Array:
+    def gather(pool: Stored) -> Array:
         """[I, K, c, page * D]."""
 
         def gathered(x: Array) -> Array:
@@ -164,13 +145,12 @@ def _attend(
 
     # Barriers keep XLA from computing the mask anew in each consumer, and from gathering into layouts of its own.
     seen = lax.optimization_barrier(seen)
-    keys = lax.optimization_barrier(gather(key_pages)).reshape(num_items, num_kv_heads, num_slots, -1)
+    keys = lax.optimization_barrier(gather(pages.keys)).reshape(num_items, num_kv_heads, num_slots, -1)
     batched = ((0, 1), (0, 1))
-    if isinstance(key_pages, Quantised):
+    if pages.per is not None:
         queries = queries.astype(jnp.float32)
-    scores = lax.dot_general(queries, keys, (((3,), (3,)), batched), preferred_element_type=jnp.float32) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    products = lax.dot_general(queries, keys, (((3,), (3,)), batched), preferred_element_type=jnp.float32)
+    scores = scoring.capped(products * scoring.scale)
     scores = scores.reshape(num_items, num_kv_heads, -1, seen.shape[1], num_slots)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(num_items, num_kv_heads, num_rows, num_slots)
     highest = scores.max(axis=-1)
@@ -179,12 +159,17 @@ def _attend(
     # A weight of zero does not silence a NaN. Most items are seen whole and need no silencing.
     readable = seen.any(axis=1)
 
+    def gathered_values() -> Array:
+        if not pages.is_latent:
+            return gather(pages.values)
+        return keys[..., :value_dim].reshape(num_items, num_kv_heads, -1, page_size * value_dim)
+
     def silenced() -> Array:
-        values = gather(value_pages).reshape(num_items, num_kv_heads, -1, page_size, value_dim)
+        values = gathered_values().reshape(num_items, num_kv_heads, -1, page_size, value_dim)
         values = jnp.where(readable.reshape(num_items, 1, -1, page_size, 1), values, 0)
         return values.reshape(num_items, num_kv_heads, -1, page_size * value_dim)
 
-    values = lax.cond(readable.all(), lambda: gather(value_pages), silenced)
+    values = lax.cond(readable.all(), gathered_values, silenced)
     values = lax.optimization_barrier(values).reshape(num_items, num_kv_heads, num_slots, value_dim)
     outputs = lax.dot_general(weights, values.astype(jnp.float32), (((3,), (2,)), batched))
     return outputs, highest, weights.reshape(*highest.shape, -1, page_size).sum(axis=-1)

@@ -1,20 +1,26 @@
-"""Paged attention for Hopper and Blackwell GPUs in Pallas Mosaic: decoding with queries in columns (`gpu_decode`), chunks and what that
-does not take with queries in rows (`gpu_tiled`)."""
+"""Paged attention for Hopper and Blackwell GPUs in Pallas Mosaic: few queries in columns (`gpu_decode`), and what that does not take,
+chunks among it, in rows (`gpu_tiled`).
+
+A chunk is bound by products, and by pages that every tile reads anew from the cache of the second level: with twice the rows a
+tile (`gpu_chunk`) they are read half as often.
+"""
 
 from typing import Any
 
 from jax import Array
 
-from pallas_kernels.formats import FORMATS, Quantised, Scaling, each_array, format_of
+from pallas_kernels.formats import FORMATS
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import gpu_decode
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
-from pallas_kernels.paged_attention.gpu_tiles import fit
-from pallas_kernels.paged_attention.pages import page_mass
+from pallas_kernels.paged_attention.gpu_tiles import COLUMNS, MAX_STAGES, fit
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan, plan_attention
+from pallas_kernels.paged_attention.sharing import page_mass
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, this_chip
-from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.typing import Float, Int32
 
 
 def refusal(asked: Asked) -> str | None:
@@ -28,6 +34,8 @@ def refusal(asked: Asked) -> str | None:
     if page_size not in sizes and page_size % BLOCK_LEN:
         legal = ", ".join(map(str, sizes))
         return f"page_size = {page_size}: must be {legal} or a multiple of {BLOCK_LEN} for pages of {format}"
+    if asked.is_latent and format == "int4":
+        return "pages of int4 whose values are columns of the keys: a byte's two numbers are half the columns apart"
     step = 32 if format in FORMATS else 16
     if any(dim % step or not step <= dim <= 256 for dim in head_dims):
         return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
@@ -38,77 +46,112 @@ def refusal(asked: Asked) -> str | None:
     return None
 
 
+NARROW = 64
+"""Most dims of values that two warpgroups attend to with page mass or valid slots: beyond, the registers of jax 0.12 do not suffice."""
+
+
+def is_wide(
+    queries: tuple[int, ...],
+    pages: Pages,
+    lists: Lists,
+    with_page_mass: bool,
+    chip: Chip,
+    max_stages: int | None = None,
+) -> bool:
+    """Whether a tile of these queries [B, T, H, D] has 128 rows, for two warpgroups."""
+    dim, value_dim = pages.head_dims
+    if chip != "hopper" or queries[1] * queries[2] // pages.num_kv_heads <= ROWS or pages.per is not None:
+        return False
+    # The first silences what nobody sees of the values, and the second may be reading them as keys.
+    if pages.is_latent:
+        return False
+    # Wider values than are multiplied at once would not fit into registers: they are held while the next scores are there.
+    if value_dim > (NARROW if with_page_mass or lists.valid is not None else COLUMNS):
+        return False
+    tiles = fit(
+        dim,
+        value_dim,
+        pages.format,
+        num_consumers=2,
+        page_size=pages.page_size,
+        max_stages=max_stages or MAX_STAGES,
+        with_page_mass=with_page_mass,
+    )
+    return tiles.num_stages >= 2
+
+
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"] | Quantised,
-    value_pages: Float[Array, "P K page Dv"] | Quantised,
-    page_table: Int32[Array, "B *heads num_pages"],
-    page_starts: Int32[Array, "B *heads num_pages"],
+    pages: Pages,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
+    scoring: Scoring,
     *,
     plan: Plan | None = None,
-    valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
-    window: int | None,
-    num_sinks: int,
-    soft_cap: float | None,
-    scale: float,
-    with_page_mass: bool = False,
     num_pieces: int | None = None,
     max_stages: int | None = None,
     chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
-    """See `api.paged_attention`: by `gpu_decode` where it can, else in tiles of 64 rows, as chunks are."""
+    """See `api.paged_attention`: by `gpu_decode` where it can, else in tiles of 64 or 128 rows."""
     chip = chip or this_chip()
-    batch, num_queries, num_heads, dim = queries.shape
-    _, num_kv_heads, page_size, value_dim = value_pages.shape
-    per: Scaling = key_pages.per if isinstance(key_pages, Quantised) else "token"
-    num_columns = gpu_decode.columns_for(num_queries, num_heads // num_kv_heads)
-    dims, format = (dim, value_dim), format_of(key_pages)
-    if gpu_decode.refusal(dims, format, per, num_columns, page_size, chip):
-        tables = page_table, page_starts, query_positions, kv_lens
-        options = {"valid_slots": valid_slots, "window": window, "num_sinks": num_sinks, "soft_cap": soft_cap}
-        options |= {"scale": scale, "with_page_mass": with_page_mass, "num_pieces": num_pieces}
-        options |= {"max_stages": max_stages, "chip": chip, "interpret": interpret}
-        return in_tiles(queries, key_pages, value_pages, *tables, **options)
-    if plan is None:
-        plan = plan_attention(
-            page_table,
-            page_starts,
+    num_queries, num_heads = queries.shape[1:3]
+    num_columns = gpu_decode.columns_for(num_queries, num_heads // pages.num_kv_heads)
+    asked = pages.head_dims, pages.format, pages.per or "token", num_columns, pages.page_size, chip
+    if gpu_decode.refusal(*asked):
+        return in_tiles(
+            queries,
+            pages,
+            lists,
             query_positions,
             kv_lens,
-            num_kv_heads=num_kv_heads,
-            page_size=page_size,
-            valid_slots=valid_slots,
-            window=window,
-            num_sinks=num_sinks,
+            scoring,
+            num_pieces=num_pieces,
+            max_stages=max_stages,
+            num_consumers=1 + is_wide(queries.shape, pages, lists, scoring.with_page_mass, chip, max_stages),
+            chip=chip,
+            interpret=interpret,
+        )
+    if plan is None:
+        plan = plan_attention(
+            lists,
+            query_positions,
+            kv_lens,
+            num_kv_heads=pages.num_kv_heads,
+            page_size=pages.page_size,
+            visible=scoring.visible,
             num_pieces=num_pieces,
         )
-    group, by_head = num_heads // num_kv_heads, page_table.ndim == 3
-    if by_head:  # a head is an item of its own, and a page a single tile
+    return in_columns(queries, pages, lists, plan, scoring, max_stages=max_stages, interpret=interpret)
+
+
+def in_columns(
+    queries: Float[Array, "B T H D"],
+    pages: Pages,
+    lists: Lists,
+    plan: Plan,
+    scoring: Scoring,
+    *,
+    max_stages: int | None,
+    interpret: Any,
+) -> tuple[Array, ...]:
+    """See `api.paged_attention`: by `gpu_decode`, which takes it."""
+    batch, num_queries, num_heads, dim = queries.shape
+    num_kv_heads = pages.num_kv_heads
+    group = num_heads // num_kv_heads
+    if lists.is_by_head:  # a head is an item of its own, and a page a single tile
         queries = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
         queries = queries.reshape(-1, num_queries, group, dim)
-        tiles = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731
-        key_pages, value_pages = (each_array(pool, tiles) for pool in (key_pages, value_pages))
-    made = gpu_decode.decode(
-        queries,
-        key_pages,
-        value_pages,
-        plan,
-        soft_cap=soft_cap,
-        scale=scale,
-        with_page_mass=with_page_mass,
-        max_stages=max_stages,
-        interpret=interpret,
-    )
+        pages = pages.by_head()
+    made = gpu_decode.decode(queries, pages, plan, scoring, max_stages=max_stages, interpret=interpret)
     outputs, sums = merge(made[0], made[1], plan.shares, num_queries, group, queries.dtype, interpret=interpret)
 
     def parted(x: Array) -> Array:
         """[items, T, heads, ...] to [B, T, H, ...]."""
-        if by_head:
+        if lists.is_by_head:
             x = x.reshape(batch, num_kv_heads, num_queries, group, *x.shape[3:]).swapaxes(1, 2)
-        return x.reshape(batch, num_queries, num_heads, *x.shape[4 if by_head else 3 :])
+        return x.reshape(batch, num_queries, num_heads, *x.shape[4 if lists.is_by_head else 3 :])
 
     def rows(x: Array) -> Array:
         """[items, K, columns, ...] to [B, T, H, ...]."""
@@ -117,8 +160,8 @@ def paged_attention(
         return parted(x.reshape(*x.shape[:2], -1, *x.shape[4:]))
 
     found = parted(outputs), rows(sums)
-    if not with_page_mass:
+    if not scoring.with_page_mass:
         return found
     mass = page_mass(made[2], sums, plan.counts[:, None], plan.order[:, None])
-    mass = mass.reshape(*mass.shape[:-1], page_table.shape[-1], -1).sum(axis=-1)
+    mass = mass.reshape(*mass.shape[:-1], lists.num_entries, -1).sum(axis=-1)
     return *found, rows(mass)

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling, arrays_of, format_of
+from pallas_kernels.formats import FORMATS, Scaling, arrays_of
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for, step_of
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
+from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import Chip
 from pallas_kernels.typing import Float
 
@@ -56,13 +58,10 @@ def refusal(
 
 def decode(
     queries: Float[Array, "items T H D"],
-    key_pages: Pages,
-    value_pages: Pages,
+    pages: Pages,
     plan: Plan,
+    scoring: Scoring,
     *,
-    soft_cap: float | None,
-    scale: float,
-    with_page_mass: bool,
     max_stages: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
@@ -70,27 +69,26 @@ def decode(
     float32; a column is (query, head of the group). With page mass, the log-sum-exp of each entry [items, K, N, columns] as well.
     What empty pieces and unlisted entries hold is anything."""
     items, num_queries, num_heads, dim = queries.shape
-    num_kv_heads, value_dim = key_pages.shape[1], value_pages.shape[3]
+    num_kv_heads, value_dim = pages.num_kv_heads, pages.head_dims[1]
     group = num_heads // num_kv_heads
     num_columns, block_pages = columns_for(num_queries, group), BLOCK_LEN // plan.page_size
-    per = key_pages.per if isinstance(key_pages, Quantised) else None
-    format = format_of(key_pages)
+    per, with_page_mass = pages.per, scoring.with_page_mass
     tiles = fit(
-        (dim, value_dim),
-        format,
+        pages.head_dims,
+        pages.format,
         per or "token",
         num_columns,
         plan.page_size,
         max_stages or MAX_STAGES,
         with_page_mass=with_page_mass,
     )
-    dtype = worked_in(key_pages, queries.dtype)
+    dtype = worked_in(pages, queries.dtype)
     rows = queries.reshape(items, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
     rows = rows.reshape(items, num_kv_heads, num_queries * group, dim)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, num_columns - num_queries * group), (0, 0)))
     arrays = {
         name: getattr(plan, name) for name in ("pieces", "launch", "pages", "starts", "whole", "first", "last")
-    } | {"key_pages": arrays_of(key_pages), "value_pages": arrays_of(value_pages)}
+    } | {"key_pages": arrays_of(pages.keys), "value_pages": arrays_of(pages.pools[-1])}
     if plan.words is not None:
         arrays["words"] = plan.words
     if per == "channel":
@@ -109,8 +107,8 @@ def decode(
         of_pages = (items, num_kv_heads, plan.pages.shape[1], num_columns)
         out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
     given, structure = jax.tree.flatten(list(arrays.values()))
-    pools, of_rows = (key_pages, value_pages), arrays["rows"].dtype
-    scratch = scratch_for(tiles, *pools, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
+    of_rows = arrays["rows"].dtype
+    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
@@ -126,13 +124,15 @@ def decode(
             num_stages=tiles.num_stages,
             num_staged=tiles.num_staged,
             page_size=plan.page_size,
-            num_sinks=plan.num_sinks if plan.window is not None else None,
-            soft_cap=soft_cap,
-            scale=scale,
+            num_sinks=scoring.num_sinks,
+            soft_cap=scoring.soft_cap,
+            scale=scoring.scale,
             per=per,
             group=group,
             num_columns=num_columns,
-            steps={"keys": step_of(dim, key_pages), "values": step_of(value_dim, value_pages)},
+            steps={
+                name: step_of(width, pages) for name, width in zip(("keys", "values"), pages.head_dims, strict=True)
+            },
         ).run()
 
     made = plgpu.kernel(
@@ -152,8 +152,8 @@ def decode(
 def worked_in(pages: Pages, queries: Any) -> Any:
     """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not;
     queries times the scales of channels are sums of `PARTS` numbers of bfloat16, which have float32's range."""
-    if not isinstance(pages, Quantised):
-        return pages.dtype
+    if pages.per is None:
+        return pages.keys.dtype
     if pages.per == "channel":
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(jnp.float16 if queries == jnp.float16 or pages.format == "fp8" else jnp.bfloat16)

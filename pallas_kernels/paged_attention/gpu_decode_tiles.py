@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling, arrays_of
+from pallas_kernels.formats import FORMATS, Scaling, arrays_of
 from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import shared
 
 HALF_BYTES = (113 - 3) * 1024
@@ -100,8 +101,7 @@ def scratch_bytes(
 
 def scratch_for(
     tiles: Tiles,
-    key_pages: Pages,
-    value_pages: Pages,
+    pages: Pages,
     dtype: Any,
     of_rows: Any,
     num_columns: int,
@@ -110,35 +110,36 @@ def scratch_for(
     with_page_mass: bool,
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in `of_rows`."""
-    dims, depth, staged = (key_pages.shape[3], value_pages.shape[3]), tiles.num_stages, tiles.num_staged
-    is_quantised, stripe = isinstance(key_pages, Quantised), stripe_of(value_pages.shape[3], num_columns)
+    dims, depth, staged = pages.head_dims, tiles.num_stages, tiles.num_staged
+    is_quantised, stripe = pages.per is not None, stripe_of(dims[1], num_columns)
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
     of_weights = jnp.dtype(jnp.bfloat16) if is_quantised else dtype
     scratch = {
-        "weights": shared((2 * num_columns, BLOCK_LEN), of_weights, step_of(dims[1], value_pages)),
+        "weights": shared((2 * num_columns, BLOCK_LEN), of_weights, step_of(dims[1], pages)),
         "sums_out": shared((stripe, num_columns), jnp.float32, num_columns),
         "lse_out": plgpu.SMEM((num_columns,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
     num_arrivals = 2 if is_quantised else 1
-    for name, pool, of in (("keys", key_pages, dtype), ("values", value_pages, of_weights)):
-        payload, width = arrays_of(pool)[0], pool.shape[3]
-        step = step_of(width, pool)
+    payload = arrays_of(pages.keys)[0].dtype
+    for name, width, of in (("keys", dims[0], dtype), ("values", dims[1], of_weights)):
+        step = step_of(width, pages)
         ring = f"{name}_ring" if is_quantised else name
-        scratch[ring] = shared((depth, BLOCK_LEN, payload.shape[3]), payload.dtype, step)
+        halved = 2 if pages.format == "int4" else 1
+        scratch[ring] = shared((depth, BLOCK_LEN, width // halved), payload, step)
         arrived = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=depth * block_pages)
         scratch[f"{name}_arrived"] = arrived
-        if isinstance(pool, Quantised):
-            of_scales = (BLOCK_LEN,) if pool.per == "token" else (block_pages, width)
+        if is_quantised:
+            of_scales = (BLOCK_LEN,) if pages.per == "token" else (block_pages, width)
             scratch[f"{name}_scales"] = plgpu.SMEM((depth + staged, *of_scales), jnp.float32)
             scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=staged)
             scratch[name] = shared((staged, BLOCK_LEN, width), of, step)
     scratch["free"] = plgpu.Barrier(num_barriers=staged or depth)
-    if isinstance(key_pages, Quantised) and key_pages.per == "channel":
+    if pages.per == "channel":
         scratch["queries"] = plgpu.SMEM((dims[0], num_columns), of_rows)
-        scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, step_of(dims[0], key_pages))
+        scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, step_of(dims[0], pages))
     else:
-        scratch["queries"] = shared((num_columns, dims[0]), dtype, step_of(dims[0], key_pages))
+        scratch["queries"] = shared((num_columns, dims[0]), dtype, step_of(dims[0], pages))
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((block_pages, aligned(num_columns)), jnp.float32)
     return scratch
@@ -147,7 +148,7 @@ def scratch_for(
 def step_of(width: int, pages: Pages) -> int:
     """Columns that are laid out together, in both factors of a product; of quantised pages, as many as are turned into 16 bits at
     once, and no more than a page has slots where each page is multiplied apart."""
-    if not isinstance(pages, Quantised):
+    if pages.per is None:
         return math.gcd(width, 64)
-    most = min(pages.shape[2], 64) if pages.per == "channel" else 64
+    most = min(pages.page_size, 64) if pages.per == "channel" else 64
     return math.gcd(width // 2 if pages.format == "int4" else width, min(most, 32 if width > 128 else 64))

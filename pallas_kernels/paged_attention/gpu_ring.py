@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import WORD
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.paged_attention.sharing import WORD
 from pallas_kernels.tensor_cores import Named
 
 LOG2_E = math.log2(math.e)
@@ -57,13 +57,16 @@ class Ring(Named):
                 for name in ("keys", "values"):
                     payload, *scales = self.named["key_pages" if name == "keys" else "value_pages"]
                     barrier, ring = self.named[f"{name}_arrived"].at[arrived], self.ring_of(name)
-                    plgpu.copy_gmem_to_smem(payload.at[page, self.head, part], ring.at[stage, target], barrier)
+                    source = payload.at[page, self.head, part]
+                    if ring.shape[2] < payload.shape[3]:  # values are the first columns of the keys
+                        source = payload.at[page, self.head, part, pl.ds(0, ring.shape[2])]
+                    plgpu.copy_gmem_to_smem(source, ring.at[stage, target], barrier)
                     for one in scales:
                         kept = self.named[f"{name}_scales"].at[self.place_of_scales(number)]
                         if self.per == "token":
                             mine, into = one.at[page, self.head, part], kept.at[target]
                         else:
-                            mine, into = one.at[page, self.head], kept.at[entry]
+                            mine, into = one.at[page, self.head, pl.ds(0, kept.shape[1])], kept.at[entry]
                         plgpu.copy_gmem_to_smem(mine, into, barrier)
 
     def ring_of(self, name: str) -> Any:

@@ -11,6 +11,7 @@ of one KV head. Of its warpgroups
 Every piece leaves normalised outputs and their log-sum-exp, which XLA merges where a list is cut: in float32 then.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,42 +19,90 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import Pages, Quantised, arrays_of
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.formats import Scaling, arrays_of
+from pallas_kernels.masking import NOWHERE, Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, fit, scratch_for, step_of, stripes
-from pallas_kernels.paged_attention.pages import (
+from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
+from pallas_kernels.paged_attention.sharing import (
+    Live,
     any_lists,
     bounds,
     live_pages,
     merge,
-    packed,
     page_mass,
     split,
     tiled,
+    whole_of,
 )
-from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
-from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.typing import Float, Int32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How queries [B, T, H, D] lie in the rows of tiles. An item is a tile of one sequence: `tile_len` positions of `group` heads each, for
+    every KV head, filled up to `padded_rows`."""
+
+    batch: int
+    num_queries: int
+    num_kv_heads: int
+    group: int
+    tile_rows: int
+    """Of all warpgroups of a thread block."""
+
+    @property
+    def tile_len(self) -> int:
+        return min(self.num_queries, self.tile_rows // self.group)
+
+    @property
+    def num_tiles(self) -> int:
+        """Of a sequence."""
+        return -(-self.num_queries // self.tile_len)
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.num_tiles
+
+    @property
+    def num_rows(self) -> int:
+        return self.tile_len * self.group
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.num_rows // 8) * 8 if self.tile_rows == ROWS else self.tile_rows
+
+    def rows(self, queries: Float[Array, "B T H D"]) -> Float[Array, "items K padded D"]:
+        dim = queries.shape[3]
+        rows = tiled(queries, self.tile_len, 0)
+        rows = rows.reshape(self.items, self.tile_len, self.num_kv_heads, self.group, dim).swapaxes(1, 2)
+        rows = rows.reshape(self.items, self.num_kv_heads, self.num_rows, dim)
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, self.padded_rows - self.num_rows), (0, 0)))
+
+    def per_row(self, x: Int32[Array, "items tile_len"], fill: int) -> Int32[Array, "items tile_rows"]:
+        """What is known of each position, for every row."""
+        padding = ((0, 0), (0, self.tile_rows - self.num_rows))
+        return jnp.pad(jnp.repeat(x, self.group, axis=1), padding, constant_values=fill)
+
+    def untiled(self, x: Array) -> Array:
+        """[items, K, rows, ...] to [B, T, H, ...]."""
+        x = x[:, :, : self.num_rows]
+        x = x.reshape(self.batch, self.num_tiles, self.num_kv_heads, self.tile_len, self.group, -1).swapaxes(2, 3)
+        x = x.reshape(self.batch, self.num_tiles * self.tile_len, self.num_kv_heads * self.group, -1)
+        return x[:, : self.num_queries]
 
 
 @any_lists
 def in_tiles(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"] | Quantised,
-    value_pages: Float[Array, "P K page Dv"] | Quantised,
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
+    pages: Pages,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
+    scoring: Scoring,
     *,
-    valid_slots: Bool[Array, "B num_pages page"] | None = None,
-    window: int | None,
-    num_sinks: int,
-    soft_cap: float | None,
-    scale: float,
-    with_page_mass: bool = False,
     num_pieces: int | None = None,
     max_stages: int | None = None,
     num_consumers: int = 1,
@@ -62,92 +111,111 @@ def in_tiles(
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`. `num_consumers` warpgroups attend in a thread block, 64 rows each: 2 on Hopper, for pages that are not
     quantised."""
-    batch, num_queries, num_heads, dim = queries.shape
-    _, num_kv_heads, page_size, value_dim = value_pages.shape
-    chip = chip or this_chip()
-    is_quantised, per, format = isinstance(key_pages, Quantised), "token", key_pages.dtype.name
-    if isinstance(key_pages, Quantised):
-        per, format = key_pages.per, key_pages.format
-    group, dtype = num_heads // num_kv_heads, _worked_in(key_pages, queries.dtype)
-    tile_rows = ROWS * num_consumers
-    tile_len = min(num_queries, tile_rows // group)
-    num_tiles = -(-num_queries // tile_len)
-    items, num_rows = batch * num_tiles, tile_len * group
-    padded_rows = -(-num_rows // 8) * 8 if num_consumers == 1 else tile_rows
-    words = None if valid_slots is None else packed(valid_slots)
-    table_len, num_parts = page_table.shape[1], 1
+    batch, num_queries, num_heads, _ = queries.shape
+    group, num_entries, page_size = num_heads // pages.num_kv_heads, lists.num_entries, pages.page_size
+    layout = Layout(batch, num_queries, pages.num_kv_heads, group, ROWS * num_consumers)
+    num_parts = 1
     if page_size > BLOCK_LEN:  # a long page is as many entries as it has blocks
         num_parts = page_size // BLOCK_LEN
-        parts = jnp.arange(num_parts, dtype=jnp.int32)[None, None]
-        page_table = (page_table[..., None] * num_parts + parts).reshape(batch, -1)
-        page_starts = (page_starts[..., None] + parts * BLOCK_LEN).reshape(batch, -1)
-        page_size = BLOCK_LEN
-        words = None if words is None else words.reshape(*page_table.shape, -1)
-    block_pages = BLOCK_LEN // page_size
-    max_stages = max_stages or MAX_STAGES
-    tiles = fit(dim, value_dim, format, per, num_consumers, page_size, max_stages, with_page_mass)
+        lists, page_size = lists.in_blocks(page_size, BLOCK_LEN), BLOCK_LEN
+    first, last = bounds(query_positions, kv_lens, scoring.visible, layout.tile_len)
+    live = live_pages(lists, first, last, page_size, scoring.visible)
+    live = jax.tree.map(lambda x: x.reshape(layout.items, *x.shape[2:]), live)
+    first, last = (x.reshape(layout.items, -1) for x in (first, last))
+    aim = max(1, (num_pieces or PIECES) // pages.num_kv_heads)
+    pieces = split(live.counts, BLOCK_LEN // page_size, aim, live.pages.shape[1])
+    arrays = _arrays(queries, pages, live, first, last, pieces, layout)
+    answers = _attend(
+        arrays,
+        pages,
+        scoring,
+        layout,
+        queries.dtype,
+        page_size=page_size,
+        max_stages=max_stages or MAX_STAGES,
+        chip=chip or this_chip(),
+        interpret=interpret,
+    )
+    outputs, log_sum_exp = merge(answers[0], answers[1], pieces, layout.items)
+    found = layout.untiled(outputs).astype(queries.dtype), layout.untiled(log_sum_exp[..., None])[..., 0]
+    if not scoring.with_page_mass:
+        return found
+    mass = page_mass(answers[2], log_sum_exp, live.counts[:, None], live.order[:, None])
+    mass = mass.reshape(*mass.shape[:-1], num_entries, num_parts).sum(axis=-1)
+    return *found, layout.untiled(mass)
 
-    first, last = bounds(query_positions, kv_lens, window, tile_len)
-    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
-    pages, starts, counts, first, last = (x.reshape(items, *x.shape[2:]) for x in (*lists[:3], first, last))
-    pieces = split(counts, block_pages, max(1, (num_pieces or PIECES) // num_kv_heads), pages.shape[1])
-    rows = tiled(queries, tile_len, 0).reshape(items, tile_len, num_kv_heads, group, dim).swapaxes(1, 2)
-    rows = rows.reshape(items, num_kv_heads, num_rows, dim)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded_rows - num_rows), (0, 0)))
-    column_scales = _column_scales(rows) if is_quantised and per == "channel" else None
+
+def _arrays(
+    queries: Array, pages: Pages, live: Live, first: Array, last: Array, pieces: Array, layout: Layout
+) -> dict[str, Any]:
+    """What the kernel reads, by name: of every item its live pages, its rows, and what each of them sees."""
+    rows, dtype = layout.rows(queries), _worked_in(pages, queries.dtype)
+    column_scales = _column_scales(rows) if pages.per == "channel" else None
     rows, row_scales = _fitted(
         rows if column_scales is None else rows.astype(jnp.float32) / column_scales[:, :, None], dtype
     )
-
-    def per_row(x: Array, fill: int) -> Array:
-        return jnp.pad(jnp.repeat(x, group, axis=1), ((0, 0), (0, tile_rows - num_rows)), constant_values=fill)
-
     # The positions that every row sees, padding apart; the last that any row sees; and whether there is no padding.
-    valid = last >= 0
-    ends = jnp.where(valid, first, 0).max(axis=1), jnp.where(valid, last, NOWHERE).min(axis=1), last.max(axis=1)
-    whole = jnp.stack([*ends, valid.all(axis=1)], axis=1, dtype=jnp.int32)  # [items, 4]
-
+    whole = jnp.stack([*whole_of(first, last), (last >= 0).all(axis=1)], axis=1, dtype=jnp.int32)  # [items, 4]
     arrays = {
         "pieces": pieces,
-        "pages": pages,
-        "starts": starts,
+        "pages": live.pages,
+        "starts": live.starts,
         "whole": whole,
         "first": first,
         "last": last,
-        "row_first": per_row(first, NOWHERE),
-        "row_last": per_row(last, -1),
+        "row_first": layout.per_row(first, NOWHERE),
+        "row_last": layout.per_row(last, -1),
         "rows": rows,
-        "key_pages": arrays_of(key_pages),
-        "value_pages": arrays_of(value_pages),
+        "key_pages": arrays_of(pages.keys),
+        "value_pages": arrays_of(pages.pools[-1]),
     }
-    if lists.words is not None:
-        arrays["words"] = lists.words.reshape(items, *lists.words.shape[2:])
+    if live.words is not None:
+        arrays["words"] = live.words
     if column_scales is not None:
         arrays["column_scales"] = column_scales
     if row_scales is not None:
-        arrays["row_scales"] = jnp.pad(row_scales, ((0, 0), (0, 0), (0, tile_rows - padded_rows)), constant_values=1)
-    out_dtype = queries.dtype if len(pieces) == items else jnp.dtype(jnp.float32)  # what is merged is cast afterwards
-    out_type = {
-        "outputs": jax.ShapeDtypeStruct((len(pieces), num_kv_heads, padded_rows, value_dim), out_dtype),
-        "log_sum_exp": jax.ShapeDtypeStruct((len(pieces), num_kv_heads, padded_rows), jnp.float32),
-    }
-    if with_page_mass:
-        of_pages = (items, num_kv_heads, pages.shape[1], padded_rows)
-        out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
-    names, given = list(arrays), jax.tree.leaves(list(arrays.values()))
-    structure = jax.tree.structure(list(arrays.values()))
+        missing = layout.tile_rows - layout.padded_rows
+        arrays["row_scales"] = jnp.pad(row_scales, ((0, 0), (0, 0), (0, missing)), constant_values=1)
+    return arrays
 
-    scratch = scratch_for(
-        tiles, dim, value_dim, key_pages, dtype, block_pages, num_consumers, with_page_mass, chip, out_dtype
-    )
-    accumulating = accumulators(chip, BLOCK_LEN, *(one.size for one in stripes(value_dim)))
+
+def _attend(
+    arrays: dict[str, Any],
+    pages: Pages,
+    scoring: Scoring,
+    layout: Layout,
+    query_type: Any,
+    *,
+    page_size: int,
+    max_stages: int,
+    chip: Chip,
+    interpret: Any,
+) -> list[Array]:
+    """Attention of every piece: outputs [pieces, K, rows, Dv], log-sum-exp [pieces, K, rows], and with page mass that of each entry."""
+    num_pieces, num_kv_heads, (dim, value_dim) = len(arrays["pieces"]), pages.num_kv_heads, pages.head_dims
+    num_consumers, with_mass = layout.tile_rows // ROWS, scoring.with_page_mass
+    per: Scaling = pages.per or "token"
+    tiles = fit(dim, value_dim, pages.format, per, num_consumers, page_size, max_stages, with_mass)
+    # What is merged is cast afterwards.
+    out_dtype = query_type if num_pieces == layout.items else jnp.dtype(jnp.float32)
+    out_type = {
+        "outputs": jax.ShapeDtypeStruct((num_pieces, num_kv_heads, layout.padded_rows, value_dim), out_dtype),
+        "log_sum_exp": jax.ShapeDtypeStruct((num_pieces, num_kv_heads, layout.padded_rows), jnp.float32),
+    }
+    if with_mass:
+        of_pages = (layout.items, num_kv_heads, arrays["pages"].shape[1], layout.padded_rows)
+        out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
+    given, structure = jax.tree.flatten(list(arrays.values()))
+    dtype, block_pages = _worked_in(pages, query_type), BLOCK_LEN // page_size
+    scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_mass, chip, out_dtype)
+    accumulating = accumulators(chip, BLOCK_LEN, *(columns.size for columns in stripes(value_dim)))
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
         inputs, refs = refs[: len(given)], refs[len(given) :]
         outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
         mine, memory = refs[: len(scratch)], refs[len(scratch) :]
-        named = dict(zip(names, jax.tree.unflatten(structure, inputs), strict=True))
+        named = dict(zip(arrays, jax.tree.unflatten(structure, inputs), strict=True))
         named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
         (Chunk if num_consumers == 2 else Piece)(
             named,
@@ -156,48 +224,36 @@ def in_tiles(
             memory=memory,
             tiles=tiles,
             page_size=page_size,
-            num_sinks=num_sinks if window is not None else None,
-            soft_cap=soft_cap,
-            scale=scale,
-            per=per if is_quantised else None,
+            num_sinks=scoring.num_sinks,
+            soft_cap=scoring.soft_cap,
+            scale=scoring.scale,
+            per=pages.per,
             num_consumers=num_consumers,
             is_simulated=bool(interpret),
-            steps={"keys": step_of(dim, key_pages), "values": step_of(value_dim, value_pages)},
-            padded_rows=min(padded_rows, ROWS),
+            steps={
+                name: step_of(width, pages) for name, width in zip(("keys", "values"), pages.head_dims, strict=True)
+            },
+            padded_rows=min(layout.padded_rows, ROWS),
         ).run()
 
-    answers = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
         out_type=list(out_type.values()),
         scratch_types=[*scratch.values(), *accumulating],
-        grid=(len(pieces) * num_kv_heads,),  # one axis: of two, one could not be longer than 65,535
+        grid=(num_pieces * num_kv_heads,),  # one axis: of two, one could not be longer than 65,535
         grid_names=("block",),
         num_threads=1 + num_consumers,
         thread_name="warpgroup",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=num_consumers == 2 and soft_cap is None),
+        compiler_params=plgpu.CompilerParams(approx_math=num_consumers == 2 and scoring.soft_cap is None),
     )(*given)
-    outputs, log_sum_exp = merge(answers[0], answers[1], pieces, items)
-
-    def untiled(x: Array) -> Array:
-        """[items, K, rows, ...] to [B, T, H, ...]."""
-        x = x[:, :, :num_rows].reshape(batch, num_tiles, num_kv_heads, tile_len, group, -1).swapaxes(2, 3)
-        return x.reshape(batch, num_tiles * tile_len, num_heads, -1)[:, :num_queries]
-
-    found = untiled(outputs).astype(queries.dtype), untiled(log_sum_exp[..., None])[..., 0]
-    if not with_page_mass:
-        return found
-    order = lists.order.reshape(items, 1, -1)
-    mass = page_mass(answers[2], log_sum_exp, counts[:, None], order)
-    mass = mass.reshape(*mass.shape[:-1], table_len, num_parts).sum(axis=-1)
-    return *found, untiled(mass)
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:
     """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not;
     and two halves of float16 hold of keys that were scaled by channel what logits beyond 80 need, which two of bfloat16 do not."""
-    if not isinstance(pages, Quantised):
-        return pages.dtype
+    if pages.per is None:
+        return pages.keys.dtype
     is_half = queries == jnp.float16 or pages.format == "fp8" or pages.per == "channel"
     return jnp.dtype(jnp.float16 if is_half else jnp.bfloat16)
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Pages, Quantised, Scaling
+from pallas_kernels.formats import FORMATS, Scaling, arrays_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, shared
 
 SHARED_BYTES = (227 - 4) * 1024
@@ -79,9 +80,7 @@ def fit(
 
 def scratch_for(
     tiles: Tiles,
-    dim: int,
-    value_dim: int,
-    key_pages: Pages,
+    pages: Pages,
     dtype: Any,
     block_pages: int,
     num_consumers: int,
@@ -90,10 +89,11 @@ def scratch_for(
     out_dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name."""
+    dim, value_dim = pages.head_dims
     rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
-    of_weights = jnp.dtype(jnp.bfloat16) if isinstance(key_pages, Quantised) else dtype
-    of_keys, of_values = step_of(dim, key_pages), step_of(value_dim, key_pages)
+    of_weights = jnp.dtype(jnp.bfloat16) if pages.per is not None else dtype
+    of_keys, of_values = step_of(dim, pages), step_of(value_dim, pages)
     scratch = {
         "queries": shared((rows, dim), dtype, of_keys),
         # Of two that attend, the weights of one block are multiplied while those of the next are written.
@@ -103,18 +103,18 @@ def scratch_for(
         "queries_arrived": plgpu.Barrier(),
     }
     num_arrivals = 1
-    if isinstance(key_pages, Quantised):
-        payload, staged = key_pages.dtype, tiles.num_staged * tiles.num_halves
-        halved = 2 if key_pages.format == "int4" else 1
+    if pages.per is not None:
+        payload, staged = arrays_of(pages.keys)[0].dtype, tiles.num_staged * tiles.num_halves
+        halved = 2 if pages.format == "int4" else 1
         num_arrivals = 2
         for name, width in (("keys", dim), ("values", value_dim)):
             ring = (depth, block_len, width // halved)
-            scratch[f"{name}_ring"] = shared(ring, payload, step_of(width, key_pages))
+            scratch[f"{name}_ring"] = shared(ring, payload, step_of(width, pages))
             by_token = (depth + tiles.num_staged, block_len)
-            of_scales = by_token if key_pages.per == "token" else (depth, block_pages, width)
+            of_scales = by_token if pages.per == "token" else (depth, block_pages, width)
             scratch[f"{name}_scales"] = plgpu.SMEM(of_scales, jnp.float32)
             scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
-        if key_pages.per == "channel":
+        if pages.per == "channel":
             scratch["key_factors"] = plgpu.SMEM((tiles.num_staged, block_len), jnp.float32)
             scratch |= {"columns": plgpu.SMEM((dim,), jnp.float32), "columns_arrived": plgpu.Barrier()}
         depth, num_free = staged, tiles.num_staged
@@ -136,7 +136,7 @@ def scratch_for(
 
 def step_of(width: int, pages: Pages) -> int:
     """Columns that are laid out together, and turned into 16 bits at once: more would not fit into registers."""
-    if not isinstance(pages, Quantised):
+    if pages.per is None:
         return math.gcd(width, 64)
     return math.gcd(width // 2 if pages.format == "int4" else width, 32 if width > 128 else 64)
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.masking import NOWHERE, check_options
-from pallas_kernels.paged_attention.pages import bounds, live_pages, packed, split
-from pallas_kernels.typing import Bool, Int32
+from pallas_kernels.paged_attention.sharing import bounds, live_pages, split, whole_of
+from pallas_kernels.pages import Lists, Pages
+from pallas_kernels.typing import Int32
+from pallas_kernels.visible import CAUSAL, Visible
 
 BLOCK_LEN = 64
 """Tokens of a block: of several pages, or of a part of one."""
@@ -25,7 +26,7 @@ PIECES = 264
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["pages", "starts", "counts", "words", "order", "first", "last", "whole", "pieces", "launch", "shares"],
-    meta_fields=["page_size", "num_kv_heads", "window", "num_sinks"],
+    meta_fields=["page_size", "num_kv_heads", "visible"],
 )
 @dataclass(frozen=True)
 class Plan:
@@ -39,7 +40,7 @@ class Plan:
     counts: Any
     """[items] live entries."""
     words: Any
-    """[items, N, words] the valid slots of an entry as bits (`pages.packed`), or None."""
+    """[items, N, words] the valid slots of an entry as bits (`sharing.packed`), or None."""
     order: Any
     """[items, N] the place in the given table that each entry had."""
     first: Any
@@ -58,54 +59,63 @@ class Plan:
     """Slots of an entry: at most BLOCK_LEN."""
     num_kv_heads: int
     """Of an item's pages: 1 with lists of heads."""
-    window: int | None
-    num_sinks: int
+    visible: Visible
+
+    def check(self, queries: tuple[int, ...], pages: Pages, lists: Lists, visible: Visible) -> None:
+        """Raises ValueError for a plan that was made for something else than a call of these queries [B, T, H, D], pages, lists and mask."""
+        num_parts = max(1, pages.page_size // BLOCK_LEN)
+        wanted = {
+            "items": queries[0] * (pages.num_kv_heads if lists.is_by_head else 1),
+            "queries": queries[1],
+            "entries": lists.num_entries * num_parts,
+            "page_size": pages.page_size // num_parts,
+            "num_kv_heads": 1 if lists.is_by_head else pages.num_kv_heads,
+            "has valid slots": lists.valid is not None,
+            "visible": visible,
+        }
+        found = {
+            "items": self.last.shape[0],
+            "queries": self.last.shape[1],
+            "entries": self.pages.shape[1],
+            "page_size": self.page_size,
+            "num_kv_heads": self.num_kv_heads,
+            "has valid slots": self.words is not None,
+            "visible": self.visible,
+        }
+        for name, value in found.items():
+            if value != wanted[name]:
+                raise ValueError(f"plan: {name} = {value}: must be {wanted[name]}, as the call's arguments say")
 
 
 def plan_attention(
-    page_table: Int32[Array, "B *heads num_pages"],
-    page_starts: Int32[Array, "B *heads num_pages"],
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
     *,
     num_kv_heads: int,
     page_size: int,
-    valid_slots: Bool[Array, "B *heads num_pages page"] | None = None,
-    window: int | None = None,
-    num_sinks: int = 0,
+    visible: Visible = CAUSAL,
     num_pieces: int | None = None,
 ) -> Plan:
-    """The plan for calls of `paged_attention` with these tables, positions, lengths and masks, over pools with `num_kv_heads` heads and
-    pages of `page_size` slots (P, K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
+    """The plan for calls of `paged_attention` with these lists, positions, lengths and mask, over pools with `num_kv_heads` heads and
+    pages of `page_size` slots (K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
     Page ids must lie in the pools, whose size is not known here: unlike `paged_attention`, it does not bring others inside, and a copy
-    reads zeros for them. Raises ValueError for options out of range, and for pages that are neither parts of a block nor whole blocks.
+    reads zeros for them. Raises ValueError for pages that are neither parts of a block nor whole blocks.
     """
-    check_options(window, num_sinks, None)
     if page_size < 1 or (BLOCK_LEN % page_size and page_size % BLOCK_LEN):
         raise ValueError(f"page_size = {page_size}: must divide {BLOCK_LEN} or be a multiple of it")
-    num_entries = page_table.shape[-1]
-    if page_table.ndim == 3:  # a head is a sequence of its own, over a pool whose pages are single tiles
-        page_table = page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
-        page_table, page_starts = (x.reshape(-1, num_entries) for x in (page_table, page_starts))
+    if lists.is_by_head:  # a head is a sequence of its own, over a pool whose pages are single tiles
+        lists = lists.by_sequence(num_kv_heads)
         query_positions, kv_lens = (jnp.repeat(x, num_kv_heads, axis=0) for x in (query_positions, kv_lens))
-        valid_slots = None if valid_slots is None else valid_slots.reshape(-1, *valid_slots.shape[2:])
         num_kv_heads = 1
     items, num_queries = query_positions.shape
-    words = None if valid_slots is None else packed(valid_slots)
     if page_size > BLOCK_LEN:
-        num_parts = page_size // BLOCK_LEN
-        parts = jnp.arange(num_parts, dtype=jnp.int32)[None, None]
-        page_table = (page_table[..., None] * num_parts + parts).reshape(items, -1)
-        page_starts = (page_starts[..., None] + parts * BLOCK_LEN).reshape(items, -1)
-        page_size = BLOCK_LEN
-        words = None if words is None else words.reshape(*page_table.shape, -1)
-    first, last = bounds(query_positions, kv_lens, window, num_queries)
-    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
-    pages, starts, counts, order = (x[:, 0] for x in (lists.pages, lists.starts, lists.counts, lists.order))
-    words = None if lists.words is None else lists.words[:, 0]
+        lists, page_size = lists.in_blocks(page_size, BLOCK_LEN), BLOCK_LEN
+    first, last = bounds(query_positions, kv_lens, visible, num_queries)
+    live = live_pages(lists, first, last, page_size, visible)
+    pages, starts, counts, order = (x[:, 0] for x in (live.pages, live.starts, live.counts, live.order))
+    words = None if live.words is None else live.words[:, 0]
     first, last = first[:, 0], last[:, 0]
-    seeing = last >= 0
-    whole = [jnp.where(seeing, first, 0).max(axis=1), jnp.where(seeing, last, NOWHERE).min(axis=1), last.max(axis=1)]
     pieces = split(counts, BLOCK_LEN // page_size, max(1, (num_pieces or PIECES) // num_kv_heads), pages.shape[1])
     mine = pieces[None, :, 0] == jnp.arange(items, dtype=jnp.int32)[:, None]
     begins = (pieces[None, :, 0] < jnp.arange(items, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
@@ -118,12 +128,11 @@ def plan_attention(
         order=order,
         first=first,
         last=last,
-        whole=jnp.stack(whole, axis=1),
+        whole=jnp.stack(whole_of(first, last), axis=1),
         pieces=pieces,
         launch=jnp.argsort(-pieces[:, 2], stable=True).astype(jnp.int32),
         shares=jnp.stack([begins, ends], axis=1),
         page_size=page_size,
         num_kv_heads=num_kv_heads,
-        window=window,
-        num_sinks=num_sinks,
+        visible=visible,
     )

@@ -2,6 +2,7 @@
 may be read."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,336 +10,199 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats import Pages, Quantised, quantised
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.formats import Quantised, Stored, quantised
+from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.paged_attention.api import chunk_positions, paged_attention
+from pallas_kernels.pages import Lists, Pages
+from pallas_kernels.visible import Visible
 
 
-def brute_force(query, keys, values, position, window, sinks, cap, scale, readable=None):
+def by_api(**how: Any) -> Callable[..., tuple[jax.Array, ...]]:
+    """`api.paged_attention`, called as implementations are; `how` goes to it as well."""
+
+    def run(
+        queries: jax.Array, pages: Pages, lists: Lists, positions: jax.Array, lens: jax.Array, scoring: Scoring
+    ) -> tuple[jax.Array, ...]:
+        asked = {name: getattr(scoring, name) for name in ("visible", "scale", "soft_cap", "with_page_mass")}
+        return paged_attention(queries, pages, lists, positions, lens, **asked, **how)
+
+    return run
+
+
+def brute_force(query, keys, values, position, scoring, readable=None):
     """One query head [D] over keys [n, D] and values [n, Dv] in float64, of which `readable` says which are there; returns output
     and log-sum-exp."""
+    window, sinks, chunk = (getattr(scoring.visible, name) for name in ("window", "num_sinks", "chunk"))
     seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
+    seen = [p for p in seen if chunk is None or p // chunk == position // chunk]
     seen = [p for p in seen if readable is None or readable[p]]
     if not seen:
         return np.zeros(values.shape[1]), -np.inf
-    scores = keys[seen] @ query * scale
+    scores, cap = keys[seen] @ query * scoring.scale, scoring.soft_cap
     if cap is not None:
         scores = cap * np.tanh(scores / cap)
     weights = np.exp(scores - scores.max())
     return weights @ values[seen] / weights.sum(), np.log(weights.sum()) + scores.max()
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "lengths 0, 1, page, page + 1; an empty one first and last": {
-        "lengths": [0, 1, 8, 0, 9, 0],
-        "num_queries": 1,
-        "group": 4,
-    },
-    "several blocks, odd head dims": {
-        "lengths": [70, 3],
-        "num_queries": 1,
-        "group": 3,
-        "dims": (80, 32),
-        "kv_heads": 1,
-    },
-    "head dims that models have": {"lengths": [70], "num_queries": 1, "group": 4, "dims": (256, 128), "kv_heads": 1},
-    "head dims of 192": {"lengths": [70], "num_queries": 1, "group": 2, "dims": (192, 64), "kv_heads": 1},
-    "one-hot attention": {"lengths": [40, 9], "num_queries": 1, "group": 2, "magnitude": 1e3},
-    "pages that several sequences list, and one lists twice": {
-        "lengths": [40, 20, 70],
-        "num_queries": 1,
-        "group": 2,
-        "page_size": 8,
-        "is_shared": True,
-    },
-    "positions beyond 32 K": {
-        "lengths": [40_000],
-        "num_queries": 1,
-        "group": 2,
-        "kv_heads": 1,
-        "window": 70,
-        "page_size": 64,
-        "with_mass": False,
-    },
-    "one head each": {"lengths": [41, 64], "num_queries": 1, "group": 1},
-    "a chunk in two tiles, window, sinks, soft cap": {
-        "lengths": [33, 9],
-        "num_queries": 5,
-        "group": 2,
-        "window": 7,
-        "sinks": 2,
-        "cap": 5.0,
-    },
-    "large logits": {"lengths": [30], "num_queries": 2, "group": 2, "magnitude": 40.0},
-    "every KV head keeps pages and slots of its own": {
-        "lengths": [50, 7, 0],
-        "num_queries": 2,
-        "group": 2,
-        "lists": "heads",
-        "kept": 0.5,
-    },
-    "slots that are not valid, window, sinks": {
-        "lengths": [45, 20],
-        "num_queries": 1,
-        "group": 2,
-        "kept": 0.7,
-        "window": 12,
-        "sinks": 3,
-        "page_size": 16,
-    },
-    "int8 by token, window, soft cap": {
-        "lengths": [45, 0, 8],
-        "num_queries": 2,
-        "group": 2,
-        "format": "int8",
-        "window": 9,
-        "cap": 5.0,
-        "page_size": 32,
-        "dims": (32, 64),
-    },
-    "fp8 by token, large logits": {
-        "lengths": [70, 9],
-        "num_queries": 1,
-        "group": 4,
-        "format": "fp8",
-        "magnitude": 40.0,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "fp8 by token, tiny values": {
-        "lengths": [40],
-        "num_queries": 1,
-        "group": 2,
-        "format": "fp8",
-        "of_values": 1e-6,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int4 by token, lists of each head": {
-        "lengths": [70, 9],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int4",
-        "lists": "heads",
-        "page_size": 32,
-        "dims": (64, 32),
-    },
-    "int8 by channel, valid slots": {
-        "lengths": [70, 9],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int8",
-        "per": "channel",
-        "kept": 0.6,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "fp8 by channel, large logits": {
-        "lengths": [40, 9],
-        "num_queries": 1,
-        "group": 4,
-        "format": "fp8",
-        "per": "channel",
-        "magnitude": 40.0,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int8 by channel, sizes of queries and keys that make up for each other": {
-        "lengths": [40],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int8",
-        "per": "channel",
-        "magnitude": tuple(0.5**channel for channel in range(32)),
-        "of_keys": tuple(2.0**channel for channel in range(32)),
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int8 by channel, keys beyond float16": {
-        "lengths": [40],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int8",
-        "per": "channel",
-        "magnitude": 1e-6,
-        "of_keys": 1e6,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int4 by channel, tiny keys, channels of many sizes": {
-        "lengths": [40],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int4",
-        "per": "channel",
-        "magnitude": 1e7,
-        "of_keys": tuple(1e-6 * 0.7**channel for channel in range(32)),
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int8 by channel, a page of which nothing is seen though slots behind its end are valid": {
-        "lengths": [33],
-        "num_queries": 1,
-        "group": 2,
-        "kv_heads": 1,
-        "format": "int8",
-        "per": "channel",
-        "kept": 0.5,
-        "seed": 1,
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-    "int4 by channel": {
-        "lengths": [40, 100],
-        "num_queries": 1,
-        "group": 2,
-        "format": "int4",
-        "per": "channel",
-        "page_size": 32,
-        "dims": (32, 32),
-    },
-}
+@dataclass(frozen=True)
+class Drawn:
+    """A case as arrays: what a kernel is given, and in float64 what its pages stand for."""
+
+    queries: jax.Array
+    pages: Pages
+    lists: Lists
+    positions: np.ndarray
+    lens: np.ndarray
+    scoring: Scoring
+    stored: list[list[np.ndarray]]
+    """Of every sequence, keys and values [tokens, K, D]."""
+    readable: list[np.ndarray]
+    """Which of them are there [tokens, K]."""
+    starts: np.ndarray
+    """[B, K, N], as the lists' or the same for every head."""
+    largest: float
+    """Of what products of keys may come to, as `check` allows for."""
+
+    def answer(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Outputs, log-sum-exp and page mass, one query at a time."""
+        shape, page_size = self.queries.shape[:3], self.pages.page_size
+        group, entries = shape[2] // self.pages.num_kv_heads, self.starts.shape[2]
+        outputs, sums = np.zeros((*shape, self.pages.head_dims[1])), np.zeros(shape)
+        mass = np.zeros((*shape, entries))
+        for row, place, head in np.ndindex(shape):
+            keys, values, there = (x[:, head // group] for x in (*self.stored[row], self.readable[row]))
+            query = np.asarray(self.queries[row, place, head], np.float64)
+            asked = query, keys, values, self.positions[row, place], self.scoring
+            outputs[row, place, head], sums[row, place, head] = brute_force(*asked, there)
+            for entry in range(entries) if self.scoring.with_page_mass else ():
+                begin = self.starts[row, head // group, entry]
+                if begin < len(there):  # what the entry's own tokens weigh, of all
+                    own = np.zeros_like(there)
+                    own[begin : begin + page_size] = there[begin : begin + page_size]
+                    part = brute_force(*asked, own)[1]
+                    share = 0.0 if part == -np.inf else np.exp(part - sums[row, place, head])
+                    mass[row, place, head, entry] = share
+        return outputs, sums, mass
 
 
-def generated(
-    number: int,
-    *,
-    dtypes: Sequence[str],
-    page_sizes: Sequence[int],
-    dims: Sequence[int],
-    formats: Sequence[str] = (),
-    quantised_page_sizes: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any."""
-    rng = np.random.default_rng(number)
-
-    def one_of(options: Sequence[Any]) -> Any:
-        return options[int(rng.integers(len(options)))]
-
-    format = one_of((None, None, *formats[:1])) and one_of(formats)
-    sizes = quantised_page_sizes if format and quantised_page_sizes else page_sizes
-    page_size, num_queries = one_of(sizes), one_of((1, 1, 2, 5))
-    window = one_of((None, None, 1, page_size, 13))
-    edges = (0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size)
-    return {
-        "lengths": [one_of((*edges, int(rng.integers(0, 61)))) for _ in range(rng.integers(1, 4))],
-        "num_queries": num_queries,
-        "group": one_of((1, 2, 3, 4, 8, 16) if num_queries == 1 else (1, 2, 4)),
-        "dims": (one_of(dims), one_of(dims)),
-        "kv_heads": one_of((1, 2)),
-        "window": window,
-        "sinks": 0 if window is None else one_of((0, 0, 1, 4)),
-        "cap": one_of((None, None, 1.5, 30.0)),
-        "dtype": one_of(dtypes),
-        "page_size": page_size,
-        "magnitude": one_of((1.0, 1.0, 40.0)),
-        "of_values": one_of((1.0, 1.0, 1e-3, 1e3)),
-        "lists": one_of(("sequences", "sequences", "heads")),
-        "kept": one_of((1.0, 1.0, 0.6)),
-        "format": format,
-        "per": one_of(("token", "token", "channel")),
-        "with_mass": one_of((False, False, True)),
-        "seed": number,
-    }
-
-
-def check(
-    kernel: Callable, *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0, misread=0, is_shared=False, seed=3, is_compiled=True,
-):  # fmt: skip
-    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
-    the type is float32 itself, at most what rounding the scores does to the weights.
-
-    `kernel` is called as `api.paged_attention`, or for `prefill` as `paged_prefill`, where a sequence shorter than the chunk leaves
-    the rest of it empty. With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots
-    that is valid; `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; `misread` adds to every page id
-    that the kernel is given; where pages are shared, the first two of every sequence are the first one's first. In a `format`, what is compared is the kernel's answer over what the numbers stand for: the loss of
-    quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the simulator of GPUs wants a
-    thread for every warpgroup, of which a program of many steps takes one.
-    """
+def drawn(
+    *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, chunk=None, cap=None, dtype="float32", page_size=8,
+    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0,
+    is_shared=False, is_latent=False, seed=3,
+) -> Drawn:  # fmt: skip
+    """With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots that is valid;
+    `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; where pages are shared,
+    the first two of every sequence are the first one's first. Of a `prefill`, a sequence shorter than the chunk leaves the rest of
+    it empty. Where values are columns of the keys (`is_latent`), they are the first `dims[1]`."""
     rng, batch = np.random.default_rng(seed), len(lengths)
-    magnitude, of_keys = (np.resize(np.asarray(one, np.float64), dims[0]) for one in (magnitude, of_keys))
-    table_len = max(-(-max(lengths) // page_size), 1) + 2
-    num_pages = 2 + batch * kv_heads * table_len
-    keys, values = (np.full((num_pages, kv_heads, page_size, dim), np.nan, np.float32) for dim in dims)
-    table, starts = np.zeros((2, batch, kv_heads, table_len), np.int32)
-    starts[:] = NOWHERE
-    valid = rng.random((batch, kv_heads, table_len, page_size)) < kept
-    free_pages = iter(rng.permutation(np.arange(1, num_pages - 1)).tolist())
-    positions = np.zeros((batch, num_queries), np.int32)
+    magnitude, of_keys = (np.resize(np.asarray(size, np.float64), dims[0]) for size in (magnitude, of_keys))
+    table, starts, num_pages = _listed(rng, lengths, kv_heads, page_size, lists)
+    valid = rng.random((*table.shape, page_size)) < kept
+    if lists == "sequences":
+        valid[:] = valid[:, :1]
+    if is_shared:
+        for row, begin in np.ndindex(batch, 2):
+            if lengths[row] >= (begin + 1) * page_size:
+                table[row][starts[row] == begin * page_size] = table[0, 0, starts[0, 0] == 0]
+    pools = [np.full((num_pages, kv_heads, page_size, dim), np.nan, np.float32) for dim in dims]
+    slots_of = {}
+    for row, head, entry in np.argwhere(starts < NOWHERE).tolist():
+        begin = starts[row, head, entry]
+        slots_of[row, head, entry] = slots = np.flatnonzero(valid[row, head, entry, : lengths[row] - begin])
+        for pool, size in zip(pools, (of_keys, of_values), strict=True):
+            tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
+            pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
+    kept_as = [as_stored(pool, dtype, format, per) for pool in (pools[:1] if is_latent else pools)]
+    holds = [kept_as[0][1], kept_as[-1][1][..., : dims[1]]]
     stored = [[np.zeros((length, kv_heads, dim)) for dim in dims] for length in lengths]
     readable = [np.zeros((length, kv_heads), bool) for length in lengths]
+    for (row, head, entry), slots in slots_of.items():
+        places = starts[row, head, entry] + slots
+        readable[row][places, head] = True
+        for mine, held in zip(stored[row], holds, strict=True):
+            mine[places, head] = held[table[row, head, entry], head, slots]
+    lens = np.array(lengths, np.int32)
+    begins = np.maximum(lens - num_queries, 0)
+    positions = (begins[:, None] + np.arange(num_queries)).astype(np.int32)
+    if prefill:
+        positions[np.arange(num_queries)[None] >= np.minimum(lens, num_queries)[:, None]] = -1
+    queries = magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0]))
+    mine = slice(None) if lists == "heads" else 0
+    arrays = (table[:, mine], starts[:, mine], *([] if kept == 1 else [valid[:, mine]]))
+    return Drawn(
+        queries=jnp.asarray(queries, dtype),
+        pages=Pages(kept_as[0][0], value_dim=dims[1]) if is_latent else Pages(kept_as[0][0], kept_as[1][0]),
+        lists=Lists(*map(jnp.asarray, arrays)),
+        positions=positions,
+        lens=lens,
+        scoring=Scoring(dims[0] ** -0.5, cap, Visible(window, sinks, chunk), with_mass),
+        stored=stored,
+        readable=readable,
+        starts=starts,
+        largest=float(np.max(magnitude * of_keys)),
+    )
+
+
+def _listed(
+    rng: np.random.Generator, lengths: Sequence[int], kv_heads: int, page_size: int, lists: str
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Table and starts [B, K, N] of pages in random order, and how many pages a pool has."""
+    batch, table_len = len(lengths), max(-(-max(lengths) // page_size), 1) + 2
+    num_pages = 2 + batch * kv_heads * table_len
+    table, starts = np.zeros((2, batch, kv_heads, table_len), np.int32)
+    starts[:] = NOWHERE
+    free_pages = iter(rng.permutation(np.arange(1, num_pages - 1)).tolist())
     for row, length in enumerate(lengths):
-        positions[row] = max(length - num_queries, 0) + np.arange(num_queries)
         num_held = -(-length // page_size)
         for head in range(kv_heads):
             if head and lists == "sequences":
-                table[row, head], starts[row, head], valid[row, head] = table[row, 0], starts[row, 0], valid[row, 0]
-            else:
-                held = rng.permutation(num_held)[: num_held if lists == "sequences" else rng.integers(num_held + 1)]
-                table[row, head, : len(held)] = [next(free_pages) for _ in held]
-                starts[row, head, : len(held)] = held * page_size
-            for entry in np.flatnonzero(starts[row, head] < NOWHERE):
-                begin = starts[row, head, entry]
-                slots = np.flatnonzero(valid[row, head, entry, : length - begin])
-                readable[row][begin + slots, head] = True
-                for pool, size in ((keys, of_keys), (values, of_values)):
-                    tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
-                    pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
-    for row, head in np.ndindex(batch, kv_heads) if is_shared else ():
-        for begin in (0, page_size):
-            if lengths[row] >= begin + page_size:
-                table[row, head, starts[row, head] == begin] = table[0, head, starts[0, head] == 0]
-    pools = [as_stored(pool, dtype, format, per) for pool in (keys, values)]
-    for row, length in enumerate(lengths):
-        for head, entry in np.argwhere(starts[row] < NOWHERE):
-            begin = starts[row, head, entry]
-            slots = np.flatnonzero(valid[row, head, entry, : length - begin])
-            for (_, holds), mine in zip(pools, stored[row], strict=True):
-                mine[begin + slots, head] = holds[table[row, head, entry], head, slots]
-    num_new = np.minimum(np.array(lengths, np.int32), num_queries)
-    asked_for = positions, np.array(lengths, np.int32)
-    if prefill:
-        asked_for = positions[:, 0].copy(), num_new
-        positions[np.arange(num_queries)[None] >= num_new[:, None]] = -1
-    queries = jnp.asarray(magnitude * rng.standard_normal((batch, num_queries, kv_heads * group, dims[0])), dtype)
-    scale = dims[0] ** -0.5
-    table = table + misread * (starts < NOWHERE)
-    mine = slice(None) if lists == "heads" else 0
-    options = {"window": window, "num_sinks": sinks, "soft_cap": cap, "scale": scale, "with_page_mass": with_mass}
-    run = partial(kernel, **options)
-    outputs, log_sum_exp, *mass = (jax.jit(run) if is_compiled else run)(
-        queries,
-        pools[0][0],
-        pools[1][0],
-        *map(jnp.asarray, (table[:, mine], starts[:, mine], *asked_for)),
-        valid_slots=None if kept == 1 else jnp.asarray(valid[:, mine]),
-    )
-    wanted, wanted_sum = np.zeros(outputs.shape), np.zeros(log_sum_exp.shape)
-    for row, head, place in np.ndindex(batch, kv_heads * group, num_queries):
-        k, v, there = (one[:, head // group] for one in (*stored[row], readable[row]))
-        query = np.asarray(queries[row, place, head], np.float64)
-        asked = (query, k, v, positions[row, place], window, sinks, cap, scale)
-        wanted[row, place, head], wanted_sum[row, place, head] = brute_force(*asked, there)
-        for entry in range(table_len) if with_mass else ():
-            begin, share = starts[row, head // group, entry], 0.0
-            if begin < len(there):  # what the entry's own tokens weigh, of all
-                own = np.zeros_like(there)
-                own[begin : begin + page_size] = there[begin : begin + page_size]
-                part = brute_force(*asked, own)[1]
-                share = 0.0 if part == -np.inf else np.exp(part - wanted_sum[row, place, head])
-            found = float(mass[0][row, place, head, entry])
-            assert abs(found - share) < 2e-4, f"page mass {found}, wanted {share}"
+                table[row, head], starts[row, head] = table[row, 0], starts[row, 0]
+                continue
+            held = rng.permutation(num_held)[: num_held if lists == "sequences" else rng.integers(num_held + 1)]
+            table[row, head, : len(held)] = [next(free_pages) for _ in held]
+            starts[row, head, : len(held)] = held * page_size
+    return table, starts, num_pages
+
+
+def check(kernel: Callable, *, misread: int = 0, is_compiled: bool = True, **case: Any) -> None:
+    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
+    the type is float32 itself, at most what rounding the scores does to the weights.
+
+    `kernel` is called as implementations are, `by_api` for the public function; what a `case` says is told by `drawn`. `misread`
+    adds to every page id that the kernel is given. In a `format`, what is compared is the kernel's answer over what the numbers
+    stand for: the loss of quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the
+    simulator of GPUs wants a thread for every warpgroup, of which a program of many steps takes one.
+    """
+    given, dtype = drawn(**case), case.get("dtype", "float32")
+    lists, scoring = given.lists, given.scoring
+    lists = replace(lists, table=jnp.where(lists.starts < NOWHERE, lists.table + misread, lists.table))
+    arrays = given.queries, given.pages, lists, *_asked_for(given, is_chunk=case.get("prefill", False))
+
+    def run(*arrays: Any) -> tuple[jax.Array, ...]:
+        return kernel(*arrays, scoring)
+
+    outputs, log_sum_exp, *mass = (jax.jit(run) if is_compiled else run)(*arrays)
+    wanted, wanted_sum, wanted_mass = given.answer()
+    if scoring.with_page_mass:
+        np.testing.assert_allclose(mass[0], wanted_mass, atol=2e-4, rtol=0, err_msg="page mass")
     rounding = np.linalg.norm(np.asarray(jnp.asarray(wanted, dtype), np.float64) - wanted)
     error = np.linalg.norm(np.asarray(outputs, np.float64) - wanted)
-    allowed = max(
-        1.25 * rounding,
-        1e-6 * max(1, np.max(magnitude * of_keys) / 10) * np.linalg.norm(wanted),
-    )
+    allowed = max(1.25 * rounding, 1e-6 * max(1, given.largest / 10) * np.linalg.norm(wanted))
     assert error <= allowed, f"error {error}, allowed {allowed}"
     np.testing.assert_allclose(log_sum_exp, wanted_sum, atol=1e-4, rtol=1e-5)
 
 
-def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tuple[Pages, np.ndarray]:
+def _asked_for(given: Drawn, *, is_chunk: bool) -> tuple[jax.Array, jax.Array]:
+    """Positions and lengths, of a chunk as `chunk_positions` has them."""
+    lens, num_queries = jnp.asarray(given.lens), given.positions.shape[1]
+    if not is_chunk:
+        return jnp.asarray(given.positions), lens
+    num_new = jnp.minimum(lens, num_queries)
+    return chunk_positions(lens - num_new, num_new, num_queries)
+
+
+def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tuple[Stored, np.ndarray]:
     """A pool [P, K, page, D] whose unused slots are NaN, in its type or format, and what it stands for in float64. Unused slots stay
     as bad as the format can make them: NaN scales, or NaN payloads where there are any."""
     if format is None:

@@ -15,11 +15,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats import FORMATS, Quantised, arrays_of, unpacked
-from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention.pages import WORD, any_lists, bounds, cost, live_pages, packed, page_mass, tiled
+from pallas_kernels.formats import FORMATS, arrays_of, unpacked
+from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.paged_attention.sharing import WORD, any_lists, bounds, cost, live_pages, page_mass, tiled
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.selection import Asked
-from pallas_kernels.typing import Bool, Float, Int32
+from pallas_kernels.typing import Float, Int32
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -52,35 +53,26 @@ def refusal(asked: Asked) -> str | None:
 @any_lists
 def paged_attention(
     queries: Float[Array, "B T H D"],
-    key_pages: Float[Array, "P K page D"] | Quantised,
-    value_pages: Float[Array, "P K page Dv"] | Quantised,
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
+    pages: Pages,
+    lists: Lists,
     query_positions: Int32[Array, "B T"],
     kv_lens: Int32[Array, "B"],
+    scoring: Scoring,
     *,
-    valid_slots: Bool[Array, "B num_pages page"] | None = None,
-    window: int | None,
-    num_sinks: int,
-    soft_cap: float | None,
-    scale: float,
-    with_page_mass: bool = False,
     block_len: int | None = None,
     max_rows: int | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`."""
     batch, num_queries, num_heads, dim = queries.shape
-    _, num_kv_heads, page_size, value_dim = value_pages.shape
+    num_kv_heads, page_size, value_dim = pages.num_kv_heads, pages.page_size, pages.head_dims[1]
     group = num_heads // num_kv_heads
     tile_len = min(num_queries, max(1, (max_rows or ROWS) // group))
     num_tiles = -(-num_queries // tile_len)
-    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, page_table.shape[1], LANES))
+    block_pages = max(1, min((block_len or BLOCK_LEN) // page_size, lists.num_entries, LANES))
 
-    first, last = bounds(query_positions, kv_lens, window, tile_len)
-    words = None if valid_slots is None else packed(valid_slots)
-    lists = live_pages(page_table, page_starts, first, last, num_sinks, page_size, window, words)
-    pages, starts, counts, words, order = lists
+    first, last = bounds(query_positions, kv_lens, scoring.visible, tile_len)
+    listed, starts, counts, words, order = live_pages(lists, first, last, page_size, scoring.visible)
     # Rows: [B, K, tiles, tile_len * G], padded to whole registers; padding sees nothing.
     rows = tiled(queries, tile_len, 0).reshape(batch, num_tiles, tile_len, num_kv_heads, group, dim)
     rows = rows.transpose(0, 3, 1, 2, 4, 5).reshape(batch * num_kv_heads * num_tiles, tile_len * group, dim)
@@ -95,16 +87,16 @@ def paged_attention(
     def per_head(x: Array) -> Array:
         return jnp.repeat(x[:, None], num_kv_heads, axis=1).reshape(-1, *x.shape[2:])
 
-    items, table_len = len(rows), pages.shape[-1]
+    items, table_len = len(rows), listed.shape[-1]
     counts = per_head(counts)
     ends = jnp.stack([per_row(first, NOWHERE), per_row(last, -1)], axis=1)  # [items, 2, rows]
-    columns = [pages, starts, *([] if words is None else jnp.moveaxis(words, 3, 0))]
+    columns = [listed, starts, *([] if words is None else jnp.moveaxis(words, 3, 0))]
     tables = jnp.stack([per_head(one) for one in columns], axis=1)  # [items, 2 + words, N]
     table_spec = partial(pl.BlockSpec, (1, len(columns), table_len), memory_space=pltpu.SMEM)
     # Scales lie in rows of their own, so that one page's can be copied alone.
     pools = [
         payload if payload.ndim == 4 else payload[:, :, None]
-        for pair in zip(arrays_of(key_pages), arrays_of(value_pages), strict=True)
+        for pair in zip(*map(arrays_of, pages.pools), strict=True)
         for payload in pair
     ]
     out_shape = [
@@ -112,7 +104,7 @@ def paged_attention(
         jax.ShapeDtypeStruct((items, num_rows, 1), jnp.float32),
     ]
     per_tile = LANES // block_pages * block_pages
-    if with_page_mass:
+    if scoring.with_page_mass:
         out_shape.append(jax.ShapeDtypeStruct((items, -(-table_len // per_tile), num_rows, LANES), jnp.float32))
     answers = pl.pallas_call(
         partial(
@@ -121,10 +113,9 @@ def paged_attention(
             num_kv_heads=num_kv_heads,
             num_tiles=num_tiles,
             num_pools=len(pools),
-            per=key_pages.per if isinstance(key_pages, Quantised) else None,
-            num_sinks=num_sinks if window is not None else None,
-            soft_cap=soft_cap,
-            scale=scale,
+            num_sides=len(pages.pools),
+            per=pages.per,
+            scoring=scoring,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -149,7 +140,7 @@ def paged_attention(
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=cost(key_pages, value_pages, items * table_len * page_size, num_rows),
+        cost_estimate=cost(pages, items * table_len * page_size, num_rows),
         interpret=interpret,
         name="paged_attention",
     )(counts, tables, tables, rows, ends, ends.swapaxes(1, 2), *pools)
@@ -159,7 +150,7 @@ def paged_attention(
         return x.transpose(0, 2, 1, 3, 4).reshape(batch, num_queries, num_heads, -1)
 
     outputs, log_sum_exp = answers[:2]
-    if not with_page_mass:
+    if not scoring.with_page_mass:
         return untiled(outputs), untiled(log_sum_exp)[..., 0]
     logs = answers[2][..., :per_tile].transpose(0, 1, 3, 2).reshape(items, -1, num_rows)[:, :table_len]
     mass = page_mass(logs, log_sum_exp[..., 0], counts, per_head(order))
@@ -178,12 +169,12 @@ def _kernel(
     num_kv_heads: int,
     num_tiles: int,
     num_pools: int,
+    num_sides: int,
     per: str | None,
-    num_sinks: int | None,
-    soft_cap: float | None,
-    scale: float,
+    scoring: Scoring,
 ) -> None:
-    """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their copies."""
+    """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their copies.
+    Of `num_sides` 2, pools are keys and values, then scales of both; of 1 values are the first columns of the keys."""
     pools, refs = refs[:num_pools], refs[num_pools:]
     *answers, arrived, half = refs[: len(refs) - num_pools - 2] + refs[-2:]
     buffers = refs[len(refs) - num_pools - 2 : -2]
@@ -222,7 +213,7 @@ def _kernel(
     def _():
         fetch(item, table, count, 0, half[0])
 
-    num_slots = block_pages * page_size
+    num_slots, (num_rows, value_dim) = block_pages * page_size, outputs.shape[1:]
     for one in page_logs:
         one[...] = jnp.full(one.shape, -jnp.inf)
 
@@ -233,12 +224,12 @@ def _kernel(
             return found.reshape(num_slots, -1)
         exact = unpacked(found) if found.dtype == jnp.uint8 else found.astype(jnp.float32)
         # Without scales they are exact in the queries' type.
-        exact = exact * buffers[which + 2][here] if per == "channel" else exact.astype(rows.dtype)
+        exact = exact * buffers[which + num_sides][here] if per == "channel" else exact.astype(rows.dtype)
         return exact.reshape(num_slots, -1)
 
     def token_scales(which, here):
         """[1, slots]."""
-        return jnp.concatenate([buffers[which + 2][here, entry] for entry in range(block_pages)], axis=1)
+        return jnp.concatenate([buffers[which + num_sides][here, entry] for entry in range(block_pages)], axis=1)
 
     def attend(block, state):
         highest, total, sums = state
@@ -269,8 +260,8 @@ def _kernel(
             offsets = lax.broadcasted_iota(jnp.int32, (page_size, 1) if axis == 0 else (1, page_size), axis)
             positions = jnp.concatenate([start + offsets for start in starts], axis=axis)
             seen = positions <= last
-            if num_sinks is not None:
-                seen = seen & ((positions >= first) | (positions < num_sinks))
+            if scoring.num_sinks is not None:
+                seen = seen & ((positions >= first) | (positions < scoring.num_sinks))
             if words:
                 bits = jnp.concatenate([_bits(offsets, of_page) for of_page in zip(*words, strict=True)], axis=axis)
                 seen = seen & (bits > 0)
@@ -278,12 +269,10 @@ def _kernel(
 
         seen = visible(1, ends_down[0, :, 0:1], ends_down[0, :, 1:2])
         keys = numbers(0, here)
-        scores = _dot(rows[0].astype(keys.dtype), keys, 1) * scale
+        scores = _dot(rows[0].astype(keys.dtype), keys, 1) * scoring.scale
         if per == "token":
             scores = scores * token_scales(0, here)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
-        scores = jnp.where(seen, scores, -jnp.inf)
+        scores = jnp.where(seen, scoring.capped(scores), -jnp.inf)
         new = jnp.maximum(highest, scores.max(axis=1, keepdims=True))
         shift = jnp.where(new == -jnp.inf, 0, new)
         keep, weights = jnp.exp(highest - shift), jnp.exp(scores - shift)
@@ -291,10 +280,10 @@ def _kernel(
         for one in page_logs:
             leave_page_logs(one, block, weights, shift)
         if per == "token":  # the scale of what nobody sees may be anything
-            weights = jnp.where(weights > 0, weights * token_scales(1, here), 0)
+            weights = jnp.where(weights > 0, weights * token_scales(num_sides - 1, here), 0)
         # A weight of zero does not silence a NaN: what no row sees is replaced.
         readable = visible(0, ends_across[0, 0:1], ends_across[0, 1:2]).astype(jnp.float32).max(axis=1, keepdims=True)
-        block_values = jnp.where(readable > 0, numbers(1, here), 0)
+        block_values = jnp.where(readable > 0, numbers(num_sides - 1, here)[:, :value_dim], 0)
         part = _product(weights, block_values)
         return new, total, sums * keep + part
 
@@ -312,7 +301,6 @@ def _kernel(
         tile = lax.div(block, per_tile)
         into[0, tile] = jnp.where(mine, logs, into[0, tile])
 
-    num_rows, value_dim = outputs.shape[1:]
     state = (
         jnp.full((num_rows, 1), -jnp.inf),
         jnp.zeros((num_rows, 1)),

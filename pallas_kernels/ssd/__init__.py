@@ -1,5 +1,5 @@
 """State-space duality (Mamba-2): `ssd` over a chunk of tokens, `ssd_step` for one."""
 
-from pallas_kernels.ssd.api import implementations, ssd, ssd_step
+from pallas_kernels.ssd.api import ssd, ssd_step
 
-__all__ = ["implementations", "ssd", "ssd_step"]
+__all__ = ["ssd", "ssd_step"]

@@ -5,9 +5,6 @@
 per head, with h in R^{P x N}. A token with dt = 0 leaves the state untouched: that is how padding is expressed.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 from jax import Array
 
 from pallas_kernels.selection import select
@@ -16,11 +13,6 @@ from pallas_kernels.typing import Float
 
 IMPLEMENTATIONS = {"reference": reference.ssd}
 STEP_IMPLEMENTATIONS = {"reference": reference.ssd_step}
-
-
-def implementations() -> dict[str, Callable[..., Any]]:
-    """What can run on this device, the most preferred first."""
-    return dict(IMPLEMENTATIONS)
 
 
 def ssd(

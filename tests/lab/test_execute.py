@@ -57,7 +57,6 @@ def test_a_run_leaves_a_complete_record(tmp_path):
         "flash_attention": "reference",
         "kv_write": "reference",
         "paged_attention": "blocked",
-        "paged_prefill": "blocked",
     }
     assert record.provenance.passed_over == {}
     assert record.training.implementations == {"flash_attention": "reference"}

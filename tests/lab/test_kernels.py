@@ -11,7 +11,7 @@ from pallas_kernels.selection import Device, as_if_on, recording, refusals, sele
 
 H200, A100, V5E = Device("gpu", "NVIDIA H200", "9.0"), Device("gpu", "NVIDIA A100", "8.0"), Device("tpu", "TPU v5e")
 MIXERS = sorted(path.stem for path in (configs_dir() / "mixer").glob("*.yaml"))
-OF_PAGES = {"paged_attention", "paged_prefill", "kv_write"}
+OF_PAGES = {"paged_attention", "kv_write"}
 
 
 def chosen(device, *overrides):
@@ -32,7 +32,7 @@ def test_a_kernel_that_is_passed_over_says_why():
     assert found["paged_attention"].taken == "blocked"
     assert found["paged_attention"].reason.startswith("mosaic_gpu: pages of float32: ")
     assert found["kv_write"].reason.startswith("mosaic_gpu: tokens of float32: ")
-    assert chosen(A100, "model.dtype=bfloat16")["paged_prefill"].reason == (
+    assert chosen(A100, "model.dtype=bfloat16")["paged_attention"].reason == (
         "mosaic_gpu: it needs a Hopper or Blackwell GPU, this is NVIDIA A100"
     )
     assert "head dims = (16, 16)" in chosen(V5E, "model.dtype=bfloat16")["paged_attention"].reason

@@ -11,7 +11,9 @@ from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import view_of
 from kvlab.memory.views.paged import attention_plan
-from pallas_kernels.paged_attention import gpu, paged_attention, takes_plan
+from pallas_kernels.masking import Scoring
+from pallas_kernels.paged_attention import Lists, Pages, gpu, takes_plan
+from pallas_kernels.paged_attention.proof import by_api
 from pallas_kernels.selection import Asked, Device, as_if_on
 from pallas_kernels.visible import Visible
 
@@ -58,13 +60,13 @@ def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
     shape = (state.num_pages, 2, PAGE, 64)
     pools = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:2]]
     queries = jax.random.normal(keys[2], (3, 1, 4, 64), jnp.bfloat16)
-    tables = [jnp.asarray(one) for one in (plan.classes[0].pages, plan.classes[0].page_starts)]
-    tables += [jnp.asarray(plan.starts)[:, None], jnp.asarray(plan.starts + plan.counts)]
-    options = {"window": spec.visible.window, "num_sinks": spec.visible.num_sinks, "soft_cap": None, "scale": 0.125}
+    lists = Lists(jnp.asarray(plan.classes[0].pages), jnp.asarray(plan.classes[0].page_starts))
+    asked = jnp.asarray(plan.starts)[:, None], jnp.asarray(plan.starts + plan.counts)
+    arrays = queries, Pages(*pools), lists, *asked, Scoring(0.125, visible=spec.visible)
     how = plgpu.InterpretGPUParams(detect_races=True)
-    found = gpu.paged_attention(queries, *pools, *tables, plan=made, interpret=how, chip="hopper", **options)[0]
+    found = gpu.paged_attention(*arrays, plan=made, interpret=how, chip="hopper")[0]
     reset_gpu_interpret_mode_state()
-    wanted = paged_attention(queries, *pools, *tables, implementation="reference", **options)[0]
+    wanted = by_api(implementation="reference")(*arrays)[0]
     np.testing.assert_allclose(np.float32(found[:2]), np.float32(wanted[:2]), atol=1e-2)
 
 

@@ -57,7 +57,7 @@ def test_memory_equals_parallel_form_for_every_pair(variant, memory):
         ("gqa", "paged", "int8"),
         ("hybrid", "paged", "int4"),
         ("window_sinks", "paged", "fp8"),
-        ("latent", "paged", "int8"),
+        ("latent", "paged", "int4"),
         ("retrieval", "paged", "int4"),
         ("gqa", "dense", "int8"),
     ],

@@ -10,8 +10,6 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats import arrays_of
-
 NUM_CASES = 200
 
 
@@ -32,6 +30,7 @@ def named(cases: dict[str, Any], *slow: str) -> Any:
 LEDGER_CASES = {
     "ragged": ({"lengths": [320, 64, 16, 0]}, 320 + 64 + 16),
     "a window of 128 with sinks": ({"lengths": [320, 64], "window": 128, "sinks": 4}, 128 + 16 + 64),
+    "chunks of 96": ({"lengths": [320, 97, 96], "chunk": 96}, 32 + 16 + 96),
     "lists of each head": ({"lengths": [320, 256], "lists": "heads"}, None),
     "int8": ({"lengths": [640, 64, 32, 0], "format": "int8", "page_size": 32}, 640 + 64 + 32),
     "int4 by channel": ({"lengths": [960, 64], "format": "int4", "per": "channel", "page_size": 32}, 960 + 64),
@@ -139,10 +138,9 @@ class Fetched:
         page_size, kv_heads, dim, listed, of_tile = asked["page_size"], 2, 64, [], []
 
         def listening(*arrays: Any, **options: Any) -> Any:
-            jax.debug.callback(lambda starts: listed.append(int((starts < 2**30).sum())), arrays[4])
-            pools = [one for pool in arrays[1:3] for one in arrays_of(pool)]
-            num_bytes = sum(one.size * one.dtype.itemsize for one in pools)
-            of_tile.append(num_bytes // (pools[0].shape[0] * pools[0].shape[1]))
+            _, pages, lists, *_ = arrays
+            jax.debug.callback(lambda starts: listed.append(int((starts < 2**30).sum())), lists.starts)
+            of_tile.append(pages.num_bytes // (pages.num_pages * pages.num_kv_heads))
             return kernel(*arrays, **options)
 
         check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), dtype="bfloat16", with_mass=False)  # fmt: skip

@@ -1,14 +1,13 @@
 """Where copies begin in shared memory: what a chip refuses, and neither a compiler nor a simulator sees."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.alignment import aligned_copies
-from pallas_kernels.paged_attention import gpu, plan_attention
+from pallas_kernels.masking import Scoring
+from pallas_kernels.paged_attention import Lists, Pages, gpu
 
 
 def trace(row: int, *, is_dynamic: bool):
@@ -37,12 +36,11 @@ def test_a_copy_that_begins_between_multiples_of_128_bytes_is_refused(is_dynamic
 @pytest.mark.parametrize("page_size", [8, 32])
 def test_page_sums_of_several_pages_a_block_leave_aligned(group, page_size):
     array = lambda *shape, of=jnp.int32: jax.ShapeDtypeStruct(shape, of)  # noqa: E731
-    pool, tables = array(9, 2, page_size, 64, of=jnp.bfloat16), (array(3, 4), array(3, 4), array(3, 1), array(3))
-    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 0.1, "chip": "hopper"}
+    pool, asked = array(9, 2, page_size, 64, of=jnp.bfloat16), (array(3, 1), array(3))
+    memory = Pages(pool, pool), Lists(array(3, 4), array(3, 4))
 
-    def run(queries, keys, values, *tables):
-        plan = plan_attention(*tables, num_kv_heads=2, page_size=page_size)
-        return gpu.paged_attention(queries, keys, values, *tables, plan=plan, with_page_mass=True, **options)
+    def run(*arrays):
+        return gpu.paged_attention(*arrays, Scoring(0.1, with_page_mass=True), chip="hopper")
 
     with aligned_copies():
-        jax.make_jaxpr(partial(run))(array(3, 1, 2 * group, 64, of=jnp.bfloat16), pool, pool, *tables)
+        jax.make_jaxpr(run)(array(3, 1, 2 * group, 64, of=jnp.bfloat16), *memory, *asked)

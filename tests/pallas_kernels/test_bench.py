@@ -14,7 +14,7 @@ from pallas_kernels.bench.goals import Goals, Result, Timing, verdicts
 from pallas_kernels.bench.others import Mixed, Step, Write
 from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, planned
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS, SWEEPS, TINY
-from pallas_kernels.paged_attention import api
+from pallas_kernels.paged_attention import Lists, api
 from pallas_kernels.selection import Asked
 
 LIMITS = {"read_bytes_per_s": 1e9, "copy_bytes_per_s": 1e9, "product_flops_per_s": 1e12}
@@ -32,7 +32,8 @@ def test_what_is_checked_on_a_chip_reaches_its_kernels(platform):
     for op, name, case in verify.cases(platform, 40):
         refusal = importlib.import_module(f"pallas_kernels.{op}.{platform}").refusal
         format, per, dtype = case.get("format"), case.get("per", "token"), case.get("dtype")
-        asked = Asked(format or dtype, case["page_size"], case["dims"], case.get("group", 1), per, dtype)
+        is_latent = case.get("is_latent", False)
+        asked = Asked(format or dtype, case["page_size"], case["dims"], case.get("group", 1), per, dtype, is_latent)
         assert refusal(asked) is None, (op, name, refusal(asked))
         seen.add((op, format, per if format else ""))
     formats = {(None, "")} | {(one, per) for one in ("int8", "fp8", "int4") for per in ("token", "channel")}
@@ -81,7 +82,7 @@ def test_inputs_list_every_page_once(keep):
     else:
         assert inputs.tables.shape[1:] == (2, 2, 2)
     assert 0 not in tables[used]
-    assert tables.max() < len(inputs.keys)
+    assert tables.max() < inputs.pages.num_pages
 
 
 def test_a_clock_times_a_program_of_many_turns():
@@ -304,9 +305,9 @@ def test_tile_sizes_are_searched_for_what_is_looked_up():
     buckets = {}
     for problem in (one for one in PROBLEMS["tiny"] if isinstance(one, Problem)):
         inputs = make_inputs(problem)
-        op = "paged_attention" if problem.num_queries == 1 else "paged_prefill"
-        assert bucket_of(problem, inputs) == api.bucket_of(op, *inputs[:3], inputs.tables[0])
-        buckets[problem.name] = bucket_of(problem, inputs)
+        lists = Lists(inputs.tables[0], inputs.starts[0])
+        assert bucket_of(inputs) == api.bucket_of(inputs.queries, inputs.pages, lists)
+        buckets[problem.name] = bucket_of(inputs)
     assert "by lists of heads" in buckets["decode B2, 1/2 of the pages by head"]
     assert len(set(buckets.values())) == len(buckets)
 

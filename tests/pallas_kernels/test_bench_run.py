@@ -20,7 +20,7 @@ CASES = [
     ("paged_attention", "first"),
     ("paged_attention", "second"),
     ("kv_write", "first"),
-    ("paged_prefill", "first"),
+    ("flash_attention", "first"),
     ("kv_write", "generated 0"),
 ]
 A_FEW = ("decode B3", "decode B3, int8", "write 128 tokens, bfloat16", "a chunk of 8 at 64")
@@ -70,7 +70,7 @@ def test_what_is_wrong_hangs_or_aborts_stops_nothing_else(run, capsys, monkeypat
     status = run(**{
         "case paged_attention: second": {"op": "paged_attention", "by": ["mosaic_gpu"], "wrong": "differs by 1"},
         "case kv_write: first": "hang",
-        "case paged_prefill: first": "abort",
+        "case flash_attention: first": "abort",
         "problem decode B3": ["jax paged_attention", "abort"],
         "problem decode B3, int8": ["mosaic_gpu", "abort"],
         "beside decode B3, int8": ["jax paged_attention", "fail"],
@@ -79,7 +79,7 @@ def test_what_is_wrong_hangs_or_aborts_stops_nothing_else(run, capsys, monkeypat
     lines = read(run.path)
     counts = latest(lines)
     assert counts["case", "kv_write: first"]["outcome"] == "timeout"
-    assert counts["case", "paged_prefill: first"]["reason"] == "status 134 (SIGABRT)"
+    assert counts["case", "flash_attention: first"]["reason"] == "status 134 (SIGABRT)"
     assert counts["case", "kv_write: generated 0"]["outcome"] == "done"
     headline = [one for one in lines if one["name"] == "decode B3" and one["kind"] == "problem"]
     assert [one["outcome"] for one in headline] == ["failed", "done"], "once more without the peer"
@@ -91,7 +91,7 @@ def test_what_is_wrong_hangs_or_aborts_stops_nothing_else(run, capsys, monkeypat
     for one in (
         "paged_attention by mosaic_gpu, second: differs by 1",
         "kv_write, first: killed after 3 s",
-        "paged_prefill, first: status 134 (SIGABRT)",
+        "flash_attention, first: status 134 (SIGABRT)",
         "decode B3, int8: mosaic_gpu ended its process: status 134 (SIGABRT)",
     ):
         assert one in wrong

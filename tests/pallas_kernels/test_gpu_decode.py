@@ -13,14 +13,15 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import FORMATS, Quantised
-from pallas_kernels.masking import NOWHERE
-from pallas_kernels.paged_attention import gpu, gpu_decode, paged_attention, plan_attention, proof
+from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
+from pallas_kernels.paged_attention.cases import CASES, generated
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_ring import Ring
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
-from pallas_kernels.paged_attention.proof import CASES, generated
+from pallas_kernels.visible import Visible
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 HOW = plgpu.InterpretGPUParams(detect_races=True)
@@ -31,12 +32,10 @@ SMALL = {"num_pieces": 3, "max_stages": 2}
 
 def simulated(*arrays: Any, **options: Any) -> Any:
     """`gpu.paged_attention`, which must not fall back."""
-    queries, keys, values = arrays[:3]
-    per = keys.per if isinstance(keys, Quantised) else "token"
-    columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // keys.shape[1])
-    dims = keys.shape[3], values.shape[3]
-    format = keys.format if isinstance(keys, Quantised) else keys.dtype.name
-    assert gpu_decode.refusal(dims, format, per, columns, keys.shape[2]) is None
+    queries, pages, *_ = arrays
+    columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
+    asked = pages.head_dims, pages.format, pages.per or "token", columns, pages.page_size
+    assert gpu_decode.refusal(*asked) is None
     return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
 
 
@@ -109,6 +108,8 @@ SLOW = (
     "long pages",
     "int4 by channel, two queries of 16 heads",
     "8 queries of 5 heads, window, sinks",
+    "int8 by token, its own chunk, lists of each head",
+    "int8 by channel, values are the first columns of the keys",
 )
 
 
@@ -190,7 +191,7 @@ TABLES = {"lengths": (300, 0, 64, 5), "page_size": 16}
 
 
 def tables() -> tuple[Any, ...]:
-    """Table, starts, positions and lengths of `TABLES`, in order."""
+    """Lists, positions and lengths of `TABLES`, in order."""
     lengths, size = TABLES["lengths"], TABLES["page_size"]
     starts = np.full((len(lengths), 20), NOWHERE, np.int32)
     table = np.zeros_like(starts)
@@ -199,7 +200,7 @@ def tables() -> tuple[Any, ...]:
         for entry in range(-(-length // size)):
             starts[row, entry], table[row, entry] = entry * size, next(pages)
     lens = np.array(lengths, np.int32)
-    return tuple(map(jnp.asarray, (table, starts, lens[:, None] - 1, lens)))
+    return Lists(jnp.asarray(table), jnp.asarray(starts)), jnp.asarray(lens[:, None] - 1), jnp.asarray(lens)
 
 
 def test_a_plan_launches_the_longest_pieces_first_and_knows_each_items_own():
@@ -215,24 +216,23 @@ def test_a_plan_launches_the_longest_pieces_first_and_knows_each_items_own():
 
 
 def test_a_call_with_a_plan_equals_one_without():
-    table, starts, positions, lens = tables()
     keys = jax.random.split(jax.random.key(0), 3)
     pool, values = (jax.random.normal(key, (40, 2, 16, 64), jnp.bfloat16) for key in keys[:2])
     queries = jax.random.normal(keys[2], (4, 1, 4, 64), jnp.bfloat16)
-    options = {"window": 40, "num_sinks": 3, "soft_cap": None, "scale": 0.125}
-    arrays = queries, pool, values, table, starts, positions, lens
-    made = plan_attention(*arrays[3:], num_kv_heads=2, page_size=16, window=40, num_sinks=3, num_pieces=3)
-    for mine, alone in zip(simulated(*arrays, plan=made, **options), simulated(*arrays, **options), strict=True):
+    scoring = Scoring(0.125, visible=Visible(40, 3))
+    arrays = queries, Pages(pool, values), *tables(), scoring
+    made = plan_attention(*tables(), num_kv_heads=2, page_size=16, visible=scoring.visible, num_pieces=3)
+    for mine, alone in zip(simulated(*arrays, plan=made), simulated(*arrays), strict=True):
         np.testing.assert_array_equal(mine, alone)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"window": 8}, "window = 8: must be None"),
+        ({"visible": Visible(8)}, r"visible = Visible\(window=8, .*\): must be Visible\(window=None, "),
         ({"page_size": 8}, "page_size = 8: must be 16"),
         ({"num_kv_heads": 1}, "num_kv_heads = 1: must be 2"),
-        ({"words": jnp.zeros((4, 20, 1), jnp.int32)}, "has valid_slots = True: must be False"),
+        ({"words": jnp.zeros((4, 20, 1), jnp.int32)}, "has valid slots = True: must be False"),
     ],
 )
 def test_a_plan_for_something_else_is_refused(change, said):
@@ -240,7 +240,10 @@ def test_a_plan_for_something_else_is_refused(change, said):
     made = plan_attention(*tables(), num_kv_heads=2, page_size=16)
     with pytest.raises(ValueError, match=said):
         paged_attention(
-            jnp.zeros((4, 1, 4, 64), jnp.bfloat16), pool, pool, *tables(), plan=dataclasses.replace(made, **change)
+            jnp.zeros((4, 1, 4, 64), jnp.bfloat16),
+            Pages(pool, pool),
+            *tables(),
+            plan=dataclasses.replace(made, **change),
         )
 
 
@@ -248,12 +251,11 @@ def test_a_grid_has_one_axis_however_many_pieces_there_are():
     """CUDA takes at most 65,535 thread blocks along any other than the first."""
     array = lambda *shape, of=jnp.int32: jax.ShapeDtypeStruct(shape, of)  # noqa: E731
     many = 70_000
-    pool, tables = array(9, 1, 64, 64, of=jnp.bfloat16), (array(many, 2), array(many, 2))
-    options = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 0.1, "chip": "hopper"}
+    pool, lists = array(9, 1, 64, 64, of=jnp.bfloat16), Lists(array(many, 2), array(many, 2))
     for run, num_queries in ((gpu.paged_attention, 1), (in_tiles, 80)):
         queries = array(many, num_queries, 1, 64, of=jnp.bfloat16)
-        traced = jax.make_jaxpr(partial(run, **options))(
-            queries, pool, pool, *tables, array(many, num_queries), array(many)
+        traced = jax.make_jaxpr(lambda *arrays, run=run: run(*arrays, Scoring(0.1), chip="hopper"))(
+            queries, Pages(pool, pool), lists, array(many, num_queries), array(many)
         )
         grids = re.findall(r"grid=\((.*?)\)", str(traced))
         assert grids
@@ -263,11 +265,6 @@ def test_a_grid_has_one_axis_however_many_pieces_there_are():
 def test_pages_that_are_no_part_of_blocks_are_refused():
     with pytest.raises(ValueError, match="page_size = 96: must divide 64 or be a multiple of it"):
         plan_attention(*tables(), num_kv_heads=2, page_size=96)
-
-
-def test_wrong_masks_of_a_plan_are_refused():
-    with pytest.raises(ValueError, match="window = 0: must be at least 1"):
-        plan_attention(*tables(), num_kv_heads=2, page_size=16, window=0)
 
 
 # The merge.
@@ -317,12 +314,10 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                     dims, format, per, columns, page_size
                 ):
                     continue
-                pools = [_pool(format, per, page_size, dim) for dim in dims]
+                pages = Pages(*(_pool(format, per, page_size, dim) for dim in dims))
                 tiles = fit(dims, format, per, columns, page_size)
                 dtype = jnp.dtype(jnp.bfloat16)
-                scratch = scratch_for(
-                    tiles, *pools, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True
-                )
+                scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True)
                 sizes = [
                     -(-int(np.prod(one.shape)) * jnp.dtype(one.dtype).itemsize // 1024) * 1024
                     for one in scratch.values()

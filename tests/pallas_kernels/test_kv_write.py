@@ -15,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.debug import debugging
 from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.kv_write import api, gpu, kv_write, proof, tpu
-from pallas_kernels.kv_write.proof import CASES, generated
+from pallas_kernels.kv_write.cases import CASES, generated
+from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
 from tests.pallas_kernels.cases import Fetched, numbers
 
@@ -194,7 +195,7 @@ def traced(num_rows: int, num_tokens: int, pool: Any, dim: int) -> Any:
     """The program of a write by the GPU kernel, which nothing runs."""
     tokens = jnp.zeros((num_rows, num_tokens, 2, dim), jnp.bfloat16)
     slots = jnp.zeros((num_rows, num_tokens), jnp.int32)
-    return jax.make_jaxpr(partial(gpu.kv_write, chip="hopper"))(pool, pool, tokens, tokens, slots)
+    return jax.make_jaxpr(partial(gpu.kv_write, chip="hopper"))(Pages(pool, pool), tokens, tokens, slots)
 
 
 @pytest.mark.parametrize("num_tokens", [13, 65, 70, 100, 140])
@@ -239,8 +240,8 @@ def test_a_single_token_is_one_launch(format, per):
 def test_donated_pages_are_written_in_place():
     pool = jnp.zeros((64, 2, 16, 64))
     tokens, slots = jnp.ones((2, 1, 2, 64)), jnp.array([[5], [40]])
-    write = jax.jit(kv_write, donate_argnums=(0, 1))
-    analysis = write.lower(pool, pool + 0, tokens, tokens, slots).compile().memory_analysis()
+    write = jax.jit(kv_write, donate_argnums=0)
+    analysis = write.lower(Pages(pool, pool + 0), tokens, tokens, slots).compile().memory_analysis()
     assert analysis.alias_size_in_bytes >= 2 * pool.nbytes
     assert analysis.temp_size_in_bytes < pool.nbytes / 16
 
@@ -248,9 +249,8 @@ def test_donated_pages_are_written_in_place():
 def test_no_tokens_write_nothing():
     pool = quantised(jnp.ones((3, 2, 8, 16)), "int8", "channel")
     tokens = jnp.zeros((0, 1, 2, 16))
-    keys, values = kv_write(pool, pool, tokens, tokens, jnp.zeros((0, 1), jnp.int32))
-    assert keys is pool
-    assert values is pool
+    pages = Pages(pool, pool)
+    assert kv_write(pages, tokens, tokens, jnp.zeros((0, 1), jnp.int32)) is pages
 
 
 def test_whole_pages_by_channel_hold_what_quantising_them_gives():
@@ -258,19 +258,22 @@ def test_whole_pages_by_channel_hold_what_quantising_them_gives():
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.standard_normal((1, 8, 2, 16)), jnp.float32)
     empty = quantised(jnp.zeros((3, 2, 8, 16)), "int8", "channel")
-    keys, _ = kv_write(empty, empty, tokens, tokens, jnp.arange(8, 16, dtype=jnp.int32)[None])
+    written = kv_write(Pages(empty, empty), tokens, tokens, jnp.arange(8, 16, dtype=jnp.int32)[None])
+    keys = written.keys
     wanted = quantised(tokens[0].swapaxes(0, 1), "int8", "channel")
     np.testing.assert_array_equal(keys.payload[1], wanted.payload)
     np.testing.assert_array_equal(keys.scales[1], wanted.scales)
-    later, _ = kv_write(keys, keys, 100 * tokens[:, :1], tokens[:, :1], jnp.array([[9]]))
+    later = kv_write(written, 100 * tokens[:, :1], tokens[:, :1], jnp.array([[9]])).keys
     np.testing.assert_array_equal(later.scales, keys.scales)
     assert set(np.abs(np.asarray(later.payload[1, :, 1])).flatten().tolist()) <= {127}
 
 
+POOL = jnp.zeros((3, 2, 8, 16))
+
+
 def _arguments(**changes):
     arguments = {
-        "key_pages": jnp.zeros((3, 2, 8, 16)),
-        "value_pages": jnp.zeros((3, 2, 8, 16)),
+        "pages": Pages(POOL, POOL),
         "keys": jnp.zeros((2, 1, 2, 16)),
         "values": jnp.zeros((2, 1, 2, 16)),
         "write_slots": jnp.array([[0], [8]]),
@@ -284,20 +287,22 @@ def _arguments(**changes):
         ({"keys": jnp.zeros((2, 2, 2, 16))}, r"keys = \(2, 2, 2, 16\): must be \(2, 1, 2, 16\)"),
         ({"values": jnp.zeros((2, 1, 2, 8))}, r"values = \(2, 1, 2, 8\): must be \(2, 1, 2, 16\)"),
         (
-            {"value_pages": quantised(jnp.zeros((3, 2, 8, 16)), "int8")},
-            "value_pages of int8: must be stored as keys are, float32",
+            {"pages": Pages(POOL, quantised(POOL, "int8"))},
+            "pages.values of int8: must be stored as keys are, float32",
         ),
         (
-            dict.fromkeys(
-                ("key_pages", "value_pages"),
-                Quantised(jnp.zeros((3, 2, 8, 16), jnp.int8), jnp.zeros((3, 2, 16)), "token"),
-            ),
-            r"key_pages.scales = \(3, 2, 16\): must be \(3, 2, 8\), one for each token",
+            {"pages": Pages(*2 * [Quantised(jnp.zeros((3, 2, 8, 16), jnp.int8), jnp.zeros((3, 2, 16)), "token")])},
+            r"pages.keys.scales = \(3, 2, 16\): must be \(3, 2, 8\), one for each token",
         ),
         ({"values": jnp.zeros((2, 1, 2, 16), jnp.bfloat16)}, "values of bfloat16: must be of the keys' type, float32"),
         (
-            dict.fromkeys(("key_pages", "value_pages"), jnp.zeros((3, 2, 8, 16), jnp.int8)),
-            "key_pages of int8: must be floating, of the tokens' type float32, or Quantised",
+            {"pages": Pages(*2 * [jnp.zeros((3, 2, 8, 16), jnp.int8)])},
+            "pages.keys of int8: must be floating, of the tokens' type float32, or Quantised",
+        ),
+        ({"values": None}, "values = None: must be given, as the pages have some"),
+        (
+            {"pages": Pages(POOL, value_dim=8)},
+            r"values = \(2, 1, 2, 16\): must be None, as they are columns of the keys",
         ),
         ({"write_slots": jnp.zeros((2, 1))}, r"write_slots = float32\[2, 1\]: must be int32 \[B, T\]"),
         ({"implementation": "mosaic_gpu"}, "cannot run here: it needs a Hopper or Blackwell GPU, this is cpu"),

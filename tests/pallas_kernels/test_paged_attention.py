@@ -12,9 +12,12 @@ import pytest
 from pallas_kernels.debug import debugging
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.formats import Quantised, quantised
-from pallas_kernels.paged_attention import NOWHERE, api, blocked, paged_attention
-from pallas_kernels.paged_attention.proof import CASES, brute_force, check, generated
+from pallas_kernels.masking import Scoring
+from pallas_kernels.paged_attention import NOWHERE, Lists, Pages, api, blocked, paged_attention
+from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.proof import brute_force, by_api, check
 from pallas_kernels.selection import Asked, recording
+from pallas_kernels.visible import Visible
 from tests.pallas_kernels.cases import numbers
 
 
@@ -35,40 +38,48 @@ SPACE = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_float64(implementation, case):
-    check(partial(paged_attention, implementation=implementation), **case)
+    check(by_api(implementation=implementation), **case)
 
 
 @pytest.mark.parametrize("number", numbers(5))
 def test_equals_float64_over_the_option_space(implementation, number):
-    check(partial(paged_attention, implementation=implementation), **generated(number, **SPACE))
+    check(by_api(implementation=implementation), **generated(number, **SPACE))
 
 
 def test_a_wrong_page_is_caught(implementation):
     with pytest.raises(AssertionError):
-        check(partial(paged_attention, implementation=implementation), **CASES["one head each"], misread=1)
+        check(by_api(implementation=implementation), **CASES["one head each"], misread=1)
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (7, 0), (70, 2), (100, 0)])
-def test_flash_attention_equals_brute_force(window, sinks):
+MASKS = [
+    Visible(),
+    Visible(1),
+    Visible(7),
+    Visible(70, 2),
+    Visible(100),
+    *map(lambda n: Visible(chunk=n), (1, 24, 64, 70)),
+]
+
+
+@pytest.mark.parametrize("visible", MASKS, ids=str)
+def test_flash_attention_equals_brute_force(visible):
     """Longer than one block of queries, so that block edges and bands are covered."""
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((1, 150, 4, 8)).astype(np.float32)
     keys, values = (rng.standard_normal((1, 150, 2, dim)).astype(np.float32) for dim in (8, 6))
-    outputs = flash_attention(
-        *(jnp.asarray(x) for x in (queries, keys, values)), window=window, num_sinks=sinks, soft_cap=20.0
-    )
-    for t in (0, 1, 6, 63, 64, 65, 127, 128, 149):
+    outputs = flash_attention(*map(jnp.asarray, (queries, keys, values)), visible=visible, soft_cap=20.0)
+    scoring = Scoring(8**-0.5, 20.0, visible)
+    for t in (0, 1, 6, 23, 24, 63, 64, 65, 70, 127, 128, 149):
         for head in range(4):
             row = (x[0, :, head // 2].astype(np.float64) for x in (keys, values))
             query = queries[0, t, head].astype(np.float64)
-            expected, _ = brute_force(query, *row, t, window, sinks, 20.0, 8**-0.5)
+            expected, _ = brute_force(query, *row, t, scoring)
             np.testing.assert_allclose(outputs[0, t, head], expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 0}, "window = 0: must be at least 1"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
         ({"keys": jnp.zeros((1, 5, 2, 7))}, r"keys = \(1, 5, 2, 7\): must be \[B, T, K, D\]"),
         ({"values": jnp.zeros((1, 5, 1, 8))}, r"values = \(1, 5, 1, 8\): must be"),
@@ -82,13 +93,15 @@ def test_flash_attention_names_the_limit(changes, message, monkeypatch):
         flash_attention(**arguments | changes)
 
 
-def _arguments(**changes):
+def _arguments(*, keys=None, values=None, table=None, starts=None, valid=None, **changes):
+    """Three pages of 4 slots, 2 KV heads of 8 dims; a sequence of one query and two entries."""
+    pool, entries = jnp.zeros((3, 2, 4, 8)), jnp.zeros((1, 2), jnp.int32)
+    given = (pool if keys is None else keys), (pool if values is None else values)
+    lists = (entries if table is None else table), (entries if starts is None else starts), valid
     arguments = {
         "queries": jnp.zeros((1, 1, 4, 8)),
-        "key_pages": jnp.zeros((3, 2, 4, 8)),
-        "value_pages": jnp.zeros((3, 2, 4, 8)),
-        "page_table": jnp.zeros((1, 2), jnp.int32),
-        "page_starts": jnp.zeros((1, 2), jnp.int32),
+        "pages": Pages(*given),
+        "lists": Lists(*lists),
         "query_positions": jnp.zeros((1, 1), jnp.int32),
         "kv_lens": jnp.ones(1, jnp.int32),
     }
@@ -99,49 +112,46 @@ def _arguments(**changes):
     ("changes", "message"),
     [
         ({"queries": jnp.zeros((1, 1, 3, 8))}, "num_heads = 3: must be a multiple of num_kv_heads = 2"),
-        ({"window": 0}, "window = 0: must be at least 1"),
-        ({"num_sinks": -1}, "num_sinks = -1"),
         ({"soft_cap": 0.0}, "soft_cap = 0.0: must be positive"),
         ({"soft_cap": float("inf")}, "soft_cap = inf: must be positive and finite"),
-        ({"window": 1 << 31}, "window = 2147483648: must be below 1073741824"),
-        ({"valid_slots": jnp.ones((1, 2, 4), jnp.int32)}, "valid_slots of int32: must be bool"),
-        ({"page_starts": jnp.zeros((1, 3), jnp.int32)}, r"page_starts = \(1, 3\): must have the shape of page_table"),
+        ({"valid": jnp.ones((1, 2, 4), jnp.int32)}, "lists.valid of int32: must be bool"),
+        ({"starts": jnp.zeros((1, 3), jnp.int32)}, r"lists.starts = \(1, 3\): must have the shape of the table"),
         (
-            dict.fromkeys(("page_table", "page_starts"), jnp.zeros((1, 3, 2), jnp.int32)),
-            r"page_table = \(1, 3, 2\): must list pages for each of 2 KV heads",
+            dict.fromkeys(("table", "starts"), jnp.zeros((1, 3, 2), jnp.int32)),
+            r"lists.table = \(1, 3, 2\): must list pages for each of 2 KV heads",
         ),
-        ({"valid_slots": jnp.ones((1, 2, 3), bool)}, r"valid_slots = \(1, 2, 3\): must be \(1, 2, 4\)"),
+        ({"valid": jnp.ones((1, 2, 3), bool)}, r"lists.valid = \(1, 2, 3\): must be \(1, 2, 4\)"),
         ({"kv_lens": jnp.ones(2, jnp.int32)}, r"kv_lens = \(2,\): must be \(1,\)"),
         ({"query_positions": jnp.zeros((1, 2), jnp.int32)}, r"query_positions = \(1, 2\): must be \(1, 1\)"),
         (
-            {"value_pages": quantised(jnp.zeros((3, 2, 4, 8)), "int8")},
-            "value_pages of int8: must be stored as keys are, float32",
+            {"values": quantised(jnp.zeros((3, 2, 4, 8)), "int8")},
+            "pages.values of int8: must be stored as keys are, float32",
         ),
         (
-            dict.fromkeys(
-                ("key_pages", "value_pages"), Quantised(jnp.zeros((3, 2, 4, 8), jnp.int8), jnp.zeros((3, 2, 8)))
-            ),
-            r"key_pages.scales = \(3, 2, 8\): must be \(3, 2, 4\), one for each token",
+            dict.fromkeys(("keys", "values"), Quantised(jnp.zeros((3, 2, 4, 8), jnp.int8), jnp.zeros((3, 2, 8)))),
+            r"pages.keys.scales = \(3, 2, 8\): must be \(3, 2, 4\), one for each token",
         ),
         (
             {
-                "key_pages": quantised(jnp.zeros((3, 2, 8, 8)), "int8"),
-                "value_pages": quantised(jnp.zeros((3, 2, 8, 8)), "int8", "channel"),
+                "keys": quantised(jnp.zeros((3, 2, 8, 8)), "int8"),
+                "values": quantised(jnp.zeros((3, 2, 8, 8)), "int8", "channel"),
             },
-            "value_pages: scaled by channel, must be by token, as keys are",
+            "pages.values: scaled by channel, must be by token, as keys are",
         ),
         (
-            dict.fromkeys(("key_pages", "value_pages"), jnp.zeros((3, 2, 4, 8), jnp.int8)),
-            "key_pages of int8: must be floating, or Quantised with scales",
+            dict.fromkeys(("keys", "values"), jnp.zeros((3, 2, 4, 8), jnp.int8)),
+            "pages.keys of int8: must be floating, or Quantised with scales",
         ),
         ({"queries": jnp.zeros((1, 4, 8))}, r"queries = float32\[1, 4, 8\]: must be floating \[B, T, H, D\]"),
-        ({"key_pages": jnp.zeros((3, 0, 4, 8))}, r"key_pages = \(3, 0, 4, 8\): must be \[P, K, page, D\]"),
+        ({"keys": jnp.zeros((3, 0, 4, 8))}, r"pages.keys = \(3, 0, 4, 8\): must be \[P, K, page, D\]"),
         (
-            dict.fromkeys(("page_table", "page_starts"), jnp.zeros(2, jnp.int32)),
-            r"page_table = \(2,\): must be \[B, num_pages\]",
+            dict.fromkeys(("table", "starts"), jnp.zeros(2, jnp.int32)),
+            r"lists.table = \(2,\): must be \[B, N\]",
         ),
         ({"kv_lens": jnp.ones(1)}, "kv_lens of float32: must be int32"),
-        ({"window": 2.5}, "window = 2.5: must be a whole number"),
+        ({"pages": Pages(jnp.zeros((3, 2, 4, 8)))}, r"pages.value_dim = None: must be in \[1, 8\]"),
+        ({"pages": Pages(jnp.zeros((3, 2, 4, 8)), value_dim=9)}, r"pages.value_dim = 9: must be in \[1, 8\]"),
+        ({"pages": Pages(*2 * [jnp.zeros((3, 2, 4, 8))], 8)}, "pages.value_dim = 8: must be None beside values"),
         ({"implementation": "mosaic"}, "'mosaic' is not available here; legal: None, blocked, reference"),
     ],
 )
@@ -154,9 +164,9 @@ def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"page_table": jnp.array([[2, -1]])}, r"page_table\[0, 1\] = -1: must be in \[0, 3\)"),
-        ({"page_table": jnp.array([[3, 0]])}, r"page_table\[0, 0\] = 3: must be in \[0, 3\)"),
-        ({"page_starts": jnp.array([[0, -4]])}, r"page_starts\[0, 1\] = -4: must be in \[0, "),
+        ({"table": jnp.array([[2, -1]])}, r"lists.table\[0, 1\] = -1: must be in \[0, 3\)"),
+        ({"table": jnp.array([[3, 0]])}, r"lists.table\[0, 0\] = 3: must be in \[0, 3\)"),
+        ({"starts": jnp.array([[0, -4]])}, r"lists.starts\[0, 1\] = -4: must be in \[0, "),
     ],
 )
 def test_tables_that_cannot_be_right_are_refused_while_debugging(changes, message):
@@ -167,16 +177,16 @@ def test_tables_that_cannot_be_right_are_refused_while_debugging(changes, messag
         run()
     unused = jnp.full((1, 2), NOWHERE)
     with debugging():
-        paged_attention(**_arguments(page_table=jnp.array([[9, -9]]), page_starts=unused))
+        paged_attention(**_arguments(table=jnp.array([[9, -9]]), starts=unused))
 
 
 def test_pages_outside_the_pool_are_harmless(implementation):
     """The nearest one is read, whatever reads it."""
     pool = jnp.arange(3 * 2 * 4 * 8, dtype=jnp.float32).reshape(3, 2, 4, 8)
-    pools = {"key_pages": pool, "value_pages": pool, "kv_lens": jnp.array([5]), "query_positions": jnp.array([[4]])}
-    starts = {"page_starts": jnp.array([[0, 4]]), "implementation": implementation}
-    found, _ = paged_attention(**_arguments(**pools, **starts, page_table=jnp.array([[-7, 99]])))
-    nearest, _ = paged_attention(**_arguments(**pools, **starts, page_table=jnp.array([[0, 2]])))
+    pools = {"keys": pool, "values": pool, "kv_lens": jnp.array([5]), "query_positions": jnp.array([[4]])}
+    starts = {"starts": jnp.array([[0, 4]]), "implementation": implementation}
+    found, _ = paged_attention(**_arguments(**pools, **starts, table=jnp.array([[-7, 99]])))
+    nearest, _ = paged_attention(**_arguments(**pools, **starts, table=jnp.array([[0, 2]])))
     np.testing.assert_array_equal(found, nearest)
 
 
@@ -184,13 +194,13 @@ def test_a_named_implementation_is_honoured():
     """Only the reference can be differentiated."""
     rng = np.random.default_rng(0)
     queries, pool = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((1, 1, 4, 8), (3, 2, 4, 8)))
-    arrays = {"page_table": jnp.array([[1, 0]]), "page_starts": jnp.array([[0, NOWHERE]]), "kv_lens": jnp.array([3])}
+    arrays = {"table": jnp.array([[1, 0]]), "starts": jnp.array([[0, NOWHERE]]), "kv_lens": jnp.array([3])}
     arrays |= {"query_positions": jnp.array([[2]])}
 
     spoiled = pool.at[0].set(jnp.nan).at[:, :, 3].set(jnp.nan)
 
     def total(queries, name):
-        memory = {"key_pages": spoiled, "value_pages": spoiled, **arrays}
+        memory = {"keys": spoiled, "values": spoiled, **arrays}
         return (paged_attention(**_arguments(queries=queries, implementation=name, **memory))[0] ** 2).sum()
 
     found = jax.grad(total)(queries, "reference")
@@ -205,7 +215,7 @@ def test_a_named_implementation_is_honoured():
 @pytest.mark.parametrize("empty", ["sequences", "queries", "entries"])
 def test_nothing_is_answered_with_nothing(implementation, empty):
     batch, tokens, entries = (0 if empty == one else 2 for one in ("sequences", "queries", "entries"))
-    tables = dict.fromkeys(("page_table", "page_starts"), jnp.zeros((batch, entries), jnp.int32))
+    tables = dict.fromkeys(("table", "starts"), jnp.zeros((batch, entries), jnp.int32))
     shapes = {"queries": jnp.ones((batch, tokens, 4, 8)), "query_positions": jnp.zeros((batch, tokens), jnp.int32)}
     arguments = _arguments(**tables, **shapes, kv_lens=jnp.ones(batch, jnp.int32), implementation=implementation)
     outputs, log_sum_exp, mass = paged_attention(**arguments, with_page_mass=True)
@@ -221,10 +231,8 @@ def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
     table, starts = jnp.asarray([[1, 2], [3, 4]], jnp.int32), jnp.asarray([[0, 4], [0, 4]], jnp.int32)
     run = lambda keys: paged_attention(  # noqa: E731
         queries,
-        keys,
-        keys,
-        table,
-        starts,
+        Pages(keys, keys),
+        Lists(table, starts),
         jnp.full((2, 1), 7, jnp.int32),
         jnp.full(2, 8, jnp.int32),
         implementation=implementation,

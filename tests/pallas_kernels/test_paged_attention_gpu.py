@@ -8,9 +8,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention import pages, proof
+from pallas_kernels.paged_attention import proof, sharing
+from pallas_kernels.paged_attention.cases import CASES, generated
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
-from pallas_kernels.paged_attention.proof import CASES, generated
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 check = partial(proof.check, is_compiled=False)
@@ -85,7 +85,7 @@ def test_the_ring_is_used_again_without_a_race(capfd):
 
 
 def test_many_sequences_are_not_cut(monkeypatch):
-    monkeypatch.setattr(pages, "ENOUGH", 1)
+    monkeypatch.setattr(sharing, "ENOUGH", 1)
     check(simulated, lengths=[9, 0, 130], num_queries=1, group=2, kv_heads=1, dtype=jnp.bfloat16)
 
 

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu
-from pallas_kernels.paged_attention.proof import CASES, check, generated
+from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.proof import check
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
 

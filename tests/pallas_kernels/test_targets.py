@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,13 +18,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from kvlab.hardware import CHIPS
-from pallas_kernels import chips, compilers, lowering, targets
+from pallas_kernels import compilers, lowering, ops, targets
 from pallas_kernels.chips import TARGETS, Shape
 from pallas_kernels.formats import FORMATS, Quantised
 from pallas_kernels.lowering import Lowered
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.ops import OPS
+from pallas_kernels.paged_attention import proof
 from pallas_kernels.paged_attention.gpu import refusal as gpu_refusal
 from pallas_kernels.paged_attention.gpu_tiles import fit, scratch_for
+from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.targets import Compiled
 
@@ -71,12 +72,12 @@ def test_memory_on_chip_is_read_from_the_kernel():
 
 def test_every_op_format_and_head_dim_is_compiled():
     for backend, plain in (("gpu", {"bfloat16", "float16"}), ("tpu", {"bfloat16", "float32"})):
-        found = {(one.op, one.format, one.per, one.head_dim) for one in chips.shapes(backend)}
+        found = {(one.op, one.format, one.per, one.head_dim, one.num_queries) for one in ops.shapes(backend)}
         scaled = {(format, per) for format in FORMATS for per in ("token", "channel")}
-        for op in chips.OPS:
+        for op, tokens in (("paged_attention", 1), ("paged_attention", 256), ("kv_write", 256)):
             for format, per in scaled | {(one, "") for one in plain}:
-                assert {(op, format, per, dim) for dim in (64, 128, 256)} <= found
-        assert {one.head_dim for one in chips.shapes(backend, (64,)) if not one.extra} == {64}
+                assert {(op, format, per, dim, tokens) for dim in (64, 128, 256)} <= found
+        assert {one.head_dim for one in ops.shapes(backend, (64,)) if not one.extra} == {64}
 
 
 def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
@@ -88,7 +89,7 @@ def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
         targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
     )
     found = targets.compile_for(TARGETS["H200"])
-    assert {one.shape for one in found} == set(chips.shapes("gpu"))
+    assert {one.shape for one in found} == set(ops.shapes("gpu"))
     assert {one.error for one in found} == {"", "Segmentation fault"}
     assert len(targets.failures(found)) == len(found) - 1
 
@@ -97,7 +98,7 @@ def test_spills_and_errors_fail_on_every_chip():
     assert not targets.failures([Compiled("H200", SHAPE, registers=200, spilled_bytes=0)])
     assert "no such instruction" in targets.failures([Compiled("B200", SHAPE, error="no such instruction")])[0]
     assert "spills 8 bytes" in targets.failures([Compiled("H100", SHAPE, registers=255, spilled_bytes=8)])[0]
-    wide = Shape("paged_prefill", "fp8", 256, "token")
+    wide = Shape("paged_attention", "fp8", 256, "token", num_queries=256)
     assert not targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=32)]), "where none is left"
     assert targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=40)])
 
@@ -109,11 +110,12 @@ def test_a_missing_compiler_is_the_answer(monkeypatch):
 
 def test_the_floor_is_the_live_bytes_over_the_bandwidth():
     """KERNELS' shape: 32 x 4,096 tokens of 8 heads, keys and values of 128 x 2 bytes."""
-    assert SHAPE.page_bytes == 536_870_912
+    attention, write = OPS["paged_attention"], OPS["kv_write"]
+    assert attention.floor_bytes(SHAPE) == 536_870_912
     assert Compiled("H200", SHAPE).floor_us == pytest.approx(111.8, abs=0.1)
-    assert Shape("paged_attention", "int8", 128, "token").page_bytes == 32 * 4096 * 8 * (2 * 128 + 2 * 4)
-    assert Shape("paged_attention", "int4", 128, "channel").page_bytes == 32 * 4096 * 8 * 128
-    assert Shape("kv_write", "bfloat16", 128).page_bytes == 32 * 256 * 8 * 2 * (2 * 128 * 2)
+    assert attention.floor_bytes(Shape("", "int8", 128, "token")) == 32 * 4096 * 8 * (2 * 128 + 2 * 4)
+    assert attention.floor_bytes(Shape("", "int4", 128, "channel")) == 32 * 4096 * 8 * 128
+    assert write.floor_bytes(Shape("", "bfloat16", 128, num_queries=256)) == 32 * 256 * 8 * 2 * (2 * 128 * 2)
 
 
 def test_bandwidths_are_those_that_kvlab_plans_with():
@@ -148,12 +150,11 @@ def test_a_case_that_does_not_lower_for_a_chip_is_named(monkeypatch, name, platf
     monkeypatch.setattr(compilers, "context_of", lambda target: contextlib.nullcontext())
     monkeypatch.setattr(compilers, "platforms_of", lambda target: {"lowering_platforms": (platform,)})
     target = TARGETS[name]
-    write, attend = (
-        next(one for one in lowering.cases(target, 0) if one.op == op) for op in ("kv_write", "paged_attention")
-    )
+    cases = lowering.cases(target, 0)
+    write, attend = (next(case for case in cases if case.op == op) for op in ("kv_write", "paged_attention"))
     kernels = {
-        "paged_attention": partial(paged_attention, implementation="reference"),
-        "kv_write": lambda keys, *rest: (jax.tree.map(planted.bind, keys), keys),
+        "paged_attention": proof.by_api(implementation="reference"),
+        "kv_write": lambda pages, *rest: jax.tree.map(planted.bind, pages),
     }
     found = list(lowering.lower(target, [attend, write], is_compiled=False, kernels=kernels))
     assert not found[0].error
@@ -217,8 +218,6 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
     """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227 KiB hold whatever `refusal` lets pass."""
     of_type = jnp.dtype(FORMATS.get(format, "bfloat16"))
     sizes = range(32, 257, 32)
-    pages = jnp.zeros((1, 1, 1, 2), of_type)
-    asked_pages = Quantised(pages, None, per) if format in FORMATS else pages
     num_held = 0
     for dim, value_dim, page_size, num_consumers in itertools.product(sizes, sizes, (8, 32, 64), (1, 2)):
         if gpu_refusal(Asked(format, page_size, (dim, value_dim), 1, per)) or (
@@ -231,9 +230,11 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
             assert num_consumers == 2, "refusal lets pass what is not held"  # of a chunk's two warpgroups one attends
             continue
         dtype = jnp.dtype(jnp.bfloat16)
-        scratch = scratch_for(
-            tiles, dim, value_dim, asked_pages, dtype, block_pages, num_consumers, with_page_mass, "hopper"
-        )
+        pools = [
+            jax.ShapeDtypeStruct((1, 1, 1, width // (1 + (format == "int4"))), of_type) for width in (dim, value_dim)
+        ]
+        pages = Pages(*(Quantised(pool, None, per) if format in FORMATS else pool for pool in pools))
+        scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_page_mass, "hopper")
         refs = [one for one in scratch.values() if hasattr(one, "dtype")]
         num_bytes = sum(-(-math.prod(one.shape) * jnp.dtype(one.dtype).itemsize // 1024) * 1024 for one in refs)
         assert num_bytes == tiles.num_bytes, (dim, value_dim, page_size, num_consumers)

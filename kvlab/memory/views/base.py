@@ -24,7 +24,7 @@ class View(Protocol):
 
     @classmethod
     def check(cls, state: State) -> None:
-        """Raises ValueError, with what would be legal, for a format that this kind of memory cannot hold."""
+        """Raises ValueError, with the reason, for a state in a format that this kind of memory cannot hold."""
         ...
 
     @classmethod
@@ -94,9 +94,7 @@ class Planned:
     @classmethod
     def check(cls, state: State) -> None:
         if any(array.per_page for array in state.arrays):
-            raise ValueError(
-                "must scale by token: a channel's scale is that of a whole page, and pages are filled in steps"
-            )
+            raise ValueError("a channel's scale is that of a whole page, and pages are filled in steps")
 
     @classmethod
     def share(cls, state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts) -> Any:
@@ -117,7 +115,7 @@ class PlannedTokens(Planned):
 
     def append(self, **tokens: Array) -> Self:
         slots = jnp.asarray(self.plan.write_slots)
-        return replace(self, pool=write_tokens(self.pool, slots, tokens))
+        return replace(self, pool=write_tokens(self.state, self.pool, slots, tokens))
 
     @property
     def slot_starts(self) -> Array:

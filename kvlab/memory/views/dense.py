@@ -22,7 +22,7 @@ class DenseTokens(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> HeadOutputs:
-        keys = stored(self.pool, "keys")
+        keys = stored(self.state, self.pool, "keys")
         rows = jnp.asarray(self.plan.pages)[:, 0]
 
         def to_rows(x: Array) -> Array:
@@ -32,7 +32,7 @@ class DenseTokens(PlannedTokens):
         seen = self.state.visible.sees(to_rows(positions)[:, :, None], slots)
         seen = seen & (slots < to_rows(self.slot_lens)[:, None, None])
         asked = queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries
-        values = tile_values(stored(self.pool, "values"))
+        values = tile_values(stored(self.state, self.pool, "values"))
         outputs = attend_densely(to_rows(asked), tile_values(keys), values, seen, scale=scale, soft_cap=soft_cap)
         return outputs.astype(queries.dtype).at[rows].get(mode="fill", fill_value=0)
 

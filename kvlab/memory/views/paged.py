@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
@@ -14,28 +13,10 @@ from kvlab.ledger.states import TokenState
 from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import Counts, HeadOutputs, Positions, Queries
-from pallas_kernels.formats import Pages
+from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention, plan_attention, takes_plan
 from pallas_kernels.paged_attention import Plan as AttentionPlan
-from pallas_kernels.paged_attention import paged_attention, plan_attention, takes_plan
-from pallas_kernels.paged_prefill import paged_prefill
 from pallas_kernels.selection import Asked
 from pallas_kernels.visible import Visible
-
-
-class Lists(NamedTuple):
-    """Which pages each sequence reads."""
-
-    table: Array
-    """[B, num_pages] physical pages."""
-    starts: Array
-    """[B, num_pages] the first slot of each; `NOWHERE` where unused."""
-    valid: Array | None = None
-    """[B, num_pages, page] which of their slots may be read; None: all."""
-
-    @staticmethod
-    def of(plan: ClassPlan) -> "Lists":
-        """What the ledger planned."""
-        return Lists(jnp.asarray(plan.pages), jnp.asarray(plan.page_starts))
 
 
 @jax.tree_util.register_dataclass
@@ -50,27 +31,33 @@ class PagedTokens(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> HeadOutputs:
-        pages = stored(self.pool, "keys"), stored(self.pool, "values")
-        return attend_pages(self, queries, pages, Lists.of(self.plan), scale=scale, soft_cap=soft_cap)
+        pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
+        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap)
+
+
+def lists_of(plan: ClassPlan) -> Lists:
+    """The pages that each sequence reads in a step."""
+    return Lists(jnp.asarray(plan.pages), jnp.asarray(plan.page_starts))
 
 
 def attend_pages(
     view: PlannedTokens,
     queries: Queries,
-    pages: tuple[Pages, Pages],
+    pages: Pages,
     lists: Lists,
     *,
     scale: float | None,
     soft_cap: float | None,
 ) -> HeadOutputs:
-    """Attention of a step's queries over pages of keys and values, in slots: a chunk of each sequence, or one token."""
-    visible: Visible = view.state.visible
-    options: dict[str, Any] = {"window": visible.window, "num_sinks": visible.num_sinks, "valid_slots": lists.valid}
-    options |= {"scale": scale, "soft_cap": soft_cap}
-    memory = queries, *pages, lists.table, lists.starts
-    if queries.shape[1] > 1:
-        return paged_prefill(*memory, view.slot_starts, view.counts, **options)[0]
-    return paged_attention(*memory, view.query_slots(1), view.slot_lens, plan=view.shared, **options)[0]
+    """Attention of a step's queries over pages, in slots: a chunk of each sequence, or one token, for which layers share a plan."""
+    num_tokens = queries.shape[1]
+    if num_tokens > 1:
+        places = chunk_positions(view.slot_starts, view.counts, num_tokens)
+    else:
+        places = view.query_slots(1), view.slot_lens
+    options: dict[str, Any] = {"visible": view.state.visible, "scale": scale, "soft_cap": soft_cap}
+    plan = view.shared if num_tokens == 1 else None
+    return paged_attention(queries, pages, lists, *places, plan=plan, **options)[0]
 
 
 def attention_plan(
@@ -88,14 +75,11 @@ def attention_plan(
     kind = spec.dtype if spec.format == "model" else spec.format
     if not is_taken(Asked(kind, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
         return None
-    visible = cast(Visible, spec.visible)
     return plan_attention(
-        jnp.asarray(plan.pages),
-        jnp.asarray(plan.page_starts),
+        lists_of(plan),
         starts[:, None],
         starts + counts,
         num_kv_heads=spec.num_kv_heads,
         page_size=state.page_size,
-        window=visible.window,
-        num_sinks=visible.num_sinks,
+        visible=cast(Visible, spec.visible),
     )

@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 
 from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
-from kvlab.memory.views.paged import Lists, attend_pages
+from kvlab.memory.views.paged import attend_pages, lists_of
 from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.pages import NOWHERE, Lists, Pages
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ class PagedRetrieval(PlannedTokens):
     ) -> HeadOutputs:
         """As `TokenView.attend`, over what `index_queries` [B, T, index_dim] select."""
         batch, num_tokens, num_heads, dim = queries.shape
-        lists = Lists.of(self.plan)
+        lists = lists_of(self.plan)
         index = self.pool["index"][lists.table][:, :, 0]  # [B, num_pages, page, index_dim]
         slots = lists.starts[:, :, None] + jnp.arange(index.shape[2], dtype=jnp.int32)[None, None, :]
         slots = slots.reshape(batch, 1, -1)
@@ -55,7 +55,7 @@ class PagedRetrieval(PlannedTokens):
         )
         chosen = selected.reshape(batch * num_tokens, *self.plan.pages.shape[1:], -1)
         narrow = _narrowed(by_query(lists.table), by_query(lists.starts), chosen, self.state.num_selected)
-        pages = stored(self.pool, "keys"), stored(self.pool, "values")
+        pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
         rows = queries.reshape(-1, 1, num_heads, dim)
         outputs = attend_pages(alone, rows, pages, narrow, scale=scale, soft_cap=soft_cap)
         return outputs.reshape(batch, num_tokens, num_heads, -1)

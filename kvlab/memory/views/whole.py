@@ -62,17 +62,8 @@ class WholeTokens(Appended):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> HeadOutputs:
-        keys, values = self.pool["keys"], self.values
-        visible = self.state.visible
-        return flash_attention(
-            queries,
-            keys,
-            values,
-            window=visible.window,
-            num_sinks=visible.num_sinks,
-            scale=scale,
-            soft_cap=soft_cap,
-        )
+        options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
+        return flash_attention(queries, self.pool["keys"], self.values, **options)
 
     @property
     def values(self) -> Array:

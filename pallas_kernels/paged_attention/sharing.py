@@ -1,7 +1,6 @@
 """What every kernel asks of XLA before and after: which pages are live, how to share them out, how to put parts together."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.formats import Pages, arrays_of, each_array
 from pallas_kernels.masking import NOWHERE
+from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.typing import Bool, Float, Int32, Shaped
+from pallas_kernels.visible import Visible
 
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""
@@ -27,29 +27,21 @@ def any_lists(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Arra
     a sequence of its own, over pools whose pages are single tiles. Nothing is copied."""
 
     @functools.wraps(run)
-    def for_any(queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens, **options: Any):
-        if page_table.ndim == 2:
-            return run(queries, key_pages, value_pages, page_table, page_starts, query_positions, kv_lens, **options)
+    def for_any(
+        queries: Array, pages: Pages, lists: Lists, query_positions: Array, kv_lens: Array, *rest: Any, **options: Any
+    ) -> tuple[Array, ...]:
+        if not lists.is_by_head:
+            return run(queries, pages, lists, query_positions, kv_lens, *rest, **options)
         batch, num_queries, num_heads, dim = queries.shape
-        num_kv_heads = key_pages.shape[1]
+        num_kv_heads = pages.num_kv_heads
         group = num_heads // num_kv_heads
-
-        def joined(x: Array) -> Array:
-            return x.reshape(batch * num_kv_heads, *x.shape[2:])
-
-        def tiles(pool: Pages) -> Pages:
-            return each_array(pool, lambda x: x.reshape(-1, 1, *x.shape[2:]))
-
-        if options.get("valid_slots") is not None:
-            options["valid_slots"] = joined(options["valid_slots"])
         rows = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
         answers = run(
-            joined(rows),
-            tiles(key_pages),
-            tiles(value_pages),
-            joined(page_table * num_kv_heads + jnp.arange(num_kv_heads, dtype=page_table.dtype)[None, :, None]),
-            joined(page_starts),
+            rows.reshape(batch * num_kv_heads, num_queries, group, dim),
+            pages.by_head(),
+            lists.by_sequence(num_kv_heads),
             *(jnp.repeat(x, num_kv_heads, axis=0) for x in (query_positions, kv_lens)),
+            *rest,
             **options,
         )
 
@@ -80,17 +72,16 @@ def tiled(x: Shaped[Array, "B T ..."], tile_len: int, fill: int) -> Shaped[Array
 
 
 def bounds(
-    query_positions: Int32[Array, "B T"], kv_lens: Int32[Array, "B"], window: int | None, tile_len: int
+    query_positions: Int32[Array, "B T"], kv_lens: Int32[Array, "B"], visible: Visible, tile_len: int
 ) -> tuple[Int32[Array, "B tiles tile_len"], Int32[Array, "B tiles tile_len"]]:
     """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing, nor does a
     query whose position is negative."""
-    first = jnp.zeros_like(query_positions) if window is None else query_positions - window + 1
-    first = jnp.where(query_positions < 0, NOWHERE, first)
+    first = jnp.where(query_positions < 0, NOWHERE, visible.earliest(query_positions))
     last = jnp.minimum(query_positions, kv_lens[:, None] - 1)
     return tiled(first, tile_len, NOWHERE), tiled(last, tile_len, -1)
 
 
-class Lists(NamedTuple):
+class Live(NamedTuple):
     """Pages in which some query of a tile sees something, then the others: with their first positions, how many are seen, and their
     valid slots."""
 
@@ -103,30 +94,34 @@ class Lists(NamedTuple):
 
 
 def live_pages(
-    page_table: Int32[Array, "B num_pages"],
-    page_starts: Int32[Array, "B num_pages"],
+    lists: Lists,
     first: Int32[Array, "B tiles T"],
     last: Int32[Array, "B tiles T"],
-    num_sinks: int,
     page_size: int,
-    window: int | None,
-    words: Int32[Array, "B num_pages words"] | None = None,
-) -> Lists:
+    visible: Visible,
+) -> Live:
     """What the queries of each tile see, and what nobody sees behind it.
 
-    A query sees positions [first, last], and sinks below its last; of a page, the slots that `words` says are valid (`packed`).
+    A query sees positions [first, last], and sinks below its last; of a page, the slots that the lists say are valid.
     """
-    starts = page_starts[:, None, :]
+    starts = lists.starts[:, None, :]
     live = starts <= last.max(axis=2)[:, :, None]
-    if window is not None:
-        live = live & ((starts + page_size > first.min(axis=2)[:, :, None]) | (starts < num_sinks))
+    if visible.span is not None:
+        live = live & ((starts + page_size > first.min(axis=2)[:, :, None]) | (starts < visible.num_sinks))
+    words = None if lists.valid is None else packed(lists.valid)
     if words is not None:
         live = live & (words != 0).any(axis=2)[:, None, :]
     order = jnp.argsort(~live, axis=2, stable=True)
-    pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (page_table, page_starts))
+    pages, starts = (jnp.take_along_axis(x[:, None, :], order, axis=2) for x in (lists.table, lists.starts))
     if words is not None:
         words = jnp.take_along_axis(words[:, None], order[..., None], axis=2)
-    return Lists(pages, starts, live.sum(axis=2, dtype=jnp.int32), words, order)
+    return Live(pages, starts, live.sum(axis=2, dtype=jnp.int32), words, order)
+
+
+def whole_of(first: Int32[Array, "items T"], last: Int32[Array, "items T"]) -> list[Int32[Array, "items"]]:
+    """The positions [whole[0], whole[1]] that every query of an item sees, those that see nothing apart; and the last that any sees."""
+    seeing = last >= 0
+    return [jnp.where(seeing, first, 0).max(axis=1), jnp.where(seeing, last, NOWHERE).min(axis=1), last.max(axis=1)]
 
 
 def page_mass(
@@ -144,14 +139,13 @@ def page_mass(
     return jnp.take_along_axis(shares, places, axis=-2).swapaxes(-1, -2)
 
 
-def cost(key_pages: Pages, value_pages: Pages, num_tokens: int, num_rows: int) -> pl.CostEstimate:
+def cost(pages: Pages, num_tokens: int, num_rows: int) -> pl.CostEstimate:
     """What a scheduler is told of a kernel that has `num_rows` queries attend to each of `num_tokens` listed, over all heads."""
-    num_slots = math.prod(key_pages.shape[:3])
-    num_bytes = sum(one.size * one.dtype.itemsize for pool in (key_pages, value_pages) for one in arrays_of(pool))
+    num_slots = pages.num_pages * pages.num_kv_heads * pages.page_size
     return pl.CostEstimate(
-        flops=2 * num_tokens * num_rows * (key_pages.shape[3] + value_pages.shape[3]),
+        flops=2 * num_tokens * num_rows * sum(pages.head_dims),
         transcendentals=num_tokens * num_rows,
-        bytes_accessed=num_bytes * num_tokens // num_slots,
+        bytes_accessed=pages.num_bytes * num_tokens // num_slots,
     )
 
 

@@ -14,18 +14,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.debug import debugging
-from pallas_kernels.paged_attention import blocked as paged_blocked
-from pallas_kernels.paged_attention import pages as paged_pages
-from pallas_kernels.paged_attention import proof
-from pallas_kernels.paged_attention import tpu as paged_tpu
-from pallas_kernels.paged_attention.proof import generated
-from pallas_kernels.paged_prefill import gpu, paged_prefill, tpu
+from pallas_kernels.masking import Scoring
+from pallas_kernels.paged_attention import Lists, Pages, blocked, chunk_positions, gpu, proof, sharing, tpu
+from pallas_kernels.paged_attention.cases import generated
 from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers
 
 CASES: dict[str, dict[str, Any]] = {
     "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
     "window, sinks, soft cap": {"lengths": [33, 9], "num_queries": 20, "group": 4, "window": 7, "sinks": 2, "cap": 5.0},
     "int8": {"lengths": [100], "num_queries": 70, "group": 1, "format": "int8", "page_size": 32, "dims": (32, 32)},
+    "each query in its own 24 tokens": {"lengths": [70, 9, 0], "num_queries": 40, "group": 2, "chunk": 24},
+    "two blocks of a chunk of 100 tokens, no page mass": {
+        "lengths": [250],
+        "num_queries": 80,
+        "group": 1,
+        "chunk": 100,
+        "with_mass": False,
+        "dims": (32, 64),
+    },
     "lists of each head, slots that are not valid": {
         "lengths": [50, 7],
         "num_queries": 35,
@@ -76,15 +82,15 @@ class TestBlocked(Contract):
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(paged_blocked, "BLOCK_LEN", 16)
+        monkeypatch.setattr(blocked, "BLOCK_LEN", 16)
 
     def prefill(self, number=0):
-        return partial(paged_prefill, implementation="blocked")
+        return proof.by_api(implementation="blocked")
 
 
 class TestReference(TestBlocked):
     def prefill(self, number=0):
-        return partial(paged_prefill, implementation="reference")
+        return proof.by_api(implementation="reference")
 
 
 class TestGPU(Contract):
@@ -105,7 +111,7 @@ class TestGPU(Contract):
         """With few stages and pieces, so that the ring turns and short sequences are split."""
         how = plgpu.InterpretGPUParams(detect_races=True)
         chip = ("hopper", "blackwell")[number % 2]
-        return partial(gpu.paged_prefill, interpret=how, chip=chip, num_pieces=num_pieces, max_stages=max_stages)
+        return partial(gpu.paged_attention, interpret=how, chip=chip, num_pieces=num_pieces, max_stages=max_stages)
 
     @named(CHUNK_CASES, "one tile", "int8")
     def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
@@ -138,11 +144,11 @@ class TestGPU(Contract):
         queries, keys, values = (
             jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((1, 70, 1, 32), *2 * [(3, 1, 64, 32)])
         )
-        table, starts = jnp.array([[2, 1]], jnp.int32), jnp.array([[0, 64]], jnp.int32)
-        asked = queries, keys, values, table, starts, jnp.array([100]), jnp.array([3])
-        options: dict[str, Any] = {"window": None, "num_sinks": 0, "soft_cap": None, "scale": 0.2}
-        outputs, sums, mass = self.prefill()(*asked, with_page_mass=True, **options)
-        wanted = paged_prefill(*asked, with_page_mass=True, implementation="reference", **options)
+        lists = Lists(jnp.array([[2, 1]], jnp.int32), jnp.array([[0, 64]], jnp.int32))
+        asked = queries, Pages(keys, values), lists, *chunk_positions(jnp.array([100]), jnp.array([3]), 70)
+        scoring = Scoring(0.2, with_page_mass=True)
+        outputs, sums, mass = self.prefill()(*asked, scoring)
+        wanted = proof.by_api(implementation="reference")(*asked, scoring)
         np.testing.assert_allclose(np.float32(outputs[:, :3]), np.float32(wanted[0][:, :3]), atol=4e-3)
         assert not outputs[:, 3:].any()
         assert (sums[:, 3:] == -jnp.inf).all()
@@ -152,7 +158,7 @@ class TestGPU(Contract):
     @pytest.mark.parametrize(("dtype", "cap"), [("bfloat16", None), ("float16", 3.0)])
     def test_a_list_that_is_not_cut_leaves_the_type_of_its_queries(self, dtype, cap, monkeypatch, capfd):
         """Of many blocks, so that products and softmax of two run at once."""
-        monkeypatch.setattr(paged_pages, "ENOUGH", 1)
+        monkeypatch.setattr(sharing, "ENOUGH", 1)
         case = {"lengths": [300], "num_queries": 70, "group": 1, "kv_heads": 1, "dims": (32, 32), "page_size": 64}
         self.check(self.prefill(num_pieces=1, max_stages=3), prefill=True, dtype=dtype, cap=cap, **case)
         assert "RACE" not in capfd.readouterr().out
@@ -160,18 +166,24 @@ class TestGPU(Contract):
     def test_two_warpgroups_attend_where_rows_abound(self, monkeypatch):
         asked = []
         monkeypatch.setattr(gpu, "in_tiles", lambda *_, **options: asked.append(options["num_consumers"]) or ())
-        for tokens, value_dim, chip in (
-            (40, 64, "hopper"),
-            (30, 64, "hopper"),
-            (40, 64, "blackwell"),
-            (40, 192, "hopper"),
+        for tokens, value_dim, chip, with_mass, has_valid in (
+            (40, 64, "hopper", False, False),
+            (30, 48, "hopper", False, False),
+            (40, 64, "blackwell", False, False),
+            (40, 192, "hopper", False, False),
+            (40, 128, "hopper", False, False),
+            (40, 128, "hopper", True, False),
+            (40, 128, "hopper", False, True),
+            (40, 64, "hopper", True, True),
         ):
             keys, values = (jnp.zeros((3, 1, 8, dim), jnp.bfloat16) for dim in (64, value_dim))
-            zeros = jnp.zeros(1, jnp.int32)
             table = jnp.zeros((1, 2), jnp.int32)
+            lists = Lists(table, table, jnp.ones((1, 2, 8), bool) if has_valid else None)
             queries = jnp.zeros((1, tokens, 2, 64), jnp.bfloat16)
-            gpu.paged_prefill(queries, keys, values, table, table, zeros, zeros, chip=chip)
-        assert asked == [2, 1, 1, 1]
+            positions = chunk_positions(jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), tokens)
+            scoring = Scoring(0.1, with_page_mass=with_mass)
+            gpu.paged_attention(queries, Pages(keys, values), lists, *positions, scoring, chip=chip)
+        assert asked == [2, 1, 1, 1, 2, 1, 1, 2], "registers do not suffice for more"
 
 
 class TestTPU(Contract):
@@ -184,15 +196,15 @@ class TestTPU(Contract):
 
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(paged_tpu, "BLOCK_LEN", 16)
-        monkeypatch.setattr(paged_tpu, "ROWS", 8)
+        monkeypatch.setattr(tpu, "BLOCK_LEN", 16)
+        monkeypatch.setattr(tpu, "ROWS", 8)
         yield
         pltpu.reset_tpu_interpret_mode_state()
 
     @named(CHUNK_CASES, "one tile", "int8")
     def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
         """And nothing else: queries come through the grid."""
-        monkeypatch.setattr(paged_tpu, "ROWS", 64)
+        monkeypatch.setattr(tpu, "ROWS", 64)
         ledger = Fetched()
         ledger.count_copies(monkeypatch)
         assert ledger.of_chunk(self.check, self.prefill(), case, 64 // case["group"]) == 0
@@ -210,25 +222,21 @@ class TestTPU(Contract):
             uninitialized_memory="nan",
             out_of_bounds_reads="raise",
         )
-        return partial(tpu.paged_prefill, interpret=how)
+        return partial(tpu.paged_attention, interpret=how)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"query_starts": jnp.zeros(1)}, "query_starts of float32: must be int32"),
-        ({"query_lens": jnp.ones(2, jnp.int32)}, r"query_lens = \(2,\): must be \(1,\)"),
-        ({"query_starts": jnp.ones((1, 2), jnp.int32)}, r"query_starts = \(1, 2\): must be \(1,\)"),
-        (
-            {"implementation": "mosaic_tpu"},
-            "paged_prefill: implementation = 'mosaic_tpu' cannot run here: it needs a TPU",
-        ),
+        ({"query_lens": jnp.ones(2, jnp.int32)}, r"query_lens = \(2,\): must be \[B\], the same for both"),
+        ({"query_starts": jnp.ones((1, 2), jnp.int32)}, r"query_starts = \(1, 2\): must be \[B\]"),
     ],
 )
 def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
-        paged_prefill(**_arguments(**changes))
+        chunk_positions(**CHUNK | changes)
 
 
 @pytest.mark.parametrize(
@@ -239,20 +247,13 @@ def test_wrong_arguments_name_the_limit(changes, message, monkeypatch):
     ],
 )
 def test_chunks_that_cannot_be_are_refused_while_debugging(changes, message):
-    paged_prefill(**_arguments(**changes))  # harmless
-    with debugging(), pytest.raises(ValueError, match="paged_prefill: " + message):
-        paged_prefill(**_arguments(**changes))
+    chunk_positions(**CHUNK | changes)  # harmless
+    with debugging(), pytest.raises(ValueError, match=message):
+        chunk_positions(**CHUNK | changes)
 
 
-def _arguments(**changes):
-    pool, table = jnp.zeros((3, 2, 4, 8)), jnp.zeros((1, 2), jnp.int32)
-    arguments: dict[str, Any] = {
-        "queries": jnp.zeros((1, 3, 4, 8)),
-        "key_pages": pool,
-        "value_pages": pool,
-        "page_table": table,
-        "page_starts": table,
-        "query_starts": jnp.zeros(1, jnp.int32),
-        "query_lens": jnp.ones(1, jnp.int32),
-    }
-    return arguments | changes
+CHUNK: dict[str, Any] = {
+    "query_starts": jnp.zeros(1, jnp.int32),
+    "query_lens": jnp.ones(1, jnp.int32),
+    "num_queries": 3,
+}

@@ -6,50 +6,50 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tuning
-from pallas_kernels.bench import clock
+from pallas_kernels import tiles
+from pallas_kernels.bench import clock, tuning
 from pallas_kernels.bench.paged import bucket_of, make_inputs
 from pallas_kernels.bench.problems import PROBLEMS
-from pallas_kernels.paged_attention import api, paged_attention
+from pallas_kernels.paged_attention import Lists, api, paged_attention
 
-BUCKET = tuning.bucket("paged_attention", "bfloat16", "", (128, 128), 4, 64, (3, 1, 4096))
+BUCKET = tiles.bucket("paged_attention", "bfloat16", "", (128, 128), 4, 64, (3, 1, 4096))
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PALLAS_KERNELS_TILES", str(tmp_path / "deep" / "tiles.json"))
-    return tuning.cache_path()
+    return tiles.cache_path()
 
 
 def test_sizes_share_a_bucket_up_to_the_next_power_of_two():
-    of = lambda *sizes: tuning.bucket("paged_attention", "int8", "token", (64, 64), 1, 64, sizes)  # noqa: E731
+    of = lambda *sizes: tiles.bucket("paged_attention", "int8", "token", (64, 64), 1, 64, sizes)  # noqa: E731
     assert of(3, 1, 4000) == of(4, 1, 4096) != of(5, 1, 4096)
     assert "int8 by token" in of(1, 1, 1)
 
 
 def test_what_is_found_is_remembered_for_this_device_and_jax(cache):
-    assert tuning.lookup("blocked", BUCKET) == {}
+    assert tiles.lookup("blocked", BUCKET) == {}
     tuning.remember(cache, "blocked", BUCKET, {"block_len": 128})
     tuning.remember(cache, "blocked", "another", {"block_len": 512})
-    assert tuning.lookup("blocked", BUCKET) == {"block_len": 128}
-    assert tuning.lookup("mosaic_gpu", BUCKET) == {}
+    assert tiles.lookup("blocked", BUCKET) == {"block_len": 128}
+    assert tiles.lookup("mosaic_gpu", BUCKET) == {}
     found = json.loads(cache.read_text())
     assert list(found[jax.devices()[0].device_kind]) == [jax.__version__]
     tuning.remember(cache, "blocked", BUCKET, {})
-    assert tuning.lookup("blocked", BUCKET) == {}
-    assert tuning.lookup("blocked", "another") == {"block_len": 512}
+    assert tiles.lookup("blocked", BUCKET) == {}
+    assert tiles.lookup("blocked", "another") == {"block_len": 512}
 
 
 def test_what_is_committed_holds_for_any_jax_and_gives_way_to_what_was_found_here(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning, "COMMITTED", tmp_path / "committed.json")
-    tuning.remember(tuning.COMMITTED, "blocked", BUCKET, {"block_len": 512}, "any")
-    assert tuning.lookup("blocked", BUCKET) == {"block_len": 512}
+    monkeypatch.setattr(tiles, "COMMITTED", tmp_path / "committed.json")
+    tuning.remember(tiles.COMMITTED, "blocked", BUCKET, {"block_len": 512}, "any")
+    assert tiles.lookup("blocked", BUCKET) == {"block_len": 512}
     tuning.remember(cache, "blocked", BUCKET, {"block_len": 128})
-    assert tuning.lookup("blocked", BUCKET) == {"block_len": 128}
+    assert tiles.lookup("blocked", BUCKET) == {"block_len": 128}
 
 
 def test_the_committed_file_can_be_read():
-    assert isinstance(tuning._choices(tuning.COMMITTED), dict)
+    assert isinstance(tiles.choices(tiles.COMMITTED), dict)
 
 
 @pytest.mark.parametrize(
@@ -66,30 +66,25 @@ def test_a_file_that_is_none_is_named(cache, text):
     cache.write_text(text)
     said = r"deep/tiles.json: not a file of tile sizes .*delete it, or set PALLAS_KERNELS_TILES"
     with pytest.warns(UserWarning, match=said):
-        assert tuning.lookup("blocked", BUCKET) == {}
+        assert tiles.lookup("blocked", BUCKET) == {}
 
 
 @pytest.mark.parametrize(
-    ("implementation", "tiles", "message"),
+    ("implementation", "sizes", "message"),
     [
         ("blocked", {"foo": 3}, "must be positive whole numbers for block_len"),
         ("blocked", {"block_len": 0}, "must be positive whole numbers for block_len"),
         ("reference", {"block_len": 16}, "of reference: it has none"),
     ],
 )
-def test_tile_sizes_that_are_none_are_refused(implementation, tiles, message):
-    inputs = make_inputs(PROBLEMS["tiny"][0])
-    arrays = (
-        inputs.queries,
-        inputs.keys,
-        inputs.values,
-        inputs.tables[0],
-        inputs.starts[0],
-        inputs.positions,
-        inputs.lens,
-    )
+def test_tile_sizes_that_are_none_are_refused(implementation, sizes, message):
     with pytest.raises(ValueError, match=message):
-        paged_attention(*arrays, tiles=tiles, implementation=implementation)
+        paged_attention(*asked(make_inputs(PROBLEMS["tiny"][0])), tiles=sizes, implementation=implementation)
+
+
+def asked(inputs):
+    """What `paged_attention` is given of a problem's inputs."""
+    return inputs.queries, inputs.pages, Lists(inputs.tables[0], inputs.starts[0]), inputs.positions, inputs.lens
 
 
 def test_a_search_takes_the_fastest_and_nothing_that_gains_little():
@@ -106,29 +101,21 @@ def test_a_search_takes_the_fastest_and_nothing_that_gains_little():
 
 
 def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
-    asked = []
+    taken = []
     real = api.IMPLEMENTATIONS["blocked"]
     monkeypatch.setitem(
         api.IMPLEMENTATIONS,
         "blocked",
-        lambda *arrays, **how: asked.append(how.get("block_len")) or real(*arrays, **how),
+        lambda *arrays, **how: taken.append(how.get("block_len")) or real(*arrays, **how),
     )
     problem = PROBLEMS["tiny"][0]
     inputs = make_inputs(problem)
-    arrays = (
-        inputs.queries,
-        inputs.keys,
-        inputs.values,
-        inputs.tables[0],
-        inputs.starts[0],
-        inputs.positions,
-        inputs.lens,
-    )
+    arrays = asked(inputs)
     plain = paged_attention(*arrays)[0]
-    tuning.remember(cache, "blocked", bucket_of(problem, inputs), {"block_len": 16})
+    tuning.remember(cache, "blocked", bucket_of(inputs), {"block_len": 16})
     tuned = paged_attention(*arrays)[0]
     named = paged_attention(*arrays, tiles={"block_len": 32})[0]
-    assert asked == [None, 16, 32]
+    assert taken == [None, 16, 32]
     for one in (tuned, named):
         assert jnp.allclose(one.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02)
 
@@ -140,5 +127,5 @@ def test_the_command_searches_every_problem(cache, monkeypatch, capsys):
     assert tuning.main() == 0
     said = capsys.readouterr().out
     problem = PROBLEMS["tiny"][0]
-    assert bucket_of(problem, make_inputs(problem)) in said
+    assert bucket_of(make_inputs(problem)) in said
     assert cache.exists()

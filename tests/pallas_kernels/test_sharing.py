@@ -8,10 +8,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention import pages
+from pallas_kernels.paged_attention import sharing
 
 LISTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
-cut = jax.jit(pages.split, static_argnums=(1, 2, 3))
+cut = jax.jit(sharing.split, static_argnums=(1, 2, 3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -45,7 +45,7 @@ def test_parts_merge_to_the_softmax_over_all(cuts, seed):
         empty = begin == end
         outputs.append(np.full(4, np.nan) if empty else weights @ values[begin:end] / weights.sum())
         sums.append(np.nan if empty else np.log(weights.sum()) + scores.max())
-    merged, log_sum_exp = pages.merge(
+    merged, log_sum_exp = sharing.merge(
         jnp.array(outputs, jnp.float32)[:, None, None],
         jnp.array(sums, jnp.float32)[:, None, None],
         jnp.array(made, jnp.int32),
@@ -60,6 +60,6 @@ def test_lists_of_nothing_give_nothing():
     made = cut(jnp.zeros(3, jnp.int32), 1, 4, 8)
     assert not made[:, 2].any()
     outputs = jnp.full((len(made), 1, 1, 2), jnp.nan)
-    merged, log_sum_exp = pages.merge(outputs, outputs[..., 0], made, 3)
+    merged, log_sum_exp = sharing.merge(outputs, outputs[..., 0], made, 3)
     assert not merged.any()
     assert (log_sum_exp == -jnp.inf).all()

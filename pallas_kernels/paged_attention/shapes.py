@@ -1,0 +1,69 @@
+"""What paged attention is compiled for on absent chips: 32 sequences of 4,096 tokens, 32 query heads on 8 KV heads."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Call, Shape, Target, formats_of, stored_as
+from pallas_kernels.formats import FORMATS
+from pallas_kernels.masking import Scoring
+from pallas_kernels.pages import Lists, Pages
+from pallas_kernels.visible import Visible
+
+BATCH, CONTEXT, HEADS, KV_HEADS, CHUNK = 32, 4096, 32, 8, 256
+
+
+def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
+    """Every format and head dim, decoding and in chunks of 256 tokens; then what may be asked for beside: "lists" of each KV head with
+    valid slots, "valid" slots alone, page "mass", "options" (a window, sinks, a soft cap), a mask of "chunk"s of 1,024 tokens."""
+
+    def more(extra: str, format: str = "bfloat16", per: str = "", num_queries: int = 1) -> Shape:
+        return Shape("paged_attention", format, 128, per, extra, num_queries)
+
+    return [
+        *(
+            Shape("paged_attention", format, dim, per, num_queries=num_queries)
+            for num_queries in (1, CHUNK)
+            for format, per in formats_of(backend)
+            for dim in dims
+        ),
+        *(more(extra) for extra in ("lists", "mass", "options", "chunk")),
+        *(more(extra, "int8", per) for per in ("token", "channel") for extra in ("mass", "options")),
+        *(more(extra, num_queries=CHUNK) for extra in ("lists", "valid", "mass", "options", "chunk")),
+    ]
+
+
+def floor_bytes(shape: Shape) -> int:
+    """Keys and values that must move: live bytes once, with their scales."""
+    bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4}.get(shape.format, 16)
+    a_token = 2 * shape.head_dim * bits // 8 + (2 * 4 if shape.per == "token" else 0)
+    return BATCH * CONTEXT * KV_HEADS * a_token
+
+
+def call(shape: Shape, target: Target, sharding: Any) -> Call:
+    """The kernel of a target on arrays of a shape."""
+    page_size = 64 if target.backend == "gpu" else 128
+    table_len = CONTEXT // page_size
+
+    def array(*dims: int, of: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
+
+    pool = stored_as(shape.format, shape.per, (BATCH * table_len + 1, KV_HEADS, page_size, shape.head_dim), sharding)
+    visible = {"options": Visible(1024, 4), "chunk": Visible(chunk=1024)}.get(shape.extra, Visible())
+    soft_cap = 30.0 if shape.extra == "options" else None
+    scoring = Scoring(shape.head_dim**-0.5, soft_cap, visible, shape.extra == "mass")
+    lists = (BATCH, KV_HEADS, table_len) if shape.extra == "lists" else (BATCH, table_len)
+    valid = array(*lists, page_size, of=jnp.bool) if shape.extra in ("lists", "valid") else None
+    dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
+    arrays = (
+        array(BATCH, shape.num_queries, HEADS, shape.head_dim, of=dtype),
+        Pages(pool, pool),
+        Lists(array(*lists), array(*lists), valid),
+        array(BATCH, shape.num_queries),
+        array(BATCH),
+    )
+    kernel = import_module(f"pallas_kernels.paged_attention.{target.backend}").paged_attention
+    return Call(lambda *arrays: kernel(*arrays, scoring, **target.options), arrays)
