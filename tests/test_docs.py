@@ -19,6 +19,7 @@ from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
+from pallas_kernels.ops import Op
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import write_folder
 
@@ -54,6 +55,24 @@ def test_the_recipe_for_a_format_holds(monkeypatch):
     monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
     monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
     exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
+
+
+def test_the_recipe_for_a_kernel_holds(monkeypatch):
+    """docs/adding-a-kernel.md: the op is built from the page itself, registered by its line, and does what it must."""
+    page = (ROOT / "docs" / "adding-a-kernel.md").read_text()
+    api, reference, registry_line, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    modules = {}
+    for name, source in (("", ""), (".reference", reference), (".api", api)):
+        module = modules[name] = types.ModuleType(f"pallas_kernels.page_bounds{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(source, "docs/adding-a-kernel.md", "exec"), module.__dict__)
+        modules[""].__dict__[name.removeprefix(".")] = module
+    op = eval(registry_line.strip().rstrip(","), {"Op": Op, "page_bounds": modules[".api"]})
+    assert op.available() == ["reference"]
+    written: dict = {}
+    exec(compile(demands, "docs/adding-a-kernel.md", "exec"), written)
+    (demand,) = (value for name, value in written.items() if name.startswith("test_"))
+    demand()
 
 
 def test_the_ledgers_page_runs():
