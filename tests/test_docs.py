@@ -23,6 +23,7 @@ from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from kvlab.tasks import TASKS
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
+from pallas_kernels.ops import Op
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
@@ -82,11 +83,28 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     config = compose(["task=parity", "mixer=mamba2"])
     assert (config.model.num_layers, config.train.num_steps, config.optimizer.learning_rate) == (2, 800, 0.003)
     assert config.task == module.ParityConfig()
-    assert (
-        compose(["task=parity", "model=mqar"]).model.num_layers == 2
-    )  # the group's file wins only where it says something
+    # The group's file wins only where it says something.
+    assert compose(["task=parity", "model=mqar"]).model.num_layers == 2
     tiny = compose(["task=parity", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=12", "task.test_len=20"])
     assert execute(tiny) == "done"
+
+
+def test_the_recipe_for_a_kernel_holds(monkeypatch):
+    """docs/adding-a-kernel.md: the op is built from the page itself, registered by its line, and does what it must."""
+    page = (ROOT / "docs" / "adding-a-kernel.md").read_text()
+    api, reference, registry_line, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    modules = {}
+    for name, source in (("", ""), (".reference", reference), (".api", api)):
+        module = modules[name] = types.ModuleType(f"pallas_kernels.page_bounds{name}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(compile(source, "docs/adding-a-kernel.md", "exec"), module.__dict__)
+        modules[""].__dict__[name.removeprefix(".")] = module
+    op = eval(registry_line.strip().rstrip(","), {"Op": Op, "page_bounds": modules[".api"]})
+    assert op.available() == ["reference"]
+    written: dict = {}
+    exec(compile(demands, "docs/adding-a-kernel.md", "exec"), written)
+    (demand,) = (value for name, value in written.items() if name.startswith("test_"))
+    demand()
 
 
 def test_the_ledgers_page_runs():
