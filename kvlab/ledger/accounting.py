@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.stores import Holding
+from kvlab.ledger.store import Holding
 
 SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared")
 PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")
@@ -20,7 +20,7 @@ PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahe
 class Account:
     """Bytes of one class's pool, or of several added up; `PARTS` sum to `pool` exactly.
 
-    live: tokens in live(n) of some sequence, counted once, and recurrent states · cached: pages held by the index or by hits
+    live: tokens in live(n) of some sequence, counted once, what compaction left of them, and recurrent states · cached: pages held by the index or by hits
     alone · tail: slots of held pages without a committed token · dead: slots held outside every live(n) · duplicate: sealed
     pages identical to an indexed one (none: they are given up for it, which `invariants` checks) · lookahead: speculative slots of steps in flight ·
     reserved: the part of a contiguous reservation that its sequence will still use · scale: quantisation scales of held pages ·
@@ -142,12 +142,13 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
             live[physical] = written[physical] = True
             continue
         logical = np.fromiter(holding.pages, np.int64, len(holding.pages))
-        positions = logical[:, None] * state.page_size + offsets
-        for run in state.spec.live(length):
-            live[physical] |= (positions >= run.start) & (positions < run.stop)
-        written[physical] |= positions < length
-        first = length + num_new
-        speculative[physical] |= (positions >= first) & (positions < first + lookahead)
+        held_slots = logical[:, None] * state.page_size + offsets
+        num_stored = length - holding.dropped
+        for run in state.spec.live(num_stored):
+            live[physical] |= (held_slots >= run.start) & (held_slots < run.stop)
+        written[physical] |= held_slots < num_stored
+        first = num_stored + num_new
+        speculative[physical] |= (held_slots >= first) & (held_slots < first + lookahead)
     in_tables = set(np.flatnonzero(num_tables).tolist())
     alone = set(indexed) - in_tables
     counted = num_tables > 0

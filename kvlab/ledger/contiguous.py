@@ -9,7 +9,7 @@ from kvlab.ledger.answers import Never, Wait
 from kvlab.ledger.classes import RESERVATIONS, Lengths, StateClass
 from kvlab.ledger.plan import Ints
 from kvlab.ledger.prefix import PrefixIndex
-from kvlab.ledger.stores import Holding, Store
+from kvlab.ledger.store import Holding, Store
 
 
 class Buddy:

@@ -68,7 +68,7 @@ def test_a_donated_write_copies_nothing(dtype, num_tokens):
     new = jnp.asarray(np.random.default_rng(0).integers(0, 3, (rows, num_tokens, 2, 32)), dtype)
 
     def write(pool, slots, new):
-        return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots), new, new)
+        return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots, slots), new, new)
 
     stored = dtype if jnp.dtype(dtype).itemsize > 1 else "uint8"
     pool = {name: jnp.zeros(shape, stored) for name in ("keys", "values")}
