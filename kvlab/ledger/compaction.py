@@ -1,7 +1,7 @@
 """Sequences that store fewer slots than they have tokens: which pages they keep, and where what is kept is packed.
 
-The device packs the slots that stay to the front of whole pages; the pages behind return at once. A sequence writes no page
-that somebody else or the index holds: where it has too few of its own, it is given others.
+The device packs the slots that stay to the front of whole pages; the pages behind return at once. A sequence writes no
+page that somebody else or the index holds: where it has too few of its own, it is given others.
 """
 
 import operator
@@ -20,7 +20,8 @@ from kvlab.ledger.tracked import Tracked
 from kvlab.ledger.trie import CachedPage
 
 type Stored = Mapping[str | int, int]
-"""Slots that a sequence stores from now on, by the name or the number of a class; a class that is left out stays as it is."""
+"""Slots that a sequence stores from now on, by the name or the number of a class; a class that is left out stays as it
+is."""
 
 
 class Shortened(NamedTuple):
@@ -39,8 +40,8 @@ class Shortened(NamedTuple):
 
 
 def kept_slots(classes: Sequence[StateClass], held: Tracked, length: int, stored: Stored) -> dict[int, int]:
-    """Slots to keep by class number, for a sequence of `length` tokens; classes that would keep all are left out. Raises
-    ValueError for a class that there is not, or that is never compacted, and for counts out of range."""
+    """Slots to keep by class number, for a sequence of `length` tokens; classes that would keep all are left out.
+    Raises ValueError for a class that there is not, or that is never compacted, and for counts out of range."""
     numbers, kept = {state.name: number for number, state in enumerate(classes)}, dict[int, int]()
     for key, value in stored.items():
         number = numbers.get(key) if isinstance(key, str) else operator.index(key)
@@ -85,10 +86,10 @@ def compact(stores: Stores, sequences: Sequence[tuple[Tracked, Mapping[int, int]
             wanted[number].append(Shortened(row, held, held.holdings[number], keep))
     missing, given_up = [[0] * len(each) for each in wanted], list[CachedPage]()
     for number, each in enumerate(wanted):
-        missing[number] = [_num_missing(_paged(stores, number), one) for one in each]
+        missing[number] = [_num_missing(_paged(stores, number), shortened) for shortened in each]
         short = sum(missing[number]) - stores[number].num_available
-        for place, one in enumerate(each):
-            found = _reclaimable(_paged(stores, number), one, min(short, missing[number][place]))
+        for place, shortened in enumerate(each):
+            found = _reclaimable(_paged(stores, number), shortened, min(short, missing[number][place]))
             missing[number][place] -= len(found)
             short -= len(found)
             given_up += found
@@ -111,17 +112,17 @@ def _packed(
     state, fresh = stores.classes[number], iter(taken)
     pages, destinations = [[[] for _ in range(num_rows)] for _ in range(2)]
     stored, keep = np.zeros((2, num_rows), np.int32)
-    for one, num_fresh in zip(wanted, missing, strict=True):  # all of them before any page is let go
+    for shortened, num_fresh in zip(wanted, missing, strict=True):  # all of them before any page is let go
         store = _paged(stores, number)
         given = [next(fresh) for _ in range(num_fresh)]
-        pages[one.row] = list(one.holding.pages.values())
-        destinations[one.row] = (_own(store, one.holding) + given)[: _num_pages(store, one.keep)]
-        stored[one.row], keep[one.row] = one.num_stored, one.keep
-    for one in wanted:
+        pages[shortened.row] = list(shortened.holding.pages.values())
+        destinations[shortened.row] = (_own(store, shortened.holding) + given)[: _num_pages(store, shortened.keep)]
+        stored[shortened.row], keep[shortened.row] = shortened.num_stored, shortened.keep
+    for shortened in wanted:
         store = _paged(stores, number)
-        stores.counters.dropped_slots += one.num_stored - one.keep
-        store.repack(one.holding, destinations[one.row])
-        store.shorten(one.holding, one.held.length, one.keep)
+        stores.counters.dropped_slots += shortened.num_stored - shortened.keep
+        store.repack(shortened.holding, destinations[shortened.row])
+        store.shorten(shortened.holding, shortened.held.length, shortened.keep)
     return ClassCompaction(_padded(pages, state.unused_page), _padded(destinations, state.num_pages), stored, keep)
 
 
@@ -141,16 +142,17 @@ def _own(store: PageStore, holding: Holding) -> list[int]:
     return [page for page in holding.pages.values() if store.refs[page] == 1]
 
 
-def _num_missing(store: PageStore, one: Shortened) -> int:
+def _num_missing(store: PageStore, shortened: Shortened) -> int:
     """Pages that a sequence must be given to have enough of its own."""
-    return max(0, _num_pages(store, one.keep) - len(_own(store, one.holding)))
+    return max(0, _num_pages(store, shortened.keep) - len(_own(store, shortened.holding)))
 
 
-def _reclaimable(store: PageStore, one: Shortened, count: int) -> list[CachedPage]:
-    """Up to `count` pages of a sequence that only the index holds as well, last first: given up when pages are short, so that a
-    sequence can always go on. A page on which cached ones build stays; those that `take` will have evicted do not count."""
+def _reclaimable(store: PageStore, shortened: Shortened, count: int) -> list[CachedPage]:
+    """Up to `count` pages of a sequence that only the index holds as well, last first: given up when pages are short,
+    so that a sequence can always go on. A page on which cached ones build stays; those that `take` will have evicted do
+    not count."""
     cached_pages, found = store.index.cached[store.number], list[CachedPage]()
-    for page in reversed(one.holding.pages.values()):
+    for page in reversed(shortened.holding.pages.values()):
         if len(found) >= count:
             break
         if store.refs[page] == 1:

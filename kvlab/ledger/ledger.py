@@ -7,10 +7,10 @@
     ledger.commit("r7", 16)                              # tokens count; full pages are published, forgotten ones free
     ledger.release("r7")
 
-A sequence's state of each class is a map from logical page (slots [i * page_size, (i + 1) * page_size)) to the physical page of
-the pool that holds it; a recurrent state is one page without slots. A token's slot is its position, until compaction
-drops some: then a class stores fewer slots than the sequence has tokens. All that a step needs is taken in `reserve`,
-all that it proved is settled in `commit`; in between nobody else sees it.
+A sequence's state of each class is a map from logical page (slots [i * page_size, (i + 1) * page_size)) to the physical
+page of the pool that holds it; a recurrent state is one page without slots. A token's slot is its position, until
+compaction drops some: then a class stores fewer slots than the sequence has tokens. All that a step needs is taken in
+`reserve`, all that it proved is settled in `commit`; in between nobody else sees it.
 """
 
 import bisect
@@ -51,9 +51,9 @@ class Ledger:
     ):
         """`max_len` bounds a sequence and `chunk_len` a step, in tokens.
 
-        `policy` makes the eviction policy of each class from its number of pages. `page_size` is the index's where no class is
-        paged, so that recurrent states alone can be found again. Raises ValueError on empty bounds, on names that repeat, on
-        paged classes whose page sizes differ, and on page tables too short for max_len.
+        `policy` makes the eviction policy of each class from its number of pages. `page_size` is the index's where no
+        class is paged, so that recurrent states alone can be found again. Raises ValueError on empty bounds, on names
+        that repeat, on paged classes whose page sizes differ, and on page tables too short for max_len.
         """
         index_page_size = checked(classes, max_len, chunk_len, page_size)
         self.classes = tuple(classes)
@@ -89,8 +89,8 @@ class Ledger:
         return self.stores.never(total_len)
 
     def clip(self, sequence: Hashable | Tracked, num_new: int) -> int:
-        """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent state is
-        to be kept for later hits."""
+        """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent
+        state is to be kept for later hits."""
         held = sequence if isinstance(sequence, Tracked) else self._get(sequence)
         return self._publisher.clip(held, num_new)
 
@@ -105,8 +105,8 @@ class Ledger:
     def lookup(self, tokens: TokenIds, namespace: str = "") -> Tracked:
         """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
 
-        Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and for
-        tokens that are no integers of [0, 2^31).
+        Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and
+        for tokens that are no integers of [0, 2^31).
         """
         self.publish()
         ids = encode(tokens)
@@ -134,10 +134,10 @@ class Ledger:
     ) -> Ready | Wait | Never:
         """Pages for the next `num_new` tokens of a sequence and `lookahead` speculative ones; a new name begins one.
 
-        A new sequence takes a `hit` over and starts behind it; with `lengths`, what cannot fit in the end is refused at once, and
-        contiguous reservations know their size. `Wait` when pages are short, `Never` when an empty pool would be too
-        small: neither changes anything, and the hit stays pinned. Raises ValueError for counts out of range and when the
-        sequence's last step is not settled.
+        A new sequence takes a `hit` over and starts behind it; with `lengths`, what cannot fit in the end is refused at
+        once, and contiguous reservations know their size. `Wait` when pages are short, `Never` when an empty pool would
+        be too small: neither changes anything, and the hit stays pinned. Raises ValueError for counts out of range and
+        when the sequence's last step is not settled.
         """
         held = self.running.get(sequence)
         plain = type(num_new) is int and 0 < num_new <= self.chunk_len and not (lookahead or hit or lengths)
@@ -190,8 +190,8 @@ class Ledger:
         return ready
 
     def plan(self, sequences: Sequence[Hashable], batch_size: int, num_tokens: int) -> Plan:
-        """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest is
-        padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
+        """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest
+        is padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
         if len(set(sequences)) < len(sequences):
             raise ValueError(f"sequences = {list(sequences)}: each may be in a step once")
         steps = [self.running.get(sequence) or self._get(sequence) for sequence in sequences]
@@ -213,11 +213,12 @@ class Ledger:
     ) -> None:
         """The step ran and its first `num_accepted` tokens count; `tokens` are ids that the prompt did not hold.
 
-        Full pages whose ids are known are published, pages outside live(n) become free. `stored` says how many slots of which
-        classes the step left, packed to the front of the sequence's own pages: those behind are free at once, later tokens
-        go to the slots that follow, and nothing of the sequence is published any more. Raises ValueError when no step is
-        in flight, when more is accepted than was reserved, when less is beside a recurrent state (it can only be rejected
-        as a whole, and only if the step had lookahead: feed the accepted tokens again), and for slots that cannot be.
+        Full pages whose ids are known are published, pages outside live(n) become free. `stored` says how many slots of
+        which classes the step left, packed to the front of the sequence's own pages: those behind are free at once,
+        later tokens go to the slots that follow, and nothing of the sequence is published any more. Raises ValueError
+        when no step is in flight, when more is accepted than was reserved, when less is beside a recurrent state (it
+        can only be rejected as a whole, and only if the step had lookahead: feed the accepted tokens again), and for
+        slots that cannot be.
         """
         held = self._get(sequence)
         if num_accepted == held.num_new > 0 and not stored and held.length + held.num_new < min(held.wake, held.full):
@@ -245,8 +246,8 @@ class Ledger:
         self._settle(held, num_accepted, ran=True)
 
     def commit_each(self, sequences: Sequence[Hashable], tokens: TokenIds) -> list[bool]:
-        """`commit(sequence, 1, [token])` for each of these where it only raises a count; False where `commit` must be asked. Pages
-        that are full then wait for `publish`: until it is called, nobody sees what was computed."""
+        """`commit(sequence, 1, [token])` for each of these where it only raises a count; False where `commit` must be
+        asked. Pages that are full then wait for `publish`: until it is called, nobody sees what was computed."""
         data, done = encode(tokens), list[bool]()
         for place, name in enumerate(sequences):
             held = self.running[name]
@@ -279,9 +280,10 @@ class Ledger:
             self.release(sequence)
 
     def compact(self, stored: Mapping[Hashable, Stored]) -> Compaction | Wait:
-        """Shortens sequences to these slots of these classes, in one program to run before the next step: it packs what stays
-        into the destinations, all others of their pages are free. Shared and published pages stay as they are, for those
-        who read them; nothing of the sequences is published any more. `Wait`, and nothing changed, when pages are short.
+        """Shortens sequences to these slots of these classes, in one program to run before the next step: it packs what
+        stays into the destinations, all others of their pages are free. Shared and published pages stay as they are,
+        for those who read them; nothing of the sequences is published any more. `Wait`, and nothing changed, when pages
+        are short.
 
         Raises ValueError while a step is in flight, for a class that is never compacted, and for counts out of range.
         """
@@ -310,8 +312,8 @@ class Ledger:
         self.stores.refresh(self.running[child])
 
     def release(self, sequence: Hashable, keep: bool = True) -> None:
-        """Frees everything a sequence holds, a step in flight included; what it published stays in the index, unless not
-        `keep`: then what nobody else uses of its path is freed as well. Raises KeyError if it holds nothing."""
+        """Frees everything a sequence holds, a step in flight included; what it published stays in the index, unless
+        not `keep`: then what nobody else uses of its path is freed as well. Raises KeyError if it holds nothing."""
         if (held := self.suspended.pop(sequence, None)) is not None:
             for store, holding in zip(self.stores, held.holdings, strict=True):
                 store.host_free.extend(holding.pages.values())
@@ -347,7 +349,8 @@ class Ledger:
         return answer
 
     def swap_in(self, sequence: Hashable) -> Swap | Wait:
-        """Brings a sequence back; pages that the index still holds are shared instead of moved. `Wait` when pages are short."""
+        """Brings a sequence back; pages that the index still holds are shared instead of moved. `Wait` when pages are
+        short."""
         if sequence not in self.suspended:
             raise KeyError(f"sequence {sequence!r}: is not swapped out")
         answer = swapping.swap_in(self.stores, self.suspended[sequence])
@@ -390,7 +393,8 @@ class Ledger:
         return held
 
     def _idle(self, sequence: Hashable) -> Tracked:
-        """A sequence that can be shared or moved: no step in flight, no contiguous reservation, everything published."""
+        """A sequence that can be shared or moved: no step in flight, no contiguous reservation, everything
+        published."""
         self.publish()
         held = self._settled(sequence)
         if not self._shares:

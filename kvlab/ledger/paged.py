@@ -1,4 +1,5 @@
-"""Token states in pages of `page_size` tokens: on demand, copied before a shared one is written, freed when forgotten."""
+"""Token states in pages of `page_size` tokens: on demand, copied before a shared one is written, freed when
+forgotten."""
 
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -66,8 +67,8 @@ class PageStore(Store):
         holding.dropped = length - num_stored
 
     def repack(self, holding: Holding, destinations: Sequence[int]) -> None:
-        """A sequence holds these pages, from the first on, in place of those it had: some of its own among them, the others
-        with a reference that the caller gives."""
+        """A sequence holds these pages, from the first on, in place of those it had: some of its own among them, the
+        others with a reference that the caller gives."""
         kept = set(destinations)
         for logical, page in reversed(list(holding.pages.items())):
             if page in kept:

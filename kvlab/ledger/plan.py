@@ -21,8 +21,8 @@ type Bools = npt.NDArray[np.bool_]
 class ClassPlan(NamedTuple):
     """One state class of a step, for B sequences of up to T new tokens.
 
-    A class has a length of its own: the slots that it stores. It is that of the sequence, in tokens, unless compaction made
-    it shorter. Rotary angles use tokens' positions; what a kernel masks by are slots.
+    A class has a length of its own: the slots that it stores. It is that of the sequence, in tokens, unless compaction
+    made it shorter. Rotary angles use tokens' positions; what a kernel masks by are slots.
     """
 
     pages: Ints
@@ -30,14 +30,15 @@ class ClassPlan(NamedTuple):
     page_starts: Ints
     """[B, table_len] slot of the sequence that each page begins with; `NOWHERE` where unused."""
     write_slots: Ints
-    """[B, T] flat slot (page * page_size + offset) of each new token, or [B, 1] the slot a recurrent state is written to;
-    out of range for padding, so that the write is dropped."""
+    """[B, T] flat slot (page * page_size + offset) of each new token, or [B, 1] the slot a recurrent state is written
+    to; out of range for padding, so that the write is dropped."""
     copies: Ints
     """[C, 2] (source, destination) pages to copy before the step reads or writes; C is 0 in most steps."""
     starts: Ints
     """[B] slots already stored of each sequence in this class; `Plan.starts` where nothing was compacted."""
     valid: Bools | None = None
-    """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks allow."""
+    """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks
+    allow."""
 
 
 class Plan(NamedTuple):
@@ -61,7 +62,8 @@ class Plan(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """Pages to move between device and host, [n, 2] (device page, host page) for every class; done before the next step."""
+    """Pages to move between device and host, [n, 2] (device page, host page) for every class; done before the next
+    step."""
 
     classes: tuple[Ints, ...]
 
@@ -69,13 +71,15 @@ class Swap(NamedTuple):
 class ClassCompaction(NamedTuple):
     """One state class of a compaction of B sequences: which of its slots stay is the device's choice, how many is not.
 
-    All sources are read before a destination is written: a page may be both. Rows of a class that stays exact are empty.
+    All sources are read before a destination is written: a page may be both. Rows of a class that stays exact are
+    empty.
     """
 
     pages: Ints
     """[B, N] the pages that hold a sequence's slots, in their order; unused entries are 0."""
     destinations: Ints
-    """[B, M] the pages that the kept slots fill from the first on; unused entries are out of range, so the write is dropped."""
+    """[B, M] the pages that the kept slots fill from the first on; unused entries are out of range, so the write is
+    dropped."""
     stored: Ints
     """[B] slots stored before."""
     keep: Ints

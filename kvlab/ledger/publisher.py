@@ -9,8 +9,8 @@ from kvlab.ledger.trie import Node
 
 
 class Publisher:
-    """Publishes pages once they are full and committed, at once or when `publish` is called; `checkpoints` says which recurrent
-    states are kept."""
+    """Publishes pages once they are full and committed, at once or when `publish` is called; `checkpoints` says which
+    recurrent states are kept."""
 
     def __init__(self, stores: Stores, checkpoints: Checkpoints):
         self.stores, self.index, self.checkpoints = stores, stores.index, checkpoints

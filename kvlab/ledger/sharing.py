@@ -35,7 +35,8 @@ def unpin(stores: Stores, hit: Tracked) -> None:
 
 
 def begun(stores: Stores, hit: Tracked | None, lengths: Lengths | None) -> Tracked:
-    """A sequence that is not installed yet and holds what its hit pins. Raises ValueError for lengths that cannot be."""
+    """A sequence that is not installed yet and holds what its hit pins. Raises ValueError for lengths that cannot
+    be."""
     lengths = lengths and Lengths(*map(operator.index, lengths))
     if lengths and not 0 <= lengths.prompt_len <= lengths.final_len:
         raise ValueError(f"lengths = {tuple(lengths)}: must be 0 <= prompt_len <= final_len")

@@ -1,4 +1,5 @@
-"""The pages of one state class: references, free list, page tables. The rules of each kind of state have a file of their own.
+"""The pages of one state class: references, free list, page tables. The rules of each kind of state have a file of
+their own.
 
 PageStore    (`paged`)       pages on demand, copied before a shared one is written, freed when forgotten
 StateStore   (`recurrent`)   one slot a sequence; what others hold is read from one slot and written to another
@@ -26,7 +27,8 @@ class Holding:
     """What one sequence holds of one class. Everything here is a reference, except `block`."""
 
     pages: dict[int, int] = field(default_factory=dict)
-    """Logical page (slots [i * page_size, (i + 1) * page_size)) to physical page, ascending; of a recurrent state {0: slot}, of a contiguous block {0: its first page}."""
+    """Logical page (slots [i * page_size, (i + 1) * page_size)) to physical page, ascending; of a recurrent state {0:
+    slot}, of a contiguous block {0: its first page}."""
     copies: list[tuple[int, int]] = field(default_factory=list)
     """(logical page, source) of pages copied for the step in flight; the source is held until it ends."""
     writing: int | None = None
@@ -38,11 +40,13 @@ class Holding:
     block: tuple[int, int] = (0, 0)
     """Of a contiguous block: its slots, and the slots asked for."""
     dropped: int = 0
-    """Slots that compactions took: of a sequence of `length` tokens, length - dropped are stored, in slots from 0 on."""
+    """Slots that compactions took: of a sequence of `length` tokens, length - dropped are stored, in slots from 0
+    on."""
 
 
 class Store(abc.ABC):
-    """Pages of one class. A page is free (no references) or held: references are tables, pins and the index, exactly."""
+    """Pages of one class. A page is free (no references) or held: references are tables, pins and the index,
+    exactly."""
 
     def __init__(self, number: int, state: StateClass, index: PrefixIndex):
         self.number, self.state, self.index = number, state, index
@@ -138,10 +142,12 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
-        """Logical pages that a step of the tokens [start, end) must be given: new ones, and those it may not write in place."""
+        """Logical pages that a step of the tokens [start, end) must be given: new ones, and those it may not write in
+        place."""
 
     def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
-        """Why the missing pages cannot be had; None: they can. What could never fit alone, `Ledger.never` has refused."""
+        """Why the missing pages cannot be had; None: they can. What could never fit alone, `Ledger.never` has
+        refused."""
         return self.shortage(len(missing))
 
     def shortage(self, num_pages: int) -> Wait | None:

@@ -16,8 +16,8 @@ from kvlab.ledger.tracked import Tracked
 
 @dataclass
 class Counters:
-    """What happened so far. `peak_bytes` is the most that sequences and hits held at once, `peak_pages` the same for each
-    class on its own: their difference is what pools of fixed types cost beside one pool for all."""
+    """What happened so far. `peak_bytes` is the most that sequences and hits held at once, `peak_pages` the same for
+    each class on its own: their difference is what pools of fixed types cost beside one pool for all."""
 
     looked_up_tokens: int = 0
     hit_tokens: int = 0
@@ -60,8 +60,8 @@ class Stores:
         return not any(state.contiguous for state in self.classes)
 
     def never(self, total_len: int, held: Tracked | None = None) -> Never | None:
-        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it; None: it
-        could."""
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it;
+        None: it could."""
         if total_len > self.max_len:
             return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
         for number, state in enumerate(self.classes):

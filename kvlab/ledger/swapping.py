@@ -1,4 +1,5 @@
-"""The ledger's host tier: which pages of a sequence go where when it leaves the device for a while, and when it returns."""
+"""The ledger's host tier: which pages of a sequence go where when it leaves the device for a while, and when it
+returns."""
 
 from collections.abc import Sequence
 

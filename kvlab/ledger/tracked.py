@@ -9,8 +9,8 @@ from kvlab.ledger.trie import CachedPage, Node
 
 @dataclass(eq=False, slots=True)
 class Tracked:
-    """One sequence: what it holds of each class. A hit is one without a name yet: the longest prefix of a prompt that can be
-    read instead of computed, pinned until given to `Ledger.reserve` or `Ledger.unpin`."""
+    """One sequence: what it holds of each class. A hit is one without a name yet: the longest prefix of a prompt that
+    can be read instead of computed, pinned until given to `Ledger.reserve` or `Ledger.unpin`."""
 
     holdings: list[Holding]
     path: list[Node] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """Random operations on a ledger beside a naive shadow that tags memory: who wrote each slot, after which tokens.
 
-The shadow knows the definitions and nothing of the ledger's bookkeeping: a slot's tag is the whole history of token ids that
-its content depends on. So whatever the ledger shares, copies, evicts, swaps or rolls back, a step must read exactly the
-history it would have computed itself. Every choice comes from `draw(n)`, an integer in [0, n): Hypothesis', or a random
-generator's in the soak.
+The shadow knows the definitions and nothing of the ledger's bookkeeping: a slot's tag is the whole history of token ids
+that its content depends on. So whatever the ledger shares, copies, evicts, swaps or rolls back, a step must read
+exactly the history it would have computed itself. Every choice comes from `draw(n)`, an integer in [0, n): Hypothesis',
+or a random generator's in the soak.
 """
 
 import itertools
@@ -70,8 +70,9 @@ def make_ledger(model: str, page_size: int, num_pages: int, num_slots: int, **op
 class Shadow:
     """What a sequence must remember: `ids` committed, `drafts` in flight, all of it, in plain lists.
 
-    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots; `losses` says at which
-    length something was dropped, and in which compaction: what is computed from there on is not what it would have been.
+    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots; `losses` says
+    at which length something was dropped, and in which compaction: what is computed from there on is not what it would
+    have been.
     """
 
     space: str | None
@@ -588,7 +589,8 @@ class Exerciser:
         return 0
 
     def _watch_evictions(self) -> None:
-        """Every victim is the first of a sort of all pages that may go: held by the index alone, with nothing built on them."""
+        """Every victim is the first of a sort of all pages that may go: held by the index alone, with nothing built on
+        them."""
         for store in self.ledger.stores:
             policy, evict = self.ledger.index.policies[store.number], store.evict
             plain = self.policy not in ("slru", "s3fifo")

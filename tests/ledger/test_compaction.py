@@ -1,5 +1,5 @@
-"""Two lengths: a class may store fewer slots than its sequence has tokens. One behaviour a test; `test_machine` drives all of them
-at random."""
+"""Two lengths: a class may store fewer slots than its sequence has tokens. One behaviour a test; `test_machine` drives
+all of them at random."""
 
 import numpy as np
 import pytest

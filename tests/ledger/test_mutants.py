@@ -1,7 +1,7 @@
 """Deliberately planted bugs, each with the named test that catches it: proof that those tests can fail.
 
-A mutant is one method with one piece of its source replaced. The classes are the ones the tests use, so the named test simply
-runs again and must now fail.
+A mutant is one method with one piece of its source replaced. The classes are the ones the tests use, so the named test
+simply runs again and must now fail.
 """
 
 import inspect
@@ -349,8 +349,8 @@ MUTANTS = [
         "a page is handed on before all that read it have",
         compaction,
         "_packed",
-        "for one in wanted:\n",
-        "for one in wanted[:1]:\n",
+        "for shortened in wanted:\n",
+        "for shortened in wanted[:1]:\n",
         test_compaction.test_forks_keep_what_they_share_and_those_compacted_together_read_it_first,
     ),
     Mutant(
