@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.stores import Holding
+from kvlab.ledger.store import Holding
 
 SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared")
 PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")
@@ -20,14 +20,18 @@ PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahe
 class Account:
     """Bytes of one class's pool, or of several added up; `PARTS` sum to `pool` exactly.
 
-    live: tokens in live(n) of some sequence, counted once, and recurrent states · cached: pages held by the index or by hits
-    alone · tail: slots of held pages without a committed token · dead: slots held outside every live(n) · duplicate: sealed
-    pages identical to an indexed one (none: they are given up for it, which `invariants` checks) · lookahead: speculative slots of steps in flight ·
-    reserved: the part of a contiguous reservation that its sequence will still use · scale: quantisation scales of held pages ·
-    padding: the part of a contiguous block that was not asked for.
+    live: tokens in live(n) of some sequence, counted once, less what compaction dropped; and recurrent states
+    cached: pages held by the index or by hits alone
+    tail: slots of held pages without a committed token
+    dead: slots held outside every live(n)
+    duplicate: sealed pages identical to an indexed one; none, since they are given up for it
+    lookahead: speculative slots of steps in flight
+    reserved: the part of a contiguous reservation that its sequence will still use
+    scale: quantisation scales of held pages
+    padding: the part of a contiguous block that was not asked for
 
-    Beside the sum: `shared`, bytes that sharing saves (further holders of a page), and `stranded`, free bytes that no request
-    can use because another class of the same ledger has none left.
+    Beside the sum: `shared`, bytes that sharing saves (further holders of a page), and `stranded`, free bytes that no
+    request can use because another class of the same ledger has none left.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Account:
         return sum(parts) == self.pool and min(parts) >= 0
 
     def __add__(self, other: "Account") -> "Account":
-        sums = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)[1:]}
+        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)[1:]}
         return Account(f"{self.name} + {other.name}", **sums)
 
     def as_dict(self) -> dict[str, int | str]:
@@ -70,11 +74,12 @@ class Account:
 
 
 def as_table(accounts: Sequence[Account]) -> str:
-    """Accounts as a table of bytes and percent of each pool, one column an account; parts that are zero in all are left out."""
-    names = ["pool", *(name for name in PARTS if any(getattr(one, name) for one in accounts))]
-    lines = ["  ".join(["bytes".ljust(9), *(f"{one.name[:24]:>24}" for one in accounts)])]
+    """Accounts as a table of bytes and percent of each pool, one column an account; parts that are zero in all are left
+    out."""
+    names = ["pool", *(name for name in PARTS if any(getattr(account, name) for account in accounts))]
+    lines = ["  ".join(["bytes".ljust(9), *(f"{account.name[:24]:>24}" for account in accounts)])]
     for name in names:
-        cells = [f"{getattr(one, name):>16,} {getattr(one, name) / one.pool:>6.1%}" for one in accounts]
+        cells = [f"{getattr(account, name):>16,} {getattr(account, name) / account.pool:>6.1%}" for account in accounts]
         lines.append("  ".join([name.ljust(9), *(f"{cell:>24}" for cell in cells)]))
     return "\n".join(lines)
 
@@ -142,12 +147,13 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
             live[physical] = written[physical] = True
             continue
         logical = np.fromiter(holding.pages, np.int64, len(holding.pages))
-        positions = logical[:, None] * state.page_size + offsets
-        for run in state.spec.live(length):
-            live[physical] |= (positions >= run.start) & (positions < run.stop)
-        written[physical] |= positions < length
-        first = length + num_new
-        speculative[physical] |= (positions >= first) & (positions < first + lookahead)
+        held_slots = logical[:, None] * state.page_size + offsets
+        num_stored = length - holding.dropped
+        for run in state.spec.live(num_stored):
+            live[physical] |= (held_slots >= run.start) & (held_slots < run.stop)
+        written[physical] |= held_slots < num_stored
+        first = num_stored + num_new
+        speculative[physical] |= (held_slots >= first) & (held_slots < first + lookahead)
     in_tables = set(np.flatnonzero(num_tables).tolist())
     alone = set(indexed) - in_tables
     counted = num_tables > 0

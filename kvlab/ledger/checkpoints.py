@@ -9,8 +9,8 @@ CHECKPOINTS = ("none", "every", "junctions", "all")
 class Checkpoints:
     """At which page boundaries a recurrent state is kept for later hits: each one costs a slot.
 
-    "none"; "every" `interval` pages; "junctions" (after Marconi, arXiv 2411.19379): the last boundary of the prompt, the boundary where the
-    prompt left what others had computed, and the newest boundary of the answer; "all".
+    "none"; "every" `interval` pages; "junctions" (after Marconi, arXiv 2411.19379): the last boundary of the prompt,
+    the boundary where the prompt left what others had computed, and the newest boundary of the answer; "all".
     """
 
     name: str = "junctions"

@@ -1,7 +1,7 @@
 """State classes: layers whose states have equal specs share page ids and one page table."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ RESERVATIONS: dict[str, Callable[[Lengths, int], int]] = {
     "pow2": _pow2,
     "oracle": lambda lengths, max_len: min(max_len, lengths.final_len),
 }
-"""Slots that a contiguous sequence reserves: the maximum length; the prompt and the output rounded up to a power of two; exactly
-what it will use."""
+"""Slots that a contiguous sequence reserves: the maximum length; the prompt and the output rounded up to a power of
+two; exactly what it will use."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class StateClass:
     """A pool's description.
 
     `page_size` is token slots a page (1 for recurrent states); `num_pages` counts the null page where there is one;
-    `page_bytes` is one page of all the class's layers. With a `reservation` ("max", "pow2", "oracle") a sequence holds one
-    contiguous run of pages from its first token on, as caches did before paging. `num_host_pages` is room to swap to.
+    `page_bytes` is one page of all the class's layers. With a `reservation` ("max", "pow2", "oracle") a sequence holds
+    one contiguous run of pages from its first token on, as caches did before paging. `num_host_pages` is room to swap
+    to.
     """
 
     name: str
@@ -77,6 +78,12 @@ class StateClass:
         return self.spec.per_token and not self.contiguous
 
     @functools.cached_property
+    def compactable(self) -> bool:
+        """Whether a sequence may store fewer slots than it has tokens: pages are given on demand, and none is
+        forgotten."""
+        return self.paged and self.spec.span is None
+
+    @functools.cached_property
     def has_null_page(self) -> bool:
         """Page 0 of a paged pool is never written, so that padded table entries are safe to read."""
         return self.paged
@@ -102,7 +109,8 @@ class StateClass:
         return self.page_bytes * self.num_pages
 
     def max_pages(self, max_len: int, chunk_len: int) -> int:
-        """The most pages a sequence holds that grows to max_len in steps of chunk_len: the one definition of fit."""
+        """The most pages a sequence holds that grows to max_len stored tokens in steps of chunk_len, compacted by
+        nobody on the way: the one definition of fit, and the peak of a prompt that is compacted at its end."""
         return max_pages_for_step(self.spec, max_len, chunk_len, self.page_size) if self.paged else 1
 
     @functools.cached_property
@@ -111,10 +119,31 @@ class StateClass:
         return -(-self.spec.num_pinned // self.page_size)
 
     def table_index(self, page: int) -> int:
-        """Where a logical page stands in a sequence's table row: sinks first, the rest in a ring that never collides."""
+        """Where a logical page stands in a sequence's table row: sinks first, the rest in a ring that never
+        collides."""
         if page < self.table_len:
             return page
         return self.num_pinned_pages + (page - self.num_pinned_pages) % (self.table_len - self.num_pinned_pages)
+
+
+def checked(classes: Sequence[StateClass], max_len: int, chunk_len: int, page_size: int) -> int:
+    """The page size of a ledger's index: its paged classes', or `page_size` where none is. Raises ValueError for
+    classes and bounds that no ledger can have."""
+    if not all(type(size) is int and size > 0 for size in (max_len, chunk_len, page_size)):
+        sizes = f"max_len = {max_len}, chunk_len = {chunk_len}, page_size = {page_size}"
+        raise ValueError(f"{sizes}: all must be integers of at least 1")
+    names = [state.name for state in classes]
+    if not classes or len(set(names)) < len(classes):
+        raise ValueError(f"classes = {names}: must be at least one, each with its own name")
+    page_sizes = {state.page_size for state in classes if state.paged} or {page_size}
+    if len(page_sizes) > 1:
+        raise ValueError(f"page_size = {sorted(page_sizes)}: paged classes of one ledger must share one")
+    for state in classes:
+        needed = min(state.num_usable, state.max_pages(max_len, chunk_len))
+        if state.paged and state.table_len < needed:
+            legal = f"must be at least {needed} for max_len = {max_len}"
+            raise ValueError(f"{state.name}: table_len = {state.table_len}: {legal}")
+    return page_sizes.pop()
 
 
 def sized_class(
@@ -134,8 +163,8 @@ def sized_class(
     """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order.
 
     With `pool_len` the pool is smaller: what as many tokens are of max_sequences * max_len, and never less than one
-    sequence needs. `host_len` tokens can be swapped out by the same measure, and `spare_states` recurrent states are kept
-    beside one for each sequence.
+    sequence needs. `host_len` tokens can be swapped out by the same measure, and `spare_states` recurrent states are
+    kept beside one for each sequence.
     """
     if not spec.per_token:
         num_states = max_sequences + spare_states

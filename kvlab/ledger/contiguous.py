@@ -1,5 +1,5 @@
-"""What systems did before paging: one contiguous block of slots a sequence, its size fixed when it begins (arXiv 2309.06180,
-section 3.1). The same ledger runs it, so the same account shows what it wastes."""
+"""What systems did before paging: one contiguous block of slots a sequence, its size fixed when it begins (arXiv
+2309.06180, section 3.1). The same ledger runs it, so the same account shows what it wastes."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from kvlab.ledger.answers import Never, Wait
 from kvlab.ledger.classes import RESERVATIONS, Lengths, StateClass
 from kvlab.ledger.plan import Ints
 from kvlab.ledger.prefix import PrefixIndex
-from kvlab.ledger.stores import Holding, Store
+from kvlab.ledger.store import Holding, Store
 
 
 class Buddy:
@@ -40,16 +40,17 @@ class Buddy:
     def fits(self, num_pages: int) -> bool:
         """Whether a block of that size can be had."""
         order = (num_pages - 1).bit_length()
-        return any(starts for one, starts in self._free.items() if one >= order)
+        return any(starts for size, starts in self._free.items() if size >= order)
 
     def fits_empty(self, num_pages: int) -> bool:
         """Whether a block of that size could be had if nothing were taken."""
         return num_pages <= self._largest
 
     def take(self, num_pages: int) -> tuple[int, int]:
-        """The smallest, then lowest fitting block, as (first page, pages in it). Raises MemoryError when there is none."""
+        """The smallest, then lowest fitting block, as (first page, pages in it). Raises MemoryError when there is
+        none."""
         order = (num_pages - 1).bit_length()
-        have = min((one for one, starts in self._free.items() if one >= order and starts), default=None)
+        have = min((size for size, starts in self._free.items() if size >= order and starts), default=None)
         if have is None:
             raise MemoryError(f"no block of {1 << order} pages")
         start = min(self._free[have])

@@ -1,13 +1,29 @@
 """What must hold between any two calls of a ledger. Slow and plain: everything is counted again from the start."""
 
 from collections import Counter
+from collections.abc import Collection, Hashable, Mapping
+from typing import NamedTuple
 
 from kvlab.ledger.contiguous import BlockStore
-from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.stores import Store
+from kvlab.ledger.store import Store
+from kvlab.ledger.stores import Stores
+from kvlab.ledger.tracked import Tracked
 
 
-def check(ledger: Ledger) -> None:
+class Holders(NamedTuple):
+    """Everybody who holds pages, beside the index."""
+
+    running: Mapping[Hashable, Tracked]
+    suspended: Mapping[Hashable, Tracked]
+    hits: Collection[Tracked]
+
+
+def check(
+    stores: Stores,
+    running: Mapping[Hashable, Tracked],
+    suspended: Mapping[Hashable, Tracked],
+    hits: Collection[Tracked],
+) -> None:
     """Raises AssertionError, with what differs, unless
 
     1. every page is free exactly once, or held; the null page neither;
@@ -16,47 +32,51 @@ def check(ledger: Ledger) -> None:
     4. accounts balance;
     5. a node's page is the index's page; a cached page that needs its prefix has it; locks are paths that end there;
     6. what the index alone holds, and nothing else, can be evicted, descendants first;
-    7. host pages are free or held, exactly once.
+    7. host pages are free or held, exactly once;
+    8. a class that forgets nothing holds the pages of the slots it stores and of the step in flight; no page of what was
+       compacted is published.
     """
-    for store in ledger.stores:
-        _check_pages(ledger, store)
-        _check_table(ledger, store)
-        _check_index(ledger, store)
-        host = [page for held in ledger.suspended.values() for page in held.holdings[store.number].pages.values()]
+    holders = Holders(running, suspended, hits)
+    for store in stores:
+        _check_pages(holders, store)
+        _check_table(holders, store, stores.free_rows)
+        _check_index(holders, store)
+        _check_slots(holders, store)
+        host = [page for held in suspended.values() for page in held.holdings[store.number].pages.values()]
         assert sorted(host + store.host_free) == list(range(store.state.num_host_pages)), (
             f"{store.state.name}: host pages"
         )
-    for one in ledger.audit():
-        assert one.balanced, f"{one.name}: the parts do not sum to the pool:\n{one}"
-    _check_nodes(ledger)
+    for account in stores.audit(list(running.values())):
+        assert account.balanced, f"{account.name}: the parts do not sum to the pool:\n{account}"
+    _check_nodes(holders, stores)
 
 
-def _check_pages(ledger: Ledger, store: Store) -> None:
+def _check_pages(holders: Holders, store: Store) -> None:
     name, number = store.state.name, store.number
-    holders: Counter[int] = Counter(list(store.index.cached[number]))
-    for held in (*ledger.running.values(), *ledger.hits):
+    found: Counter[int] = Counter(list(store.index.cached[number]))
+    for held in (*holders.running.values(), *holders.hits):
         holding = held.holdings[number]
         if store.state.contiguous:
             first, size = next(iter(holding.pages.values()), 0), holding.block[0] // store.state.page_size
-            holders.update(range(first, first + size))
+            found.update(range(first, first + size))
             continue
-        holders.update(holding.pages.values())
-        holders.update(source for _, source in holding.copies)
+        found.update(holding.pages.values())
+        found.update(source for _, source in holding.copies)
         if holding.writing is not None:
-            holders[holding.writing] += 1
+            found[holding.writing] += 1
     references = {page: count for page, count in enumerate(store.refs) if count}
-    assert references == dict(holders), f"{name}: references {references}, holders {dict(holders)}"
+    assert references == dict(found), f"{name}: references {references}, holders {dict(found)}"
     free = store.free
     if isinstance(store, BlockStore):
         free = [page for start, size in store.buddy.blocks for page in range(start, start + size)]
-    everything = sorted([*free, *holders])
+    everything = sorted([*free, *found])
     assert everything == list(range(int(store.state.has_null_page), store.state.num_pages)), f"{name}: {everything}"
 
 
-def _check_table(ledger: Ledger, store: Store) -> None:
-    rows = [held.holdings[0].row for held in ledger.running.values()]
-    assert sorted([*rows, *ledger.free_rows]) == list(range(len(store.table))), f"rows {rows}, free {ledger.free_rows}"
-    for sequence, held in ledger.running.items():
+def _check_table(holders: Holders, store: Store, free_rows: Collection[int]) -> None:
+    rows = [held.holdings[0].row for held in holders.running.values()]
+    assert sorted([*rows, *free_rows]) == list(range(len(store.table))), f"rows {rows}, free {free_rows}"
+    for sequence, held in holders.running.items():
         holding = held.holdings[store.number]
         expected = {store.state.table_index(logical): page for logical, page in holding.pages.items()}
         listed = {
@@ -72,10 +92,11 @@ def _check_table(ledger: Ledger, store: Store) -> None:
             )
 
 
-def _check_index(ledger: Ledger, store: Store) -> None:
-    name, number, index = store.state.name, store.number, ledger.index
-    for held in ledger.running.values():
-        for logical, page in held.holdings[number].pages.items() if store.state.paged else ():
+def _check_index(holders: Holders, store: Store) -> None:
+    name, number, index = store.state.name, store.number, store.index
+    for held in holders.running.values():
+        holding = held.holdings[number]
+        for logical, page in holding.pages.items() if store.state.paged and not holding.dropped else ():
             indexed = held.path[logical + 1].pages[number] if logical + 1 < len(held.path) else None
             assert indexed is None or indexed.page == page, f"{name}: page {page} is a duplicate of {indexed}"
     in_nodes = {}
@@ -98,20 +119,37 @@ def _check_index(ledger: Ledger, store: Store) -> None:
     assert index.num_loose[number] == loose, f"{name}: {index.num_loose[number]} counted loose, {loose} are"
 
 
-def _check_nodes(ledger: Ledger) -> None:
-    sequences = [*ledger.running.values(), *ledger.suspended.values(), *ledger.hits]
+def _check_slots(holders: Holders, store: Store) -> None:
+    name, page_size, cached = store.state.name, store.state.page_size, store.index.cached[store.number]
+    for held in (*holders.running.values(), *holders.suspended.values()):
+        holding = held.holdings[store.number]
+        if not store.state.compactable:
+            assert not holding.dropped, f"{name}: slots of a class that is never compacted are dropped"
+            continue
+        num_slots = held.length - holding.dropped + held.num_new + held.lookahead
+        pages = list(range(-(-num_slots // page_size)))
+        assert sorted(holding.pages) == pages, f"{name}: {num_slots} slots in pages {sorted(holding.pages)}"
+        assert 0 <= holding.dropped <= held.length, f"{name}: {holding.dropped} of {held.length} slots dropped"
+        if holding.dropped:
+            assert held.ids is None, f"{name}: a compacted sequence goes on publishing"
+            published = [] if held in holders.suspended.values() else set(holding.pages.values()) & set(cached)
+            assert not published, f"{name}: pages {published} of a compacted sequence are published"
+
+
+def _check_nodes(holders: Holders, stores: Stores) -> None:
+    sequences = [*holders.running.values(), *holders.suspended.values(), *holders.hits]
     ends = Counter(id(held.path[-1]) for held in sequences if held.path)
-    nodes = list(ledger.index.nodes())
-    for node in (*nodes, *ledger.index.roots.values()):
+    nodes = list(stores.index.nodes())
+    for node in (*nodes, *stores.index.roots.values()):
         below = [child for child in nodes if child.parent is node]
         assert node.locks == ends.get(id(node), 0), (
             f"{node.locks} locks on a node where {ends.get(id(node), 0)} paths end"
         )
         assert node.children == len(below), f"{node.children} children counted, {len(below)} there"
-        for number in range(len(ledger.classes)):
+        for number in range(len(stores)):
             resident = sum(child.pages[number] is not None for child in below)
             assert node.resident_children[number] == resident, "resident children are miscounted"
         assert node.locks or node.children or any(node.pages), "a node that holds nothing and leads nowhere"
-    reachable = {id(node) for node in (*nodes, *ledger.index.roots.values())}
+    reachable = {id(node) for node in (*nodes, *stores.index.roots.values())}
     for held in sequences:
         assert all(id(node) in reachable for node in held.path), "a path through a node that is not in the index"

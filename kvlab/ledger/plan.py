@@ -1,41 +1,51 @@
-"""The only channel from host to device: what one step reads, writes and copies, as a pytree of int32 arrays.
+"""The only channel from host to device: what one step reads, writes and copies, as a pytree of integer arrays.
 
-A saved list of plans replays a run: the device needs nothing else of the host.
+A saved list of plans, and of the compactions between them, replays a run: the device needs nothing else of the host.
 """
 
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 NOWHERE = 2**30
-"""First position of an unused table entry: later than any query, so nothing of it is ever visible."""
+"""First slot of an unused table entry: later than any query, so nothing of it is ever visible."""
 
 type Ints = npt.NDArray[np.int32]
+type Bools = npt.NDArray[np.bool_]
 
 
 class ClassPlan(NamedTuple):
-    """One state class of a step, for B sequences of up to T new tokens."""
+    """One state class of a step, for B sequences of up to T new tokens.
+
+    A class has a length of its own: the slots that it stores. It is that of the sequence, in tokens, unless compaction
+    made it shorter. Rotary angles use tokens' positions; what a kernel masks by are slots.
+    """
 
     pages: Ints
     """[B, table_len] physical pages a step reads; unused entries are 0 (token states) or out of range (recurrent)."""
     page_starts: Ints
-    """[B, table_len] token position of each page's first slot; `NOWHERE` where unused."""
+    """[B, table_len] slot of the sequence that each page begins with; `NOWHERE` where unused."""
     write_slots: Ints
-    """[B, T] flat slot (page * page_size + offset) of each new token, or [B, 1] the slot a recurrent state is written to;
-    out of range for padding, so that the write is dropped."""
+    """[B, T] flat slot (page * page_size + offset) of each new token, or [B, 1] the slot a recurrent state is written
+    to; out of range for padding, so that the write is dropped."""
     copies: Ints
     """[C, 2] (source, destination) pages to copy before the step reads or writes; C is 0 in most steps."""
+    starts: Ints
+    """[B] slots already stored of each sequence in this class; `Plan.starts` where nothing was compacted."""
+    valid: Bools | None = None
+    """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks
+    allow."""
 
 
 class Plan(NamedTuple):
     """What the host decided for one step."""
 
     starts: Ints
-    """[B] tokens already stored of each sequence."""
+    """[B] tokens already computed of each sequence: the position of its first new token."""
     counts: Ints
     """[B] new tokens of each sequence in this step, at most T; the rest of a row is padding."""
     classes: tuple[ClassPlan, ...]
@@ -43,56 +53,96 @@ class Plan(NamedTuple):
     @property
     def has_copies(self) -> bool:
         """Whether pages must be copied before the step."""
-        return any(len(one.copies) for one in self.classes)
+        return any(len(plan.copies) for plan in self.classes)
 
     def without_copies(self) -> "Plan":
         """The plan of the step alone, once its copies are done: its shapes do not depend on them."""
         none = np.zeros((0, 2), np.int32)
-        return self._replace(classes=tuple(one._replace(copies=none) for one in self.classes))
+        return self._replace(classes=tuple(plan._replace(copies=none) for plan in self.classes))
 
 
 class Swap(NamedTuple):
-    """Pages to move between device and host, [n, 2] (device page, host page) for every class; done before the next step."""
+    """Pages to move between device and host, [n, 2] (device page, host page) for every class; done before the next
+    step."""
 
     classes: tuple[Ints, ...]
 
 
-def save_plans(path: Path, plans: Sequence[Plan]) -> None:
-    """Writes plans as one compressed npz file of int32 arrays."""
+class ClassCompaction(NamedTuple):
+    """One state class of a compaction of B sequences: which of its slots stay is the device's choice, how many is not.
+
+    All sources are read before a destination is written: a page may be both. Rows of a class that stays exact are
+    empty.
+    """
+
+    pages: Ints
+    """[B, N] the pages that hold a sequence's slots, in their order; unused entries are 0."""
+    destinations: Ints
+    """[B, M] the pages that the kept slots fill from the first on; unused entries are out of range, so the write is
+    dropped."""
+    stored: Ints
+    """[B] slots stored before."""
+    keep: Ints
+    """[B] slots stored from now on."""
+
+
+class Compaction(NamedTuple):
+    """Sequences to shorten before the next step, a row each."""
+
+    classes: tuple[ClassCompaction, ...]
+
+
+def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
+    """Writes plans and compactions, in their order, as one compressed npz file of integer arrays."""
     if not plans:
         raise ValueError("plans = []: there is nothing to save")
-    arrays: dict[str, Ints] = {}
+    arrays: dict[str, Any] = {}
     for step, plan in enumerate(plans):
-        arrays[f"{step}/starts"], arrays[f"{step}/counts"] = plan.starts, plan.counts
-        for index, one in enumerate(plan.classes):
-            arrays |= {f"{step}/{index}/{name}": array for name, array in one._asdict().items()}
+        if isinstance(plan, Plan):
+            arrays[f"{step}/starts"], arrays[f"{step}/counts"] = plan.starts, plan.counts
+        for index, of_class in enumerate(plan.classes):
+            fields = of_class._asdict().items()
+            arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
     with path.open("wb") as file:
-        np.savez_compressed(file, **cast(dict[str, Any], arrays))
+        np.savez_compressed(file, **arrays)
 
 
-def load_plans(path: Path) -> list[Plan]:
+def load_plans(path: Path) -> list[Plan | Compaction]:
     """Reads what `save_plans` wrote. Raises ValueError for a file that holds anything else."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a file of plans ({type(error).__name__})") from None
-    if wrong := [name for name, array in arrays.items() if array.dtype != np.int32]:
-        raise ValueError(f"{path}: {wrong[0]} is {arrays[wrong[0]].dtype}, not int32: not a file of plans")
-    plans = []
-    while f"{len(plans)}/starts" in arrays:
-        step, classes = len(plans), []
-        while f"{step}/{len(classes)}/pages" in arrays:
-            fields = {name: arrays.pop(f"{step}/{len(classes)}/{name}", None) for name in ClassPlan._fields}
-            if missing := [name for name, array in fields.items() if array is None]:
-                raise ValueError(f"{path}: step {step} lacks {missing[0]}: not a file of plans")
-            classes.append(ClassPlan(**fields))
-        starts, counts = arrays.pop(f"{step}/starts"), arrays.pop(f"{step}/counts", None)
-        if counts is None:
-            raise ValueError(f"{path}: step {step} lacks counts: not a file of plans")
-        if not classes:
-            raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-        plans.append(Plan(starts, counts, tuple(classes)))
+    for name, array in arrays.items():
+        wanted = np.bool_ if name.endswith("/valid") else np.int32
+        if array.dtype != wanted:
+            raise ValueError(f"{path}: {name} is {array.dtype}, not {np.dtype(wanted).name}: not a file of plans")
+    plans = list[Plan | Compaction]()
+    while any(name.startswith(f"{len(plans)}/") for name in arrays):
+        plans.append(_taken_out(path, arrays, len(plans)))
     if arrays or not plans:
         raise ValueError(f"{path}: {next(iter(arrays), 'nothing')} in it: not a file of plans")
     return plans
+
+
+def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compaction:
+    """One plan or compaction, whose arrays are taken out of `arrays`."""
+
+    def fields(prefix: str, names: Sequence[str], optional: Sequence[str] = ()) -> list[Any]:
+        if missing := [name for name in names if f"{prefix}/{name}" not in arrays and name not in optional]:
+            raise ValueError(f"{path}: step {step} lacks {missing[0]}: not a file of plans")
+        return [arrays.pop(f"{prefix}/{name}", None) for name in names]
+
+    is_compaction = not {f"{step}/starts", f"{step}/counts"} & set(arrays)
+    of_class = ClassCompaction if is_compaction else ClassPlan
+    starts_and_counts = [] if is_compaction else fields(str(step), ("starts", "counts"))
+    classes = list[Any]()
+    while f"{step}/{len(classes)}/pages" in arrays:
+        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid",))))
+    if not classes:
+        raise ValueError(f"{path}: step {step} has no class: not a file of plans")
+    if is_compaction:
+        return Compaction(tuple(classes))
+    starts, counts = starts_and_counts
+    return Plan(starts, counts, tuple(classes))

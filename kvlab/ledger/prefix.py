@@ -1,8 +1,9 @@
-"""The prefix index: a trie of sealed pages. What one sequence computed, another that begins with the same tokens can read.
+"""The prefix index: a trie of sealed pages. What one sequence computed, another that begins with the same tokens can
+read.
 
-A node is one page of tokens behind its parent's; it holds, for each state class, the page with their state or nothing (evicted,
-never kept). Tokens are compared exactly; a SHA-256 chain only finds the candidates, so that a colliding hash costs time
-and nothing else. Namespaces (parameters, spec, page format, salt) are separate tries.
+A node is one page of tokens behind its parent's; it holds, for each state class, the page with their state or nothing
+(evicted, never kept). Tokens are compared exactly; a SHA-256 chain only finds the candidates, so that a colliding hash
+costs time and nothing else. Namespaces (parameters, spec, page format, salt) are separate tries.
 """
 
 import heapq
@@ -17,7 +18,8 @@ from kvlab.ledger.trie import CachedPage, Node
 
 
 class PrefixIndex:
-    """The trie, and the order of eviction. It owns one reference on every page it holds; the ledger counts references."""
+    """The trie, and the order of eviction. It owns one reference on every page it holds; the ledger counts
+    references."""
 
     def __init__(
         self,
@@ -28,11 +30,11 @@ class PrefixIndex:
     ):
         self._classes, self._digest = tuple(classes), digest
         self.page_size = page_size
-        self.policies = [policy(one.num_usable) for one in classes]
+        self.policies = [policy(state.num_usable) for state in classes]
         self.num_loose = [0] * len(classes)
         """Pages held by the index alone: all of them can be evicted, descendants first."""
         # Per class: whether a cached page is of use only behind all its ancestors; the pages held, by number.
-        self.whole_prefix = [one.spec.per_token and one.spec.span is None for one in classes]
+        self.whole_prefix = [state.spec.per_token and state.spec.span is None for state in classes]
         self._nodes: dict[bytes, list[Node]] = {}
         self.roots: dict[str, Node] = {}
         self.cached: list[dict[int, CachedPage]] = [{} for _ in classes]
@@ -74,8 +76,8 @@ class PrefixIndex:
             path.append(found)
             node = found
         missing = [[0] for _ in self._classes]  # missing[c][i]: pages of class c absent from the path's first i nodes
-        for index, one in enumerate(self._classes):
-            if one.paged:
+        for index, state in enumerate(self._classes):
+            if state.paged:
                 for node in path:
                     missing[index].append(missing[index][-1] + (node.pages[index] is None))
         for pages in range(len(path), 0, -1):
@@ -84,18 +86,18 @@ class PrefixIndex:
         return path, 0
 
     def _valid(self, index: int, pages: int, path: Sequence[Node], missing: Sequence[int]) -> bool:
-        one = self._classes[index]
-        if not one.paged:
+        state = self._classes[index]
+        if not state.paged:
             return path[pages - 1].pages[index] is not None
-        needed = live_pages(one.spec, pages * self.page_size, self.page_size)
+        needed = live_pages(state.spec, pages * self.page_size, self.page_size)
         return all(missing[run.stop] == missing[run.start] for run in needed)
 
     def needed(self, path: Sequence[Node], index: int, pages: int) -> Iterator[tuple[int, CachedPage]]:
         """Logical and cached pages of a class that a hit of `pages` pages reads; a recurrent state is page 0."""
-        one = self._classes[index]
-        runs = live_pages(one.spec, pages * self.page_size, self.page_size) if one.paged else ()
+        state = self._classes[index]
+        runs = live_pages(state.spec, pages * self.page_size, self.page_size) if state.paged else ()
         found = [(page, path[page].pages[index]) for run in runs for page in run]
-        if pages and not one.paged:
+        if pages and not state.paged:
             found = [(0, path[pages - 1].pages[index])]
         for page, cached in found:
             assert cached is not None
@@ -110,9 +112,9 @@ class PrefixIndex:
         """The index holds a page of class `index` at a node that has none; the caller adds the reference."""
         assert node.pages[index] is None
         assert node.parent is not None
-        one, end = self._classes[index], node.depth * self.page_size
-        start = end - self.page_size if one.paged else 0
-        cached = CachedPage(node, index, page, one.page_bytes, start, end)
+        state, end = self._classes[index], node.depth * self.page_size
+        start = end - self.page_size if state.paged else 0
+        cached = CachedPage(node, index, page, state.page_bytes, start, end)
         node.pages[index] = self.cached[index][page] = cached
         node.parent.resident_children[index] += 1
         if self.whole_prefix[index] and (above := node.parent.pages[index]):
@@ -179,7 +181,8 @@ class PrefixIndex:
         return (node for nodes in self._nodes.values() for node in nodes)
 
     def _use(self, cached: CachedPage, residents: int = 0) -> None:
-        """Tells the policy; it may move the page to another segment. `residents` is 1 for a page that was not cached yet."""
+        """Tells the policy; it may move the page to another segment. `residents` is 1 for a page that was not cached
+        yet."""
         counts = self._resident[cached.state_class]
         counts[cached.segment] -= 1 - residents
         self.policies[cached.state_class].used(cached)
@@ -198,7 +201,7 @@ class PrefixIndex:
         cached.stamp = next(self._stamps)
         heap = self._heaps[index][cached.segment]
         if len(heap) > 64 + 2 * self._evictable[index][cached.segment]:  # most of it is stale
-            heap[:] = [one for one in heap if one[4].queued is not None and one[3] == one[4].stamp]
+            heap[:] = [entry for entry in heap if entry[4].queued is not None and entry[3] == entry[4].stamp]
             heapq.heapify(heap)
         entry = (self.policies[index].order(cached), -cached.node.depth, cached.page, cached.stamp, cached)
         heapq.heappush(heap, entry)

@@ -4,8 +4,9 @@
     pick(sizes)    which segment gives the next victim, if it has one; one segment unless said otherwise
     spare(page)    a second chance: True if the victim was moved to another place instead
 
-The index asks only about pages that nobody but itself holds, and, where a state needs its whole prefix, that no longer cached
-prefix builds on: an ancestor is never evicted before its descendants. Ties go to the deeper page, then to the older.
+The index asks only about pages that nobody but itself holds, and, where a state needs its whole prefix, that no longer
+cached prefix builds on: an ancestor is never evicted before its descendants. Ties go to the deeper page, then to the
+older.
 """
 
 import abc
@@ -34,7 +35,8 @@ class Policy(abc.ABC):
         """A page was published (`page.uses` is 1), or another sequence found it (the count includes it)."""
 
     def pick(self, sizes: Sequence[int]) -> int:
-        """The segment to evict from, given the cached pages of each; the other one serves where it has none to evict."""
+        """The segment to evict from, given the cached pages of each; the other one serves where it has none to
+        evict."""
         return 0
 
     def spare(self, page: CachedPage) -> bool:
@@ -92,8 +94,8 @@ class SLRU(Policy):
 
 
 class S3FIFO(Policy):
-    """Three queues (Yang et al., SOSP 2023): a small one filters what is used once, a main one gives second chances, and a
-    ghost queue remembers what left the small one, so that it returns to the main one."""
+    """Three queues (Yang et al., SOSP 2023): a small one filters what is used once, a main one gives second chances,
+    and a ghost queue remembers what left the small one, so that it returns to the main one."""
 
     small_share = 0.1
 
@@ -130,10 +132,11 @@ class S3FIFO(Policy):
 
 
 class CostAware(Policy):
-    """FLOPs saved per byte, aged as in GreedyDual-Size-Frequency (Cherkasova, 1998); Marconi (arXiv 2411.19379) for hybrids.
+    """FLOPs saved per byte, aged as in GreedyDual-Size-Frequency (Cherkasova, 1998); Marconi (arXiv 2411.19379) for
+    hybrids.
 
-    Recomputing the token at position p costs `linear + quadratic * p` FLOPs: a page deep in a sequence is dearer than an
-    early one, and a recurrent state, which replaces all tokens since the last one, dearer still.
+    Recomputing the token at position p costs `linear + quadratic * p` FLOPs: a page deep in a sequence is dearer than
+    an early one, and a recurrent state, which replaces all tokens since the last one, dearer still.
     """
 
     linear, quadratic = 1.0, 1e-4

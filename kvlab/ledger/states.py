@@ -1,8 +1,8 @@
 """What a layer must remember. A state is defined by what must stay live; everything else is derived from that.
 
-A state says what is stored (`arrays`) and what a token sees (`visible`, the mask that kernels apply). live(n), the token
-positions that must be readable to compute token n, follows from the mask; and from live(n) which pages a step needs,
-which are free after it, when a prefix hit is valid and how large a pool must be. Plain Python, no JAX.
+A state says what is stored (`arrays`) and what a token sees (`visible`, the mask that kernels apply). live(n), the
+token positions that must be readable to compute token n, follows from the mask; and from live(n) which pages a step
+needs, which are free after it, when a prefix hit is valid and how large a pool must be. Plain Python, no JAX.
 
     state              live(n)                                        bytes
     full, latent       [0, n)                                         per token
@@ -24,7 +24,8 @@ QUANTISED = ("int8", "fp8", "int4")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
-"""How a memory can store a state: as declared, or quantised with a scale for each token, or for each channel of a page."""
+"""How a memory can store a state: as declared, or quantised with a scale for each token, or for each channel of a
+page."""
 
 EVERYTHING = Visible()
 """The mask of full attention: [0, n]."""
@@ -32,8 +33,9 @@ EVERYTHING = Visible()
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of one
-    page whatever its size. `is_scale` marks quantisation scales. An axis of int4 counts numbers, two of which share a byte."""
+    """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of
+    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 counts numbers, two of which share
+    a byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,11 +88,13 @@ class State(abc.ABC):
         return self.visible is not None
 
     def live(self, n: int) -> tuple[range, ...]:
-        """Token positions that must be readable to compute token n; empty for states that are not addressed by token."""
+        """Token positions that must be readable to compute token n; empty for states that are not addressed by
+        token."""
         return self.visible.live(n) if self.visible is not None else ()
 
     def forgotten_at(self, position: int) -> int | None:
-        """The first n with `position` outside live(n), or None: never. As n grows, live(n) recalls nothing it forgot."""
+        """The first n with `position` outside live(n), or None: never. As n grows, live(n) recalls nothing it
+        forgot."""
         return self.visible.forgotten_at(position) if self.visible is not None else None
 
     @property
@@ -105,7 +109,8 @@ class State(abc.ABC):
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in it."""
+        """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in
+        it."""
         return sum(array.num_bytes for array in self.arrays if not array.per_page)
 
     @property
@@ -203,8 +208,8 @@ class TokenState(PerToken):
 
 @dataclass(frozen=True)
 class LatentState(PerToken):
-    """One row a token, shared by all heads (MLA, arXiv 2405.04434): a compressed vector of `rank` numbers, which serve as
-    values too, and a rotary key of `rope_dim` behind them. It is stored once, as keys of one head."""
+    """One row a token, shared by all heads (MLA, arXiv 2405.04434): a compressed vector of `rank` numbers, which serve
+    as values too, and a rotary key of `rope_dim` behind them. It is stored once, as keys of one head."""
 
     rank: int
     rope_dim: int
@@ -221,8 +226,8 @@ class LatentState(PerToken):
 
 @dataclass(frozen=True)
 class RetrievalState(PerToken):
-    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the rest.
-    The index is of the model's type in every format."""
+    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the
+    rest. The index is of the model's type in every format."""
 
     num_kv_heads: int
     key_dim: int
@@ -276,20 +281,21 @@ class RecurrentState(State):
 
 
 def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:
-    """Logical pages with a token of live(n), as disjoint ascending ranges: what stays after a step, and what a prefix hit
-    of n tokens must find resident."""
+    """Logical pages with a token of live(n), as disjoint ascending ranges: what stays after a step, and what a prefix
+    hit of n tokens must find resident."""
     pages: list[range] = []
     for positions in spec.live(n):
-        one = range(positions.start // page_size, (positions.stop - 1) // page_size + 1)
-        if pages and one.start < pages[-1].stop:
-            pages[-1] = range(pages[-1].start, max(pages[-1].stop, one.stop))
+        run = range(positions.start // page_size, (positions.stop - 1) // page_size + 1)
+        if pages and run.start < pages[-1].stop:
+            pages[-1] = range(pages[-1].start, max(pages[-1].stop, run.stop))
         else:
-            pages.append(one)
+            pages.append(run)
     return tuple(pages)
 
 
 def page_forgotten_at(spec: State, page: int, page_size: int) -> int | None:
-    """The first length n at which no slot of a full logical page is in live(n), so that the page is free; None: never."""
+    """The first length n at which no slot of a full logical page is in live(n), so that the page is free; None:
+    never."""
     if page * page_size < spec.num_pinned:
         return None
     return spec.forgotten_at((page + 1) * page_size - 1)

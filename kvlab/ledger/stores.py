@@ -1,278 +1,149 @@
-"""The pages of one state class: references, free list, page tables; and the rules of the three kinds of state.
+"""The stores of all state classes, as one: whatever a sequence takes, it takes of every class or of none."""
 
-PageStore    token states: pages on demand, copied before a shared one is written, freed when forgotten
-StateStore   recurrent states: one slot a sequence; what others hold is read from one slot and written to another
-BlockStore   contiguous reservations: one block a sequence, its size fixed when it begins (in `contiguous`)
-"""
-
-import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
-import numpy as np
-
-from kvlab.ledger.answers import Never, Wait
-from kvlab.ledger.classes import Lengths, StateClass
-from kvlab.ledger.plan import NOWHERE, ClassPlan, Ints
+from kvlab.ledger.accounting import Account, Held, account
+from kvlab.ledger.answers import Never
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.paged import PageStore
 from kvlab.ledger.prefix import PrefixIndex
-from kvlab.ledger.states import page_forgotten_at
-from kvlab.ledger.trie import CachedPage, Node
-
-NEVER_WAKES = 2**62
-"""A length that no sequence reaches."""
+from kvlab.ledger.recurrent import StateStore
+from kvlab.ledger.store import NEVER_WAKES, Store
+from kvlab.ledger.tracked import Tracked
 
 
-@dataclass(eq=False, slots=True)
-class Holding:
-    """What one sequence holds of one class. Everything here is a reference, except `block`."""
+@dataclass
+class Counters:
+    """What happened so far. `peak_bytes` is the most that sequences and hits held at once, `peak_pages` the same for
+    each class on its own: their difference is what pools of fixed types cost beside one pool for all."""
 
-    pages: dict[int, int] = field(default_factory=dict)
-    """Logical to physical page, ascending; of a recurrent state {0: slot}, of a contiguous block {0: its first page}."""
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """(logical page, source) of pages copied for the step in flight; the source is held until it ends."""
-    writing: int | None = None
-    """Where the step in flight writes a recurrent state that it does not write in place."""
-    row: int = -1
-    """The sequence's row of the page table; -1 while it has none."""
-    lengths: Lengths | None = None
-    """What was known of the sequence when it began."""
-    block: tuple[int, int] = (0, 0)
-    """Of a contiguous block: its slots, and the slots asked for."""
+    looked_up_tokens: int = 0
+    hit_tokens: int = 0
+    deduplicated_pages: int = 0
+    swapped_pages: int = 0
+    dropped_slots: int = 0
+    peak_bytes: int = 0
+    peak_pages: list[int] = field(default_factory=list)
 
 
-class Store(abc.ABC):
-    """Pages of one class. A page is free (no references) or held: references are tables, pins and the index, exactly."""
+class Stores:
+    """One store a class, the index that all of them publish to, and the rows of their page tables."""
 
-    def __init__(self, number: int, state: StateClass, index: PrefixIndex):
-        self.number, self.state, self.index = number, state, index
-        self.refs = [0] * state.num_pages
-        self.free = list(range(state.num_pages - 1, state.has_null_page - 1, -1))
-        self.host_free = list(range(state.num_host_pages - 1, -1, -1))
-        self.table = np.zeros((0, state.table_len), np.int32)
-        self.starts = np.zeros((0, state.table_len), np.int32)
-        self.evicted = self.copied = 0
+    def __init__(self, classes: Sequence[StateClass], index: PrefixIndex, max_len: int, chunk_len: int):
+        self.classes, self.index = tuple(classes), index
+        self.max_len, self.chunk_len = max_len, chunk_len
+        self.each: tuple[Store, ...] = tuple(
+            BlockStore(number, state, index, max_len)
+            if state.contiguous
+            else (PageStore if state.paged else StateStore)(number, state, index)
+            for number, state in enumerate(self.classes)
+        )
+        self.of_states = [store for store in self.each if not store.state.spec.per_token]
+        """Those of recurrent classes."""
+        self.free_rows: list[int] = []
+        self.counters = Counters(peak_pages=[0] * len(self.classes))
+
+    def __iter__(self) -> Iterator[Store]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, number: int) -> Store:
+        return self.each[number]
 
     @property
-    def num_available(self) -> int:
-        """Pages that are free or only cached."""
-        return len(self.free) + self.index.num_loose[self.number]
+    def can_share(self) -> bool:
+        """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
+        return not any(state.contiguous for state in self.classes)
 
-    def take(self) -> int:
-        """A page with one reference: a free one, or the policy's victim. Raises MemoryError when there is none."""
-        if not self.free:
-            self.evict()
-        page = self.free.pop()
-        self.refs[page] = 1
-        return page
+    def never(self, total_len: int, held: Tracked | None = None) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it;
+        None: it could."""
+        if total_len > self.max_len:
+            return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
+        for number, state in enumerate(self.classes):
+            num_stored = total_len - (held.holdings[number].dropped if held else 0)
+            needed = state.max_pages(num_stored, self.chunk_len)
+            if needed > state.num_usable:
+                sizes = f"{state.page_size} tokens a page, steps of up to {self.chunk_len}"
+                return Never(
+                    f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {state.num_usable}"
+                )
+        return None
 
-    def share(self, page: int) -> None:
-        """One more reference."""
-        self.refs[page] += 1
-        if self.refs[page] == 2 and (cached := self.index.cached[self.number].get(page)):
-            self.index.pin(cached)
+    def take(self, counts: Sequence[int]) -> list[list[int]]:
+        """New pages of every class, or none at all: what was taken before a failure goes back."""
+        taken: list[list[int]] = [[] for _ in self.each]
+        try:
+            for store, pages, count in zip(self.each, taken, counts, strict=True):
+                for _ in range(count):
+                    pages.append(store.take())
+        except BaseException:
+            for store, pages in zip(self.each, taken, strict=True):
+                for page in pages:
+                    store.drop(page)
+            raise
+        return taken
 
-    def drop(self, page: int) -> None:
-        """One reference less; the last one frees the page."""
-        assert self.refs[page] > 0, f"{self.state.name}: page {page} is free already"
-        self.refs[page] -= 1
-        if self.refs[page] == 0:
-            self.free.append(page)
-        elif self.refs[page] == 1 and (cached := self.index.cached[self.number].get(page)):
-            self.index.loosen(cached)
+    def evict(self, name: str, num_pages: int) -> int:
+        """See `Ledger.evict`."""
+        store = next((store for store in self.each if store.state.name == name), None)
+        if store is None or num_pages < 0:
+            legal = ", ".join(state.name for state in self.classes)
+            raise ValueError(f"evict({name!r}, {num_pages}): must be at least 0 pages of one of {legal}")
+        count = min(num_pages, self.index.num_loose[store.number])
+        for _ in range(count):
+            store.evict()
+        return count
 
-    def publish(self, node: Node, page: int) -> None:
-        """The index holds a page as well."""
-        self.refs[page] += 1
-        self.index.publish(node, self.number, page)
+    def new_row(self) -> int:
+        """A row of every page table."""
+        if not self.free_rows:
+            num_rows = len(self.each[0].table)
+            more = max(8, num_rows)
+            for store in self.each:
+                store.add_rows(more)
+            self.free_rows = list(range(num_rows + more - 1, num_rows - 1, -1))
+        return self.free_rows.pop()
 
-    def withdraw(self, cached: CachedPage) -> None:
-        """The index lets go of a page."""
-        self.index.withdraw(cached)
-        self.drop(cached.page)
+    def let_go(self, held: Tracked) -> None:
+        """A sequence leaves the device: its pages and its row."""
+        for store, holding in zip(self.each, held.holdings, strict=True):
+            store.let_go(holding)
+        self.free_rows.append(held.holdings[0].row)
 
-    def evict(self) -> None:
-        """Frees the cached page that the policy would miss least. Raises MemoryError when every page is pinned."""
-        victim = self.index.victim(self.number)
-        self.withdraw(victim)
-        self.index.policies[self.number].evicted(victim)
-        self.evicted += 1
+    def refresh(self, held: Tracked) -> None:
+        """Until when the next steps need nothing: see `Tracked.room`, `wake` and `full`."""
+        room, wake, busy = self.max_len, NEVER_WAKES, held.lookahead > 0
+        for store, holding in zip(self.each, held.holdings, strict=True):
+            room, wake = min(room, store.room(holding, held.length)), min(wake, store.wake(holding))
+            busy = busy or bool(holding.copies) or holding.writing is not None
+        page_size = self.index.page_size
+        held.full = NEVER_WAKES if held.ids is None else (held.length // page_size + 1) * page_size
+        if self.of_states:  # the next step overwrites what is to be kept
+            wake = min(wake, held.full)
+        held.room, held.wake = room, 0 if busy else wake
 
-    def add_rows(self, count: int) -> None:
-        """Room for more sequences."""
-        unused = np.full((count, self.state.table_len), self.state.unused_page, np.int32)
-        self.table = np.concatenate([self.table, unused])
-        self.starts = np.concatenate([self.starts, np.full_like(unused, NOWHERE)])
+    def note_peak(self) -> None:
+        """Raises the counters' peaks to what is held now."""
+        total, counters = 0, self.counters
+        for number, store in enumerate(self.each):
+            num_held = store.state.num_usable - store.num_available
+            total += num_held * store.state.page_bytes
+            counters.peak_pages[number] = max(counters.peak_pages[number], num_held)
+        counters.peak_bytes = max(counters.peak_bytes, total)
 
-    def assign(self, holding: Holding, logical: int, page: int) -> None:
-        """A sequence reads a page from now on; the reference is the caller's."""
-        holding.pages[logical] = page
-        place = self.state.table_index(logical)
-        self.table[holding.row, place], self.starts[holding.row, place] = page, logical * self.state.page_size
-
-    def let_go(self, holding: Holding) -> None:
-        """A sequence leaves the device: every reference, latest pages first, and its row."""
-        for _, source in holding.copies:
-            self.drop(source)
-        if holding.writing is not None:
-            self.drop(holding.writing)
-        for logical in reversed(holding.pages):
-            self.drop(holding.pages[logical])
-        self.table[holding.row], self.starts[holding.row] = self.state.unused_page, NOWHERE
-
-    def plan(self, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> ClassPlan:
-        """One step's arrays for these sequences; starts and counts [B], of which the rest is padding."""
-        rows = np.array([one.row for one in steps], np.intp)
-        pages, page_starts = self.table[rows], self.starts[rows]
-        if padding := len(starts) - len(rows):
-            pages = np.pad(pages, ((0, padding), (0, 0)), constant_values=self.state.unused_page)
-            page_starts = np.pad(page_starts, ((0, padding), (0, 0)), constant_values=NOWHERE)
-        slots = self._write_slots(pages, steps, starts, counts, width)
-        copied = [(source, one.pages[logical]) for one in steps for logical, source in one.copies]
-        return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2))
-
-    @abc.abstractmethod
-    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
-        """Logical pages that a step [start, end) must be given: new ones, and those it may not write in place."""
-
-    def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
-        """Why the missing pages cannot be had; None: they can. What could never fit alone, `Ledger.never` has refused."""
-        return self.shortage(len(missing))
-
-    def shortage(self, num_pages: int) -> Wait | None:
-        """`Wait` when that many pages cannot be had now."""
-        if num_pages <= self.num_available:
-            return None
-        return Wait(f"{self.state.name}: {num_pages} pages needed, {self.num_available} free or cached")
-
-    @abc.abstractmethod
-    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
-        """Gives a sequence the pages taken for those missing."""
-
-    @abc.abstractmethod
-    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
-        """Ends a step after which the sequence has `length` tokens; undoes what a step that never ran was to copy."""
-
-    def forget(self, holding: Holding, length: int) -> None:  # noqa: B027  most states forget nothing
-        """Lets go of pages outside live(length)."""
-
-    @abc.abstractmethod
-    def room(self, holding: Holding, length: int) -> int:
-        """A step that ends here needs no page and no copy."""
-
-    def wake(self, holding: Holding) -> int:
-        """The first length at which a page is forgotten."""
-        return NEVER_WAKES
-
-    @abc.abstractmethod
-    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
-        """`ClassPlan.write_slots`."""
-
-
-class PageStore(Store):
-    """Token states in pages of `page_size` tokens."""
-
-    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
-        needed = range(start // self.state.page_size, (end - 1) // self.state.page_size + 1)
-        return [page for page in needed if page not in holding.pages or self.refs[holding.pages[page]] > 1]
-
-    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
-        for logical, page in zip(missing, taken, strict=True):
-            if logical in holding.pages:
-                holding.copies.append((logical, holding.pages[logical]))
-                self.copied += 1
-            self.assign(holding, logical, page)
-
-    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
-        for logical, source in holding.copies:
-            if ran:
-                self.drop(source)
-            else:
-                self.drop(holding.pages[logical])
-                self.assign(holding, logical, source)
-        holding.copies.clear()
-        behind = takewhile(lambda page: page * self.state.page_size >= length, reversed(holding.pages))
-        self._give_up(holding, list(behind))
-
-    def forget(self, holding: Holding, length: int) -> None:
-        if self.state.spec.span is not None:
-            ends = {page: page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages}
-            self._give_up(holding, [page for page, end in ends.items() if end is not None and end <= length])
-
-    def _give_up(self, holding: Holding, logical_pages: Iterable[int]) -> None:
-        for logical in logical_pages:
-            place = self.state.table_index(logical)
-            self.table[holding.row, place], self.starts[holding.row, place] = self.state.unused_page, NOWHERE
-            self.drop(holding.pages.pop(logical))
-
-    def room(self, holding: Holding, length: int) -> int:
-        if not holding.pages:
-            return 0
-        last = next(reversed(holding.pages))
-        end = (last + 1) * self.state.page_size
-        return 0 if length < end and self.refs[holding.pages[last]] > 1 else end
-
-    def wake(self, holding: Holding) -> int:
-        if self.state.spec.span is None:
-            return NEVER_WAKES
-        ends = (page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages)
-        return next((end for end in ends if end is not None), NEVER_WAKES)
-
-    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
-        offsets = np.arange(width, dtype=np.int32)
-        positions = starts[:, None] + offsets
-        columns, places = np.divmod(positions, self.state.page_size)
-        num_pinned, table_len = self.state.num_pinned_pages, self.state.table_len
-        if columns.max(initial=0) >= table_len:
-            ring = num_pinned + (columns - num_pinned) % max(1, table_len - num_pinned)
-            columns = np.where(columns < table_len, columns, ring)
-        slots = pages[np.arange(len(pages))[:, None], columns] * self.state.page_size + places
-        slots[offsets >= counts[:, None]] = self.state.num_pages * self.state.page_size
-        return slots
-
-
-class StateStore(Store):
-    """Recurrent states: one slot a sequence."""
-
-    def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
-        if not holding.pages:
-            return [0]
-        if self.refs[holding.pages[0]] == 1 and not lookahead:
-            return []
-        # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.
-        return [] if self._sole(holding) and not lookahead and not self.num_available else [0]
-
-    def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
-        if missing and holding.pages and self._sole(holding) and self.state.num_usable < 2:
-            return Never(f"{self.state.name}: a step that may be rejected needs 2 slots, the pool has 1")
-        return self.shortage(len(missing))
-
-    def _sole(self, holding: Holding) -> bool:
-        """Whether no other sequence or hit shares the state."""
-        slot = holding.pages[0]
-        return self.refs[slot] == 1 + (slot in self.index.cached[self.number])
-
-    def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
-        if missing and holding.pages:
-            (holding.writing,) = taken
-        elif missing:
-            self.assign(holding, 0, taken[0])
-        elif cached := self.index.cached[self.number].get(holding.pages[0]):
-            self.withdraw(cached)
-
-    def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
-        if holding.writing is not None:
-            old, new = holding.pages[0], holding.writing
-            self.drop(old if num_accepted else new)
-            self.assign(holding, 0, new if num_accepted else old)
-            holding.writing = None
-
-    def room(self, holding: Holding, length: int) -> int:
-        return NEVER_WAKES if self.refs[holding.pages[0]] == 1 else 0
-
-    def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
-        slots = pages.copy()
-        for row, one in enumerate(steps):
-            if one.writing is not None:
-                slots[row, 0] = one.writing
-        return slots
+    def audit(self, running: Sequence[Tracked]) -> tuple[Account, ...]:
+        """Where every byte is now, one account a class."""
+        starving = [store.num_available == 0 for store in self.each]
+        accounts = []
+        for number, store in enumerate(self.each):
+            num_free = store.num_available - self.index.num_loose[number]
+            others_starve = any(starving[:number] + starving[number + 1 :])
+            stranded = num_free * store.state.page_bytes if others_starve else 0
+            sequences = [Held(held.length, held.num_new, held.lookahead, held.holdings[number]) for held in running]
+            accounts.append(account(store.state, num_free, sequences, self.index.cached[number], stranded))
+        return tuple(accounts)

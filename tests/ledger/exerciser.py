@@ -1,9 +1,9 @@
 """Random operations on a ledger beside a naive shadow that tags memory: who wrote each slot, after which tokens.
 
-The shadow knows the definitions and nothing of the ledger's bookkeeping: a slot's tag is the whole history of token ids that
-its content depends on. So whatever the ledger shares, copies, evicts, swaps or rolls back, a step must read exactly the
-history it would have computed itself. Every choice comes from `draw(n)`, an integer in [0, n): Hypothesis', or a random
-generator's in the soak.
+The shadow knows the definitions and nothing of the ledger's bookkeeping: a slot's tag is the whole history of token ids
+that its content depends on. So whatever the ledger shares, copies, evicts, swaps or rolls back, a step must read
+exactly the history it would have computed itself. Every choice comes from `draw(n)`, an integer in [0, n): Hypothesis',
+or a random generator's in the soak.
 """
 
 import itertools
@@ -11,15 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 
 from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.ledger import Ledger, Tracked
-from kvlab.ledger.plan import NOWHERE, Plan
+from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import NOWHERE, Compaction, Plan
 from kvlab.ledger.replacement import POLICIES
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, TokenState
+from kvlab.ledger.tracked import Tracked
 from pallas_kernels.visible import Visible
 from tests.ledger.test_states import visible_by_mask
 
@@ -66,13 +68,34 @@ def make_ledger(model: str, page_size: int, num_pages: int, num_slots: int, **op
 
 @dataclass
 class Shadow:
-    """What a sequence must remember: `ids` committed, `drafts` in flight, all of it, in plain lists."""
+    """What a sequence must remember: `ids` committed, `drafts` in flight, all of it, in plain lists.
+
+    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots; `losses` says
+    at which length something was dropped, and in which compaction: what is computed from there on is not what it would
+    have been.
+    """
 
     space: str | None
     prompt: list[int]
     ids: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     lookahead: int = 0
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    losses: list[tuple[int, int]] = field(default_factory=list)
+
+    def tag(self, position: int) -> tuple:
+        """What the content of a token's slot depends on; of a recurrent state, that of the last token it has seen."""
+        history = (self.ids + self.drafts)[: position + 1]
+        return (*history, *(("lossy", loss) for length, loss in self.losses if length <= position))
+
+    def slots(self, number: int) -> list[int]:
+        """The positions of the tokens that a class stores, in the order of their slots."""
+        return self.kept.get(number, list(range(len(self.ids))))
+
+    def twin(self) -> "Shadow":
+        """The same, in lists of its own."""
+        kept = {number: list(positions) for number, positions in self.kept.items()}
+        return Shadow(self.space, list(self.prompt), list(self.ids), kept=kept, losses=list(self.losses))
 
 
 class Exerciser:
@@ -104,8 +127,11 @@ class Exerciser:
         self.tags: list[dict[int, tuple]] = [{} for _ in self.ledger.classes]
         self.host: list[dict[int, tuple]] = [{} for _ in self.ledger.classes]
         self.published: set[tuple] = set()
+        self.losses = itertools.count()
+        self.readable: list[dict[int, int]] = [{} for _ in self.ledger.classes]
         self.names = itertools.count()
         self.plans: list[Plan] = []
+        self.compactions: list[Compaction] = []
         self._watch_evictions()
 
     def pick(self, options: list):
@@ -135,6 +161,7 @@ class Exerciser:
             self.swap_in,
             self.evict,
             self.look,
+            self.compact,
         ]
         action = self.pick(actions)
         action()
@@ -218,7 +245,11 @@ class Exerciser:
     def _refusal_is_right(self, one: Shadow, count: int, answer: Wait | Never) -> None:
         end = len(one.ids) + count
         if isinstance(answer, Never):
-            alone = [state.max_pages(min(end, MAX_LEN), CHUNK_LEN) > state.num_usable for state in self.ledger.classes]
+            ends = [len(one.slots(number)) + count for number in range(len(self.ledger.classes))]
+            alone = [
+                state.max_pages(min(end_slot, MAX_LEN), CHUNK_LEN) > state.num_usable
+                for state, end_slot in zip(self.ledger.classes, ends, strict=True)
+            ]
             slots = [state.num_usable < 2 for state in self.ledger.classes if not state.spec.per_token]
             assert end > MAX_LEN or any(alone) or any(slots)
         else:
@@ -241,13 +272,17 @@ class Exerciser:
         start = len(one.ids)
         new = one.drafts[:accepted]
         one.ids += new
+        for positions in one.kept.values():
+            positions += range(start, start + accepted)
         unknown = one.ids[max(len(one.prompt), start) :] if len(one.ids) > max(len(one.prompt), start) else []
         # Drafts that contradict the prompt never occur: the prompt's own ids come first.
-        decoded = accepted == 1 and not one.lookahead and (unknown or not one.space)
+        one.drafts, lookahead, one.lookahead = [], one.lookahead, 0
+        if self.draw(6) == 0 and self._compacted_by_its_step(name, accepted, unknown if one.space else ()):
+            return
+        decoded = accepted == 1 and not lookahead and (unknown or not one.space)
         if not (decoded and name % 3 and self.ledger.commit_each([name], new) == [True]):
             self.ledger.commit(name, accepted, unknown if one.space else ())
-        one.drafts, one.lookahead = [], 0
-        if one.space:
+        if one.space and not one.losses:
             for end in range(self.page_size, len(one.ids) + 1, self.page_size):
                 self.published.add((one.space, tuple(one.ids[:end])))
 
@@ -266,8 +301,7 @@ class Exerciser:
         if idle := self._idle():
             parent, child = self.pick(idle), next(self.names)
             self.ledger.fork(parent, child)
-            one = self.live[parent]
-            self.live[child] = Shadow(one.space, list(one.prompt), list(one.ids))
+            self.live[child] = self.live[parent].twin()
 
     def abort(self) -> None:
         """A sequence ends, perhaps in flight, perhaps on the host, perhaps leaving nothing behind."""
@@ -309,6 +343,105 @@ class Exerciser:
         state = self.pick(list(self.ledger.classes))
         self.ledger.evict(state.name, self.pick([1, 2, 999]))
 
+    def _choose(self, one: Shadow) -> dict[int, list[int]]:
+        """Of some classes, which slots stay: never none, rarely all."""
+        chosen = {}
+        for number, state in enumerate(self.ledger.classes):
+            count = len(one.slots(number))
+            if state.spec.per_token and state.spec.span is None and count and self.draw(4):
+                keep = 1 + self.draw(max(1, count // 2) if self.draw(2) else count)
+                first = self.draw(count - keep + 1)
+                chosen[number] = sorted((first + place * (1 + self.draw(2))) % count for place in range(keep))
+                chosen[number] = sorted(set(chosen[number]))
+        return chosen
+
+    def _lose(self, one: Shadow, chosen: dict[int, list[int]], loss: int) -> None:
+        """The shadow forgets what was not chosen."""
+        for number, slots in chosen.items():
+            positions = one.slots(number)
+            if len(slots) < len(positions):
+                one.kept[number] = [positions[slot] for slot in slots]
+                if (len(one.ids), loss) not in one.losses:
+                    one.losses.append((len(one.ids), loss))
+
+    def _compacted_by_its_step(self, name: int, accepted: int, tokens) -> bool:
+        """The step that just ran packs what it leaves into the sequence's own pages; refused where they are shared."""
+        one = self.live[name]
+        chosen = self._choose(one)
+        stored = {number: len(slots) for number, slots in chosen.items()}
+        shared = []
+        for number, slots in chosen.items():
+            refs, page_size = self.ledger.stores[number].refs, self.page_size
+            if len(slots) < len(one.slots(number)):
+                pages = {self.readable[number][slot] // page_size for slot in range(len(slots))}
+                shared += [page for page in pages if refs[page] > 1]
+        if shared:
+            before = self.state()
+            with pytest.raises(ValueError, match="must be left out while others share these pages"):
+                self.ledger.commit(name, accepted, tokens, stored)
+            assert self.state() == before
+            return False
+        for number, slots in chosen.items():
+            tags, readable = self.tags[number], self.readable[number]
+            content = [tags[readable[slot]] for slot in slots]
+            for slot in readable.values():
+                tags.pop(slot, None)
+            tags.update({readable[slot]: tag for slot, tag in enumerate(content)})
+        by_name = {self.ledger.classes[number].name: keep for number, keep in stored.items()}
+        self.ledger.commit(name, accepted, tokens, by_name if self.draw(2) else stored)
+        self._lose(one, chosen, next(self.losses))
+        if one.space and not one.losses:
+            for end in range(self.page_size, len(one.ids) + 1, self.page_size):
+                self.published.add((one.space, tuple(one.ids[:end])))
+        return True
+
+    def compact(self) -> None:
+        """Between steps: some sequences keep some of their slots, in pages that nobody else reads."""
+        idle = self._idle()
+        idle = [name for name in idle if len(self.live[name].ids) > self.page_size] or idle
+        names = sorted({self.pick(idle) for _ in range(1 + self.draw(3))}) if idle else []
+        self.ledger.publish()
+        chosen = {name: self._choose(self.live[name]) for name in names}
+        before, held = self.state(), [dict(store.index.cached[store.number]) for store in self.ledger.stores]
+        pages = {
+            name: [list(holding.pages.values()) for holding in self.ledger.running[name].holdings] for name in names
+        }
+        stored = {name: {number: len(slots) for number, slots in mine.items()} for name, mine in chosen.items()}
+        answer = self.ledger.compact(stored)
+        if isinstance(answer, Wait):
+            assert self.state() == before
+            assert len(self.live) + len(self.hits) > 1
+            return
+        self.compactions.append(answer)
+        for number, (state, step) in enumerate(zip(self.ledger.classes, answer.classes, strict=True)):
+            assert all(array.dtype == np.int32 for array in step)
+            read = {}
+            for row, name in enumerate(names):
+                slots, one = chosen[name].get(number, []), self.live[name]
+                if not len(slots) < len(one.slots(number)) or not slots:
+                    assert step.keep[row] == step.stored[row] == 0
+                    assert set(step.destinations[row].tolist()) <= {state.num_pages}
+                    continue
+                assert (step.stored[row], step.keep[row]) == (len(one.slots(number)), len(slots))
+                mine = [page for page in step.pages[row].tolist() if page]
+                assert mine == pages[name][number]
+                flat = [mine[slot // self.page_size] * self.page_size + slot % self.page_size for slot in slots]
+                read[row] = [self.tags[number][slot] for slot in flat]
+            for row, content in read.items():
+                destinations = [page for page in step.destinations[row].tolist() if page < state.num_pages]
+                assert len(destinations) == -(-len(content) // self.page_size)
+                cached = set(held[number]) & set(self.ledger.index.cached[number])
+                for page in destinations:
+                    assert page not in cached, "a page that the index keeps is written"
+                    assert self.ledger.stores[number].refs[page] == 1, "a page that others hold is written"
+                    self._write_page(state, self.tags[number], page, {})
+                for slot, tag in enumerate(content):
+                    page, offset = destinations[slot // self.page_size], slot % self.page_size
+                    self.tags[number][page * self.page_size + offset] = tag
+        loss = next(self.losses)
+        for name in names:
+            self._lose(self.live[name], chosen[name], loss)
+
     # The device, in tags.
 
     def _page_tags(self, tags: dict[int, tuple], page: int) -> dict[int, tuple]:
@@ -325,19 +458,22 @@ class Exerciser:
         width = len(one.drafts)
         plan = self.ledger.plan([name], 2, width)
         self.plans.append(plan)
-        start, history = len(one.ids), tuple(one.ids + one.drafts)
+        start = len(one.ids)
         assert plan.starts.tolist() == [start, 0]
         assert plan.counts.tolist() == [width, 0]
         for number, (state, step) in enumerate(zip(self.ledger.classes, plan.classes, strict=True)):
             tags, refs = self.tags[number], self.ledger.stores[number].refs
-            assert all(array.dtype == np.int32 for array in step)
+            assert step.valid is None
+            assert all(array.dtype == np.int32 for array in step[:-1])
+            positions = one.slots(number)
+            assert step.starts.tolist() == [len(positions), 0]
             if not state.spec.per_token:
                 read, write = int(step.pages[0, 0]), int(step.write_slots[0, 0])
                 assert step.pages[1, 0] == step.write_slots[1, 0] == state.num_pages
                 if start:
-                    assert tags[read * self.page_size] == history[:start], "a recurrent state of another history"
+                    assert tags[read * self.page_size] == one.tag(start - 1), "a recurrent state of another history"
                 assert refs[write] == 1, "a slot that others hold is written"
-                tags[write * self.page_size] = history
+                tags[write * self.page_size] = one.tag(start + width - 1)
                 continue
             contents = [(dst, self._page_tags(tags, src)) for src, dst in step.copies.tolist()]
             for page, content in contents:
@@ -348,14 +484,16 @@ class Exerciser:
                 if page:
                     readable |= {first + o: page * state.page_size + o for o in range(state.page_size)}
             assert set(step.write_slots[1].tolist()) == {state.num_pages * state.page_size}
-            for n in range(start, start + width):
-                slot = int(step.write_slots[0, n - start])
-                assert readable[n] == slot, "a token is written where the table says it is read"
+            self.readable[number], first = readable, len(positions)
+            positions = positions + list(range(start, start + width))
+            for n in range(width):
+                slot = int(step.write_slots[0, n])
+                assert readable[first + n] == slot, "a token is written where the table says it is read"
                 assert refs[slot // state.page_size] == 1, "a page that others hold is written"
-                tags[slot] = history[: n + 1]
-            for n in range(start, start + width):
-                for position in visible_by_mask(state.spec, n):
-                    assert tags[readable[position]] == history[: position + 1], "another history is read"
+                tags[slot] = one.tag(start + n)
+            for n in range(first, first + width):
+                for place in visible_by_mask(state.spec, n):
+                    assert tags[readable[place]] == one.tag(positions[place]), "another history is read"
 
     # Checks.
 
@@ -373,7 +511,10 @@ class Exerciser:
         """Every invariant, and every account against sets of slots."""
         self.ledger.check()
         assert set(self.ledger.sequences) == set(self.live)
-        assert all(self.ledger.length(name) == len(one.ids) for name, one in [*self.live.items(), *self.away.items()])
+        for name, one in [*self.live.items(), *self.away.items()]:
+            assert self.ledger.length(name) == len(one.ids)
+            stored = [len(one.slots(number)) for number in range(len(self.ledger.classes))]
+            assert list(self.ledger.stored(name).values()) == stored
         if self.thorough:
             for number, account in enumerate(self.ledger.audit()):
                 assert {part: getattr(account, part) for part in PARTS} == self.account(number)
@@ -386,15 +527,16 @@ class Exerciser:
         ranks = ["tail", "dead", "lookahead", "live"]
         for name, one in self.live.items():
             holding = self.ledger.running[name].holdings[number]
-            seen = visible_by_mask(state.spec, len(one.ids)) if state.paged else set()
-            first_draft = len(one.ids) + len(one.drafts) - one.lookahead
+            num_stored = len(one.slots(number))
+            seen = visible_by_mask(state.spec, num_stored) if state.paged else set()
+            first_draft = num_stored + len(one.drafts) - one.lookahead
             pages = [*holding.pages.items(), *([(1, holding.writing)] if holding.writing is not None else [])]
             for logical, page in pages:
                 for offset in range(state.page_size):
                     position = logical * state.page_size + offset
                     if not state.paged:
                         what = "live" if logical == 0 else "lookahead" if one.lookahead else "tail"
-                    elif position < len(one.ids):
+                    elif position < num_stored:
                         what = "live" if position in seen else "dead"
                     else:
                         speculative = one.lookahead and first_draft <= position < first_draft + one.lookahead
@@ -447,7 +589,8 @@ class Exerciser:
         return 0
 
     def _watch_evictions(self) -> None:
-        """Every victim is the first of a sort of all pages that may go: held by the index alone, with nothing built on them."""
+        """Every victim is the first of a sort of all pages that may go: held by the index alone, with nothing built on
+        them."""
         for store in self.ledger.stores:
             policy, evict = self.ledger.index.policies[store.number], store.evict
             plain = self.policy not in ("slru", "s3fifo")
@@ -486,4 +629,4 @@ class Exerciser:
             assert not any(store.refs)
         assert not list(self.ledger.index.nodes())
         assert not list(self.ledger.index.roots)
-        assert len(self.ledger.free_rows) == len(self.ledger.stores[0].table)
+        assert len(self.ledger.stores.free_rows) == len(self.ledger.stores[0].table)

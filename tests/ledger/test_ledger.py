@@ -13,7 +13,7 @@ from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import NOWHERE, load_plans, save_plans
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
-from kvlab.ledger.stores import Store
+from kvlab.ledger.store import Store
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from pallas_kernels.visible import Visible
 
@@ -466,6 +466,7 @@ def test_counters_start_at_nothing_and_count():
         "hit_tokens": 0,
         "deduplicated_pages": 0,
         "swapped_pages": 0,
+        "dropped_slots": 0,
         "peak_bytes": 0,
         "peak_pages": [0, 0, 0],
     }
@@ -504,7 +505,7 @@ def test_a_plan_pads_to_reads_of_the_null_page_and_writes_nowhere():
     assert full.write_slots[1].tolist() == [outside] * 4
     assert full.write_slots[0, 3] == outside
     assert both.classes[2].pages[1, 0] == both.classes[2].write_slots[1, 0] == ledger.classes[2].num_pages
-    assert all(leaf.dtype == np.int32 for one in both.classes for leaf in one)
+    assert all(leaf.dtype == np.int32 for one in both.classes for leaf in one[:-1])
     with pytest.raises(ValueError, match=r"1 steps of 3 tokens do not fit \[2, 2\]"):
         ledger.plan(["a"], 2, 2)
 

@@ -1,7 +1,7 @@
 """Deliberately planted bugs, each with the named test that catches it: proof that those tests can fail.
 
-A mutant is one method with one piece of its source replaced. The classes are the ones the tests use, so the named test simply
-runs again and must now fail.
+A mutant is one method with one piece of its source replaced. The classes are the ones the tests use, so the named test
+simply runs again and must now fail.
 """
 
 import inspect
@@ -10,11 +10,31 @@ from typing import NamedTuple
 
 import pytest
 
-from kvlab.ledger import accounting, prefix, states, stores, swapping
+from kvlab.ledger import (
+    accounting,
+    compaction,
+    paged,
+    prefix,
+    publisher,
+    recurrent,
+    sharing,
+    states,
+    store,
+    stores,
+    swapping,
+)
 from kvlab.ledger import ledger as ledger_module
 from pallas_kernels import visible
 from pallas_kernels.visible import Visible
-from tests.ledger import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_states
+from tests.ledger import (
+    test_compaction,
+    test_contiguous,
+    test_ledger,
+    test_machine,
+    test_prefix,
+    test_replacement,
+    test_states,
+)
 
 
 class Mutant(NamedTuple):
@@ -33,7 +53,7 @@ RANDOM = (test_machine.test_random_operations_keep_every_invariant, (0,))
 MUTANTS = [
     Mutant(
         "a double free is clamped at zero",
-        stores.Store,
+        store.Store,
         "drop",
         "self.refs[page] -= 1",
         "self.refs[page] = max(0, self.refs[page] - 2)",
@@ -41,15 +61,15 @@ MUTANTS = [
     ),
     Mutant(
         "a fork does not count its references",
-        ledger_module.Ledger,
-        "fork",
+        sharing,
+        "forked",
         "store.share(page)",
         "pass",
         test_ledger.test_a_shared_page_is_copied_by_whoever_writes_it_and_kept_by_the_last,
     ),
     Mutant(
         "a shared page is written in place",
-        stores.PageStore,
+        paged.PageStore,
         "missing",
         "self.refs[holding.pages[page]] > 1",
         "self.refs[holding.pages[page]] > 9",
@@ -57,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "a cancelled copy keeps the page that was never copied",
-        stores.PageStore,
+        paged.PageStore,
         "settle",
         "if ran:",
         "if True:",
@@ -68,7 +88,7 @@ MUTANTS = [
         ledger_module.Ledger,
         "reserve",
         "held.num_new, held.lookahead = num_new, lookahead",
-        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; held.ids and self._seal(held); held.length -= num_new",
+        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; held.ids and self._publisher.seal(held); held.length -= num_new",
         test_prefix.test_nothing_is_visible_before_its_step_was_committed,
     ),
     Mutant(
@@ -91,14 +111,14 @@ MUTANTS = [
         "a sequence waits although its page has a twin",
         ledger_module.Ledger,
         "reserve",
-        "if not self._unpublished:",
+        "if not self._publisher.waiting:",
         "if True:",
         test_prefix.test_a_full_page_is_given_up_for_its_twin_before_a_sequence_is_told_to_wait,
     ),
     Mutant(
         "a hit is not pinned",
-        ledger_module.Ledger,
-        "lookup",
+        sharing,
+        "look_up",
         "store.share(cached.page)",
         "pass",
         test_prefix.test_a_hit_is_pinned_until_it_is_let_go,
@@ -155,7 +175,7 @@ MUTANTS = [
     ),
     Mutant(
         "pages leave the window one token late",
-        stores.PageStore,
+        paged.PageStore,
         "forget",
         "end <= length",
         "end < length",
@@ -172,26 +192,26 @@ MUTANTS = [
     ),
     Mutant(
         "a failed allocation keeps what it took",
-        ledger_module.Ledger,
-        "_take",
+        stores.Stores,
+        "take",
         "store.drop(page)",
         "pass",
         test_ledger.test_an_allocation_that_fails_in_the_middle_changes_nothing,
     ),
     Mutant(
         "admission forgets the null page",
-        ledger_module.Ledger,
+        stores.Stores,
         "never",
-        "needed > one.num_usable",
-        "needed > one.num_pages",
+        "needed > state.num_usable",
+        "needed > state.num_pages",
         test_ledger.test_a_wait_that_nobody_can_end_is_never,
     ),
     Mutant(
         "lookahead slots count as live",
         accounting,
         "_pages",
-        "written[physical] |= positions < length",
-        "written[physical] |= positions < length + num_new + lookahead",
+        "written[physical] |= held_slots < num_stored",
+        "written[physical] |= held_slots < num_stored + num_new + lookahead",
         test_ledger.test_lookahead_slots_are_accounted_and_given_back,
     ),
     Mutant(
@@ -206,13 +226,13 @@ MUTANTS = [
         "what is swapped out keeps its device pages",
         swapping,
         "swap_out",
-        "ledger._let_go(held)",
-        "ledger.free_rows.append(held.holdings[0].row)",
+        "stores.let_go(held)",
+        "stores.free_rows.append(held.holdings[0].row)",
         test_ledger.test_swapping_frees_the_device_and_brings_the_same_pages_back,
     ),
     Mutant(
         "a recurrent step is always in place",
-        stores.StateStore,
+        recurrent.StateStore,
         "missing",
         "if self.refs[holding.pages[0]] == 1 and not lookahead:",
         "if self.refs[holding.pages[0]] == 1:",
@@ -235,6 +255,127 @@ MUTANTS = [
         "-page.last_used,",
         test_replacement.test_every_policy_is_its_textbook,
         ("lru",),
+    ),
+    Mutant(
+        "pages behind what a compaction kept stay held",
+        paged.PageStore,
+        "settle",
+        "num_stored = length - holding.dropped",
+        "num_stored = length",
+        test_compaction.test_what_is_behind_the_kept_slots_is_free_at_once_and_tokens_go_on_from_there,
+    ),
+    Mutant(
+        "a compacted class starts one slot late",
+        store.Store,
+        "plan",
+        "starts[: len(steps)] -= np.array([holding.dropped",
+        "starts[: len(steps)] -= np.array([holding.dropped - (holding.dropped > 0)",
+        test_compaction.test_what_is_behind_the_kept_slots_is_free_at_once_and_tokens_go_on_from_there,
+    ),
+    Mutant(
+        "a step reserves pages by tokens, not by slots",
+        paged.PageStore,
+        "missing",
+        "start - holding.dropped, end - holding.dropped - 1",
+        "start, end - 1",
+        test_compaction.test_what_is_behind_the_kept_slots_is_free_at_once_and_tokens_go_on_from_there,
+    ),
+    Mutant(
+        "a compacted sequence goes on publishing",
+        publisher.Publisher,
+        "close",
+        "held.ids = None",
+        "pass",
+        test_compaction.test_nothing_is_published_after_a_compaction,
+        ("compact",),
+    ),
+    Mutant(
+        "pages put off are published although their step has packed them",
+        publisher.Publisher,
+        "close",
+        "self.forget(held)",
+        "pass",
+        test_compaction.test_pages_put_off_are_not_published_once_their_step_has_packed_them,
+    ),
+    Mutant(
+        "a fork forgets that its parent was compacted",
+        sharing,
+        "forked",
+        "dropped=holding.dropped",
+        "dropped=0",
+        test_compaction.test_forks_and_swaps_carry_the_slots,
+    ),
+    Mutant(
+        "what is swapped out forgets that it was compacted",
+        swapping,
+        "swap_out",
+        ", dropped=holding.dropped",
+        "",
+        test_compaction.test_forks_and_swaps_carry_the_slots,
+    ),
+    Mutant(
+        "what is swapped in forgets that it was compacted",
+        swapping,
+        "swap_in",
+        ", dropped=old.dropped",
+        "",
+        test_compaction.test_forks_and_swaps_carry_the_slots,
+    ),
+    Mutant(
+        "a packed page is taken for the index's page of the prompt",
+        swapping,
+        "_is_sealed",
+        "not holding.dropped",
+        "True",
+        test_compaction.test_forks_and_swaps_carry_the_slots,
+    ),
+    Mutant(
+        "a step packs into pages that others share",
+        compaction,
+        "check_own",
+        "store.is_shared(holding, keep)",
+        "False",
+        test_compaction.test_what_cannot_be_is_refused_and_changes_nothing,
+    ),
+    Mutant(
+        "a compaction packs into published pages",
+        compaction,
+        "_own",
+        "if store.refs[page] == 1",
+        "",
+        test_compaction.test_a_published_prompt_stays_for_others_and_the_copy_is_its_sequences_own,
+    ),
+    Mutant(
+        "a page is handed on before all that read it have",
+        compaction,
+        "_packed",
+        "for shortened in wanted:\n",
+        "for shortened in wanted[:1]:\n",
+        test_compaction.test_forks_keep_what_they_share_and_those_compacted_together_read_it_first,
+    ),
+    Mutant(
+        "a compacted sequence is refused what its tokens would need",
+        stores.Stores,
+        "never",
+        "held.holdings[number].dropped if held else 0",
+        "0",
+        test_compaction.test_a_sequence_that_was_compacted_may_outgrow_the_pool,
+    ),
+    Mutant(
+        "slots that were dropped are accounted as live",
+        accounting,
+        "_pages",
+        "num_stored = length - holding.dropped",
+        "num_stored = length",
+        test_compaction.test_what_is_behind_the_kept_slots_is_free_at_once_and_tokens_go_on_from_there,
+    ),
+    Mutant(
+        "the index keeps what a sequence alone needs to go on",
+        compaction,
+        "_reclaimable",
+        "len(found) >= count",
+        "True",
+        test_compaction.test_pages_that_are_short_are_waited_for_and_alone_nobody_waits,
     ),
 ]
 

@@ -1,4 +1,5 @@
-"""What a resent prompt finds again: joint hits over state classes, exact comparison, namespaces, kept recurrent states."""
+"""What a resent prompt finds again: joint hits over state classes, exact comparison, namespaces, kept recurrent
+states."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""Every policy against its textbook, on prompts of one page each; Belady against an exhaustive search on shared prefixes."""
+"""Every policy against its textbook, on prompts of one page each; Belady against an exhaustive search on shared
+prefixes."""
 
 import functools
 import itertools
@@ -150,8 +151,8 @@ def test_every_policy_is_its_textbook(policy):
 
 @pytest.mark.parametrize("policy", [*POLICIES, "belady"])
 def test_nothing_beats_the_offline_optimum_and_the_optimum_is_reached(policy):
-    """Requests over a tree of prefixes, pools of 3 and 4 pages: Belady finds as many tokens as any sequence of choices could,
-    every other policy at most as many."""
+    """Requests over a tree of prefixes, pools of 3 and 4 pages: Belady finds as many tokens as any sequence of choices
+    could, every other policy at most as many."""
     for seed in range(12):
         rng = random.Random(seed)
         prompts = [[rng.randrange(2) for _ in range(rng.randrange(2, 4))] for _ in range(9)]

@@ -1,0 +1,76 @@
+"""What sequences share: the prefix that a prompt finds in the index, and everything that a fork takes over."""
+
+import operator
+from dataclasses import replace
+
+from kvlab.ledger.classes import Lengths
+from kvlab.ledger.store import Holding
+from kvlab.ledger.stores import Stores
+from kvlab.ledger.tracked import Tracked
+
+
+def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str) -> Tracked:
+    """See `Ledger.lookup`: a hit that holds its pages and the end of its path."""
+    index = stores.index
+    path, num_pages = index.match(namespace, ids, num_tokens) if stores.can_share else ([], 0)
+    holdings = [Holding() for _ in stores]
+    for store, holding in zip(stores, holdings, strict=True):
+        for logical, cached in index.needed(path, store.number, num_pages):
+            holding.pages[logical] = cached.page
+            store.share(cached.page)
+    nodes = [index.root(namespace), *path[:num_pages]]
+    hit = Tracked(holdings, nodes, bytearray(ids) if stores.can_share else None)
+    hit.prompt_len, hit.junction, hit.length = num_tokens, len(path), num_pages * index.page_size
+    hit.path[-1].locks += 1
+    stores.note_peak()
+    return hit
+
+
+def unpin(stores: Stores, hit: Tracked) -> None:
+    """A hit lets go of its pages and its path."""
+    for store, holding in zip(stores, hit.holdings, strict=True):
+        for page in reversed(holding.pages.values()):
+            store.drop(page)
+    stores.index.unlock(hit.path[-1])
+
+
+def begun(stores: Stores, hit: Tracked | None, lengths: Lengths | None) -> Tracked:
+    """A sequence that is not installed yet and holds what its hit pins. Raises ValueError for lengths that cannot
+    be."""
+    lengths = lengths and Lengths(*map(operator.index, lengths))
+    if lengths and not 0 <= lengths.prompt_len <= lengths.final_len:
+        raise ValueError(f"lengths = {tuple(lengths)}: must be 0 <= prompt_len <= final_len")
+    if hit is None:
+        return Tracked([Holding(lengths=lengths) for _ in stores])
+    holdings = [replace(holding, lengths=lengths) for holding in hit.holdings]
+    return replace(hit, holdings=holdings, path=list(hit.path))
+
+
+def install(stores: Stores, held: Tracked, hit: Tracked | None) -> None:
+    """A sequence begins: it has a row, and the pins and the lock of its hit are its own from now on."""
+    row = stores.new_row()
+    for store, holding in zip(stores, held.holdings, strict=True):
+        holding.row = row
+        for logical, page in holding.pages.items():
+            store.assign(holding, logical, page)
+    if hit is not None:
+        stores.counters.looked_up_tokens += hit.prompt_len
+        stores.counters.hit_tokens += hit.length
+        for store, holding in zip(stores, held.holdings, strict=True):
+            stores.index.policies[store.number].num_lookups += 1
+            for page in holding.pages.values():
+                stores.index.hit(stores.index.cached[store.number][page])
+
+
+def forked(stores: Stores, held: Tracked) -> Tracked:
+    """A sequence that continues from where another is, and holds every page that it holds."""
+    ids = None if held.ids is None else bytearray(held.ids)
+    twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), stores.new_row()
+    for store, holding in zip(stores, held.holdings, strict=True):
+        twin.holdings.append(Holding(dict(holding.pages), row=row, dropped=holding.dropped))
+        for page in holding.pages.values():
+            store.share(page)
+        store.table[row], store.starts[row] = store.table[holding.row], store.starts[holding.row]
+    if twin.path:
+        twin.path[-1].locks += 1
+    return twin
