@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Whatever a command needs it imports itself, so that help, completion and wrong commands are answered at once.
-EPILOG = """Groups: mixer model memory task optimizer train launcher experiment debug, and hardware=h100x2 for chips; of capacity: model
-memory workload; of generate: memory. `kvlab run --cfg job` prints the composed config, also of capacity and generate;
-`kvlab run --help` prints Hydra's own options."""
+EPILOG = """Groups: mixer model memory task optimizer train launcher experiment debug, and hardware=h100x2 for chips;
+of capacity: model memory workload; of generate: memory. --cfg job prints the composed config, also of capacity and
+generate; `kvlab run --help` prints Hydra's own options.
+"""
 
 
 class UsageError(Exception):
@@ -25,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> int:
-    """Entry point; returns the exit status: 0 fine, 1 something failed, 2 a wrong command or config, 130 interrupted."""
+    """Entry point; returns the exit status: 0 fine, 1 something failed, 2 a wrong command or config, 130
+    interrupted."""
     parser, commands = make_parsers()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -115,8 +117,9 @@ def _add_capacity(parser: Parser) -> None:
 
 
 def _add_generate(parser: Parser) -> None:
-    parser.add_argument("words", nargs="*", metavar="FOLDER [group=choice] [field=value]",
-                        help="a run's directory, or a folder with config.json and safetensors; then fields")  # fmt: skip
+    words = "FOLDER [group=choice] [field=value]"
+    folder = "a run's directory, or a folder with config.json and safetensors; then fields"
+    parser.add_argument("words", nargs="*", metavar=words, help=folder)
     parser.add_argument("--cfg", choices=["job"], help="print the composed config, answer nothing")
     parser.add_argument("--prompt", action="append", default=[], help="text, or token ids 1,2,3; may be given again")
     parser.add_argument("--input", type=Path, help='JSONL of {"prompt": ..., "sampling": {...}}; - is standard input')
@@ -132,7 +135,8 @@ def _add_reproduce(parser: Parser) -> None:
 
 
 def _hydras_own(arguments: Sequence[str]) -> int | None:
-    """Hands `kvlab run` with one of Hydra's own flags, such as --cfg, --info or --help, over to it; None without any."""
+    """Hands `kvlab run` with one of Hydra's own flags, such as --cfg, --info or --help, over to it; None without
+    any."""
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
     from kvlab.lab.launch import through_hydra

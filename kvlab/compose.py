@@ -1,4 +1,5 @@
-"""Hydra, and nothing else: composing configurations, expanding sweeps, and answering typos with the nearest legal names."""
+"""Hydra, and nothing else: composing configurations, expanding sweeps, and answering typos with the nearest legal
+names."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,8 @@ def configs_dir() -> Path:
 
 @dataclass(frozen=True)
 class Root:
-    """A file that a command composes from, and the folder in which its groups are; `commands` are those that read it."""
+    """A file that a command composes from, and the folder in which its groups are; `commands` are those that read
+    it."""
 
     file: str
     folder: str
@@ -140,7 +142,7 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     configs are checked here, before any is run. Raises ConfigError.
     """
     # Hydra's habit +group=choice is for groups without a default; ours all have one, so both spellings are accepted.
-    groups = RUN.groups
+    groups = [*RUN.groups, "hardware"]
     overrides = [word[1:] if word.startswith("+") and word[1:].split("=")[0] in groups else word for word in overrides]
     given, axes = _sweep(overrides)
     if axes is None and not multirun:
@@ -178,7 +180,8 @@ def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]
 
 
 def _explained(overrides: list[str], error: Exception, root: Root) -> Exception:
-    """The composition error as a ConfigError that names the nearest legal group, choice or field; itself when unknown."""
+    """The composition error as a ConfigError that names the nearest legal group, choice or field; itself when
+    unknown."""
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
             return ConfigError(word, None, "must be field=value, or group=choice")

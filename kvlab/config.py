@@ -232,8 +232,8 @@ class Config(Schema):
 
 @dataclass(frozen=True)
 class GenerateConfig(Schema):
-    """How `kvlab generate` answers. `dtype` "stored" computes in the file's own; `draft` is the folder of a draft model; with
-    `stop_at_end` answers end at the checkpoint's own end tokens, too."""
+    """How `kvlab generate` answers. `dtype` "stored" computes in the file's own; `draft` is the folder of a draft
+    model; with `stop_at_end` answers end at the checkpoint's own end tokens, too."""
 
     sampling: Sampling = field(default_factory=Sampling)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -244,8 +244,8 @@ class GenerateConfig(Schema):
 
 
 def defaults() -> dict[str, Any]:
-    """The defaults of every section that is not chosen by name: the base that Hydra composes upon. Here the model's type is "auto":
-    it becomes the one that this machine's kernels read, and part of the run's identity."""
+    """The defaults of every section that is not chosen by name: the base that Hydra composes upon. Here the model's
+    type is "auto": it becomes the one that this machine's kernels read, and part of the run's identity."""
     top = {"experiment": "default", "seed": 0, "results_dir": "results"}
     sections = {name: kind.defaults() for name, kind in SECTIONS.items()}
     return top | sections | {"model": {**sections["model"], "dtype": "auto"}}

@@ -65,8 +65,8 @@ def _is_known(word: str) -> bool:
 
 @dataclass(frozen=True)
 class HardwareConfig(Schema):
-    """The chips that `kvlab plan` and `kvlab capacity` fit against, written in one word: "h100", "h100x2" for two; "host" is the
-    machine it runs on. `num_chips` multiplies them."""
+    """The chips that `kvlab plan` and `kvlab capacity` fit against, written in one word: "h100", "h100x2" for two;
+    "host" is the machine it runs on. `num_chips` multiplies them."""
 
     name: str = text("host")
     num_chips: int = integer(1, 1, 1 << 16)

@@ -1,9 +1,9 @@
 """Whatever comes from outside is checked by pydantic here, and every error is a sentence: field, value, what is legal.
 
-Config sections are frozen dataclasses derived from `Schema`; their fields are made by `integer`, `real`, `choice` and so on,
-which put pydantic's types in the place of plain annotations. Every error is a `ConfigError`, raised before anything is
-compiled or written. The same checks run when a config is built by hand in a notebook. The legal range in a sentence is read
-from the JSON schema that editors complete YAML with, so both say the same.
+Config sections are frozen dataclasses derived from `Schema`; their fields are made by `integer`, `real`, `choice` and
+so on, which put pydantic's types in the place of plain annotations. Every error is a `ConfigError`, raised before
+anything is compiled or written. The same checks run when a config is built by hand in a notebook. The legal range in
+a sentence is read from the JSON schema that editors complete YAML with, so both say the same.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ class Schema(metaclass=_Checked):
         Raises `ConfigError` for an unknown, missing, ill-typed or out-of-range field, under its full name.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(path or cls.__name__, values, f"must be {legal_of(json_schema(cls), {})}")
+            raise ConfigError(path or cls.__name__, values, f"must be {legal_of(json_schema(cls))}")
         return validated(cls, dict(values), path)
 
 
@@ -264,8 +264,9 @@ def _resolved(node: dict[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]
     return node
 
 
-def legal_of(node: dict[str, Any], schema: Mapping[str, Any]) -> str:
-    """What a node of a JSON schema allows, in words: "an integer in [1, 4096] or null"."""
+def legal_of(node: dict[str, Any], schema: Mapping[str, Any] | None = None) -> str:
+    """What a node of a JSON schema (by default the whole) allows, in words: "an integer in [1, 4096] or null"."""
+    schema = node if schema is None else schema
     node = _resolved(node, schema)
     if "properties" in node:
         return f"a mapping of its fields: {', '.join(node['properties'])}"

@@ -198,5 +198,6 @@ def test_kernels_says_what_is_missing_and_what_failed(capsys, monkeypatch):
 def test_runs_need_none_of_what_only_pages_and_development_need():
     """What a machine with a GPU has, and the wheels of `make wheels` but plotly, suffice to train."""
     absent = ["plotly", "beartype", "hypothesis", "tokenizers", "tensorboardX", "submitit", "joblib", "selenium"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kvlab.lab.execute, kvlab.lab.report, kvlab.cli"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kvlab.lab.execute, kvlab.lab.report"
+    code += ", kvlab.cli, kvlab.lab.launch"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -65,7 +65,7 @@ DATASHEETS = {
 
 
 def preset(name: str, variant: str = "published") -> Preset:
-    """A model of `configs/model`."""
+    """A model of `configs/capacity/model`."""
     return compose_capacity([f"model={name}", f"model.variant={variant}"]).model
 
 

@@ -11,8 +11,9 @@ from kvlab.schema import ConfigError, Schema, choice, flag, integer, real
 
 @dataclass(frozen=True)
 class ServingMemory(Schema):
-    """How the memory of a deployment is managed. "paged", or a contiguous reservation: "max" ("dense" is its other name),
-    "pow2", "oracle". `kv_dtype` is the cache's; `utilization` of the chips' memory is used, the rest is for activations."""
+    """How the memory of a deployment is managed. "paged", or a contiguous reservation: "max" ("dense" is its other
+    name), "pow2", "oracle". `kv_dtype` is the cache's; `utilization` of the chips' memory is used, the rest is for
+    activations."""
 
     name: str = choice("paged", ("paged", "dense", "max", "pow2", "oracle"))
     page_size: int = integer(16, 1, 4096)

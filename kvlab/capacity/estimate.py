@@ -1,4 +1,5 @@
-"""What fits, how full it is and how fast it could be read: the questions that decide a deployment, answered by the ledger."""
+"""What fits, how full it is and how fast it could be read: the questions that decide a deployment, answered by the
+ledger."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def estimate(config: CapacityConfig) -> Answer:
 
 
 def _budget(config: CapacityConfig) -> int:
-    """Bytes that the weights leave. Raises ConfigError for the host, for a dtype that fills no bytes, and when nothing is left."""
+    """Bytes that the weights leave. Raises ConfigError for the host, for a dtype that fills no bytes, and when
+    nothing is left."""
     model, dtype, hardware = config.model, config.memory.kv_dtype, config.hardware
     _ = hardware.chip  # of the host no datasheet is known: that is the first error to make
     try:

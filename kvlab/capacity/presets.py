@@ -1,4 +1,5 @@
-"""Published models as their states and sizes: what capacity is computed from. One YAML each in `configs/capacity/model`."""
+"""Published models as their states and sizes: what capacity is computed from. One YAML each in
+`configs/capacity/model`."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ KV_DTYPES = ("bfloat16", "float16", "fp8", "int8", "int4")
 @dataclass(frozen=True)
 class LayerGroup(Schema):
     """`count` layers of one kind. Attention: heads and dims; `window`, `num_sinks`, `chunk` for local kinds; `rank` and
-    `rope_dim` for latent ones; `index_dim`, `num_selected` for retrieval; the shapes of one state for recurrent ones."""
+    `rope_dim` for latent ones; `index_dim`, `num_selected` for retrieval; the shapes of one state for recurrent
+    ones."""
 
     kind: str = choice("full", KINDS)
     count: int = integer(1, 1, 4096)
@@ -93,8 +95,9 @@ def _arrays(dtype: str, **shapes: tuple[int, ...]) -> tuple[ArraySpec, ...]:
 class Preset(Schema):
     """A published model: its parameters, its states, and where both are printed.
 
-    `num_active_params` is what one token uses of a mixture of experts, of which `experts_per_token` in `num_experts` are
-    chosen. `variant` replaces the attention of every layer by another one of the same width: one model, many memories.
+    `num_active_params` is what one token uses of a mixture of experts, of which `experts_per_token` in `num_experts`
+    are chosen. `variant` replaces the attention of every layer by another one of the same width: one model, many
+    memories.
     """
 
     name: str = text("none")

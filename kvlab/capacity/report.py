@@ -53,21 +53,17 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
     if answer.cost_per_million is not None:
         rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
     if found := answer.simulated:
+        ended = f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit"
+        saving = f"one pool for all would have needed {found['unified_saving']:.1%} less"
         rows += [
-            (
-                "simulated requests",
-                f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit, {found['preempted']:,.0f} preempted",
-            ),
+            ("simulated requests", f"{ended}, {found['preempted']:,.0f} preempted"),
             ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
             ("of held bytes", ", ".join(f"{name} {found[name]:.1%}" for name in ("live", "tail", "dead", "reserved"))),
             (
                 "prefix hits",
                 f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes",
             ),
-            (
-                "typed pools",
-                f"{found['stranded']:.1%} stranded; one pool for all would have needed {found['unified_saving']:.1%} less",
-            ),
+            ("typed pools", f"{found['stranded']:.1%} stranded; {saving}"),
         ]
     for name, value in rows:
         table.add_row(name, value)

@@ -7,17 +7,19 @@ from kvlab.capacity.presets import Preset
 
 
 def intensity(model: Preset, context_len: int, dtype: str = "bfloat16") -> float:
-    """FLOPs of mixing for each byte of state that decoding at this context reads; bandwidth-bound below the chip's ridge."""
+    """FLOPs of mixing for each byte of state that decoding at this context reads; bandwidth-bound below the chip's
+    ridge."""
     mixing = sum(group.count * group.decode_flops(context_len) for group in model.groups())
     return mixing / max(1, model.read_bytes(context_len, dtype))
 
 
 def decode_roofline(config: CapacityConfig, lengths: Sequence[int]) -> dict[str, float]:
     """The least seconds in which one token of each sequence can be decoded: parameters and states are read once at full
-    bandwidth, or all FLOPs done at dense bf16 peak, whichever takes longer, for the parameters and for the states apart.
+    bandwidth, or all FLOPs done at dense bf16 peak, whichever takes longer, for the parameters and for the states
+    apart.
 
-    Several chips count as one large chip: nothing is replicated, no time goes into talking. Models whose heads are fewer than
-    the chips (MQA, MLA) would in truth hold their state more than once.
+    Several chips count as one large chip: nothing is replicated, no time goes into talking. Models whose heads are
+    fewer than the chips (MQA, MLA) would in truth hold their state more than once.
     """
     model, hardware = config.model, config.hardware
     bandwidth, peak = hardware.bandwidth, hardware.peak_flops

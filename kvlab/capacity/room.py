@@ -12,8 +12,9 @@ from kvlab.schema import ConfigError
 
 
 def make_ledger(config: CapacityConfig, budget: int, context_len: int, max_len: int) -> Ledger:
-    """The ledger over `budget` bytes, split among state classes in the proportion in which one sequence of `context_len`
-    tokens needs them: typed arrays cannot lend each other pages (`Account.stranded` shows what that costs)."""
+    """The ledger over `budget` bytes, split among state classes in the proportion in which one sequence of
+    `context_len` tokens needs them: typed arrays cannot lend each other pages (`Account.stranded` shows what that
+    costs)."""
     memory = config.memory
     specs = config.model.specs(memory.kv_dtype)
     chunk_len = min(memory.chunk_len, max_len)
@@ -60,11 +61,11 @@ def _sequence_bytes(spec: State, count: int, context_len: int, chunk_len: int, m
 
 
 def users_that_fit(ledger: Ledger, context_len: int, prompt_len: int) -> int:
-    """Sequences of `context_len` tokens, `prompt_len` of them a prompt, that an empty ledger holds at once, grown one after
-    the other in chunks.
+    """Sequences of `context_len` tokens, `prompt_len` of them a prompt, that an empty ledger holds at once, grown one
+    after the other in chunks.
 
-    Paged classes: one sequence is really run; of all others each holds what it holds at rest, and the last one must still
-    find the most that it needed on the way. Contiguous blocks are given out until none is left.
+    Paged classes: one sequence is really run; of all others each holds what it holds at rest, and the last one must
+    still find the most that it needed on the way. Contiguous blocks are given out until none is left.
     """
     if any(one.contiguous for one in ledger.classes):
         users = 0

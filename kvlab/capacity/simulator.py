@@ -1,5 +1,5 @@
-"""Serving without a device: requests, the real ledger and the engine's scheduler, and a clock. What the engine would hold,
-step by step: every step decodes one token of each running sequence and computes prompts within a token budget."""
+"""Serving without a device: requests, the real ledger and the engine's scheduler, and a clock. What the engine would
+hold, step by step: every step decodes one token of each running sequence and computes prompts within a token budget."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,7 +15,8 @@ from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.ledger import Ledger
 
 type StepTime = Callable[[Sequence[int], Sequence[int]], float]
-"""Seconds of a step, from the lengths of the sequences that decode and the number of new tokens of each prompt chunk."""
+"""Seconds of a step, from the lengths of the sequences that decode and the number of new tokens of each prompt
+chunk."""
 
 
 @dataclass(eq=False, slots=True)
@@ -27,7 +28,8 @@ class _Served(Entry):
 
 @dataclass
 class Outcome:
-    """What happened. `samples` has one row for each audited step: its time, batch, and each part's bytes summed over classes."""
+    """What happened. `samples` has one row for each audited step: its time, batch, and each part's bytes summed over
+    classes."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     finished: int = 0
@@ -41,7 +43,8 @@ class Outcome:
     latencies: list[float] = field(default_factory=list)
 
     def mean(self, column: str, start: float = 0.0, stop: float = float("inf")) -> float:
-        """Time-weighted mean of a column over [start, stop) seconds. Raises ValueError when nothing was sampled there."""
+        """Time-weighted mean of a column over [start, stop) seconds. Raises ValueError when nothing was sampled
+        there."""
         rows = [row for row in self.samples if start <= row["time"] < stop]
         if not rows:
             raise ValueError(f"no sample in [{start}, {stop}) s")
@@ -61,8 +64,8 @@ class Simulator:
         caches: bool = False,
         sample_every: int = 10,
     ):
-        """`caches`: prompts with token ids are looked up in, and published to, the prefix index. Every `sample_every` steps the
-        ledger is audited."""
+        """`caches`: prompts with token ids are looked up in, and published to, the prefix index. Every `sample_every`
+        steps the ledger is audited."""
         if sample_every < 1:
             raise ValueError(f"sample_every = {sample_every}: must be at least 1")
         self.ledger, self.step_time, self.caches, self.sample_every = ledger, step_time, caches, sample_every

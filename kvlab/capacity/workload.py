@@ -16,10 +16,10 @@ SHAPES = ("lognormal", "gamma")
 
 @dataclass(frozen=True)
 class WorkloadConfig(Schema):
-    """Lengths are log-normal, or gamma distributed, with these means and coefficients of variation before values beyond the
-    maxima are rejected; or they come from a trace (`path`). Arrivals: "poisson" at `rate` a second, "saturated" (all are
-    waiting from the start) or "trace". `num_prefixes` > 0 puts one of so many shared prefixes of `prefix_len` tokens before
-    each prompt."""
+    """Lengths are log-normal, or gamma distributed, with these means and coefficients of variation before values
+    beyond the maxima are rejected; or they come from a trace (`path`). Arrivals: "poisson" at `rate` a second,
+    "saturated" (all are waiting from the start) or "trace". `num_prefixes` > 0 puts one of so many shared prefixes of
+    `prefix_len` tokens before each prompt."""
 
     name: str = text("sharegpt")
     source: str = text("none")
@@ -87,8 +87,8 @@ def requests(config: WorkloadConfig) -> list[Request]:
 
 
 def _lengths(rng: np.random.Generator, shape: str, mean: float, cv: float) -> np.ndarray:
-    """`STRATUM` integers of at least 1 with this mean and coefficient of variation before rounding: one in each of as many
-    equal parts of probability, shuffled, so that a short workload has the stated lengths as well."""
+    """`STRATUM` integers of at least 1 with this mean and coefficient of variation before rounding: one in each of as
+    many equal parts of probability, shuffled, so that a short workload has the stated lengths as well."""
     parts = (rng.permutation(STRATUM) + rng.uniform(1e-9, 1, STRATUM)) / STRATUM
     if cv < 1e-3:
         lengths = np.full(STRATUM, mean)

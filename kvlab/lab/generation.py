@@ -1,4 +1,5 @@
-"""`kvlab generate`: a run's directory or a published checkpoint answers prompts, with a live table of requests and memory."""
+"""`kvlab generate`: a run's directory or a published checkpoint answers prompts, with a live table of requests and
+memory."""
 
 import sys
 import time
@@ -88,8 +89,8 @@ def submit_all(engine: Engine, requests: Iterable[Asked]) -> list[str]:
 
 
 def answer_all(engine: Engine, names: Sequence[str], console: Console, output: TextIO | None) -> list[Answer]:
-    """Answers the queued requests, showing the live table on a terminal; each answer is written to `output` as soon as it is
-    there."""
+    """Answers the queued requests, showing the live table on a terminal; each answer is written to `output` as soon
+    as it is there."""
     answers: list[Answer] = []
     began = time.perf_counter()
     live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None

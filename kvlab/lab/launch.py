@@ -28,7 +28,8 @@ def run_sweep(configs: list[Config], handed: list[str]) -> None:
 
 
 def execute_one(config: Config) -> str:
-    """Executes a run here and says in one line how it ended; returns its status, "locked" when another process has it."""
+    """Executes a run here and says in one line how it ended; returns its status, "locked" when another process has
+    it."""
     use_compilation_cache()
     try:
         status = execute(config)
@@ -55,7 +56,8 @@ def _job(composed: Any) -> None:
 
 
 def use_compilation_cache() -> None:
-    """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says
+    otherwise."""
     if not jax.config.jax_compilation_cache_dir:
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(base / "kvlab" / "jax"))

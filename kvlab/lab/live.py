@@ -35,7 +35,8 @@ def summary(engine: Engine, seconds: float) -> str:
     stats, counters = engine.stats, engine.scheduler.counters
     total = stats.prefilled_tokens + stats.decoded_tokens
     words = [
-        f"{stats.decoded_tokens} tokens decoded, {stats.prefilled_tokens} prefilled, {counters.hit_tokens} found in memory",
+        f"{stats.decoded_tokens} tokens decoded, {stats.prefilled_tokens} prefilled",
+        f"{counters.hit_tokens} found in memory",
         f"{total / max(seconds, 1e-9):,.0f} tok/s",
         f"{stats.read_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s read",
         f"{counters.preempted} preempted",

@@ -13,7 +13,8 @@ from kvlab.schema import Schema, integer, integer_type, list_type
 
 @dataclass(frozen=True)
 class RequestLine(Schema):
-    """A line: text or token ids, fields of `Sampling` where it differs, and what `Engine.submit` may be asked beside."""
+    """A line: text or token ids, fields of `Sampling` where it differs, and what `Engine.submit` may be asked
+    beside."""
 
     prompt: str | tuple[int, ...] = field(metadata={"type": str | list_type(integer_type(-(1 << 62), 1 << 62))})
     sampling: dict[str, Any] | None = None
@@ -37,7 +38,8 @@ class Asked(NamedTuple):
 
 
 def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[Asked]:
-    """Requests of a JSONL stream, each a `RequestLine`; the sampling's other fields as given. Raises ValueError naming the line."""
+    """Requests of a JSONL stream, each a `RequestLine`; the sampling's other fields as given. Raises ValueError
+    naming the line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

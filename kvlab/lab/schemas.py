@@ -28,8 +28,8 @@ FREE_GROUPS = ("launcher", "experiment", "debug")
 
 
 def all_schemas() -> dict[str, Node]:
-    """Every schema by its name: a command's, such as "run", or a group's, such as "run.mixer". Any field may be left out: a
-    file says what differs."""
+    """Every schema by its name: a command's, such as "run", or a group's, such as "run.mixer". Any field may be left
+    out: a file says what differs."""
     sections = {name: json_schema(kind) for name, kind in SECTIONS.items()}
     sections |= {"mixer": _mixer(), "task": {"anyOf": _by_type(TASKS)}}
     word: Node = {"type": "string"}

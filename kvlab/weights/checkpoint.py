@@ -19,8 +19,8 @@ from kvlab.weights.files import FLOATS, Stored, WeightsError, read_headers, read
 from kvlab.weights.tables import Table, table_of
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
-"""What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too small
-for activations in bfloat16's place."""
+"""What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too
+small for activations in bfloat16's place."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
 
 
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
-    """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not supported."""
+    """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not
+    supported."""
     values = read_json(directory / "config.json")
     architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
     if architecture is None:
@@ -67,8 +68,8 @@ def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture
 
 
 def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. Raises WeightsError for
-    anything else."""
+    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. Raises WeightsError
+    for anything else."""
     for name in ("generation_config.json", "config.json"):
         if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
             continue
@@ -85,8 +86,8 @@ def save_checkpoint(
 ) -> None:
     """Writes config.json and safetensors that `load_checkpoint` and transformers read back.
 
-    `dtype` of the tensors ("float32", "bfloat16", "float16"); None: each as it is. Raises ValueError for another, and for a
-    model that its family's config cannot describe, and FileExistsError when the folder holds a model already.
+    `dtype` of the tensors ("float32", "bfloat16", "float16"); None: each as it is. Raises ValueError for another, and
+    for a model that its family's config cannot describe, and FileExistsError when the folder holds a model already.
     """
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype = {dtype!r}: must be None, float32, bfloat16 or float16")

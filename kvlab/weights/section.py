@@ -15,8 +15,8 @@ from kvlab.weights.files import WeightsError
 
 @dataclass(frozen=True)
 class WeightsConfig(Schema):
-    """Where the parameters come from: `path` is a folder in the layout of the Hugging Face hub (null: drawn from the seed). Its
-    config.json then takes the place of `mixer` and `model`. `dtype` "stored" computes in the file's own."""
+    """Where the parameters come from: `path` is a folder in the layout of the Hugging Face hub (null: drawn from the
+    seed). Its config.json then takes the place of `mixer` and `model`. `dtype` "stored" computes in the file's own."""
 
     path: str | None = text(None, legal="a folder with config.json and safetensors", optional=True)
     dtype: str = choice("stored", ("stored", "float32", "bfloat16"))
@@ -40,8 +40,8 @@ class WeightsConfig(Schema):
 
 
 def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str, Any]:
-    """The fields with the sections that a published checkpoint determines: mixer, model, and the task's tokenizer where it has
-    one and none is named."""
+    """The fields with the sections that a published checkpoint determines: mixer, model, and the task's tokenizer
+    where it has one and none is named."""
     folder = weights.folder
     try:
         architecture = peek_architecture(folder, weights.compute_dtype)

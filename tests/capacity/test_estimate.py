@@ -1,4 +1,5 @@
-"""`kvlab capacity`: the published byte tables exactly, users against a closed form, rooflines by hand, and its errors."""
+"""`kvlab capacity`: the published byte tables exactly, users against a closed form, rooflines by hand, and its
+errors."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Checkpoints whose every number follows from a tensor's name: numpy alone, so that both sides draw the same weights."""
+"""Checkpoints whose every number follows from a tensor's name: numpy alone, so that both sides draw the same
+weights."""
 
 import zlib
 

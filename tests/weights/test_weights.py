@@ -1,4 +1,5 @@
-"""Published checkpoints: what is read is what was written, what cannot be read is said all at once, nothing lies in memory twice."""
+"""Published checkpoints: what is read is what was written, what cannot be read is said all at once, nothing lies in
+memory twice."""
 
 import json
 import random
@@ -107,6 +108,26 @@ def test_options_that_are_not_built_are_refused(family, changes, message, tmp_pa
         load_checkpoint(folder)
 
 
+def test_every_wrong_field_is_said_at_once_and_null_is_absent(tmp_path):
+    folder = write_folder("llama_gqa", tmp_path)
+    edit(folder, attention_bias=None, num_experts=None, torch_dtype=["not", "read"])
+    assert load_checkpoint(folder).architecture == pretrained("llama_gqa").architecture
+    edit(folder, hidden_size="6" * 10_000, mlp_bias=True, rope_parameters={"rope_type": "linear", "factor": 0})
+    config = json.loads((folder / "config.json").read_text())
+    del config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError) as error:
+        load_checkpoint(folder)
+    for line in (
+        "config.json: hidden_size = '666",
+        "config.json: mlp_bias = True: only False is supported",
+        "config.json: vocab_size = None: is missing",
+        "config.json: factor = 0: must be a finite positive number",
+    ):
+        assert line in str(error.value)
+    assert len(str(error.value)) < 1_000
+
+
 def test_end_tokens_and_what_an_absent_window_means(tmp_path):
     folder = write_folder("mistral", tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
@@ -146,7 +167,8 @@ def test_every_mismatch_is_reported_at_once(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path):
-    """Truncated at many lengths, one byte flipped in the header, sharded with a shard missing, a pickle, no file, no JSON."""
+    """Truncated at many lengths, one byte flipped in the header, sharded with a shard missing, a pickle, no file, no
+    JSON."""
     folder = write_folder("llama_gqa", tmp_path / "a")
     path, rng = folder / "model.safetensors", random.Random(0)
     whole = path.read_bytes()
@@ -184,8 +206,8 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_loading_holds_little_more_than_the_model(tmp_path):
-    """Peak resident memory of a fresh process, less what it had after loading a tiny model (code, compilation), below 1.3 times
-    the weights (190 MB here)."""
+    """Peak resident memory of a fresh process, less what it had after loading a tiny model (code, compilation), below
+    1.3 times the weights (190 MB here)."""
     from flax import nnx
 
     from kvlab.mixers.attention import AttentionConfig
