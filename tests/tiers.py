@@ -104,6 +104,18 @@ SWEEPS = {
     "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page1-": "ci",
     "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page8-": "ci",
     "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-dense-page16-chunk1]": "ci",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-1-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-1-32-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-1-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-32-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-1-": "fast",
+    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-16-1-": "fast",
+    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
+    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
+    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
+    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
     "tests/ledger/test_machine.py::TestLedgerMachine": "ci",
     "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[": "ci",
     "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[17-True-swap]": "fast",
@@ -111,7 +123,18 @@ SWEEPS = {
 }
 """Of what is tried in many ways, some ways are fast."""
 
-TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS}
+MANY_PROGRAMS = {
+    "tests/engine/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
+    "tests/engine/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
+    "tests/engine/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
+    "tests/engine/test_engine.py::test_programs_are_few_and_bounded": "ci",
+    "tests/engine/test_soak.py": "ci",
+    "tests/lab/test_execute.py::test_the_dense_baseline_and_text_run_too": "ci",
+    "tests/lab/test_execute.py::test_a_tuned_run_cut_in_its_second_trial_resumes": "ci",
+}
+"""What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
+
+TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:
