@@ -21,19 +21,6 @@ type Add = Callable[..., None]
 """Adds a [64, k] @ b [k, n], both in shared memory, to what is being summed; `first`: begins the sum anew."""
 
 
-class Named:
-    """What a kernel works with, by name: its refs, which depend on what is asked for, and sizes that are known when it is traced."""
-
-    def __init__(self, named: dict[str, Any]) -> None:
-        self.named = named
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["named"][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
 def this_chip() -> Chip:
     """That of the process' first device; Hopper where it is no GPU."""
     capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))

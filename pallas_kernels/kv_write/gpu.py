@@ -7,7 +7,7 @@ row by row, each from an address that a TMA can read. Scales of tokens are left 
 four bytes are too few for a copy.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,7 @@ def _write_tiles(
     scratch = [_scratch(pool, new) for pool, new in zip(pools, tokens, strict=True)]
     left = jax.ShapeDtypeStruct((len(begins), num_kv_heads, ROWS), jnp.float32)
     scales = [arrays_of(pool)[1] for pool in pools] if per == "channel" else []
-    static = {"per": per, "format": pages.format, "page_size": page_size, "unit": min(page_size, ROWS)}
+    static: dict[str, Any] = {"per": per, "format": pages.format, "page_size": page_size, "unit": min(page_size, ROWS)}
 
     def kernel(begins: Any, slots: Any, wholes: Any, *given: Any) -> None:
         """Gives every ref its name."""
@@ -109,7 +109,7 @@ def _write_tiles(
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
-            parts.append(_Tile(mine))
+            parts.append(_Tile(**mine))
 
         @pl.when(begins[tile] >= 0)
         def _():
@@ -183,20 +183,40 @@ def _tiles(
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
 
 
+@dataclass(kw_only=True)
 class _Tile(Tile):
     """Keys or values of one tile and head, in the kernel."""
 
+    source: Any
+    target: Any
+    begins: Any
+    slots: Any
+    wholes: Any
+    tile: Any
+    head: Any
+    arrived: Any
+    per: str | None
+    page_size: int
+    unit: int
+    token_rows: Any = None
+    """The tokens again, to read, or to leave, one by one."""
+    rows: Any = None
+    """The payload again, to leave one by one."""
+    scales: Any = None
+    scales_left: Any = None
+    channel_scales: Any = None
+
     def fetch(self) -> None:
         rows = pl.ds(self.begins[self.tile], ROWS)
-        for into in ("tokens", "token_rows"):  # the latter to read, or to leave, one by one
-            if into in self.named:
-                columns = pl.ds(0, self.named[into].shape[1])
-                plgpu.copy_gmem_to_smem(self.source.at[rows, self.head, columns], self.named[into], self.arrived)
+        for into in (self.tokens, self.token_rows):
+            if into is not None:
+                columns = pl.ds(0, into.shape[1])
+                plgpu.copy_gmem_to_smem(self.source.at[rows, self.head, columns], into, self.arrived)
 
     def leave(self) -> None:
         """Into the pages."""
         plgpu.barrier_wait(self.arrived)
-        packed, rows = self.tokens, self.named.get("token_rows", self.tokens)
+        packed, rows = self.tokens, self.tokens if self.token_rows is None else self.token_rows
         if self.per is not None:
             packed, rows = self.payload, self.rows
             if self.per == "token":

@@ -9,7 +9,7 @@ A thread block has one token, so that none waits for another's, and nothing is l
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ def write(
         item, at = lax.axis_index("item"), lax.axis_index("array")
         slot = slots[lax.div(item, num_groups)]
         is_inside = (slot >= 0) & (slot < num_slots)
-        named = {"heads": heads, "per": per, "format": format, "item": item}
+        named = {"heads": heads, "per": per, "format": format, "item": item, "is_tiled": heads % 8 == 0}
         named |= {"page": lax.div(slot, page_size), "offset": lax.rem(slot, page_size)}
         named["first_head"] = lax.rem(item, num_groups) * heads
         refs = list(rest)
@@ -58,7 +58,7 @@ def write(
         mine = [{name: refs.pop(0) for name in ("target", *(["scale_target"] if per else []))} for _ in pools]
         rooms = [{name: refs.pop(0) for name in room} for room in scratch]
         for number, source in enumerate(sources):
-            token = _Token(named | mine[number] | (rooms[number] or rooms[0]) | {"source": source})
+            token = _Token(**named, **mine[number], **(rooms[number] or rooms[0]), source=source)
             pl.when(is_inside & (at == number))(token.write)
 
     plgpu.kernel(
@@ -108,12 +108,23 @@ def _scratch(pool: Stored, tokens: Float[Array, "N D"], heads: int) -> dict[str,
     }
 
 
+@dataclass(kw_only=True)
 class _Token(Tile):
     """The keys or values of one token, in the kernel."""
 
-    def __init__(self, named: dict[str, Any]) -> None:
-        super().__init__(named)
-        self.is_tiled = self.heads % 8 == 0
+    source: Any
+    target: Any
+    item: Any
+    page: Any
+    offset: Any
+    heads: int
+    first_head: Any
+    arrived: Any
+    per: str | None
+    scales: Any = None
+    scale_target: Any = None
+
+    def __post_init__(self) -> None:
         self.mine, self.there = pl.ds(0, self.heads), pl.ds(self.first_head, self.heads)
 
     def write(self) -> None:

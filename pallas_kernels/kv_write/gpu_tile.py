@@ -1,5 +1,6 @@
 """What every kernel for GPUs does with a tile of 64 rows: turning them into numbers and scales, in registers."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import in_bytes, inverses, numbers, scales_of
-from pallas_kernels.tensor_cores import ROWS, Named
+from pallas_kernels.tensor_cores import ROWS
 
 STEP = 32
 """Columns that are turned into numbers at once."""
@@ -21,11 +22,17 @@ def stored(halves: list[Array], dtype: Any) -> Array:
     return in_bytes(*halves).astype(dtype)
 
 
-class Tile(Named):
-    """`tokens` [64, D], the `payload` [64, W] that they become, and their `format`."""
+@dataclass(kw_only=True)
+class Tile:
+    """Tokens in shared memory, and what they become."""
 
-    is_tiled = True
-    """Whether they lie in shared memory as registers want them."""
+    tokens: Any
+    """[64, D]."""
+    format: str
+    payload: Any = None
+    """[64, W], of pages that are quantised."""
+    is_tiled: bool = True
+    """Whether both lie in shared memory as registers want them."""
 
     def each_stripe(self, do: Any, state: Any = None) -> Any:
         """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers

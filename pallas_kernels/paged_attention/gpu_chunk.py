@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.gpu_piece import Piece
-from pallas_kernels.paged_attention.gpu_ring import LOG2_E, filled
+from pallas_kernels.paged_attention.gpu_ring import LOG2_E, filled, halves
 from pallas_kernels.paged_attention.gpu_tiles import stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.tensor_cores import ROWS
@@ -30,12 +30,12 @@ class Chunk(Piece):
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when((warpgroup == self.num_consumers) & (self.count > 0))
+        @pl.when((warpgroup == self.tile.num_consumers) & (self.part.count > 0))
         def _():
             plgpu.set_max_registers(COPYING, action="decrease")
             self.fetch_all()
 
-        @pl.when((warpgroup < self.num_consumers) & (self.count > 0))
+        @pl.when((warpgroup < self.tile.num_consumers) & (self.part.count > 0))
         def _():
             plgpu.set_max_registers(ATTENDING, action="increase")
             self.attend(warpgroup)
@@ -43,45 +43,45 @@ class Chunk(Piece):
     def attend(self, consumer: Any) -> None:
         """Of 64 rows over the piece's pages."""
         mine = pl.ds(consumer * ROWS, ROWS)
-        value_stripes = stripes(self.values.shape[2])
+        value_stripes = stripes(self.part.values.blocks.shape[2])
         self.begin_rows(mine)
-        pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
+        pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.tile.turns.at[0]))
 
         def softmax(number, scores, highest):
             """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums, the new highest
             score, and what the old sums are worth."""
-            starts, bits = self.listed(number)
+            starts, bits = self.part.listed(number)
             scores, factor = self.capped(mine, scores)
             scores = self.masked(mine, scores, starts, bits)
             new = jnp.maximum(highest, scores.max(axis=1) * factor)
             exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
-            if "pages_out" in self.named:
+            if self.tile.pages_out is not None:
                 self.leave_page_sums(number, consumer, exact, new)
             total = exact.sum(axis=1)
-            for half, one in enumerate(self.halves(exact)):
-                self.weights[(number & 1) * 2 + half, mine] = one
+            for half, one in enumerate(halves(exact, self.tile.weights.dtype)):
+                self.tile.weights[(number & 1) * 2 + half, mine] = one
             return total, new, jnp.exp2(highest - new)
 
         def ready(number):
             """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
-            starts, bits = self.listed(number)
-            self.wait_for(self.values_arrived, number)
-            pl.when((consumer == 0) & jnp.logical_not(self.is_whole(starts, bits)))(
-                lambda: self.silence_block(lax.rem(number, self.num_stages), starts, bits)
+            starts, bits = self.part.listed(number)
+            self.part.wait_for(self.part.values.arrived, number)
+            pl.when((consumer == 0) & jnp.logical_not(self.part.is_whole(starts, bits)))(
+                lambda: self.silence_block(lax.rem(number, self.part.num_stages), starts, bits)
             )
             plgpu.commit_smem()
 
         def first(scores):
-            self.wait_for(self.keys_arrived, 0)
+            self.part.wait_for(self.part.keys.arrived, 0)
             self.in_turn(consumer, lambda: self.multiply_keys(scores, mine, 0))
-            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), LOWEST, self.down))
+            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), LOWEST, self.part.down))
 
         def block(number, state):
             sums, highest, total = state
 
             def multiplied(scores, *parts):
                 self.start_sums(parts, sums)
-                self.wait_for(self.keys_arrived, number)
+                self.part.wait_for(self.part.keys.arrived, number)
 
                 def multiply():
                     self.multiply_keys(scores, mine, number)
@@ -92,64 +92,70 @@ class Chunk(Piece):
                 return softmax(number, scores, highest), self.summed(parts, sums)
 
             (added, new, keep), sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
-            plgpu.barrier_arrive(self.free.at[lax.rem(number - 1, self.num_stages)])
+            plgpu.barrier_arrive(self.part.free.at[lax.rem(number - 1, self.part.num_stages)])
             ready(number)
             sums = tuple(one * lax.broadcast_in_dim(keep, one.shape, [0]) for one in sums)
             return sums, new, total * keep + added
 
         def last(*parts):
             self.start_sums(parts, sums)
-            self.in_turn(consumer, lambda: self.multiply_values(parts, mine, self.num_blocks - 1))
+            self.in_turn(consumer, lambda: self.multiply_values(parts, mine, self.part.num_blocks - 1))
             return self.summed(parts, sums)
 
         widths = [one.size for one in value_stripes]
         total, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
         ready(0)
         sums = tuple(filled((ROWS, one), 0, plgpu.Layout.WGMMA) for one in widths)
-        sums, highest, total = lax.fori_loop(1, self.num_blocks, block, (sums, highest, total))
+        sums, highest, total = lax.fori_loop(1, self.part.num_blocks, block, (sums, highest, total))
         sums = pl.run_scoped(last, *map(accumulator, widths))
-        plgpu.barrier_arrive(self.free.at[lax.rem(self.num_blocks - 1, self.num_stages)])
-        pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
+        plgpu.barrier_arrive(self.part.free.at[lax.rem(self.part.num_blocks - 1, self.part.num_stages)])
+        pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.tile.turns.at[0]))
         self.leave(consumer, sums, highest, total)
 
     def in_turn(self, consumer: Any, multiply: Any) -> None:
         """Asks for products, once the other has asked for its own."""
-        plgpu.barrier_wait(self.turns.at[consumer])
+        plgpu.barrier_wait(self.tile.turns.at[consumer])
         multiply()
-        plgpu.barrier_arrive(self.turns.at[1 - consumer])
+        plgpu.barrier_arrive(self.tile.turns.at[1 - consumer])
 
     def multiply_keys(self, scores: Any, mine: Any, number: Any) -> None:
-        place = lax.rem(number, self.num_stages)
-        for columns in stripes(self.queries.shape[1]):
-            plgpu.wgmma(scores, self.queries.at[mine, columns], self.keys.at[place, :, columns].transpose((1, 0)))
+        place = lax.rem(number, self.part.num_stages)
+        for columns in stripes(self.tile.queries.shape[1]):
+            plgpu.wgmma(
+                scores,
+                self.tile.queries.at[mine, columns],
+                self.part.keys.blocks.at[place, :, columns].transpose((1, 0)),
+            )
 
     def multiply_values(self, parts: Any, mine: Any, number: Any) -> None:
-        place = lax.rem(number, self.num_stages)
-        for columns, part in zip(stripes(self.values.shape[2]), parts, strict=True):
+        place = lax.rem(number, self.part.num_stages)
+        for columns, part in zip(stripes(self.part.values.blocks.shape[2]), parts, strict=True):
             for half in range(2):
-                plgpu.wgmma(part, self.weights.at[(number & 1) * 2 + half, mine], self.values.at[place, :, columns])
+                plgpu.wgmma(
+                    part,
+                    self.tile.weights.at[(number & 1) * 2 + half, mine],
+                    self.part.values.blocks.at[place, :, columns],
+                )
 
     def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
         """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and `summed` adds both."""
-        for part, one in zip(parts, () if self.is_simulated else sums, strict=not self.is_simulated):
+        for part, one in zip(parts, () if self.tile.is_simulated else sums, strict=not self.tile.is_simulated):
             part[...] = one
 
     def summed(self, parts: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         found = tuple(map(plgpu.wgmma_accumulator_load, parts))
-        return tuple(map(jnp.add, found, sums)) if self.is_simulated else found
+        return tuple(map(jnp.add, found, sums)) if self.tile.is_simulated else found
 
     def capped(self, mine: Any, scores: Array) -> tuple[Array, float]:
         """Scores, and what to multiply them with so that two to their power is their exponential."""
-        if self.row_scales is not None:
-            factors = plgpu.load(self.lse_out.at[mine], layout=self.down)
+        if self.tile.row_scales is not None:
+            factors = plgpu.load(self.tile.lse_out.at[mine], layout=self.part.down)
             scores = scores * lax.broadcast_in_dim(factors, scores.shape, [0])
-        elif self.soft_cap is None and self.scale > 0:
-            return scores, self.scale * LOG2_E
+        elif self.scoring.soft_cap is None and self.scoring.scale > 0:
+            return scores, self.scoring.scale * LOG2_E
         else:
-            scores = scores * self.scale
-        if self.soft_cap is not None:
-            scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
-        return scores, LOG2_E
+            scores = scores * self.scoring.scale
+        return self.scoring.capped(scores), LOG2_E
 
     def masked(self, mine: Any, scores: Array, starts: list[Any], bits: list[Any]) -> Array:
         """Only what is seen; a block that every row sees all of, as it is, if no row is there to see nothing."""
@@ -157,7 +163,11 @@ class Chunk(Piece):
         def seen():
             return jnp.where(self.seen(starts, bits, *self.bounds_of(mine)), scores, -jnp.inf)
 
-        return lax.cond(self.is_whole(starts, bits) & (self.whole[self.item, 3] > 0), lambda: scores, seen)
+        return lax.cond(
+            self.part.is_whole(starts, bits) & (self.part.listed_pages.whole[self.part.item, 3] > 0),
+            lambda: scores,
+            seen,
+        )
 
 
 def accumulator(width: int) -> Any:

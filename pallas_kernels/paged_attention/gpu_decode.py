@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import FORMATS, Scaling, arrays_of
 from pallas_kernels.masking import Scoring
-from pallas_kernels.paged_attention.gpu_decode_piece import Columns
+from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for, step_of
+from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 from pallas_kernels.pages import Pages
@@ -106,34 +107,32 @@ def decode(
     if with_page_mass:
         of_pages = (items, num_kv_heads, plan.pages.shape[1], num_columns)
         out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
-    given, structure = jax.tree.flatten(list(arrays.values()))
+    flat, structure = jax.tree.flatten(list(arrays.values()))
     of_rows = arrays["rows"].dtype
     scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
-        inputs, refs = refs[: len(given)], refs[len(given) :]
+        inputs, refs = refs[: len(flat)], refs[len(flat) :]
         outputs, mine = refs[: len(out_type)], refs[len(out_type) :]
         named = dict(zip(arrays, jax.tree.unflatten(structure, inputs), strict=True))
         named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
         block = lax.axis_index("block")
-        Columns(
-            named,
+        part = Part(
+            given(Listed, named),
+            Side.of(named, "keys", step_of(dim, pages)),
+            Side.of(named, "values", step_of(value_dim, pages)),
+            named["free"],
             piece=named["launch"][lax.div(block, num_kv_heads)],
             head=lax.rem(block, num_kv_heads),
             num_stages=tiles.num_stages,
             num_staged=tiles.num_staged,
+            num_scale_places=tiles.num_stages + tiles.num_staged,
             page_size=plan.page_size,
-            num_sinks=scoring.num_sinks,
-            soft_cap=scoring.soft_cap,
-            scale=scoring.scale,
             per=per,
-            group=group,
-            num_columns=num_columns,
-            steps={
-                name: step_of(width, pages) for name, width in zip(("keys", "values"), pages.head_dims, strict=True)
-            },
-        ).run()
+            scoring=scoring,
+        )
+        Columns(part, given(Queries, named, group=group, num_columns=num_columns)).run()
 
     made = plgpu.kernel(
         kernel,
@@ -145,7 +144,7 @@ def decode(
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),
-    )(*given)
+    )(*flat)
     return tuple(made)
 
 

@@ -1,12 +1,12 @@
-"""Pages on their way through a GPU's shared memory: asked for, waited for, turned into 16 bits, and what may be seen of them.
+"""Pages on their way through a GPU's shared memory: where they lie, how they are waited for, and what may be seen of them.
 
 A block is 64 tokens: one page, several, or a part of one. Its pages come by TMA into a stage of a ring; every page has a barrier of
-its own. Pages of 16 bits are multiplied in the ring, `keys` and `values`. Quantised ones come into `keys_ring` and `values_ring`, and
-are turned into numbers of 16 bits, exactly, in staged blocks: their scales are left to whoever multiplies.
+its own. Pages of 16 bits are multiplied in the ring. Quantised ones are turned into numbers of 16 bits, exactly, in staged blocks:
+their scales are left to whoever multiplies. One warpgroup asks for pages and converts them (`gpu_producer`), others attend.
 """
 
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.masking import NOWHERE
+from pallas_kernels.masking import NOWHERE, Scoring
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.paged_attention.sharing import WORD
-from pallas_kernels.tensor_cores import Named
 
 LOG2_E = math.log2(math.e)
 
@@ -28,54 +27,87 @@ def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-class Ring(Named):
-    """Entries [begin, begin + count) of an item's list of pages, for one KV head: refs and sizes by name, `piece` and `head` among
-    them."""
+def halves(exact: Array, dtype: Any) -> tuple[Array, Array]:
+    """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
+    that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
+    bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
+    high = lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(dtype), (exact - high).astype(dtype)
 
-    def __init__(self, refs: dict[str, Any], **options: Any) -> None:
-        super().__init__({"words": None, **refs, **options})
-        self.item, self.begin, self.count = (self.pieces[self.piece, place] for place in range(3))
+
+def given(kind: Any, named: dict[str, Any], **more: Any) -> Any:
+    """A dataclass of refs, those of its names that there are, and more."""
+    return kind(**{field.name: named[field.name] for field in fields(kind) if field.name in named}, **more)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An item's pages, in global memory: see `plan.Plan`."""
+
+    pieces: Any
+    pages: Any
+    starts: Any
+    whole: Any
+    first: Any
+    last: Any
+    words: Any = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Keys or values: the pool in global memory, and where its pages lie in shared memory."""
+
+    pages: list[Any]
+    """The payload [P, K, page, D], and its scales if it has some."""
+    ring: Any
+    """[stages, 64, D] what pages are copied into."""
+    blocks: Any
+    """[places, 64, D] what is multiplied: the ring, or staged blocks."""
+    arrived: Any
+    """A barrier for each page of each stage."""
+    scales: Any
+    """[places, 64] by token, [places, pages, D] by channel."""
+    staged: Any
+    """A barrier for each staged block."""
+    step: int
+    """Columns that are laid out together, and turned into 16 bits at once."""
+
+    @staticmethod
+    def of(named: dict[str, Any], name: str, step: int) -> "Side":
+        """That of "keys" or "values" in a kernel's refs by name."""
+        blocks = named[name]
+        ring, scales, staged = (named.get(f"{name}_{part}") for part in ("ring", "scales", "staged"))
+        pages = named["key_pages" if name == "keys" else "value_pages"]
+        return Side(pages, blocks if ring is None else ring, blocks, named[f"{name}_arrived"], scales, staged, step)
+
+
+@dataclass
+class Part:
+    """Entries [begin, begin + count) of an item's list of pages, for one KV head: what both kinds of warpgroups know."""
+
+    listed_pages: Listed
+    keys: Side
+    values: Side
+    free: Any
+    """A barrier for each place whose products are done."""
+    piece: Any
+    head: Any
+    num_stages: int
+    num_staged: int
+    num_scale_places: int
+    """How many blocks keep their scales: they may be needed longer than the stage is."""
+    page_size: int
+    per: str | None
+    scoring: Scoring
+
+    def __post_init__(self) -> None:
+        self.item, self.begin, self.count = (self.listed_pages.pieces[self.piece, place] for place in range(3))
         self.block_pages = BLOCK_LEN // self.page_size
         self.num_blocks = pl.cdiv(self.count, self.block_pages)
         self.down, self.across = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
-    # Pages: asked for, and turned into 16 bits.
-
-    def fetch(self, number: Any) -> None:
-        """Asks for a block's pages."""
-        stage = lax.rem(number, self.num_stages)
-        for entry in range(self.block_pages):
-
-            @pl.when(number * self.block_pages + entry < self.count)
-            def _(entry=entry):
-                page = self.pages[self.item, self.begin + number * self.block_pages + entry]
-                arrived = stage * self.block_pages + entry
-                num_parts = self.key_pages[0].shape[2] // self.page_size
-                part = pl.ds(lax.rem(page, num_parts) * self.page_size, self.page_size)
-                page = lax.div(page, num_parts)
-                target = pl.ds(entry * self.page_size, self.page_size)
-                for name in ("keys", "values"):
-                    payload, *scales = self.named["key_pages" if name == "keys" else "value_pages"]
-                    barrier, ring = self.named[f"{name}_arrived"].at[arrived], self.ring_of(name)
-                    source = payload.at[page, self.head, part]
-                    if ring.shape[2] < payload.shape[3]:  # values are the first columns of the keys
-                        source = payload.at[page, self.head, part, pl.ds(0, ring.shape[2])]
-                    plgpu.copy_gmem_to_smem(source, ring.at[stage, target], barrier)
-                    for one in scales:
-                        kept = self.named[f"{name}_scales"].at[self.place_of_scales(number)]
-                        if self.per == "token":
-                            mine, into = one.at[page, self.head, part], kept.at[target]
-                        else:
-                            mine, into = one.at[page, self.head, pl.ds(0, kept.shape[1])], kept.at[entry]
-                        plgpu.copy_gmem_to_smem(mine, into, barrier)
-
-    def ring_of(self, name: str) -> Any:
-        """What pages of keys or values are copied into."""
-        return self.named[name if self.per is None else f"{name}_ring"]
-
     def place_of_scales(self, number: Any) -> Any:
-        """They are needed for as long as the staged block is, which is longer than the stage."""
-        return lax.rem(number, self.num_stages + self.num_staged)
+        return lax.rem(number, self.num_scale_places)
 
     def each_page(self, number: Any, do: Any) -> None:
         """`do(entry)` for the pages of a block that there are."""
@@ -87,76 +119,12 @@ class Ring(Named):
         stage = lax.rem(number, self.num_stages)
         self.each_page(number, lambda entry: plgpu.barrier_wait(arrived.at[stage * self.block_pages + entry]))
 
-    def wait_to_multiply(self, name: str, number: Any, place: Any) -> None:
+    def wait_to_multiply(self, side: Side, number: Any, place: Any) -> None:
         """Until a block of keys or values is in its place of the ring, or of the staged blocks."""
         if self.per is None:
-            self.wait_for(self.named[f"{name}_arrived"], number)
+            self.wait_for(side.arrived, number)
         else:
-            plgpu.barrier_wait(self.named[f"{name}_staged"].at[place])
-
-    def drain(self, num_slots: int) -> None:
-        """A barrier must not end with a phase that its waiter has not seen."""
-        done = lambda slot, _: plgpu.barrier_wait(self.free.at[slot])  # noqa: E731
-        lax.fori_loop(0, jnp.minimum(self.num_blocks, num_slots), done, None)
-
-    def produce(self) -> None:
-        """Asks for pages, as soon as a stage of the ring is free."""
-
-        def block(number, _):
-            pl.when(number >= self.num_stages)(
-                lambda: plgpu.barrier_wait(self.free.at[lax.rem(number, self.num_stages)])
-            )
-            self.fetch(number)
-
-        lax.fori_loop(0, self.num_blocks, block, None)
-        self.drain(self.num_stages)
-
-    def produce_and_convert(self) -> None:
-        """Asks for quantised pages a ring ahead, and turns what has arrived into 16 bits."""
-
-        def block(number, _):
-            stage, slot = lax.rem(number, self.num_stages), lax.rem(number, self.num_staged)
-            pl.when(number >= self.num_staged)(lambda: plgpu.barrier_wait(self.free.at[slot]))
-            for name in ("keys", "values"):
-                self.wait_for(self.named[f"{name}_arrived"], number)
-                self.convert(name, stage, slot)
-                plgpu.commit_smem()  # all have read the ring and written what products take
-                plgpu.barrier_arrive(self.named[f"{name}_staged"].at[slot])
-            pl.when(number + self.num_stages < self.num_blocks)(lambda: self.fetch(number + self.num_stages))
-
-        fill = lambda number, _: self.fetch(number)  # noqa: E731
-        lax.fori_loop(0, jnp.minimum(self.num_blocks, self.num_stages), fill, None)
-        lax.fori_loop(0, self.num_blocks, block, None)
-        self.drain(self.num_staged)
-
-    def convert(self, name: str, stage: Any, slot: Any) -> None:
-        """A block's numbers of 8 or 4 bits in 16."""
-        into = self.named[name]
-        for columns, numbers in self.unpacked(name, stage):
-            is_direct = numbers.dtype == jnp.int8 or (numbers.dtype != jnp.int32 and into.dtype == jnp.float16)
-            wide = numbers if is_direct else numbers.astype(jnp.float32)
-            into[slot, :, columns] = wide.astype(into.dtype)
-
-    def unpacked(self, name: str, stage: Any) -> Iterator[tuple[Any, Array]]:
-        """The columns of a stage, some at a time, and what they hold in registers: two halves of them where a byte holds two."""
-        ring = self.named[f"{name}_ring"]
-        width, step = ring.shape[2], self.steps[name]
-        for at in range(0, width, step):
-            raw = plgpu.load(ring.at[stage, :, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
-            if ring.dtype != jnp.uint8:
-                yield pl.ds(at, step), raw
-                continue
-            whole = raw.astype(jnp.int32)
-            for begin, place in ((at, 28), (at + width, 24)):
-                yield pl.ds(begin, step), lax.shift_right_arithmetic(lax.shift_left(whole, place), 28)
-
-    def halves(self, exact: Array) -> tuple[Array, Array]:
-        """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
-        that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
-        dtype = self.weights.dtype
-        bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
-        high = lax.bitcast_convert_type(bits, jnp.float32)
-        return high.astype(dtype), (exact - high).astype(dtype)
+            plgpu.barrier_wait(side.staged.at[place])
 
     # What is seen of a block: tokens lie along `axis` of an array, or alone.
 
@@ -168,8 +136,8 @@ class Ring(Named):
         def of_entry(one, read, unused):
             return jnp.where(one < self.count, read(jnp.minimum(self.begin + one, last)), unused)
 
-        starts = [of_entry(one, lambda at: self.starts[self.item, at], NOWHERE) for one in entries]
-        bits, words = [], self.words
+        starts = [of_entry(one, lambda at: self.listed_pages.starts[self.item, at], NOWHERE) for one in entries]
+        bits, words = [], self.listed_pages.words
         if words is not None:
             span = min(self.page_size, WORD)
             for place in range(0, BLOCK_LEN, span):
@@ -197,7 +165,7 @@ class Ring(Named):
 
     def is_whole(self, starts: list[Any], bits: list[tuple[int, Any]]) -> Any:
         """Whether every query sees all of a block."""
-        low, high = self.whole[self.item, 0], self.whole[self.item, 1]
+        low, high = self.listed_pages.whole[self.item, 0], self.listed_pages.whole[self.item, 1]
         is_whole = True
         for start in starts:
             is_whole = is_whole & (start >= low) & (start + self.page_size - 1 <= high)
@@ -210,18 +178,19 @@ class Ring(Named):
         """A weight of zero does not silence a NaN: what no query sees of a block's values [64, Dv] is replaced, `step` columns at a
         time; several `blocks` hold them where their numbers have several parts."""
         slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK_LEN,), 0, layout=self.down)
-        places = self.positions_of(slots, starts)
-
-        def of_query(query, readable):
-            seen = places <= self.last[self.item, query]
-            seen = seen & ((places >= self.first[self.item, query]) | (places < self.num_sinks))
-            return jnp.where(seen, 1, readable)
-
-        if self.num_sinks is None:
-            readable = jnp.where(places <= self.whole[self.item, 2], 1, 0)
+        places, seen_by = self.positions_of(slots, starts), self.listed_pages
+        if self.scoring.num_sinks is None:
+            readable = jnp.where(places <= seen_by.whole[self.item, 2], 1, 0)
         else:
+            num_sinks = self.scoring.num_sinks
+
+            def of_query(query, readable):
+                seen = places <= seen_by.last[self.item, query]
+                seen = seen & ((places >= seen_by.first[self.item, query]) | (places < num_sinks))
+                return jnp.where(seen, 1, readable)
+
             nothing = plgpu.layout_cast(jnp.zeros((BLOCK_LEN,), jnp.int32), self.down)
-            readable = lax.fori_loop(0, self.last.shape[1], of_query, nothing)
+            readable = lax.fori_loop(0, seen_by.last.shape[1], of_query, nothing)
         readable = jnp.where(self.only_valid(readable > 0, slots, bits), 1, 0)
         for at in range(0, blocks[0].shape[1], step):
             for block in blocks:

@@ -22,7 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import Scaling, arrays_of
 from pallas_kernels.masking import NOWHERE, Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
-from pallas_kernels.paged_attention.gpu_piece import Piece
+from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
+from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
+from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
 from pallas_kernels.paged_attention.sharing import (
@@ -205,36 +207,43 @@ def _attend(
     if with_mass:
         of_pages = (layout.items, num_kv_heads, arrays["pages"].shape[1], layout.padded_rows)
         out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
-    given, structure = jax.tree.flatten(list(arrays.values()))
+    flat, structure = jax.tree.flatten(list(arrays.values()))
     dtype, block_pages = _worked_in(pages, query_type), BLOCK_LEN // page_size
     scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_mass, chip, out_dtype)
     accumulating = accumulators(chip, BLOCK_LEN, *(columns.size for columns in stripes(value_dim)))
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
-        inputs, refs = refs[: len(given)], refs[len(given) :]
+        inputs, refs = refs[: len(flat)], refs[len(flat) :]
         outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
         mine, memory = refs[: len(scratch)], refs[len(scratch) :]
         named = dict(zip(arrays, jax.tree.unflatten(structure, inputs), strict=True))
         named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
-        (Chunk if num_consumers == 2 else Piece)(
-            named,
+        part = Part(
+            given(Listed, named),
+            Side.of(named, "keys", step_of(dim, pages)),
+            Side.of(named, "values", step_of(value_dim, pages)),
+            named["free"],
             piece=lax.div(lax.axis_index("block"), num_kv_heads),
             head=lax.rem(lax.axis_index("block"), num_kv_heads),
-            memory=memory,
-            tiles=tiles,
+            num_stages=tiles.num_stages,
+            num_staged=tiles.num_staged,
+            num_scale_places=tiles.num_stages + (0 if per == "channel" else tiles.num_staged),
             page_size=page_size,
-            num_sinks=scoring.num_sinks,
-            soft_cap=scoring.soft_cap,
-            scale=scoring.scale,
             per=pages.per,
+            scoring=scoring,
+        )
+        rows = given(
+            Rows,
+            named,
+            memory=memory,
+            num_halves=tiles.num_halves,
             num_consumers=num_consumers,
-            is_simulated=bool(interpret),
-            steps={
-                name: step_of(width, pages) for name, width in zip(("keys", "values"), pages.head_dims, strict=True)
-            },
             padded_rows=min(layout.padded_rows, ROWS),
-        ).run()
+            is_simulated=bool(interpret),
+        )
+        producer = Producer(part) if tiles.num_halves == 1 else ScalingProducer(part, given(Scaled, named))
+        (Chunk if num_consumers == 2 else Piece)(part, rows, producer).run()
 
     return plgpu.kernel(
         kernel,
@@ -246,7 +255,7 @@ def _attend(
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=num_consumers == 2 and scoring.soft_cap is None),
-    )(*given)
+    )(*flat)
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:

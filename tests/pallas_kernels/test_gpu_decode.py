@@ -18,7 +18,8 @@ from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_
 from pallas_kernels.paged_attention.cases import CASES, generated
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
-from pallas_kernels.paged_attention.gpu_ring import Ring
+from pallas_kernels.paged_attention.gpu_producer import Producer
+from pallas_kernels.paged_attention.gpu_ring import Part
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
 from pallas_kernels.visible import Visible
@@ -160,8 +161,9 @@ def test_a_wrong_page_is_caught():
 def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
     """Who reads and does not wait for the copy or the conversion; who writes and does not wait for the reader."""
     real, name = plgpu.barrier_wait, []
-    for method in ("wait_for", "wait_to_multiply", "produce", "produce_and_convert"):
-        inner = vars(Ring)[method]
+    methods = [(Part, "wait_for"), (Part, "wait_to_multiply"), (Producer, "produce"), (Producer, "produce_and_convert")]
+    for owner, method in methods:
+        inner = vars(owner)[method]
         role = {"wait_for": "arrived", "wait_to_multiply": "staged"}.get(method, "free")
 
         def noted(self, *arguments, inner=inner, role=role):
@@ -169,7 +171,7 @@ def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
             inner(self, *arguments)
             name.pop()
 
-        monkeypatch.setattr(Ring, method, noted)
+        monkeypatch.setattr(owner, method, noted)
 
     def wait(barrier):
         if not name or name[-1] != skipped:

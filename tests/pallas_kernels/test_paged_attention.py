@@ -57,7 +57,7 @@ MASKS = [
     Visible(7),
     Visible(70, 2),
     Visible(100),
-    *(Visible(chunk=n) for n in (1, 24, 64, 70)),
+    *(Visible(chunk=length) for length in (1, 24, 64, 70)),
 ]
 
 
