@@ -108,16 +108,17 @@ class _DraftStep:
         return jnp.concatenate([first, others[:, :, 0].T], axis=1), pools
 
 
-def _columns(one: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:
+def _columns(plan: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:
     """A class's plan for `width` tokens of the whole, from each row's offset on (None: the first). Slots of later tokens may be
     among them: what is written there too early is written again. A recurrent state is read where it was written last."""
-    slots = jnp.asarray(one.write_slots)
-    if not per_token:
-        return one if offset is None else one._replace(pages=slots)
+    slots = jnp.asarray(plan.write_slots)
     if offset is None:
-        return one._replace(write_slots=slots[:, :width])
+        return plan._replace(write_slots=slots[:, :width]) if per_token else plan
+    starts = jnp.asarray(plan.starts) + offset
+    if not per_token:
+        return plan._replace(pages=slots, starts=starts)
     column = jnp.clip(offset, 0, slots.shape[1] - 1)[:, None]
-    return one._replace(write_slots=jnp.take_along_axis(slots, column, axis=1))
+    return plan._replace(write_slots=jnp.take_along_axis(slots, column, axis=1), starts=starts)
 
 
 class ModelDrafter(Drafter):

@@ -110,15 +110,16 @@ class MemoryLayout:
 
     def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
         """Every layer's memory for one step."""
-        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+        counts = jnp.asarray(plan.counts)
+        starts = [jnp.asarray(mine.starts) for mine in plan.classes]
         shared = [
-            _view(state).share(state, mine, starts, counts)
-            for state, mine in zip(self.classes, plan.classes, strict=True)
+            _view(state).share(state, mine, before, counts)
+            for state, mine, before in zip(self.classes, plan.classes, starts, strict=True)
         ]
 
         def view(index: int, pool: Pool) -> View:
             state = self.classes[index]
-            return _view(state).of(state.spec, pool, plan.classes[index], starts, counts, shared[index])
+            return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
 
         return tuple(
             {name: view(index, pools[layer][name]) for name, index in states.items()}

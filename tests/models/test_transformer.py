@@ -10,6 +10,7 @@ from flax import nnx
 
 from kvlab.memory.views import whole
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.models.model import Model
 from kvlab.models.transformer import Block, LayerConfig, ModelConfig, Transformer, merge, parse_pattern, split
 
 LAYER = LayerConfig("attention", AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8))
@@ -40,6 +41,19 @@ def test_split_and_merge_are_inverse():
     structure, params = split(model)
     again = split(merge(structure, params))[1]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, again))
+
+
+def test_a_model_is_one_value():
+    transformer = model_of(mlp_dim=8)
+    model = Model.of(transformer)
+    params = jax.tree.leaves(split(transformer)[1])
+    assert model.num_params == sum(leaf.size for leaf in params)
+    assert model.num_bytes == 4 * model.num_params
+    assert model.states == transformer.states()
+    tokens = jnp.arange(5, dtype=jnp.int32)[None]
+    np.testing.assert_array_equal(model.merge().parallel(tokens), transformer.parallel(tokens))
+    shapes = Model.of(nnx.eval_shape(lambda: model_of(mlp_dim=8)))
+    assert (shapes.num_bytes, shapes.states) == (model.num_bytes, model.states)
 
 
 def test_printing_shows_shapes_and_bytes():

@@ -87,7 +87,7 @@ class Planned:
     state: Any = field(metadata={"static": True})
     pool: Any
     plan: Any  # ClassPlan; pytrees are rebuilt with placeholders, so fields are not checked at run time
-    starts: Any  # [B] tokens already stored
+    starts: Any  # [B] slots that the sequence stores in this class before the step
     counts: Any  # [B] new tokens in this step
     shared: Any = None
 
@@ -118,15 +118,10 @@ class PlannedTokens(Planned):
         return replace(self, pool=write_tokens(self.state, self.pool, slots, tokens))
 
     @property
-    def slot_starts(self) -> Array:
-        """[B] slots stored before the step."""
-        return self.starts
-
-    @property
     def slot_lens(self) -> Array:
         """[B] slots stored after it."""
-        return self.slot_starts + self.counts
+        return self.starts + self.counts
 
     def query_slots(self, num_tokens: int) -> Positions:
         """[B, T] the slot of each of the step's own tokens, which its query may see as the last."""
-        return self.slot_starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+        return self.starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]

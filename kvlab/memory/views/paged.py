@@ -52,7 +52,7 @@ def attend_pages(
     """Attention of a step's queries over pages, in slots: a chunk of each sequence, or one token, for which layers share a plan."""
     num_tokens = queries.shape[1]
     if num_tokens > 1:
-        places = chunk_positions(view.slot_starts, view.counts, num_tokens)
+        places = chunk_positions(view.starts, view.counts, num_tokens)
     else:
         places = view.query_slots(1), view.slot_lens
     options: dict[str, Any] = {"visible": view.state.visible, "scale": scale, "soft_cap": soft_cap}
