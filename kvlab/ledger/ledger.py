@@ -55,17 +55,15 @@ class Ledger:
         class is paged, so that recurrent states alone can be found again. Raises ValueError on empty bounds, on names
         that repeat, on paged classes whose page sizes differ, and on page tables too short for max_len.
         """
-        index_page_size = checked(classes, max_len, chunk_len, page_size)
         self.classes = tuple(classes)
         self.max_len, self.chunk_len = max_len, chunk_len
-        self.index = PrefixIndex(self.classes, policy, index_page_size, digest)
+        self.index = PrefixIndex(self.classes, policy, checked(classes, max_len, chunk_len, page_size), digest)
         self.stores = Stores(self.classes, self.index, max_len, chunk_len)
         self.counters = self.stores.counters
         self.running: dict[Hashable, Tracked] = {}
         self.suspended: dict[Hashable, Tracked] = {}
         self.hits: set[Tracked] = set()
         self._publisher = Publisher(self.stores, checkpoints or Checkpoints())
-        self._shares = self.stores.can_share
         lengths = range(1, max_len + 1)
         self._longest_alone = bisect.bisect_left(lengths, True, key=lambda length: self.never(length) is not None)
 
@@ -397,6 +395,6 @@ class Ledger:
         published."""
         self.publish()
         held = self._settled(sequence)
-        if not self._shares:
+        if not self.stores.can_share:
             raise ValueError(f"sequence {sequence!r}: contiguous reservations are neither shared nor swapped")
         return held
