@@ -12,9 +12,9 @@ ALIGNMENT = 128
 
 
 def misaligned(ref: Any) -> str | None:
-    """Why a copy must not begin where a traced reference into shared memory does; None: it may. Of an index that is known only when
-    the kernel runs, every value must do; a slice is taken to begin at a multiple of its own size. What is laid out in tiles is sliced
-    by whole tiles, and passes."""
+    """Why a copy must not begin where a traced reference into shared memory does; None: it may. Of an index that is
+    known only when the kernel runs, every value must do; a slice is taken to begin at a multiple of its own size. What
+    is laid out in tiles is sliced by whole tiles, and passes."""
     transforms = getattr(ref, "transforms", ())
     if any(not hasattr(one, "indices") for one in transforms):
         return None

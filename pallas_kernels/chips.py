@@ -27,7 +27,8 @@ device_description_str: "{name}"
 
 @dataclass(frozen=True)
 class Target:
-    """A chip. `bandwidth` is its data sheet's, in bytes a second; `description` is XLA's for GPUs, a topology's name for TPUs."""
+    """A chip. `bandwidth` is its data sheet's, in bytes a second; `description` is XLA's for GPUs, a topology's name
+    for TPUs."""
 
     name: str
     backend: str
@@ -62,8 +63,9 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One compilation of an op, in the sizes that its `shapes` says. `format` is the pages', scaled `per` token or channel where it is
-    quantised; `num_queries` are the new tokens of each sequence; `extra` is what is asked for beside."""
+    """One compilation of an op, in the sizes that its `shapes` says. `format` is the pages', scaled `per` token or
+    channel where it is quantised; `num_queries` are the new tokens of each sequence; `extra` is what is asked for
+    beside."""
 
     op: str
     format: str
@@ -85,7 +87,8 @@ DIMS = (64, 128, 256)
 
 
 def formats_of(backend: str) -> list[tuple[str, str]]:
-    """The formats of pages that a backend's kernels take, and what their scales are of: nothing, "token" or "channel"."""
+    """The formats of pages that a backend's kernels take, and what their scales are of: nothing, "token" or
+    "channel"."""
     plain = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
     return [(format, "") for format in plain] + [(format, per) for per in ("token", "channel") for format in FORMATS]
 

@@ -39,8 +39,8 @@ def check_tables(
     page_starts: Int32[Array, "B *heads num_pages"],
     num_pages: int,
 ) -> None:
-    """Where debugging is on: raises ValueError for a used entry whose page is not in the pool or whose start is negative; under
-    `jit`, the program fails with that message."""
+    """Where debugging is on: raises ValueError for a used entry whose page is not in the pool or whose start is
+    negative; under `jit`, the program fails with that message."""
 
     def check(*arrays: Array) -> None:
         table, starts = map(np.asarray, arrays)
@@ -62,8 +62,8 @@ def check_tables(
 
 
 def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_size: int) -> None:
-    """Where debugging is on: raises ValueError for a page that two rows write into, or one twice, and for the tokens of a row that do
-    not go to consecutive positions."""
+    """Where debugging is on: raises ValueError for a page that two rows write into, or one twice, and for the tokens of
+    a row that do not go to consecutive positions."""
 
     def check(given: Array) -> None:
         slots = np.asarray(given)
@@ -88,7 +88,8 @@ def check_slots(op: str, write_slots: Int32[Array, "B T"], num_pages: int, page_
 
 
 def check_chunks(query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int) -> None:
-    """Where debugging is on: raises ValueError for a chunk that begins before its sequence, or is longer than the queries."""
+    """Where debugging is on: raises ValueError for a chunk that begins before its sequence, or is longer than the
+    queries."""
 
     def check(*arrays: Array) -> None:
         starts, lens = map(np.asarray, arrays)

@@ -3,9 +3,8 @@
     pages = quantised(tokens, "int8", "token")      # from [..., page, D]
     pages.values()                                  # float32 [..., page, D] again
 
-Two numbers of 4 bits share a byte: the low half of byte i is dim i, the high half dim i + D / 2. So a kernel that has unpacked a
-tile holds its two halves and need not interleave them.
-"""
+Two numbers of 4 bits share a byte: the low half of byte i is dim i, the high half dim i + D / 2. So a kernel that has
+unpacked a tile holds its two halves and need not interleave them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,19 +28,19 @@ LARGEST = {"int8": 127.0, "fp8": 448.0, "int4": 7.0}
 INVERSE = {format: float(np.float32(1) / np.float32(largest)) for format, largest in LARGEST.items()}
 """One over it: compilers divide by constants in ways of their own, and scales are to be the same everywhere."""
 FAINT = 2.0**-107
-"""What is nowhere as large (6e-33) is stored as zeros. Some chips take float32 below 2 ** -126 for zero, others do not: with
-a scale of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
+"""What is nowhere as large (6e-33) is stored as zeros. Some chips take float32 below 2 ** -126 for zero, others do not:
+with a scale of 2 ** -107 over a format's largest number, what they differ in becomes zero in every format."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["payload", "scales"], meta_fields=["per", "bytes_of"])
 @dataclass(frozen=True)
 class Quantised:
-    """Pages [P, K, page, D] (or any tiles [..., page, D]) of a format of `FORMATS`. What a slot holds is payload * scale.
+    """Pages [P, K, page, D] (or any tiles [..., page, D]) of a format of `FORMATS`. What a slot holds is payload *
+    scale.
 
-    `payload` is int8 or float8_e4m3fn [..., page, D], or uint8 [..., page, D / 2] for two numbers of 4 bits each; `scales`
-    float32 [..., page], one for each token, or [..., D], one for each channel, as `per` says. With `bytes_of` the payload are the
-    bytes of numbers in that format, in uint8: what XLA on a CPU writes to in place.
-    """
+    `payload` is int8 or float8_e4m3fn [..., page, D], or uint8 [..., page, D / 2] for two numbers of 4 bits each;
+    `scales` float32 [..., page], one for each token, or [..., D], one for each channel, as `per` says. With `bytes_of`
+    the payload are the bytes of numbers in that format, in uint8: what XLA on a CPU writes to in place."""
 
     payload: Any
     scales: Any
@@ -93,8 +92,8 @@ class Quantised:
 type Stored = Array | Quantised
 """What holds keys or values: an array as it is, or a `Quantised` one."""
 ROUND, ROUND_BITS = 1.5 * 2**23, 0x4B400000
-"""Added to a float32 below 2 ** 22, it leaves the nearest whole number, half to even, in the bits above its own: what kernels can do.
-Taken away as a float instead, some compilers see nothing done."""
+"""Added to a float32 below 2 ** 22, it leaves the nearest whole number, half to even, in the bits above its own: what
+kernels can do. Taken away as a float instead, some compilers see nothing done."""
 
 
 def format_of(pages: Stored) -> str:
@@ -139,8 +138,8 @@ def encoded(tokens: Float[Array, "... page D"], scales: Float[Array, "... n"], f
 
 
 def numbers(scaled: Float[Array, "*shape"], format: str) -> Shaped[Array, "*shape"]:
-    """A format's numbers for what has been scaled: rounded to nearest even, beyond the largest cut off; whole ones in int32. It asks
-    for nothing that a kernel cannot do."""
+    """A format's numbers for what has been scaled: rounded to nearest even, beyond the largest cut off; whole ones in
+    int32. It asks for nothing that a kernel cannot do."""
     largest = LARGEST[format]
     inside = jnp.minimum(jnp.maximum(scaled, -largest), largest)
     if format == "fp8":
@@ -164,8 +163,9 @@ def inverses(
 def _nearest(scales: Float[Array, "*shape"], near: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The float32 nearest to one over each scale, from one at most two steps away.
 
-    As whole numbers of 24 bits, the mantissas m of a scale and n of what is nearest have m * n within m / 2 of 2 ** 46 or
-    2 ** 47. Both are zero in 32 bits that wrap around: there, twice the product is twice its distance, in steps of m."""
+    As whole numbers of 24 bits, the mantissas m of a scale and n of what is nearest have m * n within m / 2 of 2 ** 46
+    or 2 ** 47. Both are zero in 32 bits that wrap around: there, twice the product is twice its distance, in steps of
+    m."""
     bits = jax.lax.bitcast_convert_type(near, jnp.int32)
     step = _mantissa(jax.lax.bitcast_convert_type(scales, jnp.int32))
     for _ in range(2):
@@ -180,7 +180,8 @@ def _mantissa(bits: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
 
 
 def quantised(tokens: Float[Array, "... page D"], format: str, per: Scaling = "token") -> Quantised:
-    """Tokens in a format, with the scales that they ask for. Raises ValueError for what is none, and for 4 bits of odd dims."""
+    """Tokens in a format, with the scales that they ask for. Raises ValueError for what is none, and for 4 bits of odd
+    dims."""
     check_format(format, per, tokens.shape)
     scales = scales_for(tokens, format, per)
     return Quantised(encoded(tokens, scales, format, per), scales, per)
@@ -204,7 +205,8 @@ def packed(numbers: Shaped[Array, "... D"]) -> Shaped[Array, "... half"]:
 
 
 def in_bytes(low: Shaped[Array, "*shape"], high: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-    """Two whole numbers in [-8, 7] as the two halves of a byte, still in int32: kernels have halves, and convert in their own way."""
+    """Two whole numbers in [-8, 7] as the two halves of a byte, still in int32: kernels have halves, and convert in
+    their own way."""
     return (low & 15) | jnp.left_shift(high & 15, 4)
 
 

@@ -1,4 +1,5 @@
-"""Counts what a compiled program launches on a GPU. Needs no GPU, no compiler and no jax: it reads XLA's optimised HLO."""
+"""Counts what a compiled program launches on a GPU. Needs no GPU, no compiler and no jax: it reads XLA's optimised
+HLO."""
 
 import re
 from collections import Counter
@@ -16,10 +17,9 @@ TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 def count_launches(hlo_text: str) -> Counter[str]:
     """Launches of an optimised HLO module by kind: kernels ("fusion", "custom-call" and the like) and copies ("copy").
 
-    What a loop's body launches counts as often as the loop turns, where XLA knows how often (it then never asks the condition);
-    else once, as "while of unknown length".
-    Of a conditional's branches the longest counts. Raises ValueError where the text has no ENTRY computation.
-    """
+    What a loop's body launches counts as often as the loop turns, where XLA knows how often (it then never asks the
+    condition); else once, as "while of unknown length". Of a conditional's branches the longest counts. Raises
+    ValueError where the text has no ENTRY computation."""
     bodies = _computations(hlo_text)
     if "ENTRY" not in bodies:
         raise ValueError(

@@ -51,8 +51,8 @@ def cases(target: Target, num_generated: int) -> list[Case]:
 def lower(
     target: Target, cases: list[Case], *, is_compiled: bool, kernels: dict[str, Callable[..., Any]] | None = None
 ) -> Iterator[Lowered]:
-    """What becomes of each case: lowered by Pallas and Mosaic, and `is_compiled` to machine code as well. `kernels` stand in for the
-    target's own, by op."""
+    """What becomes of each case: lowered by Pallas and Mosaic, and `is_compiled` to machine code as well. `kernels`
+    stand in for the target's own, by op."""
     lower_call = _lowering(target, is_compiled=is_compiled)
     for case in cases:
         op = OPS[case.op]
@@ -72,8 +72,8 @@ MOST_LAUNCHES = 3
 
 
 def layers(target: Target) -> Lowered:
-    """Whether one more layer that decodes by the same plan costs a program at most `MOST_LAUNCHES` launches on a Hopper GPU: 32
-    sequences of 4,096 tokens, 32 query heads on 8 KV heads."""
+    """Whether one more layer that decodes by the same plan costs a program at most `MOST_LAUNCHES` launches on a Hopper
+    GPU: 32 sequences of 4,096 tokens, 32 query heads on 8 KV heads."""
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,8 @@
 """Reads a GPU kernel's machine code as nvdisasm prints it with ptxas' control words (`MOSAIC_GPU_DUMP_SASS_CTRL=1`).
 
-Every instruction says for how many cycles its warp stalls after it. Where one warp has a scheduler to itself, the sum over a
-loop is the time that issuing one turn takes; waiting for memory, barriers and tensor cores comes on top (`pallas_kernels.predict`).
-"""
+Every instruction says for how many cycles its warp stalls after it. Where one warp has a scheduler to itself, the sum
+over a loop is the time that issuing one turn takes; waiting for memory, barriers and tensor cores comes on top
+(`pallas_kernels.predict`)."""
 
 import re
 from collections import Counter
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 LINE = re.compile(
     r"^\s*([\d&\-]+):([\d\-]):([\d\-]):([Y\-]):(\d+)\s+/\*([0-9a-f]+)\*/\s+(?:@(!?U?PT?\d*)\s+)?(\S.*?)\s*$"
 )
-"""Barriers waited for, released when read, released when written, yield, stall cycles; address; predicate; instruction."""
+"""Barriers waited for, released when read, released when written, yield, stall cycles; address; predicate;
+instruction."""
 PRODUCT = re.compile(r"\wGMMA\.(\d+)x(\d+)x\d+(?:\.\w+)* R\d+, (R\d+|gdesc)")
 CYCLES_PER_COLUMN = 0.5
 """Tensor cycles of one HGMMA of 64 rows and 32 bytes of depth, for each column: 4,096 16-bit operations a cycle."""
@@ -41,7 +42,8 @@ class Instruction:
 
     @property
     def tensor_cycles(self) -> float:
-        """Cycles that a warpgroup's product takes the tensor cores, or reading its factors from shared memory, if that is longer."""
+        """Cycles that a warpgroup's product takes the tensor cores, or reading its factors from shared memory, if that
+        is longer."""
         if not (found := PRODUCT.match(self.text)):
             return 0.0
         rows, columns, left = int(found[1]), int(found[2]), found[3]
@@ -92,9 +94,8 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 def loops(text: str) -> list[Turn]:
     """A turn of every loop of a kernel, in order of address.
 
-    A loop goes back to an instruction that every way to its end has passed; code behind the kernel's end in which a wait is
-    repeated, and which then goes on where the wait was, is none.
-    """
+    A loop goes back to an instruction that every way to its end has passed; code behind the kernel's end in which a
+    wait is repeated, and which then goes on where the wait was, is none."""
     code = _Blocks(*parse(text))
     bodies = {head: set() for _, head in code.back_edges}
     for end, head in code.back_edges:
@@ -110,8 +111,8 @@ def loops(text: str) -> list[Turn]:
 
 
 def attending(turns: Iterable[Turn]) -> Turn | None:
-    """The loop over blocks of the warpgroup that multiplies: the smallest with products of both forms, scores and outputs; if none
-    has two, that with most products. None: there are no products."""
+    """The loop over blocks of the warpgroup that multiplies: the smallest with products of both forms, scores and
+    outputs; if none has two, that with most products. None: there are no products."""
     forms = {
         one: {
             part.text.split(" ")[0] + ("^T" if ".tnspA" in part.text else "")
@@ -127,8 +128,8 @@ def attending(turns: Iterable[Turn]) -> Turn | None:
 
 
 def fetching(turns: Iterable[Turn]) -> Turn | None:
-    """The loop over blocks of the warpgroup that asks for pages, and turns them into 16 bits if need be: the longest with copies to
-    shared memory and no products. None: there is none."""
+    """The loop over blocks of the warpgroup that asks for pages, and turns them into 16 bits if need be: the longest
+    with copies to shared memory and no products. None: there is none."""
     with_copies = [one for one in turns if one.counts["UTMALDG"] and not one.tensor_cycles]
     return max(with_copies, key=lambda one: one.stall_cycles, default=None)
 
@@ -201,7 +202,8 @@ class _Blocks:
         return -sum(one.tensor_cycles for one in instructions), -num_copies, sum(one.stall for one in instructions)
 
     def shortest(self, head: int, end: int, body: set[int]) -> list[int]:
-        """The way through a loop that leaves no product and no copy out and takes the fewest cycles; inner loops turn once."""
+        """The way through a loop that leaves no product and no copy out and takes the fewest cycles; inner loops turn
+        once."""
         inner = {edge for edge in self.back_edges if edge[0] in body}
         known: dict[int, tuple[tuple[float, int, int], list[int]]] = {}
 

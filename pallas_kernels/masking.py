@@ -1,4 +1,5 @@
-"""How products of queries and keys become weights: the mask, the scale, the soft cap, and a softmax that survives seeing none."""
+"""How products of queries and keys become weights: the mask, the scale, the soft cap, and a softmax that survives
+seeing none."""
 
 from dataclasses import dataclass
 

@@ -1,11 +1,12 @@
-"""Every operation, and all that is known of it: what the command line, provenance, simulators, compilers and the bench iterate over.
+"""Every operation, and all that is known of it: what the command line, provenance, simulators, compilers and the bench
+iterate over.
 
-To add one: a folder with `api.py` (the contract, and IMPLEMENTATIONS) and `reference.py` (plain XLA), and its line below. One with
-kernels has in its folder beside them
+To add one: a folder with `api.py` (the contract, and IMPLEMENTATIONS) and `reference.py` (plain XLA), and its line
+below. One with kernels has in its folder beside them
 
     gpu.py, tpu.py   the kernels, each with `refusal(asked)`: why it cannot serve such pages
-    proof.py         `check(kernel, **case)`: what every implementation must do; `by_api`: the public function, called as they are
-    cases.py         `cases(platform, num_generated)`: what it is checked on; `SIMULATED`: what a simulator's verdict rests on
+    proof.py         `check(kernel, **case)`: what every implementation must do; `by_api`: the public function, as one
+    cases.py         `cases(platform, num_generated)`: what it is checked on; `SIMULATED`: what simulators run
     shapes.py        `shapes`, `call`, `floor_bytes`: what is compiled for absent chips
 """
 
@@ -25,15 +26,16 @@ from pallas_kernels.ssd import api as ssd
 
 @dataclass(frozen=True)
 class Op:
-    """An operation. `implementations` are in the order in which they are preferred; those of an op with kernels that work on pages
-    depend on what is asked."""
+    """An operation. `implementations` are in the order in which they are preferred; those of an op with kernels that
+    work on pages depend on what is asked."""
 
     name: str
     implementations: Mapping[str, Callable[..., Any]]
     has_kernels: bool = False
 
     def refusals(self, asked: Asked | None = None, device: Any = None) -> dict[str, str]:
-        """Why an implementation cannot serve what is asked on a device (None: this process' first), for those that cannot."""
+        """Why an implementation cannot serve what is asked on a device (None: this process' first), for those that
+        cannot."""
         return selection.refusals(self.name, asked, device) if self.has_kernels else {}
 
     def available(self, asked: Asked | None = None, device: Any = None) -> list[str]:

@@ -18,11 +18,11 @@ __all__ = ["NOWHERE", "Lists", "Pages"]
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["value_dim"])
 @dataclass(frozen=True)
 class Pages:
-    """Keys and values of a pool, head by head: `keys` [P, K, page, D] and `values` [P, K, page, Dv], arrays or `Quantised`.
+    """Keys and values of a pool, head by head: `keys` [P, K, page, D] and `values` [P, K, page, Dv], arrays or
+    `Quantised`.
 
-    Without `values`, the first `value_dim` columns of the keys are the values as well, as in a latent cache (arXiv 2405.04434):
-    `Pages(keys, value_dim=512)` holds D numbers a token and head.
-    """
+    Without `values`, the first `value_dim` columns of the keys are the values as well, as in a latent cache (arXiv
+    2405.04434): `Pages(keys, value_dim=512)` holds D numbers a token and head."""
 
     keys: Any
     values: Any = None
@@ -122,9 +122,9 @@ class Lists:
     """Which pages a sequence holds, and what lies in them: slot o of entry n of sequence b holds token position
     starts[b, n] + o of page table[b, n].
 
-    `table` and `starts` are int32 [B, N]; [B, K, N] where every KV head has a list of its own. Unused entries are page 0 with
-    start `NOWHERE`. `valid`, bool [B, (K,) N, page], says which slots count; None: all. Neither sorted nor contiguous.
-    """
+    `table` and `starts` are int32 [B, N]; [B, K, N] where every KV head has a list of its own. Unused entries are page
+    0 with start `NOWHERE`. `valid`, bool [B, (K,) N, page], says which slots count; None: all. Neither sorted nor
+    contiguous."""
 
     table: Any
     starts: Any
@@ -157,8 +157,8 @@ class Lists:
         return Lists(joined(table), joined(self.starts), None if self.valid is None else joined(self.valid))
 
     def in_blocks(self, page_size: int, block_len: int) -> "Lists":
-        """With an entry for each block of `block_len` slots, over pages that are whole blocks: page * blocks of a page + block.
-        Lists of sequences, not of heads."""
+        """With an entry for each block of `block_len` slots, over pages that are whole blocks: page * blocks of a page
+        + block. Lists of sequences, not of heads."""
         num_parts = page_size // block_len
         parts = jnp.arange(num_parts, dtype=jnp.int32)[None, None]
         table = (self.table[..., None] * num_parts + parts).reshape(len(self.table), -1)

@@ -2,9 +2,8 @@
 
     python -m pallas_kernels.predict [TEXT ...] [--label before] [--json FILE]     # in .venv-kernels
 
-For every problem of the bench that has a GPU kernel (or whose name has a TEXT): what one call launches, the kernel's registers, the
-cycles of its inner loop, and a time by `timing_model`. Nothing here was measured on a chip.
-"""
+For every problem of the bench that has a GPU kernel (or whose name has a TEXT): what one call launches, the kernel's
+registers, the cycles of its inner loop, and a time by `timing_model`. Nothing here was measured on a chip."""
 
 import argparse
 import json
@@ -32,8 +31,8 @@ LIMITS = {"product_flops_per_s": 790e12}
 
 @dataclass(frozen=True)
 class Predicted:
-    """One problem: `launches` by kind; `kernels` that Mosaic compiled; per GPU `kernel_us` of those with products (None where the
-    model knows none), and `floor_us`."""
+    """One problem: `launches` by kind; `kernels` that Mosaic compiled; per GPU `kernel_us` of those with products (None
+    where the model knows none), and `floor_us`."""
 
     problem: str
     launches: dict[str, int]
@@ -100,8 +99,9 @@ def program_of(problem: Any, sharding: Any) -> Call:
 
 
 def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
-    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `sharing.split` cuts the lists; where one query
-    is asked, the longest first, as a plan launches them. A grid of another size is taken to have equal shares."""
+    """How many blocks of 64 tokens each thread block of a grid attends to, in order: as `sharing.split` cuts the lists;
+    where one query is asked, the longest first, as a plan launches them. A grid of another size is taken to have equal
+    shares."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -136,8 +136,8 @@ MARK = "== launches "
 
 
 def predict(problem: Any) -> Predicted:
-    """Compiles a problem for an absent H200 in a process of its own, and reads what came of it. Raises RuntimeError, with the
-    compiler's last words, where that fails."""
+    """Compiles a problem for an absent H200 in a process of its own, and reads what came of it. Raises RuntimeError,
+    with the compiler's last words, where that fails."""
     from pallas_kernels.bench.paged import Problem, bytes_of
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,5 @@
-"""How an op picks its implementation: `None` takes the best that is guaranteed to work here, a name is honoured or refused."""
+"""How an op picks its implementation: `None` takes the best that is guaranteed to work here, a name is honoured or
+refused."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,8 @@ class Device:
 
 
 type Taken = dict[str, dict[str, set[str]]]
-"""Of every op the names of the implementations that were taken, and of each why the kernels for this device were not."""
+"""Of every op the names of the implementations that were taken, and of each why the kernels for this device were
+not."""
 
 _recorders: list[Taken] = []
 _assumed: list[Device] = []
@@ -58,7 +60,8 @@ _assumed: list[Device] = []
 
 @contextmanager
 def as_if_on(device: Device) -> Iterator[None]:
-    """Inside, ops pick their implementations as on that device: to compile for one that is not here. Nothing can run."""
+    """Inside, ops pick their implementations as on that device: to compile for one that is not here. Nothing can
+    run."""
     _assumed.append(device)
     try:
         yield
@@ -85,7 +88,8 @@ def recording() -> Iterator[Taken]:
 
 
 def wrong_device(backend: str, device: Any = None) -> str | None:
-    """Why kernels for "gpu" or "tpu" cannot run on a `Device` or `jax.Device` (None: this process' first); None: they can."""
+    """Why kernels for "gpu" or "tpu" cannot run on a `Device` or `jax.Device` (None: this process' first); None: they
+    can."""
     device = device or this_device()
     generation = str(getattr(device, "compute_capability", "")).split(".")[0]
     if backend == "gpu" and (device.platform != "gpu" or generation not in ("9", "10")):
@@ -105,7 +109,8 @@ def kernel(op: str, backend: str) -> Callable[..., Any]:
 
 
 def refusals(op: str, asked: Asked | None = None, device: Any = None) -> dict[str, str]:
-    """Why a kernel of an op cannot serve what is asked on a device (None: this process' first), for those that cannot."""
+    """Why a kernel of an op cannot serve what is asked on a device (None: this process' first), for those that
+    cannot."""
     found = {}
     for backend in BACKENDS:
         reason = wrong_device(backend, device)
@@ -117,7 +122,8 @@ def refusals(op: str, asked: Asked | None = None, device: Any = None) -> dict[st
 
 
 def passed_over(taken: str, refused: Mapping[str, str], platform: str) -> str:
-    """Why not the kernel that was written for such a device; empty where there is none, or where it is what was taken."""
+    """Why not the kernel that was written for such a device; empty where there is none, or where it is what was
+    taken."""
     kernel = f"mosaic_{platform}"
     return f"{kernel}: {refused[kernel]}" if kernel in refused and taken != kernel else ""
 
@@ -137,9 +143,8 @@ def select(
 ) -> tuple[str, Callable[..., Any]]:
     """The name and function of the implementation that will run.
 
-    `implementations` is ordered from most to least preferred; `refused` has those that cannot run here, with the reason. Raises
-    ValueError for a name that is unknown or refused.
-    """
+    `implementations` is ordered from most to least preferred; `refused` has those that cannot run here, with the
+    reason. Raises ValueError for a name that is unknown or refused."""
     legal = available(implementations, refused)
     reason = ""
     if implementation is None:

@@ -1,11 +1,10 @@
 """Compiles kernels for chips that are not here, down to machine code, and says what they take.
 
-    python -m pallas_kernels.targets [H200 ...] [--dims 128] [--cases 40] [--json FILE] [--table FILE]      # `make kernels-check`
+    python -m pallas_kernels.targets [H200 ...] [--dims 128] [--cases 40] [--json FILE] [--table FILE]
 
-With `--cases`, the cases that the bench would run on such a chip are compiled too, or only lowered (`lowering`). Each target is
-compiled in a process of its own, since the compilers speak to standard error and remember their platform. They come from
-`pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
-"""
+`make kernels-check` does. With `--cases`, the cases that the bench would run on such a chip are compiled too, or only
+lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and
+remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer."""
 
 import argparse
 import importlib
@@ -36,8 +35,9 @@ INSTALL = "run `make kernels-check`, which builds the environment with the compi
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one compilation. `on_chip_bytes` is the shared memory of a thread block, or what lies in VMEM at once (blocks of
-    the grid twice); `temp_bytes` what XLA adds around the kernel; `estimate_us` the time that XLA's own cost model gives."""
+    """What became of one compilation. `on_chip_bytes` is the shared memory of a thread block, or what lies in VMEM at
+    once (blocks of the grid twice); `temp_bytes` what XLA adds around the kernel; `estimate_us` the time that XLA's own
+    cost model gives."""
 
     target: str
     shape: Shape
@@ -190,7 +190,8 @@ def markdown(compiled: Sequence[Compiled]) -> str:
 
 
 MOST_SPILLED = 32
-"""Bytes that may be spilled beyond 128 dims, where all 255 registers are taken: on jax 0.12 chunks over int8 and fp8 by token spill."""
+"""Bytes that may be spilled beyond 128 dims, where all 255 registers are taken: on jax 0.12 chunks over int8 and fp8 by
+token spill."""
 
 
 def failures(compiled: Sequence[Compiled], lowered: Sequence[Lowered] = ()) -> list[str]:

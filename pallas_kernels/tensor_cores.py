@@ -1,8 +1,8 @@
-"""Products of a warpgroup on tensor cores: `wgmma` on Hopper, `tcgen05` on Blackwell, 64 rows at a time, in the same registers.
+"""Products of a warpgroup on tensor cores: `wgmma` on Hopper, `tcgen05` on Blackwell, 64 rows at a time, in the same
+registers.
 
-Blackwell accumulates in tensor memory. Half its lanes, which 64 rows take, are read back in the layout that Hopper's accumulators
-have; so a kernel that keeps its sums in registers is the same on both, but for these lines.
-"""
+Blackwell accumulates in tensor memory. Half its lanes, which 64 rows take, are read back in the layout that Hopper's
+accumulators have; so a kernel that keeps its sums in registers is the same on both, but for these lines."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,8 +28,9 @@ def this_chip() -> Chip:
 
 
 def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | None = None) -> Any:
-    """Shared memory in which columns lie together in groups that divide `width`. Both factors of a product must be alike, and on
-    Blackwell, where 64 rows halve a product's width, no group of the right factor may be wider than that half."""
+    """Shared memory in which columns lie together in groups that divide `width`. Both factors of a product must be
+    alike, and on Blackwell, where 64 rows halve a product's width, no group of the right factor may be wider than that
+    half."""
     size = jnp.dtype(dtype).itemsize
     widest = 128 if product_width is None else product_width * size // 2
     swizzle = next((one for one in (128, 64, 32) if width * size % one == 0 and one <= widest), None)
@@ -41,8 +42,8 @@ def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | 
 
 
 def store_plainly(into: Any, value: Array) -> None:
-    """Into shared memory that is not laid out for it, at the cost of bank conflicts. jax 0.11 has no way to allow them, but in a
-    simulator."""
+    """Into shared memory that is not laid out for it, at the cost of bank conflicts. jax 0.11 has no way to allow them,
+    but in a simulator."""
     store = getattr(plgpu, "store", None)
     if store is None:
         into[...] = value
@@ -51,7 +52,8 @@ def store_plainly(into: Any, value: Array) -> None:
 
 
 def accumulators(chip: Chip, *widths: int) -> list[Any]:
-    """Scratch that `product` wants on a chip: a barrier and a place in tensor memory for each width of a product; or nothing."""
+    """Scratch that `product` wants on a chip: a barrier and a place in tensor memory for each width of a product; or
+    nothing."""
     if chip == "hopper":
         return []
     places = [plgpu.TMEM((ROWS, width), jnp.float32) for width in dict.fromkeys(widths)]

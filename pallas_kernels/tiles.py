@@ -1,8 +1,8 @@
 """Tile sizes that a search found best (`bench.tuning`), looked up wherever a kernel is traced.
 
-First in the file that PALLAS_KERNELS_TILES names (~/.cache/pallas_kernels/tiles.json, if it names none), for this jax; then in
-`tiles.json` beside this module, which is committed, for any. Where neither has the bucket, an implementation's own constants hold.
-"""
+First in the file that PALLAS_KERNELS_TILES names (~/.cache/pallas_kernels/tiles.json, if it names none), for this jax;
+then in `tiles.json` beside this module, which is committed, for any. Where neither has the bucket, an implementation's
+own constants hold."""
 
 import functools
 import json
@@ -19,7 +19,8 @@ SPACES: dict[str, dict[str, Sequence[int]]] = {
     "mosaic_tpu": {"block_len": (256, 512, 1024), "max_rows": (256, 512, 1024)},
     "blocked": {"block_len": (128, 256, 512)},
 }
-"""What may be chosen for an implementation of paged attention, as keyword arguments; the constants of its module among them."""
+"""What may be chosen for an implementation of paged attention, as keyword arguments; the constants of its module among
+them."""
 COMMITTED = Path(__file__).with_name("tiles.json")
 
 
@@ -60,8 +61,8 @@ def _read(path: Path, _changed: int) -> Mapping[str, Any]:
 
 
 def choices(path: Path) -> Mapping[str, Any]:
-    """A file of choices, by device, jax version, implementation and bucket; empty where there is none. Raises ValueError for one that
-    is no such file."""
+    """A file of choices, by device, jax version, implementation and bucket; empty where there is none. Raises
+    ValueError for one that is no such file."""
     try:
         return _read(path, path.stat().st_mtime_ns)
     except OSError:
@@ -69,8 +70,8 @@ def choices(path: Path) -> Mapping[str, Any]:
 
 
 def lookup(implementation: str, of_bucket: str) -> dict[str, int]:
-    """The tile sizes for a bucket on this process' first device: keyword arguments; none where nothing is remembered. Warns of a
-    cache that cannot be read."""
+    """The tile sizes for a bucket on this process' first device: keyword arguments; none where nothing is remembered.
+    Warns of a cache that cannot be read."""
     device = jax.devices()[0].device_kind
     try:
         found_here = choices(cache_path())

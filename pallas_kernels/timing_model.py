@@ -1,4 +1,5 @@
-"""How long a GPU kernel takes on a chip that is not here, by its machine code: a list of assumptions, and list scheduling.
+"""How long a GPU kernel takes on a chip that is not here, by its machine code: a list of assumptions, and list
+scheduling.
 
 Nothing here was measured on a chip. What to expect of it is 15% either way (`Assumed`).
 """
@@ -17,8 +18,9 @@ from pallas_kernels.machine_code import Turn
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the model takes for granted of Hopper. Besides: every product is waited for at once, and a multiprocessor has its even
-    share of the bandwidth. Start and four stores make the 4.7 us that a block which stages 64 rows takes beside its loop."""
+    """What the model takes for granted of Hopper. Besides: every product is waited for at once, and a multiprocessor
+    has its even share of the bandwidth. Start and four stores make the 4.7 us that a block which stages 64 rows takes
+    beside its loop."""
 
     multiprocessors: int = 132
     registers: int = 65536
@@ -42,7 +44,8 @@ class Assumed:
 
 ASSUMED = Assumed()
 WAITS = {"BAR": 20, "MEMBAR": 40, "SHFL": 10, "LDG": 30, "SYNCS.PHASECHK": 20}
-"""Cycles of latency that each operation of the inner loop leaves exposed: 350 for a decode kernel with 64 rows of queries."""
+"""Cycles of latency that each operation of the inner loop leaves exposed: 350 for a decode kernel with 64 rows of
+queries."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Kernel:
 
     @property
     def num_resident(self) -> int:
-        """Thread blocks that fit on a multiprocessor at once: registers are given in 8 for each thread, and 1 KiB is the system's."""
+        """Thread blocks that fit on a multiprocessor at once: registers are given in 8 for each thread, and 1 KiB is
+        the system's."""
         registers = math.ceil(self.registers / 8) * 8 * self.num_threads
         shared = self.shared_bytes + 2048
         most = (
@@ -105,8 +109,8 @@ def cycles(turn: Turn) -> float:
 
 
 def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: int, bytes_per_s: float, num_resident: int) -> float:
-    """Microseconds of one turn of each of `num_resident` thread blocks on a multiprocessor: the slowest of its warpgroups, of the tensor cores and schedulers
-    that they share, and of the memory."""
+    """Microseconds of one turn of each of `num_resident` thread blocks on a multiprocessor: the slowest of its
+    warpgroups, of the tensor cores and schedulers that they share, and of the memory."""
     turns = [one for one in (kernel.attending, kernel.fetching) if one]
     own = max(map(cycles, turns))
     all_products = num_resident * kernel.num_attending * sum(one.tensor_cycles for one in turns)
@@ -118,8 +122,8 @@ def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: int, bytes_per_s: float, num_r
 
 
 def scheduled_us(turns: Sequence[int], num_slots: int, one_turn_us: float, ends_us: float) -> float:
-    """When the last thread block ends, each given in order to the slot that is free first; `turns` are of each block, and a
-    block without any takes what an empty one does."""
+    """When the last thread block ends, each given in order to the slot that is free first; `turns` are of each block,
+    and a block without any takes what an empty one does."""
     slots = [0.0] * num_slots
     for number in turns:
         taken = number * one_turn_us + ends_us if number else ASSUMED.empty_us
@@ -128,8 +132,8 @@ def scheduled_us(turns: Sequence[int], num_slots: int, one_turn_us: float, ends_
 
 
 def kernel_us(kernel: Kernel, gpu: Gpu, turns: Sequence[int], turn_bytes: int, *, is_cached: bool = False) -> float:
-    """A kernel's time, from how often each of its thread blocks turns and what a turn reads: of the second-level cache, if
-    `is_cached`."""
+    """A kernel's time, from how often each of its thread blocks turns and what a turn reads: of the second-level cache,
+    if `is_cached`."""
     bytes_per_s = ASSUMED.cache_bytes_per_s if is_cached else gpu.bytes_per_s
     num_busy = sum(number > 0 for number in turns)
     num_resident = max(1, min(kernel.num_resident, -(-num_busy // ASSUMED.multiprocessors)))
@@ -176,8 +180,8 @@ LAUNCH = re.compile(
 
 
 def launch_of(log: Path) -> tuple[int, ...]:
-    """Grid (x, y, z), threads (x, y, z) and bytes of shared memory that a kernel is launched with, by the log of its passes. Raises
-    ValueError where there are none."""
+    """Grid (x, y, z), threads (x, y, z) and bytes of shared memory that a kernel is launched with, by the log of its
+    passes. Raises ValueError where there are none."""
     with log.open() as lines:
         for line in lines:
             if "gpu.launch" in line and (found := LAUNCH.search(line)):

@@ -1,4 +1,5 @@
-"""Shapes in signatures: jaxtyping's where it is installed, and else only words, since kernels are to need nothing but jax."""
+"""Shapes in signatures: jaxtyping's where it is installed, and else only words, since kernels are to need nothing but
+jax."""
 
 import importlib.util
 from typing import TYPE_CHECKING, Any

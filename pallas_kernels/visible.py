@@ -17,8 +17,9 @@ LIMIT = 2**30
 
 @dataclass(frozen=True)
 class Visible:
-    """Causal visibility. `window` counts visible tokens, the current one included; the first `num_sinks` tokens stay visible
-    behind it. With `chunk` c a token sees its own chunk of c tokens only. Static: hashable, and equal if the fields are."""
+    """Causal visibility. `window` counts visible tokens, the current one included; the first `num_sinks` tokens stay
+    visible behind it. With `chunk` c a token sees its own chunk of c tokens only. Static: hashable, and equal if the
+    fields are."""
 
     window: int | None = None
     num_sinks: int = 0
@@ -51,7 +52,8 @@ class Visible:
         return seen & ((recent | (key < self.num_sinks)) if self.num_sinks else recent)
 
     def earliest(self, query: Any) -> Any:
-        """The first position that the token at `query` sees, sinks apart; elementwise. May be negative behind a window."""
+        """The first position that the token at `query` sees, sinks apart; elementwise. May be negative behind a
+        window."""
         if self.window is not None:
             return query - self.window + 1
         return query * 0 if self.chunk is None else query - query % self.chunk

@@ -4,9 +4,8 @@
     python -m pallas_kernels.bench --json results.jsonl --resume          # what is missing
     python -m pallas_kernels.bench report results.jsonl [--plot a.png]    # the table again, on any machine
 
-Every case of correctness and every problem is a process of its own, with a time limit. What is known is in the file at once, a line
-each. On a CPU the problems are tiny: that shows that the bench works, and nothing about speed.
-"""
+Every case of correctness and every problem is a process of its own, with a time limit. What is known is in the file at
+once, a line each. On a CPU the problems are tiny: that shows that the bench works, and nothing about speed."""
 
 import argparse
 import importlib.util
@@ -38,8 +37,8 @@ STATUS_OF_AN_INTERRUPTION = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the bench, or reports what a file says. The status is 1 where anything of ours is wrong or failed, 130 after an
-    interruption."""
+    """Runs the bench, or reports what a file says. The status is 1 where anything of ours is wrong or failed, 130 after
+    an interruption."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["report"]:
         return report(arguments[1:])
@@ -183,9 +182,10 @@ def _commit() -> str | None:
         return None
 
 
-RESUME = """go on with the file of --json. Pieces that it has as "done", or that "failed" by themselves (an error, an abort), are told
-from it. Those that reached their time limit, were cut by the budget, skipped or interrupted, and those that it lacks, are run; the
-probe always. A file of another device, other versions, other code, another size or number of rounds is refused"""
+RESUME = """go on with the file of --json. Pieces that it has as "done", or that "failed" by themselves (an error, an
+abort), are told from it. Those that reached their time limit, were cut by the budget, skipped or interrupted, and those
+that it lacks, are run; the probe always. A file of another device, other versions, other code, another
+size or number of rounds is refused"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.bench",
         description=(__doc__ or "").splitlines()[0],
-        epilog="`report FILE` prints the table of a file again. The status is 1 where anything of ours is wrong or failed.",
+        epilog="`report FILE` prints the table of a file again. The status is 1 where anything of ours is wrong.",
     )
     parser.add_argument("--size", choices=tuple(PROBLEMS), help="default: full on an accelerator, tiny on a CPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT, and no sweep")

@@ -18,9 +18,10 @@ MOST_CALLS = 1024
 
 @dataclass(frozen=True)
 class Work:
-    """What somebody does in one turn. `turn(number, state, arrays)` is turn `number`, and needs the state that the turn before left, so
-    that none begins before it; `answer(arrays)` is what is compared. Both are compiled, and whatever they read is in `arrays`: what
-    they closed over would be a constant, which compilers take minutes to copy and compute with beforehand."""
+    """What somebody does in one turn. `turn(number, state, arrays)` is turn `number`, and needs the state that the turn
+    before left, so that none begins before it; `answer(arrays)` is what is compared. Both are compiled, and whatever
+    they read is in `arrays`: what they closed over would be a constant, which compilers take minutes to copy and
+    compute with beforehand."""
 
     turn: Callable[[Any, Any, Any], Any]
     state: Any
@@ -92,8 +93,8 @@ def is_accelerated() -> bool:
 
 
 def ceilings(size: str) -> Iterator[dict[str, float]]:
-    """Bytes a second of copying and of reading, and FLOP/s of a product in bfloat16, as this device does them: what is known, after
-    each."""
+    """Bytes a second of copying and of reading, and FLOP/s of a product in bfloat16, as this device does them: what is
+    known, after each."""
     length, side = (1 << 29, 8192) if size == "full" else (1 << 20, 256)
     big = jnp.ones(length, jnp.bfloat16)
     square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)

@@ -18,8 +18,8 @@ def default_cache() -> Path:
 
 
 def child_env(cache: Path) -> dict[str, str]:
-    """Variables of pieces that run side by side: one compilation cache for all programs, however small, and no process takes three
-    quarters of a GPU's memory for itself."""
+    """Variables of pieces that run side by side: one compilation cache for all programs, however small, and no process
+    takes three quarters of a GPU's memory for itself."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(cache.absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

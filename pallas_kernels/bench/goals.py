@@ -25,7 +25,8 @@ NONE = Goals()
 
 @dataclass
 class Timing:
-    """One implementation on one problem. `device_us` is a call inside a program of many, `wall_us` a call of its own."""
+    """One implementation on one problem. `device_us` is a call inside a program of many, `wall_us` a call of its
+    own."""
 
     name: str
     device_us: float | None = None

@@ -1,7 +1,8 @@
-"""Stands between a runner and a piece of work, started by path: if the runner dies, the piece and its children die with it (Linux).
+"""Stands between a runner and a piece of work, started by path: if the runner dies, the piece and its children die with
+it (Linux).
 
-python -I -S guard.py RUNNERS_PID COMMAND... ends with the command's status, 128 + the signal's number where one ended it.
-"""
+python -I -S guard.py RUNNERS_PID COMMAND... ends with the command's status, 128 + the signal's number where one ended
+it."""
 
 import ctypes
 import os

@@ -27,11 +27,11 @@ def measure(
     tell: Callable[[Result], None] = lambda result: None,
     alone: bool = False,
 ) -> Result:
-    """Those who are `chosen` by name on one problem, in turns, compared with the reference's answer; or `alone` what `None` chooses, not compared.
+    """Those who are `chosen` by name on one problem, in turns, compared with the reference's answer; or `alone` what
+    `None` chooses, not compared.
 
-    Those of `without` are not run, with the reason given. Whatever fails is a line that says why. `tell` gets what is known before every
-    step: should the next one end the process, that is not lost.
-    """
+    Those of `without` are not run, with the reason given. Whatever fails is a line that says why. `tell` gets what is
+    known before every step: should the next one end the process, that is not lost."""
     result = Result(problem)
     wanted, clocks = None, dict[str, Clock]()
     tell(result)

@@ -26,8 +26,8 @@ SETS = 4
 
 @dataclass(frozen=True)
 class Write:
-    """Whole pages of new tokens, in random order, into pools eight times as large. The floor is to read the tokens in 16 bits, and to
-    write what they become."""
+    """Whole pages of new tokens, in random order, into pools eight times as large. The floor is to read the tokens in
+    16 bits, and to write what they become."""
 
     name: str
     num_tokens: int = 8192
@@ -138,8 +138,8 @@ def _joined(*answers: Array) -> Array:
 
 @dataclass(frozen=True)
 class Scan:
-    """The recurrence of Mamba-2 over whole sequences (arXiv 2405.21060). The floor is to read inputs, b, c and dt, and to write outputs,
-    as they would be in 16 bits."""
+    """The recurrence of Mamba-2 over whole sequences (arXiv 2405.21060). The floor is to read inputs, b, c and dt, and
+    to write outputs, as they would be in 16 bits."""
 
     name: str
     batch: int = 4

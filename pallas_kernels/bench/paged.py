@@ -25,17 +25,17 @@ CACHE_BYTES = 120_000_000
 MOST_SCORES = 16_000_000_000
 """Bytes of scores that XLA's gather may write out."""
 PLANNED, LAYERS = ", planned", 8
-"""Behind the name of an implementation: each call has a plan, as it has in the layers of a model. In a turn are so many layers, or one
-for each table; what the plan itself takes, once a step, is in the line without it."""
+"""Behind the name of an implementation: each call has a plan, as it has in the layers of a model. In a turn are so many
+layers, or one for each table; what the plan itself takes, once a step, is in the line without it."""
 LONGEST_UNROLLED = 2048
 """Queries, of what is unrolled over them."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One launch: sequences of `lengths` tokens stored, the last `num_queries` of each being asked. `keep` is the part of its pages
-    that each KV head selects; `latent_dim`, where it is one, says that values are the first so many dims of keys, which a kernel could
-    fetch once (MLA, arXiv 2405.04434); a `format` has scales by token."""
+    """One launch: sequences of `lengths` tokens stored, the last `num_queries` of each being asked. `keep` is the part
+    of its pages that each KV head selects; `latent_dim`, where it is one, says that values are the first so many dims
+    of keys, which a kernel could fetch once (MLA, arXiv 2405.04434); a `format` has scales by token."""
 
     name: str
     lengths: tuple[int, ...]
@@ -220,7 +220,8 @@ def ours(problem: Problem, inputs: Inputs, implementation: str | None, tiles: di
 
 
 def planned(problem: Problem, inputs: Inputs, implementation: str) -> Work:
-    """Layers one after another, each with its table and a plan that was made before: nothing of it is launched again."""
+    """Layers one after another, each with its table and a plan that was made before: nothing of it is launched
+    again."""
     make = jax.jit(
         partial(
             plan_attention,
@@ -254,7 +255,8 @@ def planned(problem: Problem, inputs: Inputs, implementation: str) -> Work:
 
 
 def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
-    """`flash_attention` of whole sequences, whose keys and values were never paged. Raises NotImplementedError for long ones."""
+    """`flash_attention` of whole sequences, whose keys and values were never paged. Raises NotImplementedError for long
+    ones."""
     if implementation == "reference" and problem.num_queries > LONGEST_UNROLLED:
         raise NotImplementedError("is unrolled over blocks of 64 queries: minutes to compile")
 

@@ -1,7 +1,7 @@
 """Others who attend: those that are not installed, or cannot, say so when they are made.
 
-Dense rows, and cuDNN's own pool, are the first table's in every call: where a problem is small they stay in the cache of the second
-level, which ours never find there. PyTorch is timed from outside, its calls queued one behind the other.
+Dense rows, and cuDNN's own pool, are the first table's in every call: where a problem is small they stay in the cache
+of the second level, which ours never find there. PyTorch is timed from outside, its calls queued one behind the other.
 """
 
 import math
@@ -73,7 +73,8 @@ def cudnn_dense(problem: Problem, inputs: Inputs) -> Attend:
 
 
 def _of_torch(problem: Problem, inputs: Inputs) -> list[Any]:
-    """Queries, keys and values [B, heads, tokens, D] as PyTorch's tensors. Raises NotImplementedError for what it has no plain call."""
+    """Queries, keys and values [B, heads, tokens, D] as PyTorch's tensors. Raises NotImplementedError for what it has
+    no plain call."""
     import torch  # pyright: ignore[reportMissingImports]
 
     if len(set(problem.lengths)) > 1 or not (problem.num_queries == 1 or problem.is_whole):
@@ -125,7 +126,8 @@ def _torch_waits() -> Callable[[], None]:
 
 
 def cudnn_paged(problem: Problem, inputs: Inputs) -> Attend:
-    """cuDNN's paged attention, which jax keeps private: its pool must hold just these sequences' blocks [P, page, K, D]."""
+    """cuDNN's paged attention, which jax keeps private: its pool must hold just these sequences' blocks [P, page, K,
+    D]."""
     from jax._src.cudnn import fused_attention_stablehlo as peer
 
     if problem.num_queries > 1 or problem.keep < 1 or len(set(problem.lengths)) > 1:

@@ -1,4 +1,5 @@
-"""One piece of the bench, a process of its own: it prints what it knows as JSON, a line after every step; the last one is its answer.
+"""One piece of the bench, a process of its own: it prints what it knows as JSON, a line after every step; the last one
+is its answer.
 
 python -m pallas_kernels.bench.piece KIND [NAME] --size full [--rounds 9] [--cases 40]
 """
@@ -27,8 +28,8 @@ def case(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def timed(options: argparse.Namespace) -> None:
-    """One problem. "problem" is ours and the peers of its goals, of the headline every peer but the slow ones. "beside" is our first
-    and the other peers, "slow" is our first and the slow peers."""
+    """One problem. "problem" is ours and the peers of its goals, of the headline every peer but the slow ones. "beside"
+    is our first and the other peers, "slow" is our first and the slow peers."""
     problem = next(one for one in PROBLEMS[options.size] if one.name == options.name)
     of_goals = {name for name, _ in problem.goals.faster_than}
     main = (set(PEERS) if problem.name == HEADLINE[options.size] else of_goals) - set(SLOW)

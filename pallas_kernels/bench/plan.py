@@ -40,8 +40,8 @@ def probe(options: Namespace) -> Piece:
 
 
 def stages(options: Namespace, platform: str) -> Iterator[Stage]:
-    """All of the bench, behind the probe: named cases, ceilings, the headline, other problems; then, where time is left, peers that no
-    goal names, the sweep and slow peers; generated cases last."""
+    """All of the bench, behind the probe: named cases, ceilings, the headline, other problems; then, where time is
+    left, peers that no goal names, the sweep and slow peers; generated cases last."""
     is_full = options.size == "full"
     start_s = START_S if is_full else 0.5
     limit_s = max(45.0, min(300.0, 0.14 * options.budget))

@@ -16,7 +16,8 @@ SIDE = 64, 128
 
 
 def probe() -> Iterator[dict[str, Any]]:
-    """The device, then what came of one small kernel: a copy into shared memory, exp2, and the way back. On a CPU there is none."""
+    """The device, then what came of one small kernel: a copy into shared memory, exp2, and the way back. On a CPU there
+    is none."""
     device = jax.devices()[0]
     found: dict[str, Any] = {
         "device": device.device_kind,

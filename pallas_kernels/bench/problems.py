@@ -1,4 +1,5 @@
-"""What is measured: the goals of one H200 at their full sizes, and the same in tiny, which shows that the bench works."""
+"""What is measured: the goals of one H200 at their full sizes, and the same in tiny, which shows that the bench
+works."""
 
 from typing import Any
 
@@ -134,7 +135,8 @@ EXPECTED_S: dict[str, float] = {
     "write 8192 tokens, fp8": 12,
     "write 8192 tokens, int4": 12,
 }
-"""Seconds that a full problem takes without slow peers, guessed: none has run on a GPU yet. Their order is that of value a second."""
+"""Seconds that a full problem takes without slow peers, guessed: none has run on a GPU yet. Their order is that of
+value a second."""
 SWEEPS = {"full": ((1, 8, 32, 128), (512, 2048, 8192, 32768)), "tiny": ((1, 2), (16, 64))}
 """Batches and contexts of decoding, over which the achieved bandwidth is drawn."""
 MOST_BYTES = 12_000_000_000

@@ -1,7 +1,7 @@
 """A file of JSON lines that loses nothing: each is on the disk before the next piece of work ends.
 
-The first line is the header. It tells on what everything was measured, and nothing measured on anything else is added. Every other
-line is a dict with `kind` and `name`. What became of a piece of work is its `outcome`:
+The first line is the header. It tells on what everything was measured, and nothing measured on anything else is added.
+Every other line is a dict with `kind` and `name`. What became of a piece of work is its `outcome`:
 
     done          it answered, and ended with status 0
     failed        it ended by itself without an answer, or with another status
@@ -26,10 +26,10 @@ SETTLED = ("done", "failed")
 class Record:
     """The file at `path`, open for more lines.
 
-    `identity` is what all lines have in common: device, versions, code, size. `about` is told in the header besides. A new file must
-    not exist yet. To `resume` is to read what is there and to append to it. Raises ValueError for a file that exists where none should,
-    has no header, has a line that is no JSON (but for a last one that was torn), or has another identity.
-    """
+    `identity` is what all lines have in common: device, versions, code, size. `about` is told in the header besides. A
+    new file must not exist yet. To `resume` is to read what is there and to append to it. Raises ValueError for a file
+    that exists where none should, has no header, has a line that is no JSON (but for a last one that was torn), or has
+    another identity."""
 
     def __init__(
         self, path: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None, *, resume: bool = False
@@ -68,8 +68,8 @@ class Record:
 
 
 def read(path: Path) -> list[Line]:
-    """All lines of a record, the header first; a last one that was torn is left out. Raises ValueError naming a line that is no JSON
-    object, or where there is no header."""
+    """All lines of a record, the header first; a last one that was torn is left out. Raises ValueError naming a line
+    that is no JSON object, or where there is no header."""
     found = list[Line]()
     texts = path.read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
@@ -84,8 +84,8 @@ def read(path: Path) -> list[Line]:
 
 
 def latest(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
-    """The line that counts of every kind and name: the last one of those that know most. One that is done knows more than one that
-    answered something before it ended, and that more than one without an answer."""
+    """The line that counts of every kind and name: the last one of those that know most. One that is done knows more
+    than one that answered something before it ended, and that more than one without an answer."""
     found: dict[tuple[str, str], Line] = {}
     for line in lines:
         key = line["kind"], line["name"]

@@ -47,7 +47,8 @@ def rows(result: Result) -> Iterator[tuple[str, ...]]:
 
 
 def plot(points: Sequence[dict[str, Any]], limits: dict[str, float], path: Path) -> None:
-    """Bandwidth over context, a line for each batch, and what reading alone reaches where that is known. Raises ModuleNotFoundError without matplotlib."""
+    """Bandwidth over context, a line for each batch, and what reading alone reaches where that is known. Raises
+    ModuleNotFoundError without matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -42,7 +42,8 @@ class Found:
         return list(verdicts(self.results))
 
     def result(self, line: Line) -> Result:
-        """What a line with an answer says of a problem, with its floor where ceilings are known. Its goals are today's."""
+        """What a line with an answer says of a problem, with its floor where ceilings are known. Its goals are
+        today's."""
         answer, problems = line["answer"], {one.name: one for one in PROBLEMS[self.header["size"]]}
         timings, failed = [Timing(**one) for one in answer["timings"]], answer["failed"]
         has_ended = line["outcome"] in ("failed", "timeout")

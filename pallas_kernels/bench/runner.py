@@ -1,11 +1,12 @@
-"""Runs pieces of work, each a process of its own with a time limit, so that neither a hang, an abort nor a short window loses what is known.
+"""Runs pieces of work, each a process of its own with a time limit, so that neither a hang, an abort nor a short window
+loses what is known.
 
     piece = Piece("case", "lengths 0, 1", (sys.executable, "-m", "my.piece", "0"), limit_s=60)
     with Runner(Path("results.jsonl"), {"device": "H200", "code": digest(folder)}, budget_s=540) as runner:
         lines = runner.run([piece], workers=10, share=0.3)
 
-A piece prints JSON objects, a line each: the last one is its answer. One that is killed, or aborts, has answered what it printed last:
-so a long piece prints after every step what it knows. The runner imports no jax and touches no device.
+A piece prints JSON objects, a line each: the last one is its answer. One that is killed, or aborts, has answered what
+it printed last: so a long piece prints after every step what it knows. The runner imports no jax and touches no device.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ GUARD = Path(__file__).with_name("guard.py")
 
 @dataclass(frozen=True)
 class Piece:
-    """One process. `kind` and `name` are its key in the record, `command` starts it, and it is killed with all its children after
-    `limit_s` seconds. It is not begun where less than `least_s` seconds are left."""
+    """One process. `kind` and `name` are its key in the record, `command` starts it, and it is killed with all its
+    children after `limit_s` seconds. It is not begun where less than `least_s` seconds are left."""
 
     kind: str
     name: str
@@ -66,12 +67,12 @@ class Interrupted(KeyboardInterrupt):
 class Runner:
     """Runs pieces and keeps a line of each in the record at `path`, as `record.Record` says.
 
-    `budget_s` counts from `began`, a time of `time.monotonic()`, by default now; no piece lives longer. `env` is added to the
-    environment of every piece. `tell` gets every line, also those that a resumed record has already.
+    `budget_s` counts from `began`, a time of `time.monotonic()`, by default now; no piece lives longer. `env` is added
+    to the environment of every piece. `tell` gets every line, also those that a resumed record has already.
 
-    To `resume` is to leave out the pieces that the record has as "done" or "failed"; those that were killed, cut, skipped or
-    interrupted, and those that it lacks, are run. Raises ValueError as `Record` does, and for a budget that is not positive.
-    """
+    To `resume` is to leave out the pieces that the record has as "done" or "failed"; those that were killed, cut,
+    skipped or interrupted, and those that it lacks, are run. Raises ValueError as `Record` does, and for a budget that
+    is not positive."""
 
     def __init__(
         self,
@@ -111,8 +112,8 @@ class Runner:
         return time.monotonic() - self.began
 
     def run(self, pieces: Sequence[Piece], *, workers: int = 1, share: float = 1.0) -> list[Line]:
-        """The lines of the pieces, in their order. They are begun in their order, `workers` at once, and end before `share` of the
-        budget is used up. Raises ValueError for two pieces of one kind and name, and Interrupted."""
+        """The lines of the pieces, in their order. They are begun in their order, `workers` at once, and end before
+        `share` of the budget is used up. Raises ValueError for two pieces of one kind and name, and Interrupted."""
         if workers < 1:
             raise ValueError(f"workers = {workers}: must be at least 1")
         if not 0 < share <= 1:
@@ -180,7 +181,8 @@ def ask(piece: Piece, env: Mapping[str, str] | None = None) -> Line:
 
 
 def digest(*folders: Path) -> str:
-    """What the Python files below folders hold, in 12 letters: the state of the code, whether or not it is committed."""
+    """What the Python files below folders hold, in 12 letters: the state of the code, whether or not it is
+    committed."""
     found = hashlib.sha256()
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
@@ -189,7 +191,8 @@ def digest(*folders: Path) -> str:
 
 
 class _Child:
-    """A piece that runs, in a session of its own. What it prints goes to files: a pipe would wait for its grandchildren."""
+    """A piece that runs, in a session of its own. What it prints goes to files: a pipe would wait for its
+    grandchildren."""
 
     def __init__(self, piece: Piece, env: Mapping[str, str], left_s: float, at_s: float):
         self.piece, self.at_s, self.began = piece, at_s, time.monotonic()
@@ -215,8 +218,8 @@ class _Child:
         return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
     def kill(self) -> None:
-        """Ends it if it runs, and every child that it left. A process that holds a GPU takes a second to go: so all are killed before
-        any is waited for."""
+        """Ends it if it runs, and every child that it left. A process that holds a GPU takes a second to go: so all are
+        killed before any is waited for."""
         self.seconds, self.was_over = time.monotonic() - self.began, self._is_over
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

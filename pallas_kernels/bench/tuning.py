@@ -1,4 +1,4 @@
-"""The search of tile sizes on the device at hand, remembered as JSON by device, jax version and shape bucket (`pallas_kernels.tiles`).
+"""Searches tile sizes on the device at hand, and remembers them for `pallas_kernels.tiles`.
 
 python -m pallas_kernels.bench.tuning [--size tiny] [--json tiles.json]       # on the machine that is to be fast
 """
@@ -32,8 +32,8 @@ def candidates(implementation: str) -> list[dict[str, int]]:
 def search(
     implementation: str, seconds_of: Callable[[dict[str, int]], float]
 ) -> tuple[dict[str, int], dict[str, float]]:
-    """The choice that takes least, or none where it gains too little on the constants; and what each took. One that cannot be
-    compiled or run is left out."""
+    """The choice that takes least, or none where it gains too little on the constants; and what each took. One that
+    cannot be compiled or run is left out."""
     taken: dict[str, float] = {}
     best, least, constants = {}, float("inf"), float("inf")
     for choice in candidates(implementation):

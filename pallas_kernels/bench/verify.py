@@ -12,7 +12,8 @@ PLATFORMS = ("gpu", "tpu", "cpu")
 
 
 def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, Any]]]:
-    """Op, name and arguments of every case in sizes that the kernels of a platform take, or of "cpu" where it is none of ours."""
+    """Op, name and arguments of every case in sizes that the kernels of a platform take, or of "cpu" where it is none
+    of ours."""
     platform = platform if platform in PLATFORMS else "cpu"
     return [
         (op.name, name, case)
@@ -22,8 +23,9 @@ def cases(platform: str, num_generated: int) -> list[tuple[str, str, dict[str, A
 
 
 def check(op: str, name: str, num_generated: int) -> Iterator[dict[str, Any]]:
-    """Runs one of `cases` on this process' first device, with what `None` chooses: before it, what is run, and after it, by which
-    implementations it was answered (`by`), and what was wrong (`wrong`, empty where it is right). Raises ValueError for no such case."""
+    """Runs one of `cases` on this process' first device, with what `None` chooses: before it, what is run, and after
+    it, by which implementations it was answered (`by`), and what was wrong (`wrong`, empty where it is right). Raises
+    ValueError for no such case."""
     platform = jax.devices()[0].platform
     found = {(op, name): case for op, name, case in cases(platform, num_generated)}
     if (op, name) not in found:

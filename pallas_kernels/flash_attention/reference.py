@@ -1,7 +1,7 @@
 """Dense causal attention in plain XLA, by blocks of queries.
 
-Block i of queries reads keys [a, b) only: b is the block's end (causality), a the first position its first query sees. Keys
-outside are never multiplied, so a causal layer costs about half of the full square and a windowed one its band.
+Block i of queries reads keys [a, b) only: b is the block's end (causality), a the first position its first query sees.
+Keys outside are never multiplied, so a causal layer costs about half of the full square and a windowed one its band.
 """
 
 import jax.numpy as jnp

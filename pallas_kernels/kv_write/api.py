@@ -31,17 +31,18 @@ def kv_write(
     *,
     implementation: str | None = None,
 ) -> Pages:
-    """The pages with every token's keys and values in its slot; in place where the caller donates the pages. `values` are None where
-    they are columns of the keys.
+    """The pages with every token's keys and values in its slot; in place where the caller donates the pages. `values`
+    are None where they are columns of the keys.
 
-    Slot s is offset s % page of page s // page; a token whose slot is not in the pool is dropped, and what it holds is not read
-    arithmetically. The tokens of a row go to consecutive positions, from the last slot of a page into the first of another; those
-    that are dropped count as well. No two rows write into one page.
+    Slot s is offset s % page of page s // page; a token whose slot is not in the pool is dropped, and what it holds is
+    not read arithmetically. The tokens of a row go to consecutive positions, from the last slot of a page into the
+    first of another; those that are dropped count as well. No two rows write into one page.
 
-    `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with which its
-    largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first slot they write, so
-    that whole pages are quantised best; into pages begun earlier they are written with the scales that these have, cut off at the
-    largest number. What is nowhere as large as `formats.FAINT` (6e-33) is stored as zeros.
+    `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with
+    which its largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first
+    slot they write, so that whole pages are quantised best; into pages begun earlier they are written with the scales
+    that these have, cut off at the largest number. What is nowhere as large as `formats.FAINT` (6e-33) is stored as
+    zeros.
 
     Raises ValueError for shapes that do not fit together and for an unavailable `implementation`; while debugging is on
     (`pallas_kernels.debug`), for slots against the rules above as well.

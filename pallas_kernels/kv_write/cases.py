@@ -1,4 +1,5 @@
-"""The cases that every implementation of `kv_write` is proved on: named ones, and others drawn from the option space (`proof.check`)."""
+"""The cases that every implementation of `kv_write` is proved on: named ones, and others drawn from the option space
+(`proof.check`)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -2,10 +2,9 @@
 
 A thread block takes a tile of up to 64 tokens of one sequence and KV head, cut where pages begin; single tokens are
 `gpu_single`'s. It comes by TMA. In the pages' own type it leaves again as it is; else it is turned into numbers and
-scales in registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other tokens
-row by row, each from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their places:
-four bytes are too few for a copy.
-"""
+scales in registers. Where the tile holds a whole page, or 64 slots of a longer one, these leave by one TMA; other
+tokens row by row, each from an address that a TMA can read. Scales of tokens are left in tiles, which XLA puts in their
+places: four bytes are too few for a copy."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,7 +87,8 @@ def kv_write(
 def _write_tiles(
     pages: Pages, pools: list[Stored], tokens: list[Array], targets: list[Any], tiles: tuple[Array, ...], interpret: Any
 ) -> list[Array]:
-    """Runs the kernel over `_tiles` of tokens, for keys and values; returns the scales of tokens [tiles, K, 64], if they have some."""
+    """Runs the kernel over `_tiles` of tokens, for keys and values; returns the scales of tokens [tiles, K, 64], if
+    they have some."""
     begins, slots, wholes = tiles
     per, page_size, num_kv_heads, sides = pages.per, pages.page_size, pages.num_kv_heads, len(pools)
     scratch = [_scratch(pool, new) for pool, new in zip(pools, tokens, strict=True)]
@@ -105,7 +105,7 @@ def _write_tiles(
         outs = [refs.pop(0) for _ in range(sides if per == "token" else 0)]
         parts = []
         for at, (source, target) in enumerate(zip(sources, into, strict=True)):
-            mine = {name: refs.pop(0) for name in scratch[at]} | static | {"tile": tile, "head": head}
+            mine: dict[str, Any] = {name: refs.pop(0) for name in scratch[at]} | static | {"tile": tile, "head": head}
             mine |= {"source": source, "target": target, "begins": begins, "slots": slots, "wholes": wholes}
             mine |= {"channel_scales": channels[at]} if channels else {}
             mine |= {"scales_left": outs[at]} if outs else {}
@@ -131,8 +131,8 @@ def _write_tiles(
 
 
 def _filled_up(tokens: Float[Array, "B T K D"], pool: Stored) -> Float[Array, "N K wide"]:
-    """With what copies want: a whole tile of rows, which lie together in groups of 8; and where pages are of the tokens'
-    type, rows that begin at addresses which a TMA can read."""
+    """With what copies want: a whole tile of rows, which lie together in groups of 8; and where pages are of the
+    tokens' type, rows that begin at addresses which a TMA can read."""
     missing = max(ROWS - tokens.shape[0] * tokens.shape[1], -(tokens.shape[0] * tokens.shape[1]) % 8)
     narrower = 0 if isinstance(pool, Quantised) else -tokens.shape[3] % (ALIGNMENT // tokens.dtype.itemsize)
     return jnp.pad(tokens.reshape(-1, *tokens.shape[2:]), ((0, missing), (0, 0), (0, narrower)))
@@ -158,8 +158,8 @@ def _scratch(pool: Stored, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative where there is
-    none; and of each of its `unit`s of rows whether they are a whole page, or a block of one."""
+    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative
+    where there is none; and of each of its `unit`s of rows whether they are a whole page, or a block of one."""
     batch, num_tokens = write_slots.shape
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1

@@ -35,8 +35,8 @@ class Tile:
     """Whether both lie in shared memory as registers want them."""
 
     def each_stripe(self, do: Any, state: Any = None) -> Any:
-        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where numbers
-        are packed. A loop: what the compiler infers of a longer program takes minutes."""
+        """`do(into, columns, state)` with columns of a payload, and those of the tokens that they hold: two where
+        numbers are packed. A loop: what the compiler infers of a longer program takes minutes."""
         width = self.payload.shape[1]
         step = min(STEP, width)
         seconds = [width] if self.payload.dtype == jnp.uint8 else []

@@ -1,4 +1,5 @@
-"""What every implementation of `kv_write` must do, simulated or on a chip: bit for bit what numpy writes, and nothing else."""
+"""What every implementation of `kv_write` must do, simulated or on a chip: bit for bit what numpy writes, and nothing
+else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,10 +24,10 @@ def check(
     write: Callable[..., Pages], *, counts, begins, num_tokens=None, dims=(32, 32), kv_heads=2, dtype="float32",
     page_size=32, format=None, per="token", misplace=0, seed=3, sizes=(-6, 6), is_latent=False, is_compiled=True,
 ) -> None:  # fmt: skip
-    """Against numpy, bit for bit. Row b writes `counts[b]` tokens at positions from `begins[b]`; all other slots hold NaN and must
-    go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the implementation is given;
-    `sizes` are the exponents, base 2, between which rows differ; where values are columns of the keys (`is_latent`), only keys are
-    written; `is_compiled` as in `paged_attention.proof`."""
+    """Against numpy, bit for bit. Row b writes `counts[b]` tokens at positions from `begins[b]`; all other slots hold
+    NaN and must go on doing so, and the tokens that are dropped hold NaN too. `misplace` adds to every slot that the
+    implementation is given; `sizes` are the exponents, base 2, between which rows differ; where values are columns of
+    the keys (`is_latent`), only keys are written; `is_compiled` as in `paged_attention.proof`."""
     rng, batch = np.random.default_rng(seed), len(counts)
     num_tokens = num_tokens or max(1, *counts)
     per_row = max((begin + count) // page_size + 1 for begin, count in zip(begins, counts, strict=True))

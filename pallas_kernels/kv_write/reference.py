@@ -1,4 +1,5 @@
-"""Writing into pages in plain XLA: one scatter for each array, in place where the pages are donated. The oracle, and the CPU path."""
+"""Writing into pages in plain XLA: one scatter for each array, in place where the pages are donated. The oracle, and
+the CPU path."""
 
 from dataclasses import replace
 
@@ -60,7 +61,8 @@ def stored(pool: Array, tokens: Array, pages: Array, offsets: Array) -> Array:
 
 
 def channel_scales(pool: Quantised, tokens: Array, pages: Array, offsets: Array) -> Array:
-    """The scales of a pool's channels: anew for pages whose first slot is being written, by this call's tokens; else as they are."""
+    """The scales of a pool's channels: anew for pages whose first slot is being written, by this call's tokens; else as
+    they are."""
     past = pool.shape[0]
     opened = jnp.where(offsets == 0, pages, past)
     is_new = jnp.zeros(past, bool).at[opened].set(True, mode="drop")

@@ -1,10 +1,9 @@
 """Tokens into pages on TPUs in Pallas Mosaic, quantised on the way.
 
-What a TPU can write alone is a register's rows of a page: 8, 16 or 32 tokens, as the type is wide. XLA lays the tokens out in such
-granules, as the slots say; the kernel turns them into the pages' numbers and puts those that are there between what stays. They
-come and go through the pipeline of the grid, in place: of the pages, only granules in which something stays are fetched. Scales of
-tokens, one number each, are left to XLA.
-"""
+What a TPU can write alone is a register's rows of a page: 8, 16 or 32 tokens, as the type is wide. XLA lays the tokens
+out in such granules, as the slots say; the kernel turns them into the pages' numbers and puts those that are there
+between what stays. They come and go through the pipeline of the grid, in place: of the pages, only granules in which
+something stays are fetched. Scales of tokens, one number each, are left to XLA."""
 
 from dataclasses import replace
 from functools import partial
@@ -34,12 +33,14 @@ from pallas_kernels.typing import Float, Int32
 
 
 class Granules(NamedTuple):
-    """Those that are written, then the last of them again; `tokens` are numbers of [B, T], `mine` whether each is to be written."""
+    """Those that are written, then the last of them again; `tokens` are numbers of [B, T], `mine` whether each is to be
+    written."""
 
     places: Int32[Array, "2 N"]
     """Of each its page, and its part of it."""
     needed: Int32[Array, "2 N"]
-    """The place whose old numbers are to be at hand: its own, or where nothing stays that of another, fetched before or next."""
+    """The place whose old numbers are to be at hand: its own, or where nothing stays that of another, fetched before or
+    next."""
     tokens: Int32[Array, "N g"]
     mine: Int32[Array, "N g"]
     num_written: Int32[Array, ""]
@@ -132,7 +133,7 @@ def granules(write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, s
     batch, num_tokens = write_slots.shape
     inside = places(write_slots, num_pages, page_size)[0] < num_pages
     numbers = jnp.arange(num_tokens, dtype=jnp.int32)[None]
-    # The same for all tokens of a row, which go to consecutive positions: where the first of them would stand in its granule.
+    # Where the first token of a row would stand in its granule: the same for all, which go to consecutive positions.
     shift = jnp.where(inside, (write_slots - numbers) % size, 0).max(axis=1)[:, None, None]
     per_row = (num_tokens + size - 2) // size + 1
     wanted = jnp.arange(per_row * size, dtype=jnp.int32).reshape(1, per_row, size) - shift

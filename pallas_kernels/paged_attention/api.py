@@ -1,4 +1,5 @@
-"""Attention of new tokens over the pages of each sequence (arXiv 2309.06180): a decoded token, a few, or ragged chunks (arXiv 2403.02310)."""
+"""Attention of new tokens over the pages of each sequence (arXiv 2309.06180): a decoded token, a few, or ragged chunks
+(arXiv 2403.02310)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,14 +25,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "blocked": blocked.paged_attention,
     "reference": reference.paged_attention,
 }
-"""The first that can run is taken unless another is named. "reference" is the oracle, and the one that can be differentiated."""
+"""The first that can run is taken unless another is named. "reference" is the oracle, and the one that can be
+differentiated."""
 PLANNED = ("mosaic_gpu",)
 """Those that take a plan."""
 refusals = partial(selection.refusals, "paged_attention")
 
 
 def takes_plan(asked: Asked) -> bool:
-    """Whether a kernel that serves such pages on this process' first device has a use for plans: for others, one is in vain."""
+    """Whether a kernel that serves such pages on this process' first device has a use for plans: for others, one is in
+    vain."""
     refused = refusals(asked)
     return any(name not in refused for name in PLANNED)
 
@@ -51,30 +54,31 @@ def paged_attention(
     implementation: str | None = None,
     tiles: Mapping[str, int] | None = None,
 ) -> tuple[Array, ...]:
-    """Attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural log,
-    float32).
+    """Attention of queries over paged keys and values; returns outputs [B, T, H, Dv] and log-sum-exp [B, T, H] (natural
+    log, float32).
 
-    A query at position t sees the token at p iff `visible` says so, p < kv_lens[b], and the slot is valid (`Lists`). A query at
-    a negative position is none. Slots that no query of a sequence sees are never read arithmetically: they may hold NaN. A query
-    that sees nothing gets 0 and log-sum-exp -inf. `chunk_positions` gives the positions and lengths of ragged chunks.
+    A query at position t sees the token at p iff `visible` says so, p < kv_lens[b], and the slot is valid (`Lists`). A
+    query at a negative position is none. Slots that no query of a sequence sees are never read arithmetically: they may
+    hold NaN. A query that sees nothing gets 0 and log-sum-exp -inf. `chunk_positions` gives the positions and lengths
+    of ragged chunks.
 
-    Accumulates in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a scaled
-    score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
+    Accumulates in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a
+    scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
-    `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well. With
-    `with_page_mass` a third result [B, T, H, N] (float32) says what share of each row's attention every entry of a list took:
-    the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
+    `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well.
+    With `with_page_mass` a third result [B, T, H, N] (float32) says what share of each row's attention every entry of a
+    list took: the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
-    `plan` is what `plan_attention` made of these lists, positions, lengths and mask: layers that share them share it, and launch
-    nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever `tiles` say; without
-    one, each call makes its own.
+    `plan` is what `plan_attention` made of these lists, positions, lengths and mask: layers that share them share it,
+    and launch nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever
+    `tiles` say; without one, each call makes its own.
 
-    `tiles` are an implementation's tile sizes by name (`tiles.SPACES`); None takes what is remembered for shapes like these.
+    `tiles` are an implementation's tile sizes by name (`tiles.SPACES`); None takes what is remembered for shapes like
+    these.
 
-    Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place. Raises
-    ValueError for shapes and formats that do not fit together, for options out of range and for an unavailable
-    `implementation`; and while debugging is on (`pallas_kernels.debug`), for such ids.
-    """
+    Page ids must lie in [0, P). Others are harmless and give wrong answers: the nearest page is read in their place.
+    Raises ValueError for shapes and formats that do not fit together, for options out of range and for an unavailable
+    `implementation`; and while debugging is on (`pallas_kernels.debug`), for such ids."""
     scoring = Scoring(queries.shape[-1] ** -0.5 if scale is None else float(scale), soft_cap, visible, with_page_mass)
     _check(queries, pages, lists, query_positions, kv_lens)
     if plan is not None:
@@ -97,8 +101,8 @@ def chunk_positions(
     query_starts: Int32[Array, "B"], query_lens: Int32[Array, "B"], num_queries: int
 ) -> tuple[Int32[Array, "B T"], Int32[Array, "B"]]:
     """The `query_positions` and `kv_lens` of ragged chunks: that of sequence b is its tokens at positions
-    [query_starts[b], query_starts[b] + query_lens[b]), whose keys and values are in the pages already (`kv_write`), as are those
-    before it. Queries from `query_lens[b]` on fill up the batch: they see nothing.
+    [query_starts[b], query_starts[b] + query_lens[b]), whose keys and values are in the pages already (`kv_write`), as
+    are those before it. Queries from `query_lens[b]` on fill up the batch: they see nothing.
 
         paged_attention(queries, pages, lists, *chunk_positions(starts, lens, queries.shape[1]))
 

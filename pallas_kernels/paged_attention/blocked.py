@@ -1,9 +1,9 @@
 """Paged attention for XLA on CPU: a loop over blocks of pages that stay in cache, as long as what is live.
 
-The work list holds every (sequence, block of table entries) in which some query sees something. Each turn of the loop takes a
-few items of it, gathers their tiles, attends, and merges the partial results online (arXiv 1805.02867). So the cost follows
-the sum of the live lengths, not the width of the page table nor the longest sequence, and the temporaries are one turn's.
-"""
+The work list holds every (sequence, block of table entries) in which some query sees something. Each turn of the loop
+takes a few items of it, gathers their tiles, attends, and merges the partial results online (arXiv 1805.02867). So the
+cost follows the sum of the live lengths, not the width of the page table nor the longest sequence, and the temporaries
+are one turn's."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -92,9 +92,9 @@ def _work_list(
     block_pages: int,
     num_items: int,
 ) -> tuple[Array, Array, Array | None, Array, Array, Array]:
-    """Pages [N, c], first positions [N, c], valid slots [N, S], sequence [N] and number [N] of every item in which a query sees
-    something, those first; and how many these are. N is a multiple of `num_items`; what fills it belongs to sequence 0, sees
-    nothing and changes nothing."""
+    """Pages [N, c], first positions [N, c], valid slots [N, S], sequence [N] and number [N] of every item in which a
+    query sees something, those first; and how many these are. N is a multiple of `num_items`; what fills it belongs to
+    sequence 0, sees nothing and changes nothing."""
     padding = ((0, 0), (0, -lists.num_entries % block_pages))
     tables = jnp.pad(lists.table, padding).reshape(-1, block_pages)
     starts = jnp.pad(lists.starts, padding, constant_values=NOWHERE).reshape(-1, block_pages)
@@ -126,7 +126,8 @@ def _attend(
     seen: Bool[Array, "I T S"],
     scoring: Scoring,
 ) -> tuple[Float[Array, "I K M Dv"], Float[Array, "I K M"], Float[Array, "I K M c"]]:
-    """Outputs of each item's queries over its own pages, not normalised, with the highest score and each page's sum of weights."""
+    """Outputs of each item's queries over its own pages, not normalised, with the highest score and each page's sum of
+    weights."""
     num_items, num_kv_heads, num_rows, _ = queries.shape
     num_pages, page_size, value_dim = pages.num_pages, pages.page_size, pages.head_dims[1]
     num_slots = listed.shape[1] * page_size

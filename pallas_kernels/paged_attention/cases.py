@@ -1,4 +1,5 @@
-"""The cases that every kernel of paged attention is proved on: named ones, and others drawn from the option space (`proof.drawn`)."""
+"""The cases that every kernel of paged attention is proved on: named ones, and others drawn from the option space
+(`proof.drawn`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +9,25 @@ import numpy as np
 from pallas_kernels.formats import FORMATS
 
 PLATFORMS: dict[str, dict[str, Any]] = {
-    "gpu": {"dtypes": ("bfloat16", "float16"), "page_sizes": (16, 64), "quantised_page_sizes": (32, 64), "dims": (64, 128, 256)},
-    "tpu": {"dtypes": ("bfloat16", "float32"), "page_sizes": (16, 64), "quantised_page_sizes": (32, 64), "dims": (256, 128)},
-    "cpu": {"dtypes": ("bfloat16", "float32"), "page_sizes": (3, 16), "quantised_page_sizes": (8, 16), "dims": (16, 32)},
-}  # fmt: skip
+    "gpu": {
+        "dtypes": ("bfloat16", "float16"),
+        "page_sizes": (16, 64),
+        "quantised_page_sizes": (32, 64),
+        "dims": (64, 128, 256),
+    },
+    "tpu": {
+        "dtypes": ("bfloat16", "float32"),
+        "page_sizes": (16, 64),
+        "quantised_page_sizes": (32, 64),
+        "dims": (256, 128),
+    },
+    "cpu": {
+        "dtypes": ("bfloat16", "float32"),
+        "page_sizes": (3, 16),
+        "quantised_page_sizes": (8, 16),
+        "dims": (16, 32),
+    },
+}
 """Options that a platform's kernels take."""
 
 CASES: dict[str, dict[str, Any]] = {
@@ -320,8 +336,8 @@ def generated(
 
 
 def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
-    """By name, in sizes that the kernels of a platform ("gpu", "tpu", "cpu") take: the named cases, then generated ones. What has
-    several queries is asked as a chunk as well."""
+    """By name, in sizes that the kernels of a platform ("gpu", "tpu", "cpu") take: the named cases, then generated
+    ones. What has several queries is asked as a chunk as well."""
     small = {"lengths": [130, 64, 1], "num_queries": 2, "group": 4}
     formats = {
         f"{kind} by {per}": {**small, "format": kind, "per": per} for kind in FORMATS for per in ("token", "channel")

@@ -1,9 +1,8 @@
-"""Paged attention for Hopper and Blackwell GPUs in Pallas Mosaic: few queries in columns (`gpu_decode`), and what that does not take,
-chunks among it, in rows (`gpu_tiled`).
+"""Paged attention for Hopper and Blackwell GPUs in Pallas Mosaic: few queries in columns (`gpu_decode`), and what that
+does not take, chunks among it, in rows (`gpu_tiled`).
 
-A chunk is bound by products, and by pages that every tile reads anew from the cache of the second level: with twice the rows a
-tile (`gpu_chunk`) they are read half as often.
-"""
+A chunk is bound by products, and by pages that every tile reads anew from the cache of the second level: with twice the
+rows a tile (`gpu_chunk`) they are read half as often."""
 
 from typing import Any
 
@@ -47,7 +46,8 @@ def refusal(asked: Asked) -> str | None:
 
 
 NARROW = 64
-"""Most dims of values that two warpgroups attend to with page mass or valid slots: beyond, the registers of jax 0.12 do not suffice."""
+"""Most dims of values that two warpgroups attend to with page mass or valid slots: beyond, the registers of jax 0.12 do
+not suffice."""
 
 
 def is_wide(
@@ -65,7 +65,7 @@ def is_wide(
     # The first silences what nobody sees of the values, and the second may be reading them as keys.
     if pages.is_latent:
         return False
-    # Wider values than are multiplied at once would not fit into registers: they are held while the next scores are there.
+    # Wider values than are multiplied at once would not fit into registers, where the next scores are beside them.
     if value_dim > (NARROW if with_page_mass or lists.valid is not None else COLUMNS):
         return False
     tiles = fit(

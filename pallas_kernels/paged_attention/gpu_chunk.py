@@ -1,9 +1,8 @@
 """A piece of a chunk, on Hopper: two warpgroups attend to the same pages, 64 rows each, and a third copies them.
 
-Products and softmax run at once. Every warpgroup asks for the scores of a block and, behind them, for what the weights of the block
-before come to; the second runs while it exponentiates the first. The two take turns at asking, so that tensor cores get the work of
-one while the other has none.
-"""
+Products and softmax run at once. Every warpgroup asks for the scores of a block and, behind them, for what the weights
+of the block before come to; the second runs while it exponentiates the first. The two take turns at asking, so that
+tensor cores get the work of one while the other has none."""
 
 from typing import Any
 
@@ -48,8 +47,8 @@ class Chunk(Piece):
         pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.tile.turns.at[0]))
 
         def softmax(number, scores, highest):
-            """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums, the new highest
-            score, and what the old sums are worth."""
+            """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums,
+            the new highest score, and what the old sums are worth."""
             starts, bits = self.part.listed(number)
             scores, factor = self.capped(mine, scores)
             scores = self.masked(mine, scores, starts, bits)
@@ -63,7 +62,8 @@ class Chunk(Piece):
             return total, new, jnp.exp2(highest - new)
 
         def ready(number):
-            """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its turn."""
+            """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its
+            turn."""
             starts, bits = self.part.listed(number)
             self.part.wait_for(self.part.values.arrived, number)
             pl.when((consumer == 0) & jnp.logical_not(self.part.is_whole(starts, bits)))(
@@ -138,7 +138,8 @@ class Chunk(Piece):
                 )
 
     def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
-        """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and `summed` adds both."""
+        """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and
+        `summed` adds both."""
         for part, one in zip(parts, () if self.tile.is_simulated else sums, strict=not self.tile.is_simulated):
             part[...] = one
 

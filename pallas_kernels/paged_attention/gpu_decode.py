@@ -1,13 +1,13 @@
 """Decoding on GPUs, with the factors swapped: tokens in the rows of products, queries in their columns.
 
-Tensor cores multiply 64 rows at once, and a KV head has rarely as many queries. So keys are the left factor and queries the right
-one, whose columns come in eights: scores [64 tokens, queries] = K Q^T, outputs [dims, queries] = V^T P^T. Nothing of a product is
-padding but up to seven columns, and a thread holds few registers, so that two thread blocks share a multiprocessor: while one
-begins or ends, or computes a softmax, the other's pages arrive.
+Tensor cores multiply 64 rows at once, and a KV head has rarely as many queries. So keys are the left factor and queries
+the right one, whose columns come in eights: scores [64 tokens, queries] = K Q^T, outputs [dims, queries] = V^T P^T.
+Nothing of a product is padding but up to seven columns, and a thread holds few registers, so that two thread blocks
+share a multiprocessor: while one begins or ends, or computes a softmax, the other's pages arrive.
 
-A thread block takes a piece of an item's pages (`plan`) of one KV head. One warpgroup asks for pages, and turns quantised ones into
-16 bits; the other attends. Outputs leave normalised, in float32, as columns; `gpu_merge` puts the pieces together.
-"""
+A thread block takes a piece of an item's pages (`plan`) of one KV head. One warpgroup asks for pages, and turns
+quantised ones into 16 bits; the other attends. Outputs leave normalised, in float32, as columns; `gpu_merge` puts the
+pieces together."""
 
 from typing import Any
 
@@ -66,9 +66,9 @@ def decode(
     max_stages: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
-    """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns] (natural log), both
-    float32; a column is (query, head of the group). With page mass, the log-sum-exp of each entry [items, K, N, columns] as well.
-    What empty pieces and unlisted entries hold is anything."""
+    """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns]
+    (natural log), both float32; a column is (query, head of the group). With page mass, the log-sum-exp of each entry
+    [items, K, N, columns] as well. What empty pieces and unlisted entries hold is anything."""
     items, num_queries, num_heads, dim = queries.shape
     num_kv_heads, value_dim = pages.num_kv_heads, pages.head_dims[1]
     group = num_heads // num_kv_heads
@@ -149,8 +149,9 @@ def decode(
 
 
 def worked_in(pages: Pages, queries: Any) -> Any:
-    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not;
-    queries times the scales of channels are sums of `PARTS` numbers of bfloat16, which have float32's range."""
+    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into
+    bfloat16 not; queries times the scales of channels are sums of `PARTS` numbers of bfloat16, which have float32's
+    range."""
     if pages.per is None:
         return pages.keys.dtype
     if pages.per == "channel":
@@ -159,8 +160,9 @@ def worked_in(pages: Pages, queries: Any) -> Any:
 
 
 def fitted(rows: Float[Array, "N K R D"], dtype: Any) -> tuple[Array, Array | None]:
-    """Queries in the type of their products, and what each one's scores are to be multiplied with, where float16 could not hold them:
-    powers of two. The largest of a query comes near float16's largest, so that what is 2 ** 30 times smaller is still exact."""
+    """Queries in the type of their products, and what each one's scores are to be multiplied with, where float16 could
+    not hold them: powers of two. The largest of a query comes near float16's largest, so that what is 2 ** 30 times
+    smaller is still exact."""
     if dtype != jnp.float16 or rows.dtype == jnp.float16:
         return rows.astype(dtype), None
     largest = jnp.abs(rows.astype(jnp.float32)).max(axis=3)

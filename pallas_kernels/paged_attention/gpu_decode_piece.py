@@ -86,7 +86,8 @@ class Columns:
         plgpu.wait_smem_to_gmem(0)
 
     def attend_block(self, number, state, *, bounds, factors, queries, stripes):
-        """The state after one more block: sums of each stripe of dims, the highest score of each column, and sums of weights."""
+        """The state after one more block: sums of each stripe of dims, the highest score of each column, and sums of
+        weights."""
         sums, highest, total = state
         place = lax.rem(number, self.part.num_staged or self.part.num_stages)
         starts, bits = self.part.listed(number)
@@ -198,7 +199,8 @@ class Columns:
         scores = None
         for entry in range(self.part.block_pages):
             at = entry * width
-            mine = sum((found[:, at + part * size : at + (part + 1) * size] for part in range(1, PARTS)), found[:, at : at + size])  # fmt: skip
+            parts = [found[:, at + part * size : at + (part + 1) * size] for part in range(PARTS)]
+            mine = sum(parts[1:], parts[0])
             scores = mine if scores is None else jnp.where(slots >= entry * self.part.page_size, mine, scores)
         assert scores is not None
         return scores

@@ -14,20 +14,21 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import shared
 
 HALF_BYTES = (113 - 3) * 1024
-"""Shared memory of a thread block that shares its multiprocessor with another, but for what Mosaic takes; `SHARED_BYTES` of one that
-does not."""
+"""Shared memory of a thread block that shares its multiprocessor with another, but for what Mosaic takes;
+`SHARED_BYTES` of one that does not."""
 LEAST_STAGES = 2
 """Of a thread block that shares its multiprocessor: two rings together hide a copy's latency."""
 PARTS = 3
 """Numbers of bfloat16 that a float32 is the sum of: queries times the scales of channels."""
 OUT_SIZE = 4096
-"""Most numbers of a product's outputs, or of its share of the outputs of both halves of the weights: 32 registers a thread."""
+"""Most numbers of a product's outputs, or of its share of the outputs of both halves of the weights: 32 registers a
+thread."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a thread block's shared memory is laid out: stages of the ring, staged blocks of 16 bits (0: the ring itself is
-    multiplied), and all bytes but those of barriers. No stages: it does not fit."""
+    """How a thread block's shared memory is laid out: stages of the ring, staged blocks of 16 bits (0: the ring itself
+    is multiplied), and all bytes but those of barriers. No stages: it does not fit."""
 
     num_stages: int
     num_staged: int
@@ -109,7 +110,8 @@ def scratch_for(
     *,
     with_page_mass: bool,
 ) -> dict[str, Any]:
-    """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in `of_rows`."""
+    """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in
+    `of_rows`."""
     dims, depth, staged = pages.head_dims, tiles.num_stages, tiles.num_staged
     is_quantised, stripe = pages.per is not None, stripe_of(dims[1], num_columns)
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
@@ -146,8 +148,8 @@ def scratch_for(
 
 
 def step_of(width: int, pages: Pages) -> int:
-    """Columns that are laid out together, in both factors of a product; of quantised pages, as many as are turned into 16 bits at
-    once, and no more than a page has slots where each page is multiplied apart."""
+    """Columns that are laid out together, in both factors of a product; of quantised pages, as many as are turned into
+    16 bits at once, and no more than a page has slots where each page is multiplied apart."""
     if pages.per is None:
         return math.gcd(width, 64)
     most = min(pages.page_size, 64) if pages.per == "channel" else 64

@@ -1,4 +1,5 @@
-"""The pieces of an item put together on GPUs, by their log-sum-exp, and written where the answer has them: one launch."""
+"""The pieces of an item put together on GPUs, by their log-sum-exp, and written where the answer has them: one
+launch."""
 
 from typing import Any
 
@@ -28,8 +29,8 @@ def merge(
     *,
     interpret: Any = False,
 ) -> tuple[Float[Array, "items T H Dv"], Float[Array, "items K columns"]]:
-    """Attention over all pieces of each item, in `dtype`, from normalised outputs of each; and its log-sum-exp. An item without
-    pieces has 0 and -inf."""
+    """Attention over all pieces of each item, in `dtype`, from normalised outputs of each; and its log-sum-exp. An item
+    without pieces has 0 and -inf."""
     (_, num_kv_heads, value_dim, num_columns), items = outputs.shape, len(shares)
 
     def kernel(outputs, log_sum_exp, shares, merged, merged_sums, rows, sums):

@@ -208,7 +208,7 @@ class Piece:
 
     def silence_block(self, place: Any, starts: list[Any], bits: list[tuple[int, Any]]) -> None:
         """What nobody sees of the values in a place of the ring, or of the staged blocks."""
-        # With the columns that products take at once, or fewer, as it spills less: of one half 32 bytes else, of two the other way.
+        # With the columns that products take at once, or fewer, as it spills less: 32 bytes else, of one half or two.
         step = self.part.values.step if self.tile.num_halves == 1 else stripes(self.part.values.blocks.shape[2])[0].size
         blocks = [
             self.part.values.blocks.at[place * self.tile.num_halves + part] for part in range(self.tile.num_halves)

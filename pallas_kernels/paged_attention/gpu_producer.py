@@ -13,7 +13,8 @@ from pallas_kernels.paged_attention.gpu_ring import Part, Side
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 
 HEADROOM = 6
-"""Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16 still holds."""
+"""Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16
+still holds."""
 
 
 class Producer:
@@ -101,7 +102,8 @@ class Producer:
             into[slot, :, columns] = wide.astype(into.dtype)
 
     def unpacked(self, side: Side, stage: Any) -> Iterator[tuple[Any, Array]]:
-        """The columns of a stage, some at a time, and what they hold in registers: two halves of them where a byte holds two."""
+        """The columns of a stage, some at a time, and what they hold in registers: two halves of them where a byte
+        holds two."""
         ring = side.ring
         width, step = ring.shape[2], side.step
         for at in range(0, width, step):
@@ -116,8 +118,8 @@ class Producer:
 
 @dataclass
 class Scaled:
-    """What a producer that multiplies scales of channels in works with: those of the queries' columns, and what keys were multiplied
-    with to fit float16."""
+    """What a producer that multiplies scales of channels in works with: those of the queries' columns, and what keys
+    were multiplied with to fit float16."""
 
     column_scales: Any
     columns: Any
@@ -139,8 +141,9 @@ class ScalingProducer(Producer):
         super().run()
 
     def convert(self, side: Side, stage: Any, slot: Any) -> None:
-        """A block of the ring, in the 16 bits of products. What rounding loses is kept in a second half: of bfloat16 for values, of float16 for
-        keys, which logits need more digits of, brought into its range by a power of two for each page."""
+        """A block of the ring, in the 16 bits of products. What rounding loses is kept in a second half: of bfloat16
+        for values, of float16 for keys, which logits need more digits of, brought into its range by a power of two for
+        each page."""
         into, fitting = side.blocks, self.fit_keys(stage, slot) if side is self.part.keys else None
         for columns, numbers in self.unpacked(side, stage):
             exact = numbers.astype(jnp.float32) * self.channel_scales(side, stage, columns)
@@ -151,7 +154,8 @@ class ScalingProducer(Producer):
             into[slot * 2 + 1, :, columns] = (exact - high.astype(jnp.float32)).astype(into.dtype)
 
     def fit_keys(self, stage: Any, slot: Any) -> Array:
-        """[block]: what each token's keys are multiplied with to fit float16. What that is of scores is left to whoever multiplies."""
+        """[block]: what each token's keys are multiplied with to fit float16. What that is of scores is left to whoever
+        multiplies."""
         largest, step = None, self.part.keys.step
         for at in range(0, self.part.keys.blocks.shape[2], step):
             scales = jnp.abs(self.channel_scales(self.part.keys, stage, pl.ds(at, step))).max(axis=1)

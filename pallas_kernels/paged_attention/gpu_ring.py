@@ -1,9 +1,10 @@
-"""Pages on their way through a GPU's shared memory: where they lie, how they are waited for, and what may be seen of them.
+"""Pages on their way through a GPU's shared memory: where they lie, how they are waited for, and what may be seen of
+them.
 
-A block is 64 tokens: one page, several, or a part of one. Its pages come by TMA into a stage of a ring; every page has a barrier of
-its own. Pages of 16 bits are multiplied in the ring. Quantised ones are turned into numbers of 16 bits, exactly, in staged blocks:
-their scales are left to whoever multiplies. One warpgroup asks for pages and converts them (`gpu_producer`), others attend.
-"""
+A block is 64 tokens: one page, several, or a part of one. Its pages come by TMA into a stage of a ring; every page has
+a barrier of its own. Pages of 16 bits are multiplied in the ring. Quantised ones are turned into numbers of 16 bits,
+exactly, in staged blocks: their scales are left to whoever multiplies. One warpgroup asks for pages and converts them
+(`gpu_producer`), others attend."""
 
 import math
 from dataclasses import dataclass, fields
@@ -28,8 +29,8 @@ def filled(shape: tuple[int, ...], value: Any, layout: Any) -> Array:
 
 
 def halves(exact: Array, dtype: Any) -> tuple[Array, Array]:
-    """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3 or 1.5 times
-    that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
+    """Weights in two numbers of 16 bits, which lose nothing: one alone would take the error of what is returned to 1.3
+    or 1.5 times that of its own rounding. The first is cut, not rounded: that takes no conversion back."""
     bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
     high = lax.bitcast_convert_type(bits, jnp.float32)
     return high.astype(dtype), (exact - high).astype(dtype)
@@ -83,7 +84,8 @@ class Side:
 
 @dataclass
 class Part:
-    """Entries [begin, begin + count) of an item's list of pages, for one KV head: what both kinds of warpgroups know."""
+    """Entries [begin, begin + count) of an item's list of pages, for one KV head: what both kinds of warpgroups
+    know."""
 
     listed_pages: Listed
     keys: Side
@@ -129,7 +131,8 @@ class Part:
     # What is seen of a block: tokens lie along `axis` of an array, or alone.
 
     def listed(self, number: Any) -> tuple[list[Any], list[tuple[int, Any]]]:
-        """First positions of a block's pages; and of its slots' validity, where those of each word begin, and the word."""
+        """First positions of a block's pages; and of its slots' validity, where those of each word begin, and the
+        word."""
         entries = [number * self.block_pages + entry for entry in range(self.block_pages)]
         last = self.begin + self.count - 1
 
@@ -175,8 +178,8 @@ class Part:
         return is_whole
 
     def silence(self, blocks: list[Any], step: int, starts: list[Any], bits: list[tuple[int, Any]]) -> None:
-        """A weight of zero does not silence a NaN: what no query sees of a block's values [64, Dv] is replaced, `step` columns at a
-        time; several `blocks` hold them where their numbers have several parts."""
+        """A weight of zero does not silence a NaN: what no query sees of a block's values [64, Dv] is replaced, `step`
+        columns at a time; several `blocks` hold them where their numbers have several parts."""
         slots = plgpu.broadcasted_iota(jnp.int32, (BLOCK_LEN,), 0, layout=self.down)
         places, seen_by = self.positions_of(slots, starts), self.listed_pages
         if self.scoring.num_sinks is None:

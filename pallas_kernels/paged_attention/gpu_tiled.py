@@ -1,8 +1,8 @@
 """Attention of chunks on GPUs, queries in the rows of products: tiles of 64 rows, or 128.
 
-A tile is the queries, at one or several positions of one sequence, of all heads that share a KV head. XLA lists for every tile the
-pages in which some row sees something and cuts the lists into pieces of nearly equal length (`split`); a thread block takes a piece
-of one KV head. Of its warpgroups
+A tile is the queries, at one or several positions of one sequence, of all heads that share a KV head. XLA lists for
+every tile the pages in which some row sees something and cuts the lists into pieces of nearly equal length (`split`); a
+thread block takes a piece of one KV head. Of its warpgroups
 
 * one asks for pages, as far ahead as the ring is deep, and another attends (`gpu_piece`); or
 * for quantised pages, the one that asks also turns what arrives into 16 bits, a block ahead of the other; or
@@ -45,8 +45,8 @@ from pallas_kernels.typing import Float, Int32
 
 @dataclass(frozen=True)
 class Layout:
-    """How queries [B, T, H, D] lie in the rows of tiles. An item is a tile of one sequence: `tile_len` positions of `group` heads each, for
-    every KV head, filled up to `padded_rows`."""
+    """How queries [B, T, H, D] lie in the rows of tiles. An item is a tile of one sequence: `tile_len` positions of
+    `group` heads each, for every KV head, filled up to `padded_rows`."""
 
     batch: int
     num_queries: int
@@ -111,8 +111,8 @@ def in_tiles(
     chip: Chip | None = None,
     interpret: Any = False,
 ) -> tuple[Array, ...]:
-    """See `api.paged_attention`. `num_consumers` warpgroups attend in a thread block, 64 rows each: 2 on Hopper, for pages that are not
-    quantised."""
+    """See `api.paged_attention`. `num_consumers` warpgroups attend in a thread block, 64 rows each: 2 on Hopper, for
+    pages that are not quantised."""
     batch, num_queries, num_heads, _ = queries.shape
     group, num_entries, page_size = num_heads // pages.num_kv_heads, lists.num_entries, pages.page_size
     layout = Layout(batch, num_queries, pages.num_kv_heads, group, ROWS * num_consumers)
@@ -193,7 +193,8 @@ def _attend(
     chip: Chip,
     interpret: Any,
 ) -> list[Array]:
-    """Attention of every piece: outputs [pieces, K, rows, Dv], log-sum-exp [pieces, K, rows], and with page mass that of each entry."""
+    """Attention of every piece: outputs [pieces, K, rows, Dv], log-sum-exp [pieces, K, rows], and with page mass that
+    of each entry."""
     num_pieces, num_kv_heads, (dim, value_dim) = len(arrays["pieces"]), pages.num_kv_heads, pages.head_dims
     num_consumers, with_mass = layout.tile_rows // ROWS, scoring.with_page_mass
     per: Scaling = pages.per or "token"
@@ -259,8 +260,9 @@ def _attend(
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:
-    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into bfloat16 not;
-    and two halves of float16 hold of keys that were scaled by channel what logits beyond 80 need, which two of bfloat16 do not."""
+    """The type of 16 bits that products of keys are computed in. Hopper turns 8-bit floats into float16 at once, into
+    bfloat16 not; and two halves of float16 hold of keys that were scaled by channel what logits beyond 80 need, which
+    two of bfloat16 do not."""
     if pages.per is None:
         return pages.keys.dtype
     is_half = queries == jnp.float16 or pages.format == "fp8" or pages.per == "channel"
@@ -268,8 +270,8 @@ def _worked_in(pages: Pages, queries: Any) -> Any:
 
 
 def _column_scales(rows: Float[Array, "N K R D"]) -> Float[Array, "N K D"]:
-    """Powers of two, of at most 1, that bring a tile's columns to one size, where a row's small ones would be lost in float16. Keys,
-    which have two halves, are multiplied with them instead."""
+    """Powers of two, of at most 1, that bring a tile's columns to one size, where a row's small ones would be lost in
+    float16. Keys, which have two halves, are multiplied with them instead."""
     largest = jnp.abs(rows.astype(jnp.float32)).max(axis=2)
     exponents = jnp.where(jnp.isfinite(largest) & (largest > 0), jnp.frexp(largest)[1], -(2**20))
     smaller = exponents - exponents.max(axis=2, keepdims=True)
@@ -277,8 +279,8 @@ def _column_scales(rows: Float[Array, "N K R D"]) -> Float[Array, "N K D"]:
 
 
 def _fitted(rows: Float[Array, "N K R D"], dtype: Any) -> tuple[Array, Array | None]:
-    """Queries in the type of their products, and what each row's scores are to be multiplied with, where float16 could not hold them:
-    powers of two. Of a row, what is below 2 ** -16 of its largest loses digits."""
+    """Queries in the type of their products, and what each row's scores are to be multiplied with, where float16 could
+    not hold them: powers of two. Of a row, what is below 2 ** -16 of its largest loses digits."""
     if dtype != jnp.float16 or rows.dtype == jnp.float16:
         return rows.astype(dtype), None
     largest = jnp.abs(rows.astype(jnp.float32)).max(axis=3)

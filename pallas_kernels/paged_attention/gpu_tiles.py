@@ -14,8 +14,8 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, shared
 
 SHARED_BYTES = (227 - 4) * 1024
-"""Shared memory of a thread block, but for what Mosaic takes for sums over a warpgroup, 2 KiB, and for barriers. What queries, weights
-and outputs leave of it is the ring's."""
+"""Shared memory of a thread block, but for what Mosaic takes for sums over a warpgroup, 2 KiB, and for barriers. What
+queries, weights and outputs leave of it is the ring's."""
 MAX_BARRIERS = 32
 """Most barriers that lie together."""
 MAX_STAGES = 8
@@ -26,8 +26,9 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a thread block's shared memory is laid out. `num_halves` is 2 where a page's numbers need two of 16 bits, `num_staged`
-    how many blocks of them wait for products (0: the ring itself is multiplied); `num_bytes` is what all but barriers takes."""
+    """How a thread block's shared memory is laid out. `num_halves` is 2 where a page's numbers need two of 16 bits,
+    `num_staged` how many blocks of them wait for products (0: the ring itself is multiplied); `num_bytes` is what all
+    but barriers takes."""
 
     num_stages: int
     num_staged: int
@@ -45,7 +46,8 @@ def fit(
     max_stages: int = MAX_STAGES,
     with_page_mass: bool = True,
 ) -> Tiles:
-    """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No stages: it does not hold any."""
+    """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No
+    stages: it does not hold any."""
     rows, is_quantised = ROWS * num_consumers, format in FORMATS
     block_pages = max(1, BLOCK_LEN // page_size)
     bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)

@@ -1,8 +1,8 @@
-"""What a step knows before its layers run: which pages are live, in which pieces they are shared out, and what is seen of them.
+"""What a step knows before its layers run: which pages are live, in which pieces they are shared out, and what is seen
+of them.
 
-Nothing of it depends on queries, keys or values. So it is computed once a step and shared by all layers that have the same page
-tables; every layer of a call without a plan computes its own.
-"""
+Nothing of it depends on queries, keys or values. So it is computed once a step and shared by all layers that have the
+same page tables; every layer of a call without a plan computes its own."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,8 @@ PIECES = 264
 )
 @dataclass(frozen=True)
 class Plan:
-    """An item is a sequence, or with lists of each head a KV head of one: all its queries are one tile. Positions and pages are
-    int32; a page longer than a block is as many entries as it has blocks."""
+    """An item is a sequence, or with lists of each head a KV head of one: all its queries are one tile. Positions and
+    pages are int32; a page longer than a block is as many entries as it has blocks."""
 
     pages: Any
     """[items, N] live pages first: page * blocks of a page + block, with lists of heads of a pool of single tiles."""
@@ -62,7 +62,8 @@ class Plan:
     visible: Visible
 
     def check(self, queries: tuple[int, ...], pages: Pages, lists: Lists, visible: Visible) -> None:
-        """Raises ValueError for a plan that was made for something else than a call of these queries [B, T, H, D], pages, lists and mask."""
+        """Raises ValueError for a plan that was made for something else than a call of these queries [B, T, H, D],
+        pages, lists and mask."""
         num_parts = max(1, pages.page_size // BLOCK_LEN)
         wanted = {
             "items": queries[0] * (pages.num_kv_heads if lists.is_by_head else 1),
@@ -97,11 +98,11 @@ def plan_attention(
     visible: Visible = CAUSAL,
     num_pieces: int | None = None,
 ) -> Plan:
-    """The plan for calls of `paged_attention` with these lists, positions, lengths and mask, over pools with `num_kv_heads` heads and
-    pages of `page_size` slots (K and page of the pools' [P, K, page, D]). `num_pieces` to aim at, over all heads; None: PIECES.
-    Page ids must lie in the pools, whose size is not known here: unlike `paged_attention`, it does not bring others inside, and a copy
-    reads zeros for them. Raises ValueError for pages that are neither parts of a block nor whole blocks.
-    """
+    """The plan for calls of `paged_attention` with these lists, positions, lengths and mask, over pools with
+    `num_kv_heads` heads and pages of `page_size` slots (K and page of the pools' [P, K, page, D]). `num_pieces` to aim
+    at, over all heads; None: PIECES. Page ids must lie in the pools, whose size is not known here: unlike
+    `paged_attention`, it does not bring others inside, and a copy reads zeros for them. Raises ValueError for pages
+    that are neither parts of a block nor whole blocks."""
     if page_size < 1 or (BLOCK_LEN % page_size and page_size % BLOCK_LEN):
         raise ValueError(f"page_size = {page_size}: must divide {BLOCK_LEN} or be a multiple of it")
     if lists.is_by_head:  # a head is a sequence of its own, over a pool whose pages are single tiles

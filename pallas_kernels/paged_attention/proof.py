@@ -1,5 +1,5 @@
-"""What every kernel of paged attention must do, simulated or on a chip: float64's answer from memory that is NaN wherever nothing
-may be read."""
+"""What every kernel of paged attention must do, simulated or on a chip: float64's answer from memory that is NaN
+wherever nothing may be read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ def by_api(**how: Any) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def brute_force(query, keys, values, position, scoring, readable=None):
-    """One query head [D] over keys [n, D] and values [n, Dv] in float64, of which `readable` says which are there; returns output
-    and log-sum-exp."""
+    """One query head [D] over keys [n, D] and values [n, Dv] in float64, of which `readable` says which are there;
+    returns output and log-sum-exp."""
     window, sinks, chunk = (getattr(scoring.visible, name) for name in ("window", "num_sinks", "chunk"))
     seen = [p for p in range(len(keys)) if p <= position and (window is None or position - p < window or p < sinks)]
     seen = [p for p in seen if chunk is None or p // chunk == position // chunk]
@@ -87,14 +87,15 @@ class Drawn:
 
 
 def drawn(
-    *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, chunk=None, cap=None, dtype="float32", page_size=8,
-    magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True, prefill=False, of_keys=1.0, of_values=1.0,
-    is_shared=False, is_latent=False, seed=3,
+    *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, chunk=None, cap=None,
+    dtype="float32", page_size=8, magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True,
+    prefill=False, of_keys=1.0, of_values=1.0, is_shared=False, is_latent=False, seed=3,
 ) -> Drawn:  # fmt: skip
-    """With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots that is valid;
-    `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; where pages are shared,
-    the first two of every sequence are the first one's first. Of a `prefill`, a sequence shorter than the chunk leaves the rest of
-    it empty. Where values are columns of the keys (`is_latent`), they are the first `dims[1]`."""
+    """With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots that is
+    valid; `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; where
+    pages are shared, the first two of every sequence are the first one's first. Of a `prefill`, a sequence shorter than
+    the chunk leaves the rest of it empty. Where values are columns of the keys (`is_latent`), they are the first
+    `dims[1]`."""
     rng, batch = np.random.default_rng(seed), len(lengths)
     magnitude, of_keys = (np.resize(np.asarray(size, np.float64), dims[0]) for size in (magnitude, of_keys))
     table, starts, num_pages = _listed(rng, lengths, kv_heads, page_size, lists)
@@ -166,14 +167,14 @@ def _listed(
 
 
 def check(kernel: Callable, *, misread: int = 0, is_compiled: bool = True, **case: Any) -> None:
-    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to 1e-4. Where
-    the type is float32 itself, at most what rounding the scores does to the weights.
+    """Against float64: relative error at most 1.25 times that of rounding the exact answer to the type, log-sum-exp to
+    1e-4. Where the type is float32 itself, at most what rounding the scores does to the weights.
 
-    `kernel` is called as implementations are, `by_api` for the public function; what a `case` says is told by `drawn`. `misread`
-    adds to every page id that the kernel is given. In a `format`, what is compared is the kernel's answer over what the numbers
-    stand for: the loss of quantising is not the kernel's. All of it is one program, unless it is not to be `is_compiled`: the
-    simulator of GPUs wants a thread for every warpgroup, of which a program of many steps takes one.
-    """
+    `kernel` is called as implementations are, `by_api` for the public function; what a `case` says is told by `drawn`.
+    `misread` adds to every page id that the kernel is given. In a `format`, what is compared is the kernel's answer
+    over what the numbers stand for: the loss of quantising is not the kernel's. All of it is one program, unless it is
+    not to be `is_compiled`: the simulator of GPUs wants a thread for every warpgroup, of which a program of many steps
+    takes one."""
     given, dtype = drawn(**case), case.get("dtype", "float32")
     lists, scoring = given.lists, given.scoring
     lists = replace(lists, table=jnp.where(lists.starts < NOWHERE, lists.table + misread, lists.table))
@@ -203,8 +204,8 @@ def _asked_for(given: Drawn, *, is_chunk: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tuple[Stored, np.ndarray]:
-    """A pool [P, K, page, D] whose unused slots are NaN, in its type or format, and what it stands for in float64. Unused slots stay
-    as bad as the format can make them: NaN scales, or NaN payloads where there are any."""
+    """A pool [P, K, page, D] whose unused slots are NaN, in its type or format, and what it stands for in float64.
+    Unused slots stay as bad as the format can make them: NaN scales, or NaN payloads where there are any."""
     if format is None:
         return jnp.asarray(pool, dtype), pool.astype(np.float64)
     unused = np.isnan(pool).any(axis=3)

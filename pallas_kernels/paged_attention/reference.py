@@ -34,7 +34,7 @@ def paged_attention(
     grouped = queries.reshape(batch, num_queries, num_kv_heads, num_heads // num_kv_heads, -1)
     # [B, num_pages, K, page, D]
     tiles = [tile_values(each_array(pool, lambda x: x[lists.table])) for pool in pages.pools]
-    # A weight of zero does not silence a NaN, forwards or backwards: slots that nobody sees are replaced before the products.
+    # A zero weight does not silence a NaN, forwards or backwards: slots that nobody sees are replaced before products.
     readable = seen.any(axis=1).reshape(batch, -1, 1, page_size, 1)
     tiles = [jnp.where(readable, tile, 0) for tile in tiles]
     key_tiles, value_tiles = tiles[0], tiles[-1][..., :value_dim]

@@ -1,4 +1,5 @@
-"""What every kernel asks of XLA before and after: which pages are live, how to share them out, how to put parts together."""
+"""What every kernel asks of XLA before and after: which pages are live, how to share them out, how to put parts
+together."""
 
 import functools
 from collections.abc import Callable
@@ -23,8 +24,8 @@ WORD = 32
 
 
 def any_lists(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """`run`, which takes a list of pages for each sequence [B, N], for lists of each KV head as well [B, K, N]: every head is then
-    a sequence of its own, over pools whose pages are single tiles. Nothing is copied."""
+    """`run`, which takes a list of pages for each sequence [B, N], for lists of each KV head as well [B, K, N]: every
+    head is then a sequence of its own, over pools whose pages are single tiles. Nothing is copied."""
 
     @functools.wraps(run)
     def for_any(
@@ -74,16 +75,16 @@ def tiled(x: Shaped[Array, "B T ..."], tile_len: int, fill: int) -> Shaped[Array
 def bounds(
     query_positions: Int32[Array, "B T"], kv_lens: Int32[Array, "B"], visible: Visible, tile_len: int
 ) -> tuple[Int32[Array, "B tiles tile_len"], Int32[Array, "B tiles tile_len"]]:
-    """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing, nor does a
-    query whose position is negative."""
+    """First and last position that each query of a tile sees, sinks apart; what fills up the last tile sees nothing,
+    nor does a query whose position is negative."""
     first = jnp.where(query_positions < 0, NOWHERE, visible.earliest(query_positions))
     last = jnp.minimum(query_positions, kv_lens[:, None] - 1)
     return tiled(first, tile_len, NOWHERE), tiled(last, tile_len, -1)
 
 
 class Live(NamedTuple):
-    """Pages in which some query of a tile sees something, then the others: with their first positions, how many are seen, and their
-    valid slots."""
+    """Pages in which some query of a tile sees something, then the others: with their first positions, how many are
+    seen, and their valid slots."""
 
     pages: Int32[Array, "B tiles num_pages"]
     starts: Int32[Array, "B tiles num_pages"]
@@ -119,7 +120,8 @@ def live_pages(
 
 
 def whole_of(first: Int32[Array, "items T"], last: Int32[Array, "items T"]) -> list[Int32[Array, "items"]]:
-    """The positions [whole[0], whole[1]] that every query of an item sees, those that see nothing apart; and the last that any sees."""
+    """The positions [whole[0], whole[1]] that every query of an item sees, those that see nothing apart; and the last
+    that any sees."""
     seeing = last >= 0
     return [jnp.where(seeing, first, 0).max(axis=1), jnp.where(seeing, last, NOWHERE).min(axis=1), last.max(axis=1)]
 
@@ -130,8 +132,8 @@ def page_mass(
     counts: Int32[Array, "..."],
     order: Int32[Array, "... num_pages"],
 ) -> Float[Array, "... R num_pages"]:
-    """The share of each row's attention that every table entry takes, from the log-sum-exp of the entries of its list; what stands
-    behind the list's live entries is not read."""
+    """The share of each row's attention that every table entry takes, from the log-sum-exp of the entries of its list;
+    what stands behind the list's live entries is not read."""
     live = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1) < counts[..., None]
     finite = jnp.where(log_sum_exp == -jnp.inf, 0, log_sum_exp)
     shares = jnp.where(live[..., None], jnp.exp(page_log_sum_exp - finite[..., None, :]), 0)
@@ -140,7 +142,8 @@ def page_mass(
 
 
 def cost(pages: Pages, num_tokens: int, num_rows: int) -> pl.CostEstimate:
-    """What a scheduler is told of a kernel that has `num_rows` queries attend to each of `num_tokens` listed, over all heads."""
+    """What a scheduler is told of a kernel that has `num_rows` queries attend to each of `num_tokens` listed, over all
+    heads."""
     num_slots = pages.num_pages * pages.num_kv_heads * pages.page_size
     return pl.CostEstimate(
         flops=2 * num_tokens * num_rows * sum(pages.head_dims),
@@ -150,9 +153,9 @@ def cost(pages: Pages, num_tokens: int, num_rows: int) -> pl.CostEstimate:
 
 
 def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, table_len: int) -> Int32[Array, "pieces 3"]:
-    """Cuts every item's list of `counts` pages into pieces of whole blocks, nearly equal over all items: (item, first entry,
-    entries). About `num_pieces` of them, however ragged the lengths; what is left over is empty and names the last item. Where there
-    are many items anyway, each is one piece."""
+    """Cuts every item's list of `counts` pages into pieces of whole blocks, nearly equal over all items: (item, first
+    entry, entries). About `num_pieces` of them, however ragged the lengths; what is left over is empty and names the
+    last item. Where there are many items anyway, each is one piece."""
     items = len(counts)
     if items >= ENOUGH * num_pieces:
         numbers = jnp.arange(items, dtype=jnp.int32)

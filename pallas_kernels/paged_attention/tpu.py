@@ -1,10 +1,9 @@
 """Paged attention for TPUs in Pallas Mosaic: pages come by DMA, one block ahead, also across sequences.
 
-An item is (sequence, KV head, tile of queries): its rows are the queries of all heads that share the KV head. XLA lists, for
-every item, the pages in which some row sees something; the kernel walks the items in order. While it attends over one
-block of pages, the next one, of this item or the first of the following, is on its way into the other half of the buffer.
-So what moves is each live page once, and a page that nobody sees is not touched.
-"""
+An item is (sequence, KV head, tile of queries): its rows are the queries of all heads that share the KV head. XLA
+lists, for every item, the pages in which some row sees something; the kernel walks the items in order. While it attends
+over one block of pages, the next one, of this item or the first of the following, is on its way into the other half of
+the buffer. So what moves is each live page once, and a page that nobody sees is not touched."""
 
 from functools import partial
 from typing import Any
@@ -25,7 +24,8 @@ from pallas_kernels.typing import Float, Int32
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
 ROWS = 512
-"""Most rows of an item. With 512 every byte of a page is worth 512 operations: what TPUs can do while one arrives (v5e 240, v6e 560)."""
+"""Most rows of an item. With 512 every byte of a page is worth 512 operations: what TPUs can do while one arrives (v5e
+240, v6e 560)."""
 LANES = 128
 """Of a register."""
 MAX_DIM = 256
@@ -44,7 +44,8 @@ def refusal(asked: Asked) -> str | None:
         return f"page_size = {asked.page_size}: must be a multiple of {rows}, the rows of a register of {asked.format}"
     lanes = 2 * LANES if asked.format == "int4" else LANES
     if any(dim % lanes for dim in asked.head_dims):
-        return f"head dims = {asked.head_dims}: must be multiples of {lanes} for pages of {asked.format}; XLA would copy the whole pool to widen its rows"
+        legal = f"must be multiples of {lanes} for pages of {asked.format}"
+        return f"head dims = {asked.head_dims}: {legal}; XLA would copy the whole pool to widen its rows"
     if any(dim > MAX_DIM for dim in asked.head_dims):
         return f"head dims = {asked.head_dims}: must be at most {MAX_DIM}, for which there is VMEM on every TPU"
     return None
@@ -173,8 +174,9 @@ def _kernel(
     per: str | None,
     scoring: Scoring,
 ) -> None:
-    """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their copies.
-    Of `num_sides` 2, pools are keys and values, then scales of both; of 1 values are the first columns of the keys."""
+    """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their
+    copies. Of `num_sides` 2, pools are keys and values, then scales of both; of 1 values are the first columns of the
+    keys."""
     pools, refs = refs[:num_pools], refs[num_pools:]
     *answers, arrived, half = refs[: len(refs) - num_pools - 2] + refs[-2:]
     buffers = refs[len(refs) - num_pools - 2 : -2]
@@ -328,8 +330,8 @@ def _dot(left: Array, right: Array, axis: int) -> Array:
 
 
 def _product(weights: Float[Array, "R S"], values: Float[Array, "S Dv"]) -> Float[Array, "R Dv"]:
-    """weights @ values in float32. Values of 16 bits meet the weights in two halves of 16 bits, so that these lose nothing: the
-    time is in the copies, not here."""
+    """weights @ values in float32. Values of 16 bits meet the weights in two halves of 16 bits, so that these lose
+    nothing: the time is in the copies, not here."""
     if values.dtype == jnp.float32:
         return _dot(weights, values, 0)
     high = weights.astype(values.dtype)

@@ -1,4 +1,5 @@
-"""The scalar-decay state-space recurrence of Mamba-2 (arXiv 2405.21060), in parallel over tokens or one token at a time.
+"""The scalar-decay state-space recurrence of Mamba-2 (arXiv 2405.21060), in parallel over tokens or one token at a
+time.
 
     h_t = exp(decay_rate * dt_t) * h_{t-1} + dt_t * x_t (outer) b_t          y_t = h_t c_t
 
@@ -26,11 +27,12 @@ def ssd(
     chunk_len: int = 64,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H P"], Float[Array, "B H P N"]]:
-    """All T tokens at once, in chunks: quadratic inside a chunk, recurrent between chunks. Returns outputs and last state.
+    """All T tokens at once, in chunks: quadratic inside a chunk, recurrent between chunks. Returns outputs and last
+    state.
 
     `decay_rate` is negative; `dt` is not; head h reads group h // (H / groups) of b and c. Everything is float32.
-    Raises ValueError when shapes do not fit together, the groups do not divide the heads, chunk_len < 1 or `implementation` is not available.
-    """
+    Raises ValueError when shapes do not fit together, the groups do not divide the heads, chunk_len < 1 or
+    `implementation` is not available."""
     if inputs.shape[2] % b.shape[2]:
         raise ValueError(f"groups = {b.shape[2]}: must divide the number of heads {inputs.shape[2]}")
     if chunk_len < 1:
