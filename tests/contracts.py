@@ -129,12 +129,15 @@ def poisoned_session(variant: str, memory: MemoryConfig, *, rows: int, max_len: 
 
 
 def run_ragged(session: Session, sequences: dict[str, np.ndarray], chunk_len: int) -> dict[str, np.ndarray]:
-    """Feeds sequences of different lengths side by side in chunks; one that ends leaves its row to padding. Returns every
-    sequence's logits [T, V]; the ledger's invariants hold after each step."""
+    """Feeds sequences of different lengths side by side in chunks; one that ends leaves its row to padding. Every second sequence
+    begins with a shorter chunk, so that padding stands behind tokens that others follow. Returns every sequence's logits [T, V];
+    the ledger's invariants hold after each step."""
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in sequences}
     done = dict.fromkeys(sequences, 0)
+    first = {name: chunk_len if index % 2 else (chunk_len + 1) // 2 for index, name in enumerate(sequences)}
     while remaining := [name for name in sequences if done[name] < len(sequences[name])]:
-        chunks = {name: sequences[name][done[name] : done[name] + chunk_len] for name in remaining}
+        ends = {name: done[name] + (chunk_len if done[name] else first[name]) for name in remaining}
+        chunks = {name: sequences[name][done[name] : ends[name]] for name in remaining}
         logits = np.asarray(session.advance(chunks, chunk_len))
         session.ledger.check()
         for row, name in enumerate(remaining):
