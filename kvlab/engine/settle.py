@@ -47,21 +47,21 @@ class Settler:
         events: list[Event] = []
         tokens, logprobs = fetched.drawn.tokens.tolist(), fetched.drawn.logprobs.tolist()
         finite, everywhere = fetched.finite.tolist(), launched.group.everywhere
-        for number, (sample, count, lookahead) in enumerate(launched.group.work):
+        for number, (sample, num_new, lookahead) in enumerate(launched.group.work):
             assert isinstance(sample, Sample)
             if sample.state == "gone":
                 continue
-            first = count - 1 if everywhere else 0
+            first = num_new - 1 if everywhere else 0
             drawn = slice(first, first + lookahead + 1)
-            row = _Row(sample, count, lookahead, tokens[number][drawn], logprobs[number][drawn])
+            row = _Row(sample, num_new, lookahead, tokens[number][drawn], logprobs[number][drawn])
             committed = launched.committed[number]
             if not finite[number] or not all(map(math.isfinite, row.logprobs)):
                 start = sample.num_computed - committed
-                reason = f"logits or states at tokens [{start}, {start + count}) are not finite"
+                reason = f"logits or states at tokens [{start}, {start + num_new}) are not finite"
                 events.append(self.book.fail(sample, reason))
             elif committed:
-                self.stats.decoded_tokens += 1
                 events.append(event := self._accept(sample, row.tokens[0], row.logprobs[0]))
+                self.stats.decoded_tokens += 1
                 if event.finish_reason is not None:
                     self.book.finish(sample, event.finish_reason)
             else:

@@ -76,6 +76,12 @@ def engine_of(
     return checked(engine)
 
 
+@functools.cache
+def shared(family: str) -> Engine:
+    """An engine of the family that is only asked for answers: what other ways to run are compared with."""
+    return engine_of(family)
+
+
 def checked(engine: Engine) -> Engine:
     """The same engine, checking every invariant of its ledger after each step."""
     step = engine.step

@@ -64,7 +64,9 @@ def build(case: dict) -> Engine:
     )
     if case["speculation"] == "oracle":
         answers = golden(case["family"])["answers"]
-        engine.speculation.drafter = Oracle({tuple(prompt(int(n), VOCAB)): one["tokens"] for n, one in answers.items()}, 3)
+        engine.speculation.drafter = Oracle(
+            {tuple(prompt(int(n), VOCAB)): one["tokens"] for n, one in answers.items()}, 3
+        )
     return engine
 
 

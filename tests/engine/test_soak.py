@@ -2,6 +2,7 @@
 
 import random
 import resource
+from dataclasses import replace
 
 import pytest
 
@@ -15,13 +16,15 @@ from tests.weights.random_checkpoint import prompt
 VOCAB, MAX_LEN = 320, 64
 
 
-def soak(family: str, num_requests: int, seed: int, **fields) -> Engine:
+def soak(family: str, num_requests: int, seed: int, *, few_programs: bool = False, **fields) -> Engine:
     """Submits requests at random moments, cancels some, and compares every answer with that of an engine in which each prompt
     is alone."""
     rng, model = random.Random(seed), pretrained(family)
 
     def engine_of(**more) -> Engine:
         config = EngineConfig(**{"max_len": MAX_LEN, "max_batch": 4, **more})
+        if few_programs:
+            config = replace(config, row_sizes=(config.max_batch,), width_sizes=(8,))
         return Engine(model.structure, model.params, memory=MemoryConfig("paged", 4, 8), config=config)
 
     small, calm = engine_of(pool_len=72, **fields), engine_of(prefix_cache=False, max_batch=3)
@@ -84,14 +87,15 @@ WAYS = [
 ]
 
 
-FAST = {"llama_gqa": pytest.mark.every_shape}
+def test_many_requests_all_end_as_if_alone():
+    family, fields = WAYS[0]
+    engine = soak(family, 120, seed=1, few_programs=True, **fields)
+    assert engine.scheduler.counters.preempted
 
 
-@pytest.mark.parametrize(
-    ("family", "fields"),
-    [pytest.param(*way, id=way[0], marks=FAST.get(way[0], pytest.mark.slow)) for way in WAYS],
-)
-def test_many_requests_all_end_as_if_alone(family, fields):
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "fields"), WAYS, ids=lambda value: value if isinstance(value, str) else "")
+def test_many_requests_all_end_as_if_alone_whatever_programs_they_need(family, fields):
     engine = soak(family, 120, seed=1, **fields)
     assert engine.scheduler.counters.preempted or family == "mamba2"
 
