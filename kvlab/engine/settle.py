@@ -12,8 +12,8 @@ from kvlab.engine.scheduler import Scheduler
 
 
 class _Row(NamedTuple):
-    """One sequence's part of a program: `num_new` known tokens and `lookahead` drafts, and what was drawn behind the last known one
-    and behind each draft."""
+    """One sequence's part of a program: `num_new` known tokens and `lookahead` drafts, and what was drawn behind the
+    last known one and behind each draft."""
 
     sample: Sample
     num_new: int
@@ -29,8 +29,9 @@ class Settler:
         self.scheduler, self.book, self.stats, self.rolls_back = scheduler, book, stats, rolls_back
 
     def commit_early(self, launched: Launched) -> bool:
-        """Counts the tokens of a program that decodes while the device works on it, and says whether all of them could be: then
-        the step behind can be scheduled. What is not finite, as it may turn out, nobody has seen: pages wait for `publish`."""
+        """Counts the tokens of a program that decodes while the device works on it, and says whether all of them could
+        be: then the step behind can be scheduled. What is not finite, as it may turn out, nobody has seen: pages wait
+        for `publish`."""
         rows = [row for row, part in enumerate(launched.group.work) if part.entry.state != "gone"]
         entries = [launched.group.work[row].entry for row in rows]
         fed = [entry.ids[entry.num_computed] for entry in entries]
@@ -103,8 +104,8 @@ class Settler:
         return events
 
     def _commit(self, sample: Sample, count: int, lookahead: int, accepted: int) -> None:
-        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its accepted
-        tokens, known now, are fed again."""
+        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its
+        accepted tokens, known now, are fed again."""
         if sample.num_computed >= sample.prefill_len:
             self.stats.decoded_tokens += accepted + 1
         else:

@@ -1,5 +1,5 @@
-"""Small models of every family with weights drawn from names, loaded from real safetensors folders, and what `transformers` says
-they answer (tests/golden/generation)."""
+"""Small models of every family with weights drawn from names, loaded from real safetensors folders, and what
+`transformers` says they answer (tests/golden/generation)."""
 
 import functools
 import json

@@ -33,8 +33,8 @@ def decode(ledger, scheduler, token):
 
 
 def test_scheduling_ahead_publishes_nothing_though_that_would_free_a_page():
-    """Three usable pages, all held, two of them by the same tokens: the next step fits once that is found out, which is when the
-    step on the device has turned out finite, and not before."""
+    """Three usable pages, all held, two of them by the same tokens: the next step fits once that is found out, which is
+    when the step on the device has turned out finite, and not before."""
     ledger, scheduler = two_that_decode(num_pages=4)
     decode(ledger, scheduler, 7)
     ledger.reserve("c", 1, lengths=Lengths(1, 1))

@@ -1,4 +1,5 @@
-"""Thousands of requests with cancels, samples, beams and drafts through a pool too small: all end, as undisturbed ones would."""
+"""Thousands of requests with cancels, samples, beams and drafts through a pool too small: all end, as undisturbed ones
+would."""
 
 import random
 import resource
@@ -17,8 +18,8 @@ VOCAB, MAX_LEN = 320, 64
 
 
 def soak(family: str, num_requests: int, seed: int, *, few_programs: bool = False, **fields) -> Engine:
-    """Submits requests at random moments, cancels some, and compares every answer with that of an engine in which each prompt
-    is alone."""
+    """Submits requests at random moments, cancels some, and compares every answer with that of an engine in which each
+    prompt is alone."""
     rng, model = random.Random(seed), pretrained(family)
 
     def engine_of(**more) -> Engine:
@@ -58,14 +59,16 @@ def soak(family: str, num_requests: int, seed: int, *, few_programs: bool = Fals
             if which not in expected:
                 ids, sampling = pool[which]
                 (alone,) = calm.generate([ids], sampling)
-                expected[which] = [one.tokens for one in alone.completions]
+                expected[which] = [completion.tokens for completion in alone.completions]
             assert answer.error is None
             if name not in cancelled:
-                assert [one.tokens for one in answer.completions] == expected[which], f"{name}: prompt {which}"
+                assert [completion.tokens for completion in answer.completions] == expected[which], (
+                    f"{name}: prompt {which}"
+                )
             elif not pool[which][1].beam_width:
                 assert len(answer.completions) == len(expected[which])
-                for one, whole in zip(answer.completions, expected[which], strict=True):
-                    assert one.tokens == whole[: len(one.tokens)]
+                for completion, whole in zip(answer.completions, expected[which], strict=True):
+                    assert completion.tokens == whole[: len(completion.tokens)]
         if ended % max(1, num_requests // 10) == 0:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert not small.requests
@@ -87,10 +90,13 @@ WAYS = [
 ]
 
 
-def test_many_requests_all_end_as_if_alone():
-    family, fields = WAYS[0]
-    engine = soak(family, 120, seed=1, few_programs=True, **fields)
+@pytest.mark.parametrize(
+    "fields", [{"speculation": "ngram", "num_drafts": 3, "token_budget": 6}, {"preemption": "swap"}]
+)
+def test_many_requests_all_end_as_if_alone(fields):
+    engine = soak("llama_gqa", 80, seed=1, few_programs=True, host_len=60, **fields)
     assert engine.scheduler.counters.preempted
+    assert bool(engine.stats.planned_ahead) == ("speculation" not in fields)
 
 
 @pytest.mark.slow
