@@ -34,7 +34,6 @@ WAYS = {
     "looked up": {"speculation": "ngram", "num_drafts": 2},
     "page 7": {"page_size": 7, "chunk_len": 5},
     "one by one": {"max_batch": 1},
-    "ample": {"pool_len": None, "page_size": 1},
 }
 
 
