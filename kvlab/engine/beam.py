@@ -1,4 +1,5 @@
-"""Beam search over forked sequences: each beam shares the pages of its past, and a page is copied when two beams write it."""
+"""Beam search over forked sequences: each beam shares the pages of its past, and a page is copied when two beams write
+it."""
 
 from dataclasses import dataclass, field
 
@@ -15,39 +16,39 @@ class BeamGroup:
     @property
     def ready(self) -> bool:
         """Whether every live beam has its candidates."""
-        return all(one.candidates is not None for one in self.request.samples)
+        return all(beam.candidates is not None for beam in self.request.samples)
 
     def select(self) -> list[tuple[Sample, int, float]]:
-        """The next beams as (parent, token, log-probability), best first; a candidate that stops becomes a finished answer if
-        it ranks among the best `beam_width`. Empty when the search has ended."""
+        """The next beams as (parent, token, log-probability), best first; a candidate that stops becomes a finished
+        answer if it ranks among the best `beam_width`. Empty when the search has ended."""
         sampling = self.request.sampling
         width = sampling.beam_width or 1
         ranked = sorted(
             (
-                (-(one.score + logprob), order, rank, one, token, logprob)
-                for order, one in enumerate(self.request.samples)
-                if one.candidates is not None
-                for rank, (token, logprob) in enumerate(zip(*one.candidates, strict=True))
+                (-(beam.score + logprob), order, rank, beam, token, logprob)
+                for order, beam in enumerate(self.request.samples)
+                if beam.candidates is not None
+                for rank, (token, logprob) in enumerate(zip(*beam.candidates, strict=True))
             ),
             key=lambda candidate: candidate[:3],
         )[: sampling.num_candidates]
         chosen: list[tuple[Sample, int, float]] = []
-        for place, (_, _, _, one, token, logprob) in enumerate(ranked):
+        for place, (_, _, _, beam, token, logprob) in enumerate(ranked):
             if token in sampling.stop_tokens:
                 if place < width:
-                    self.finished.append(self.completion(one, [token], [logprob], "stop"))
+                    self.finished.append(self.completion(beam, [token], [logprob], "stop"))
             elif len(chosen) < width:
-                chosen.append((one, token, logprob))
-        self.finished.sort(key=lambda one: -(one.score or 0.0))
+                chosen.append((beam, token, logprob))
+        self.finished.sort(key=lambda completion: -(completion.score or 0.0))
         del self.finished[width:]
         if not chosen:
             return []
         if len(chosen[0][0].answer) + 1 >= sampling.max_tokens:
-            self.finished += [self.completion(one, [token], [lp], "length") for one, token, lp in chosen]
+            self.finished += [self.completion(beam, [token], [lp], "length") for beam, token, lp in chosen]
             chosen = []
         elif len(self.finished) == width and self._cannot_improve(chosen):
             chosen = []
-        self.finished.sort(key=lambda one: -(one.score or 0.0))
+        self.finished.sort(key=lambda completion: -(completion.score or 0.0))
         del self.finished[width:]
         return chosen
 
@@ -60,13 +61,13 @@ class BeamGroup:
 
     def end(self, reason: FinishReason) -> None:
         """The search ends here, by a cancellation or an error: live beams count as they are."""
-        self.finished += [self.completion(one, [], [], reason) for one in self.request.samples]
-        self.finished.sort(key=lambda one: -(one.score or 0.0))
+        self.finished += [self.completion(beam, [], [], reason) for beam in self.request.samples]
+        self.finished.sort(key=lambda completion: -(completion.score or 0.0))
         del self.finished[self.request.sampling.beam_width :]
 
-    def completion(self, one: Sample, tokens: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
+    def completion(self, beam: Sample, tokens: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
         """A beam's answer with these tokens added."""
-        answer, all_logprobs = one.answer + tokens, one.logprobs + logprobs
-        total = one.score + sum(logprobs)
+        answer, all_logprobs = beam.answer + tokens, beam.logprobs + logprobs
+        total = beam.score + sum(logprobs)
         score = total / max(1, len(answer)) ** self.request.sampling.length_penalty
         return Completion(answer, all_logprobs, reason, score=score)

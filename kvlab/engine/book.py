@@ -85,7 +85,8 @@ class Book:
     # Ends of sequences.
 
     def drop(self, sample: Sample, *, keep: bool = True) -> None:
-        """A sequence leaves scheduler, ledger, drafter and request; what it published stays in the index, unless not `keep`."""
+        """A sequence leaves scheduler, ledger, drafter and request; what it published stays in the index, unless not
+        `keep`."""
         if sample.state != "gone":
             self.scheduler.remove(sample, keep=keep)
         self.speculation.forget(sample)
@@ -153,7 +154,8 @@ class Book:
         return events
 
     def _end_in_error(self, request: Request, index: int, reason: str) -> Event:
-        """The answer of a request that failed: what its sequences have said until now. They are the caller's to drop."""
+        """The answer of a request that failed: what its sequences have said until now. They are the caller's to
+        drop."""
         self.stats.failed += 1
         if request.name in self.beams:
             group = self.beams[request.name]

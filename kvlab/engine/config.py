@@ -11,17 +11,17 @@ from kvlab.schema import ConfigError, Schema, choice, flag, integer, integers
 
 @dataclass(frozen=True)
 class EngineConfig(Schema):
-    """How requests are served. At most `max_batch` sequences run at once, each of up to `max_len` tokens, together of up to
-    `pool_len` (null: max_batch * max_len, so that nobody is ever preempted).
+    """How requests are served. At most `max_batch` sequences run at once, each of up to `max_len` tokens, together of
+    up to `pool_len` (null: max_batch * max_len, so that nobody is ever preempted).
 
-    `token_budget`, `mixed` and `preemption` as in `Schedule`; `host_len` tokens can be swapped to the host. `prefix_cache` finds
-    prompts again whose pages are resident, evicted by `policy`, recurrent states kept by `checkpoints`. `speculation` guesses
-    `num_drafts` tokens a step: "ngram" looks them up in the sequence itself, "draft" asks the engine's draft model.
+    `token_budget`, `mixed` and `preemption` as in `Schedule`; `host_len` tokens can be swapped to the host.
+    `prefix_cache` finds prompts again whose pages are resident, evicted by `policy`, recurrent states kept by
+    `checkpoints`. `speculation` guesses `num_drafts` tokens a step: "ngram" looks them up in the sequence itself,
+    "draft" asks the engine's draft model.
 
-    Steps are padded to the least of `row_sizes` rows, and prompts' parts to the least of `width_sizes` tokens, that hold them: each
-    pair is a program to compile. Where none does, or none is given, sizes grow by powers of two: padding costs a CPU more than
-    programs do. A GPU decodes 64 rows as fast as one, and compiles for ten seconds.
-    """
+    Steps are padded to the least of `row_sizes` rows, and prompts' parts to the least of `width_sizes` tokens, that
+    hold them: each pair is a program to compile. Where none does, or none is given, sizes grow by powers of two:
+    padding costs a CPU more than programs do. A GPU decodes 64 rows as fast as one, and compiles for ten seconds."""
 
     max_batch: int = integer(8, 1, 65536)
     max_len: int = integer(2048, 2, 1 << 24)
@@ -58,8 +58,8 @@ class EngineConfig(Schema):
 
 @dataclass
 class Stats:
-    """What the engine did so far. Its seconds: `host_s` planning and settling, of which `hidden_s` while a program was under way,
-    `dispatch_s` handing programs over (a CPU may run them meanwhile), and `wait_s` waiting for them."""
+    """What the engine did so far. Its seconds: `host_s` planning and settling, of which `hidden_s` while a program was
+    under way, `dispatch_s` handing programs over (a CPU may run them meanwhile), and `wait_s` waiting for them."""
 
     steps: int = 0
     launches: int = 0

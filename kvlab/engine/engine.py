@@ -5,10 +5,9 @@
     for event in engine.stream(prompts, Sampling()): ...             # token by token
     name = engine.submit(prompt); engine.step(); engine.cancel(name) # by hand
 
-Every step: the scheduler says who computes what, the ledger plans the pages, the device computes and draws tokens, and what
-they mean is settled: tokens accepted, pages published, sequences ended. Where all rows decode on, the next step is launched
-before this one is settled, so that the device never waits for the host.
-"""
+Every step: the scheduler says who computes what, the ledger plans the pages, the device computes and draws tokens, and
+what they mean is settled: tokens accepted, pages published, sequences ended. Where all rows decode on, the next step is
+launched before this one is settled, so that the device never waits for the host."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -106,11 +105,11 @@ class Engine:
         priority: int = 0,
         namespace: str = "",
     ) -> str:
-        """Queues a request and returns its name. Higher priorities are admitted first and make room last, but do not interrupt
-        what runs; prompts share pages within a namespace only.
+        """Queues a request and returns its name. Higher priorities are admitted first and make room last, but do not
+        interrupt what runs; prompts share pages within a namespace only.
 
-        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use, text or
-        stop strings without a tokenizer, and a priority or namespace of another type. Nothing has then changed.
+        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use,
+        text or stop strings without a tokenizer, and a priority or namespace of another type. Nothing has then changed.
         """
         request = self.intake.request(
             prompt,
@@ -133,9 +132,8 @@ class Engine:
     ) -> list[Answer]:
         """Answers in the order of the prompts, each with its own sampling or all with the same.
 
-        Raises ValueError for the first bad prompt before anything is computed, and GenerationError, with every answer, when
-        requests failed.
-        """
+        Raises ValueError for the first bad prompt before anything is computed, and GenerationError, with every answer,
+        when requests failed."""
         names = self._submit_all(prompts, sampling)
         try:
             while any(name in self.requests for name in names):
@@ -151,8 +149,8 @@ class Engine:
     def stream(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> Stream:
-        """Events of these requests as they happen; of a beam search, the best beam's when it has ended. Whoever stops listening
-        cancels what is left. Bad prompts raise here."""
+        """Events of these requests as they happen; of a beam search, the best beam's when it has ended. Whoever stops
+        listening cancels what is left. Bad prompts raise here."""
         names = self._submit_all(prompts, sampling)
         stream = Stream(names, self.step, self.requests.__contains__, self._abandon)
         self.book.streams.add(stream)
@@ -169,8 +167,8 @@ class Engine:
         return names
 
     def _abandon(self, names: Collection[str]) -> None:
-        """Ends these requests, whatever became of them, and forgets their answers; after the step, if one is under way: Python may
-        let go of a stream anywhere."""
+        """Ends these requests, whatever became of them, and forgets their answers; after the step, if one is under way:
+        Python may let go of a stream anywhere."""
         if self._stepping:
             self._unheard += names
             return
@@ -184,9 +182,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Advances every sequence that the budget allows; returns what happened. Nothing to do is no event.
 
-        Where a step does not end, by an interrupt or an error of the device, what took part in it fails, what waits goes on in
-        memory made anew, and the exception is raised.
-        """
+        Where a step does not end, by an interrupt or an error of the device, what took part in it fails, what waits
+        goes on in memory made anew, and the exception is raised."""
         self._stepping = True
         try:
             events = self._advance()
@@ -234,8 +231,9 @@ class Engine:
         return [self.runner.launch(self.ledger, group) for group in groups], events
 
     def _launch_behind(self, flight: list[Launched]) -> list[Launched]:
-        """The step behind this one, under way, where it needs nothing of this one on the host: all that run decode here, want
-        tokens and text only, and nobody can come in. A sequence that this step turns out to end is then computed in vain."""
+        """The step behind this one, under way, where it needs nothing of this one on the host: all that run decode
+        here, want tokens and text only, and nobody can come in. A sequence that this step turns out to end is then
+        computed in vain."""
         if len(flight) != 1 or self.speculation.drafter is not None:
             return []
         (launched,) = flight
@@ -253,8 +251,8 @@ class Engine:
         return len(going) == len(self.scheduler.running) and all([entry.decodes for entry in going])  # noqa: C419
 
     def _start_over(self, reason: str) -> list[Event]:
-        """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made anew. What was
-        published is gone with them, since it may not be finite."""
+        """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made
+        anew. What was published is gone with them, since it may not be finite."""
         scheduler = self.scheduler
         waiting = [entry for entry in scheduler.waiting if not entry.num_computed and entry.state == "waiting"]
         torn = [

@@ -73,7 +73,8 @@ class Rejection(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What the scheduler says of the next step: first the moves, in order, then the work, which is reserved in the ledger."""
+    """What the scheduler says of the next step: first the moves, in order, then the work, which is reserved in the
+    ledger."""
 
     work: list[Work]
     moves: list[Move] = field(default_factory=list)

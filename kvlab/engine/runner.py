@@ -1,8 +1,7 @@
 """The device's side of the engine: pools, programs, and what is under way.
 
-A step is launched and not waited for. The step behind it can be launched before anything of the first is known on the host: its
-tokens are then read from the array that the first one draws into.
-"""
+A step is launched and not waited for. The step behind it can be launched before anything of the first is known on the
+host: its tokens are then read from the array that the first one draws into."""
 
 import time
 from collections.abc import Sequence
@@ -44,7 +43,8 @@ class Batch(NamedTuple):
     choices: Choices
     mode: Mode
     is_plain: bool
-    """Whether they want tokens, log-probabilities and text only, so that the step behind needs nothing of them on the host."""
+    """Whether they want tokens, log-probabilities and text only, so that the step behind needs nothing of them on the
+    host."""
 
 
 @dataclass(eq=False)
@@ -110,8 +110,8 @@ class Runner:
         return [Group(parts, *key) for key, parts in groups.items()]
 
     def launch(self, ledger: Ledger, group: Group, behind: Launched | None = None) -> Launched:
-        """Plans and dispatches one program, not waited for. Its rows were drawn by `behind`, if that is given: what they draw is
-        then fed from the device."""
+        """Plans and dispatches one program, not waited for. Its rows were drawn by `behind`, if that is given: what
+        they draw is then fed from the device."""
         samples: list[Any] = [part.entry for part in group.work]
         num_rows = self.config.buckets.rows_for(len(samples), self.config.max_batch)
         plan = ledger.plan([sample.name for sample in samples], num_rows, group.width)

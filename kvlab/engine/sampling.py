@@ -1,9 +1,8 @@
 """From logits to tokens: what a request may ask for, and the sampler, whose noise depends on seed and position alone.
 
-The noise of a token is Gumbel noise keyed by (seed, sample, position), and the token is the argmax of logits plus noise. So a
-request's answer does not depend on who shares its batch, on chunks, on preemption, nor on speculation: a draft is accepted
-where it equals the token that would have been drawn anyway (a coupling after arXiv 2408.07978).
-"""
+The noise of a token is Gumbel noise keyed by (seed, sample, position), and the token is the argmax of logits plus
+noise. So a request's answer does not depend on who shares its batch, on chunks, on preemption, nor on speculation: a
+draft is accepted where it equals the token that would have been drawn anyway (a coupling after arXiv 2408.07978)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ COLD = 1e-5
 
 @dataclass(frozen=True)
 class Sampling(Schema):
-    """How a request is answered. `temperature` 0 is greedy; filters apply in the order repetition penalty, temperature, top_k,
-    top_p (arXiv 1904.09751), min_p (arXiv 2407.01082).
+    """How a request is answered. `temperature` 0 is greedy; filters apply in the order repetition penalty, temperature,
+    top_k, top_p (arXiv 1904.09751), min_p (arXiv 2407.01082).
 
-    `max_tokens` bounds the answer; it ends earlier after a token of `stop_tokens` (kept in the answer) or where its text
-    contains one of `stop` (cut off before it). `num_samples` answers are drawn from one prompt, sharing its memory; with
-    `beam_width` the answer is the best of a beam search instead, its score divided by length ** `length_penalty`.
-    `num_logprobs` most likely alternatives are reported for each token. `seed` null: the engine chooses one.
-    """
+    `max_tokens` bounds the answer; it ends earlier after a token of `stop_tokens` (kept in the answer) or where its
+    text contains one of `stop` (cut off before it). `num_samples` answers are drawn from one prompt, sharing its
+    memory; with `beam_width` the answer is the best of a beam search instead, its score divided by length **
+    `length_penalty`. `num_logprobs` most likely alternatives are reported for each token. `seed` null: the engine
+    chooses one."""
 
     max_tokens: int = integer(64, 1, 1 << 30)
     temperature: float = real(0.0, 0.0, 100.0)
@@ -86,15 +85,17 @@ class Choices(NamedTuple):
         real_rows = np.zeros((4, batch_size), np.float32)
         real_rows[1:] = 1
         whole_rows = np.zeros((3, batch_size), np.int32)
-        for row, (one, seed, sample) in enumerate(rows):
-            warm = one.temperature if one.temperature >= COLD else 0.0  # divided by less, scores would overflow
-            real_rows[:, row] = warm, one.top_p, one.min_p, one.repetition_penalty
-            whole_rows[:, row] = one.top_k, seed, sample
+        for row, (sampling, seed, sample) in enumerate(rows):
+            # Divided by less than COLD, scores would overflow.
+            warm = sampling.temperature if sampling.temperature >= COLD else 0.0
+            real_rows[:, row] = warm, sampling.top_p, sampling.min_p, sampling.repetition_penalty
+            whole_rows[:, row] = sampling.top_k, seed, sample
         return cls(real_rows[0], whole_rows[0], real_rows[1], real_rows[2], real_rows[3], whole_rows[1:].T)
 
 
 class Mode(NamedTuple):
-    """What a step compiles for: whether any row is random, filtered or penalised, and how many alternatives are reported."""
+    """What a step compiles for: whether any row is random, filtered or penalised, and how many alternatives are
+    reported."""
 
     random: bool = False
     filters: bool = False
@@ -104,18 +105,18 @@ class Mode(NamedTuple):
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "Mode":
         """The least that serves all of these."""
-        most = max((max(one.num_logprobs, one.num_candidates) for one in samplings), default=0)
+        most = max((max(sampling.num_logprobs, sampling.num_candidates) for sampling in samplings), default=0)
         return cls(
-            any(one.temperature > 0 for one in samplings),
-            any(one.filters for one in samplings),
-            any(one.repetition_penalty != 1 for one in samplings),
+            any(sampling.temperature > 0 for sampling in samplings),
+            any(sampling.filters for sampling in samplings),
+            any(sampling.repetition_penalty != 1 for sampling in samplings),
             1 << (most - 1).bit_length() if most else 0,
         )
 
 
 class Drawn(NamedTuple):
-    """What was drawn at positions [B, M]: tokens, their log-probabilities under the model itself (before temperature and
-    filters), and the most likely alternatives [B, M, N]."""
+    """What was drawn at positions [B, M]: tokens, their log-probabilities under the model itself (before temperature
+    and filters), and the most likely alternatives [B, M, N]."""
 
     tokens: Any
     logprobs: Any

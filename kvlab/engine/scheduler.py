@@ -1,11 +1,11 @@
-"""Who takes part in the next step. One counter idea: a sequence has tokens known and tokens computed, and every step computes
-some of the difference, be it a prompt's chunk, one decoded token, or what a preemption or a rejected speculation threw away.
+"""Who takes part in the next step. One counter idea: a sequence has tokens known and tokens computed, and every step
+computes some of the difference, be it a prompt's chunk, one decoded token, or what a preemption or a rejected
+speculation threw away.
 
     sequence.num_known - sequence.num_computed      what is left to compute; 1 while decoding
-    scheduler.schedule() -> Step(work, moves, rejected)     work: [(sequence, num_new, lookahead), ...], reserved in the ledger
+    scheduler.schedule() -> Step(work, moves, rejected)     work: (sequence, num_new, lookahead), reserved in the ledger
 
-Pure host code: the engine runs it with a device, the capacity simulator with a clock.
-"""
+Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
 from dataclasses import dataclass, field
 
@@ -22,9 +22,8 @@ UNLIMITED = 1 << 30
 class Schedule(Schema):
     """How steps are made: at most `max_batch` sequences and `token_budget` tokens, decoded ones first.
 
-    With `mixed` prompts and decodes share steps (chunked prefill, arXiv 2403.02310); without, a step that computes prompts
-    decodes nothing. Whoever must make room is computed again, or goes to the host and back.
-    """
+    With `mixed` prompts and decodes share steps (chunked prefill, arXiv 2403.02310); without, a step that computes
+    prompts decodes nothing. Whoever must make room is computed again, or goes to the host and back."""
 
     max_batch: int = integer(UNLIMITED, 1)
     token_budget: int = integer(UNLIMITED, 1)
@@ -45,10 +44,10 @@ class _Unfinished:
 class Scheduler:
     """Chooses each step's sequences, reserves their pages, and makes room. Deterministic.
 
-    Invariants: the scheduled tokens stay within the budget; every step schedules something or raises RuntimeError; the first
-    in order is never preempted for another and has a token in every step once it runs. Order is by priority, then age; it
-    says who is admitted first and who makes room last, but nobody is interrupted only because somebody more urgent came.
-    """
+    Invariants: the scheduled tokens stay within the budget; every step schedules something or raises RuntimeError; the
+    first in order is never preempted for another and has a token in every step once it runs. Order is by priority, then
+    age; it says who is admitted first and who makes room last, but nobody is interrupted only because somebody more
+    urgent came."""
 
     ledger: Ledger
     schedule_config: Schedule = field(default_factory=Schedule)
@@ -66,8 +65,8 @@ class Scheduler:
         self._queue(entry)
 
     def branch(self, parent: Entry, child: Entry) -> None:
-        """`child` continues from where `parent` is: forked in memory where that leaves it something to compute and there is
-        room, otherwise computed when its turn comes (and found in the index)."""
+        """`child` continues from where `parent` is: forked in memory where that leaves it something to compute and
+        there is room, otherwise computed when its turn comes (and found in the index)."""
         child.arrival = parent.arrival
         has_room = parent.state == "running" and len(self.running) < self.schedule_config.max_batch
         if has_room and 0 < parent.num_computed < child.num_known:
@@ -95,8 +94,8 @@ class Scheduler:
         return len(self.running) + len(self.waiting) + len(self.swapped)
 
     def schedule(self) -> Step:
-        """The next step, reserved. Without work only when every sequence is paused, has just come back or was just rejected, or
-        there is none. Raises RuntimeError when sequences could go on and none does."""
+        """The next step, reserved. Without work only when every sequence is paused, has just come back or was just
+        rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
         if self._closed and (steady := self._steady(self.running)) is not None:
             return Step(steady)
         config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
@@ -116,12 +115,11 @@ class Scheduler:
         return Step(work, step.moves, step.rejected)
 
     def schedule_ahead(self) -> list[Work] | None:
-        """The work of the step behind the one that the device works on, whose tokens the counters have already, reserved: where
-        everybody decodes on but those at their end, and nobody can come in. None where that does not hold; nothing is reserved
-        then.
+        """The work of the step behind the one that the device works on, whose tokens the counters have already,
+        reserved: where everybody decodes on but those at their end, and nobody can come in. None where that does not
+        hold; nothing is reserved then.
 
-        Publishes nothing: what the device works on may come out wrong. Evicts, but not for what ends now anyway.
-        """
+        Publishes nothing: what the device works on may come out wrong. Evicts, but not for what ends now anyway."""
         going = [entry for entry in self.running if entry.num_computed < entry.final_len]
         all_go_on = len(going) == len(self.running)
         if not going or not self._closed or not (all_go_on or self._nobody_waits):
@@ -140,8 +138,8 @@ class Scheduler:
         return not (self.waiting or self.swapped)
 
     def _steady(self, entries: list[Entry], *, evicts: bool = True) -> list[Work] | None:
-        """The step in which each of these decodes one token and no page is short: nearly all steps, quickly. None where that
-        does not hold, or would evict though it should not; nothing is reserved then."""
+        """The step in which each of these decodes one token and no page is short: nearly all steps, quickly. None where
+        that does not hold, or would evict though it should not; nothing is reserved then."""
         if len(entries) > self.schedule_config.token_budget:
             return None
         if not all([entry.decodes and not entry.paused for entry in entries]):  # noqa: C419  a list is faster
@@ -160,8 +158,8 @@ class Scheduler:
         return [Work(entry, 1, 0) for entry in entries]
 
     def _decode_budget(self) -> int:
-        """The tokens that decoding may take: all, but for one where somebody who computes a prompt, or could begin one, goes
-        before the last of those decoding."""
+        """The tokens that decoding may take: all, but for one where somebody who computes a prompt, or could begin one,
+        goes before the last of those decoding."""
         budget = self.schedule_config.token_budget
         prompts = [entry for entry in self.running if entry.num_computed < entry.prefill_len and not entry.paused]
         if len(self.running) < self.schedule_config.max_batch:
@@ -173,7 +171,8 @@ class Scheduler:
         return budget if ahead >= budget else max(ahead, budget - 1)
 
     def _decode(self, step: _Unfinished, budget: int) -> None:
-        """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when short."""
+        """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when
+        short."""
         work = step.work
         active = [entry for entry in self.running if not entry.paused]
         ready = [entry for entry in active if entry.prefill_len <= entry.num_computed < entry.num_known]
@@ -295,7 +294,8 @@ class Scheduler:
         self._queue(entry)
 
     def _unblock(self, step: _Unfinished) -> None:
-        """Nobody was scheduled although somebody could go on: those who pause hold the pages, so the last of them goes."""
+        """Nobody was scheduled although somebody could go on: those who pause hold the pages, so the last of them
+        goes."""
         ready = [entry for entry in (*self.running, *self.swapped, *self.waiting) if not entry.paused]
         if not ready:
             return

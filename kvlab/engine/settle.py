@@ -12,8 +12,8 @@ from kvlab.engine.scheduler import Scheduler
 
 
 class _Row(NamedTuple):
-    """One sequence's part of a program: `num_new` known tokens and `lookahead` drafts, and what was drawn behind the last known one
-    and behind each draft."""
+    """One sequence's part of a program: `num_new` known tokens and `lookahead` drafts, and what was drawn behind the
+    last known one and behind each draft."""
 
     sample: Sample
     num_new: int
@@ -29,8 +29,9 @@ class Settler:
         self.scheduler, self.book, self.stats, self.rolls_back = scheduler, book, stats, rolls_back
 
     def commit_early(self, launched: Launched) -> bool:
-        """Counts the tokens of a program that decodes while the device works on it, and says whether all of them could be: then
-        the step behind can be scheduled. What is not finite, as it may turn out, nobody has seen: pages wait for `publish`."""
+        """Counts the tokens of a program that decodes while the device works on it, and says whether all of them could
+        be: then the step behind can be scheduled. What is not finite, as it may turn out, nobody has seen: pages wait
+        for `publish`."""
         rows = [row for row, part in enumerate(launched.group.work) if part.entry.state != "gone"]
         entries = [launched.group.work[row].entry for row in rows]
         fed = [entry.ids[entry.num_computed] for entry in entries]
@@ -47,21 +48,21 @@ class Settler:
         events: list[Event] = []
         tokens, logprobs = fetched.drawn.tokens.tolist(), fetched.drawn.logprobs.tolist()
         finite, everywhere = fetched.finite.tolist(), launched.group.everywhere
-        for number, (sample, count, lookahead) in enumerate(launched.group.work):
+        for number, (sample, num_new, lookahead) in enumerate(launched.group.work):
             assert isinstance(sample, Sample)
             if sample.state == "gone":
                 continue
-            first = count - 1 if everywhere else 0
+            first = num_new - 1 if everywhere else 0
             drawn = slice(first, first + lookahead + 1)
-            row = _Row(sample, count, lookahead, tokens[number][drawn], logprobs[number][drawn])
+            row = _Row(sample, num_new, lookahead, tokens[number][drawn], logprobs[number][drawn])
             committed = launched.committed[number]
             if not finite[number] or not all(map(math.isfinite, row.logprobs)):
                 start = sample.num_computed - committed
-                reason = f"logits or states at tokens [{start}, {start + count}) are not finite"
+                reason = f"logits or states at tokens [{start}, {start + num_new}) are not finite"
                 events.append(self.book.fail(sample, reason))
             elif committed:
-                self.stats.decoded_tokens += 1
                 events.append(event := self._accept(sample, row.tokens[0], row.logprobs[0]))
+                self.stats.decoded_tokens += 1
                 if event.finish_reason is not None:
                     self.book.finish(sample, event.finish_reason)
             else:
@@ -103,8 +104,8 @@ class Settler:
         return events
 
     def _commit(self, sample: Sample, count: int, lookahead: int, accepted: int) -> None:
-        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its accepted
-        tokens, known now, are fed again."""
+        """The computed tokens count. Beside recurrent states a step with a rejected draft is rejected whole, and its
+        accepted tokens, known now, are fed again."""
         if sample.num_computed >= sample.prefill_len:
             self.stats.decoded_tokens += accepted + 1
         else:

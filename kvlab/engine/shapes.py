@@ -10,15 +10,15 @@ class Buckets(NamedTuple):
     widths: tuple[int, ...] = ()
 
     def rows_for(self, num_rows: int, limit: int) -> int:
-        """The least size that holds as many rows. Without one: the least power of two, or one and a half of one, so that at
-        most a third is padding."""
+        """The least size that holds as many rows. Without one: the least power of two, or one and a half of one, so
+        that at most a third is padding."""
         power = 1 << (num_rows - 1).bit_length()
         size = 3 * power // 4 if num_rows <= 3 * power // 4 and power >= 4 else power
         return min((size for size in self.rows if size >= num_rows), default=min(size, limit))
 
     def width_for(self, num_tokens: int, limit: int) -> int:
-        """The least size that holds as many tokens of a row. Without one: the least power of two. A single token has width 1,
-        since that is what decoding runs all the time."""
+        """The least size that holds as many tokens of a row. Without one: the least power of two. A single token has
+        width 1, since that is what decoding runs all the time."""
         if num_tokens == 1:
             return 1
         power = 1 << (num_tokens - 1).bit_length()

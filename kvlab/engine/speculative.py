@@ -1,10 +1,9 @@
 """Drafting: guesses of the next tokens, which one step of the model then checks together (arXiv 2211.17192).
 
-A draft is accepted where it equals the token that the model's own sampler draws at that position, so speculation changes no
-token, greedy or random: see `sampling`. For drafts that are certain (prompt lookup) that accepts as often as the rejection
-rule of the paper; for a draft model, which draws with the same noise, with probability at least (1 - d) / (1 + d) where the
-paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978).
-"""
+A draft is accepted where it equals the token that the model's own sampler draws at that position, so speculation
+changes no token, greedy or random: see `sampling`. For drafts that are certain (prompt lookup) that accepts as often as
+the rejection rule of the paper; for a draft model, which draws with the same noise, with probability at least (1 - d) /
+(1 + d) where the paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978)."""
 
 import abc
 from collections.abc import Callable, Sequence
@@ -53,18 +52,18 @@ class NgramDrafter(Drafter):
         self._seen: dict[Sample, tuple[int, dict[tuple[int, ...], int]]] = {}
 
     def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
-        return [self._propose(one) for one in samples]
+        return [self._propose(sample) for sample in samples]
 
     def forget(self, sample: Sample) -> None:
         self._seen.pop(sample, None)
 
-    def _propose(self, one: Sample) -> list[int]:
-        ids = one.ids
-        done, ends = self._seen.get(one, (0, {}))
+    def _propose(self, sample: Sample) -> list[int]:
+        ids = sample.ids
+        done, ends = self._seen.get(sample, (0, {}))
         for end in range(done + 1, len(ids)):  # n-grams that something follows
             for length in range(1, min(self.max_ngram, end) + 1):
                 ends[tuple(ids[end - length : end])] = end
-        self._seen[one] = max(done, len(ids) - 1), ends
+        self._seen[sample] = max(done, len(ids) - 1), ends
         for length in range(min(self.max_ngram, len(ids) - 1), 0, -1):
             end = ends.get(tuple(ids[-length:]))
             if end is not None:
@@ -83,15 +82,15 @@ class _DraftStep:
     def __call__(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, choices: Choices, *, mode: Mode
     ) -> tuple[Array, Pools]:
-        """Drafts [B, num_drafts] behind tokens [B, T]; the plan counts all of them but the last draft, whose state nobody
-        needs."""
+        """Drafts [B, num_drafts] behind tokens [B, T]; the plan counts all of them but the last draft, whose state
+        nobody needs."""
         known = jnp.maximum(jnp.asarray(plan.counts) - (self.num_drafts - 1), 0)
         starts, rest = jnp.asarray(plan.starts), self.num_drafts - 1
 
         def guess(pools: Pools, starts: Array, counts: Array, fed: Array, offset: Array | None) -> tuple[Pools, Array]:
             classes = tuple(
-                _columns(one, state.spec.per_token, offset, fed.shape[1])
-                for one, state in zip(plan.classes, self.step.layout.classes, strict=True)
+                _columns(planned, state.spec.per_token, offset, fed.shape[1])
+                for planned, state in zip(plan.classes, self.step.layout.classes, strict=True)
             )
             now = plan._replace(starts=starts, counts=counts, classes=classes)
             model, hidden, pools = self.step.forward(params, pools, now, fed)
@@ -109,8 +108,9 @@ class _DraftStep:
 
 
 def _columns(plan: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:
-    """A class's plan for `width` tokens of the whole, from each row's offset on (None: the first). Slots of later tokens may be
-    among them: what is written there too early is written again. A recurrent state is read where it was written last."""
+    """A class's plan for `width` tokens of the whole, from each row's offset on (None: the first). Slots of later
+    tokens may be among them: what is written there too early is written again. A recurrent state is read where it was
+    written last."""
     slots = jnp.asarray(plan.write_slots)
     if offset is None:
         return plan._replace(write_slots=slots[:, :width]) if per_token else plan
@@ -150,58 +150,64 @@ class ModelDrafter(Drafter):
         """Of the last round: known tokens when it began, and the drafts."""
 
     def propose(self, samples: Sequence[Sample]) -> list[list[int]]:
-        again = {one: guess for one in samples if (guess := self._unanswered(one)) is not None}
-        asked, samples = samples, [one for one in samples if one not in again]
-        for one in samples:
-            self._settle(one)
+        again = {sample: guess for sample in samples if (guess := self._unanswered(sample)) is not None}
+        asked, samples = samples, [sample for sample in samples if sample not in again]
+        for sample in samples:
+            self._settle(sample)
         longest = self.ledger.chunk_len - (self.num_drafts - 1)
-        while behind := [one for one in samples if self._pending(one) > longest]:
+        while behind := [sample for sample in samples if self._pending(sample) > longest]:
             self._prefill(behind)
-        ready = [one for one in samples if self.ledger.reserve(one, self._pending(one), self.num_drafts - 1).ready]
+        ready = [
+            sample
+            for sample in samples
+            if self.ledger.reserve(sample, self._pending(sample), self.num_drafts - 1).ready
+        ]
         proposed = self._draft(ready) if ready else {}
-        self._in_flight |= {one: (len(one.ids), guess) for one, guess in proposed.items()}
-        return [(again | proposed).get(one, []) for one in asked]
+        self._in_flight |= {sample: (len(sample.ids), guess) for sample, guess in proposed.items()}
+        return [(again | proposed).get(sample, []) for sample in asked]
 
-    def _unanswered(self, one: Sample) -> list[int] | None:
+    def _unanswered(self, sample: Sample) -> list[int] | None:
         """The last guess, where the large model has said nothing since."""
-        known, guess = self._in_flight.get(one, (0, []))
-        return guess if known == len(one.ids) else None
+        known, guess = self._in_flight.get(sample, (0, []))
+        return guess if known == len(sample.ids) else None
 
     def forget(self, sample: Sample) -> None:
         self._in_flight.pop(sample, None)
         if sample in self.ledger.running:
             self.ledger.release(sample)
 
-    def _pending(self, one: Sample) -> int:
-        return len(one.ids) - (self.ledger.length(one) if one in self.ledger.running else 0)
+    def _pending(self, sample: Sample) -> int:
+        return len(sample.ids) - (self.ledger.length(sample) if sample in self.ledger.running else 0)
 
-    def _settle(self, one: Sample) -> None:
+    def _settle(self, sample: Sample) -> None:
         """Keeps of the last round what the large model accepted."""
-        if (last := self._in_flight.pop(one, None)) is None:
+        if (last := self._in_flight.pop(sample, None)) is None:
             return
         known, guess = last
-        fed, said = guess[: self.num_drafts - 1], one.ids[known : known + self.num_drafts - 1]
+        fed, said = guess[: self.num_drafts - 1], sample.ids[known : known + self.num_drafts - 1]
         matched = next((i for i, pair in enumerate(zip(fed, said, strict=False)) if pair[0] != pair[1]), len(said))
-        matched = min(matched, len(one.ids) - known - 1)  # the last known token is always fed again: a guess follows it
-        count = known - self.ledger.length(one)
+        matched = min(
+            matched, len(sample.ids) - known - 1
+        )  # the last known token is always fed again: a guess follows it
+        count = known - self.ledger.length(sample)
         rolls_back = all(state.spec.per_token for state in self.step.layout.classes)
-        self.ledger.commit(one, count + matched if rolls_back or matched == len(fed) else 0)
+        self.ledger.commit(sample, count + matched if rolls_back or matched == len(fed) else 0)
 
     def _prefill(self, rows: Sequence[Sample]) -> None:
         """The next chunk of sequences of which the drafter knows too little to guess."""
         chunk_len = self.ledger.chunk_len
-        counts = [min(chunk_len, self._pending(one) - 1) for one in rows]
+        counts = [min(chunk_len, self._pending(sample) - 1) for sample in rows]
         tokens, plan = self._planned(rows, counts, chunk_len, reserve=True)
         _, self.pools = self.step(self.params, self.pools, plan, jnp.asarray(tokens))
-        for one, count in zip(rows, counts, strict=True):
-            self.ledger.commit(one, count)
+        for sample, count in zip(rows, counts, strict=True):
+            self.ledger.commit(sample, count)
 
     def _draft(self, rows: Sequence[Sample]) -> dict[Sample, list[int]]:
         """Drafts behind all that is known of sequences with a reservation."""
-        counts, lookahead = [self._pending(one) for one in rows], self.num_drafts - 1
+        counts, lookahead = [self._pending(sample) for sample in rows], self.num_drafts - 1
         width = self.buckets.width_for(max(counts), self.ledger.chunk_len - lookahead)
         tokens, plan = self._planned(rows, counts, width + lookahead, reserve=False)
-        asked = [(one.request.sampling, one.request.seed, one.index) for one in rows]
+        asked = [(sample.request.sampling, sample.request.seed, sample.index) for sample in rows]
         mode = Mode.of([sampling for sampling, _, _ in asked])._replace(num_logprobs=0, penalty=False)
         choices = Choices.of(asked, len(tokens))
         drafts, self.pools = self._draft_step(self.params, self.pools, plan, jnp.asarray(tokens), choices, mode=mode)
@@ -213,11 +219,11 @@ class ModelDrafter(Drafter):
         """The tokens and the plan of a step of these rows."""
         num_rows = self.buckets.rows_for(len(rows), self.step.layout.max_sequences)
         tokens = np.zeros((num_rows, width), np.int32)
-        for row, (one, count) in enumerate(zip(rows, counts, strict=True)):
-            if reserve and not (answer := self.ledger.reserve(one, count)).ready:
+        for row, (sample, count) in enumerate(zip(rows, counts, strict=True)):
+            if reserve and not (answer := self.ledger.reserve(sample, count)).ready:
                 raise RuntimeError(f"a drafter's pool has room for every sequence: {answer}")
-            start = self.ledger.length(one)
-            tokens[row, :count] = one.ids[start : start + count]
+            start = self.ledger.length(sample)
+            tokens[row, :count] = sample.ids[start : start + count]
         plan, self.pools = self.step.copied(self.pools, self.ledger.plan(rows, *tokens.shape))
         return tokens, plan
 
@@ -239,8 +245,8 @@ class Speculation:
         draft: tuple[nnx.GraphDef[Transformer], Params] | None,
         vocab_size: int,
     ) -> "Speculation":
-        """What a configuration asks for. Raises ConfigError for a draft model where none is asked for, none where one is, and one
-        of another vocabulary."""
+        """What a configuration asks for. Raises ConfigError for a draft model where none is asked for, none where one
+        is, and one of another vocabulary."""
         if (draft is not None) != (config.speculation == "draft"):
             raise ConfigError("speculation", config.speculation, 'must be "draft" with a draft model, and only then')
         if draft is None:

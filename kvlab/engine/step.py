@@ -26,8 +26,8 @@ type Pools = tuple[Mapping[str, Any], ...]
 class MemoryStep:
     """`step(params, pools, plan, tokens) -> (logits, pools)`; pools are donated, so nothing is copied.
 
-    Programs belong to a step, by identity, which costs nothing to look up; `of` gives the same one to all who ask for the same.
-    """
+    Programs belong to a step, by identity, which costs nothing to look up; `of` gives the same one to all who ask for
+    the same."""
 
     structure: nnx.GraphDef[Transformer]
     layout: MemoryLayout
@@ -35,12 +35,14 @@ class MemoryStep:
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, structure: nnx.GraphDef[Transformer], layout: MemoryLayout) -> "MemoryStep":
-        """The step of a model in a memory: engines and sessions that are alike share their programs, and compile them once."""
+        """The step of a model in a memory: engines and sessions that are alike share their programs, and compile them
+        once."""
         return cls(structure, layout)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=2)
     def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
-        """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are noise."""
+        """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are
+        noise."""
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         return model.logits(hidden), pools
 
@@ -48,8 +50,8 @@ class MemoryStep:
     def next_logits(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, everywhere: bool = False
     ) -> tuple[LabelLogits, Bool[Array, "B"], Pools]:
-        """Logits [B, M, V] after each row's last token, M = 1, or with `everywhere` after each of its tokens, M = T; and whether
-        all that a row computed is finite."""
+        """Logits [B, M, V] after each row's last token, M = 1, or with `everywhere` after each of its tokens, M = T;
+        and whether all that a row computed is finite."""
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         counts = jnp.asarray(plan.counts)[:, None]
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -58,7 +60,8 @@ class MemoryStep:
         return logits, finite.all(axis=1), pools
 
     def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
-        """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not compiled."""
+        """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not
+        compiled."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
@@ -73,7 +76,8 @@ class MemoryStep:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def copy(self, pools: Pools, copies: tuple[Array, ...]) -> Pools:
-        """The pools with every class's (source, destination) pages copied: what comes before a step that shares pages."""
+        """The pools with every class's (source, destination) pages copied: what comes before a step that shares
+        pages."""
         return tuple(
             {
                 name: copy_pages(pool, copies[states[name]][:, 0], copies[states[name]][:, 1])
@@ -88,12 +92,13 @@ class MemoryStep:
         return self(params, pools, plan, jnp.asarray(tokens))
 
     def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
-        """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are compiled."""
+        """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are
+        compiled."""
         if plan.has_copies:
             padded = []
-            for one, state in zip(plan.classes, self.layout.classes, strict=True):
-                size = 1 << max(0, len(one.copies) - 1).bit_length()
-                nothing = np.full((size - len(one.copies), 2), [0, state.num_pages], np.int32)
-                padded.append(jnp.asarray(np.concatenate([one.copies, nothing])))
+            for planned, state in zip(plan.classes, self.layout.classes, strict=True):
+                size = 1 << max(0, len(planned.copies) - 1).bit_length()
+                nothing = np.full((size - len(planned.copies), 2), [0, state.num_pages], np.int32)
+                padded.append(jnp.asarray(np.concatenate([planned.copies, nothing])))
             pools = self.copy(pools, tuple(padded))
         return plan.without_copies(), pools

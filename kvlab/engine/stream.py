@@ -7,8 +7,8 @@ from kvlab.engine.requests import Event
 
 
 class Stream(Iterator[Event]):
-    """What `Engine.stream` returns. Others may step the engine meanwhile: this stream misses nothing. Closing it, or letting it
-    go, cancels what is left of its requests."""
+    """What `Engine.stream` returns. Others may step the engine meanwhile: this stream misses nothing. Closing it, or
+    letting it go, cancels what is left of its requests."""
 
     def __init__(
         self,

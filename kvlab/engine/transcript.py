@@ -6,8 +6,8 @@ from kvlab.tokenizers import Tokenizer
 
 
 class Transcript:
-    """The text of an answer while its tokens come. A token's text may depend on those before it and be incomplete until those
-    after it, so a few tokens are decoded again each time and an unfinished character is held back."""
+    """The text of an answer while its tokens come. A token's text may depend on those before it and be incomplete until
+    those after it, so a few tokens are decoded again each time and an unfinished character is held back."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, tuple(stops)

@@ -1,5 +1,5 @@
-"""Small models of every family with weights drawn from names, loaded from real safetensors folders, and what `transformers` says
-they answer (tests/golden/generation)."""
+"""Small models of every family with weights drawn from names, loaded from real safetensors folders, and what
+`transformers` says they answer (tests/golden/generation)."""
 
 import functools
 import json
@@ -74,6 +74,12 @@ def engine_of(
         draft=(drafting.structure, drafting.params) if drafting else None,
     )
     return checked(engine)
+
+
+@functools.cache
+def shared(family: str) -> Engine:
+    """An engine of the family that is only asked for answers: what other ways to run are compared with."""
+    return engine_of(family)
 
 
 def checked(engine: Engine) -> Engine:

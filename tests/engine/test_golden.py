@@ -65,7 +65,7 @@ def build(case: dict) -> Engine:
     if case["speculation"] == "oracle":
         answers = golden(case["family"])["answers"]
         engine.speculation.drafter = Oracle(
-            {tuple(prompt(int(n), VOCAB)): one["tokens"] for n, one in answers.items()}, 3
+            {tuple(prompt(int(n), VOCAB)): answer["tokens"] for n, answer in answers.items()}, 3
         )
     return engine
 
@@ -91,7 +91,7 @@ def marked(cases: list[dict]) -> list:
     met: set[tuple] = set()
     params = []
     for number, case in enumerate(cases):
-        pairs = {*itertools.combinations([one for one in case.items() if one[0] != "family"], 2)}
+        pairs = {*itertools.combinations([axis for axis in case.items() if axis[0] != "family"], 2)}
         name = "-".join(str(value) for value in case.values())
         params.append(pytest.param(number, case, id=name, marks=pytest.mark.slow if pairs <= met else ()))
         met |= pairs
@@ -133,18 +133,19 @@ def test_the_answers_are_not_trivial():
 
 @pytest.mark.parametrize("family", ["llama_gqa", "mistral", "mamba2"])
 def test_a_cache_that_is_off_by_one_page_fails(family):
-    """The same assertion, on a memory whose steps read the neighbour of every sequence's newest page (or of its state)."""
+    """The same assertion, on a memory whose steps read the neighbour of every sequence's newest page (or of its
+    state)."""
     engine = engine_of(family, page_size=4, chunk_len=16)
     plan = engine.ledger.plan
 
     def broken(names, rows, width):
         made = plan(names, rows, width)
-        for one in made.classes:
+        for planned in made.classes:
             for row, name in enumerate(names):
                 if made.starts[row] > 4:
                     pages = engine.ledger.running[name].holdings[0].pages
-                    at = np.flatnonzero(one.pages[row] == pages[max(pages)])
-                    one.pages[row, at] = (one.pages[row, at] + 1) % engine.ledger.classes[0].num_pages
+                    at = np.flatnonzero(planned.pages[row] == pages[max(pages)])
+                    planned.pages[row, at] = (planned.pages[row, at] + 1) % engine.ledger.classes[0].num_pages
         return made
 
     engine.ledger.plan = broken
@@ -157,13 +158,13 @@ def test_beams_are_those_of_the_reference():
     for fields in ({}, {"pool_len": MAX_LEN, "page_size": 1, "prefix_cache": False}):
         engine = engine_of("llama_gqa", **fields)
         for place, expected in golden("llama_gqa")["beams"].items():
-            length, beams = (int(one) for one in place.split("/"))
+            length, beams = (int(number) for number in place.split("/"))
             sampling = Sampling(max_tokens=NUM_NEW, beam_width=beams)
             (answer,) = engine.generate([prompt(length, VOCAB)], sampling)
             assert answer.tokens == expected["tokens"], f"{place} with {fields}"
             assert answer.completions[0].score == pytest.approx(expected["score"], abs=1e-4)
             assert len(answer.completions) == beams
-            scores = [one.score for one in answer.completions]
+            scores = [completion.score for completion in answer.completions]
             assert scores == sorted(scores, reverse=True)
 
 
@@ -178,9 +179,9 @@ def test_the_golden_files_are_what_the_reference_says_today(tmp_path):
     subprocess.run([python, GOLDEN / "make.py", tmp_path], check=True, env=environment, timeout=600)
     for path in sorted(tmp_path.glob("*.json")):
         fresh, kept = json.loads(path.read_text()), json.loads((GOLDEN / path.name).read_text())
-        assert {n: one["tokens"] for n, one in fresh["answers"].items()} == {
-            n: one["tokens"] for n, one in kept["answers"].items()
+        assert {n: answer["tokens"] for n, answer in fresh["answers"].items()} == {
+            n: answer["tokens"] for n, answer in kept["answers"].items()
         }
-        for n, one in fresh["answers"].items():
+        for n, answer in fresh["answers"].items():
             # The peer itself differs by 1.1e-5 between two processors; ours must be within 1e-4.
-            np.testing.assert_allclose(one["logprobs"], kept["answers"][n]["logprobs"], atol=5e-5)
+            np.testing.assert_allclose(answer["logprobs"], kept["answers"][n]["logprobs"], atol=5e-5)

@@ -1,7 +1,9 @@
-"""Thousands of requests with cancels, samples, beams and drafts through a pool too small: all end, as undisturbed ones would."""
+"""Thousands of requests with cancels, samples, beams and drafts through a pool too small: all end, as undisturbed ones
+would."""
 
 import random
 import resource
+from dataclasses import replace
 
 import pytest
 
@@ -15,13 +17,15 @@ from tests.weights.random_checkpoint import prompt
 VOCAB, MAX_LEN = 320, 64
 
 
-def soak(family: str, num_requests: int, seed: int, **fields) -> Engine:
-    """Submits requests at random moments, cancels some, and compares every answer with that of an engine in which each prompt
-    is alone."""
+def soak(family: str, num_requests: int, seed: int, *, few_programs: bool = False, **fields) -> Engine:
+    """Submits requests at random moments, cancels some, and compares every answer with that of an engine in which each
+    prompt is alone."""
     rng, model = random.Random(seed), pretrained(family)
 
     def engine_of(**more) -> Engine:
         config = EngineConfig(**{"max_len": MAX_LEN, "max_batch": 4, **more})
+        if few_programs:
+            config = replace(config, row_sizes=(config.max_batch,), width_sizes=(8,))
         return Engine(model.structure, model.params, memory=MemoryConfig("paged", 4, 8), config=config)
 
     small, calm = engine_of(pool_len=72, **fields), engine_of(prefix_cache=False, max_batch=3)
@@ -55,14 +59,16 @@ def soak(family: str, num_requests: int, seed: int, **fields) -> Engine:
             if which not in expected:
                 ids, sampling = pool[which]
                 (alone,) = calm.generate([ids], sampling)
-                expected[which] = [one.tokens for one in alone.completions]
+                expected[which] = [completion.tokens for completion in alone.completions]
             assert answer.error is None
             if name not in cancelled:
-                assert [one.tokens for one in answer.completions] == expected[which], f"{name}: prompt {which}"
+                assert [completion.tokens for completion in answer.completions] == expected[which], (
+                    f"{name}: prompt {which}"
+                )
             elif not pool[which][1].beam_width:
                 assert len(answer.completions) == len(expected[which])
-                for one, whole in zip(answer.completions, expected[which], strict=True):
-                    assert one.tokens == whole[: len(one.tokens)]
+                for completion, whole in zip(answer.completions, expected[which], strict=True):
+                    assert completion.tokens == whole[: len(completion.tokens)]
         if ended % max(1, num_requests // 10) == 0:
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert not small.requests
@@ -84,14 +90,18 @@ WAYS = [
 ]
 
 
-FAST = {"llama_gqa": pytest.mark.every_shape}
-
-
 @pytest.mark.parametrize(
-    ("family", "fields"),
-    [pytest.param(*way, id=way[0], marks=FAST.get(way[0], pytest.mark.slow)) for way in WAYS],
+    "fields", [{"speculation": "ngram", "num_drafts": 3, "token_budget": 6}, {"preemption": "swap"}]
 )
-def test_many_requests_all_end_as_if_alone(family, fields):
+def test_many_requests_all_end_as_if_alone(fields):
+    engine = soak("llama_gqa", 80, seed=1, few_programs=True, host_len=60, **fields)
+    assert engine.scheduler.counters.preempted
+    assert bool(engine.stats.planned_ahead) == ("speculation" not in fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "fields"), WAYS, ids=lambda value: value if isinstance(value, str) else "")
+def test_many_requests_all_end_as_if_alone_whatever_programs_they_need(family, fields):
     engine = soak(family, 120, seed=1, **fields)
     assert engine.scheduler.counters.preempted or family == "mamba2"
 

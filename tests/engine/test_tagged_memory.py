@@ -1,8 +1,8 @@
 """Tagged memory: values are one-hot tags and all scores are equal, so attention's output shows exactly what it read.
 
-A tag stands for the whole history of token ids up to its position. The same random operations as the ledger's own tests run
-here through the device's arrays: paged writes, copies of shared pages, attention over the page table, recurrent slots.
-"""
+A tag stands for the whole history of token ids up to its position. The same random operations as the ledger's own tests
+run here through the device's arrays: paged writes, copies of shared pages, attention over the page table, recurrent
+slots."""
 
 import random
 
@@ -134,7 +134,7 @@ def _drive(session: Session, names, chunks, hits=None):
     """One step for sequences that may begin with hits; returns its plan, its tokens and each one's logits."""
     for name in names:
         assert session.ledger.reserve(name, len(chunks[name]), hit=(hits or {}).get(name)) == Ready()
-    width = max(len(chunks[name]) for name in names)
+    width = session.ledger.chunk_len
     tokens = np.zeros((session.layout.max_sequences, width), np.int32)
     for row, name in enumerate(names):
         tokens[row, : len(chunks[name])] = chunks[name]
