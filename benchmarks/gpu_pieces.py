@@ -180,12 +180,11 @@ def agree(name: str, size: str, scratch: Path) -> None:
 
 def _parallel(model: Pretrained, tokens: np.ndarray) -> jax.Array:
     """Logits of whole sequences, without memory."""
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
 
     @jax.jit
     def logits(params: Any) -> jax.Array:
         whole = merge(model.structure, params)
-        return whole.logits(whole.hidden(jnp.asarray(tokens), jnp.asarray(positions))[0])
+        return whole.logits(whole.parallel(jnp.asarray(tokens)))
 
     return logits(model.params)
 

@@ -183,7 +183,10 @@ class Config(Schema):
 
         Raises ConfigError when the task's data cannot be read or are too short.
         """
-        return self._digest({name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY})
+        identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
+        if self.memory.format == "model":  # what every run was before there was a choice
+            del identity["memory"]["format"]
+        return self._digest(identity)
 
     @property
     def training_half(self) -> dict[str, Any]:

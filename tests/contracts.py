@@ -1,7 +1,11 @@
 """Contracts that every implementation plugs into, as plain functions over any (mixer, memory) pair."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +14,15 @@ from flax import nnx
 
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
+from kvlab.ledger.states import State
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.views import VIEWS, whole
+from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.mamba2 import Mamba2Config
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
+from pallas_kernels.formats import quantised
+from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
 
 VOCAB = 31
 WINDOW = 6
@@ -38,6 +47,8 @@ VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
 ]
+VARIANTS["latent"] = [LayerConfig("tiny_latent", LatentConfig())]
+VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
 
 
@@ -46,28 +57,68 @@ def build(variant: str, dtype: str = "float32"):
     """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form, compiled
     once for padded batches (causality makes the padding harmless)."""
     config = ModelConfig(model_dim=16, tie_embeddings=False, dtype=dtype)
-    model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
+    with mock.patch.dict(MIXERS, TINY):
+        model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)
 
-    @jax.jit
-    def forward(tokens):
-        whole = merge(structure, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        return whole.logits(whole.hidden(tokens, positions)[0])
+    @partial(jax.jit, static_argnames="format")
+    def forward(tokens, format="model"):
+        complete = merge(structure, params)
+        if format == "model":
+            return complete.logits(complete.parallel(tokens))
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        memory = [
+            {name: Rounded(view, format) if view.state.per_token else view for name, view in layer.items()}
+            for layer in whole(complete.states(), *tokens.shape)
+        ]
+        return complete.logits(complete.hidden(tokens, positions, memory)[0])
 
     return model, structure, params, forward
 
 
-def parallel_logits(variant: str, sequences: Sequence[np.ndarray], dtype: str = "float32") -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Rounded:
+    """The parallel form of quantised pages: keys and values become what their format makes of them."""
+
+    view: Any
+    format: str
+
+    def append(self, **tokens):
+        rounded = {name: quantised(tokens[name], self.format).values() for name in tokens if name in ("keys", "values")}
+        return self.view.append(**tokens | rounded)
+
+
+def parallel_logits(
+    variant: str, sequences: Sequence[np.ndarray], dtype: str = "float32", format: str = "model"
+) -> list[np.ndarray]:
     """Logits [T, V] of every sequence in the parallel form."""
     longest = max(len(tokens) for tokens in sequences)
     padded = np.zeros((len(sequences), longest), np.int32)
     for row, tokens in enumerate(sequences):
         padded[row, : len(tokens)] = tokens
-    logits = np.asarray(build(variant, dtype)[3](padded))
+    logits = np.asarray(build(variant, dtype)[3](padded, format=format))
     return [logits[row, : len(tokens)] for row, tokens in enumerate(sequences)]
+
+
+def states_of(variant: str) -> list[State]:
+    """Every state of every layer; nothing is computed."""
+    config = ModelConfig(model_dim=16, dtype="float32")
+    with mock.patch.dict(MIXERS, TINY):
+        model = nnx.eval_shape(lambda: Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0)))
+    return [state for layer in model.states() for state in layer.values()]
+
+
+def pairs_with(memories: Iterable[MemoryConfig]) -> list[tuple[str, MemoryConfig]]:
+    """Every (variant, memory) of which the registry of views says that the memory can hold the variant's states."""
+    kinds = {name: {type(state) for state in states_of(name)} for name in VARIANTS}
+    return [
+        (name, memory)
+        for memory in memories
+        for name in VARIANTS
+        if all((kind, memory.name) in VIEWS for kind in kinds[name])
+    ]
 
 
 def poisoned_session(variant: str, memory: MemoryConfig, *, rows: int, max_len: int, dtype: str = "float32") -> Session:
@@ -107,7 +158,7 @@ def assert_memory_equals_parallel(
         order = lengths if generation == 0 else lengths[::-1]  # the second time other rows get the used slots
         sequences = {f"{generation}.{i}": rng.integers(0, VOCAB, n).astype(np.int32) for i, n in enumerate(order)}
         through = run_ragged(session, sequences, memory.chunk_len)
-        expected = parallel_logits(variant, list(sequences.values()), dtype)
+        expected = parallel_logits(variant, list(sequences.values()), dtype, memory.format)
         for name, logits in zip(sequences, expected, strict=True):
             if dtype == "float32":
                 np.testing.assert_allclose(through[name], logits, atol=2e-4, rtol=2e-4, err_msg=f"{name} of {lengths}")

@@ -26,10 +26,11 @@ from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.replacement import LRU, POLICIES, Policy, belady
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.ledger.tokens import page_keys
+from pallas_kernels.visible import Visible
 
 HERE = Path(__file__).resolve().parent
 ATTENTION = TokenState(8, 128, 128, "bfloat16")
-WINDOW = TokenState(8, 128, 128, "bfloat16", window=128)
+WINDOW = TokenState(8, 128, 128, "bfloat16", visible=Visible(window=128))
 STATE = RecurrentState((ArraySpec("ssm", (80, 64, 128), "bfloat16"),))
 PAGE, MAX_LEN, CHUNK = 16, 4096, 512
 POOLS = (128, 256, 512, 1024)

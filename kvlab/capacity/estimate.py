@@ -14,7 +14,7 @@ from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import StateSpec, max_pages_for_step
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, real
 
 
@@ -226,19 +226,19 @@ def make_ledger(config: CapacityConfig, budget: int, context_len: int, max_len: 
     )
 
 
-def _kind(spec: StateSpec) -> str:
+def _kind(spec: State) -> str:
     if not spec.per_token:
         return "recurrent"
     return "full" if spec.span is None else f"local{spec.span + 1}"
 
 
-def _sequence_bytes(spec: StateSpec, count: int, context_len: int, chunk_len: int, memory: ServingMemory) -> int:
+def _sequence_bytes(spec: State, count: int, context_len: int, chunk_len: int, memory: ServingMemory) -> int:
     if not spec.per_token:
         return spec.unit_bytes * count
     if memory.reservation is not None:
-        return context_len * spec.unit_bytes * count
+        return spec.page_bytes(context_len) * count
     pages = max_pages_for_step(spec, context_len, chunk_len, memory.page_size)
-    return pages * memory.page_size * spec.unit_bytes * count
+    return pages * spec.page_bytes(memory.page_size) * count
 
 
 def users_that_fit(ledger: Ledger, context_len: int, prompt_len: int) -> int:

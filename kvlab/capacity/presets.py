@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
-from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, StateSpec, TokenState
+from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
+from pallas_kernels.visible import Visible
 
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
 VARIANTS = ("published", "mha", "gqa", "mqa", "mla", "window", "recurrent")
-WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int8": 1.0, "int4": 0.5}
-KV_DTYPES = ("bfloat16", "float16", "float8", "int8", "int4")
+WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+KV_DTYPES = ("bfloat16", "float16", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class LayerGroup(Schema):
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), f"must be given for kind {self.kind}")
 
-    def spec(self, dtype: str) -> StateSpec:
+    def spec(self, dtype: str) -> State:
         """The state of one layer. 8 and 4 bit integers carry a float16 scale a token and head; latents and states stay
-        at 16 bits or float8."""
+        at 16 bits or fp8."""
         if self.kind == "recurrent":
             return RecurrentState(_arrays(dtype, ssm=self.state_shape, conv=self.conv_shape))
         if self.kind == "latent":
@@ -58,10 +59,13 @@ class LayerGroup(Schema):
         heads = (self.num_kv_heads, self.head_dim, self.head_dim)
         if self.kind == "retrieval":
             return RetrievalState(*heads, cast(int, self.index_dim), cast(int, self.num_selected), _wide(dtype))
-        scale = "float16" if dtype in ("int8", "int4") else None
-        local = {"window": self.window, "num_sinks": self.num_sinks} if self.kind == "window" else {}
-        chunk = self.chunk if self.kind == "chunked" else None
-        return TokenState(*heads, dtype, **cast(dict[str, Any], local), chunk=chunk, scale_dtype=scale)
+        visible = Visible()
+        if self.kind == "window":
+            visible = Visible(self.window, self.num_sinks)
+        elif self.kind == "chunked":
+            visible = Visible(chunk=self.chunk)
+        state = TokenState(*heads, _wide(dtype), visible=visible, scale_dtype="float16")
+        return state.stored(dtype) if dtype in ("int8", "int4") else state
 
     def decode_flops(self, n: int) -> int:
         """FLOPs of one layer's mixing for token n, projections apart (they are among the parameters)."""
@@ -146,9 +150,9 @@ class Preset(Schema):
         """The layers under `variant`."""
         return tuple(_varied(group, self.variant) for group in self.layers)
 
-    def specs(self, dtype: str) -> dict[StateSpec, int]:
+    def specs(self, dtype: str) -> dict[State, int]:
         """Every distinct state with its number of layers."""
-        counts: dict[StateSpec, int] = {}
+        counts: dict[State, int] = {}
         for group in self.groups():
             spec = group.spec(dtype)
             counts[spec] = counts.get(spec, 0) + group.count

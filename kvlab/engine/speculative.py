@@ -8,7 +8,7 @@ paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978).
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -134,7 +134,7 @@ class ModelDrafter(Drafter):
         states = merge(structure, params).states()
         layout = MemoryLayout.of(
             states,
-            MemoryConfig(memory.name, memory.page_size, max(memory.chunk_len, 2 * num_drafts)),
+            replace(memory, chunk_len=max(memory.chunk_len, 2 * num_drafts)),
             max_sequences=max_sequences,
             max_len=max_len + num_drafts,
             spare_states=max_sequences,  # a step that may be rejected writes beside what it reads

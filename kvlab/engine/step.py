@@ -62,7 +62,6 @@ class MemoryStep:
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
-        assert views is not None
         return model, hidden, self.layout.pools(views)
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.config import Config
-from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.layout import MemoryLayout, stored_states
 from kvlab.models.transformer import Transformer, merge, split
 from kvlab.placement import Placement
 from kvlab.random import named_key
@@ -45,6 +45,9 @@ class Laboratory:
 
         key = named_key(config.seed, "init")
         model = nnx.eval_shape(build, key)
+        stored_states(
+            model.states(), config.memory
+        )  # a memory that cannot hold them is refused before anything is compiled
         init = jax.jit(lambda key: split(build(key))[1])  # one program instead of one an array
         params = jax.eval_shape(init, key) if abstract else placement.put(init(key), "")
         return cls(config, task, split(model)[0], params, model.states(), placement)

@@ -94,7 +94,8 @@ def account(
     """The account of one class; `indexed` are the pages that the prefix index holds."""
     slots = _blocks(state, sequences) if state.contiguous else _pages(state, sequences, indexed)
     scale = state.spec.scale_bytes * state.num_layers
-    payload = state.page_bytes // state.page_size - scale
+    payload = state.spec.unit_bytes * state.num_layers - scale
+    page_scale = state.spec.per_page_bytes * state.num_layers
     num_held = sum(slots[name] for name in ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding"))
     return Account(
         name=state.name,
@@ -103,7 +104,7 @@ def account(
         null=state.has_null_page * state.page_bytes,
         cached=slots.pop("cached") * state.page_bytes,
         shared=slots.pop("shared") * state.page_bytes,
-        scale=num_held * scale,
+        scale=num_held * scale + num_held // state.page_size * page_scale,
         stranded=stranded,
         **{name: count * payload for name, count in slots.items()},
     )

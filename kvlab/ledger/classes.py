@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvlab.ledger.states import StateSpec, max_pages_for_step
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.schema import nearest
 
 
@@ -40,7 +40,7 @@ class StateClass:
     """
 
     name: str
-    spec: StateSpec
+    spec: State
     page_size: int
     num_pages: int
     table_len: int
@@ -94,7 +94,7 @@ class StateClass:
     @functools.cached_property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers of the class."""
-        return self.spec.unit_bytes * self.page_size * self.num_layers
+        return self.spec.page_bytes(self.page_size) * self.num_layers
 
     @property
     def pool_bytes(self) -> int:
@@ -119,7 +119,7 @@ class StateClass:
 
 def sized_class(
     name: str,
-    spec: StateSpec,
+    spec: State,
     *,
     num_layers: int,
     page_size: int,

@@ -1,8 +1,8 @@
 """What a layer must remember. A state is defined by what must stay live; everything else is derived from that.
 
-`live(n)` is the set of token positions that must be readable to compute token n, as disjoint ascending ranges. Which pages
-a step needs, which are free after it, when a prefix hit is valid and how large a pool must be follow from it, here and
-nowhere else. Plain Python, no JAX.
+A state says what is stored (`arrays`) and what a token sees (`visible`, the mask that kernels apply). live(n), the token
+positions that must be readable to compute token n, follows from the mask; and from live(n) which pages a step needs,
+which are free after it, when a prefix hit is valid and how large a pool must be. Plain Python, no JAX.
 
     state              live(n)                                        bytes
     full, latent       [0, n)                                         per token
@@ -14,26 +14,39 @@ nowhere else. Plain Python, no JAX.
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Self
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
+from pallas_kernels.visible import Visible
+
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
+QUANTISED = ("int8", "fp8", "int4")
+"""The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
+BY_CHANNEL = ".channel"
+FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
+"""How a memory can store a state: as declared, or quantised with a scale for each token, or for each channel of a page."""
+
+EVERYTHING = Visible()
+"""The mask of full attention: [0, n]."""
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """Name, shape (of one token, or of one sequence) and dtype of one stored array; `is_scale` marks quantisation scales."""
+    """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of one
+    page whatever its size. `is_scale` marks quantisation scales. An axis of int4 counts numbers, two of which share a byte."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     is_scale: bool = False
+    per_page: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BITS:
             raise ValueError(f"dtype = {self.dtype!r}: must be one of {', '.join(ITEM_BITS)}")
         if any(size < 1 for size in self.shape):
             raise ValueError(f"{self.name}: shape = {self.shape}: every axis must be at least 1")
-        if math.prod(self.shape) * ITEM_BITS[self.dtype] % 8:
+        if self.dtype == "int4" and self.shape[-1] % 2:
             raise ValueError(f"{self.name}: {self.shape} of {self.dtype} does not fill whole bytes")
 
     @property
@@ -41,60 +54,94 @@ class ArraySpec:
         """Bytes of one such array."""
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
+    def quantised(self, format: str, scale_dtype: str) -> tuple["ArraySpec", "ArraySpec"]:
+        """This array [K, D] in a quantised format of `FORMATS`, and its scales: [K] a token, or [K, D] a page."""
+        number, by_channel = format.removesuffix(BY_CHANNEL), format.endswith(BY_CHANNEL)
+        shape = self.shape if by_channel else self.shape[:1]
+        scales = ArraySpec(f"{self.name}_scale", shape, scale_dtype, is_scale=True, per_page=by_channel)
+        return replace(self, dtype=number), scales
 
-@dataclass(frozen=True)
-class StateSpec(abc.ABC):
-    """The state of one layer, as integers and dtypes. Abstract: a mixer that does not state its bytes cannot be built."""
+
+@dataclass(frozen=True, kw_only=True)
+class State(abc.ABC):
+    """The state of one layer, as integers and dtypes. Abstract: a mixer that does not state its bytes cannot be built.
+
+    `visible` is what a token sees; None: there is one state a sequence, and it is not addressed by token.
+    """
+
+    visible: Visible | None
 
     @property
     @abc.abstractmethod
     def arrays(self) -> tuple[ArraySpec, ...]:
         """What is stored: per token for token states, per sequence for recurrent ones."""
 
-    @property
     @abc.abstractmethod
+    def stored(self, format: str) -> Self:
+        """The same state as a memory of this format stores it. Raises ValueError for what is no format of `FORMATS`."""
+
+    @property
     def per_token(self) -> bool:
         """Whether `arrays` is per token (paged) or per sequence (one slot)."""
+        return self.visible is not None
 
-    @abc.abstractmethod
     def live(self, n: int) -> tuple[range, ...]:
         """Token positions that must be readable to compute token n; empty for states that are not addressed by token."""
+        return self.visible.live(n) if self.visible is not None else ()
 
     def forgotten_at(self, position: int) -> int | None:
         """The first n with `position` outside live(n), or None: never. As n grows, live(n) recalls nothing it forgot."""
-        return None
+        return self.visible.forgotten_at(position) if self.visible is not None else None
 
     @property
     def span(self) -> int | None:
         """The most tokens of live(n) that are no sinks; None: all of them."""
-        return None
+        return self.visible.span if self.visible is not None else None
 
     @property
     def num_pinned(self) -> int:
         """Leading tokens that are never forgotten by a state that forgets: its sinks."""
-        return 0
+        return self.visible.num_sinks if self.visible is not None else 0
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of one token (token states) or of one sequence (recurrent states)."""
-        return sum(array.num_bytes for array in self.arrays)
+        """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in it."""
+        return sum(array.num_bytes for array in self.arrays if not array.per_page)
 
     @property
     def scale_bytes(self) -> int:
         """How many of `unit_bytes` are quantisation scales."""
-        return sum(array.num_bytes for array in self.arrays if array.is_scale)
+        return sum(array.num_bytes for array in self.arrays if array.is_scale and not array.per_page)
+
+    @property
+    def per_page_bytes(self) -> int:
+        """Bytes that a page has once, whatever its size: scales by channel."""
+        return sum(array.num_bytes for array in self.arrays if array.per_page)
+
+    def page_bytes(self, page_size: int) -> int:
+        """Bytes of one page."""
+        return self.unit_bytes * page_size + self.per_page_bytes
 
     def live_len(self, n: int) -> int:
         """How many tokens are live when token n is to be computed."""
         return sum(len(positions) for positions in self.live(n))
 
-    def logical_bytes(self, n: int) -> int:
-        """Bytes that must be held for one sequence of n tokens: what the published formulas count."""
-        return self.unit_bytes * (self.live_len(n) if self.per_token else 1)
+    def logical_bytes(self, n: int, page_size: int | None = None) -> int:
+        """Bytes that must be held for one sequence of n tokens: what the published formulas count. Raises ValueError
+        without a page size where every page has scales of its own."""
+        return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._scales_of_pages(n, page_size)
 
-    def read_bytes(self, n: int) -> int:
+    def read_bytes(self, n: int, page_size: int | None = None) -> int:
         """Bytes that computing token n reads: all that is live, unless the state selects."""
-        return self.logical_bytes(n)
+        return self.logical_bytes(n, page_size)
+
+    def _scales_of_pages(self, n: int, page_size: int | None) -> int:
+        """What the pages with a token of live(n) have once each."""
+        if not self.per_page_bytes:
+            return 0
+        if page_size is None:
+            raise ValueError(f"page_size = None: must be given, since a page has {self.per_page_bytes} bytes of scales")
+        return self.per_page_bytes * sum(len(pages) for pages in live_pages(self, n, page_size))
 
 
 def _positive(**values: int | None) -> None:
@@ -103,91 +150,79 @@ def _positive(**values: int | None) -> None:
             raise ValueError(f"{name} = {value}: must be at least 1")
 
 
-@dataclass(frozen=True)
-class TokenState(StateSpec):
-    """Keys and values of every live token: full attention, a sliding window with sinks, or chunked local attention.
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format = {format!r}: must be one of {', '.join(FORMATS)}")
 
-    `window` counts the current token. With `chunk` c a token sees its own chunk only, so live(n) = [floor(n / c) * c, n).
-    `scale_dtype` adds one scale a token and head to keys and to values, as 8 and 4 bit formats need.
+
+@dataclass(frozen=True, kw_only=True)
+class PerToken(State):
+    """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it."""
+
+    visible: Visible = EVERYTHING
+    format: str = "model"
+
+    def __post_init__(self) -> None:
+        _check_format(self.format)
+
+    def stored(self, format: str) -> Self:
+        return replace(self, format=format)
+
+
+def _in_format(arrays: tuple[ArraySpec, ...], format: str, scale_dtype: str) -> tuple[ArraySpec, ...]:
+    """Arrays in a format: all of them, then the scales of all."""
+    if format == "model":
+        return arrays
+    pairs = [array.quantised(format, scale_dtype) for array in arrays]
+    return (*(payload for payload, _ in pairs), *(scales for _, scales in pairs))
+
+
+@dataclass(frozen=True)
+class TokenState(PerToken):
+    """Keys and values of every visible token: full attention, a sliding window with sinks, or chunked local attention.
+
+    `dtype` is the model's. What is quantised has scales of `scale_dtype`; our kernels take float32.
     """
 
     num_kv_heads: int
     key_dim: int
     value_dim: int
     dtype: str = "float32"
-    window: int | None = None
-    num_sinks: int = 0
-    chunk: int | None = None
-    scale_dtype: str | None = None
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
-        _positive(window=self.window, chunk=self.chunk)
-        if self.num_sinks < 0 or (self.num_sinks and self.window is None):
-            raise ValueError(f"num_sinks = {self.num_sinks}: must be at least 0, and 0 without a window")
-        if self.window is not None and self.chunk is not None:
-            raise ValueError(f"chunk = {self.chunk}: must be null beside window = {self.window}")
+        super().__post_init__()
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        stored = (
-            ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype),
-            ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype),
-        )
-        if self.scale_dtype is None:
-            return stored
-        scales = (ArraySpec(f"{one.name}_scale", (self.num_kv_heads,), self.scale_dtype, True) for one in stored)
-        return (*stored, *scales)
-
-    @property
-    def per_token(self) -> bool:
-        return True
-
-    def live(self, n: int) -> tuple[range, ...]:
-        if self.window is not None:
-            sinks, recent = range(min(self.num_sinks, n)), range(max(self.num_sinks, n - self.window + 1), n)
-            return tuple(positions for positions in (sinks, recent) if positions)
-        first = n // self.chunk * self.chunk if self.chunk is not None else 0
-        return (range(first, n),) if n > first else ()
-
-    def forgotten_at(self, position: int) -> int | None:
-        if self.window is not None:
-            return None if position < self.num_sinks else position + self.window
-        return None if self.chunk is None else (position // self.chunk + 1) * self.chunk
-
-    @property
-    def span(self) -> int | None:
-        longest = self.chunk if self.window is None else self.window
-        return None if longest is None else longest - 1
-
-    @property
-    def num_pinned(self) -> int:
-        return self.num_sinks
+        keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
+        values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
+        return _in_format((keys, values), self.format, self.scale_dtype)
 
 
 @dataclass(frozen=True)
-class LatentState(StateSpec):
-    """One compressed vector and one rotary key a token, shared by all heads (MLA, arXiv 2405.04434)."""
+class LatentState(PerToken):
+    """One row a token, shared by all heads (MLA, arXiv 2405.04434): a compressed vector of `rank` numbers, which serve as
+    values too, and a rotary key of `rope_dim` behind them. It is stored once, as keys of one head."""
 
     rank: int
     rope_dim: int
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        _positive(rank=self.rank, rope_dim=self.rope_dim)
+        super().__post_init__()
+
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return (ArraySpec("latents", (self.rank,), self.dtype), ArraySpec("rope_keys", (self.rope_dim,), self.dtype))
-
-    @property
-    def per_token(self) -> bool:
-        return True
-
-    def live(self, n: int) -> tuple[range, ...]:
-        return (range(n),) if n else ()
+        return _in_format((ArraySpec("keys", (1, self.rank + self.rope_dim), self.dtype),), self.format, "float32")
 
 
 @dataclass(frozen=True)
-class RetrievalState(StateSpec):
-    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the rest."""
+class RetrievalState(PerToken):
+    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the rest.
+    The index is of the model's type in every format."""
 
     num_kv_heads: int
     key_dim: int
@@ -196,45 +231,51 @@ class RetrievalState(StateSpec):
     num_selected: int
     dtype: str = "bfloat16"
 
+    def __post_init__(self) -> None:
+        _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
+        _positive(index_dim=self.index_dim, num_selected=self.num_selected)
+        super().__post_init__()
+
+    @property
+    def _index(self) -> ArraySpec:
+        return ArraySpec("index", (1, self.index_dim), self.dtype)
+
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return (
-            ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype),
-            ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype),
-            ArraySpec("index", (self.index_dim,), self.dtype),
-        )
+        keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
+        values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
+        return (*_in_format((keys, values), self.format, "float32"), self._index)
 
-    @property
-    def per_token(self) -> bool:
-        return True
-
-    def live(self, n: int) -> tuple[range, ...]:
-        return (range(n),) if n else ()
-
-    def read_bytes(self, n: int) -> int:
-        index_bytes = self.arrays[-1].num_bytes
-        return n * index_bytes + min(n, self.num_selected) * (self.unit_bytes - index_bytes)
+    def read_bytes(self, n: int, page_size: int | None = None) -> int:
+        num_live = self.live_len(n)
+        selected = min(num_live, self.num_selected)
+        index_bytes = self._index.num_bytes
+        selected_bytes = selected * (self.unit_bytes - index_bytes)
+        return num_live * index_bytes + selected_bytes + self._scales_of_pages(n, page_size)
 
 
 @dataclass(frozen=True)
-class RecurrentState(StateSpec):
+class RecurrentState(State):
     """One state of constant size a sequence: a state-space layer, the history of a short convolution."""
 
-    stored: tuple[ArraySpec, ...]
+    parts: tuple[ArraySpec, ...]
+    visible: None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts = (): must be at least one array")
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return self.stored
+        return self.parts
 
-    @property
-    def per_token(self) -> bool:
-        return False
-
-    def live(self, n: int) -> tuple[range, ...]:
-        return ()
+    def stored(self, format: str) -> Self:
+        """Itself: what every step rewrites stays in the model's type, whatever the format."""
+        _check_format(format)
+        return self
 
 
-def live_pages(spec: StateSpec, n: int, page_size: int) -> tuple[range, ...]:
+def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:
     """Logical pages with a token of live(n), as disjoint ascending ranges: what stays after a step, and what a prefix hit
     of n tokens must find resident."""
     pages: list[range] = []
@@ -247,14 +288,14 @@ def live_pages(spec: StateSpec, n: int, page_size: int) -> tuple[range, ...]:
     return tuple(pages)
 
 
-def page_forgotten_at(spec: StateSpec, page: int, page_size: int) -> int | None:
+def page_forgotten_at(spec: State, page: int, page_size: int) -> int | None:
     """The first length n at which no slot of a full logical page is in live(n), so that the page is free; None: never."""
     if page * page_size < spec.num_pinned:
         return None
     return spec.forgotten_at((page + 1) * page_size - 1)
 
 
-def max_pages_for_step(spec: StateSpec, max_len: int, chunk_len: int, page_size: int) -> int:
+def max_pages_for_step(spec: State, max_len: int, chunk_len: int, page_size: int) -> int:
     """The most pages one sequence of up to max_len tokens ever holds in steps of up to chunk_len tokens: what admission
     tests, what sizes a pool, and the width of a page table. One definition, so that they cannot disagree."""
     everything = -(-max_len // page_size)

@@ -11,21 +11,21 @@ from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import StateSpec
-from kvlab.memory import pools as device
-from kvlab.schema import Schema, choice, integer
-
-type LayerStates = Mapping[str, StateSpec]
-"""The named states of one layer: {"kv": ...}, {"ssm": ...}, a short convolution's {"short_conv": ...}."""
+from kvlab.ledger.states import QUANTISED, State
+from kvlab.memory.pools import Pool, poisoned
+from kvlab.memory.views import LayerStates, View, view_of
+from kvlab.schema import ConfigError, Schema, choice, integer
 
 
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
-    """The memory a model is evaluated through."""
+    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them, or as numbers
+    of 8 or 4 bits with a scale for each token and head."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
+    format: str = choice("model", ("model", *QUANTISED))
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,12 @@ class MemoryLayout:
         spare_states: int = 0,
     ) -> "MemoryLayout":
         """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len; with
-        `pool_len` all of them together to that many only. See `sized_class` for the rest."""
+        `pool_len` all of them together to that many only. See `sized_class` for the rest.
+
+        Raises ConfigError for a state that such a memory cannot hold, or not in its format."""
         chunk_len = min(memory.chunk_len, max_len)
-        specs: dict[StateSpec, int] = {}
+        layers = stored_states(layers, memory)
+        specs: dict[State, int] = {}
         for layer in layers:
             for spec in layer.values():
                 specs[spec] = specs.get(spec, 0) + 1
@@ -96,32 +99,40 @@ class MemoryLayout:
             page_size=self.page_size,
         )
 
-    def allocate(self, fill: float = 0.0) -> tuple[dict[str, device.Pool], ...]:
-        """The pools of every layer, zero unless a test asks for another fill."""
-        return tuple(
-            {name: device.allocate(self.classes[index], fill) for name, index in layer.items()} for layer in self.states
-        )
+    def allocate(self, fill: float = 0.0) -> tuple[dict[str, Pool], ...]:
+        """The pools of every layer: zero, unless a test asks for another fill of what must not be read."""
 
-    def views(self, pools: Sequence[Mapping[str, device.Pool]], plan: Plan) -> tuple[dict[str, device.View], ...]:
+        def pool_of(state: StateClass) -> Pool:
+            pool = _view(state).allocate(state.spec, state.num_pages, state.page_size)
+            return poisoned(pool, fill, has_null_page=state.has_null_page) if fill else pool
+
+        return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
+
+    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
         """Every layer's memory for one step."""
         starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
         shared = [
-            device.attention_plan(state, mine, starts, counts)
+            _view(state).share(state, mine, starts, counts)
             for state, mine in zip(self.classes, plan.classes, strict=True)
         ]
+
+        def view(index: int, pool: Pool) -> View:
+            state = self.classes[index]
+            return _view(state).of(state.spec, pool, plan.classes[index], starts, counts, shared[index])
+
         return tuple(
-            {
-                name: device.view(
-                    self.classes[index], pools[layer][name], plan.classes[index], starts, counts, shared[index]
-                )
-                for name, index in states.items()
-            }
+            {name: view(index, pools[layer][name]) for name, index in states.items()}
             for layer, states in enumerate(self.states)
         )
 
-    def pools(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, device.Pool], ...]:
+    def pools(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Pool], ...]:
         """The pools back out of a step's views."""
         return tuple({name: view.pool for name, view in layer.items()} for layer in views)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is read is what was written: nothing is quantised."""
+        return not any(array.is_scale for state in self.classes for array in state.spec.arrays)
 
     @property
     def pool_bytes(self) -> int:
@@ -129,5 +140,35 @@ class MemoryLayout:
         return sum(state.pool_bytes for state in self.classes)
 
 
-def _name(spec: StateSpec, layers: Sequence[LayerStates]) -> str:
-    return next(name for layer in layers for name, one in layer.items() if one == spec)
+def _view(state: StateClass) -> type[View]:
+    return view_of(state.spec, "dense" if state.contiguous else "paged")
+
+
+def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
+    """Every layer's states as a memory stores them. Raises ConfigError for one that such a memory cannot hold, or not in its
+    format."""
+    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+
+
+def _stored(state: State, memory: MemoryConfig) -> State:
+    try:
+        view = view_of(state, memory.name)
+    except ValueError as error:
+        raise ConfigError("memory.name", memory.name, str(error)) from None
+    if reason := _refusal(view, state, memory.format):
+        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
+        raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
+    return state.stored(memory.format)
+
+
+def _refusal(view: type[View], state: State, format: str) -> str:
+    """Why a kind of memory cannot store a state in a format; empty: it can."""
+    try:
+        view.check(state.stored(format))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _name(state: State, layers: Sequence[LayerStates]) -> str:
+    return next(name for layer in layers for name, held in layer.items() if held == state)

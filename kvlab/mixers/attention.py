@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from kvlab.ledger.states import StateSpec, TokenState
-from kvlab.memory.pools import TokenMemory
+from kvlab.ledger.states import State, TokenState
+from kvlab.memory.views import TokenView
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.visible import Visible
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,14 @@ class Attention(Mixer):
             self.key_norm = RMSNorm(dim, eps=config.norm_eps)
         self.config, self.dtype = config, dtype
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         config = self.config
-        kv = TokenState(
-            config.num_kv_heads, config.head_dim, config.head_dim, self.dtype, config.window, config.num_sinks
-        )
-        return {"kv": kv}
+        visible = Visible(config.window, config.num_sinks)
+        heads, dim = config.num_kv_heads, config.head_dim
+        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible)}
 
-    def __call__(
-        self, x: Hidden, positions: Positions, memory: LayerMemory | None
-    ) -> tuple[Hidden, LayerMemory | None]:
-        config, after = self.config, memory
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        config = self.config
 
         def heads(projected: Array) -> Array:
             return projected.reshape(*projected.shape[:2], -1, config.head_dim)
@@ -104,23 +101,10 @@ class Attention(Mixer):
         if config.rope:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        if memory is None:
-            outputs = flash_attention(
-                queries,
-                keys,
-                values,
-                window=config.window,
-                num_sinks=config.num_sinks,
-                soft_cap=config.soft_cap,
-            )
-        else:
-            kv: TokenMemory = memory["kv"]
-            kv = kv.append(keys, values)
-            after = {"kv": kv}
-            outputs = kv.attend(
-                queries, positions, window=config.window, num_sinks=config.num_sinks, soft_cap=config.soft_cap
-            )
-        return self.out(outputs.reshape(*x.shape[:2], -1)), after
+        kv: TokenView = memory["kv"]
+        kv = kv.append(keys=keys, values=values)
+        outputs = kv.attend(queries, positions, soft_cap=config.soft_cap)
+        return self.out(outputs.reshape(*x.shape[:2], -1)), {"kv": kv}
 
 
 def rotary_angles(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
-from kvlab.ledger.states import StateSpec
+from kvlab.ledger.states import State
 from kvlab.schema import ConfigError, Schema, integer, real
 from kvlab.typing import Hidden, Positions
 
@@ -16,7 +16,7 @@ nnx.set_graph_mode(False)
 nnx.set_graph_updates(False)
 
 type LayerMemory = Mapping[str, Any]
-"""Views of one layer's named states (`kvlab.memory.pools.View`), keyed as `Mixer.states`."""
+"""Views of one layer's named states (`kvlab.memory.views`), keyed as `Mixer.states`: `TokenView` or `StateView`."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,14 @@ class Mixer(nnx.Module):
     Config: ClassVar[type[MixerConfig]]
 
     @abc.abstractmethod
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         """The named states one layer of this mixer must remember."""
 
     @abc.abstractmethod
-    def __call__(
-        self, x: Hidden, positions: Positions, memory: LayerMemory | None
-    ) -> tuple[Hidden, LayerMemory | None]:
-        """Outputs [B, T, E] for inputs [B, T, E] at absolute positions [B, T].
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        """Outputs [B, T, E] for inputs [B, T, E] at absolute positions [B, T], and the memory with the new tokens in it.
 
-        With memory=None the sequence is complete and starts at position 0 (training and scoring, parallel form). With
-        memory, x continues what is stored: a prompt's chunk or one decoded token, padded rows masked by the plan's
-        counts; the returned memory includes the new tokens.
+        x continues what is stored: a prompt's chunk or one decoded token. Rows may end in padding, which states must be told
+        (`StateView.valid`). In the memory `whole` the sequence is complete and starts at 0, and nothing outlives the call:
+        that is the parallel form, for training and scoring, and a mixer need not know.
         """

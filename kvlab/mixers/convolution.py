@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlab.ledger.states import ArraySpec, RecurrentState
-from kvlab.memory.pools import StateSlots
+from kvlab.memory.views import StateView
 from kvlab.typing import Channels
 
 
@@ -26,21 +26,17 @@ class ShortConv(nnx.Module):
         """The history of inputs this convolution needs."""
         return RecurrentState((ArraySpec("history", (self.width - 1, self.channels), self.dtype),))
 
-    def __call__(self, x: Channels, memory: StateSlots | None) -> tuple[Channels, StateSlots | None]:
-        """Outputs [B, T, C] for inputs [B, T, C]; without memory the sequence starts here."""
-        batch, num_tokens, _ = x.shape
-        before = jnp.zeros((batch, self.width - 1, self.channels), x.dtype)
-        if memory is not None:
-            before = memory.read()["history"].astype(x.dtype)
+    def __call__(self, x: Channels, memory: StateView) -> tuple[Channels, StateView]:
+        """Outputs [B, T, C] for inputs [B, T, C], and the history behind them."""
+        num_tokens = x.shape[1]
+        before = memory.read()["history"].astype(x.dtype)
         extended = jnp.concatenate([before, x], axis=1)
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
         outputs = bias[None, None, :]
         for lag in range(self.width):
             first = self.width - 1 - lag
             outputs = outputs + kernel[lag][None, None, :] * extended[:, first : first + num_tokens]
-        if memory is not None:
-            # Tokens [count - width + 1, count) of the step, reaching into the old history: rows [count, count + width - 1).
-            rows = memory.counts[:, None] + jnp.arange(self.width - 1, dtype=jnp.int32)[None, :]
-            history = jnp.take_along_axis(extended, rows[:, :, None], axis=1)
-            memory = memory.write({"history": history})
-        return outputs, memory
+        # Tokens [count - width + 1, count) of the step, reaching into the old history: rows [count, count + width - 1).
+        rows = memory.counts[:, None] + jnp.arange(self.width - 1, dtype=jnp.int32)[None, :]
+        history = jnp.take_along_axis(extended, rows[:, :, None], axis=1)
+        return outputs, memory.write({"history": history})

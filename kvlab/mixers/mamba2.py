@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlab.ledger.states import ArraySpec, RecurrentState, StateSpec
+from kvlab.ledger.states import ArraySpec, RecurrentState, State
+from kvlab.memory.views import StateView
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
@@ -70,18 +71,16 @@ class Mamba2(Mixer):
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
         self.config, self.dtype = config, dtype
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         config = self.config
         ssm = RecurrentState((ArraySpec("ssm", (config.num_heads, config.head_dim, config.state_dim), "float32"),))
         return {"ssm": ssm, "conv": self.conv.state()}
 
-    def __call__(
-        self, x: Hidden, positions: Positions, memory: LayerMemory | None
-    ) -> tuple[Hidden, LayerMemory | None]:
-        config, after = self.config, dict(memory or {})
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        config = self.config
         batch, num_tokens, _ = x.shape
         gate, channels, dt = jnp.split(self.split(x), [self.inner, self.inner + self.conv_channels], axis=-1)
-        channels, after["conv"] = self.conv(channels, after.get("conv"))
+        channels, conv = self.conv(channels, memory["conv"])
         inputs, b, c = jnp.split(
             jax.nn.silu(channels).astype(jnp.float32),
             [self.inner, self.inner + config.num_groups * config.state_dim],
@@ -92,20 +91,16 @@ class Mamba2(Mixer):
         dt = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None, :])
         rate = -jnp.exp(self.log_rate[...])
 
-        if memory is None:
-            outputs, _ = ssd(inputs, dt, rate, b, c, chunk_len=config.chunk_len)
+        ssm: StateView = memory["ssm"]
+        dt = jnp.where(ssm.valid(num_tokens)[:, :, None], dt, 0)  # padding leaves the state as it is
+        state = ssm.read()["ssm"]
+        if num_tokens == 1:
+            outputs, state = ssd_step(inputs[:, 0], dt[:, 0], rate, b[:, 0], c[:, 0], state)
+            outputs = outputs[:, None]
         else:
-            slots = after["ssm"]
-            dt = jnp.where(slots.valid(num_tokens)[:, :, None], dt, 0)  # padding leaves the state as it is
-            state = slots.read()["ssm"]
-            if num_tokens == 1:
-                outputs, state = ssd_step(inputs[:, 0], dt[:, 0], rate, b[:, 0], c[:, 0], state)
-                outputs = outputs[:, None]
-            else:
-                outputs, state = ssd(inputs, dt, rate, b, c, state, chunk_len=config.chunk_len)
-            after["ssm"] = slots.write({"ssm": state})
+            outputs, state = ssd(inputs, dt, rate, b, c, state, chunk_len=config.chunk_len)
 
         outputs = outputs + inputs * self.skip[...][None, None, :, None]
         outputs = outputs.reshape(batch, num_tokens, self.inner).astype(gate.dtype)
         y = self.out(self.norm(outputs * jax.nn.silu(gate)))
-        return y, None if memory is None else after
+        return y, {"ssm": ssm.write({"ssm": state}), "conv": conv}

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kvlab.ledger.states import StateSpec
+from kvlab.ledger.states import State
+from kvlab.memory.views import whole
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
@@ -75,22 +76,20 @@ class Block(nnx.Module):
             self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
 
-    def states(self) -> dict[str, StateSpec]:
+    def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
         return self.mixer.states() | ({"short_conv": self.short_conv.state()} if self.has_conv else {})
 
-    def __call__(
-        self, x: Hidden, positions: Positions, memory: LayerMemory | None
-    ) -> tuple[Hidden, LayerMemory | None]:
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         h, conv_memory = self.mixer_norm(x), {}
         if self.has_conv:
-            mixed, slots = self.short_conv(h, None if memory is None else memory["short_conv"])
-            h, conv_memory = h + mixed, {"short_conv": slots}
+            mixed, history = self.short_conv(h, memory["short_conv"])
+            h, conv_memory = h + mixed, {"short_conv": history}
         y, after = self.mixer(h, positions, memory)
         x = x + y
         if self.has_mlp:
             x = x + self.mlp(self.mlp_norm(x))
-        return x, None if after is None else {**after, **conv_memory}
+        return x, {**after, **conv_memory}
 
 
 class Transformer(nnx.Module):
@@ -106,20 +105,25 @@ class Transformer(nnx.Module):
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.config = model
 
-    def states(self) -> tuple[dict[str, StateSpec], ...]:
+    def states(self) -> tuple[dict[str, State], ...]:
         """The named states of every layer."""
         return tuple(block.states() for block in self.blocks)
 
     def hidden(
-        self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory] | None = None
-    ) -> tuple[Hidden, tuple[LayerMemory, ...] | None]:
+        self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
+    ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """Final hidden states [B, T, E]; memory as in `Mixer.__call__`, one entry a layer."""
         x = self.embedding(tokens)
         after = []
-        for index, block in enumerate(self.blocks):
-            x, layer_memory = block(x, positions, None if memory is None else memory[index])
+        for block, layer_memory in zip(self.blocks, memory, strict=True):
+            x, layer_memory = block(x, positions, layer_memory)
             after.append(layer_memory)
-        return self.norm(x), None if memory is None else tuple(after)
+        return self.norm(x), tuple(after)
+
+    def parallel(self, tokens: Tokens) -> Hidden:
+        """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is remembered."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        return self.hidden(tokens, positions, whole(self.states(), *tokens.shape))[0]
 
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits [B, T, V] in float32."""

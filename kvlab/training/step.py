@@ -35,9 +35,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, learning
 
 def weighted_nll(model: Transformer, batch: Batch) -> tuple[Array, Array]:
     """Negative log-likelihood in nats and correctness, both [B, M] and zero where the weight is."""
-    positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :], batch.tokens.shape)
-    hidden, _ = model.hidden(batch.tokens, positions)
-    logits = logits_at(model, hidden, batch.label_positions)
+    logits = logits_at(model, model.parallel(batch.tokens), batch.label_positions)
     return score(logits, batch.labels, batch.weights)
 
 

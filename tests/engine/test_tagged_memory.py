@@ -18,6 +18,9 @@ from kvlab.ledger.plan import load_plans, save_plans
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory import pools as device
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.views import view_of
+from kvlab.memory.views.slots import StateSlots
+from pallas_kernels.visible import Visible
 from tests.contracts import VOCAB, build, parallel_logits, poisoned_session
 from tests.ledger import exerciser as exercising
 from tests.ledger.exerciser import CHUNK_LEN, Exerciser
@@ -25,9 +28,14 @@ from tests.ledger.test_states import visible_by_mask
 
 NUM_TAGS = 2048
 FULL = TokenState(1, 1, NUM_TAGS)
-WINDOWED = TokenState(1, 1, NUM_TAGS, window=5, num_sinks=2)
+WINDOWED = TokenState(1, 1, NUM_TAGS, visible=Visible(window=5, num_sinks=2))
 STATE = RecurrentState((ArraySpec("tag", (1,), "float32"),))
 MODELS = {"full": (FULL,), "window": (WINDOWED,), "hybrid": (FULL, WINDOWED, STATE)}
+
+
+def _poisoned(state):
+    pool = view_of(state.spec, "paged").allocate(state.spec, state.num_pages, state.page_size)
+    return device.poisoned(pool, float("nan"), has_null_page=state.has_null_page)
 
 
 @jax.jit
@@ -43,14 +51,13 @@ def _step_of(classes):
         zeros = jnp.zeros((2, CHUNK_LEN, 1, 1), jnp.float32)
         after, reads = [], []
         for state, pool, one in zip(classes, pools, plan.classes, strict=True):
-            view = device.view(state, pool, one, starts, counts)
-            if isinstance(view, device.StateSlots):
+            view = view_of(state.spec, "paged").of(state.spec, pool, one, starts, counts)
+            if isinstance(view, StateSlots):
                 reads.append(view.read()["tag"])
                 view = view.write({"tag": tag})
             else:
-                view = view.append(zeros, values)
-                window, sinks = state.spec.window, state.spec.num_sinks
-                reads.append(view.attend(zeros, positions, window=window, num_sinks=sinks, soft_cap=None))
+                view = view.append(keys=zeros, values=values)
+                reads.append(view.attend(zeros, positions))
             after.append(view.pool)
         return after, reads
 
@@ -64,7 +71,7 @@ class TaggedDevice(Exerciser):
         super().__init__(draw, thorough=False)
         key = tuple(self.ledger.classes)
         self.step_on_device = steps.setdefault(key, _step_of(key))
-        self.arrays = [device.allocate(state, float("nan")) for state in self.ledger.classes]
+        self.arrays = [_poisoned(state) for state in self.ledger.classes]
         self.known: dict[tuple, int] = {}
 
     def tag(self, history: tuple) -> int:

@@ -157,7 +157,7 @@ def test_a_run_answers_text(tmp_path, monkeypatch, capsys):
     source = load_source(moved)
     whole = merge(source.structure, source.params)
     ids = jnp.asarray([list(b"def f(")], jnp.int32)
-    logits = whole.logits(whole.hidden(ids, jnp.arange(6, dtype=jnp.int32)[None])[0])
+    logits = whole.logits(whole.parallel(ids))
     assert int(logits[0, -1].argmax()) == one["tokens"][0]
 
 
@@ -182,7 +182,7 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
 
     @jax.jit
     def forward(tokens):
-        return whole.logits(whole.hidden(tokens, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None])[0])
+        return whole.logits(whole.parallel(tokens))
 
     nats = []
     for start in range(0, 399 - 60, 60):

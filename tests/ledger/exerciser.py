@@ -20,11 +20,12 @@ from kvlab.ledger.ledger import Ledger, Tracked
 from kvlab.ledger.plan import NOWHERE, Plan
 from kvlab.ledger.replacement import POLICIES
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, TokenState
+from pallas_kernels.visible import Visible
 from tests.ledger.test_states import visible_by_mask
 
 FULL = TokenState(2, 4, 4)
-WINDOWED = TokenState(1, 4, 4, window=5, num_sinks=2)
-CHUNKED = TokenState(1, 2, 2, "int8", chunk=6, scale_dtype="float16")
+WINDOWED = TokenState(1, 4, 4, visible=Visible(window=5, num_sinks=2))
+CHUNKED = TokenState(1, 2, 2, "float16", visible=Visible(chunk=6), scale_dtype="float16").stored("int8")
 LATENT = LatentState(4, 2)
 STATE = RecurrentState((ArraySpec("ssm", (3, 3), "float32"),))
 MODELS = {

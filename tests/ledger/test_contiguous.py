@@ -10,9 +10,10 @@ from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.contiguous import Buddy
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
+from pallas_kernels.visible import Visible
 
 SPEC = TokenState(1, 1, 1, "float16")
-WINDOWED = TokenState(1, 1, 1, "float16", window=3)
+WINDOWED = TokenState(1, 1, 1, "float16", visible=Visible(window=3))
 
 
 def make(reservation, num_slots=48, max_len=16, spec=SPEC, page_size=1):

@@ -15,9 +15,10 @@ from kvlab.ledger.plan import NOWHERE, load_plans, save_plans
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.ledger.stores import Store
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from pallas_kernels.visible import Visible
 
 FULL = TokenState(2, 4, 4)
-WINDOWED = TokenState(2, 4, 4, window=5, num_sinks=2)
+WINDOWED = TokenState(2, 4, 4, visible=Visible(window=5, num_sinks=2))
 STATE = RecurrentState((ArraySpec("ssm", (3, 3), "float32"),))
 
 

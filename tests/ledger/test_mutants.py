@@ -12,6 +12,8 @@ import pytest
 
 from kvlab.ledger import accounting, prefix, states, stores, swapping
 from kvlab.ledger import ledger as ledger_module
+from pallas_kernels import visible
+from pallas_kernels.visible import Visible
 from tests.ledger import test_contiguous, test_ledger, test_machine, test_prefix, test_replacement, test_states
 
 
@@ -144,12 +146,12 @@ MUTANTS = [
     ),
     Mutant(
         "pages leave the window one token early",
-        states.TokenState,
+        visible.Visible,
         "forgotten_at",
         "position + self.window",
         "position + self.window - 1",
         test_states.test_a_page_is_free_when_its_last_slot_is_forgotten,
-        (states.TokenState(1, 1, 1, window=5),),
+        (states.TokenState(1, 1, 1, visible=Visible(window=5)),),
     ),
     Mutant(
         "pages leave the window one token late",
@@ -161,12 +163,12 @@ MUTANTS = [
     ),
     Mutant(
         "sinks are forgotten with the window",
-        states.TokenState,
+        visible.Visible,
         "forgotten_at",
         "position < self.num_sinks",
         "position < 0",
         test_states.test_nothing_forgotten_is_recalled,
-        (states.TokenState(1, 1, 1, window=5, num_sinks=2),),
+        (states.TokenState(1, 1, 1, visible=Visible(window=5, num_sinks=2)),),
     ),
     Mutant(
         "a failed allocation keeps what it took",

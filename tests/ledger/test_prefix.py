@@ -11,6 +11,7 @@ from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
 from kvlab.ledger.tokens import encode, namespace, page_keys
+from pallas_kernels.visible import Visible
 from tests.ledger.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
 
 
@@ -77,7 +78,7 @@ def test_states_kept_every_few_pages_hit_there(interval):
 
 def test_a_hit_needs_every_page_that_is_live_there():
     """A window of 9 over pages of 4 needs the last two full pages; with any one of them gone the hit falls back."""
-    spec = TokenState(1, 1, 1, window=9)
+    spec = TokenState(1, 1, 1, visible=Visible(window=9))
     prompt = list(range(21))
     for gone in range(5):
         ledger = make((spec,))

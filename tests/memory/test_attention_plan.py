@@ -9,13 +9,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.pools import attention_plan
+from kvlab.memory.views import view_of
+from kvlab.memory.views.paged import attention_plan
 from pallas_kernels.paged_attention import gpu, paged_attention, takes_plan
 from pallas_kernels.selection import Asked, Device, as_if_on
+from pallas_kernels.visible import Visible
 
 PAGE = 16
 FULL = TokenState(2, 64, 64, "bfloat16")
-WINDOW = TokenState(2, 64, 64, "bfloat16", window=20, num_sinks=3)
+WINDOW = TokenState(2, 64, 64, "bfloat16", visible=Visible(20, 3))
 LENGTHS = {"long": 150, "short": 5}
 
 
@@ -33,8 +35,8 @@ def decoding(spec, memory="paged"):
     return layout.classes[0], plan
 
 
-def planned(spec, memory="paged", is_taken=True):
-    state, plan = decoding(spec, memory)
+def planned(spec, is_taken=True):
+    state, plan = decoding(spec)
     starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
     return state, plan, attention_plan(state, plan.classes[0], starts, counts, lambda asked: is_taken)
 
@@ -58,7 +60,7 @@ def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
     queries = jax.random.normal(keys[2], (3, 1, 4, 64), jnp.bfloat16)
     tables = [jnp.asarray(one) for one in (plan.classes[0].pages, plan.classes[0].page_starts)]
     tables += [jnp.asarray(plan.starts)[:, None], jnp.asarray(plan.starts + plan.counts)]
-    options = {"window": spec.window, "num_sinks": spec.num_sinks, "soft_cap": None, "scale": 0.125}
+    options = {"window": spec.visible.window, "num_sinks": spec.visible.num_sinks, "soft_cap": None, "scale": 0.125}
     how = plgpu.InterpretGPUParams(detect_races=True)
     found = gpu.paged_attention(queries, *pools, *tables, plan=made, interpret=how, chip="hopper", **options)[0]
     reset_gpu_interpret_mode_state()
@@ -67,13 +69,14 @@ def test_the_gpu_kernel_answers_by_it_as_the_reference_does_without(spec):
 
 
 def test_is_made_only_where_it_is_of_use():
-    for memory, is_taken in (("dense", True), ("paged", False)):
-        assert planned(FULL, memory, is_taken)[2] is None
+    assert planned(FULL, is_taken=False)[2] is None
     recurrent = RecurrentState((ArraySpec("ssm", (4, 4), "float32"),))
-    assert planned(recurrent)[2] is None
+    for spec, memory in ((FULL, "dense"), (recurrent, "paged")):
+        state, plan = decoding(spec, memory)
+        starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
+        assert view_of(spec, memory).share(state, plan.classes[0], starts, counts) is None
     state, plan = decoding(FULL)
     chunk = plan.classes[0]._replace(write_slots=np.zeros((3, 2), np.int32))
-    starts, counts = jnp.asarray(plan.starts), jnp.asarray(plan.counts)
     assert attention_plan(state, chunk, starts, counts, lambda asked: True) is None
 
 

@@ -1,18 +1,20 @@
 """Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in place."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlab.engine import measure as measuring
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation import measure as measuring
 from kvlab.evaluation.measure import measure
-from kvlab.ledger.plan import ClassPlan
-from kvlab.memory import pools as device
+from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.memory.pools import num_bytes
-from tests.contracts import VARIANTS, VOCAB, build
+from kvlab.memory.pools import allocate_pages, num_bytes, stored, write_tokens
+from pallas_kernels.formats import quantised
+from tests.contracts import VOCAB, build, pairs_with
 
 MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(name="dense", chunk_len=4)]
 
@@ -24,13 +26,40 @@ def layout_of(variant, memory, rows=3, max_len=40, dtype="float32") -> tuple[Mem
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "memory"), pairs_with(MEMORIES), ids=lambda value: getattr(value, "name", value))
 def test_stated_bytes_are_the_arrays_bytes(variant, memory, dtype):
     step, _ = layout_of(variant, memory, dtype=dtype)
     pools = step.layout.allocate()
     assert num_bytes(pools) == step.layout.pool_bytes
     assert sum(account.pool for account in step.layout.ledger().audit()) == step.layout.pool_bytes
+
+
+QUANTISED = [
+    ("gqa", "int8"),
+    ("gqa", "fp8"),
+    ("gqa", "int4"),
+    ("latent", "fp8"),
+    ("retrieval", "int4"),
+    ("hybrid", "int8"),
+]
+
+
+@pytest.mark.parametrize(("variant", "format"), QUANTISED)
+def test_quantised_bytes_are_stated_and_smaller(variant, format):
+    exact, held = (
+        layout_of(variant, MemoryConfig(page_size=4, chunk_len=4, format=f))[0].layout for f in ("model", format)
+    )
+    assert num_bytes(jax.eval_shape(held.allocate)) == held.pool_bytes < exact.pool_bytes
+    assert sum(account.pool for account in held.ledger().audit()) == held.pool_bytes
+    assert (exact.is_exact, held.is_exact) == (True, False)
+
+
+def test_bytes_of_int8_pages():
+    """GQA of 2 KV heads and dims 8 in float32: 128 bytes a token; in int8 32, and 16 of scales."""
+    exact, held = (
+        layout_of("gqa", MemoryConfig(format=format))[0].layout.classes[0].spec for format in ("model", "int8")
+    )
+    assert (exact.unit_bytes, held.unit_bytes, held.scale_bytes) == (128, 48, 16)
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
@@ -68,7 +97,7 @@ def test_a_donated_write_copies_nothing(dtype, num_tokens):
     new = jnp.asarray(np.random.default_rng(0).integers(0, 3, (rows, num_tokens, 2, 32)), dtype)
 
     def write(pool, slots, new):
-        return device.write_tokens(pool, ClassPlan(slots, slots, slots, slots), new, new)
+        return write_tokens(TokenState(2, 32, 32), pool, slots, {"keys": new, "values": new})
 
     stored = dtype if jnp.dtype(dtype).itemsize > 1 else "uint8"
     pool = {name: jnp.zeros(shape, stored) for name in ("keys", "values")}
@@ -83,11 +112,32 @@ def test_a_donated_write_copies_nothing(dtype, num_tokens):
     np.testing.assert_array_equal(np.asarray(after["keys"]).view(jnp.dtype(dtype)).astype(np.float32), expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_of_the_engine_leaves_its_pool_in_place(dtype):
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_a_donated_write_in_a_format_copies_nothing(format):
+    """Codes and scales are written in place, as `quantised` makes them."""
+    state = TokenState(2, 32, 32).stored(format)
+    pool = allocate_pages(state, 2049, 16)
+    new = jax.random.normal(jax.random.key(0), (4, 8, 2, 32))
+    slots = np.arange(4 * 8).reshape(4, 8).astype(np.int32) + 32
+    write = jax.jit(partial(write_tokens, state), donate_argnums=0)
+    compiled = write.lower(pool, slots, {"keys": new, "values": -new}).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * num_bytes(pool)
+    after = compiled(pool, slots, {"keys": new, "values": -new})
+    expected = quantised(new.reshape(2, 16, 2, 32).swapaxes(1, 2), format)
+    np.testing.assert_array_equal(np.asarray(stored(state, after, "keys").payload)[2:4], np.asarray(expected.payload))
+    np.testing.assert_array_equal(np.asarray(after["values_scale"])[2:4], np.asarray(expected.scales))
+    assert not any(np.asarray(array, np.float32)[[0, 1, 4]].any() for array in after.values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format"),
+    [("float32", "model"), ("bfloat16", "model"), *(("float32", f) for f in ("int8", "fp8", "int4"))],
+)
+def test_a_step_of_the_engine_leaves_its_pool_in_place(dtype, format):
     """Temporaries of a whole decode step below 1% of a large pool: nothing of it is copied."""
     model, structure, params, _ = build("gqa", dtype)
-    layout = MemoryLayout.of(model.states(), MEMORIES[0], max_sequences=8, max_len=8192)
+    memory = MemoryConfig(page_size=4, chunk_len=4, format=format)
+    layout = MemoryLayout.of(model.states(), memory, max_sequences=8, max_len=8192)
     step, pools = MemoryStep.of(structure, layout), jax.eval_shape(layout.allocate)
     plan, tokens = layout.ledger().plan([], 8, 1), jax.ShapeDtypeStruct((8, 1), jnp.int32)
     analysis = MemoryStep.next_logits.lower(step, params, pools, plan, tokens).compile().memory_analysis()

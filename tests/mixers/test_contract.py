@@ -7,8 +7,10 @@ import pytest
 
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryConfig
+from kvlab.memory.views import VIEWS
+from kvlab.mixers import MIXERS
 from tests import contracts
-from tests.contracts import VARIANTS, WINDOW, assert_memory_equals_parallel
+from tests.contracts import VARIANTS, WINDOW, assert_memory_equals_parallel, pairs_with, states_of
 
 LENGTHS = (1, 3, WINDOW - 1, WINDOW, WINDOW + 1, 7, 8, 9, 17)
 """kB - 1, kB, kB + 1 for pages of 4 and 8; w - 1, w, w + 1; and one longer than everything."""
@@ -24,24 +26,47 @@ EVERY_PAIR = [
 ]
 
 
-def _name(memory: MemoryConfig) -> str:
-    return f"{memory.name}-page{memory.page_size}-chunk{memory.chunk_len}"
+def _name(value: str | MemoryConfig) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value.name}-page{value.page_size}-chunk{value.chunk_len}"
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=_name)
-@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_registered_mixer_and_view_is_in_the_matrix():
+    mixers = {layer.mixer for layers in VARIANTS.values() for layer in layers}
+    assert mixers >= set(MIXERS)
+    pairs = pairs_with(MEMORIES)
+    covered = {(type(state), memory.name) for variant, memory in pairs for state in states_of(variant)}
+    assert covered | {(kind, "whole") for kind, _ in covered} == set(VIEWS)
+
+
+@pytest.mark.parametrize(("variant", "memory"), pairs_with(MEMORIES), ids=_name)
 def test_memory_equals_parallel_form(variant, memory):
     assert_memory_equals_parallel(variant, memory, LENGTHS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", EVERY_PAIR, ids=_name)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "memory"), pairs_with(EVERY_PAIR), ids=_name)
 def test_memory_equals_parallel_form_for_every_pair(variant, memory):
     assert_memory_equals_parallel(variant, memory, LENGTHS)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid"])
+@pytest.mark.parametrize(
+    ("variant", "memory", "format"),
+    [
+        ("gqa", "paged", "int8"),
+        ("hybrid", "paged", "int4"),
+        ("window_sinks", "paged", "fp8"),
+        ("latent", "paged", "int8"),
+        ("retrieval", "paged", "int4"),
+        ("gqa", "dense", "int8"),
+    ],
+)
+def test_quantised_memory_equals_the_parallel_form_of_rounded_keys_and_values(variant, memory, format):
+    assert_memory_equals_parallel(variant, MemoryConfig(memory, page_size=4, chunk_len=5, format=format), (3, 9, 17))
+
+
+@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid", "latent"])
 def test_bfloat16_memory_equals_parallel_form(variant):
     memory = MemoryConfig(name="paged", page_size=4, chunk_len=5)
     assert_memory_equals_parallel(variant, memory, (9, 17), dtype="bfloat16")
@@ -71,7 +96,7 @@ def test_the_contract_fails_for_a_window_off_by_one(monkeypatch):
 
 
 def test_the_contract_fails_for_a_state_that_is_not_reset(monkeypatch):
-    from kvlab.memory.pools import StateSlots
+    from kvlab.memory.views.slots import StateSlots
 
     monkeypatch.setattr(
         StateSlots, "read", lambda self: {name: array[self.plan.pages[:, 0]] for name, array in self.pool.items()}

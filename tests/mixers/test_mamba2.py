@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kvlab.memory.views import whole
 from kvlab.mixers import MIXERS, Mixer
 from kvlab.mixers.mamba2 import Mamba2, Mamba2Config
 
@@ -18,7 +19,8 @@ def test_equals_the_recurrence():
     layer = Mamba2(config, 16, dtype="float32", rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((1, 13, 16))
     positions = jnp.arange(13, dtype=jnp.int32)[None]
-    y, _ = jax.jit(lambda x: layer(x, positions, None))(jnp.asarray(x, jnp.float32))
+    (memory,) = whole([layer.states()], 1, 13)
+    y, _ = jax.jit(lambda x: layer(x, positions, memory))(jnp.asarray(x, jnp.float32))
 
     def param(variable):
         return np.asarray(variable[...], np.float64)

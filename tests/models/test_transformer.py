@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvlab.memory.views import whole
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.transformer import Block, LayerConfig, ModelConfig, Transformer, merge, parse_pattern, split
 
@@ -57,11 +58,12 @@ def test_a_short_convolution_stands_before_the_mixer():
     )
     x = np.random.default_rng(0).standard_normal((1, 7, 16)).astype(np.float32)
     positions = jnp.arange(7, dtype=jnp.int32)[None]
-    outputs, _ = block(jnp.asarray(x), positions, None)
+    (memory,) = whole([block.states()], 1, 7)
+    outputs, _ = block(jnp.asarray(x), positions, memory)
     h = x[0] / np.sqrt((x[0] ** 2).mean(-1, keepdims=True) + 1e-6)
     kernel = np.asarray(block.short_conv.kernel[...])
     padded = np.concatenate([np.zeros((2, 16), np.float32), h])
     h = h + sum(kernel[lag] * padded[2 - lag : 9 - lag] for lag in range(3))
-    mixed, _ = block.mixer(jnp.asarray(h)[None], positions, None)
+    mixed, _ = block.mixer(jnp.asarray(h)[None], positions, memory)
     np.testing.assert_allclose(outputs, x + np.asarray(mixed), atol=1e-5)
     assert set(block.states()) == {"kv", "short_conv"}

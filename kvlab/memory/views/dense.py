@@ -1,0 +1,59 @@
+"""The baseline: one row of max_len slots a sequence. Queries travel to the rows, so that the cache is read in place."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from kvlab.memory.pools import stored
+from kvlab.memory.views.base import PlannedTokens
+from kvlab.typing import HeadOutputs, Positions, Queries
+from pallas_kernels.formats import Quantised, tile_values
+from pallas_kernels.masking import masked_softmax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DenseTokens(PlannedTokens):
+    """Rows of keys and values; a row is one page of max_len slots."""
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> HeadOutputs:
+        keys = stored(self.state, self.pool, "keys")
+        rows = jnp.asarray(self.plan.pages)[:, 0]
+
+        def to_rows(x: Array) -> Array:
+            return jnp.zeros((len(keys), *x.shape[1:]), x.dtype).at[rows].set(x, mode="drop")
+
+        slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None, :]
+        seen = self.state.visible.sees(to_rows(positions)[:, :, None], slots)
+        seen = seen & (slots < to_rows(self.slot_lens)[:, None, None])
+        asked = queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries
+        values = tile_values(stored(self.state, self.pool, "values"))
+        outputs = attend_densely(to_rows(asked), tile_values(keys), values, seen, scale=scale, soft_cap=soft_cap)
+        return outputs.astype(queries.dtype).at[rows].get(mode="fill", fill_value=0)
+
+
+def attend_densely(
+    queries: Queries,
+    keys: Float[Array, "B K S D"],
+    values: Float[Array, "B K S Dv"],
+    seen: Bool[Array, "B T S"],
+    *,
+    scale: float | None,
+    soft_cap: float | None,
+) -> HeadOutputs:
+    """Attention over the keys that each query sees, in the queries' type. What nobody sees may hold NaN."""
+    num_kv_heads, dim = keys.shape[1], keys.shape[3]
+    grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+    scores = scores * (dim**-0.5 if scale is None else scale)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    weights, _ = masked_softmax(scores, seen[:, None, None])
+    readable = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0).astype(jnp.float32)
+    outputs = jnp.einsum("bkgts,bksd->btkgd", weights, readable)
+    return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype)

@@ -1,0 +1,128 @@
+"""No memory at all: the sequence is complete and starts at position 0, and nothing outlives the call. Training and scoring in the
+parallel form go through these views, so that no mixer has a second branch for them.
+
+A view holds what was appended, as it came. Reading a state gives zeros, writing one forgets it: the compiler sees both.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.plan import ClassPlan
+from kvlab.ledger.states import State
+from kvlab.memory.pools import Pool
+from kvlab.memory.views.dense import attend_densely
+from kvlab.memory.views.retrieval import select
+from kvlab.typing import Counts, HeadOutputs, IndexQueries, Positions, Queries
+from pallas_kernels.flash_attention import flash_attention
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the views of complete sequences share."""
+
+    state: Any = field(metadata={"static": True})
+    pool: Any
+    counts: Any  # [B] tokens of each sequence
+
+    @classmethod
+    def check(cls, state: State) -> None:
+        pass
+
+    @classmethod
+    def allocate(cls, state: State, num_pages: int, page_size: int) -> Pool:
+        return {}
+
+    @classmethod
+    def share(cls, state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts) -> Any:
+        return None
+
+    @classmethod
+    def of(cls, state: Any, pool: Pool, plan: Any, starts: Counts, counts: Counts, shared: Any = None) -> Self:
+        return cls(state, pool, counts)
+
+
+@dataclass(frozen=True)
+class Appended(Whole):
+    """Token arrays as they were appended."""
+
+    def append(self, **tokens: Array) -> Self:
+        return replace(self, pool=tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeTokens(Appended):
+    """Keys and values of the call's own tokens."""
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> HeadOutputs:
+        keys, values = self.pool["keys"], self.values
+        visible = self.state.visible
+        return flash_attention(
+            queries,
+            keys,
+            values,
+            window=visible.window,
+            num_sinks=visible.num_sinks,
+            scale=scale,
+            soft_cap=soft_cap,
+        )
+
+    @property
+    def values(self) -> Array:
+        """[B, T, K, Dv]"""
+        return self.pool["values"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeLatents(WholeTokens):
+    """Rows of the call's own tokens; values are their first `rank` numbers."""
+
+    @property
+    def values(self) -> Array:
+        return self.pool["keys"][..., : self.state.rank]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeRetrieval(Appended):
+    """Keys, values and index entries of the call's own tokens: every query selects as it does in pages."""
+
+    def attend(
+        self,
+        queries: Queries,
+        positions: Positions,
+        *,
+        index_queries: IndexQueries,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+    ) -> HeadOutputs:
+        keys, values, index = self.pool["keys"], self.pool["values"], self.pool["index"][:, :, 0]
+        slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        seen = self.state.visible.sees(slots[None, :, None], slots[None, None, :])
+        seen = jnp.broadcast_to(seen, (len(keys), *seen.shape[1:]))
+        selected = select(index_queries, index, seen, self.state.num_selected)
+        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+        return attend_densely(queries, keys, values, selected, scale=scale, soft_cap=soft_cap)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WholeStates(Whole):
+    """Every sequence begins with a state of zeros, and every token is real."""
+
+    def read(self) -> dict[str, Array]:
+        return {part.name: jnp.zeros((len(self.counts), *part.shape), part.dtype) for part in self.state.arrays}
+
+    def write(self, states: dict[str, Array]) -> Self:
+        return self
+
+    def valid(self, num_tokens: int) -> Array:
+        return jnp.ones((len(self.counts), num_tokens), bool)

@@ -1,0 +1,176 @@
+"""Every kind of token memory against float64 rewrites of its formula: in chunks, ragged, with NaN in all that must not be read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, TokenState
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.views import VIEWS, view_of, whole
+from kvlab.schema import ConfigError
+from pallas_kernels.formats import quantised
+from pallas_kernels.visible import Visible
+
+LENGTHS = (3, 13, 8)
+
+
+def drawn(widths: dict[str, tuple[int, int]], *, whole_numbers: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Random arrays [B, T, heads, D] by name; whole numbers in [-2, 2] where products shall be exact, and often equal."""
+    rng, shape = np.random.default_rng(0), (len(LENGTHS), max(LENGTHS))
+    return {
+        name: (
+            rng.integers(-2, 3, (*shape, *width)) if name in whole_numbers else rng.standard_normal((*shape, *width))
+        ).astype(np.float32)
+        for name, width in widths.items()
+    }
+
+
+def through(state: State, memory: MemoryConfig, arrays: dict[str, np.ndarray], ask) -> np.ndarray:
+    """Outputs [B, T, ...] of `ask(view, arrays of a chunk, positions)` after each chunk was appended."""
+    layout = MemoryLayout.of([{"kv": state}], memory, max_sequences=len(LENGTHS), max_len=max(LENGTHS))
+    ledger, pools = layout.ledger(), layout.allocate(float("nan"))
+    stored = [array.name for array in state.arrays]
+
+    @jax.jit
+    def step(pools, plan, chunk):
+        positions = plan.starts[:, None] + jnp.arange(memory.chunk_len, dtype=jnp.int32)[None, :]
+        view = layout.views(pools, plan)[0]["kv"].append(**{name: chunk[name] for name in stored})
+        return layout.pools(({"kv": view},)), ask(view, chunk, positions)
+
+    outputs = None
+    for start in range(0, max(LENGTHS), memory.chunk_len):
+        rows = [row for row, length in enumerate(LENGTHS) if length > start]
+        counts = [min(memory.chunk_len, LENGTHS[row] - start) for row in rows]
+        for row, count in zip(rows, counts, strict=True):
+            ledger.reserve(row, count)
+        chunk = {
+            name: np.full((len(LENGTHS), memory.chunk_len, *array.shape[2:]), np.nan, np.float32)
+            for name, array in arrays.items()
+        }
+        for line, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            for name, array in arrays.items():
+                chunk[name][line, :count] = array[row, start : start + count]
+        plan = ledger.plan(rows, len(LENGTHS), memory.chunk_len)
+        pools, found = step(pools, jax.tree.map(jnp.asarray, plan), chunk)
+        found = np.asarray(found)
+        outputs = np.zeros((*arrays["queries"].shape[:2], *found.shape[2:]), np.float32) if outputs is None else outputs
+        for line, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            outputs[row, start : start + count] = found[line, :count]
+            ledger.commit(row, count)
+    return outputs
+
+
+def attention(queries, keys, values, seen, scale) -> np.ndarray:
+    """Softmax attention of one sequence, [T, H, D] over [T, K, D], in float64; `seen(t)` lists what token t reads."""
+    outputs = np.zeros((*queries.shape[:2], values.shape[2]))
+    group = queries.shape[1] // keys.shape[1]
+    for t, head in np.ndindex(queries.shape[:2]):
+        places = seen(t)
+        scores = keys[places, head // group].astype(np.float64) @ queries[t, head] * scale
+        weights = np.exp(scores - scores.max())
+        outputs[t, head] = weights @ values[places, head // group] / weights.sum()
+    return outputs
+
+
+def assert_right(found: np.ndarray, expected: list[np.ndarray], tolerance: float = 1e-6) -> None:
+    for row, length in enumerate(LENGTHS):
+        error = np.linalg.norm(found[row, :length] - expected[row][:length])
+        assert error <= tolerance * np.linalg.norm(expected[row][:length])
+
+
+PLACES = [MemoryConfig("paged", 1, 5), MemoryConfig("paged", 4, 5), MemoryConfig("paged", 4, 1)]
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize(
+    "memory", [MemoryConfig("paged", 4, 5), MemoryConfig("paged", 4, 1), MemoryConfig("dense", 1, 5)]
+)
+def test_quantised_tokens_are_the_rounded_ones(memory, format):
+    visible = Visible(6, 2)
+    arrays = drawn({"queries": (4, 8), "keys": (2, 8), "values": (2, 6)})
+    held = MemoryConfig(memory.name, memory.page_size, memory.chunk_len, format)
+    found = through(
+        TokenState(2, 8, 6, visible=visible), held, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at)
+    )
+    keys, values = (np.asarray(quantised(jnp.asarray(arrays[name]), format).values()) for name in ("keys", "values"))
+    seen = [[p for p in range(t + 1) if visible.sees(t, p)] for t in range(max(LENGTHS))]
+    expected = [
+        attention(queries, k, v, seen.__getitem__, 8**-0.5)
+        for queries, k, v in zip(arrays["queries"], keys, values, strict=True)
+    ]
+    assert_right(found, expected)
+
+
+@pytest.mark.parametrize("memory", PLACES)
+def test_latent_rows_are_keys_and_values(memory):
+    arrays = drawn({"queries": (3, 8), "keys": (1, 8)})
+    found = through(
+        LatentState(6, 2, "float32"),
+        memory,
+        arrays,
+        lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.3),
+    )
+    expected = [
+        attention(queries, rows, rows[..., :6], lambda t: list(range(t + 1)), 0.3)
+        for queries, rows in zip(arrays["queries"], arrays["keys"], strict=True)
+    ]
+    assert found.shape[3] == 6
+    assert_right(found, expected)
+
+
+def selected(queries: np.ndarray, index: np.ndarray, num_selected: int):
+    """Brute force: of the tokens that t sees, those with the largest products, earlier ones first among equals."""
+    return lambda t: sorted(sorted(range(t + 1), key=lambda p: (-float(queries[t] @ index[p]), p))[:num_selected])
+
+
+RETRIEVAL = RetrievalState(2, 8, 6, index_dim=3, num_selected=4, dtype="float32")
+RETRIEVED = drawn(
+    {"queries": (4, 8), "keys": (2, 8), "values": (2, 6), "index": (1, 3), "index_queries": (1, 3)},
+    whole_numbers=("index", "index_queries"),
+)
+
+
+def retrieved(view, chunk, at):
+    return view.attend(chunk["queries"], at, index_queries=chunk["index_queries"][:, :, 0])
+
+
+def expected_of_retrieval() -> list[np.ndarray]:
+    rows = zip(*(RETRIEVED[name] for name in ("queries", "keys", "values", "index_queries", "index")), strict=True)
+    return [
+        attention(queries, keys, values, selected(asked[:, 0], index[:, 0], 4), 8**-0.5)
+        for queries, keys, values, asked, index in rows
+    ]
+
+
+@pytest.mark.parametrize("memory", PLACES)
+def test_retrieval_reads_the_nearest_tokens_and_the_earlier_of_equals(memory):
+    assert_right(through(RETRIEVAL, memory, RETRIEVED, retrieved), expected_of_retrieval())
+
+
+def test_retrieval_of_whole_sequences_selects_alike():
+    (layer,) = whole([{"kv": RETRIEVAL}], *RETRIEVED["queries"].shape[:2])
+    view = layer["kv"].append(**{name: jnp.asarray(RETRIEVED[name]) for name in ("keys", "values", "index")})
+    assert_right(np.asarray(retrieved(view, jax.tree.map(jnp.asarray, RETRIEVED), None)), expected_of_retrieval())
+
+
+def test_what_a_memory_cannot_hold_is_refused_by_name():
+    def refused(state: State, **fields) -> str:
+        with pytest.raises(ConfigError) as caught:
+            MemoryLayout.of([{"kv": state}], MemoryConfig(**fields), max_sequences=1, max_len=8)
+        return str(caught.value)
+
+    assert "memory.format = 'int4': " in refused(TokenState(1, 5, 5), format="int4")
+    assert refused(TokenState(1, 5, 5), format="int4").endswith("legal: model, int8, fp8")
+    assert refused(LatentState(6, 2), format="int4").endswith("legal: model, int8, fp8")
+    assert refused(LatentState(6, 2), name="dense") == "memory.name = 'dense': cannot hold LatentState; legal: paged"
+    with pytest.raises(ConfigError, match=r"format = 'int8.channel': must be one of model, int8, fp8, int4"):
+        MemoryConfig(format="int8.channel")
+    with pytest.raises(ValueError, match="whole page"):
+        view_of(TokenState(1, 4, 4), "paged").check(TokenState(1, 4, 4).stored("int8.channel"))
+
+
+def test_every_state_has_a_parallel_form():
+    kinds = {kind for kind, _ in VIEWS}
+    assert kinds == {TokenState, LatentState, RetrievalState, RecurrentState}
+    assert all((kind, "whole") in VIEWS for kind in kinds)

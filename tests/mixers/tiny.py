@@ -1,0 +1,84 @@
+"""The smallest mixers over states that no mixer of kvlab declares yet: latent rows, and a retrieval memory."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax import nnx
+
+from kvlab.ledger.states import LatentState, RetrievalState, State
+from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.layers import Linear
+from kvlab.schema import integer
+from kvlab.typing import Hidden, Positions
+
+
+@dataclass(frozen=True)
+class LatentConfig(MixerConfig):
+    num_heads: int = integer(3, 1, 64)
+    rank: int = integer(6, 1, 64)
+    rope_dim: int = integer(2, 1, 64)
+
+
+class TinyLatent(Mixer):
+    """Absorbed latent attention without its rotation."""
+
+    Config = LatentConfig
+
+    def __init__(self, config: LatentConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        width = config.rank + config.rope_dim
+        options = {"use_bias": False, "dtype": jnp.dtype(dtype), "rngs": rngs}
+        self.query = Linear(model_dim, config.num_heads * width, **options)
+        self.row = Linear(model_dim, width, **options)
+        self.out = Linear(config.num_heads * config.rank, model_dim, **options)
+        self.config, self.dtype = config, dtype
+
+    def states(self) -> dict[str, State]:
+        return {"latents": LatentState(self.config.rank, self.config.rope_dim, self.dtype)}
+
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        queries = self.query(x).reshape(*x.shape[:2], self.config.num_heads, -1)
+        latents = memory["latents"].append(keys=self.row(x)[:, :, None])
+        outputs = latents.attend(queries, positions, scale=0.4)
+        return self.out(outputs.reshape(*x.shape[:2], -1)), {"latents": latents}
+
+
+@dataclass(frozen=True)
+class RetrievalConfig(MixerConfig):
+    num_heads: int = integer(4, 1, 64)
+    num_kv_heads: int = integer(2, 1, 64)
+    head_dim: int = integer(4, 1, 64)
+    index_dim: int = integer(3, 1, 64)
+    num_selected: int = integer(5, 1, 64)
+
+
+class TinyRetrieval(Mixer):
+    """Attention over the tokens that an index selects."""
+
+    Config = RetrievalConfig
+
+    def __init__(self, config: RetrievalConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        options = {"use_bias": False, "dtype": jnp.dtype(dtype), "rngs": rngs}
+        dim = config.head_dim
+        self.query = Linear(model_dim, config.num_heads * dim, **options)
+        self.key = Linear(model_dim, config.num_kv_heads * dim, **options)
+        self.value = Linear(model_dim, config.num_kv_heads * dim, **options)
+        self.index_query = Linear(model_dim, config.index_dim, **options)
+        self.index = Linear(model_dim, config.index_dim, **options)
+        self.out = Linear(config.num_heads * dim, model_dim, **options)
+        self.config, self.dtype = config, dtype
+
+    def states(self) -> dict[str, State]:
+        config = self.config
+        heads = config.num_kv_heads, config.head_dim, config.head_dim
+        return {"kv": RetrievalState(*heads, config.index_dim, config.num_selected, self.dtype)}
+
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        queries, keys, values = (
+            project(x).reshape(*x.shape[:2], -1, self.config.head_dim) for project in (self.query, self.key, self.value)
+        )
+        kv = memory["kv"].append(keys=keys, values=values, index=self.index(x)[:, :, None])
+        outputs = kv.attend(queries, positions, index_queries=self.index_query(x))
+        return self.out(outputs.reshape(*x.shape[:2], -1)), {"kv": kv}
+
+
+TINY = {"tiny_latent": TinyLatent, "tiny_retrieval": TinyRetrieval}
