@@ -123,14 +123,19 @@ def test_tab_completion():
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_sweeps_through_every_local_launcher(launcher, tmp_path):
-    arguments = ["run", "-m", *TINY, f"launcher={launcher}", "mixer=mha,mqa", f"results_dir={tmp_path}"]
+    sweep = ["mixer=mha,mqa", "memory=paged,dense"]
+    arguments = ["run", "-m", *TINY, f"launcher={launcher}", *sweep, f"results_dir={tmp_path}"]
     first = kvlab(*arguments)
     assert first.returncode == 0, first.stderr
-    assert "2 runs: 2 to run" in first.stderr
-    assert sorted(r.config["mixer"]["name"] for r in read_records(tmp_path)) == ["mha", "mqa"]
+    assert "4 runs: 4 to run" in first.stderr
+    records = read_records(tmp_path)
+    assert sorted(record.config["mixer"]["name"] for record in records) == ["mha", "mha", "mqa", "mqa"]
+    trainings = {(record.config["mixer"]["name"], record.training.trained_by) for record in records}
+    assert len(trainings) == 2  # each variant was trained by one of its runs
+    assert len(list(tmp_path.rglob("params"))) == 2
     again = kvlab(*arguments)
-    assert "2 runs: 2 done already" in again.stderr
-    assert again.stderr.count("skipped") >= (2 if launcher == "joblib" else 0)
+    assert "4 runs: 4 done already" in again.stderr
+    assert again.stderr.count("skipped") >= (4 if launcher == "joblib" else 0)
 
 
 def test_a_corpus_that_is_too_short_is_answered_before_anything_is_written(tmp_path):

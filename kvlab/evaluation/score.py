@@ -1,5 +1,6 @@
 """Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task
 from kvlab.tasks.metrics import Sums
@@ -34,16 +36,21 @@ class Scorer:
         self._score = jax.jit(score)
         self._batches: dict[tuple[str, str, int], Batch] = {}
 
-    def parallel(self, params: Params, split: str) -> tuple[SliceScore, ...]:
-        """Every slice in the parallel form."""
+    def parallel(
+        self, params: Params, split: str, states: Sequence[LayerStates] | None = None
+    ) -> tuple[SliceScore, ...]:
+        """Every slice in the parallel form; `states` as in `Transformer.parallel`."""
+        forward = self._parallel
+        if states is not None:
+            forward = jax.jit(lambda params, batch: weighted_nll(merge(self.structure, params), batch, states))
         scores = []
-        for one in self.task.slices(split):
+        for part in self.task.slices(split):
             total = np.zeros(3)
-            for index in range(0, one.num_examples, self.batch_size):
-                batch = self._batch(split, one, index)
-                nll, correct = self._parallel(params, batch)
+            for index in range(0, part.num_examples, self.batch_size):
+                batch = self._batch(split, part, index)
+                nll, correct = forward(params, batch)
                 total += [float(nll.sum()), float(correct.sum()), float(batch.weights.sum())]
-            scores.append(_slice_score(one, total))
+            scores.append(_slice_score(part, total))
         return tuple(scores)
 
     def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:

@@ -13,7 +13,7 @@ from kvlab.config import SCHEMA_VERSION, Config
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.measure import MemoryReport, SpeedReport, measure
 from kvlab.evaluation.score import Scorer
-from kvlab.evaluation.verify import must_agree
+from kvlab.evaluation.verify import verify
 from kvlab.host import keep_freed_memory
 from kvlab.interrupt import Interrupted, StopRequest, stop_on_signals
 from kvlab.lab.kernels import summary
@@ -98,7 +98,16 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
     through = scorer.through_memory(params, "test", layout)
     parallel = scorer.parallel(params, "test")
-    must_agree(through, parallel, metric, config.model.dtype)
+    verified_by = verify(
+        scorer,
+        params,
+        through,
+        parallel,
+        layout=layout,
+        states=lab.states,
+        memory=config.memory,
+        dtype=config.model.dtype,
+    )
     stop.check()
 
     memory, speed = measure_memory(lab, params, config.context_len, trained.train_step_ms)
@@ -112,6 +121,8 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
         slices={part.name: metric.from_sums(part) for part in through},
         parallel_value=metric.mean(parallel),
         validation=trained.validation,
+        verified_by=verified_by,
+        lost=metric.mean(parallel) - metric.mean(through),
     )
     return {
         "num_params": lab.num_params,

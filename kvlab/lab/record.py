@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 from kvlab.evaluation.measure import MemoryReport, SpeedReport
+from kvlab.evaluation.verify import EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,11 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation."""
+    """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
+
+    `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `lost` is what
+    the memory costs: `parallel_value` less `value`.
+    """
 
     metric: str
     higher_is_better: bool
@@ -32,6 +37,8 @@ class Quality:
     slices: dict[str, float]
     parallel_value: float
     validation: float
+    verified_by: str = EXACT
+    lost: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
-from pallas_kernels.formats import FORMATS, Quantised, Stored
+from pallas_kernels.formats import FORMATS, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
 
@@ -59,6 +59,14 @@ def stored(state: Any, pool: Pool, name: str) -> Stored:
         return pool[name]
     is_typed = pool[name].dtype == FORMATS[state.format]
     return Quantised(pool[name], scales, "token", None if is_typed else state.format)
+
+
+def as_stored(state: Any, name: str, tokens: Array) -> Array:
+    """Tokens [B, T, K, D] of an array as they are read once they were stored: rounded to the state's format, where that array
+    is in it, in their own type."""
+    if not any(array.name == f"{name}_scale" for array in state.arrays):
+        return tokens
+    return quantised(tokens, state.format).values().astype(tokens.dtype)
 
 
 def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvlab.ledger.states import State
-from kvlab.memory.views import whole
+from kvlab.memory.views import LayerStates, whole
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
@@ -120,10 +120,13 @@ class Transformer(nnx.Module):
             after.append(layer_memory)
         return self.norm(x), tuple(after)
 
-    def parallel(self, tokens: Tokens) -> Hidden:
-        """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is remembered."""
+    def parallel(self, tokens: Tokens, states: Sequence[LayerStates] | None = None) -> Hidden:
+        """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is remembered.
+
+        `states` are the layers' states in another format than the model's: what is attended to is rounded to it.
+        """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        return self.hidden(tokens, positions, whole(self.states(), *tokens.shape))[0]
+        return self.hidden(tokens, positions, whole(states or self.states(), *tokens.shape))[0]
 
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits [B, T, V] in float32."""

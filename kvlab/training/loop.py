@@ -4,24 +4,24 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from kvlab.interrupt import StopRequest
 from kvlab.memory.pools import num_bytes
 from kvlab.random import named_key
 from kvlab.schema import ConfigError, Schema, integer, real
-from kvlab.tasks import Task
 from kvlab.tasks.metrics import Metric
 from kvlab.training.checkpoint import Checkpoints, truncate_jsonl
 from kvlab.training.progress import TrainingProgress
 from kvlab.training.step import TrainState, TrainStep, init_state
-from kvlab.typing import Params
+from kvlab.typing import Params, PyTree
 
 
 @dataclass(frozen=True)
@@ -97,69 +97,98 @@ def train(
     Raises `NotFinite` on a NaN, `Interrupted` when asked to stop (after saving). The result depends on the arguments
     alone, not on how often the process was killed in between.
     """
-    task: Task = step_fn.task
     placement = step_fn.placement
-    key, data = named_key(seed, "train"), placement.put(task.train_data(), "")
-    state = placement.put(init_state(params, step_fn.optimizer, learning_rate), "")
-    at = _Progress(num_rows=_num_rows(metrics_path))
     checkpoints = Checkpoints(directory, config.keep_checkpoints, placement)
-    call_ms: dict[int, list[float]] = {}
+    trial = _Trial(
+        step_fn=step_fn,
+        config=config,
+        key=named_key(seed, "train"),
+        data=placement.put(step_fn.task.train_data(), ""),
+        checkpoints=checkpoints,
+        state=placement.put(init_state(params, step_fn.optimizer, learning_rate), ""),
+        at=_Progress(num_rows=_num_rows(metrics_path)),
+    )
     try:
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            _, tree, note = restored
-            state, at = cast(TrainState, tree), _Progress(**note)
-        if not at.finished:  # rows after a finished trial belong to the next one
-            truncate_jsonl(metrics_path, at.num_rows)
-
+        is_resumed = trial.resume()
+        if not trial.at.finished:  # rows after a finished trial belong to the next one
+            truncate_jsonl(metrics_path, trial.at.num_rows)
         with (
             metrics_path.open("a", buffering=1) as metrics_file,
-            TrainingProgress(label, config.num_steps, num_bytes(state)) as progress,
+            TrainingProgress(label, config.num_steps, num_bytes(trial.state)) as progress,
         ):
-
-            def write(row: dict[str, Any]) -> None:
+            if not is_resumed:
+                trial.save()  # so that the rows of this trial have a place to be truncated to
+            progress.resumed(int(trial.state.step))
+            earlier_tokens = trial.at.num_tokens
+            while not trial.at.finished:
+                row = trial.call(validate)
                 metrics_file.write(json.dumps({"learning_rate": learning_rate, **row}) + "\n")
-                at.num_rows += 1
-
-            def save() -> None:
-                if call_ms:
-                    at.train_step_ms = _median_ms(call_ms)
-                checkpoints.save(int(state.step), state, vars(at))
-
-            if restored is None:
-                save()  # so that the rows of this trial have a place to be truncated to
-            progress.resumed(int(state.step))
-            seen_tokens = 0
-            while not at.finished:
-                began = time.perf_counter()
-                seq_len, knobs = task.train_call(at.call, config.steps_per_call)
-                state, metrics = step_fn(state, data, key, jnp.asarray(knobs, jnp.int32), seq_len)
-                loss = np.asarray(metrics["loss"])
-                if not bool(metrics["ok"]):
-                    bad = int(state.step)
-                    knob = jnp.asarray(knobs[bad % config.steps_per_call], jnp.int32)
-                    leaf = step_fn.first_bad_leaf(state, data, key, knob, seq_len)
-                    raise NotFinite(f"step {bad}: {leaf} is not finite")
-                call_ms.setdefault(seq_len, []).append((time.perf_counter() - began) * 1e3 / config.steps_per_call)
-                at.call += 1
-                done = at.call * config.steps_per_call
-                new_tokens = config.batch_size * seq_len * config.steps_per_call
-                at.num_tokens += new_tokens
-                seen_tokens += new_tokens
-                row = {"step": done, "loss": float(loss.mean()), "grad_norm": float(metrics["grad_norm"][-1])}
-                if done % config.eval_every == 0 or done == config.num_steps:
-                    at.validation = validate(state.params)
-                    row["validation"] = at.validation
-                    at.finished = _judge(at, task.metric, config) or done == config.num_steps
-                write({**row, "tokens": at.num_tokens})
-                progress.update(done, row["loss"], seen_tokens)
-                if done % config.checkpoint_every == 0 or at.finished or stop.reason:
-                    save()
+                trial.at.num_rows += 1
+                progress.update(row["step"], row["loss"], trial.at.num_tokens - earlier_tokens)
+                if row["step"] % config.checkpoint_every == 0 or trial.at.finished or stop.reason:
+                    trial.save()
                 stop.check()
     finally:
         checkpoints.close()
-    assert at.validation is not None
-    return TrialResult(state.params, at.validation, int(state.step), at.num_tokens, at.train_step_ms)
+    return trial.result()
+
+
+@dataclass
+class _Trial:
+    """What one trial holds while it trains."""
+
+    step_fn: TrainStep
+    config: TrainConfig
+    key: Array
+    data: PyTree
+    checkpoints: Checkpoints
+    state: TrainState
+    at: _Progress
+    call_ms: dict[int, list[float]] = field(default_factory=dict)
+
+    def resume(self) -> bool:
+        """Takes over the newest checkpoint; returns whether there is one."""
+        restored = self.checkpoints.restore(self.state)
+        if restored is not None:
+            _, tree, note = restored
+            self.state, self.at = cast(TrainState, tree), _Progress(**note)
+        return restored is not None
+
+    def save(self) -> None:
+        if self.call_ms:
+            self.at.train_step_ms = _median_ms(self.call_ms)
+        self.checkpoints.save(int(self.state.step), self.state, vars(self.at))
+
+    def call(self, validate: Callable[[Params], float]) -> dict[str, Any]:
+        """One device call, and validation where it is due; returns the row for the metrics."""
+        at, config, task = self.at, self.config, self.step_fn.task
+        began = time.perf_counter()
+        seq_len, knobs = task.train_call(at.call, config.steps_per_call)
+        self.state, metrics = self.step_fn(self.state, self.data, self.key, jnp.asarray(knobs, jnp.int32), seq_len)
+        loss = np.asarray(metrics["loss"])
+        if not bool(metrics["ok"]):
+            self._blame(knobs, seq_len)
+        self.call_ms.setdefault(seq_len, []).append((time.perf_counter() - began) * 1e3 / config.steps_per_call)
+        at.call += 1
+        at.num_tokens += config.batch_size * seq_len * config.steps_per_call
+        done = at.call * config.steps_per_call
+        row = {"step": done, "loss": float(loss.mean()), "grad_norm": float(metrics["grad_norm"][-1])}
+        if done % config.eval_every == 0 or done == config.num_steps:
+            at.validation = validate(self.state.params)
+            row["validation"] = at.validation
+            at.finished = _judge(at, task.metric, config) or done == config.num_steps
+        return {**row, "tokens": at.num_tokens}
+
+    def _blame(self, knobs: list[int], seq_len: int) -> None:
+        bad = int(self.state.step)
+        knob = jnp.asarray(knobs[bad % self.config.steps_per_call], jnp.int32)
+        leaf = self.step_fn.first_bad_leaf(self.state, self.data, self.key, knob, seq_len)
+        raise NotFinite(f"step {bad}: {leaf} is not finite")
+
+    def result(self) -> TrialResult:
+        at = self.at
+        assert at.validation is not None
+        return TrialResult(self.state.params, at.validation, int(self.state.step), at.num_tokens, at.train_step_ms)
 
 
 def _judge(at: _Progress, metric: Metric, config: TrainConfig) -> bool:

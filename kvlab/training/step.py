@@ -1,5 +1,6 @@
 """One device call of training: several optimizer steps, batches generated on device, everything donated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import optax
 from flax import nnx
 from jax import Array
 
+from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, logits_at, merge, path_name
 from kvlab.placement import Placement
 from kvlab.tasks import Batch, Task
@@ -33,9 +35,10 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, learning
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), rate)
 
 
-def weighted_nll(model: Transformer, batch: Batch) -> tuple[Array, Array]:
-    """Negative log-likelihood in nats and correctness, both [B, M] and zero where the weight is."""
-    logits = logits_at(model, model.parallel(batch.tokens), batch.label_positions)
+def weighted_nll(model: Transformer, batch: Batch, states: Sequence[LayerStates] | None = None) -> tuple[Array, Array]:
+    """Negative log-likelihood in nats and correctness, both [B, M] and zero where the weight is; `states` as in
+    `Transformer.parallel`."""
+    logits = logits_at(model, model.parallel(batch.tokens, states), batch.label_positions)
     return score(logits, batch.labels, batch.weights)
 
 

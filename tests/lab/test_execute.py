@@ -200,6 +200,9 @@ def _killed_and_resumed(tmp_path, num_kills, seed):
         process.send_signal(signal.SIGKILL)
         process.wait()
     subprocess.run(command(stormy, *LONG), check=True, capture_output=True)
+    shared = small(stormy, *LONG, "memory=dense")  # another run of the training that was killed
+    assert execute(shared) == "done"
+    assert Run(shared).record.training == Run(small(stormy, *LONG)).record.training
     configs = [small(folder, *LONG) for folder in (calm, stormy)]
     return kills, [Run(config).record for config in configs], [rows(config) for config in configs]
 

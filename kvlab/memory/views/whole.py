@@ -14,7 +14,7 @@ from jax import Array
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import State
-from kvlab.memory.pools import Pool
+from kvlab.memory.pools import Pool, as_stored
 from kvlab.memory.views.dense import attend_densely
 from kvlab.memory.views.retrieval import select
 from kvlab.typing import Counts, HeadOutputs, IndexQueries, Positions, Queries
@@ -48,10 +48,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Appended(Whole):
-    """Token arrays as they were appended."""
+    """Token arrays as they were appended; of a state in a format, as a memory in that format would give them back."""
 
     def append(self, **tokens: Array) -> Self:
-        return replace(self, pool=tokens)
+        return replace(self, pool={name: as_stored(self.state, name, array) for name, array in tokens.items()})
 
 
 @jax.tree_util.register_dataclass
