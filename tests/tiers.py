@@ -1,15 +1,15 @@
 """Which test runs when. A test that no row names is fast: it belongs to `make test`.
 
-* `fast`: `make test`, 4 minutes on two cores without any cache. No child processes, no sweeps in simulators; of every kernel and
-  backend one case.
+* `fast`: `make test`, 4 minutes on two cores without any cache. No child processes, no sweeps in simulators; of every
+  kernel and backend one case.
 * `ci`: `.ci/run` after `make test`. Child processes, what the simulators must prove, runs that train.
 * `slow`: only `make test-all`, which runs all three.
 * `generated`: the generated cases of the kernels' proofs. `make test-generated`, about an hour.
 
 A test that is named, `pytest tests/test_cli.py::test_tab_completion`, runs whatever its tier.
 
-A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker beside the
-test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
+A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker
+beside the test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
 """
 
 import re
@@ -22,6 +22,9 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows that stand for no test, once the whole suite is collected."""
 
+ENGINE = "tests/engine"
+CONTRACT = "tests/mixers/test_contract.py::test_memory_equals_parallel_form"
+SERVED = "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole"
 KERNELS = "tests/pallas_kernels"
 DECODE = f"{KERNELS}/test_gpu_decode.py"
 TILED = f"{KERNELS}/test_paged_attention_gpu.py"
@@ -99,8 +102,9 @@ SIMULATORS = {
     f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[40-2-None-": "ci",
     f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[0-0-int4-": "ci",
 }
-"""Kernels in the simulators of GPUs and TPUs. In `ci` are the cases of each proof, what a missing wait or a wrong page does, and the
-counts of bytes for two formats; the kernel in tiles shares its way with formats with the decoding one, where these are in `ci`."""
+"""Kernels in the simulators of GPUs and TPUs. In `ci` are the cases of each proof, what a missing wait or a wrong page
+does, and the counts of bytes for two formats. The kernel in tiles reads formats as the decoding kernel does, whose cases
+are in `ci`."""
 
 REFERENCES = {
     f"{ON_HOST}::test_equals_float64[reference-": "ci",
@@ -118,41 +122,41 @@ REFERENCES = {
 """The oracles themselves, and the cases that chips run, on this machine."""
 
 SWEEPS = {
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[": "ci",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page8-": "slow",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page4-chunk5]": "fast",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[gqa-*-chunk1]": "fast",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[gqa-dense-": "fast",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[hybrid-dense-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-1-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-16-1-": "fast",
-    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
-    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
-    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
-    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
+    f"{CONTRACT}[": "ci",
+    f"{CONTRACT}[*-paged-page8-": "slow",
+    f"{CONTRACT}[*-paged-page4-chunk5]": "fast",
+    f"{CONTRACT}[gqa-*-chunk1]": "fast",
+    f"{CONTRACT}[gqa-dense-": "fast",
+    f"{CONTRACT}[hybrid-dense-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-1-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-16-1-": "fast",
+    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
+    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
+    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
+    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
     "tests/ledger/test_machine.py::TestLedgerMachine": "ci",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[": "ci",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[17-True-swap]": "fast",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[40-False-recompute]": "fast",
+    f"{SERVED}[": "ci",
+    f"{SERVED}[17-True-swap]": "fast",
+    f"{SERVED}[40-False-recompute]": "fast",
 }
 """Of what is tried in many ways, some ways are fast."""
 
 MANY_PROGRAMS = {
-    "tests/engine/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
-    "tests/engine/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
-    "tests/engine/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
-    "tests/engine/test_engine.py::test_programs_are_few_and_bounded": "ci",
-    "tests/engine/test_engine.py::test_beams_that_pause_make_room_for_each_other": "ci",
-    "tests/engine/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
-    "tests/engine/test_soak.py": "ci",
-    "tests/engine/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
-    "tests/engine/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
+    f"{ENGINE}/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
+    f"{ENGINE}/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
+    f"{ENGINE}/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
+    f"{ENGINE}/test_engine.py::test_programs_are_few_and_bounded": "ci",
+    f"{ENGINE}/test_engine.py::test_beams_that_pause_make_room_for_each_other": "ci",
+    f"{ENGINE}/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
+    f"{ENGINE}/test_soak.py": "ci",
+    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
+    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
     "tests/lab/test_execute.py::test_a_nan_is_a_failure_with_step_and_leaf": "ci",
     "tests/lab/test_execute.py::test_out_of_memory_names_the_culprit": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
