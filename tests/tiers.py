@@ -103,8 +103,8 @@ SIMULATORS = {
     f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[0-0-int4-": "ci",
 }
 """Kernels in the simulators of GPUs and TPUs. In `ci` are the cases of each proof, what a missing wait or a wrong page
-does, and the counts of bytes for two formats. The kernel in tiles reads formats as the decoding kernel does, whose cases
-are in `ci`."""
+does, and the counts of bytes for two formats. The kernel in tiles reads formats as the decoding kernel does, whose
+cases are in `ci`."""
 
 REFERENCES = {
     f"{ON_HOST}::test_equals_float64[reference-": "ci",
