@@ -1,5 +1,5 @@
-# make demo | test | test-all | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it needs.
-# PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
+# make demo | test | test-all | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it
+# needs. PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
@@ -11,7 +11,8 @@ demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
 	$(BIN)/kvlab report $(RESULTS)/demo
 
-# tests/tiers.py says which test is in which tier. test-all takes all but the generated cases of kernels, which have an hour of their own.
+# tests/tiers.py says which test is in which tier. test-all takes all but the generated cases of kernels, which take an
+# hour of their own.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/.installed
@@ -98,8 +99,9 @@ gpu:
 wheels: $(VENV)/.installed
 	rm -rf wheels
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -w wheels $(CARRIED)
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -d wheels --only-binary=:all: \
-	    --implementation cp --python-version $(CARRIED_PYTHON) --platform manylinux_2_17_x86_64 $(CARRIED_BINARY)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -c $(CONSTRAINTS) -d wheels \
+	    --only-binary=:all: --implementation cp --python-version $(CARRIED_PYTHON) --platform manylinux_2_17_x86_64 \
+	    $(CARRIED_BINARY)
 	@du -sh wheels
 
 clean:

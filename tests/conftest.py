@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Wherever arrays cross a boundary; ledger and scheduler are plain integers, and their tests call them millions of times.
+# Wherever arrays cross a boundary; ledger and scheduler are plain integers, and tests call them millions of times.
 CHECKED = [
     "mixers",
     "models",
@@ -22,7 +22,7 @@ install_import_hook([*(f"kvlab.{name}" for name in CHECKED), "pallas_kernels"], 
 
 # One compilation cache for the suite and the commands it starts, so that each program is compiled once.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
-# A third of the suite's time would be LLVM's, for programs that run once; XLA_FLAGS= in the environment has them optimised.
+# A third of the time would be LLVM's, for programs that run once; XLA_FLAGS= in the environment has them optimised.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # The simulator of GPUs wants a thread for every warpgroup; XLA has as many as this says, or as there are cores.
 os.environ.setdefault("NPROC", "8")
@@ -38,6 +38,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """A test that is named runs, whatever its tier."""
+    is_chosen = any(word.startswith("-m") for word in config.invocation_params.args)
+    if any("::" in argument for argument in config.args) and not is_chosen:
+        config.option.markexpr = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Marks every test with its tier, before `-m` chooses among them."""
@@ -48,8 +55,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Lets go of compiled programs once they hold too many mappings: the kernel allows 65,530 in a process, and XLA on CPU
-    crashes, without a word, at the next one."""
+    """Lets go of compiled programs once they hold too many mappings: the kernel allows 65,530 in a process, and XLA on
+    CPU crashes, without a word, at the next one."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:

@@ -1,4 +1,5 @@
-"""The walls of `pyproject.toml` stand: `lint-imports` passes as the packages are, and fails for each import that a wall forbids."""
+"""`lint-imports` passes as the packages are, and fails where an import is planted that a contract of `pyproject.toml`
+forbids."""
 
 import shutil
 import subprocess

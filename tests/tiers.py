@@ -1,13 +1,15 @@
 """Which test runs when. A test that no row names is fast: it belongs to `make test`.
 
-* `fast`: `make test`, 4 minutes on two cores without any cache. No child processes, no sweeps in simulators; of every kernel and
-  backend one case.
+* `fast`: `make test`, 4 minutes on two cores without any cache. No child processes, no sweeps in simulators; of every
+  kernel and backend one case.
 * `ci`: `.ci/run` after `make test`. Child processes, what the simulators must prove, runs that train.
 * `slow`: only `make test-all`, which runs all three.
 * `generated`: the generated cases of the kernels' proofs. `make test-generated`, about an hour.
 
-A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker beside the
-test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
+A test that is named, `pytest tests/test_cli.py::test_tab_completion`, runs whatever its tier.
+
+A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker
+beside the test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
 """
 
 import re
@@ -20,6 +22,9 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows that stand for no test, once the whole suite is collected."""
 
+ENGINE = "tests/engine"
+CONTRACT = "tests/mixers/test_contract.py::test_memory_equals_parallel_form"
+SERVED = "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole"
 KERNELS = "tests/pallas_kernels"
 DECODE = f"{KERNELS}/test_gpu_decode.py"
 TILED = f"{KERNELS}/test_paged_attention_gpu.py"
@@ -41,7 +46,8 @@ CHILDREN = {
     "tests/test_cli.py::test_a_sweep_goes_on_after_a_failure_and_says_so": "ci",
     "tests/test_cli.py::test_sigterm_to_a_sweep_stops_its_workers_and_saves": "ci",
     "tests/test_cli.py::test_runs_need_none_of_what_only_pages_and_development_need": "ci",
-    "tests/lab/test_execute.py::test_kill_9_and_resume_is_bit_for_bit": "ci",
+    "tests/lab/test_execute.py::test_kill_9_and_resume_is_bit_for_bit[1]": "slow",
+    "tests/lab/test_execute.py::test_kill_9_and_resume_is_bit_for_bit[5]": "ci",
     "tests/lab/test_execute.py::test_a_polite_stop_saves_and_resumes": "ci",
     "tests/lab/test_generation.py::test_the_command_works_as_installed": "ci",
     "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
@@ -71,6 +77,10 @@ SIMULATORS = {
     f"{DECODE}::test_pieces_merge_to_float64s_answer": "ci",
     f"{TILED}::": "ci",
     f"{TILED}::test_equals_float64_without_a_race[int8 by token, window, soft cap]": "fast",
+    f"{TILED}::test_equals_float64_without_a_race[fp8": "slow",
+    f"{TILED}::test_equals_float64_without_a_race[head dims": "slow",
+    f"{TILED}::test_equals_float64_without_a_race[int4": "slow",
+    f"{TILED}::test_equals_float64_without_a_race[int8": "slow",
     f"{TILED}::test_live_pages_are_fetched_once": "slow",
     f"{TILED}::test_live_pages_are_fetched_once[a window of 128 with sinks]": "ci",
     f"{TILED}::test_live_pages_are_fetched_once[int8]": "ci",
@@ -88,12 +98,23 @@ SIMULATORS = {
     f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[one token each, some dropped]": "ci",
     f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[int4 by token]": "ci",
     f"{WRITE}::TestTPU::test_equals_numpy[int8 by token]": "fast",
+    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays": "slow",
+    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[40-2-None-": "ci",
+    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[0-0-int4-": "ci",
 }
-"""Kernels in the simulators of GPUs and TPUs: every case of a proof is in `ci`, the counts of bytes for two formats."""
+"""Kernels in the simulators of GPUs and TPUs. In `ci` are the cases of each proof, what a missing wait or a wrong page
+does, and the counts of bytes for two formats. The kernel in tiles reads formats as the decoding kernel does, whose
+cases are in `ci`."""
 
 REFERENCES = {
     f"{ON_HOST}::test_equals_float64[reference-": "ci",
     f"{ON_HOST}::test_equals_float64[reference-int8 by token, window, soft cap]": "fast",
+    f"{ON_HOST}::test_equals_float64[blocked-fp8": "ci",
+    f"{ON_HOST}::test_equals_float64[blocked-int4": "ci",
+    f"{ON_HOST}::test_equals_float64[blocked-int8": "ci",
+    f"{ON_HOST}::test_equals_float64[blocked-int8 by token, window, soft cap]": "fast",
+    f"{ON_HOST}::test_equals_float64[blocked-int4 by token, lists of each head]": "fast",
+    f"{ON_HOST}::test_equals_float64[blocked-fp8 by channel, large logits]": "fast",
     f"{ON_HOST}::test_equals_float64_over_the_option_space": "ci",
     f"{PREFILL}::TestReference": "ci",
     f"{KERNELS}/test_verify.py": "ci",
@@ -101,34 +122,53 @@ REFERENCES = {
 """The oracles themselves, and the cases that chips run, on this machine."""
 
 SWEEPS = {
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page1-": "ci",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-paged-page8-": "ci",
-    "tests/mixers/test_contract.py::test_memory_equals_parallel_form[*-dense-page16-chunk1]": "ci",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-1-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-32-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-1-": "fast",
-    "tests/engine/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-16-1-": "fast",
-    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
-    "tests/engine/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
-    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
-    "tests/engine/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
+    f"{CONTRACT}[": "ci",
+    f"{CONTRACT}[*-paged-page8-": "slow",
+    f"{CONTRACT}[*-paged-page4-chunk5]": "fast",
+    f"{CONTRACT}[gqa-*-chunk1]": "fast",
+    f"{CONTRACT}[gqa-dense-": "fast",
+    f"{CONTRACT}[hybrid-dense-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-1-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-32-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-16-1-": "fast",
+    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
+    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
+    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
+    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
     "tests/ledger/test_machine.py::TestLedgerMachine": "ci",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[": "ci",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[17-True-swap]": "fast",
-    "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole[40-False-recompute]": "fast",
+    f"{SERVED}[": "ci",
+    f"{SERVED}[17-True-swap]": "fast",
+    f"{SERVED}[40-False-recompute]": "fast",
 }
 """Of what is tried in many ways, some ways are fast."""
 
 MANY_PROGRAMS = {
-    "tests/engine/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
-    "tests/engine/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
-    "tests/engine/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
-    "tests/engine/test_engine.py::test_programs_are_few_and_bounded": "ci",
-    "tests/engine/test_soak.py": "ci",
+    f"{ENGINE}/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
+    f"{ENGINE}/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
+    f"{ENGINE}/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
+    f"{ENGINE}/test_engine.py::test_programs_are_few_and_bounded": "ci",
+    f"{ENGINE}/test_engine.py::test_beams_that_pause_make_room_for_each_other": "ci",
+    f"{ENGINE}/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
+    f"{ENGINE}/test_soak.py": "ci",
+    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
+    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
+    "tests/lab/test_execute.py::test_a_nan_is_a_failure_with_step_and_leaf": "ci",
+    "tests/lab/test_execute.py::test_out_of_memory_names_the_culprit": "ci",
+    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
+    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws[kv_arithmetic]": "fast",
+    "tests/lab/test_experiments.py::test_notebooks_run": "ci",
+    "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
+    "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
+    "tests/lab/test_generation.py::test_perplexity_of_published_weights_is_that_of_the_definition": "ci",
+    "tests/lab/test_generation.py::test_the_needle_grid_becomes_a_heat_map": "ci",
+    "tests/capacity/test_estimate.py::test_a_simulation_reports_waste_hits_and_typed_pools": "ci",
+    "tests/training/test_step.py::test_accumulation_changes_nothing_but_memory": "ci",
+    "tests/lab/test_execute.py::test_a_run_leaves_a_complete_record": "ci",
     "tests/lab/test_execute.py::test_the_dense_baseline_and_text_run_too": "ci",
     "tests/lab/test_execute.py::test_a_tuned_run_cut_in_its_second_trial_resumes": "ci",
 }
