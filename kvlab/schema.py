@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from annotated_types import Interval
 from pydantic import (
     AllowInfNan,
     BeforeValidator,
@@ -64,12 +63,12 @@ def nearest(name: str, legal: Iterable[str]) -> str:
 
 def integer_type(low: int, high: int) -> Any:
     """An integer in [low, high]."""
-    return Annotated[int, Strict(), Interval(ge=low, le=high)]
+    return Annotated[int, Strict(), Field(ge=low, le=high)]
 
 
 def real_type(low: float, high: float, *, open_low: bool = False) -> Any:
     """A finite number in [low, high], or (low, high] with `open_low`."""
-    bounds = Interval(gt=low, le=high) if open_low else Interval(ge=low, le=high)
+    bounds = Field(gt=low, le=high) if open_low else Field(ge=low, le=high)
     return Annotated[float, Strict(), AllowInfNan(False), bounds]
 
 

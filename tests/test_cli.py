@@ -117,8 +117,6 @@ def test_tab_completion():
     done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
     assert done.stdout.split() == ["mixer=mqa"]
     assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
-    done = kvlab("-sc", "query=bash", COMP_LINE="kvlab capacity model=mixt")
-    assert done.stdout.split() == ["model=mixtral-8x7b"]
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

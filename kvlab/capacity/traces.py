@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
-from annotated_types import Interval
-from pydantic import BeforeValidator, Strict
+from pydantic import BeforeValidator, Field, Strict
 
 from kvlab.ledger.tokens import TokenIds
 from kvlab.schema import ConfigError, validated
@@ -58,10 +57,10 @@ def _seconds(value: Any) -> float:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
-PromptLen = Annotated[int, Strict(), Interval(ge=1, le=MAX_LEN), BeforeValidator(_whole)]
-OutputLen = Annotated[int, Strict(), Interval(ge=0, le=MAX_LEN), BeforeValidator(_whole)]
+PromptLen = Annotated[int, Strict(), Field(ge=1, le=MAX_LEN), BeforeValidator(_whole)]
+OutputLen = Annotated[int, Strict(), Field(ge=0, le=MAX_LEN), BeforeValidator(_whole)]
 """0 where the request failed."""
-BlockId = Annotated[int, Strict(), Interval(ge=0, le=MAX_LEN)]
+BlockId = Annotated[int, Strict(), Field(ge=0, le=MAX_LEN)]
 
 
 class AzureRow(TypedDict):

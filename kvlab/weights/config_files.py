@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from annotated_types import Interval
 from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, ValidationError
 
 from kvlab.schema import Schema, adapter, flag, integer_type, problems, shown
@@ -14,7 +13,7 @@ from kvlab.schema import Schema, adapter, flag, integer_type, problems, shown
 MAX_LAYERS = 10_000
 SIZE: Any = Annotated[integer_type(1, 2**31 - 1), Field(description="a positive integer")]
 POSITIVE: Any = Annotated[
-    float, Strict(), AllowInfNan(False), Interval(gt=0), Field(description="a finite positive number")
+    float, Strict(), AllowInfNan(False), Field(gt=0), Field(description="a finite positive number")
 ]
 REQUIRED: Any = object()
 
