@@ -30,7 +30,7 @@ DECODE = f"{KERNELS}/test_gpu_decode.py"
 TILED = f"{KERNELS}/test_paged_attention_gpu.py"
 ON_TPU = f"{KERNELS}/test_paged_attention_tpu.py"
 ON_HOST = f"{KERNELS}/test_paged_attention.py"
-PREFILL = f"{KERNELS}/test_paged_prefill.py"
+PREFILL = f"{KERNELS}/test_chunks.py"
 WRITE = f"{KERNELS}/test_kv_write.py"
 
 CHILDREN = {
@@ -41,6 +41,7 @@ CHILDREN = {
     "tests/ledger/test_ledger.py::test_the_ledger_imports_no_jax": "ci",
     "tests/test_cli.py::test_hydra_options_still_work": "ci",
     "tests/test_cli.py::test_tab_completion": "ci",
+    "tests/test_cli.py::test_help_imports_nothing_heavy": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
     "tests/test_cli.py::test_a_corpus_that_is_too_short_is_answered_before_anything_is_written": "ci",
     "tests/test_cli.py::test_a_sweep_goes_on_after_a_failure_and_says_so": "ci",
@@ -159,6 +160,10 @@ MANY_PROGRAMS = {
     f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
     "tests/lab/test_execute.py::test_a_nan_is_a_failure_with_step_and_leaf": "ci",
     "tests/lab/test_execute.py::test_out_of_memory_names_the_culprit": "ci",
+    "tests/lab/test_trained.py::test_a_failed_training_is_recorded": "ci",
+    "tests/lab/test_trained.py::test_a_folder_moved_as_a_whole": "ci",
+    "tests/lab/test_trained.py::test_damaged_parameters_are_trained_again": "ci",
+    "tests/lab/test_trained.py::test_runs_that_differ_in_evaluation_only_train_once": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws[kv_arithmetic]": "fast",
     "tests/lab/test_experiments.py::test_notebooks_run": "ci",
