@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Scaling, arrays_of
+from pallas_kernels.formats import FORMATS, Scaling
 from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.pages import Pages
@@ -123,7 +123,7 @@ def scratch_for(
         "queries_arrived": plgpu.Barrier(),
     }
     num_arrivals = 2 if is_quantised else 1
-    payload = arrays_of(pages.keys)[0].dtype
+    payload = pages.keys.dtype
     for name, width, of in (("keys", dims[0], dtype), ("values", dims[1], of_weights)):
         step = step_of(width, pages)
         ring = f"{name}_ring" if is_quantised else name

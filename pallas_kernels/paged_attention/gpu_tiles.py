@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Scaling, arrays_of
+from pallas_kernels.formats import FORMATS, Scaling
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, shared
@@ -106,7 +106,7 @@ def scratch_for(
     }
     num_arrivals = 1
     if pages.per is not None:
-        payload, staged = arrays_of(pages.keys)[0].dtype, tiles.num_staged * tiles.num_halves
+        payload, staged = pages.keys.dtype, tiles.num_staged * tiles.num_halves
         halved = 2 if pages.format == "int4" else 1
         num_arrivals = 2
         for name, width in (("keys", dim), ("values", value_dim)):
