@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import jax
 import pytest
 
 from kvlab.compose import compose
@@ -14,9 +15,10 @@ from kvlab.files import locked
 from kvlab.interrupt import Interrupted, StopRequest
 from kvlab.lab import parameters
 from kvlab.lab.execute import execute, load_params
+from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import Training
+from kvlab.lab.trained import Training, save_params
 from kvlab.training.loop import params_digest
 from tests.lab.test_execute import command, rows, small
 
@@ -103,12 +105,22 @@ def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_
     assert [execute(config) for config in configs] == ["done", "done"]
 
 
-def test_damaged_parameters_are_trained_again(tmp_path, trainings):
-    config, other = small(tmp_path), small(tmp_path, "memory=dense")
-    assert execute(config) == "done"
-    files = [path for path in (config.training_dir / "params").rglob("*") if path.is_file() and path.stat().st_size]
+def _truncate(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+def _replace(folder):
+    like = Laboratory.of(small(folder.parents[3])).params
+    save_params(folder, jax.tree.map(lambda leaf: leaf + 1, like))
+
+
+@pytest.mark.parametrize("damage", [_truncate, _replace])
+def test_damaged_parameters_are_trained_again(tmp_path, trainings, damage):
+    config, other = small(tmp_path), small(tmp_path, "memory=dense")
+    assert execute(config) == "done"
+    damage(config.training_dir / "params")
     with pytest.warns(RuntimeWarning, match="trained again|damaged checkpoint"):
         assert execute(other) == "done"
     assert len(trainings) == 2
