@@ -1,4 +1,5 @@
-"""Every kind of token memory against float64 rewrites of its formula: in chunks, ragged, with NaN in all that must not be read."""
+"""Every kind of token memory against float64 rewrites of its formula: in chunks, ragged, with NaN in all that must not
+be read."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ LENGTHS = (3, 13, 8)
 
 
 def drawn(widths: dict[str, tuple[int, int]], *, whole_numbers: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Random arrays [B, T, heads, D] by name; whole numbers in [-2, 2] where products shall be exact, and often equal."""
+    """Random arrays [B, T, heads, D] by name; whole numbers in [-2, 2] where products shall be exact, and often
+    equal."""
     rng, shape = np.random.default_rng(0), (len(LENGTHS), max(LENGTHS))
     return {
         name: (
