@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 from jax import Array
 from jaxtyping import Int32
 
@@ -24,8 +23,7 @@ from kvlab.engine.step import MemoryStep, Pools
 from kvlab.engine.swap import HostTier
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryLayout
-from kvlab.models.transformer import Transformer
-from kvlab.typing import Params
+from kvlab.models.model import Model
 
 
 class Group(NamedTuple):
@@ -71,14 +69,13 @@ class Runner:
 
     def __init__(
         self,
-        structure: nnx.GraphDef[Transformer],
-        params: Params,
+        model: Model,
         layout: MemoryLayout,
         config: EngineConfig,
         stats: Stats,
     ):
-        self.params, self.layout, self.config, self.stats = params, layout, config, stats
-        self.step_fn = MemoryStep.of(structure, layout)
+        self.params, self.layout, self.config, self.stats = model.params, layout, config, stats
+        self.step_fn = MemoryStep.of(model.structure, layout)
         self.pools: Pools = layout.allocate()
         self.host = HostTier(layout)
         self._batches: dict[tuple[int, bool], Batch] = {}
@@ -86,7 +83,7 @@ class Runner:
             np.array([state.spec.read_bytes(n) * state.num_layers for n in range(config.max_len + 1)])
             for state in layout.classes
         ]
-        self._weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        self._weight_bytes = model.num_bytes
 
     def start_over(self) -> None:
         """Memory made anew: nobody knows what a torn step left in it."""

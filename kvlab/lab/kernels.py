@@ -23,7 +23,7 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
     """What a config's ops take on a `selection.Device`, None: this process' first. Nothing is traced; see `summary` for what was taken."""
     device = device or jax.devices()[0]
     taken: Taken = {}
-    for layer, states in zip(lab.config.layers(), lab.states, strict=True):
+    for layer, states in zip(lab.config.layers(), lab.model.states, strict=True):
         taken.setdefault(*_of_whole_sequences(layer))
         for spec in states.values():
             if not isinstance(spec, TokenState):
