@@ -195,7 +195,7 @@ class Engine:
         stats, began = self.stats, time.perf_counter()
         handed_over, waited = stats.dispatch_s, stats.wait_s
         (flight, self._flight), events = (self._flight, []), list[Event]()
-        is_new = not any(part.entry.state != "gone" for launched in flight for part in launched.group.work)
+        is_new = not any(sample.state != "gone" for launched in flight for sample in launched.batch.samples)
         if is_new:
             flight, events = self._launch()
         busy_since, handed_over_since = (time.perf_counter(), stats.dispatch_s) if is_new else (began, handed_over)
@@ -232,18 +232,18 @@ class Engine:
         if len(flight) != 1 or self.speculation.drafter is not None:
             return []
         (launched,) = flight
-        if not launched.batch.is_plain or not self._all_decode(launched) or not self.settler.commit_early(launched):
+        _, going = launched.rows()
+        # Behind a step that was launched behind another, all decode anyway.
+        decode = launched.is_behind or all(sample.decodes for sample in going)
+        if not (launched.batch.is_plain and decode and len(going) == len(self.scheduler.running)):
+            return []
+        if not self.settler.commit_early(launched):
             return []
         work = self.scheduler.schedule_ahead()
         if work is None:
             return []
         self.stats.planned_ahead += 1
         return [self.runner.launch(self.ledger, Group(work, 1, False), launched)]
-
-    def _all_decode(self, launched: Launched) -> bool:
-        """Whether every sequence that runs takes part in this program, and decodes."""
-        going = [part.entry for part in launched.group.work if part.entry.state == "running"]
-        return len(going) == len(self.scheduler.running) and all([entry.decodes for entry in going])  # noqa: C419
 
     def _start_over(self, reason: str) -> list[Event]:
         """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made

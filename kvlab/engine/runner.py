@@ -5,7 +5,7 @@ host: its tokens are then read from the array that the first one draws into."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +53,18 @@ class Launched:
     batch: Batch
     drawn: Drawn
     finite: Any
-    committed: list[bool] = field(default_factory=list)
+    is_behind: bool
+    """Whether it was launched before the step in front of it was known."""
+    committed: list[bool]
     """Rows that count already in ledger and scheduler, though it is not known yet whether they are finite."""
+
+    def rows(self) -> tuple[Sequence[int], list[Sample]]:
+        """The rows whose sequences have not ended meanwhile, and these."""
+        samples = self.batch.samples
+        if all([sample.state != "gone" for sample in samples]):  # noqa: C419  a list is faster
+            return range(len(samples)), samples
+        rows = [row for row, sample in enumerate(samples) if sample.state != "gone"]
+        return rows, [samples[row] for row in rows]
 
 
 class Fetched(NamedTuple):
@@ -125,7 +135,7 @@ class Runner:
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
         drawn = draw_tokens(logits, positions, batch.choices, seen, mode=batch.mode)
         self.stats.dispatch_s += time.perf_counter() - began
-        return Launched(group, batch, drawn, finite, [False] * len(samples))
+        return Launched(group, batch, drawn, finite, behind is not None, [False] * len(samples))
 
     def fetch(self, launched: Sequence[Launched]) -> list[Fetched]:
         """Waits for these programs."""
