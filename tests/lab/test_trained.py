@@ -112,7 +112,7 @@ def _truncate(folder):
 
 
 def _replace(folder):
-    like = Laboratory.of(small(folder.parents[3])).params
+    like = Laboratory.of(small(folder.parents[3])).model.params
     save_params(folder, jax.tree.map(lambda leaf: leaf + 1, like))
 
 

@@ -105,7 +105,7 @@ def test_a_nan_stops_at_its_step_and_names_the_leaf(lab):
 
 
 def test_weight_decay_spares_vectors_and_convolutions(config_of):
-    params = Laboratory.of(config_of("mixer=mamba2")).params
+    params = Laboratory.of(config_of("mixer=mamba2")).model.params
     mask = decays(params)
     mixer = mask["blocks"][0]["mixer"]
     assert mask["embedding"]["embedding"]
