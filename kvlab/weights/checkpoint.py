@@ -25,7 +25,7 @@ small for activations in bfloat16's place."""
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that was loaded: `Engine(one.structure, one.params)` generates from it."""
+    """A model that was loaded: `Engine(loaded.structure, loaded.params)` generates from it."""
 
     architecture: Architecture
     structure: nnx.GraphDef[Transformer]
@@ -48,13 +48,13 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     if problems := _mismatches(table, abstract, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
-    def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def load_leaf(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         entry = table[path_name(path)]
         whole = entry.transform.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
     end_tokens = read_end_tokens(directory, architecture.vocab_size)
-    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(one, abstract), end_tokens)
+    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(load_leaf, abstract), end_tokens)
 
 
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
@@ -74,7 +74,7 @@ def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
         if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
             continue
         ids = tuple(given) if isinstance(given, list) else (given,)
-        if wrong := [one for one in ids if type(one) is not int or not 0 <= one < vocab_size]:
+        if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
             legal = f"must be token ids in [0, {vocab_size})"
             raise WeightsError(directory, [f"{name}: eos_token_id = {wrong[0]!r}: {legal}"])
         return ids
@@ -127,7 +127,7 @@ def abstract_model(architecture: Architecture) -> tuple[nnx.GraphDef[Transformer
 
 def _stored_dtype(headers: dict[str, Stored]) -> str:
     """The commonest type by number of tensors, in the words of `ModelConfig.dtype`."""
-    kinds = [one.dtype for one in headers.values() if one.dtype in DTYPES]
+    kinds = [header.dtype for header in headers.values() if header.dtype in DTYPES]
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
