@@ -404,6 +404,6 @@ def test_the_named_test_catches(mutant, monkeypatch, tmp_path):
 
 def test_the_tests_pass_without_mutants():
     """The same calls, on the code as it is: a named test that fails anyway proves nothing."""
-    for mutant in {(one.caught_by, one.arguments): one for one in MUTANTS}.values():
+    for mutant in {(mutant.caught_by, mutant.arguments): mutant for mutant in MUTANTS}.values():
         if not {"monkeypatch", "tmp_path"} & set(inspect.signature(mutant.caught_by).parameters):
             mutant.caught_by(*mutant.arguments)
