@@ -129,7 +129,9 @@ def engine_of(model: Pretrained, *, memory: str = "paged", chunk_len: int = 128,
 
 def prefill(engine: Engine) -> None:
     """Steps until every prompt is computed."""
-    while any(one.num_computed < len(one.request.prompt) for r in engine.requests.values() for one in r.samples):
+    while any(
+        sample.num_computed < len(sample.request.prompt) for r in engine.requests.values() for sample in r.samples
+    ):
         engine.step()
 
 
@@ -204,7 +206,7 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
         paged, dense, reference = rounds_of(count, lambda: ours(0), lambda: ours(1), theirs)
         floor = (weights + BATCH * (prompt_len + NEW / 2) * KV_BYTES) / bandwidth * 1e3
-        p, d, t = (statistics.median(one) * 1e3 for one in (paged, dense, reference))
+        p, d, t = (statistics.median(seconds) * 1e3 for seconds in (paged, dense, reference))
         same = answers["0"] == answers["1"] == answers["peer"]
         more = {"same_tokens": same, "tokens_per_s": BATCH / p * 1e3, "peer_tokens_per_s": BATCH / t * 1e3}
         rows.append(
@@ -251,7 +253,7 @@ def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
     total = sum(new)
     rows = []
     for (name, goal), seconds in zip(ways.values(), others, strict=True):
-        ours_rate, their_rate = (total / statistics.median(one) for one in (mine, seconds))
+        ours_rate, their_rate = (total / statistics.median(runs) for runs in (mine, seconds))
         rows.append(row(name, goal, ratio(seconds, mine), ours_rate, their_rate, "tok/s", None))
     return rows
 
@@ -292,7 +294,7 @@ def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list
     }
     found = {name: [run(*case) for _ in range(count + 1)][1:] for name, case in cases.items()}
     medians = {
-        name: [statistics.median(one) * 1e3 for one in zip(*pairs, strict=True)] for name, pairs in found.items()
+        name: [statistics.median(times) * 1e3 for times in zip(*pairs, strict=True)] for name, pairs in found.items()
     }
     (first_whole, gap_whole), (first_chunked, gap_chunked) = medians.values()
     return [
@@ -330,7 +332,7 @@ def reuse(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[d
         return run_all(engine)
 
     cached, plain = rounds_of(max(3, count // 2), lambda: run(engines[0]), lambda: run(engines[1]))
-    fast, slow = (statistics.median(one) * 1e3 for one in (cached, plain))
+    fast, slow = (statistics.median(seconds) * 1e3 for seconds in (cached, plain))
     return [
         row(
             "8 requests behind a shared 1K prompt, with and without reuse",
@@ -361,7 +363,7 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
             return run_all(engine)
 
         fast, plain = rounds_of(max(2, count // 2), lambda: run(engines[0]), lambda: run(engines[1]))  # noqa: B023
-        drafted, alone = (batch * 400 / statistics.median(one) for one in (fast, plain))
+        drafted, alone = (batch * 400 / statistics.median(seconds) for seconds in (fast, plain))
         accepted = engines[0].stats.acceptance_rate
         more = {"acceptance_rate": accepted}
         rows.append(
@@ -470,15 +472,15 @@ def beside_device(engine: Engine, num_steps: int) -> StepTimes:
         whole = time.perf_counter() - began
         alone = device_seconds(engine, plans.pop())
         steps.append(StepTimes(whole, alone, whole - alone, stats.host_s - host, stats.hidden_s - hidden))
-    return StepTimes(*(1e3 * statistics.median(one) for one in zip(*steps, strict=True)))
+    return StepTimes(*(1e3 * statistics.median(values) for values in zip(*steps, strict=True)))
 
 
 def device_seconds(engine: Engine, plan: Plan) -> float:
     """The programs of a decode step that just ran or comes next; they write the same keys and values to the same places."""
     samples: list[Any] = list(engine.scheduler.running)
-    tokens = np.array([[one.ids[start]] for one, start in zip(samples, plan.starts, strict=True)], np.int32)
+    tokens = np.array([[sample.ids[start]] for sample, start in zip(samples, plan.starts, strict=True)], np.int32)
     positions = (plan.starts + plan.counts)[:, None]
-    choices = Choices(*(jnp.asarray(one) for one in Choices.of([], len(plan.starts))))
+    choices = Choices(*(jnp.asarray(column) for column in Choices.of([], len(plan.starts))))
     runner = engine.runner
     jax.block_until_ready(runner.pools)
     began = time.perf_counter()

@@ -19,7 +19,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 PAGE_FIELD = next(
-    one.name for one in dataclasses.fields(ContinuousBatchingConfig) if one.name in ("page_size", "block_size")
+    field.name for field in dataclasses.fields(ContinuousBatchingConfig) if field.name in ("page_size", "block_size")
 )
 """Its name before and since transformers 5.2x."""
 
@@ -90,8 +90,8 @@ def batch(
             out += model.generate_batch(prompts(chosen, model.config.vocab_size), **configs(count)).values()
         samples.append(time.perf_counter() - began)
         total = sum(bounds)
-    wrong = [one.error for one in out if one.error]
-    if wrong or sum(len(one.generated_tokens) for one in out) != total:
+    wrong = [result.error for result in out if result.error]
+    if wrong or sum(len(result.generated_tokens) for result in out) != total:
         raise RuntimeError(f"continuous batching failed: {wrong[:1]}")
     return {"seconds": samples[-1], "samples": samples}
 
@@ -102,9 +102,9 @@ def all_of(manager, asked: list[list[int]], num_new: list[int]) -> list:
         manager.add_request(ids, max_new_tokens=count)
     out = []
     while len(out) < len(asked):
-        one = manager.get_result(timeout=1)
-        if one is not None and one.is_finished():
-            out.append(one)
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            out.append(result)
     return out
 
 

@@ -28,7 +28,7 @@ def missing() -> str | None:
     """Why there is no peer here; None: there is one."""
     if PEER_PYTHON.exists():
         return None
-    absent = [one for one in ("torch", "transformers") if importlib.util.find_spec(one) is None]
+    absent = [package for package in ("torch", "transformers") if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
@@ -58,7 +58,7 @@ def decode(name: str, size: Size, scratch: Path, peer: Peer) -> None:
     for batch in batches_of(size, name):
         asked = {"lengths": [size.prompt_len] * batch, "num_new": size.num_new}
         said = [peer("decode", **asked) for _ in range(size.rounds)][1:]
-        samples = [one["step_s"] for one in said]
+        samples = [answer["step_s"] for answer in said]
         step = statistics.median(samples)
         batches[str(batch)] = {"step_ms": spread(samples, 1e3), "tokens_per_s": batch / step}
         tokens = scratch / f"tokens-{name}-{batch}.json"

@@ -102,7 +102,7 @@ def model_of(size: str, name: str, scratch: Path) -> Pretrained:
         fan_in = leaf.shape[1] if path_name(path).endswith("embedding") else leaf.shape[0]
         return _normal(jax.random.key(index), leaf.shape, leaf.dtype, fan_in)
 
-    drawn = [draw(index, *one) for index, one in enumerate(leaves)]
+    drawn = [draw(index, *path_and_leaf) for index, path_and_leaf in enumerate(leaves)]
     params = jax.tree.unflatten(jax.tree.structure(shapes), drawn)
     made = Pretrained(architecture, structure, params)
     save_checkpoint(made, folder)
@@ -161,8 +161,8 @@ def agree(name: str, size: str, scratch: Path) -> None:
     in_float32 = replace(architecture, model=replace(architecture.model, dtype="float32"))
     exact_model = Pretrained(architecture, abstract_model(in_float32)[0], model.params)
     through, parallel, exact = (
-        np.asarray(one, np.float64)
-        for one in (jnp.concatenate(parts, axis=1), _parallel(model, tokens), _parallel(exact_model, tokens))
+        np.asarray(logits, np.float64)
+        for logits in (jnp.concatenate(parts, axis=1), _parallel(model, tokens), _parallel(exact_model, tokens))
     )
 
     def error(logits: np.ndarray) -> float:
@@ -282,7 +282,7 @@ def requests(name: str, size: str, scratch: Path) -> None:
                     seconds=spread(samples),
                     tokens_per_s=sum(new) / middle,
                     **against_floor(engine.stats.read_bytes - read, scratch, middle),
-                    shapes=sorted(str(one[:2]) for one in engine.stats.shapes),
+                    shapes=sorted(str(shape[:2]) for shape in engine.stats.shapes),
                     **kernels(taken),
                 )
 

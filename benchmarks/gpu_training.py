@@ -54,10 +54,10 @@ def stacked(states: list[TrainState]) -> TrainState:
 def together(step_fn: TrainStep, data: Any, knobs: Array, length: int) -> Any:
     """A call of `step_fn` for many members: `(states, keys) -> (states, metrics)`, one program. The states are given away."""
 
-    def one(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def member_step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
         return step_fn(state, data, key, knobs, length)
 
-    return jax.jit(jax.vmap(one), donate_argnums=0)
+    return jax.jit(jax.vmap(member_step), donate_argnums=0)
 
 
 def train(name: str, size: str, scratch: Path) -> None:
@@ -98,8 +98,8 @@ def train(name: str, size: str, scratch: Path) -> None:
     alone = [0, len(members) - 1]
     apart, times = 0.0, list[float]()
     for index in alone:
-        one = partial(_one_call, step_fn, data, keys[index], knobs, amount.length)
-        seconds, own, _ = _timed(one, fresh(index), amount)
+        member_call = partial(_one_call, step_fn, data, keys[index], knobs, amount.length)
+        seconds, own, _ = _timed(member_call, fresh(index), amount)
         times += seconds
         apart = max(apart, float(np.abs(own - losses[:, index]).max()))
     each = statistics.median(times)

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if options.one:
-        sequences, tokens, caching = (int(one) for one in options.one)
+        sequences, tokens, caching = (int(value) for value in options.one)
         print(json.dumps(ours(sequences, tokens, bool(caching))))
         return
     me, peer_python = Path(__file__), ROOT / ".peers-ledger" / "bin" / "python"
@@ -175,11 +175,11 @@ def main() -> None:
     ):
         for caching in (False, True):
             for sequences, tokens in points:
-                one = in_its_own_process(
+                measured = in_its_own_process(
                     Path(sys.executable), me, "--one", str(sequences), str(tokens), str(int(caching))
                 )
                 growth.append(
-                    {"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **one}
+                    {"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **measured}
                 )
                 print(growth[-1], flush=True)
     machine = {

@@ -87,5 +87,5 @@ def steps(num_sequences: int, num_tokens: int, prefix_caching: bool) -> dict[str
 
 
 if __name__ == "__main__":
-    sequences, tokens, caching = (int(one) for one in sys.argv[1:])
+    sequences, tokens, caching = (int(value) for value in sys.argv[1:])
     print(json.dumps(steps(sequences, tokens, bool(caching))))
