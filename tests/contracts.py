@@ -54,8 +54,8 @@ VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS[
 
 @functools.cache
 def build(variant: str, dtype: str = "float32"):
-    """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form, compiled
-    once for padded batches (causality makes the padding harmless)."""
+    """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form,
+    compiled once for padded batches (causality makes the padding harmless)."""
     config = ModelConfig(model_dim=16, tie_embeddings=False, dtype=dtype)
     with mock.patch.dict(MIXERS, TINY):
         model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
@@ -129,9 +129,9 @@ def poisoned_session(variant: str, memory: MemoryConfig, *, rows: int, max_len: 
 
 
 def run_ragged(session: Session, sequences: dict[str, np.ndarray], chunk_len: int) -> dict[str, np.ndarray]:
-    """Feeds sequences of different lengths side by side in chunks; one that ends leaves its row to padding. Every second sequence
-    begins with a shorter chunk, so that padding stands behind tokens that others follow. Returns every sequence's logits [T, V];
-    the ledger's invariants hold after each step."""
+    """Feeds sequences of different lengths side by side in chunks; one that ends leaves its row to padding. Every
+    second sequence begins with a shorter chunk, so that padding stands behind tokens that others follow. Returns every
+    sequence's logits [T, V]; the ledger's invariants hold after each step."""
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in sequences}
     done = dict.fromkeys(sequences, 0)
     first = {name: chunk_len if index % 2 else (chunk_len + 1) // 2 for index, name in enumerate(sequences)}
@@ -151,8 +151,8 @@ def run_ragged(session: Session, sequences: dict[str, np.ndarray], chunk_len: in
 def assert_memory_equals_parallel(
     variant: str, memory: MemoryConfig, lengths: Sequence[int], *, dtype: str = "float32"
 ) -> None:
-    """The contract: chunks through memory give the parallel form's logits, for ragged batches, in poisoned pools, and again
-    for later sequences that reuse the slots of earlier ones.
+    """The contract: chunks through memory give the parallel form's logits, for ragged batches, in poisoned pools, and
+    again for later sequences that reuse the slots of earlier ones.
 
     Element by element in float32; in bfloat16, where both forms round differently, by relative Frobenius error."""
     session = poisoned_session(variant, memory, rows=len(lengths), max_len=max(lengths), dtype=dtype)

@@ -11,6 +11,7 @@ import yaml
 
 from kvlab.compose import compose, expand
 from kvlab.config import Config
+from kvlab.lab.laboratory import Laboratory
 from kvlab.schema import ConfigError
 
 WRONG = [
@@ -48,6 +49,8 @@ WRONG = [
     ("memory.page_size=0", "memory.page_size = 0: must be an integer in [1, 4096]"),
     ("memory.chunk_len=0", "memory.chunk_len = 0: must be an integer in"),
     ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
+    ("memory.format=int3", "memory.format = 'int3': must be one of model, int8, fp8, int4"),
+    ("memory.format=int8.channel", "memory.format = 'int8.channel': must be one of model, int8, fp8, int4"),
     ("optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate = -0.001: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=nan", "optimizer.learning_rate = nan: must be a finite number"),
@@ -206,6 +209,18 @@ def test_the_command_line_answers_in_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("kvlab: mixer = 'mhaa': did you mean mha")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_format_that_cannot_hold_the_model_is_refused_before_anything_is_compiled():
+    config = compose(["memory.format=int4", "mixer.A.head_dim=15", "mixer.A.rope=false"])
+    with pytest.raises(ConfigError, match=r"memory.format = 'int4': .*; legal: model, int8, fp8"):
+        Laboratory.of(config)
+
+
+def test_the_exact_format_is_no_part_of_a_runs_identity():
+    """Runs keep the hashes that they had before formats could be chosen; another format is another run."""
+    exact, held = (compose(["model.dtype=float32", f"memory.format={format}"]) for format in ("model", "int8"))
+    assert exact.run_id == "539e25bf8c" != held.run_id
 
 
 GOLDEN = Path(__file__).parent / "golden"

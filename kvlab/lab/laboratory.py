@@ -45,9 +45,7 @@ class Laboratory:
 
         key = named_key(config.seed, "init")
         model = nnx.eval_shape(build, key)
-        stored_states(
-            model.states(), config.memory
-        )  # a memory that cannot hold them is refused before anything is compiled
+        stored_states(model.states(), config.memory)  # refuses what cannot be held, before anything is compiled
         init = jax.jit(lambda key: split(build(key))[1])  # one program instead of one an array
         params = jax.eval_shape(init, key) if abstract else placement.put(init(key), "")
         return cls(config, task, split(model)[0], params, model.states(), placement)

@@ -1,4 +1,5 @@
-"""How a model's states are laid out: equal specs form one class, every layer has its own pool, one ledger rules them all."""
+"""How a model's states are laid out: equal specs form one class, every layer has its own pool, one ledger rules them
+all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from kvlab.schema import ConfigError, Schema, choice, integer
 
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
-    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them, or as numbers
-    of 8 or 4 bits with a scale for each token and head."""
+    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them,
+    or as numbers of 8 or 4 bits with a scale for each token and head."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
@@ -57,8 +58,8 @@ class MemoryLayout:
         host_len: int = 0,
         spare_states: int = 0,
     ) -> "MemoryLayout":
-        """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of memory.chunk_len; with
-        `pool_len` all of them together to that many only. See `sized_class` for the rest.
+        """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of
+        memory.chunk_len; with `pool_len` all of them together to that many only. See `sized_class` for the rest.
 
         Raises ConfigError for a state that such a memory cannot hold, or not in its format."""
         chunk_len = min(memory.chunk_len, max_len)
@@ -146,8 +147,8 @@ def _view(state: StateClass) -> type[View]:
 
 
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states as a memory stores them. Raises ConfigError for one that such a memory cannot hold, or not in its
-    format."""
+    """Every layer's states as a memory stores them. Raises ConfigError for one that such a memory cannot hold, or not
+    in its format."""
     return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
 
 

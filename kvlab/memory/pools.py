@@ -1,7 +1,8 @@
 """The arrays behind the ledger's pages: how they are allocated, written and copied.
 
-Pools are pytrees of plain arrays, one per layer and state, donated to the step and returned by it. Token states lie head-major,
-[P, K, page, D], with scales [P, K, page] where they are quantised by token; recurrent states are [slots, ...].
+Pools are pytrees of plain arrays, one per layer and state, donated to the step and returned by it. Token states lie
+head-major, [P, K, page, D], with scales [P, K, page] where they are quantised by token; recurrent states are [slots,
+...].
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,8 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain bytes: XLA
-    there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain
+    bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
     heads, *dims = array.shape
     if array.dtype == "int4":
         dims[-1] //= 2
@@ -42,7 +43,8 @@ def allocate_slots(state: State, num_slots: int) -> Pool:
 
 
 def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
-    """A pool filled with what must not be read, for tests: whole numbers take their largest one. The null page stays zero."""
+    """A pool filled with what must not be read, for tests: whole numbers take their largest one. The null page stays
+    zero."""
 
     def poison(array: Array) -> Array:
         is_float = jnp.issubdtype(array.dtype, jnp.floating)
@@ -70,8 +72,9 @@ def as_stored(state: Any, name: str, tokens: Array) -> Array:
 
 
 def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
-    """A pool with tokens [B, T, K, D] of its arrays in their slots [B, T], in the pool's format. A slot is (page, offset); an
-    index past the pool drops the write. Keys and values are written together, any other array by itself."""
+    """A pool with tokens [B, T, K, D] of its arrays in their slots [B, T], in the pool's format. A slot is (page,
+    offset); an index past the pool drops the write. Keys and values are written together, any other array by
+    itself."""
     written = dict(pool)
     for name in tokens:
         if name == "values":

@@ -1,4 +1,5 @@
-"""Sequence mixers by name. A new one is a file, a line here, a YAML in `configs/mixer` and a row in the contract matrix."""
+"""Sequence mixers by name. A new one is a file, a line here, a YAML in `configs/mixer` and a row in the contract
+matrix."""
 
 from kvlab.mixers.attention import Attention
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig

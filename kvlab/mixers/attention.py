@@ -20,9 +20,9 @@ from pallas_kernels.visible import Visible
 class AttentionConfig(MixerConfig):
     """Hyper-parameters of one attention layer. `window` counts visible tokens including the current one.
 
-    `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv 2306.15595);
-    [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len tokens, and blends up
-    to `high` turns (arXiv 2407.21783).
+    `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
+    2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
+    tokens, and blends up to `high` turns (arXiv 2407.21783).
     """
 
     num_heads: int = integer(4, 1, 1024)

@@ -1,4 +1,5 @@
-"""The mixer contract: `mixer(x, positions, memory) -> (y, memory)`, and bytes that are stated before anything is built."""
+"""The mixer contract: `mixer(x, positions, memory) -> (y, memory)`, and bytes that are stated before anything is
+built."""
 
 import abc
 from collections.abc import Mapping
@@ -33,7 +34,8 @@ class MixerConfig(Schema):
 
 
 class Mixer(nnx.Module):
-    """Mixes information along the sequence. Abstract: without `states` a mixer has no bytes and cannot be constructed."""
+    """Mixes information along the sequence. Abstract: without `states` a mixer has no bytes and cannot be
+    constructed."""
 
     Config: ClassVar[type[MixerConfig]]
 
@@ -43,9 +45,10 @@ class Mixer(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
-        """Outputs [B, T, E] for inputs [B, T, E] at absolute positions [B, T], and the memory with the new tokens in it.
+        """Outputs [B, T, E] for inputs [B, T, E] at absolute positions [B, T], and the memory with the new tokens in
+        it.
 
-        x continues what is stored: a prompt's chunk or one decoded token. Rows may end in padding, which states must be told
-        (`StateView.valid`). In the memory `whole` the sequence is complete and starts at 0, and nothing outlives the call:
-        that is the parallel form, for training and scoring, and a mixer need not know.
+        x continues what is stored: a prompt's chunk or one decoded token. Rows may end in padding, which states must
+        be told (`StateView.valid`). In the memory `whole` the sequence is complete and starts at 0, and nothing
+        outlives the call: that is the parallel form, for training and scoring, and a mixer need not know.
         """

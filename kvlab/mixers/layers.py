@@ -18,10 +18,11 @@ class Linear(nnx.Linear):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), in float32, returned in the input's dtype.
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467), in float32, returned in the input's
+    dtype.
 
-    With `num_groups` each of as many equal parts of the axis has its own mean. Flax's own norm mixes float32 statistics with
-    bfloat16 inputs, which strict promotion refuses.
+    With `num_groups` each of as many equal parts of the axis has its own mean. Flax's own norm mixes float32
+    statistics with bfloat16 inputs, which strict promotion refuses.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6, num_groups: int = 1):

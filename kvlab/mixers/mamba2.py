@@ -21,7 +21,8 @@ from pallas_kernels.ssd import ssd, ssd_step
 class Mamba2Config(MixerConfig):
     """Hyper-parameters of one Mamba-2 layer: num_heads * head_dim inner channels, state_dim numbers for each.
 
-    Initial time steps are log-uniform in `dt_range`, initial decay rates uniform in `rate_range`; defaults as published.
+    Initial time steps are log-uniform in `dt_range`, initial decay rates uniform in `rate_range`; defaults as
+    published.
     """
 
     state_dim: int = integer(16, 1, 4096)
@@ -45,7 +46,8 @@ class Mamba2Config(MixerConfig):
 
 
 class Mamba2(Mixer):
-    """Input-dependent scalar decay: h_t = exp(-a dt_t) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t + d x_t, gated and normed.
+    """Input-dependent scalar decay: h_t = exp(-a dt_t) h_{t-1} + dt_t x_t b_t^T, y_t = h_t c_t + d x_t, gated and
+    normed.
 
     State a sequence, whatever its length: num_heads * head_dim * state_dim float32 numbers, and conv_len - 1 columns of
     the convolution over (x, b, c). Parallel form in chunks; one token is the exact recurrence.

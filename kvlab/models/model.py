@@ -1,4 +1,5 @@
-"""A model as one value: its static structure and its parameters. Programs take the two apart, since only parameters are traced."""
+"""A model as one value: its static structure and its parameters. Programs take the two apart, since only parameters
+are traced."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ from kvlab.typing import Params
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Structure and parameters of a `Transformer`; parameters may be shapes and dtypes only, of a model that is not held.
+    """Structure and parameters of a `Transformer`; parameters may be shapes and dtypes only, of a model that is not
+    held.
 
     Outside programs pass it around whole; inside `jax.jit` merge `structure` with the traced parameters.
     """

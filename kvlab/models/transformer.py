@@ -18,15 +18,16 @@ from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Po
 
 
 def dtype_for(platform: str) -> str:
-    """What `model.dtype` "auto" stands for on a platform of JAX: what its kernels read. The tensor cores of a GPU refuse pages
-    of float32; a CPU has nothing faster."""
+    """What `model.dtype` "auto" stands for on a platform of JAX: what its kernels read. The tensor cores of a GPU
+    refuse pages of float32; a CPU has nothing faster."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
 @dataclass(frozen=True)
 class ModelConfig(Schema):
-    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP. `dtype` "auto" is
-    looked up when the config is made (`dtype_for` this process' first device): a config never holds the word."""
+    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP.
+    `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
+    the word."""
 
     model_dim: int = integer(64, 1, 65536)
     num_layers: int | None = integer(None, 1, 1024, optional=True)
@@ -60,8 +61,8 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; a short convolution may stand before the mixer, which
-    then reads h + conv(h) in place of h = norm(x)."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; a short convolution may stand before the mixer,
+    which then reads h + conv(h) in place of h = norm(x)."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.mixer_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
@@ -93,7 +94,8 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute `model.dtype`."""
+    """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute
+    `model.dtype`."""
 
     def __init__(self, layers: Sequence[LayerConfig], model: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)

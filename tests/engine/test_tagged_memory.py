@@ -196,7 +196,7 @@ def test_copied_pages_are_the_same_bits():
     layout = MemoryLayout.of([{"kv": TokenState(2, 4, 3)}], MemoryConfig(page_size=4), max_sequences=4, max_len=16)
     (state,) = layout.classes
     rng = np.random.default_rng(0)
-    shapes = {name: array.shape for name, array in device.allocate(state).items()}
+    shapes = {name: array.shape for name, array in _poisoned(state).items()}
     pool = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
     sources, destinations = jnp.array([1, 2, 0], jnp.int32), jnp.array([5, 1, state.num_pages], jnp.int32)
     copied = device.copy_pages(pool, sources, destinations)

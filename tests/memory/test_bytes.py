@@ -1,4 +1,5 @@
-"""Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in place."""
+"""Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in
+place."""
 
 from functools import partial
 
@@ -76,7 +77,8 @@ def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
 
 
 def _used(params, pools, plan, step) -> int:
-    """Bytes of the arguments that the program reads: jit drops plan arrays that nothing uses (tables of plain states)."""
+    """Bytes of the arguments that the program reads: jit drops plan arrays that nothing uses (tables of plain
+    states)."""
     tokens = jnp.zeros((3, 1), jnp.int32)
     closed = jax.make_jaxpr(lambda *a: MemoryStep.__call__.__wrapped__(step, *a))(params, pools, plan, tokens)
     used = {id(v) for eqn in closed.jaxpr.eqns for v in eqn.invars} | {id(v) for v in closed.jaxpr.outvars}
@@ -90,7 +92,8 @@ DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 32])
 def test_a_donated_write_copies_nothing(dtype, num_tokens):
-    """Temporaries of the key-value write alone stay below 1% of the pool, whatever a page holds, and the write is right."""
+    """Temporaries of the key-value write alone stay below 1% of the pool, whatever a page holds, and the write is
+    right."""
     shape = (2049, 2, 16, 32)
     rows, slots = 4, np.arange(4 * num_tokens).reshape(4, num_tokens).astype(np.int32) * 7 + 16
     slots[-1, -1] = 2049 * 16  # dropped

@@ -1,4 +1,5 @@
-"""Every kind of token memory against float64 rewrites of its formula: in chunks, ragged, with NaN in all that must not be read."""
+"""Every kind of token memory against float64 rewrites of its formula: in chunks, ragged, with NaN in all that must not
+be read."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ LENGTHS = (3, 13, 8)
 
 
 def drawn(widths: dict[str, tuple[int, int]], *, whole_numbers: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Random arrays [B, T, heads, D] by name; whole numbers in [-2, 2] where products shall be exact, and often equal."""
+    """Random arrays [B, T, heads, D] by name; whole numbers in [-2, 2] where products shall be exact, and often
+    equal."""
     rng, shape = np.random.default_rng(0), (len(LENGTHS), max(LENGTHS))
     return {
         name: (
@@ -100,6 +102,22 @@ def test_quantised_tokens_are_the_rounded_ones(memory, format):
         for queries, k, v in zip(arrays["queries"], keys, values, strict=True)
     ]
     assert_right(found, expected)
+
+
+@pytest.mark.parametrize("visible", [Visible(), Visible(6, 2), Visible(chunk=5)], ids=str)
+@pytest.mark.parametrize("memory", [MemoryConfig("paged", 4, 5), MemoryConfig("dense", 1, 5)], ids=lambda m: m.name)
+def test_the_states_mask_is_applied(memory, visible):
+    """In pages, in rows, and in the parallel form."""
+    arrays = drawn({"queries": (4, 8), "keys": (2, 8), "values": (2, 6)})
+    state = TokenState(2, 8, 6, visible=visible)
+    found = through(state, memory, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.5))
+    seen = [[p for p in range(t + 1) if visible.sees(t, p)] for t in range(max(LENGTHS))]
+    rows = zip(*(arrays[name] for name in ("queries", "keys", "values")), strict=True)
+    expected = [attention(*row, seen.__getitem__, 0.5) for row in rows]
+    assert_right(found, expected)
+    (layer,) = whole([{"kv": state}], *arrays["queries"].shape[:2])
+    view = layer["kv"].append(**{name: jnp.asarray(arrays[name]) for name in ("keys", "values")})
+    assert_right(np.asarray(view.attend(jnp.asarray(arrays["queries"]), None, scale=0.5)), expected)
 
 
 @pytest.mark.parametrize("memory", PLACES)

@@ -126,7 +126,7 @@ def test_work_depends_on_the_turn_before(problem):
     work = make()
     first = work.turn(jnp.int32(0), work.state, work.arrays)
     second = work.turn(jnp.int32(1), first, work.arrays)
-    assert any(bool((a != b).any()) for a, b in zip(first, second, strict=True))
+    assert any(bool((a != b).any()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
 def test_verdicts_compare_with_the_goal():

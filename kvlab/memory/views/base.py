@@ -1,7 +1,8 @@
 """What a view is: the memory of one layer's state during one step, as a mixer reads and writes it.
 
-A view joins a pool with the step's plan. It is a value that exists only while the step is traced: writing returns a new view,
-whose `pool` the step returns. `Planned` is what the views over pools share, `TokenView` and `StateView` are what mixers see.
+A view joins a pool with the step's plan. It is a value that exists only while the step is traced: writing returns a
+new view, whose `pool` the step returns. `Planned` is what the views over pools share, `TokenView` and `StateView` are
+what mixers see.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,8 +20,8 @@ from kvlab.typing import Counts, HeadOutputs, Positions, Queries
 
 @runtime_checkable
 class View(Protocol):
-    """What every kind of memory offers to the layout. One kind of state in one kind of memory is one class in `VIEWS`. A view's
-    `pool` are the arrays after all that was written."""
+    """What every kind of memory offers to the layout. One kind of state in one kind of memory is one class in `VIEWS`.
+    A view's `pool` are the arrays after all that was written."""
 
     @classmethod
     def check(cls, state: State) -> None:

@@ -1,4 +1,5 @@
-"""Latent attention's memory (MLA, arXiv 2405.04434): one row a token, which serves all heads as key and, in part, as value."""
+"""Latent attention's memory (MLA, arXiv 2405.04434): one row a token, which serves all heads as key and, in part, as
+value."""
 
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from pallas_kernels.pages import Pages
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedLatents(PlannedTokens):
-    """Pages of rows [P, 1, page, rank + rope_dim]: `append(keys=rows)`. Queries [B, T, H, rank + rope_dim] are absorbed, outputs
-    are [B, T, H, rank]: a row's first `rank` numbers are its value. Give `scale`: the default is that of the rows' width."""
+    """Pages of rows [P, 1, page, rank + rope_dim]: `append(keys=rows)`. Queries [B, T, H, rank + rope_dim] are
+    absorbed, outputs are [B, T, H, rank]: a row's first `rank` numbers are its value. Give `scale`: the default is
+    that of the rows' width."""
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None

@@ -22,7 +22,8 @@ from pallas_kernels.visible import Visible
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedTokens(PlannedTokens):
-    """Pages of keys and values. `shared` is the plan of attention that the class's layers have in common when they decode."""
+    """Pages of keys and values. `shared` is the plan of attention that the class's layers have in common when they
+    decode."""
 
     @classmethod
     def share(cls, state: StateClass, plan: ClassPlan, starts: Counts, counts: Counts) -> AttentionPlan | None:
@@ -49,7 +50,8 @@ def attend_pages(
     scale: float | None,
     soft_cap: float | None,
 ) -> HeadOutputs:
-    """Attention of a step's queries over pages, in slots: a chunk of each sequence, or one token, for which layers share a plan."""
+    """Attention of a step's queries over pages, in slots: a chunk of each sequence, or one token, for which layers
+    share a plan."""
     num_tokens = queries.shape[1]
     if num_tokens > 1:
         places = chunk_positions(view.starts, view.counts, num_tokens)
@@ -67,8 +69,8 @@ def attention_plan(
     counts: Counts,
     is_taken: Callable[[Asked], bool] = takes_plan,
 ) -> AttentionPlan | None:
-    """What all layers of a class share when they decode: which pages are live and how they are shared out. None where nothing
-    is decoded, or where no kernel that serves such pages here takes one, as `is_taken` says."""
+    """What all layers of a class share when they decode: which pages are live and how they are shared out. None where
+    nothing is decoded, or where no kernel that serves such pages here takes one, as `is_taken` says."""
     if plan.write_slots.shape[1] != 1:
         return None
     spec = cast(TokenState, state.spec)

@@ -1,7 +1,8 @@
 """A retrieval memory: a step reads a small index of every token, and then only the tokens that it selects.
 
-Each query takes the `num_selected` visible tokens whose index entries have the largest product with its own, the earlier one
-where two are equal. So what a query selects depends on neither pages nor chunks; what it reads are the pages they lie in.
+Each query takes the `num_selected` visible tokens whose index entries have the largest product with its own, the
+earlier one where two are equal. So what a query selects depends on neither pages nor chunks; what it reads are the
+pages they lie in.
 """
 
 from dataclasses import dataclass, replace
@@ -67,8 +68,8 @@ def select(
     seen: Bool[Array, "B T S"],
     num_selected: int,
 ) -> Bool[Array, "B T S"]:
-    """Which tokens each query selects: of those that it sees, the `num_selected` with the largest products of index entries, the
-    first ones where products are equal. Entries that a query does not see may hold NaN."""
+    """Which tokens each query selects: of those that it sees, the `num_selected` with the largest products of index
+    entries, the first ones where products are equal. Entries that a query does not see may hold NaN."""
     scores = jnp.einsum("bti,bsi->bts", index_queries, index, preferred_element_type=jnp.float32)
     scores = jnp.where(seen, scores, -jnp.inf)
     num_tokens = scores.shape[2]
@@ -81,7 +82,8 @@ def select(
 
 
 def _narrowed(table: Array, starts: Array, chosen: Array, num_selected: int) -> Lists:
-    """Lists [R, n] of the pages that hold a chosen slot [R, num_pages, page], in their order; no more than `num_selected` do."""
+    """Lists [R, n] of the pages that hold a chosen slot [R, num_pages, page], in their order; no more than
+    `num_selected` do."""
     is_used = chosen.any(axis=2)
     order = jnp.argsort(~is_used, axis=1, stable=True)[:, :num_selected]
     used = jnp.take_along_axis(is_used, order, axis=1)

@@ -1,5 +1,5 @@
-"""No memory at all: the sequence is complete and starts at position 0, and nothing outlives the call. Training and scoring in the
-parallel form go through these views, so that no mixer has a second branch for them.
+"""No memory at all: the sequence is complete and starts at position 0, and nothing outlives the call. Training and
+scoring in the parallel form go through these views, so that no mixer has a second branch for them.
 
 A view holds what was appended, as it came. Reading a state gives zeros, writing one forgets it: the compiler sees both.
 """
