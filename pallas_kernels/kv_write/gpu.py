@@ -281,9 +281,9 @@ class _Tile(Tile):
 
         def quantise(into, columns, _):
             halves = []
-            for one in columns:
-                exact = self.load(one)
-                inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
+            for half in columns:
+                exact = self.load(half)
+                inverse = lax.broadcast_in_dim(self.inverses_of(page, half), exact.shape, [1])
                 halves.append(numbers(exact * inverse, self.format))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
             made = stored(halves, wide)
@@ -304,9 +304,9 @@ class _Tile(Tile):
 
             def quantise(into, columns, _):
                 halves = []
-                for one in columns:
-                    exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
-                    halves.append(numbers(exact * self.inverses_of(page, one), self.format))
+                for half in columns:
+                    exact = plgpu.load(self.token_rows.at[place, half], layout=down).astype(jnp.float32)
+                    halves.append(numbers(exact * self.inverses_of(page, half), self.format))
                 self.rows[place, into] = stored(halves, self.payload.dtype)
 
             pl.when(page >= 0)(lambda: self.each_stripe(quantise))
