@@ -15,7 +15,7 @@ NUM_CASES = 200
 
 def numbers(num_fast: int) -> list:
     """Of all generated cases, the first few with the named ones and the rest marked `generated`."""
-    return [pytest.param(one, marks=() if one < num_fast else pytest.mark.generated) for one in range(NUM_CASES)]
+    return [pytest.param(number, marks=() if number < num_fast else pytest.mark.generated) for number in range(NUM_CASES)]
 
 
 def named(cases: dict[str, Any], *slow: str) -> Any:
@@ -23,7 +23,7 @@ def named(cases: dict[str, Any], *slow: str) -> Any:
     assert not set(slow) - set(cases), "no such cases"
     marks = {name: pytest.mark.slow if name in slow else () for name in cases}
     return pytest.mark.parametrize(
-        "case", [pytest.param(one, id=name, marks=marks[name]) for name, one in cases.items()]
+        "case", [pytest.param(case, id=name, marks=marks[name]) for name, case in cases.items()]
     )
 
 

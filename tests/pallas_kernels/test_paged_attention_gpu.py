@@ -19,7 +19,7 @@ simulated = partial(
     in_tiles, num_pieces=3, max_stages=NUM_STAGES, interpret=plgpu.InterpretGPUParams(detect_races=True)
 )
 """With two stages and few pieces, so that the ring turns and short sequences are split."""
-FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
+FORMATS = [name for name in CASES if name.startswith(("int", "fp"))]
 
 
 @pytest.fixture(autouse=True)

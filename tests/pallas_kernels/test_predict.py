@@ -111,7 +111,7 @@ def test_control_words_are_read():
     assert len(instructions) == 19
     assert labels[".L_x_3"] == 5
     assert instructions[5] == Instruction(0x50, "", "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R5", 2)
-    assert [one.stall for one in instructions[6:11]] == [9, 3, 2, 11, 14]
+    assert [instruction.stall for instruction in instructions[6:11]] == [9, 3, 2, 11, 14]
     assert (instructions[6].predicate, instructions[6].target) == ("!P1", ".L_x_8")
     assert instructions[11].name == "BAR.SYNC.DEFER_BLOCKING"
     with pytest.raises(ValueError, match="MOSAIC_GPU_DUMP_SASS_CTRL"):
@@ -121,12 +121,21 @@ def test_control_words_are_read():
 def test_the_loops_of_both_warpgroups_are_found():
     """The block behind the end, where a wait is repeated, belongs to no loop but its own; what only an outer block needs is left out."""
     found = loops(SASS)
-    assert [one.address for one in found] == [0x20, 0x50, 0x100]
+    assert [turn.address for turn in found] == [0x20, 0x50, 0x100]
     mine, other = attending(found), fetching(found)
     assert mine is not None
     assert other is not None
     assert mine.address == 0x50
-    assert [one.address for one in mine.instructions] == [0x50, 0x60, 0x70, 0x80, 0x90, 0xC0, 0xD0, 0xE0]
+    assert [instruction.address for instruction in mine.instructions] == [
+        0x50,
+        0x60,
+        0x70,
+        0x80,
+        0x90,
+        0xC0,
+        0xD0,
+        0xE0,
+    ]
     assert mine.stall_cycles == 2 + 9 + 3 + 2 + 11 + 1 + 3 + 6
     assert mine.tensor_cycles == 32 + 64
     assert timing_model.waits(mine) == 20 + 10  # a poll and a shuffle; the barrier is in the part left out
@@ -237,7 +246,9 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(
-    "problem", [one for one in predict.problems() if isinstance(one, Problem)], ids=lambda one: one.name
+    "problem",
+    [problem for problem in predict.problems() if isinstance(problem, Problem)],
+    ids=lambda problem: problem.name,
 )
 def test_the_turns_of_all_thread_blocks_are_the_blocks_that_are_seen(problem):
     every_token = problem.num_kv_heads * sum(-(-length // 64) for length in problem.lengths)
@@ -281,9 +292,11 @@ def test_a_page_of_predictions_names_every_label():
     kernel = kernel_of(1422, 768)
     times: dict[str, float | None] = {gpu.name: 170.0 for gpu in timing_model.GPUS}
     floors = {gpu.name: 125.0 for gpu in timing_model.GPUS}
-    one = predict.as_json(predict.Predicted("decode", {"fusion": 21, "custom-call": 1}, (kernel,), times, floors))
-    assert one["call_us"]["H100"] == pytest.approx((170 + 21 * 1.4, 170 + 21 * 2.2))
-    kept = {"versions": {"jax": "0.12"}, "date": "today", "problems": [one]}
+    prediction = predict.as_json(
+        predict.Predicted("decode", {"fusion": 21, "custom-call": 1}, (kernel,), times, floors)
+    )
+    assert prediction["call_us"]["H100"] == pytest.approx((170 + 21 * 1.4, 170 + 21 * 2.2))
+    kept = {"versions": {"jax": "0.12"}, "date": "today", "problems": [prediction]}
     text = predict.page({"before": kept, "after": kept})
     assert text.count("| decode | 22 | 202 | 1 | 701; 1422 + 768 + 150 = 2340 | - | 170 us, 0.74; 199-216 us |") == 2
     assert "## before" in text
