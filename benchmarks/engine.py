@@ -2,9 +2,10 @@
 
     make peers && .venv/bin/python benchmarks/engine.py [--rounds 5] [--only decode]
 
-The model is a Llama of 31 M parameters (8 layers, 512 wide, 8 query and 2 KV heads, vocabulary 8192) in float32, its weights
-drawn once and read by both sides from one safetensors folder. The peer runs in its own process and environment (.peers);
-both take turns, a round each. Floors are weights and live KV bytes over this machine's measured read bandwidth.
+The model is a Llama of 31 M parameters (8 layers, 512 wide, 8 query and 2 KV heads, vocabulary 8192) in float32. Its
+weights are drawn once, and both sides read them from one safetensors folder. The peer runs in its own process and
+environment (.peers); both take turns, a round each. Floors are weights and live KV bytes over this machine's measured
+read bandwidth.
 """
 
 import argparse
@@ -61,8 +62,8 @@ def make_model() -> Pretrained:
 
 
 def parrot(model: Pretrained) -> Pretrained:
-    """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go round
-    in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
+    """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go
+    round in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf * 0 if jax.tree_util.keystr(path).endswith(("['out']['kernel']", "['down']['kernel']")) else leaf
@@ -228,9 +229,9 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
 
 def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """64 requests, all there from the beginning: prompts log-uniform in 16 to 256 tokens, answers of 32 to 256, that is twice as
-    much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out). The peer does it in three ways, see
-    `engine_peer.batch`; tokens count as far as they were asked for."""
+    """64 requests, all there from the beginning. Prompts are log-uniform in 16 to 256 tokens, answers of 32 to 256:
+    twice as much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out). The peer does it in
+    three ways, see `engine_peer.batch`; tokens count as far as they were asked for."""
     rng = np.random.default_rng(3)
     lengths = np.exp(rng.uniform(np.log(16), np.log(256), 64)).astype(int).tolist()
     new = rng.choice([32, 64, 128, 256], 64).tolist()
@@ -259,7 +260,8 @@ def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
 
 
 def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Six sequences decode; a prompt of 1,024 tokens arrives. With prompts first, nobody decodes until it is computed."""
+    """Six sequences decode; a prompt of 1,024 tokens arrives. With prompts first, nobody decodes until it is
+    computed."""
     del peer, bandwidth
 
     def run(mixed: bool, budget: int) -> tuple[float, float]:
@@ -320,7 +322,7 @@ def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list
 
 
 def reuse(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Eight requests that share a prompt of 1,024 tokens and differ in the last 16; two requests answer 8 tokens each."""
+    """Eight requests share a prompt of 1,024 tokens and differ in the last 16; two requests answer 8 tokens each."""
     del peer, bandwidth
     shared = prompts([1024], seed=9)[0]
     engines = [engine_of(model, max_len=1152, prefix_cache=cache) for cache in (True, False)]
@@ -382,10 +384,12 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
 
 
 def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """What a step costs beside the device's work. At B8 of the real model, on all cores: a whole step less the same programs run
-    back to back. For 256 sequences of a tiny one, whose pages of 16 tokens run out 16 times a step: what the engine does while
-    the device has nothing to do, by its own count, with a core for the host and the others for the programs, as beside an
-    accelerator. The JSON has both for each, and what is hidden behind the device's work."""
+    """What a step costs beside the device's work.
+
+    At B8 of the real model, on all cores: a whole step less the same programs run back to back. For 256 sequences of a
+    tiny model, whose pages of 16 tokens run out 16 times a step: what the engine does while the device has nothing to
+    do, by its own count. There a core is the host's and the others run the programs, as beside an accelerator. The JSON
+    has both for each, and what is hidden behind the device's work."""
     del peer, bandwidth
     engine = engine_of(model, max_len=512)
     for ids in prompts([128] * BATCH):
@@ -414,8 +418,8 @@ def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
 
 
 class StepTimes(NamedTuple):
-    """Medians of a decode step, in ms: the whole of it, its programs alone, the difference, and the host's work by the engine's own
-    count, of which `hidden` while the device worked."""
+    """Medians of a decode step, in ms: the whole of it, its programs alone, the difference, and the host's work by the
+    engine's own count, of which `hidden` while the device worked."""
 
     whole: float
     alone: float
@@ -476,7 +480,8 @@ def beside_device(engine: Engine, num_steps: int) -> StepTimes:
 
 
 def device_seconds(engine: Engine, plan: Plan) -> float:
-    """The programs of a decode step that just ran or comes next; they write the same keys and values to the same places."""
+    """The programs of a decode step that just ran or comes next. They write the same keys and values to the same
+    places."""
     samples: list[Any] = list(engine.scheduler.running)
     tokens = np.array([[sample.ids[start]] for sample, start in zip(samples, plan.starts, strict=True)], np.int32)
     positions = (plan.starts + plan.counts)[:, None]

@@ -1,4 +1,5 @@
-"""transformers under the work of `engine.py`, in an environment of its own (make peers): one JSON command a line, one answer.
+"""transformers under the work of `engine.py`, in an environment of its own (make peers). Reads one JSON command a line,
+prints one answer.
 
 python engine_peer.py FOLDER THREADS cpu|cuda|auto float32|bfloat16
 """
@@ -54,9 +55,11 @@ def batch(
     num_pages: int = 2048,
     passes: int = 1,
 ) -> dict:
-    """Seconds for ragged requests through continuous batching. `generate_batch` takes one bound for all its requests: "whole" is
-    one call in which each gets the longest answer asked for, "grouped" a call for every length of answer, and "manager" hands
-    each request with its own bound to what lies beneath, all of them `passes` times over: what is set up at first counts once."""
+    """Seconds for ragged requests through continuous batching.
+
+    `generate_batch` takes one bound for all its requests. "whole" is one call, in which each gets the longest answer
+    asked for. "grouped" is a call for every length of answer. "manager" hands each request with its own bound to what
+    lies beneath, all of them `passes` times over, so that what is set up at first counts once."""
     asked = prompts(lengths, model.config.vocab_size)
 
     def configs(count: int) -> dict:

@@ -1,8 +1,9 @@
-"""transformers beside the pieces of `gpu_pieces.py`: the same weights, prompts and tokens asked for, on the same device.
+"""transformers beside the pieces of `gpu_pieces.py`: the same weights, prompts and number of tokens, on the same
+device.
 
     python -m benchmarks.gpu_peer decode|requests MODEL --size full --scratch FOLDER
 
-torch runs in a process of its own (`engine_peer.py`), by this interpreter, or by that of `make peers` where there is one.
+torch runs in a process of its own (`engine_peer.py`): by this interpreter, or by that of `make peers` if there is one.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def peer_of(name: str, size: str, scratch: Path) -> Peer:
 
 
 def leading_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """How much of the answers is equal up to each row's first difference: one that differs goes on from another text."""
+    """How much of the answers is equal up to each row's first difference: a row that differs goes on from another
+    text."""
     shares = []
     for mine, other in zip(ours, theirs, strict=True):
         first = next((place for place, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), None)

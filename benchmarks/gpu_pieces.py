@@ -1,4 +1,4 @@
-"""What `on_gpu.py` runs, each in a process of its own: prints after every step all that it knows, one JSON object a line.
+"""What `on_gpu.py` runs, each in a process of its own. After every step it prints all that it knows, a line of JSON.
 
     python -m benchmarks.gpu_pieces KIND MODEL --size full --scratch FOLDER
 
@@ -45,8 +45,8 @@ from pallas_kernels.selection import recording  # noqa: E402
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. Decoding: `batches` of prompts of `prompt_len` and `num_new` tokens more. Requests: `num_requests` with
-    prompts log-uniform in `prompt_range`, and answers from `answers`."""
+    """How much is measured. Decoding: `batches` of prompts of `prompt_len` and `num_new` tokens more. Requests:
+    `num_requests` with prompts log-uniform in `prompt_range`, and answers from `answers`."""
 
     batches: tuple[int, ...]
     prompt_len: int
@@ -81,7 +81,8 @@ def llama(
 
 
 def architecture_of(size: str, name: str) -> Architecture:
-    """ "31m" is the model of `engine.py`, "1b" has the shape of Llama 3.2 1B (1.24 B parameters); "31m-float32" is for checks."""
+    """ "31m" is the model of `engine.py`, "31m-float32" is for checks, "1b" has the shape of Llama 3.2 1B (1.24 B
+    parameters)."""
     if name == "1b":
         return llama(size, name, "bfloat16", 16, 2048, (32, 8), 8192, 128_256)
     return llama(size, name, "float32" if name.endswith("float32") else "bfloat16", 8, 512, (8, 2), 1408, 8192)
@@ -141,8 +142,8 @@ def measure_ceilings(name: str, size: str, scratch: Path) -> None:
 
 
 def agree(name: str, size: str, scratch: Path) -> None:
-    """Whether a model computes the same through its pages as without memory: the relative error of its logits against the
-    float32 parallel form, beside that of the parallel form in the model's own type; both over the same tokens."""
+    """Whether a model computes the same through its pages as without memory: the relative error of its logits against
+    the float32 parallel form. Beside it, that of the parallel form in the model's own type, over the same tokens."""
     jax.config.update("jax_default_matmul_precision", "highest")
     model, chosen = model_of(size, name, scratch), SIZES[size]
     vocab, num_rows, width = model.architecture.vocab_size, 2, chosen.chunk_len
@@ -231,8 +232,8 @@ def decode(name: str, size: str, scratch: Path) -> None:
 
 
 def _decode_round(engine: Engine, asked: list[list[int]], num_new: int) -> tuple[list[float], list[list[int]]]:
-    """Seconds of every decode step, and all answers. Prompts are computed four at a time, whatever the batch, so that one program
-    does them all: where there are fewer, others come along that end with their first token."""
+    """Seconds of every decode step, and all answers. Prompts are computed four at a time, whatever the batch, so that
+    one program does them all. Where there are fewer, others come along that end with their first token."""
     names = [engine.submit(ids, Sampling(max_tokens=num_new + 1)) for ids in asked]
     others = -len(asked) % PROMPTS_AT_ONCE
     if len(asked) + others <= engine.config.max_batch:

@@ -52,7 +52,8 @@ def stacked(states: list[TrainState]) -> TrainState:
 
 
 def together(step_fn: TrainStep, data: Any, knobs: Array, length: int) -> Any:
-    """A call of `step_fn` for many members: `(states, keys) -> (states, metrics)`, one program. The states are given away."""
+    """A call of `step_fn` for many members, one program: `(states, keys) -> (states, metrics)`. It gives the states
+    away."""
 
     def member_step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
         return step_fn(state, data, key, knobs, length)
@@ -61,7 +62,7 @@ def together(step_fn: TrainStep, data: Any, knobs: Array, length: int) -> Any:
 
 
 def train(name: str, size: str, scratch: Path) -> None:
-    """Steps a second of all members in one program, and of one member at a time; and whether their losses are the same."""
+    """Steps a second of all members in one program, and of a single one; and whether their losses are the same."""
     amount = AMOUNTS[size]
     labs = [laboratory(size, seed) for seed in range(amount.num_seeds)]
     step_fn, data = labs[0].train_step(), labs[0].task.train_data()
@@ -80,7 +81,8 @@ def train(name: str, size: str, scratch: Path) -> None:
         samples, losses, many = _timed(lambda state: call(state, all_keys), many, amount)
     said = about(
         model=name,
-        what=f"MQAR, {len(members)} members of {labs[0].num_params} parameters, {amount.batch_size} x {amount.length} tokens",
+        what=f"MQAR, {len(members)} members of {labs[0].num_params} parameters, "
+        f"{amount.batch_size} x {amount.length} tokens",
         dtype=labs[0].config.model.dtype,
         **kernels(taken),
     )

@@ -2,10 +2,11 @@
 
     make peers-ledger && .venv/bin/python benchmarks/ledger.py      # without the peer's environment: ours alone
 
-A steady decode: every sequence of 8,192 tokens (pages of 16) appends one token a step, lengths staggered so that one in sixteen
-opens a page. `manage` is reserve and commit, or allocate_slots and append_output_token_ids, for all sequences; `tables` is the
-step's page tables (ours: the whole Plan; the peer: its new table entries only). Medians over 64 steps and three rounds; the
-collector frozen as in the peer's own engine. The floor is this machine's time to copy the page tables that the device reads.
+A steady decode: every sequence of 8,192 tokens (pages of 16) appends one token a step, lengths staggered so that one in
+sixteen opens a page. `manage` is reserve and commit, or allocate_slots and append_output_token_ids, for all sequences.
+`tables` is the step's page tables (ours: the whole Plan; the peer: its new table entries only). Medians over 64 steps
+and three rounds; the collector is frozen, as in the peer's own engine. The floor is this machine's time to copy the
+page tables that the device reads.
 """
 
 import argparse
@@ -165,7 +166,8 @@ def main() -> None:
             per_token = total["kvlab"] / num_sequences * 1e3
             print(
                 f"{num_sequences:4} sequences, index {'on ' if caching else 'off'}: {total} ms a step, "
-                f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, floor of the tables {row['floor_tables_ms']:.3f} ms",
+                f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, "
+                f"floor of the tables {row['floor_tables_ms']:.3f} ms",
                 flush=True,
             )
     growth = []

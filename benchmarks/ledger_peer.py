@@ -1,4 +1,4 @@
-"""vLLM's block manager under the steps of `ledger.py`, driven by the calls that its scheduler makes for a running request.
+"""vLLM's block manager under the steps of `ledger.py`, driven by the calls of its scheduler for a running request.
 
 Runs in an environment of its own (make peers-ledger): the wheel's pure Python, no device. Prints one line of JSON.
 """

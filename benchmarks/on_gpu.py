@@ -1,11 +1,12 @@
-"""A whole model on one chip, in a few minutes: decoding and ragged requests beside transformers, training with members vmapped.
+"""A whole model on one chip, in a few minutes: decoding and ragged requests beside transformers, training with members
+vmapped.
 
     python3 -m benchmarks.on_gpu --budget 240 --output on_gpu.jsonl        # in the repository's folder
-    python3 -m benchmarks.on_gpu --output tiny.jsonl                       # where there is no GPU: a rehearsal, in 100 CPU seconds
-    make gpu BUDGET=540                                                     # the kernels' bench first, then this
+    python3 -m benchmarks.on_gpu --output tiny.jsonl                       # without a GPU: a rehearsal, 100 CPU seconds
+    make gpu BUDGET=540                                                    # the kernels' bench first, then this
 
-Every piece is a process with a time limit: a hang or an abort costs one, and what a piece knew by then is kept. Lines are on the
-disk as they come, the most telling first; `--resume` goes on with a file that was cut short.
+Every piece is a process with a time limit: a hang or an abort costs one, and what a piece knew by then is kept. Lines
+are on the disk as they come, the most telling first; `--resume` goes on with a file that was cut short.
 """
 
 import argparse
