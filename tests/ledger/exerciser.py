@@ -70,8 +70,8 @@ def make_ledger(model: str, page_size: int, num_pages: int, num_slots: int, **op
 class Shadow:
     """What a sequence must remember: `ids` committed, `drafts` in flight, all of it, in plain lists.
 
-    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots; `losses` says
-    at which length something was dropped, and in which compaction: what is computed from there on is not what it would
+    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots. `losses` says
+    at which length something was dropped, and in which compaction: from there on, what is computed is not what it would
     have been.
     """
 

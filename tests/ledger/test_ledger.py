@@ -475,7 +475,7 @@ def test_counters_start_at_nothing_and_count():
     ledger.swap_out("a")
     ledger.swap_in("a")
     assert ledger.counters.looked_up_tokens == 9
-    # Two pages of each token class and one state go; the published page of each comes back from the index, not from the host.
+    # Two pages of each token class and one state go. The published page of each comes back from the index.
     assert ledger.counters.swapped_pages == 5 + 3
     assert ledger.counters.peak_pages == [2, 2, 1]
 

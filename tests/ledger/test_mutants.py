@@ -88,7 +88,8 @@ MUTANTS = [
         ledger_module.Ledger,
         "reserve",
         "held.num_new, held.lookahead = num_new, lookahead",
-        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; held.ids and self._publisher.seal(held); held.length -= num_new",
+        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; "
+        "held.ids and self._publisher.seal(held); held.length -= num_new",
         test_prefix.test_nothing_is_visible_before_its_step_was_committed,
     ),
     Mutant(
