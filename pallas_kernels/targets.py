@@ -4,7 +4,8 @@
 
 `make kernels-check` does. With `--cases`, the cases that the bench would run on such a chip are compiled too, or only
 lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and
-remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer."""
+remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing,
+that is the answer."""
 
 import argparse
 import importlib

@@ -158,8 +158,8 @@ def _scratch(pool: Stored, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative
-    where there is none; and of each of its `unit`s of rows whether they are a whole page, or a block of one."""
+    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; and the slot of each, negative
+    where there is none. Of each of its `unit`s of rows: whether they are a whole page, or a block of one."""
     batch, num_tokens = write_slots.shape
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1

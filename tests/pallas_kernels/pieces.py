@@ -77,8 +77,8 @@ OURS, PEER = "mosaic_gpu", "jax paged_attention"
 
 
 def bench(planted, kind, name, *options):
-    """A piece of the bench that answers without jax, but for what is planted: a word, which is done, an answer, or [who, what]: in
-    somebody's turn."""
+    """A piece of the bench that answers without jax, but for what is planted: a word, which is done, an answer, or
+    [who, what]: in somebody's turn."""
     plan = json.loads(Path(planted).read_text()).get(f"{kind} {name}".strip())
     if isinstance(plan, str):
         globals()[plan]()

@@ -215,7 +215,8 @@ def test_a_wrong_answer_is_no_figure(monkeypatch, short):
 
 
 def test_what_is_known_is_told_before_every_step(monkeypatch, short):
-    """So that a process that ends says at whom, and what it had measured; those at whom it ended are left out the next time."""
+    """So that a process that ends says at whom, and what it had measured. Those at whom it ended are left out the next
+    time."""
     monkeypatch.setattr(peers, "PEERS", {})
     told = []
     tell = lambda result: told.append((result.doing, [timing.device_us is not None for timing in result.timings]))  # noqa: E731

@@ -1,4 +1,5 @@
-"""Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the merge behind it."""
+"""Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the
+merge behind it."""
 
 import dataclasses
 import re

@@ -164,8 +164,8 @@ class TestTPU(Contract):
     @pytest.mark.parametrize(("format", "a_token"), [(None, 2 * 64), ("int8", 64), ("fp8", 64), ("int4", 32)])
     @pytest.mark.parametrize(("begin", "num_partial"), [(0, 0), (64, 0), (40, 2)])
     def test_tokens_come_once_and_of_pages_what_stays(self, format, a_token, begin, num_partial, monkeypatch):
-        """Of 128 tokens of 2 heads, keys and values, in 16 bits; and the granules at both ends, where these are not written whole.
-        Beside them flags, and where nothing stays one granule all the same."""
+        """Of 128 tokens of 2 heads, keys and values, in 16 bits; and the granules at both ends, where these are not
+        written whole. Beside them flags, and where nothing stays one granule all the same."""
         ledger, size = Fetched(), 16 if format is None else 32
         ledger.listen(monkeypatch)
         case = {"counts": [128], "begins": [begin], "page_size": 64, "dims": (64, 64), "format": format}

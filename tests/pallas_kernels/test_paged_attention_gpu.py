@@ -104,7 +104,7 @@ def test_a_wrong_page_is_caught():
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_conversion_waits_for_pages_and_for_products(format, monkeypatch, capfd):
-    """Of a quantised page, both: the copy that is read too early, and the staged block that is overwritten too early."""
+    """Of a quantised page, both: the copy that is read too early, and the staged block overwritten too early."""
     real = plgpu.barrier_wait
     for skipped in ("arrived", "free"):
 

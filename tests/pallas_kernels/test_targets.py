@@ -221,7 +221,8 @@ KEPT = [(format, per) for format in FORMATS for per in ("token", "channel")] + [
 @pytest.mark.parametrize(("format", "per"), KEPT)
 @pytest.mark.parametrize("with_page_mass", [False, True])
 def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
-    """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227 KiB hold whatever `refusal` lets pass."""
+    """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227
+    KiB hold whatever `refusal` lets pass."""
     of_type = jnp.dtype(FORMATS.get(format, "bfloat16"))
     sizes = range(32, 257, 32)
     num_held = 0
