@@ -1,4 +1,4 @@
-"""The experiments' folder: one folder a figure, each with a `figure.py` whose `main(output, results)` draws and checks it."""
+"""The experiments' folder: one folder a figure, whose `figure.py` has `main(output, results)`: draws and checks."""
 
 import importlib.util
 from pathlib import Path
