@@ -1,4 +1,4 @@
-"""The experiments' folder: one folder a figure, whose `figure.py` has `main(output, results)`: draws and checks."""
+"""The experiments' folder: one folder a figure. `main(output, results)` in its `figure.py` draws and checks it."""
 
 import importlib.util
 from pathlib import Path
