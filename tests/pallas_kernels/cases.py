@@ -31,7 +31,7 @@ def named(cases: dict[str, Any], *slow: str) -> Any:
 LEDGER_CASES = {
     "ragged": ({"lengths": [320, 64, 16, 0]}, 320 + 64 + 16),
     "a window of 128 with sinks": ({"lengths": [320, 64], "window": 128, "sinks": 4}, 128 + 16 + 64),
-    "chunks of 96": ({"lengths": [320, 97, 96], "chunk": 96}, 32 + 16 + 96),
+    "chunks of 320": ({"lengths": [640, 321, 320], "chunk": 320}, 320 + 16 + 320),
     "lists of each head": ({"lengths": [320, 256], "lists": "heads"}, None),
     "int8": ({"lengths": [640, 64, 32, 0], "format": "int8", "page_size": 32}, 640 + 64 + 32),
     "int4 by channel": ({"lengths": [960, 64], "format": "int4", "per": "channel", "page_size": 32}, 960 + 64),
