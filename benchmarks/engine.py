@@ -41,7 +41,8 @@ from kvlab.engine.sampling import Choices, Mode, Sampling, draw_tokens  # noqa: 
 from kvlab.ledger.plan import Plan  # noqa: E402
 from kvlab.memory.layout import MemoryConfig  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402
-from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split  # noqa: E402
+from kvlab.models.model import Model  # noqa: E402
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer  # noqa: E402
 from kvlab.weights import Pretrained, save_checkpoint  # noqa: E402
 from kvlab.weights.architectures import Architecture  # noqa: E402
 
@@ -57,20 +58,20 @@ def make_model() -> Pretrained:
     """The model, wide enough in its weights that greedy answers do not repeat."""
     layers = (LayerConfig("attention", AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=64)),) * 8
     config = ModelConfig(model_dim=512, mlp_dim=1408, tie_embeddings=False)
-    structure, params = split(Transformer(layers, config, VOCAB, rngs=nnx.Rngs(0)))
-    return Pretrained(Architecture("llama", layers, config, VOCAB), structure, params)
+    model = Model.of(Transformer(layers, config, VOCAB, rngs=nnx.Rngs(0)))
+    return Pretrained(Architecture("llama", layers, config, VOCAB), model)
 
 
-def parrot(model: Pretrained) -> Pretrained:
+def parrot(pretrained: Pretrained) -> Pretrained:
     """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go
     round in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf * 0 if jax.tree_util.keystr(path).endswith(("['out']['kernel']", "['down']['kernel']")) else leaf
         ),
-        model.params,
+        pretrained.model.params,
     )
-    return Pretrained(model.architecture, model.structure, params)
+    return Pretrained(pretrained.architecture, Model(pretrained.model.structure, params))
 
 
 def prompts(lengths: list[int], seed: int = 7, vocab_size: int = VOCAB) -> list[list[int]]:
@@ -125,7 +126,7 @@ class Peer:
 
 def engine_of(model: Pretrained, *, memory: str = "paged", chunk_len: int = 128, **fields: Any) -> Engine:
     config = EngineConfig(**{"max_batch": BATCH, "prefix_cache": False, "token_budget": 1024, **fields})
-    return Engine(model.structure, model.params, memory=MemoryConfig(memory, 16, chunk_len), config=config)
+    return Engine(model.model, memory=MemoryConfig(memory, 16, chunk_len), config=config)
 
 
 def prefill(engine: Engine) -> None:
@@ -191,7 +192,9 @@ def row(
 def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
     """Decoding a full batch: paged, dense, transformers' generate."""
     rows = []
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) - VOCAB * 512 * 4  # the embedding is looked up
+    weights = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(model.model.params)) - VOCAB * 512 * 4
+    )  # the embedding is looked up
     for prompt_len, goals in ((128, (">= 1.1", "<= 1.15")), (1024, (">= 1.0", "<= 1.4"))):
         engines = [engine_of(model, memory=memory, max_len=prompt_len + NEW + 1) for memory in ("paged", "dense")]
         answers: dict[str, list[int]] = {}
@@ -443,9 +446,9 @@ def part_cores() -> None:
 def of_256_sequences(page_size: int, cache: bool) -> StepTimes:
     """Decoding 256 sequences at once."""
     tiny = [LayerConfig("attention", AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=4))]
-    structure, params = split(Transformer(tiny, ModelConfig(model_dim=8), 64, rngs=nnx.Rngs(0)))
+    small = Model.of(Transformer(tiny, ModelConfig(model_dim=8), 64, rngs=nnx.Rngs(0)))
     config = EngineConfig(max_batch=256, max_len=512, prefix_cache=cache, token_budget=4096)
-    many = Engine(structure, params, memory=MemoryConfig("paged", page_size, 128), config=config)
+    many = Engine(small, memory=MemoryConfig("paged", page_size, 128), config=config)
     rng = np.random.default_rng(0)
     for n in rng.integers(100, 140, 256):
         many.submit(rng.integers(0, 64, n).tolist(), Sampling(max_tokens=200))

@@ -35,6 +35,7 @@ from kvlab.engine.step import MemoryStep  # noqa: E402
 from kvlab.evaluation.session import Session  # noqa: E402
 from kvlab.memory.layout import MemoryConfig, MemoryLayout  # noqa: E402
 from kvlab.mixers.attention import AttentionConfig  # noqa: E402
+from kvlab.models.model import Model  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, merge, path_name  # noqa: E402
 from kvlab.weights import Pretrained, load_checkpoint, save_checkpoint  # noqa: E402
 from kvlab.weights.architectures import Architecture  # noqa: E402
@@ -94,8 +95,8 @@ def model_of(size: str, name: str, scratch: Path) -> Pretrained:
     if (folder / "config.json").exists():
         return load_checkpoint(folder)
     architecture = architecture_of(size, name)
-    structure, shapes = abstract_model(architecture)
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    shapes = abstract_model(architecture)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
 
     def draw(index: int, path: Any, leaf: Any) -> jax.Array:
         if leaf.ndim < 2:
@@ -104,8 +105,8 @@ def model_of(size: str, name: str, scratch: Path) -> Pretrained:
         return _normal(jax.random.key(index), leaf.shape, leaf.dtype, fan_in)
 
     drawn = [draw(index, *path_and_leaf) for index, path_and_leaf in enumerate(leaves)]
-    params = jax.tree.unflatten(jax.tree.structure(shapes), drawn)
-    made = Pretrained(architecture, structure, params)
+    params = jax.tree.unflatten(jax.tree.structure(shapes.params), drawn)
+    made = Pretrained(architecture, Model(shapes.structure, params))
     save_checkpoint(made, folder)
     return made
 
@@ -122,7 +123,7 @@ def engine_of(model: Pretrained, size: Size, **fields: Any) -> Engine:
     longest = max(size.prompt_len + size.num_new + 1, size.prompt_range[1] + max(size.answers))
     memory = MemoryConfig("paged", size.page_size, size.chunk_len)
     config = {"max_len": longest, "prefix_cache": False, "width_sizes": (size.chunk_len,), **fields}
-    return Engine(model.structure, model.params, memory=memory, config=EngineConfig(**config))
+    return Engine(model.model, memory=memory, config=EngineConfig(**config))
 
 
 def probe(name: str, size: str, scratch: Path) -> None:
@@ -149,10 +150,9 @@ def agree(name: str, size: str, scratch: Path) -> None:
     vocab, num_rows, width = model.architecture.vocab_size, 2, chosen.chunk_len
     num_tokens = 2 * width + 8
     tokens = np.array(prompts([num_tokens] * num_rows, vocab_size=vocab), np.int32)
-    states = merge(model.structure, model.params).states()
     memory = MemoryConfig("paged", chosen.page_size, width)
-    layout = MemoryLayout.of(states, memory, max_sequences=num_rows, max_len=num_tokens)
-    session = Session(MemoryStep.of(model.structure, layout), model.params)
+    layout = MemoryLayout.of(model.model.states, memory, max_sequences=num_rows, max_len=num_tokens)
+    session = Session(MemoryStep.of(model.model.structure, layout), model.model.params)
     parts = []
     with recording() as taken:
         for start in (0, width, *range(2 * width, num_tokens)):
@@ -160,7 +160,7 @@ def agree(name: str, size: str, scratch: Path) -> None:
             parts.append(session.advance({row: tokens[row, start : start + count] for row in range(num_rows)}, count))
     architecture = model.architecture
     in_float32 = replace(architecture, model=replace(architecture.model, dtype="float32"))
-    exact_model = Pretrained(architecture, abstract_model(in_float32)[0], model.params)
+    exact_model = Pretrained(architecture, Model(abstract_model(in_float32).structure, model.model.params))
     through, parallel, exact = (
         np.asarray(logits, np.float64)
         for logits in (jnp.concatenate(parts, axis=1), _parallel(model, tokens), _parallel(exact_model, tokens))
@@ -184,10 +184,10 @@ def _parallel(model: Pretrained, tokens: np.ndarray) -> jax.Array:
 
     @jax.jit
     def logits(params: Any) -> jax.Array:
-        whole = merge(model.structure, params)
+        whole = merge(model.model.structure, params)
         return whole.logits(whole.parallel(jnp.asarray(tokens)))
 
-    return logits(model.params)
+    return logits(model.model.params)
 
 
 def batches_of(size: Size, name: str) -> tuple[int, ...]:
@@ -204,9 +204,9 @@ def decode(name: str, size: str, scratch: Path) -> None:
     rows = tuple(sorted({min(PROMPTS_AT_ONCE, most), *chosen.batches}))
     budget = PROMPTS_AT_ONCE * chosen.chunk_len
     engine = engine_of(model, chosen, max_batch=most, row_sizes=rows, token_budget=budget, mixed=False)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.model.params))
     if not model.architecture.model.tie_embeddings:
-        weights -= model.params["embedding"]["embedding"].nbytes  # of which a row a token is read
+        weights -= model.model.params["embedding"]["embedding"].nbytes  # of which a row a token is read
     batches: dict[str, Any] = {}
     for batch in batches_of(chosen, name):
         asked = prompts([chosen.prompt_len] * batch, vocab_size=vocab)

@@ -72,7 +72,7 @@ def train(name: str, size: str, scratch: Path) -> None:
 
     def fresh(index: int) -> TrainState:
         lab, rate = members[index]
-        return init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, rate)
+        return init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, rate)
 
     with recording() as taken:
         call = together(step_fn, data, knobs, amount.length)
@@ -81,7 +81,7 @@ def train(name: str, size: str, scratch: Path) -> None:
         samples, losses, many = _timed(lambda state: call(state, all_keys), many, amount)
     said = about(
         model=name,
-        what=f"MQAR, {len(members)} members of {labs[0].num_params} parameters, "
+        what=f"MQAR, {len(members)} members of {labs[0].model.num_params} parameters, "
         f"{amount.batch_size} x {amount.length} tokens",
         dtype=labs[0].config.model.dtype,
         **kernels(taken),

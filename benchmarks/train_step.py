@@ -48,7 +48,7 @@ def ours(with_mlp: bool):
         )
     )
     step_fn = lab.train_step()
-    state = init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, 1e-3)
+    state = init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, 1e-3)
     key, knobs = named_key(0, "train"), jnp.full(STEPS, PAIRS, jnp.int32)
     compiled = type(step_fn).__call__.lower(step_fn, state, (), key, knobs, LENGTH).compile()
     flops = float((compiled.cost_analysis() or {})["flops"])
@@ -60,7 +60,7 @@ def ours(with_mlp: bool):
         jax.block_until_ready(metrics)
         return (time.perf_counter() - began) * 1e3 / STEPS
 
-    return round_ms, flops, lab.num_params
+    return round_ms, flops, lab.model.num_params
 
 
 def matmul_gflops() -> float:

@@ -85,8 +85,8 @@ def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
     config = config_of(*TINY, "mixer.A.head_dim=4", "hardware=v5e")
     plan = predict(Laboratory.of(config, abstract=True))
     real = Laboratory.of(config)
-    assert plan.weights_bytes == num_bytes(real.params)
-    assert plan.num_params == real.num_params
+    assert plan.weights_bytes == num_bytes(real.model.params)
+    assert plan.num_params == real.model.num_params
     assert plan.optimizer_bytes >= 2 * plan.weights_bytes  # two moments
     layout = real.layout(config.context_len, config.measure.batch_size)
     assert plan.state_bytes == num_bytes(layout.allocate())

@@ -100,7 +100,7 @@ def test_members_trained_together_are_what_each_is_alone():
     keys = [named_key(lab.config.seed, "train") for lab, _ in members]
 
     def fresh(lab, rate):
-        return init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, rate)
+        return init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, rate)
 
     call = gpu_training.together(step_fn, data, knobs, amount.length)
     states, metrics = call(gpu_training.stacked([fresh(*member) for member in members]), jnp.stack(keys))

@@ -44,7 +44,7 @@ results = {}
 for name, placement in (("one", None), ("two", Placement(jax.make_mesh((2,), ("data",)), {"B": "data"}))):
     lab = Laboratory.of(config, placement=placement)
     (folder / name).mkdir()
-    results[name] = train(lab.train_step(), lab.params, config.train, learning_rate=0.01, seed=0,
+    results[name] = train(lab.train_step(), lab.model.params, config.train, learning_rate=0.01, seed=0,
                           validate=lambda params: 0.0, directory=folder / name / "trials",
                           metrics_path=folder / name / "metrics.jsonl", label=name, stop=StopRequest())
 leaves = {name: jax.tree.leaves(result.params) for name, result in results.items()}
@@ -54,7 +54,7 @@ for one, two in zip(*leaves.values(), strict=True):
     np.testing.assert_allclose(one, two, atol=2e-4)
 lab = Laboratory.of(config, placement=placement)
 step_fn = lab.train_step()
-state = init_state(lab.params, step_fn.optimizer, 1.0)
+state = init_state(lab.model.params, step_fn.optimizer, 1.0)
 given = (state, (), jax.random.key(0), jax.numpy.asarray(2, "int32"), 16)
 lowered = jax.jit(step_fn.gradients, static_argnums=4).lower(*given)
 assert "all-reduce" in lowered.compile().as_text()  # each device has its rows; gradients are summed over both

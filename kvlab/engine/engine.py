@@ -1,6 +1,6 @@
 """The engine: many requests at once from one memory.
 
-    engine = Engine(structure, params, memory=MemoryConfig(page_size=16), config=EngineConfig(max_len=4096))
+    engine = Engine(model, memory=MemoryConfig(page_size=16), config=EngineConfig(max_len=4096))
     answers = engine.generate(prompts, Sampling(max_tokens=100))     # all of them, in order
     for event in engine.stream(prompts, Sampling()): ...             # token by token
     name = engine.submit(prompt); engine.step(); engine.cancel(name) # by hand
@@ -12,8 +12,6 @@ launched before this one is settled, so that the device never waits for the host
 import time
 from collections.abc import Collection, Sequence
 from typing import Any
-
-from flax import nnx
 
 from kvlab.engine.book import Book
 from kvlab.engine.config import EngineConfig, Stats
@@ -27,9 +25,8 @@ from kvlab.engine.speculative import Speculation
 from kvlab.engine.stream import Stream
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.models.transformer import Transformer, merge
+from kvlab.models.model import Model
 from kvlab.tokenizers import Tokenizer
-from kvlab.typing import Params
 
 
 class Engine:
@@ -37,25 +34,23 @@ class Engine:
 
     def __init__(
         self,
-        model: nnx.GraphDef[Transformer],
-        params: Params,
+        model: Model,
         *,
         memory: MemoryConfig | None = None,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
-        draft: tuple[nnx.GraphDef[Transformer], Params] | None = None,
+        draft: Model | None = None,
     ):
-        """`model` and `params` as of `split(transformer)` or `load_checkpoint`; `draft` is the pair of the draft model.
+        """`draft` guesses ahead where `config.speculation` is "draft": a smaller model of the same vocabulary.
 
         Raises ConfigError for settings that do not fit together.
         """
         memory, config = memory or MemoryConfig(), config or EngineConfig()
         self.config, self.tokenizer, self.stats = config, tokenizer, Stats()
-        whole = merge(model, params)
-        self.vocab_size: int = whole.embedding.num_embeddings
+        self.vocab_size = model.vocab_size
         keeps_states = config.speculation != "none" or config.prefix_cache
         self.layout = layout = MemoryLayout.of(
-            whole.states(),
+            model.states,
             memory,
             max_sequences=config.max_batch,
             max_len=config.max_len,
@@ -67,7 +62,7 @@ class Engine:
         shares = memory.name == "paged"
         schedule = Schedule(config.max_batch, config.token_budget, config.mixed, config.preemption)
         self.scheduler = Scheduler(layout.ledger(config.policy, config.checkpoints), schedule)
-        self.runner = Runner(model, params, layout, config, self.stats)
+        self.runner = Runner(model, layout, config, self.stats)
         self.speculation = Speculation.of(config, memory, draft, self.vocab_size)
         self.intake = Intake(config, self.vocab_size, tokenizer, shares=shares)
         indexed = config.prefix_cache and shares
@@ -200,7 +195,7 @@ class Engine:
         stats, began = self.stats, time.perf_counter()
         handed_over, waited = stats.dispatch_s, stats.wait_s
         (flight, self._flight), events = (self._flight, []), list[Event]()
-        is_new = not any(part.entry.state != "gone" for launched in flight for part in launched.group.work)
+        is_new = not any(sample.state != "gone" for launched in flight for sample in launched.batch.samples)
         if is_new:
             flight, events = self._launch()
         busy_since, handed_over_since = (time.perf_counter(), stats.dispatch_s) if is_new else (began, handed_over)
@@ -237,18 +232,18 @@ class Engine:
         if len(flight) != 1 or self.speculation.drafter is not None:
             return []
         (launched,) = flight
-        if not launched.batch.is_plain or not self._all_decode(launched) or not self.settler.commit_early(launched):
+        _, going = launched.rows()
+        # Behind a step that was launched behind another, all decode anyway.
+        decode = launched.is_behind or all(sample.decodes for sample in going)
+        if not (launched.batch.is_plain and decode and len(going) == len(self.scheduler.running)):
+            return []
+        if not self.settler.commit_early(launched):
             return []
         work = self.scheduler.schedule_ahead()
         if work is None:
             return []
         self.stats.planned_ahead += 1
         return [self.runner.launch(self.ledger, Group(work, 1, False), launched)]
-
-    def _all_decode(self, launched: Launched) -> bool:
-        """Whether every sequence that runs takes part in this program, and decodes."""
-        going = [part.entry for part in launched.group.work if part.entry.state == "running"]
-        return len(going) == len(self.scheduler.running) and all([entry.decodes for entry in going])  # noqa: C419
 
     def _start_over(self, reason: str) -> list[Event]:
         """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made

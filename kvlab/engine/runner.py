@@ -5,14 +5,13 @@ host: its tokens are then read from the array that the first one draws into."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 from jax import Array
 from jaxtyping import Int32
 
@@ -24,8 +23,7 @@ from kvlab.engine.step import MemoryStep, Pools
 from kvlab.engine.swap import HostTier
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryLayout
-from kvlab.models.transformer import Transformer
-from kvlab.typing import Params
+from kvlab.models.model import Model
 
 
 class Group(NamedTuple):
@@ -55,8 +53,18 @@ class Launched:
     batch: Batch
     drawn: Drawn
     finite: Any
-    committed: list[bool] = field(default_factory=list)
+    is_behind: bool
+    """Whether it was launched before the step in front of it was known."""
+    committed: list[bool]
     """Rows that count already in ledger and scheduler, though it is not known yet whether they are finite."""
+
+    def rows(self) -> tuple[Sequence[int], list[Sample]]:
+        """The rows whose sequences have not ended meanwhile, and these."""
+        samples = self.batch.samples
+        if all([sample.state != "gone" for sample in samples]):  # noqa: C419  a list is faster
+            return range(len(samples)), samples
+        rows = [row for row, sample in enumerate(samples) if sample.state != "gone"]
+        return rows, [samples[row] for row in rows]
 
 
 class Fetched(NamedTuple):
@@ -71,14 +79,13 @@ class Runner:
 
     def __init__(
         self,
-        structure: nnx.GraphDef[Transformer],
-        params: Params,
+        model: Model,
         layout: MemoryLayout,
         config: EngineConfig,
         stats: Stats,
     ):
-        self.params, self.layout, self.config, self.stats = params, layout, config, stats
-        self.step_fn = MemoryStep.of(structure, layout)
+        self.params, self.layout, self.config, self.stats = model.params, layout, config, stats
+        self.step_fn = MemoryStep.of(model.structure, layout)
         self.pools: Pools = layout.allocate()
         self.host = HostTier(layout)
         self._batches: dict[tuple[int, bool], Batch] = {}
@@ -86,7 +93,7 @@ class Runner:
             np.array([state.spec.read_bytes(n) * state.num_layers for n in range(config.max_len + 1)])
             for state in layout.classes
         ]
-        self._weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        self._weight_bytes = model.num_bytes
 
     def start_over(self) -> None:
         """Memory made anew: nobody knows what a torn step left in it."""
@@ -128,7 +135,7 @@ class Runner:
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
         drawn = draw_tokens(logits, positions, batch.choices, seen, mode=batch.mode)
         self.stats.dispatch_s += time.perf_counter() - began
-        return Launched(group, batch, drawn, finite, [False] * len(samples))
+        return Launched(group, batch, drawn, finite, behind is not None, [False] * len(samples))
 
     def fetch(self, launched: Sequence[Launched]) -> list[Fetched]:
         """Waits for these programs."""

@@ -142,7 +142,7 @@ class Scheduler:
         that does not hold, or would evict though it should not; nothing is reserved then."""
         if len(entries) > self.schedule_config.token_budget:
             return None
-        if not all([entry.decodes and not entry.paused for entry in entries]):  # noqa: C419  a list is faster
+        if not all([entry.decodes for entry in entries]) or any([entry.paused for entry in entries]):  # noqa: C419
             return None
         names = [entry.name for entry in entries]
         done = self.ledger.reserve_each(names)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
-from flax import nnx
 from jax import Array
 
 from kvlab.engine.config import EngineConfig
@@ -25,7 +24,8 @@ from kvlab.engine.shapes import Buckets
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.plan import ClassPlan, Plan
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.models.transformer import Transformer, logits_at, merge
+from kvlab.models.model import Model
+from kvlab.models.transformer import logits_at
 from kvlab.schema import ConfigError
 from kvlab.typing import Params, Tokens
 
@@ -126,8 +126,7 @@ class ModelDrafter(Drafter):
 
     def __init__(
         self,
-        structure: nnx.GraphDef[Transformer],
-        params: Params,
+        model: Model,
         memory: MemoryConfig,
         *,
         num_drafts: int,
@@ -135,16 +134,15 @@ class ModelDrafter(Drafter):
         max_len: int,
         buckets: Buckets,
     ):
-        self.num_drafts, self.params, self.buckets = num_drafts, params, buckets
-        states = merge(structure, params).states()
+        self.num_drafts, self.params, self.buckets = num_drafts, model.params, buckets
         layout = MemoryLayout.of(
-            states,
+            model.states,
             replace(memory, chunk_len=max(memory.chunk_len, 2 * num_drafts)),
             max_sequences=max_sequences,
             max_len=max_len + num_drafts,
             spare_states=max_sequences,  # a step that may be rejected writes beside what it reads
         )
-        self.step, self.ledger, self.pools = MemoryStep.of(structure, layout), layout.ledger(), layout.allocate()
+        self.step, self.ledger, self.pools = MemoryStep.of(model.structure, layout), layout.ledger(), layout.allocate()
         self._draft_step = _DraftStep(self.step, num_drafts)
         self._in_flight: dict[Sample, tuple[int, list[int]]] = {}
         """Of the last round: known tokens when it began, and the drafts."""
@@ -242,7 +240,7 @@ class Speculation:
         cls,
         config: EngineConfig,
         memory: MemoryConfig,
-        draft: tuple[nnx.GraphDef[Transformer], Params] | None,
+        draft: Model | None,
         vocab_size: int,
     ) -> "Speculation":
         """What a configuration asks for. Raises ConfigError for a draft model where none is asked for, none where one
@@ -251,11 +249,13 @@ class Speculation:
             raise ConfigError("speculation", config.speculation, 'must be "draft" with a draft model, and only then')
         if draft is None:
             return cls(lambda: NgramDrafter(config.num_drafts) if config.speculation == "ngram" else None)
-        if (draft_vocab := merge(*draft).embedding.num_embeddings) != vocab_size:
-            raise ConfigError("draft", f"vocabulary of {draft_vocab}", f"must have the model's {vocab_size} tokens")
+        if draft.vocab_size != vocab_size:
+            raise ConfigError(
+                "draft", f"vocabulary of {draft.vocab_size}", f"must have the model's {vocab_size} tokens"
+            )
         return cls(
             lambda: ModelDrafter(
-                *draft,
+                draft,
                 memory,
                 num_drafts=config.num_drafts,
                 max_sequences=config.max_batch,

@@ -33,9 +33,13 @@ def step_for(lab: Laboratory, width: int, sharding: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree)
 
     layout = lab.layout(lab.config.context_len, lab.config.measure.batch_size)
-    step, rows = MemoryStep.of(lab.structure, layout), layout.max_sequences
+    step, rows = MemoryStep.of(lab.model.structure, layout), layout.max_sequences
     tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=sharding)
-    arrays = placed(lab.params), placed(jax.eval_shape(layout.allocate)), placed(layout.ledger().plan([], rows, width))
+    arrays = (
+        placed(lab.model.params),
+        placed(jax.eval_shape(layout.allocate)),
+        placed(layout.ledger().plan([], rows, width)),
+    )
     return type(step).next_logits.trace(step, *arrays, tokens).lower(lowering_platforms=("cuda",))
 
 

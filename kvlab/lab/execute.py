@@ -90,7 +90,7 @@ def _failed_attempt(run: Run) -> int:
 def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken: Taken) -> dict[str, Any]:
     """What a finished run adds to its record."""
     lab = Laboratory.of(config)
-    scorer = Scorer(lab.structure, lab.task, named_key(config.seed, "eval"), config.measure.batch_size)
+    scorer = Scorer(lab.model.structure, lab.task, named_key(config.seed, "eval"), config.measure.batch_size)
     params, trained = obtain(lab, scorer, run, stop, known_attempt=known_attempt, taken=taken)
     stop.check()
 
@@ -104,7 +104,7 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
         through,
         parallel,
         layout=layout,
-        states=lab.states,
+        states=lab.model.states,
         memory=config.memory,
         dtype=config.model.dtype,
     )
@@ -125,7 +125,7 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
         lost=metric.mean(parallel) - metric.mean(through),
     )
     return {
-        "num_params": lab.num_params,
+        "num_params": lab.model.num_params,
         "quality": quality,
         "memory": memory,
         "memory_at_task_context": elsewhere,
@@ -140,7 +140,7 @@ def measure_memory(
     """Bytes and speed at a context of `context_len` tokens and the configured batch."""
     config = lab.config
     layout = lab.layout(context_len, config.measure.batch_size)
-    step, decode_steps = MemoryStep.of(lab.structure, layout), min(config.measure.decode_steps, context_len - 1)
+    step, decode_steps = MemoryStep.of(lab.model.structure, layout), min(config.measure.decode_steps, context_len - 1)
     return measure(step, params, lab.task.vocab_size, decode_steps, train_step_ms=train_step_ms)
 
 
@@ -149,7 +149,7 @@ def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory
     FileNotFoundError when the run has none."""
     lab = Laboratory.of(config)
     directory = training_directory(run_dir or config.run_dir) / "params"
-    params = restore_params(directory, lab.params)
+    params = restore_params(directory, lab.model.params)
     if params is None:
         raise FileNotFoundError(f"{directory}: there are no final parameters; is the run done?")
     return lab, params

@@ -24,7 +24,7 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
     what was taken."""
     device = device or jax.devices()[0]
     taken: Taken = {}
-    for layer, states in zip(lab.config.layers(), lab.states, strict=True):
+    for layer, states in zip(lab.config.layers(), lab.model.states, strict=True):
         taken.setdefault(*_of_whole_sequences(layer))
         for spec in states.values():
             if not isinstance(spec, TokenState):

@@ -68,7 +68,7 @@ def _found(training: Training, lab: Laboratory) -> tuple[Params, Trained] | None
     if trained is None:
         return None
     try:
-        return training.restore(lab.params, trained), trained
+        return training.restore(lab.model.params, trained), trained
     except CheckpointError as error:
         warnings.warn(f"{error}; trained again", RuntimeWarning, stacklevel=2)
         training.discard()
@@ -96,13 +96,13 @@ def _tuned(
     config, metric, best = lab.config, lab.task.metric, None
     trials: list[dict[str, float]] = []
     if config.train.num_steps == 0:
-        validation = metric.mean(scorer.parallel(lab.params, "validation"))
-        return TrialResult(lab.params, validation, 0, 0, 0.0), config.optimizer.learning_rate, trials
+        validation = metric.mean(scorer.parallel(lab.model.params, "validation"))
+        return TrialResult(lab.model.params, validation, 0, 0, 0.0), config.optimizer.learning_rate, trials
     step_fn = lab.train_step()
     for index, learning_rate in enumerate(config.tune.learning_rate or (config.optimizer.learning_rate,)):
         trial = train(
             step_fn,
-            jax.tree.map(lambda x: x.copy(), lab.params),  # the step donates its state
+            jax.tree.map(lambda x: x.copy(), lab.model.params),  # the step donates its state
             config.train,
             learning_rate=learning_rate,
             seed=config.seed,

@@ -55,7 +55,7 @@ def predict(lab: Laboratory) -> Plan:
     """Compiles the training call (every sequence length) and the decode step of a config, and reads off their bytes."""
     config = lab.config
     step_fn = lab.train_step()
-    state = jax.eval_shape(lambda params: init_state(params, step_fn.optimizer, 1.0), lab.params)
+    state = jax.eval_shape(lambda params: init_state(params, step_fn.optimizer, 1.0), lab.model.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     data = jax.eval_shape(lab.task.train_data)
     num_steps = config.train.steps_per_call
@@ -69,11 +69,11 @@ def predict(lab: Laboratory) -> Plan:
     num_calls = config.train.num_steps // num_steps
     flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
     layout = lab.layout(config.context_len, config.measure.batch_size)
-    step = MemoryStep.of(lab.structure, layout)
-    decode = step.compiled(lab.params, jax.eval_shape(layout.allocate), 1)
-    weights = num_bytes(lab.params)
+    step = MemoryStep.of(lab.model.structure, layout)
+    decode = step.compiled(lab.model.params, jax.eval_shape(layout.allocate), 1)
+    weights = num_bytes(lab.model.params)
     return Plan(
-        num_params=lab.num_params,
+        num_params=lab.model.num_params,
         weights_bytes=weights,
         optimizer_bytes=num_bytes(state) - weights,
         activations_bytes=activations,

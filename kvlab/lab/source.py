@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from flax import nnx
 
 from kvlab.config import Config, GenerateConfig
 from kvlab.engine.engine import Engine
 from kvlab.lab.execute import load_params
-from kvlab.models.transformer import Transformer
+from kvlab.models.model import Model
 from kvlab.schema import ConfigError
 from kvlab.tasks import Text
 from kvlab.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
-from kvlab.typing import Params
 from kvlab.weights import load_checkpoint
 
 
@@ -21,8 +19,7 @@ from kvlab.weights import load_checkpoint
 class Source:
     """A model from a folder, whatever kind of folder it is."""
 
-    structure: nnx.GraphDef[Transformer]
-    params: Params
+    model: Model
     tokenizer: Tokenizer | None
     end_tokens: tuple[int, ...] = ()
 
@@ -38,24 +35,22 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
         config = Config.build(yaml.safe_load((folder / "config.yaml").read_text()))
         lab, params = load_params(config, folder)
         is_bytes = isinstance(lab.task, Text) and lab.task.vocab_size == ByteTokenizer.vocab_size
-        return Source(lab.structure, params, ByteTokenizer() if is_bytes else None)
+        return Source(Model(lab.model.structure, params), ByteTokenizer() if is_bytes else None)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"{folder}: neither a run's directory (config.yaml, params/) nor a checkpoint (config.json)"
         )
     loaded = load_checkpoint(folder, None if dtype == "stored" else dtype)
-    return Source(loaded.structure, loaded.params, load_tokenizer(folder), loaded.end_tokens)
+    return Source(loaded.model, load_tokenizer(folder), loaded.end_tokens)
 
 
 def make_engine(source: Source, config: GenerateConfig) -> Engine:
     """The engine over a loaded model, with its draft model if one is named."""
     draft = None
     if config.draft is not None:
-        drafting = load_source(Path(config.draft), config.dtype)
-        draft = (drafting.structure, drafting.params)
+        draft = load_source(Path(config.draft), config.dtype).model
     return Engine(
-        source.structure,
-        source.params,
+        source.model,
         memory=config.memory,
         config=config.engine,
         tokenizer=source.tokenizer,

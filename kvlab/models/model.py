@@ -29,8 +29,16 @@ class Model:
         return cls(*split(model))
 
     def merge(self) -> Transformer:
-        """The callable model; printing it shows shapes and bytes."""
+        """The callable model."""
         return merge(self.structure, self.params)
+
+    def __str__(self) -> str:
+        return str(self.merge())
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids that the model embeds."""
+        return self.merge().embedding.num_embeddings
 
     @cached_property
     def states(self) -> tuple[LayerStates, ...]:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from kvlab.models.transformer import Transformer, path_name, split
+from kvlab.models.model import Model
+from kvlab.models.transformer import Transformer, path_name
 from kvlab.typing import Params
 from kvlab.weights.architectures import Architecture, read_architecture, write_architecture
 from kvlab.weights.files import FLOATS, Stored, WeightsError, read_headers, read_json, read_tensor, write_shards
@@ -25,11 +26,10 @@ small for activations in bfloat16's place."""
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that was loaded: `Engine(loaded.structure, loaded.params)` generates from it."""
+    """A model that was loaded; `Engine(pretrained.model)` generates from it."""
 
     architecture: Architecture
-    structure: nnx.GraphDef[Transformer]
-    params: Params
+    model: Model
     end_tokens: tuple[int, ...] = ()
     """Tokens that end an answer, as the folder says; nothing stops at them unless `Sampling.stop_tokens` asks."""
 
@@ -43,18 +43,19 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     """
     directory = Path(directory).expanduser()
     headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
-    structure, abstract = abstract_model(architecture)
+    abstract = abstract_model(architecture)
     table = table_of(architecture.family, architecture.layers, architecture.model)
-    if problems := _mismatches(table, abstract, headers, architecture.model.tie_embeddings):
+    if problems := _mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
-    def load_leaf(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         entry = table[path_name(path)]
         whole = entry.transform.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
     end_tokens = read_end_tokens(directory, architecture.vocab_size)
-    return Pretrained(architecture, structure, jax.tree_util.tree_map_with_path(load_leaf, abstract), end_tokens)
+    params = jax.tree_util.tree_map_with_path(tensor, abstract.params)
+    return Pretrained(architecture, Model(abstract.structure, params), end_tokens)
 
 
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
@@ -99,7 +100,7 @@ def save_checkpoint(
     table = table_of(architecture.family, architecture.layers, architecture.model)
 
     def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.model.params):
             entry = table[path_name(path)]
             whole = np.asarray(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)))
             yield from zip(entry.names, entry.transform.unload(whole), strict=True)
@@ -111,18 +112,18 @@ def save_checkpoint(
     (directory / "config.json").write_text(json.dumps(values, indent=2))
 
 
-def abstract_model(architecture: Architecture) -> tuple[nnx.GraphDef[Transformer], Params]:
-    """Structure, and shapes and dtypes in place of parameters: matrices in the model's dtype, the rest float32."""
+def abstract_model(architecture: Architecture) -> Model:
+    """The model with shapes and dtypes in place of parameters: matrices in the model's dtype, the rest float32."""
     model = nnx.eval_shape(
         lambda: Transformer(architecture.layers, architecture.model, architecture.vocab_size, rngs=nnx.Rngs(0))
     )
-    structure, params = split(model)
+    shapes = Model.of(model)
 
     def typed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         is_matrix = path_name(path).endswith((".kernel", ".embedding"))
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(architecture.model.dtype) if is_matrix else jnp.float32)
 
-    return structure, jax.tree_util.tree_map_with_path(typed, params)
+    return Model(shapes.structure, jax.tree_util.tree_map_with_path(typed, shapes.params))
 
 
 def _stored_dtype(headers: dict[str, Stored]) -> str:

@@ -66,12 +66,11 @@ def engine_of(
     """An engine whose ledger is checked after every step; `draft` is the family of its draft model."""
     model, drafting = pretrained(family), pretrained(draft) if draft else None
     engine = Engine(
-        model.structure,
-        model.params,
+        model.model,
         memory=MemoryConfig(memory, page_size, chunk_len),
         config=config_of(chunk_len, **fields),
         tokenizer=tokenizer,
-        draft=(drafting.structure, drafting.params) if drafting else None,
+        draft=drafting.model if drafting else None,
     )
     return checked(engine)
 

@@ -14,6 +14,7 @@ from kvlab.engine.sampling import Sampling
 from kvlab.engine.shapes import Buckets
 from kvlab.engine.speculative import Drafter
 from kvlab.memory.layout import MemoryConfig
+from kvlab.models.model import Model
 from kvlab.schema import ConfigError
 from kvlab.tokenizers import ByteTokenizer
 from tests.contracts import build as build_variant
@@ -207,7 +208,7 @@ def test_stops_and_text_and_streams():
     """A model over bytes: stop strings are cut off, stop tokens kept, and the stream spells the text."""
     model = build_bytes()
     engine = checked(
-        Engine(*model, config=EngineConfig(max_batch=2, max_len=80, prefix_cache=False), tokenizer=ByteTokenizer())
+        Engine(model, config=EngineConfig(max_batch=2, max_len=80, prefix_cache=False), tokenizer=ByteTokenizer())
     )
     (free,) = engine.generate(["hello"], Sampling(max_tokens=30))
     assert free.text == bytes(free.tokens).decode(errors="replace")
@@ -231,12 +232,13 @@ def build_bytes():
     from flax import nnx
 
     from kvlab.mixers.attention import AttentionConfig
-    from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split
+    from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer
 
     layers = [LayerConfig("attention", AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8))]
-    structure, params = split(Transformer(layers, ModelConfig(model_dim=16), 256, rngs=nnx.Rngs(0)))
+    model = Model.of(Transformer(layers, ModelConfig(model_dim=16), 256, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(5)
-    return structure, jax.tree.map(lambda leaf: leaf + rng.standard_normal(leaf.shape).astype(np.float32), params)
+    moved = jax.tree.map(lambda leaf: leaf + rng.standard_normal(leaf.shape).astype(np.float32), model.params)
+    return Model(model.structure, moved)
 
 
 def test_alternatives_are_the_most_likely():
@@ -339,13 +341,12 @@ def test_who_asks_with_the_wrong_type_changes_nothing(bad):
 def test_a_request_whose_numbers_break_ends_in_error_and_shares_nothing(family):
     """NaN enters through the embedding of one token: its request fails, others do not notice, nothing of it is
     published, and what reuses its pages is right."""
-    model = pretrained(family)
+    model = pretrained(family).model
     table = model.params["embedding"]["embedding"]
     params = {**model.params, "embedding": {"embedding": table.at[300].set(np.nan)}}
     engine = checked(
         Engine(
-            model.structure,
-            params,
+            Model(model.structure, params),
             memory=MemoryConfig("paged", 4, 8),
             config=config_of(8),
         )
@@ -436,7 +437,7 @@ def test_variants_without_a_reference_equal_their_parallel_form(variant):
     prompts = [rng.integers(0, 31, n).tolist() for n in (3, 8, 21)]
     for way in ({}, {"speculation": "ngram", "num_drafts": 3}):
         config = config_of(8, max_batch=2, max_len=40, pool_len=40, **way)
-        engine = checked(Engine(structure, params, memory=MemoryConfig("paged", 4, 8), config=config))
+        engine = checked(Engine(Model(structure, params), memory=MemoryConfig("paged", 4, 8), config=config))
         for ids, answer in zip(prompts, engine.generate(prompts, Sampling(max_tokens=15)), strict=True):
             whole = np.array([ids + answer.tokens + [0] * (40 - len(ids) - 15)], np.int32)
             said = np.asarray(forward(whole))[0].argmax(-1)

@@ -26,7 +26,7 @@ def soak(family: str, num_requests: int, seed: int, *, few_programs: bool = Fals
         config = EngineConfig(**{"max_len": MAX_LEN, "max_batch": 4, **more})
         if few_programs:
             config = replace(config, row_sizes=(config.max_batch,), width_sizes=(8,))
-        return Engine(model.structure, model.params, memory=MemoryConfig("paged", 4, 8), config=config)
+        return Engine(model.model, memory=MemoryConfig("paged", 4, 8), config=config)
 
     small, calm = engine_of(pool_len=72, **fields), engine_of(prefix_cache=False, max_batch=3)
     kinds = [

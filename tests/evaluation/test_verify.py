@@ -20,15 +20,15 @@ def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored")
     base = small(folder)
     lab = Laboratory.of(base)
-    params = jax.tree.map(lambda leaf: 3 * leaf, lab.params)
-    scorer = Scorer(lab.structure, lab.task, named_key(0, "eval"), 4)
+    params = jax.tree.map(lambda leaf: 3 * leaf, lab.model.params)
+    scorer = Scorer(lab.model.structure, lab.task, named_key(0, "eval"), 4)
     parallel = scorer.parallel(params, "test")
 
     def through(format):
         memory = replace(base.memory, format=format)
         lab_there = replace(lab, config=replace(base, memory=memory))
         layout = lab_there.layout(lab.task.context_len, 4)
-        given = {"layout": layout, "states": lab.states, "memory": memory, "dtype": "float32"}
+        given = {"layout": layout, "states": lab.model.states, "memory": memory, "dtype": "float32"}
         return scorer.through_memory(params, "test", layout), given
 
     return scorer, params, parallel, through

@@ -17,7 +17,6 @@ from kvlab.engine.sampling import Sampling
 from kvlab.lab.execute import execute
 from kvlab.lab.request_lines import read_requests
 from kvlab.lab.source import load_source
-from kvlab.models.transformer import merge
 from kvlab.schema import ConfigError
 from tests.engine.families import golden, pretrained, write_folder
 from tests.weights.random_checkpoint import prompt
@@ -159,7 +158,7 @@ def test_a_run_answers_text(tmp_path, monkeypatch, capsys):
     (completion,) = json.loads(capsys.readouterr().out)["completions"]
     assert completion["text"] == bytes(completion["tokens"]).decode(errors="replace")
     source = load_source(moved)
-    whole = merge(source.structure, source.params)
+    whole = source.model.merge()
     ids = jnp.asarray([list(b"def f(")], jnp.int32)
     logits = whole.logits(whole.parallel(ids))
     assert int(logits[0, -1].argmax()) == completion["tokens"][0]
@@ -182,7 +181,7 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
     assert execute(config) == "done"
     record = json.loads((config.run_dir / "record.json").read_text())
     model = pretrained("mistral")
-    whole = merge(model.structure, model.params)
+    whole = model.model.merge()
 
     @jax.jit
     def forward(tokens):

@@ -24,7 +24,7 @@ def lab(config_of):
 
 def run_calls(lab, num_calls=1, steps=4, state=None, learning_rate=1e-2):
     step_fn = lab.train_step()
-    state = state or init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, learning_rate)
+    state = state or init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, learning_rate)
     key, losses = named_key(0, "train"), []
     for call in range(num_calls):
         seq_len, knobs = lab.task.train_call(call, steps)
@@ -35,7 +35,7 @@ def run_calls(lab, num_calls=1, steps=4, state=None, learning_rate=1e-2):
 
 def test_loss_is_the_mean_over_labels_only(lab):
     batch = lab.task.train_batch((), named_key(0, "x"), 4, 24, jnp.asarray(2, jnp.int32))
-    model = merge(lab.structure, lab.params)
+    model = lab.model.merge()
     logits = np.asarray(model.logits(model.parallel(batch.tokens)), np.float64)
     expected = 0.0
     for row in range(4):
@@ -49,20 +49,20 @@ def test_loss_is_the_mean_over_labels_only(lab):
 
 def test_gradients_agree_with_finite_differences(lab):
     step_fn = lab.train_step()
-    state = init_state(lab.params, step_fn.optimizer, 1e-2)
+    state = init_state(lab.model.params, step_fn.optimizer, 1e-2)
     key, knob = named_key(0, "train"), jnp.asarray(2, jnp.int32)
     _, grads = step_fn.gradients(state, (), key, knob, 16)
     batch = lab.task.train_batch((), jax.random.fold_in(key, 0), 8, 16, knob)
 
     def loss(params):
-        return float(weighted_nll(merge(lab.structure, params), batch)[0].sum() / batch.weights.sum())
+        return float(weighted_nll(merge(lab.model.structure, params), batch)[0].sum() / batch.weights.sum())
 
     rng = np.random.default_rng(0)
-    direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), lab.params)
+    direction = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), lab.model.params)
     slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
     step = 1e-3
-    ahead = jax.tree.map(lambda p, d: p + step * d, lab.params, direction)
-    behind = jax.tree.map(lambda p, d: p - step * d, lab.params, direction)
+    ahead = jax.tree.map(lambda p, d: p + step * d, lab.model.params, direction)
+    behind = jax.tree.map(lambda p, d: p - step * d, lab.model.params, direction)
     assert slope == pytest.approx((loss(ahead) - loss(behind)) / (2 * step), rel=0.03)
 
 
@@ -76,7 +76,7 @@ def test_several_steps_per_call_equal_single_steps(lab):
     many, losses, _ = run_calls(lab, steps=4)
     state, single = None, []
     step_fn = lab.train_step()
-    state = init_state(jax.tree.map(jnp.copy, lab.params), step_fn.optimizer, 1e-2)
+    state = init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, 1e-2)
     seq_len, knobs = lab.task.train_call(0, 4)
     for knob in knobs:
         state, metrics = step_fn(state, (), named_key(0, "train"), jnp.asarray([knob], jnp.int32), seq_len)
@@ -91,7 +91,7 @@ def test_training_lowers_the_loss(lab):
 
 
 def test_a_nan_stops_at_its_step_and_names_the_leaf(lab):
-    poisoned = jax.tree.map(jnp.copy, lab.params)
+    poisoned = jax.tree.map(jnp.copy, lab.model.params)
     key_layer = poisoned["blocks"][0]["mixer"]["key"]
     key_layer["kernel"] = key_layer["kernel"].at[0, 0].set(jnp.nan)
     step_fn = lab.train_step()

@@ -31,8 +31,8 @@ def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) >= 3
     again = load_checkpoint(tmp_path / "out")
     assert again.architecture == model.architecture
-    for name, leaf in leaves(again.params).items():
-        np.testing.assert_array_equal(leaf, leaves(model.params)[name], err_msg=name)
+    for name, leaf in leaves(again.model.params).items():
+        np.testing.assert_array_equal(leaf, leaves(model.model.params)[name], err_msg=name)
     original = load_file(write_folder(family, tmp_path / "in") / "model.safetensors")
     written = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
@@ -59,8 +59,8 @@ def test_dtypes(tmp_path):
         save_file({name: tensor.astype(stored) for name, tensor in single.items()}, folder / "model.safetensors")
         model = load_checkpoint(folder, asked)
         assert model.architecture.model.dtype == expected
-        assert model.params["head"]["kernel"].dtype == expected
-        assert model.params["norm"]["scale"].dtype == np.float32
+        assert model.model.params["head"]["kernel"].dtype == expected
+        assert model.model.params["norm"]["scale"].dtype == np.float32
 
 
 def test_old_spellings_of_the_rotary_embedding(tmp_path):
@@ -211,16 +211,17 @@ def test_loading_holds_little_more_than_the_model(tmp_path):
     from flax import nnx
 
     from kvlab.mixers.attention import AttentionConfig
-    from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split
+    from kvlab.models.model import Model
+    from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer
     from kvlab.weights import Pretrained
     from kvlab.weights.architectures import Architecture
 
     layers = (LayerConfig("attention", AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64)),) * 40
     config = ModelConfig(model_dim=256, mlp_dim=1024, tie_embeddings=False)
-    structure, params = split(Transformer(layers, config, 1000, rngs=nnx.Rngs(0)))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    model = Model.of(Transformer(layers, config, 1000, rngs=nnx.Rngs(0)))
+    size = model.num_bytes
     save_checkpoint(
-        Pretrained(Architecture("llama", layers, config, 1000), structure, params),
+        Pretrained(Architecture("llama", layers, config, 1000), model),
         tmp_path / "big",
         max_shard_bytes=40 << 20,
     )
@@ -230,13 +231,13 @@ import re
 from kvlab.host import keep_freed_memory
 import jax
 from kvlab.weights import load_checkpoint
-jax.block_until_ready(load_checkpoint({str(tiny)!r}).params)
+jax.block_until_ready(load_checkpoint({str(tiny)!r}).model.params)
 def kib(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 before = kib("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 model = load_checkpoint({str(tmp_path / "big")!r})
-jax.block_until_ready(model.params)
+jax.block_until_ready(model.model.params)
 print((kib("VmHWM") - before) * 1024)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
