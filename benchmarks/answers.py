@@ -29,8 +29,8 @@ def about(**more: Any) -> dict[str, Any]:
 def kernels(taken: Any) -> dict[str, Any]:
     """The implementations that ran, and why others did not."""
     found = summary(taken)
-    passed_over = {op: one.reason for op, one in found.items() if one.reason}
-    return {"implementations": {op: one.taken for op, one in found.items()}, "passed_over": passed_over}
+    passed_over = {op: choice.reason for op, choice in found.items() if choice.reason}
+    return {"implementations": {op: choice.taken for op, choice in found.items()}, "passed_over": passed_over}
 
 
 def limits_of(scratch: Path) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
     make peers && .venv/bin/python benchmarks/engine.py [--rounds 5] [--only decode]
 
-The model is a Llama of 31 M parameters (8 layers, 512 wide, 8 query and 2 KV heads, vocabulary 8192) in float32, its weights
-drawn once and read by both sides from one safetensors folder. The peer runs in its own process and environment (.peers);
-both take turns, a round each. Floors are weights and live KV bytes over this machine's measured read bandwidth.
+The model is a Llama of 31 M parameters (8 layers, 512 wide, 8 query and 2 KV heads, vocabulary 8192) in float32. Its
+weights are drawn once, and both sides read them from one safetensors folder. The peer runs in its own process and
+environment (.peers); both take turns, a round each. Floors are weights and live KV bytes over this machine's measured
+read bandwidth.
 """
 
 import argparse
@@ -62,8 +63,8 @@ def make_model() -> Pretrained:
 
 
 def parrot(pretrained: Pretrained) -> Pretrained:
-    """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go round
-    in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
+    """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go
+    round in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (
             leaf * 0 if jax.tree_util.keystr(path).endswith(("['out']['kernel']", "['down']['kernel']")) else leaf
@@ -130,7 +131,9 @@ def engine_of(model: Pretrained, *, memory: str = "paged", chunk_len: int = 128,
 
 def prefill(engine: Engine) -> None:
     """Steps until every prompt is computed."""
-    while any(one.num_computed < len(one.request.prompt) for r in engine.requests.values() for one in r.samples):
+    while any(
+        sample.num_computed < len(sample.request.prompt) for r in engine.requests.values() for sample in r.samples
+    ):
         engine.step()
 
 
@@ -207,7 +210,7 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
         paged, dense, reference = rounds_of(count, lambda: ours(0), lambda: ours(1), theirs)
         floor = (weights + BATCH * (prompt_len + NEW / 2) * KV_BYTES) / bandwidth * 1e3
-        p, d, t = (statistics.median(one) * 1e3 for one in (paged, dense, reference))
+        p, d, t = (statistics.median(seconds) * 1e3 for seconds in (paged, dense, reference))
         same = answers["0"] == answers["1"] == answers["peer"]
         more = {"same_tokens": same, "tokens_per_s": BATCH / p * 1e3, "peer_tokens_per_s": BATCH / t * 1e3}
         rows.append(
@@ -229,9 +232,9 @@ def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[
 
 
 def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """64 requests, all there from the beginning: prompts log-uniform in 16 to 256 tokens, answers of 32 to 256, that is twice as
-    much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out). The peer does it in three ways, see
-    `engine_peer.batch`; tokens count as far as they were asked for."""
+    """64 requests, all there from the beginning. Prompts are log-uniform in 16 to 256 tokens, answers of 32 to 256:
+    twice as much to write as to read, as in conversations (ShareGPT's means: 161 in, 338 out). The peer does it in
+    three ways, see `engine_peer.batch`; tokens count as far as they were asked for."""
     rng = np.random.default_rng(3)
     lengths = np.exp(rng.uniform(np.log(16), np.log(256), 64)).astype(int).tolist()
     new = rng.choice([32, 64, 128, 256], 64).tolist()
@@ -254,13 +257,14 @@ def batching(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
     total = sum(new)
     rows = []
     for (name, goal), seconds in zip(ways.values(), others, strict=True):
-        ours_rate, their_rate = (total / statistics.median(one) for one in (mine, seconds))
+        ours_rate, their_rate = (total / statistics.median(runs) for runs in (mine, seconds))
         rows.append(row(name, goal, ratio(seconds, mine), ours_rate, their_rate, "tok/s", None))
     return rows
 
 
 def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Six sequences decode; a prompt of 1,024 tokens arrives. With prompts first, nobody decodes until it is computed."""
+    """Six sequences decode; a prompt of 1,024 tokens arrives. With prompts first, nobody decodes until it is
+    computed."""
     del peer, bandwidth
 
     def run(mixed: bool, budget: int) -> tuple[float, float]:
@@ -295,7 +299,7 @@ def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list
     }
     found = {name: [run(*case) for _ in range(count + 1)][1:] for name, case in cases.items()}
     medians = {
-        name: [statistics.median(one) * 1e3 for one in zip(*pairs, strict=True)] for name, pairs in found.items()
+        name: [statistics.median(times) * 1e3 for times in zip(*pairs, strict=True)] for name, pairs in found.items()
     }
     (first_whole, gap_whole), (first_chunked, gap_chunked) = medians.values()
     return [
@@ -321,7 +325,7 @@ def latency(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list
 
 
 def reuse(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Eight requests that share a prompt of 1,024 tokens and differ in the last 16; two requests answer 8 tokens each."""
+    """Eight requests share a prompt of 1,024 tokens and differ in the last 16; two requests answer 8 tokens each."""
     del peer, bandwidth
     shared = prompts([1024], seed=9)[0]
     engines = [engine_of(model, max_len=1152, prefix_cache=cache) for cache in (True, False)]
@@ -333,7 +337,7 @@ def reuse(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[d
         return run_all(engine)
 
     cached, plain = rounds_of(max(3, count // 2), lambda: run(engines[0]), lambda: run(engines[1]))
-    fast, slow = (statistics.median(one) * 1e3 for one in (cached, plain))
+    fast, slow = (statistics.median(seconds) * 1e3 for seconds in (cached, plain))
     return [
         row(
             "8 requests behind a shared 1K prompt, with and without reuse",
@@ -364,7 +368,7 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
             return run_all(engine)
 
         fast, plain = rounds_of(max(2, count // 2), lambda: run(engines[0]), lambda: run(engines[1]))  # noqa: B023
-        drafted, alone = (batch * 400 / statistics.median(one) for one in (fast, plain))
+        drafted, alone = (batch * 400 / statistics.median(seconds) for seconds in (fast, plain))
         accepted = engines[0].stats.acceptance_rate
         more = {"acceptance_rate": accepted}
         rows.append(
@@ -383,10 +387,12 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
 
 
 def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """What a step costs beside the device's work. At B8 of the real model, on all cores: a whole step less the same programs run
-    back to back. For 256 sequences of a tiny one, whose pages of 16 tokens run out 16 times a step: what the engine does while
-    the device has nothing to do, by its own count, with a core for the host and the others for the programs, as beside an
-    accelerator. The JSON has both for each, and what is hidden behind the device's work."""
+    """What a step costs beside the device's work.
+
+    At B8 of the real model, on all cores: a whole step less the same programs run back to back. For 256 sequences of a
+    tiny model, whose pages of 16 tokens run out 16 times a step: what the engine does while the device has nothing to
+    do, by its own count. There a core is the host's and the others run the programs, as beside an accelerator. The JSON
+    has both for each, and what is hidden behind the device's work."""
     del peer, bandwidth
     engine = engine_of(model, max_len=512)
     for ids in prompts([128] * BATCH):
@@ -415,8 +421,8 @@ def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> lis
 
 
 class StepTimes(NamedTuple):
-    """Medians of a decode step, in ms: the whole of it, its programs alone, the difference, and the host's work by the engine's own
-    count, of which `hidden` while the device worked."""
+    """Medians of a decode step, in ms: the whole of it, its programs alone, the difference, and the host's work by the
+    engine's own count, of which `hidden` while the device worked."""
 
     whole: float
     alone: float
@@ -473,15 +479,16 @@ def beside_device(engine: Engine, num_steps: int) -> StepTimes:
         whole = time.perf_counter() - began
         alone = device_seconds(engine, plans.pop())
         steps.append(StepTimes(whole, alone, whole - alone, stats.host_s - host, stats.hidden_s - hidden))
-    return StepTimes(*(1e3 * statistics.median(one) for one in zip(*steps, strict=True)))
+    return StepTimes(*(1e3 * statistics.median(values) for values in zip(*steps, strict=True)))
 
 
 def device_seconds(engine: Engine, plan: Plan) -> float:
-    """The programs of a decode step that just ran or comes next; they write the same keys and values to the same places."""
+    """The programs of a decode step that just ran or comes next. They write the same keys and values to the same
+    places."""
     samples: list[Any] = list(engine.scheduler.running)
-    tokens = np.array([[one.ids[start]] for one, start in zip(samples, plan.starts, strict=True)], np.int32)
+    tokens = np.array([[sample.ids[start]] for sample, start in zip(samples, plan.starts, strict=True)], np.int32)
     positions = (plan.starts + plan.counts)[:, None]
-    choices = Choices(*(jnp.asarray(one) for one in Choices.of([], len(plan.starts))))
+    choices = Choices(*(jnp.asarray(column) for column in Choices.of([], len(plan.starts))))
     runner = engine.runner
     jax.block_until_ready(runner.pools)
     began = time.perf_counter()

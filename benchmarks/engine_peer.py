@@ -1,4 +1,5 @@
-"""transformers under the work of `engine.py`, in an environment of its own (make peers): one JSON command a line, one answer.
+"""transformers under the work of `engine.py`, in an environment of its own (make peers). Reads one JSON command a line,
+prints one answer.
 
 python engine_peer.py FOLDER THREADS cpu|cuda|auto float32|bfloat16
 """
@@ -19,7 +20,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 PAGE_FIELD = next(
-    one.name for one in dataclasses.fields(ContinuousBatchingConfig) if one.name in ("page_size", "block_size")
+    field.name for field in dataclasses.fields(ContinuousBatchingConfig) if field.name in ("page_size", "block_size")
 )
 """Its name before and since transformers 5.2x."""
 
@@ -54,9 +55,11 @@ def batch(
     num_pages: int = 2048,
     passes: int = 1,
 ) -> dict:
-    """Seconds for ragged requests through continuous batching. `generate_batch` takes one bound for all its requests: "whole" is
-    one call in which each gets the longest answer asked for, "grouped" a call for every length of answer, and "manager" hands
-    each request with its own bound to what lies beneath, all of them `passes` times over: what is set up at first counts once."""
+    """Seconds for ragged requests through continuous batching.
+
+    `generate_batch` takes one bound for all its requests. "whole" is one call, in which each gets the longest answer
+    asked for. "grouped" is a call for every length of answer. "manager" hands each request with its own bound to what
+    lies beneath, all of them `passes` times over, so that what is set up at first counts once."""
     asked = prompts(lengths, model.config.vocab_size)
 
     def configs(count: int) -> dict:
@@ -90,8 +93,8 @@ def batch(
             out += model.generate_batch(prompts(chosen, model.config.vocab_size), **configs(count)).values()
         samples.append(time.perf_counter() - began)
         total = sum(bounds)
-    wrong = [one.error for one in out if one.error]
-    if wrong or sum(len(one.generated_tokens) for one in out) != total:
+    wrong = [result.error for result in out if result.error]
+    if wrong or sum(len(result.generated_tokens) for result in out) != total:
         raise RuntimeError(f"continuous batching failed: {wrong[:1]}")
     return {"seconds": samples[-1], "samples": samples}
 
@@ -102,9 +105,9 @@ def all_of(manager, asked: list[list[int]], num_new: list[int]) -> list:
         manager.add_request(ids, max_new_tokens=count)
     out = []
     while len(out) < len(asked):
-        one = manager.get_result(timeout=1)
-        if one is not None and one.is_finished():
-            out.append(one)
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            out.append(result)
     return out
 
 

@@ -1,8 +1,9 @@
-"""transformers beside the pieces of `gpu_pieces.py`: the same weights, prompts and tokens asked for, on the same device.
+"""transformers beside the pieces of `gpu_pieces.py`: the same weights, prompts and number of tokens, on the same
+device.
 
     python -m benchmarks.gpu_peer decode|requests MODEL --size full --scratch FOLDER
 
-torch runs in a process of its own (`engine_peer.py`), by this interpreter, or by that of `make peers` where there is one.
+torch runs in a process of its own (`engine_peer.py`): by this interpreter, or by that of `make peers` if there is one.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def missing() -> str | None:
     """Why there is no peer here; None: there is one."""
     if PEER_PYTHON.exists():
         return None
-    absent = [one for one in ("torch", "transformers") if importlib.util.find_spec(one) is None]
+    absent = [package for package in ("torch", "transformers") if importlib.util.find_spec(package) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
@@ -44,7 +45,8 @@ def peer_of(name: str, size: str, scratch: Path) -> Peer:
 
 
 def leading_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
-    """How much of the answers is equal up to each row's first difference: one that differs goes on from another text."""
+    """How much of the answers is equal up to each row's first difference: a row that differs goes on from another
+    text."""
     shares = []
     for mine, other in zip(ours, theirs, strict=True):
         first = next((place for place, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), None)
@@ -58,7 +60,7 @@ def decode(name: str, size: Size, scratch: Path, peer: Peer) -> None:
     for batch in batches_of(size, name):
         asked = {"lengths": [size.prompt_len] * batch, "num_new": size.num_new}
         said = [peer("decode", **asked) for _ in range(size.rounds)][1:]
-        samples = [one["step_s"] for one in said]
+        samples = [answer["step_s"] for answer in said]
         step = statistics.median(samples)
         batches[str(batch)] = {"step_ms": spread(samples, 1e3), "tokens_per_s": batch / step}
         tokens = scratch / f"tokens-{name}-{batch}.json"

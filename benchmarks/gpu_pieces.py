@@ -1,4 +1,4 @@
-"""What `on_gpu.py` runs, each in a process of its own: prints after every step all that it knows, one JSON object a line.
+"""What `on_gpu.py` runs, each in a process of its own. After every step it prints all that it knows, a line of JSON.
 
     python -m benchmarks.gpu_pieces KIND MODEL --size full --scratch FOLDER
 
@@ -46,8 +46,8 @@ from pallas_kernels.selection import recording  # noqa: E402
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. Decoding: `batches` of prompts of `prompt_len` and `num_new` tokens more. Requests: `num_requests` with
-    prompts log-uniform in `prompt_range`, and answers from `answers`."""
+    """How much is measured. Decoding: `batches` of prompts of `prompt_len` and `num_new` tokens more. Requests:
+    `num_requests` with prompts log-uniform in `prompt_range`, and answers from `answers`."""
 
     batches: tuple[int, ...]
     prompt_len: int
@@ -82,7 +82,8 @@ def llama(
 
 
 def architecture_of(size: str, name: str) -> Architecture:
-    """ "31m" is the model of `engine.py`, "1b" has the shape of Llama 3.2 1B (1.24 B parameters); "31m-float32" is for checks."""
+    """ "31m" is the model of `engine.py`, "31m-float32" is for checks, "1b" has the shape of Llama 3.2 1B (1.24 B
+    parameters)."""
     if name == "1b":
         return llama(size, name, "bfloat16", 16, 2048, (32, 8), 8192, 128_256)
     return llama(size, name, "float32" if name.endswith("float32") else "bfloat16", 8, 512, (8, 2), 1408, 8192)
@@ -103,7 +104,7 @@ def model_of(size: str, name: str, scratch: Path) -> Pretrained:
         fan_in = leaf.shape[1] if path_name(path).endswith("embedding") else leaf.shape[0]
         return _normal(jax.random.key(index), leaf.shape, leaf.dtype, fan_in)
 
-    drawn = [draw(index, *one) for index, one in enumerate(leaves)]
+    drawn = [draw(index, *path_and_leaf) for index, path_and_leaf in enumerate(leaves)]
     params = jax.tree.unflatten(jax.tree.structure(shapes.params), drawn)
     made = Pretrained(architecture, Model(shapes.structure, params))
     save_checkpoint(made, folder)
@@ -142,8 +143,8 @@ def measure_ceilings(name: str, size: str, scratch: Path) -> None:
 
 
 def agree(name: str, size: str, scratch: Path) -> None:
-    """Whether a model computes the same through its pages as without memory: the relative error of its logits against the
-    float32 parallel form, beside that of the parallel form in the model's own type; both over the same tokens."""
+    """Whether a model computes the same through its pages as without memory: the relative error of its logits against
+    the float32 parallel form. Beside it, that of the parallel form in the model's own type, over the same tokens."""
     jax.config.update("jax_default_matmul_precision", "highest")
     model, chosen = model_of(size, name, scratch), SIZES[size]
     vocab, num_rows, width = model.architecture.vocab_size, 2, chosen.chunk_len
@@ -161,8 +162,8 @@ def agree(name: str, size: str, scratch: Path) -> None:
     in_float32 = replace(architecture, model=replace(architecture.model, dtype="float32"))
     exact_model = Pretrained(architecture, Model(abstract_model(in_float32).structure, model.model.params))
     through, parallel, exact = (
-        np.asarray(one, np.float64)
-        for one in (jnp.concatenate(parts, axis=1), _parallel(model, tokens), _parallel(exact_model, tokens))
+        np.asarray(logits, np.float64)
+        for logits in (jnp.concatenate(parts, axis=1), _parallel(model, tokens), _parallel(exact_model, tokens))
     )
 
     def error(logits: np.ndarray) -> float:
@@ -231,8 +232,8 @@ def decode(name: str, size: str, scratch: Path) -> None:
 
 
 def _decode_round(engine: Engine, asked: list[list[int]], num_new: int) -> tuple[list[float], list[list[int]]]:
-    """Seconds of every decode step, and all answers. Prompts are computed four at a time, whatever the batch, so that one program
-    does them all: where there are fewer, others come along that end with their first token."""
+    """Seconds of every decode step, and all answers. Prompts are computed four at a time, whatever the batch, so that
+    one program does them all. Where there are fewer, others come along that end with their first token."""
     names = [engine.submit(ids, Sampling(max_tokens=num_new + 1)) for ids in asked]
     others = -len(asked) % PROMPTS_AT_ONCE
     if len(asked) + others <= engine.config.max_batch:
@@ -282,7 +283,7 @@ def requests(name: str, size: str, scratch: Path) -> None:
                     seconds=spread(samples),
                     tokens_per_s=sum(new) / middle,
                     **against_floor(engine.stats.read_bytes - read, scratch, middle),
-                    shapes=sorted(str(one[:2]) for one in engine.stats.shapes),
+                    shapes=sorted(str(shape[:2]) for shape in engine.stats.shapes),
                     **kernels(taken),
                 )
 

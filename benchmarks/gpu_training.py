@@ -52,16 +52,17 @@ def stacked(states: list[TrainState]) -> TrainState:
 
 
 def together(step_fn: TrainStep, data: Any, knobs: Array, length: int) -> Any:
-    """A call of `step_fn` for many members: `(states, keys) -> (states, metrics)`, one program. The states are given away."""
+    """A call of `step_fn` for many members, one program: `(states, keys) -> (states, metrics)`. It gives the states
+    away."""
 
-    def one(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+    def member_step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
         return step_fn(state, data, key, knobs, length)
 
-    return jax.jit(jax.vmap(one), donate_argnums=0)
+    return jax.jit(jax.vmap(member_step), donate_argnums=0)
 
 
 def train(name: str, size: str, scratch: Path) -> None:
-    """Steps a second of all members in one program, and of one member at a time; and whether their losses are the same."""
+    """Steps a second of all members in one program, and of a single one; and whether their losses are the same."""
     amount = AMOUNTS[size]
     labs = [laboratory(size, seed) for seed in range(amount.num_seeds)]
     step_fn, data = labs[0].train_step(), labs[0].task.train_data()
@@ -80,7 +81,8 @@ def train(name: str, size: str, scratch: Path) -> None:
         samples, losses, many = _timed(lambda state: call(state, all_keys), many, amount)
     said = about(
         model=name,
-        what=f"MQAR, {len(members)} members of {labs[0].model.num_params} parameters, {amount.batch_size} x {amount.length} tokens",
+        what=f"MQAR, {len(members)} members of {labs[0].model.num_params} parameters, "
+        f"{amount.batch_size} x {amount.length} tokens",
         dtype=labs[0].config.model.dtype,
         **kernels(taken),
     )
@@ -98,8 +100,8 @@ def train(name: str, size: str, scratch: Path) -> None:
     alone = [0, len(members) - 1]
     apart, times = 0.0, list[float]()
     for index in alone:
-        one = partial(_one_call, step_fn, data, keys[index], knobs, amount.length)
-        seconds, own, _ = _timed(one, fresh(index), amount)
+        member_call = partial(_one_call, step_fn, data, keys[index], knobs, amount.length)
+        seconds, own, _ = _timed(member_call, fresh(index), amount)
         times += seconds
         apart = max(apart, float(np.abs(own - losses[:, index]).max()))
     each = statistics.median(times)

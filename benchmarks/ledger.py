@@ -2,10 +2,11 @@
 
     make peers-ledger && .venv/bin/python benchmarks/ledger.py      # without the peer's environment: ours alone
 
-A steady decode: every sequence of 8,192 tokens (pages of 16) appends one token a step, lengths staggered so that one in sixteen
-opens a page. `manage` is reserve and commit, or allocate_slots and append_output_token_ids, for all sequences; `tables` is the
-step's page tables (ours: the whole Plan; the peer: its new table entries only). Medians over 64 steps and three rounds; the
-collector frozen as in the peer's own engine. The floor is this machine's time to copy the page tables that the device reads.
+A steady decode: every sequence of 8,192 tokens (pages of 16) appends one token a step, lengths staggered so that one in
+sixteen opens a page. `manage` is reserve and commit, or allocate_slots and append_output_token_ids, for all sequences.
+`tables` is the step's page tables (ours: the whole Plan; the peer: its new table entries only). Medians over 64 steps
+and three rounds; the collector is frozen, as in the peer's own engine. The floor is this machine's time to copy the
+page tables that the device reads.
 """
 
 import argparse
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if options.one:
-        sequences, tokens, caching = (int(one) for one in options.one)
+        sequences, tokens, caching = (int(value) for value in options.one)
         print(json.dumps(ours(sequences, tokens, bool(caching))))
         return
     me, peer_python = Path(__file__), ROOT / ".peers-ledger" / "bin" / "python"
@@ -165,7 +166,8 @@ def main() -> None:
             per_token = total["kvlab"] / num_sequences * 1e3
             print(
                 f"{num_sequences:4} sequences, index {'on ' if caching else 'off'}: {total} ms a step, "
-                f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, floor of the tables {row['floor_tables_ms']:.3f} ms",
+                f"{per_token:.1f} us a token, vLLM/kvlab {row['ratio']}, "
+                f"floor of the tables {row['floor_tables_ms']:.3f} ms",
                 flush=True,
             )
     growth = []
@@ -175,11 +177,11 @@ def main() -> None:
     ):
         for caching in (False, True):
             for sequences, tokens in points:
-                one = in_its_own_process(
+                measured = in_its_own_process(
                     Path(sys.executable), me, "--one", str(sequences), str(tokens), str(int(caching))
                 )
                 growth.append(
-                    {"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **one}
+                    {"grows": axis, "sequences": sequences, "tokens": tokens, "prefix_caching": caching, **measured}
                 )
                 print(growth[-1], flush=True)
     machine = {

@@ -1,4 +1,4 @@
-"""vLLM's block manager under the steps of `ledger.py`, driven by the calls that its scheduler makes for a running request.
+"""vLLM's block manager under the steps of `ledger.py`, driven by the calls of its scheduler for a running request.
 
 Runs in an environment of its own (make peers-ledger): the wheel's pure Python, no device. Prints one line of JSON.
 """
@@ -87,5 +87,5 @@ def steps(num_sequences: int, num_tokens: int, prefix_caching: bool) -> dict[str
 
 
 if __name__ == "__main__":
-    sequences, tokens, caching = (int(one) for one in sys.argv[1:])
+    sequences, tokens, caching = (int(value) for value in sys.argv[1:])
     print(json.dumps(steps(sequences, tokens, bool(caching))))

@@ -1,11 +1,12 @@
-"""A whole model on one chip, in a few minutes: decoding and ragged requests beside transformers, training with members vmapped.
+"""A whole model on one chip, in a few minutes: decoding and ragged requests beside transformers, training with members
+vmapped.
 
     python3 -m benchmarks.on_gpu --budget 240 --output on_gpu.jsonl        # in the repository's folder
-    python3 -m benchmarks.on_gpu --output tiny.jsonl                       # where there is no GPU: a rehearsal, in 100 CPU seconds
-    make gpu BUDGET=540                                                     # the kernels' bench first, then this
+    python3 -m benchmarks.on_gpu --output tiny.jsonl                       # without a GPU: a rehearsal, 100 CPU seconds
+    make gpu BUDGET=540                                                    # the kernels' bench first, then this
 
-Every piece is a process with a time limit: a hang or an abort costs one, and what a piece knew by then is kept. Lines are on the
-disk as they come, the most telling first; `--resume` goes on with a file that was cut short.
+Every piece is a process with a time limit: a hang or an abort costs one, and what a piece knew by then is kept. Lines
+are on the disk as they come, the most telling first; `--resume` goes on with a file that was cut short.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def summary(lines: list[Line]) -> list[dict[str, Any]]:
                 row = _row(f"decode {model} B{batch}", mine, other.get("tokens_per_s"))
                 rows.append(row | {"same_tokens": other.get("share_of_tokens_equal_to_ours")})
         elif kind == "requests" and ours:
-            best = max((one["tokens_per_s"] for one in peer.get("ways", {}).values()), default=None)
+            best = max((way["tokens_per_s"] for way in peer.get("ways", {}).values()), default=None)
             rows.append(_row(f"requests {model}", ours, best))
     return rows
 
@@ -114,9 +115,9 @@ def run(options: argparse.Namespace, scratch: Path, began: float) -> int:
     if "answer" not in probe:
         return 1
     size = options.size or ("tiny" if probe["answer"]["platform"] == "cpu" else "full")
-    identity = {**probe["answer"], "size": size, "code": digest(*(ROOT / one for one in CODE))}
-    wanted = [one for one in TASKS if options.only in f"{one.label} {one.model}"]
-    pieces = [one.piece(size, scratch) for one in wanted]
+    identity = {**probe["answer"], "size": size, "code": digest(*(ROOT / path for path in CODE))}
+    wanted = [task for task in TASKS if options.only in f"{task.label} {task.model}"]
+    pieces = [task.piece(size, scratch) for task in wanted]
     about = {"benchmark": "on_gpu", "date": time.strftime("%Y-%m-%d"), "budget_s": options.budget}
     fields = {"about": about, "budget_s": options.budget, "began": began, "resume": options.resume, "env": env}
     with Runner(options.output, identity, **fields, tell=tell) as runner:

@@ -2,9 +2,10 @@
 
     make peers && .venv/bin/python benchmarks/train_step.py
 
-Model: 2 layers of [short convolution, attention], width 64, 4 heads of 16, vocabulary 512, with and without a gated MLP of
-128; batch 64 x 128 tokens, 32 labelled positions; AdamW with clipping. The peer runs in its own process and environment
-(.peers); the two take turns, a round each. The floor is the compiled FLOPs over this machine's measured matrix product.
+Model: 2 layers of [short convolution, attention], width 64, 4 heads of 16, vocabulary 512, with and without a gated MLP
+of 128; batch 64 x 128 tokens, 32 labelled positions; AdamW with clipping. The peer runs in its own process and
+environment (.peers); the two take turns, a round each. The floor is the compiled FLOPs over this machine's measured
+matrix product.
 """
 
 import argparse

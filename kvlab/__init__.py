@@ -1,4 +1,5 @@
-"""kvlab: how much quality a sequence model loses for each byte of memory it stops holding, and how fast it then runs."""
+"""kvlab: how much quality a sequence model loses for each byte of memory it stops holding, and how fast
+it then runs."""
 
 from typing import TYPE_CHECKING
 

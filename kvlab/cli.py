@@ -310,7 +310,7 @@ def kernels(options: argparse.Namespace) -> int:
     for op in OPS.values():
         console.print(f"{op.name}: here {', then '.join(op.available())}")
     status = 0
-    for backend in dict.fromkeys(one.backend for one in chosen):
+    for backend in dict.fromkeys(target.backend for target in chosen):
         for op, said in simulators.simulate(backend).items():
             status |= said.startswith("FAILED")
             console.print(f"{op} for {backend}s, simulated with race detection: {said}")
@@ -321,8 +321,8 @@ def kernels(options: argparse.Namespace) -> int:
             continue
         compiled = targets.compile_for(target)
         status |= bool(targets.failures(compiled))
-        for one in compiled:
-            table.add_row(*targets.row(one))
+        for case in compiled:
+            table.add_row(*targets.row(case))
     if table.rows:
         console.print(table)
     return int(status)

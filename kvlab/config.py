@@ -90,7 +90,7 @@ class MixerConfig:
             raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
         if not isinstance(pattern, str):
             raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
-        layers = {layer: LayerConfig(*_typed(one, f"mixer.{layer}", MIXERS)) for layer, one in fields.items()}
+        layers = {layer: LayerConfig(*_typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
         return cls(name, pattern, layers)
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Config(Schema):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data with every default spelled out; `Config.build` takes it back."""
-        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["task_name"]
         task = {"type": self.task_name, **to_plain(self.task)}
         return {name: to_plain(value) for name, value in fields.items()} | {"mixer": self.mixer.as_dict(), "task": task}

@@ -84,7 +84,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def sweep_stops_together(stop_file: Path) -> Iterator[None]:
-    """For the process that leads a sweep: SIGINT and SIGTERM create the stop file, on which every job saves and leaves."""
+    """For the process that leads a sweep: SIGINT and SIGTERM create the stop file, on which every job saves and
+    leaves."""
     os.environ |= {STOP_FILE: str(stop_file.absolute()), SWEEP_PROCESS: str(os.getpid())}
     stop_file.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,8 +17,8 @@ from kvlab.typing import PyTree
 
 @dataclass(frozen=True)
 class Placement:
-    """`axes` says which axis of the mesh divides an axis letter; letters that it does not name are whole on every device. The
-    compiler carries the division through the program: the mesh is kept with axes of type Auto.
+    """`axes` says which axis of the mesh divides an axis letter; letters that it does not name are whole on every
+    device. The compiler carries the division through the program: the mesh is kept with axes of type Auto.
 
     Raises ValueError for an axis that the mesh does not have, and for axes without a mesh.
     """

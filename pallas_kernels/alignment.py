@@ -16,7 +16,7 @@ def misaligned(ref: Any) -> str | None:
     known only when the kernel runs, every value must do; a slice is taken to begin at a multiple of its own size. What
     is laid out in tiles is sliced by whole tiles, and passes."""
     transforms = getattr(ref, "transforms", ())
-    if any(not hasattr(one, "indices") for one in transforms):
+    if any(not hasattr(transform, "indices") for transform in transforms):
         return None
     whole = ref.ref if transforms else ref
     size, stride, dims = jnp.dtype(whole.dtype).itemsize, 1, []
@@ -24,9 +24,9 @@ def misaligned(ref: Any) -> str | None:
         dims.insert(0, stride)
         stride *= length
     offset = 0
-    for one in transforms:
+    for transform in transforms:
         kept = []
-        for index, step in zip(one.indices, dims, strict=True):
+        for index, step in zip(transform.indices, dims, strict=True):
             is_slice = hasattr(index, "start")
             start = index.start if is_slice else index
             if isinstance(start, int):

@@ -47,8 +47,8 @@ def _gpu(name: str, full_name: str, bandwidth: float, memory: int, cores: int, m
 
 
 TARGETS = {
-    one.name: one
-    for one in (
+    target.name: target
+    for target in (
         _gpu("H100", "NVIDIA H100 80GB HBM3", 3.35e12, 85_000_000_000, 132, 9),
         _gpu("H200", "NVIDIA H200 141GB HBM3e", 4.8e12, 151_397_597_184, 132, 9),
         _gpu("B200", "NVIDIA B200", 8.0e12, 192_000_000_000, 148, 10),

@@ -74,10 +74,10 @@ def on_chip_bytes(jaxpr: Any) -> int:
                 copies = {"smem": int(name == "run_scoped"), "vmem": 1, "default": 2}.get(space, 0)
                 mine += copies * math.prod(shape) * dtype.itemsize
         for parameter in equation.params.values():
-            for one in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                one = getattr(one, "jaxpr", one)
-                if hasattr(one, "eqns"):
-                    mine = max(mine, on_chip_bytes(one))
+            for value in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                value = getattr(value, "jaxpr", value)
+                if hasattr(value, "eqns"):
+                    mine = max(mine, on_chip_bytes(value))
         most = max(most, mine)
     return most
 

@@ -50,7 +50,7 @@ def check_tables(
             ("lists.starts", starts, starts < 0, f"[0, {NOWHERE}), or {NOWHERE} where unused"),
         ):
             if wrong.any():
-                place = tuple(int(one[0]) for one in np.nonzero(wrong))
+                place = tuple(int(indices[0]) for indices in np.nonzero(wrong))
                 raise ValueError(f"{op}: {name}{list(place)} = {values[place]}: must be in {legal}")
 
     if not _on.get():

@@ -56,13 +56,13 @@ def _count(bodies: dict[str, list[str]], name: str) -> Counter[str]:
             if trips is None:
                 total["while of unknown length"] += inner.total()
                 continue
-            total += Counter({one: number * int(trips[1]) for one, number in inner.items()})
+            total += Counter({inner_kind: number * int(trips[1]) for inner_kind, number in inner.items()})
         elif kind == "call":
             total += _count(bodies, _named(line, "to_apply"))
         elif kind == "conditional":
             named = re.findall(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=(%?[\w.\-]+))", line)
-            branches = re.findall(r"[\w.\-]+", " ".join(many or one for many, one in named))
-            total += max((_count(bodies, one) for one in branches), key=Counter.total)
+            branches = re.findall(r"[\w.\-]+", " ".join(many or single for many, single in named))
+            total += max((_count(bodies, branch) for branch in branches), key=Counter.total)
         else:
             total[kind] += 1
     return total

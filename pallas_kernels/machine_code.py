@@ -64,17 +64,17 @@ class Turn:
     @property
     def stall_cycles(self) -> int:
         """Cycles to issue it."""
-        return sum(one.stall for one in self.instructions)
+        return sum(instruction.stall for instruction in self.instructions)
 
     @property
     def tensor_cycles(self) -> float:
         """Of its products."""
-        return sum(one.tensor_cycles for one in self.instructions)
+        return sum(instruction.tensor_cycles for instruction in self.instructions)
 
     @property
     def counts(self) -> Counter[str]:
         """How often each operation occurs, by the name before its first dot."""
-        return Counter(one.name.split(".")[0] for one in self.instructions)
+        return Counter(instruction.name.split(".")[0] for instruction in self.instructions)
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
@@ -105,33 +105,33 @@ def loops(text: str) -> list[Turn]:
         ends = [end for end, to in code.back_edges if to == head]
         way = min((code.shortest(head, end, body) for end in ends), key=code.weight)
         inner = sum(other in way and other != head for other in bodies)
-        instructions = [one for block in way for one in code.blocks[block]]
+        instructions = [instruction for block in way for instruction in code.blocks[block]]
         found.append(Turn(instructions[0].address, tuple(instructions), inner))
-    return sorted(found, key=lambda one: one.address)
+    return sorted(found, key=lambda turn: turn.address)
 
 
 def attending(turns: Iterable[Turn]) -> Turn | None:
     """The loop over blocks of the warpgroup that multiplies: the smallest with products of both forms, scores and
     outputs; if none has two, that with most products. None: there are no products."""
     forms = {
-        one: {
+        turn: {
             part.text.split(" ")[0] + ("^T" if ".tnspA" in part.text else "")
-            for part in one.instructions
+            for part in turn.instructions
             if part.tensor_cycles
         }
-        for one in turns
+        for turn in turns
     }
-    with_products = [one for one in forms if forms[one]]
-    if both := [one for one in with_products if len(forms[one]) > 1]:
-        return min(both, key=lambda one: (-one.tensor_cycles, len(one.instructions)))
-    return max(with_products, key=lambda one: (one.tensor_cycles, -len(one.instructions)), default=None)
+    with_products = [turn for turn in forms if forms[turn]]
+    if both := [turn for turn in with_products if len(forms[turn]) > 1]:
+        return min(both, key=lambda turn: (-turn.tensor_cycles, len(turn.instructions)))
+    return max(with_products, key=lambda turn: (turn.tensor_cycles, -len(turn.instructions)), default=None)
 
 
 def fetching(turns: Iterable[Turn]) -> Turn | None:
     """The loop over blocks of the warpgroup that asks for pages, and turns them into 16 bits if need be: the longest
     with copies to shared memory and no products. None: there is none."""
-    with_copies = [one for one in turns if one.counts["UTMALDG"] and not one.tensor_cycles]
-    return max(with_copies, key=lambda one: one.stall_cycles, default=None)
+    with_copies = [turn for turn in turns if turn.counts["UTMALDG"] and not turn.tensor_cycles]
+    return max(with_copies, key=lambda turn: turn.stall_cycles, default=None)
 
 
 class _Blocks:
@@ -139,7 +139,11 @@ class _Blocks:
 
     def __init__(self, instructions: Sequence[Instruction], labels: dict[str, int]) -> None:
         begins = {0} | {place for place in labels.values() if place < len(instructions)}
-        begins |= {i + 1 for i, one in enumerate(instructions[:-1]) if one.target or one.name in ("EXIT", "RET")}
+        begins |= {
+            i + 1
+            for i, instruction in enumerate(instructions[:-1])
+            if instruction.target or instruction.name in ("EXIT", "RET")
+        }
         order = sorted(begins)
         number = {place: which for which, place in enumerate(order)}
         self.blocks = [instructions[a:b] for a, b in zip(order, [*order[1:], len(instructions)], strict=True)]
@@ -154,8 +158,8 @@ class _Blocks:
             self.after.append(after)
         self.before: list[list[int]] = [[] for _ in self.blocks]
         for which, after in enumerate(self.after):
-            for one in after:
-                self.before[one].append(which)
+            for successor in after:
+                self.before[successor].append(which)
         passed = self._passed()
         self.back_edges = [(a, b) for a, after in enumerate(self.after) for b in after if b in passed.get(a, ())]
 
@@ -164,19 +168,19 @@ class _Blocks:
         reached, order, stack = {0}, [], [(0, iter(self.after[0]))]
         while stack:
             block, rest = stack[-1]
-            if (one := next((one for one in rest if one not in reached), None)) is None:
+            if (successor := next((candidate for candidate in rest if candidate not in reached), None)) is None:
                 order.append(block)
                 stack.pop()
             else:
-                reached.add(one)
-                stack.append((one, iter(self.after[one])))
+                reached.add(successor)
+                stack.append((successor, iter(self.after[successor])))
         order.reverse()
-        passed = {one: set(order) for one in order} | {0: {0}}
+        passed = {block: set(order) for block in order} | {0: {0}}
         is_changed = True
         while is_changed:
             is_changed = False
             for block in order[1:]:
-                known = [passed[one] for one in self.before[block] if one in passed]
+                known = [passed[predecessor] for predecessor in self.before[block] if predecessor in passed]
                 if (mine := set.intersection(*known) | {block}) != passed[block]:
                     passed[block], is_changed = mine, True
         return passed
@@ -187,19 +191,23 @@ class _Blocks:
         while left:
             if (block := left.pop()) == head:
                 continue
-            fresh = [one for one in self.before[block] if one not in found]
+            fresh = [predecessor for predecessor in self.before[block] if predecessor not in found]
             found.update(fresh)
             left += fresh
         return found
 
     def has_products(self, way: Iterable[int]) -> bool:
-        return any(one.tensor_cycles for block in way for one in self.blocks[block])
+        return any(instruction.tensor_cycles for block in way for instruction in self.blocks[block])
 
     def weight(self, way: Sequence[int]) -> tuple[float, int, int]:
         """Most products first, then most copies to shared memory, then fewest cycles."""
-        instructions = [one for block in way for one in self.blocks[block]]
-        num_copies = sum(one.name.startswith("UTMALDG") for one in instructions)
-        return -sum(one.tensor_cycles for one in instructions), -num_copies, sum(one.stall for one in instructions)
+        instructions = [instruction for block in way for instruction in self.blocks[block]]
+        num_copies = sum(instruction.name.startswith("UTMALDG") for instruction in instructions)
+        return (
+            -sum(instruction.tensor_cycles for instruction in instructions),
+            -num_copies,
+            sum(instruction.stall for instruction in instructions),
+        )
 
     def shortest(self, head: int, end: int, body: set[int]) -> list[int]:
         """The way through a loop that leaves no product and no copy out and takes the fewest cycles; inner loops turn
@@ -216,8 +224,8 @@ class _Blocks:
                 return known[block]
             ways = [
                 way
-                for one in self.after[block]
-                if one in body and (block, one) not in inner and (way := from_here(one)) is not None
+                for successor in self.after[block]
+                if successor in body and (block, successor) not in inner and (way := from_here(successor)) is not None
             ]
             if not ways:
                 return None

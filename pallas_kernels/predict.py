@@ -49,7 +49,7 @@ class Predicted:
         """Least and most of a whole call: other launches in a graph, or each by itself."""
         if (mine := self.kernel_us[gpu]) is None:
             return None
-        others = self.num_launches - sum(one.attending is not None for one in self.kernels)
+        others = self.num_launches - sum(kernel.attending is not None for kernel in self.kernels)
         return mine + others * ASSUMED.graph_launch_us, mine + others * ASSUMED.own_launch_us
 
 
@@ -60,9 +60,9 @@ def problems() -> list[Any]:
     from pallas_kernels.bench.problems import PROBLEMS
 
     return [
-        one
-        for one in PROBLEMS["full"]
-        if isinstance(one, Write) or (isinstance(one, Problem) and max(one.dim, one.value_dim) <= 256)
+        problem
+        for problem in PROBLEMS["full"]
+        if isinstance(problem, Write) or (isinstance(problem, Problem) and max(problem.dim, problem.value_dim) <= 256)
     ]
 
 
@@ -155,15 +155,15 @@ def predict(problem: Any) -> Predicted:
         if ran.returncode or not found:
             raise RuntimeError(f"{problem.name}: {(said.strip().splitlines() or ['nothing was said'])[-1]}")
         kernels = read_kernels(Path(folder))
-    with_products = [one for one in kernels if one.attending]
+    with_products = [kernel for kernel in kernels if kernel.attending]
     times: dict[str, float | None] = {gpu.name: None for gpu in GPUS}
     if isinstance(problem, Problem) and with_products:
         num_bytes = 64 * bytes_of(problem.dim + problem.value_dim, problem.format)
         is_cached = problem.num_queries > 1  # but for the first tile of a chunk, pages come from the second-level cache
         times = {
             gpu.name: sum(
-                kernel_us(one, gpu, turns_of(problem, one.grid), num_bytes, is_cached=is_cached)
-                for one in with_products
+                kernel_us(kernel, gpu, turns_of(problem, kernel.grid), num_bytes, is_cached=is_cached)
+                for kernel in with_products
             )
             for gpu in GPUS
         }
@@ -188,7 +188,7 @@ def _work(name: str) -> None:
 
     from pallas_kernels.launches import count_launches
 
-    (problem,) = (one for one in problems() if one.name == name)
+    (problem,) = (problem for problem in problems() if problem.name == name)
     target = TARGETS["H200"].description
     topology = topologies.get_topology_desc(platform="cuda", topology="1 x 1 x 1", target_config=target)
     call = program_of(problem, SingleDeviceSharding(topology.devices[0]))
@@ -199,7 +199,7 @@ def _work(name: str) -> None:
 LOOPS = ("attending", "fetching", "longest")
 
 
-def as_json(one: Predicted) -> dict[str, Any]:
+def as_json(prediction: Predicted) -> dict[str, Any]:
     """A prediction as it is kept."""
 
     def loop(turn: Turn | None) -> dict[str, Any] | None:
@@ -216,19 +216,19 @@ def as_json(one: Predicted) -> dict[str, Any]:
             "operations": dict(turn.counts.most_common()),
         }
 
-    def kernel(one: Kernel) -> dict[str, Any]:
-        mine = {name: value for name, value in vars(one).items() if name not in LOOPS}
-        loops = {name: loop(getattr(one, name)) for name in LOOPS}
-        return mine | {"num_resident": one.num_resident, "num_attending": one.num_attending} | loops
+    def kernel(kernel: Kernel) -> dict[str, Any]:
+        mine = {name: value for name, value in vars(kernel).items() if name not in LOOPS}
+        loops = {name: loop(getattr(kernel, name)) for name in LOOPS}
+        return mine | {"num_resident": kernel.num_resident, "num_attending": kernel.num_attending} | loops
 
     return {
-        "problem": one.problem,
-        "launches": one.launches,
-        "num_launches": one.num_launches,
-        "kernel_us": one.kernel_us,
-        "call_us": {gpu.name: one.call_us(gpu.name) for gpu in GPUS},
-        "floor_us": one.floor_us,
-        "kernels": [kernel(each) for each in one.kernels],
+        "problem": prediction.problem,
+        "launches": prediction.launches,
+        "num_launches": prediction.num_launches,
+        "kernel_us": prediction.kernel_us,
+        "call_us": {gpu.name: prediction.call_us(gpu.name) for gpu in GPUS},
+        "floor_us": prediction.floor_us,
+        "kernels": [kernel(each) for each in prediction.kernels],
     }
 
 
@@ -243,7 +243,7 @@ HEADER = (
 )
 
 
-def row(one: dict[str, Any]) -> tuple[str, ...]:
+def row(prediction: dict[str, Any]) -> tuple[str, ...]:
     """A prediction as it is kept, in words, in the order of HEADER; of several kernels one behind the other."""
 
     def loop(turn: dict[str, Any] | None) -> str:
@@ -254,18 +254,18 @@ def row(one: dict[str, Any]) -> tuple[str, ...]:
         return f"{turn['instructions']}; {parts} = {turn['cycles']:.0f}{once}"
 
     def on(gpu: str) -> str:
-        if (mine := one["kernel_us"][gpu]) is None:
+        if (mine := prediction["kernel_us"][gpu]) is None:
             return "-"
-        low, high = one["call_us"][gpu]
-        return f"{mine:.0f} us, {one['floor_us'][gpu] / mine:.2f}; {low:.0f}-{high:.0f} us"
+        low, high = prediction["call_us"][gpu]
+        return f"{mine:.0f} us, {prediction['floor_us'][gpu] / mine:.2f}; {low:.0f}-{high:.0f} us"
 
     def each(values: Sequence[object]) -> str:
         return " / ".join(map(str, values)) or "-"
 
-    kernels = one["kernels"]
+    kernels = prediction["kernels"]
     return (
-        one["problem"],
-        str(one["num_launches"]),
+        prediction["problem"],
+        str(prediction["num_launches"]),
         each([f"{kernel['registers']}{' (spills)' * bool(kernel['spilled_bytes'])}" for kernel in kernels]),
         each([kernel["num_resident"] for kernel in kernels]),
         each([loop(kernel["attending"] or kernel["longest"]) for kernel in kernels]),
@@ -283,8 +283,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 def page(kept: dict[str, Any]) -> str:
     """Everything that was kept, a table for each label."""
     parts = ["# Predicted from machine code: nothing here was measured on a chip\n"]
-    for label, one in kept.items():
-        parts.append(f"## {label}\n\n{one['date']}, jax {one['versions']['jax']}.\n\n{markdown(one['problems'])}")
+    for label, entry in kept.items():
+        parts.append(f"## {label}\n\n{entry['date']}, jax {entry['versions']['jax']}.\n\n{markdown(entry['problems'])}")
     return "\n".join(parts)
 
 
@@ -321,8 +321,8 @@ def main() -> int:
         }
         options.json.write_text(json.dumps(kept, indent=1) + "\n")
         options.json.with_suffix(".md").write_text(page(kept))
-    for one in failed:
-        print(f"failed: {one}", file=sys.stderr)
+    for reason in failed:
+        print(f"failed: {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 

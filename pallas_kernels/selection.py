@@ -84,7 +84,7 @@ def recording() -> Iterator[Taken]:
     try:
         yield taken
     finally:
-        _recorders[:] = [one for one in _recorders if one is not taken]
+        _recorders[:] = [recorder for recorder in _recorders if recorder is not taken]
 
 
 def wrong_device(backend: str, device: Any = None) -> str | None:

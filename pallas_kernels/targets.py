@@ -4,7 +4,8 @@
 
 `make kernels-check` does. With `--cases`, the cases that the bench would run on such a chip are compiled too, or only
 lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and
-remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer."""
+remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing,
+that is the answer."""
 
 import argparse
 import importlib
@@ -72,20 +73,20 @@ def compile_for(target: Target, dims: Sequence[int] = DIMS) -> list[Compiled]:
         return [Compiled(target.name, shape, error=reason) for shape in wanted]
     said = _ask(target, "--dims", *map(str, dims))
     found = [Compiled(shape=Shape(**own.pop("shape")), **own) for own in _read(said)]
-    done = {one.shape for one in found}
-    return found + [Compiled(target.name, one, error=_last_words(said)) for one in wanted if one not in done]
+    done = {outcome.shape for outcome in found}
+    return found + [Compiled(target.name, shape, error=_last_words(said)) for shape in wanted if shape not in done]
 
 
 def lower_for(target: Target, num_generated: int, *, is_compiled: bool) -> list[Lowered]:
     """Every case that the bench would run on a target, in a process of its own, as `compile_for`."""
     wanted = lowering.cases(target, num_generated)
     if reason := missing(target):
-        return [Lowered(target.name, one.op, one.name, error=reason) for one in wanted]
+        return [Lowered(target.name, case.op, case.name, error=reason) for case in wanted]
     said = _ask(target, "--cases", str(num_generated), *([] if is_compiled else ["--lower"]))
     found = [Lowered(**own) for own in _read(said)]
-    done = {(one.op, one.name) for one in found}
-    left = [one for one in wanted if (one.op, one.name) not in done]
-    return found + [Lowered(target.name, one.op, one.name, error=_last_words(said)) for one in left]
+    done = {(outcome.op, outcome.name) for outcome in found}
+    left = [case for case in wanted if (case.op, case.name) not in done]
+    return found + [Lowered(target.name, case.op, case.name, error=_last_words(said)) for case in left]
 
 
 def _ask(target: Target, *arguments: str) -> str:
@@ -141,13 +142,13 @@ def _work_cases(target: Target, num_generated: int, *, is_compiled: bool) -> Non
     """In the worker: lowers every case and prints a line for each; then, for Hopper, counts what a layer launches."""
     lowered = lowering.lower(target, lowering.cases(target, num_generated), is_compiled=is_compiled)
     more = [lowering.layers] if target.backend == "gpu" and target.name != "B200" else []
-    for one in itertools.chain(lowered, (count(target) for count in more)):
-        print(f"{MARK}{json.dumps(asdict(one))}", flush=True)
+    for outcome in itertools.chain(lowered, (count(target) for count in more)):
+        print(f"{MARK}{json.dumps(asdict(outcome))}", flush=True)
 
 
 def generations(targets: Sequence[Target]) -> list[Target]:
     """The last of the targets of each kind of code: Hopper's, Blackwell's, TPUs'. Cases are lowered for these."""
-    return list({(one.backend, one.name == "B200"): one for one in targets}.values())
+    return list({(target.backend, target.name == "B200"): target for target in targets}.values())
 
 
 HEADER = (
@@ -165,21 +166,21 @@ HEADER = (
 )
 
 
-def row(one: Compiled) -> tuple[str, ...]:
+def row(compiled: Compiled) -> tuple[str, ...]:
     """A compilation in words, in the order of HEADER."""
-    dash, shape = "-", one.shape
+    dash, shape = "-", compiled.shape
     return (
         shape.op if shape.num_queries == 1 else f"{shape.op}, {shape.num_queries} tokens",
-        one.target,
+        compiled.target,
         f"{shape.format} by {shape.per}" if shape.per else shape.format,
         str(shape.head_dim),
         shape.extra or dash,
-        f"no: {one.error}" if one.error else f"{one.seconds:.1f} s",
-        dash if one.registers is None else str(one.registers),
-        dash if one.spilled_bytes is None else f"{one.spilled_bytes} B",
-        dash if one.on_chip_bytes is None else f"{one.on_chip_bytes / 1024:.0f} KiB",
-        dash if one.estimate_us is None else f"{one.estimate_us:.0f} us",
-        f"{one.floor_us:.0f} us",
+        f"no: {compiled.error}" if compiled.error else f"{compiled.seconds:.1f} s",
+        dash if compiled.registers is None else str(compiled.registers),
+        dash if compiled.spilled_bytes is None else f"{compiled.spilled_bytes} B",
+        dash if compiled.on_chip_bytes is None else f"{compiled.on_chip_bytes / 1024:.0f} KiB",
+        dash if compiled.estimate_us is None else f"{compiled.estimate_us:.0f} us",
+        f"{compiled.floor_us:.0f} us",
     )
 
 
@@ -196,11 +197,15 @@ token spill."""
 
 def failures(compiled: Sequence[Compiled], lowered: Sequence[Lowered] = ()) -> list[str]:
     """What must not be: a kernel that does not compile for a chip, or that spills there; a case that does not lower."""
-    spilled = [one for one in compiled if (one.spilled_bytes or 0) > (MOST_SPILLED if one.shape.head_dim > 128 else 0)]
+    spilled = [
+        kernel
+        for kernel in compiled
+        if (kernel.spilled_bytes or 0) > (MOST_SPILLED if kernel.shape.head_dim > 128 else 0)
+    ]
     return [
-        *(f"{one.shape} for {one.target}: {one.error}" for one in compiled if one.error),
-        *(f"{one.shape} for {one.target}: spills {one.spilled_bytes} bytes" for one in spilled),
-        *(f"{one.op}, {one.name} for {one.target}: {one.error}" for one in lowered if one.error),
+        *(f"{kernel.shape} for {kernel.target}: {kernel.error}" for kernel in compiled if kernel.error),
+        *(f"{kernel.shape} for {kernel.target}: spills {kernel.spilled_bytes} bytes" for kernel in spilled),
+        *(f"{case.op}, {case.name} for {case.target}: {case.error}" for case in lowered if case.error),
     ]
 
 
@@ -214,7 +219,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every result here")
     parser.add_argument("--table", type=Path, help="write the table here")
     options = parser.parse_args()
-    if unknown := [one for one in options.targets if one not in TARGETS]:
+    if unknown := [name for name in options.targets if name not in TARGETS]:
         parser.error(f"target = {unknown[0]!r}: must be some of {', '.join(TARGETS)}")
     return options
 
@@ -228,7 +233,7 @@ def main() -> int:
     if options.worker:
         _work(TARGETS[options.worker], options.dims)
         return 0
-    chosen = [TARGETS[one] for one in options.targets or TARGETS]
+    chosen = [TARGETS[name] for name in options.targets or TARGETS]
     with_cases = generations(chosen) if options.cases is not None else []
 
     def of_backend(backend: str) -> tuple[list[Compiled], list[Lowered]]:
@@ -239,24 +244,30 @@ def main() -> int:
                 print(markdown(now).split("\n", 2)[2], end="", flush=True)
                 if target in with_cases:
                     lowered += (these := lower_for(target, options.cases, is_compiled=not options.lower))
-                    said = f"{sum(not one.error for one in these)} of {len(these)} cases"
+                    said = f"{sum(not case.error for case in these)} of {len(these)} cases"
                     print(f"{target.name}: {said} {'lowered' if options.lower else 'compiled'}", flush=True)
         return compiled, lowered
 
     with ThreadPoolExecutor(2) as pool:  # the compilers of the two run side by side
         compiled, lowered = (
-            list(itertools.chain(*one)) for one in zip(*pool.map(of_backend, ("gpu", "tpu")), strict=True)
+            list(itertools.chain(*parts)) for parts in zip(*pool.map(of_backend, ("gpu", "tpu")), strict=True)
         )
     if options.json:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-        found = {"date": date.today().isoformat(), "versions": versions, "compiled": [asdict(one) for one in compiled]}
-        options.json.write_text(json.dumps(found | {"cases": [asdict(one) for one in lowered]}, indent=1) + "\n")
+        found = {
+            "date": date.today().isoformat(),
+            "versions": versions,
+            "compiled": [asdict(outcome) for outcome in compiled],
+        }
+        options.json.write_text(
+            json.dumps(found | {"cases": [asdict(outcome) for outcome in lowered]}, indent=1) + "\n"
+        )
     if options.table:
         options.table.write_text(
             f"# What the kernels compile to (jax {importlib.metadata.version('jax')})\n\n" + markdown(compiled)
         )
-    for one in failures(compiled, lowered):
-        print(f"failed: {one}", file=sys.stderr)
+    for failure in failures(compiled, lowered):
+        print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures(compiled, lowered) else 0
 
 

@@ -33,7 +33,9 @@ def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | 
     half."""
     size = jnp.dtype(dtype).itemsize
     widest = 128 if product_width is None else product_width * size // 2
-    swizzle = next((one for one in (128, 64, 32) if width * size % one == 0 and one <= widest), None)
+    swizzle = next(
+        (num_bytes for num_bytes in (128, 64, 32) if width * size % num_bytes == 0 and num_bytes <= widest), None
+    )
     if swizzle is None:
         return plgpu.SMEM(shape, dtype)
     tiling: Any = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]
@@ -70,7 +72,7 @@ def product(memory: Any, width: int, terms: Callable[[Add], None]) -> Array:
 
         return pl.run_scoped(summed, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
     barrier, *places = memory
-    sums = next(one for one in places if one.shape[1] == width)
+    sums = next(place for place in places if place.shape[1] == width)
     terms(lambda a, b, first: plgpu.tcgen05_mma(sums, a, b, accumulate=jnp.logical_not(first)))
     plgpu.tcgen05_commit_arrive(barrier)
     plgpu.barrier_wait(barrier)

@@ -100,7 +100,12 @@ class Kernel:
 
 def waits(turn: Turn) -> int:
     """Cycles of exposed latency in a turn."""
-    return sum(cycles for one in turn.instructions for name, cycles in WAITS.items() if one.name.startswith(name))
+    return sum(
+        cycles
+        for instruction in turn.instructions
+        for name, cycles in WAITS.items()
+        if instruction.name.startswith(name)
+    )
 
 
 def cycles(turn: Turn) -> float:
@@ -111,11 +116,11 @@ def cycles(turn: Turn) -> float:
 def turn_us(kernel: Kernel, gpu: Gpu, turn_bytes: int, bytes_per_s: float, num_resident: int) -> float:
     """Microseconds of one turn of each of `num_resident` thread blocks on a multiprocessor: the slowest of its
     warpgroups, of the tensor cores and schedulers that they share, and of the memory."""
-    turns = [one for one in (kernel.attending, kernel.fetching) if one]
+    turns = [turn for turn in (kernel.attending, kernel.fetching) if turn]
     own = max(map(cycles, turns))
-    all_products = num_resident * kernel.num_attending * sum(one.tensor_cycles for one in turns)
+    all_products = num_resident * kernel.num_attending * sum(turn.tensor_cycles for turn in turns)
     issue = num_resident * sum(
-        len(one.instructions) * (kernel.num_attending if one is kernel.attending else 1) for one in turns
+        len(turn.instructions) * (kernel.num_attending if turn is kernel.attending else 1) for turn in turns
     )
     memory = num_resident * turn_bytes / (bytes_per_s / ASSUMED.multiprocessors) * 1e6
     return max(max(own, all_products, issue) / (gpu.clock_ghz * 1e3), memory)
@@ -161,7 +166,7 @@ def read_kernels(folder: Path) -> list[Kernel]:
                 said["registers"],
                 said["spilled_bytes"],
                 len(instructions),
-                sum(one.name.startswith("UTMASTG") for one in instructions),
+                sum(instruction.name.startswith("UTMASTG") for instruction in instructions),
                 attending,
                 None if is_shared else machine_code.fetching(turns),
                 None if attending else max(turns, key=cycles, default=None),

@@ -102,7 +102,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "sentence"), WRONG, ids=[one for one, _ in WRONG])
+@pytest.mark.parametrize(("overrides", "sentence"), WRONG, ids=[overrides for overrides, _ in WRONG])
 def test_wrong_config_is_answered_by_a_sentence(overrides, sentence, monkeypatch):
     import jax
 
@@ -123,8 +123,8 @@ def test_every_field_refuses_wrong_types():
 
     def leaves(node, path=()):
         if isinstance(node, dict):
-            for name, one in node.items():
-                yield from leaves(one, (*path, name))
+            for name, value in node.items():
+                yield from leaves(value, (*path, name))
         else:
             yield path
 

@@ -1,4 +1,5 @@
-"""The recipes do what they say: the mixer of docs/adding-a-mixer.md is built from the page itself and meets the contract."""
+"""The recipes do what they say: the mixer of docs/adding-a-mixer.md is built from the page itself and meets the
+contract."""
 
 import re
 import shutil
@@ -63,7 +64,8 @@ def test_the_recipe_for_a_format_holds(monkeypatch):
 
 
 def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
-    """docs/adding-a-task.md: the file, its line, its YAML and its row, as the page says, and a run through `kvlab run`."""
+    """docs/adding-a-task.md: the file, its line, its YAML and its row, as the page says, and a run through `kvlab
+    run`."""
     page = (ROOT / "docs" / "adding-a-task.md").read_text()
     source, registry_line, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     module = types.ModuleType("kvlab.tasks.parity")

@@ -55,7 +55,8 @@ for one, two in zip(*leaves.values(), strict=True):
 lab = Laboratory.of(config, placement=placement)
 step_fn = lab.train_step()
 state = init_state(lab.model.params, step_fn.optimizer, 1.0)
-lowered = jax.jit(step_fn.gradients, static_argnums=4).lower(state, (), jax.random.key(0), jax.numpy.asarray(2, "int32"), 16)
+given = (state, (), jax.random.key(0), jax.numpy.asarray(2, "int32"), 16)
+lowered = jax.jit(step_fn.gradients, static_argnums=4).lower(*given)
 assert "all-reduce" in lowered.compile().as_text()  # each device has its rows; gradients are summed over both
 print("agree")
 """

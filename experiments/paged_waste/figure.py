@@ -89,7 +89,7 @@ def serve(reservation: str | None, workload: str, asked: list[Request]) -> Outco
     simulator = Simulator(ledger(reservation), step_seconds, Schedule(), sample_every=20)
     if reservation is None:
         return simulator.run(asked, until=asked[-1].arrival_s)
-    return simulator.run([one._replace(arrival_s=0.0) for one in asked], until=SECONDS[workload][reservation])
+    return simulator.run([request._replace(arrival_s=0.0) for request in asked], until=SECONDS[workload][reservation])
 
 
 def shares(outcome: Outcome, paged: bool) -> tuple[float, ...]:
@@ -110,7 +110,7 @@ def ablation(asked: list[Request]) -> dict[int, float]:
     A request is met in proportion to the time it runs, at a moment uniform in its answer.
     """
     rng = np.random.default_rng(0)
-    outputs = np.array([one.output_len for one in asked])
+    outputs = np.array([request.output_len for request in asked])
     met = rng.choice(len(asked), 400, p=outputs / outputs.sum())
     lengths = [asked[i].prompt_len + int(rng.integers(0, asked[i].output_len)) for i in met]
     found = {}

@@ -212,12 +212,12 @@ def draw(policies: pd.DataFrame, states: pd.DataFrame, path: Path) -> None:
         rows = policies[policies.workload == workload]
         panel.axhline(100 * rows.ceiling.iloc[0], color="0.5", ls=":", label="endless pool")
         for index, name in enumerate(names):
-            one = rows[rows.policy == name]
+            curve = rows[rows.policy == name]
             style = (
                 {"color": "black", "lw": 2.5} if name == "belady" else {"color": plt.get_cmap("tab10").colors[index]}
             )
             style["ls"] = "--" if name == "fifo" else "-"  # it lies on lru
-            panel.semilogx(one.pages, 100 * one.hits, marker="o", base=2, label=name, ms=4, **style)
+            panel.semilogx(curve.pages, 100 * curve.hits, marker="o", base=2, label=name, ms=4, **style)
         panel.set(title=f"Attention, {workload}", xlabel="pages in the pool", ylabel="percent of prompt tokens found")
         panel.legend(fontsize=7)
     labels = [f"{workload}\n{pages} pages" for workload in WORKLOADS for pages in (512, 8192)]

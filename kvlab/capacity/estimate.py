@@ -142,7 +142,7 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
     """What a finished simulation says, as numbers: shares are of bytes that sequences held."""
     held = max(1.0, outcome.mean("allocated"))
     counters = ledger.counters
-    split = sum(pages * one.page_bytes for pages, one in zip(counters.peak_pages, ledger.classes, strict=True))
+    split = sum(pages * state.page_bytes for pages, state in zip(counters.peak_pages, ledger.classes, strict=True))
     return {
         "batch": outcome.mean("batch"),
         "live": outcome.mean("live") / held,

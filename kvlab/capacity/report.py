@@ -74,15 +74,23 @@ def many_answers(answers: Sequence[Answer]) -> Table:
     """One row a deployment."""
     names = ("model", "hardware", "memory", "workload", "weights", "B/token", "state at context", "users")
     table = Table(*names, "decode tok/s", "bound", "live", "hits", "$/M tokens", title_justify="left")
-    for one in answers:
-        live = f"{one.simulated['live']:.1%}" if one.simulated else "-"
-        hits = f"{one.simulated['prefix_hits']:.1%}" if one.simulated else "-"
-        cost = "-" if one.cost_per_million is None else f"{one.cost_per_million:,.3f}"
-        sizes = (_scaled(one.weight_bytes, 1000, DECIMAL), f"{one.bytes_per_token:,}")
-        state = f"{_scaled(one.sequence_bytes, 1024, BINARY)} at {one.context_len:,}"
-        place = (_title(one), one.hardware, one.memory, one.workload)
+    for answer in answers:
+        live = f"{answer.simulated['live']:.1%}" if answer.simulated else "-"
+        hits = f"{answer.simulated['prefix_hits']:.1%}" if answer.simulated else "-"
+        cost = "-" if answer.cost_per_million is None else f"{answer.cost_per_million:,.3f}"
+        sizes = (_scaled(answer.weight_bytes, 1000, DECIMAL), f"{answer.bytes_per_token:,}")
+        state = f"{_scaled(answer.sequence_bytes, 1024, BINARY)} at {answer.context_len:,}"
+        place = (_title(answer), answer.hardware, answer.memory, answer.workload)
         table.add_row(
-            *place, *sizes, state, f"{one.users:,}", f"{one.decode_tokens_per_s:,.0f}", one.bound, live, hits, cost
+            *place,
+            *sizes,
+            state,
+            f"{answer.users:,}",
+            f"{answer.decode_tokens_per_s:,.0f}",
+            answer.bound,
+            live,
+            hits,
+            cost,
         )
     return table
 
@@ -96,7 +104,7 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "capacity.csv", folder / "capacity.png"]
-    pd.DataFrame([one.as_dict() for one in answers]).to_csv(paths[0], index=False, float_format="%.6g")
+    pd.DataFrame([answer.as_dict() for answer in answers]).to_csv(paths[0], index=False, float_format="%.6g")
     figure, (grows, fits, speed) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[1.3, 1, 1], layout="constrained")
     colours = [plt.get_cmap("tab10")(index) for index in range(10)]
     labels = _labels(answers)
@@ -108,11 +116,11 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
     grows.legend(fontsize=8)
     grows.grid(alpha=0.3)
     bar_colours = [colours[index % 10] for index in range(len(answers))]
-    contexts = sorted({one.context_len for one in answers})
+    contexts = sorted({answer.context_len for answer in answers})
     at = f"{contexts[0]:,}" if len(contexts) == 1 else "their mean"
-    fits.barh(labels, [one.users for one in answers], color=bar_colours)
+    fits.barh(labels, [answer.users for answer in answers], color=bar_colours)
     fits.set(xscale="log", xlabel=f"sequences of {at} tokens that fit", title="Users")
-    speed.barh(labels, [one.decode_tokens_per_s for one in answers], color=bar_colours)
+    speed.barh(labels, [answer.decode_tokens_per_s for answer in answers], color=bar_colours)
     speed.set(xscale="log", xlabel="tokens/s, roofline", title="Decode")
     speed.set_yticklabels([])
     for axes in (fits, speed):
@@ -129,7 +137,7 @@ def _title(answer: Answer) -> str:
 
 def _labels(answers: Sequence[Answer]) -> list[str]:
     """The parts of a deployment's name that differ."""
-    parts = [(one.model, one.variant, one.hardware, one.memory, one.workload) for one in answers]
+    parts = [(answer.model, answer.variant, answer.hardware, answer.memory, answer.workload) for answer in answers]
     varying = [place for place in range(5) if len({part[place] for part in parts}) > 1] or [0]
     return [" ".join(part[place] for place in varying) for part in parts]
 

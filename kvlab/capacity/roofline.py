@@ -14,9 +14,10 @@ def intensity(model: Preset, context_len: int, dtype: str = "bfloat16") -> float
 
 
 def decode_roofline(config: CapacityConfig, lengths: Sequence[int]) -> dict[str, float]:
-    """The least seconds in which one token of each sequence can be decoded: parameters and states are read once at full
-    bandwidth, or all FLOPs done at dense bf16 peak, whichever takes longer, for the parameters and for the states
-    apart.
+    """The least seconds in which one token of each sequence can be decoded.
+
+    Parameters and states count apart. For each, bytes are read once at full bandwidth, or FLOPs are done at dense bf16
+    peak, whichever takes longer.
 
     Several chips count as one large chip: nothing is replicated, no time goes into talking. Models whose heads are
     fewer than the chips (MQA, MLA) would in truth hold their state more than once.

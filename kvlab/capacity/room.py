@@ -32,8 +32,8 @@ def make_ledger(config: CapacityConfig, budget: int, context_len: int, max_len: 
         reservation = memory.reservation if spec.per_token else None
         if num_pages < 1 + paged:
             raise ConfigError("hardware", config.hardware.label, f"leaves no page of {page_bytes:,} bytes for {name}")
-        one = StateClass(name, spec, page_size, num_pages, table_len, count, reservation, int(num_pages * host))
-        classes.append(one)
+        state = StateClass(name, spec, page_size, num_pages, table_len, count, reservation, int(num_pages * host))
+        classes.append(state)
     checkpoints = Checkpoints(memory.checkpoints, memory.checkpoint_interval)
     return Ledger(
         classes,
@@ -67,7 +67,7 @@ def users_that_fit(ledger: Ledger, context_len: int, prompt_len: int) -> int:
     Paged classes: one sequence is really run; of all others each holds what it holds at rest, and the last one must
     still find the most that it needed on the way. Contiguous blocks are given out until none is left.
     """
-    if any(one.contiguous for one in ledger.classes):
+    if any(state.contiguous for state in ledger.classes):
         users = 0
         while _grow(ledger, users, Lengths(prompt_len, context_len)):
             users += 1
@@ -76,7 +76,7 @@ def users_that_fit(ledger: Ledger, context_len: int, prompt_len: int) -> int:
             return 0
         at_rest = [len(holding.pages) for holding in ledger.running[0].holdings]
         needs = zip(ledger.classes, ledger.counters.peak_pages, at_rest, strict=True)
-        users = min((one.num_usable - peak) // held + 1 for one, peak, held in needs if held)
+        users = min((state.num_usable - peak) // held + 1 for state, peak, held in needs if held)
     for name in ledger.sequences:
         ledger.release(name)
     return users

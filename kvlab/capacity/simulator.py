@@ -75,7 +75,7 @@ class Simulator:
 
     def run(self, requests: Sequence[Request], until: float = float("inf")) -> Outcome:
         """Serves every request, or what can be served `until` that many seconds."""
-        arriving = deque(self._served(name, one) for name, one in enumerate(requests))
+        arriving = deque(self._served(name, request) for name, request in enumerate(requests))
         scheduler = self.scheduler
         while (arriving or scheduler.num_unfinished) and self.clock < until:
             if not scheduler.num_unfinished:
@@ -100,45 +100,45 @@ class Simulator:
         self.outcome.rejected += [reason for _, reason in step.rejected]
         if not work:
             return
-        decoding = [one.entry for one in work if one.entry.num_computed >= one.entry.prefill_len]
-        chunks = [one.num_new for one in work if one.entry.num_computed < one.entry.prefill_len]
-        seconds = self.step_time([one.num_computed for one in decoding], chunks)
+        decoding = [item.entry for item in work if item.entry.num_computed >= item.entry.prefill_len]
+        chunks = [item.num_new for item in work if item.entry.num_computed < item.entry.prefill_len]
+        seconds = self.step_time([sequence.num_computed for sequence in decoding], chunks)
         if self.outcome.steps % self.sample_every == 0:
             self._sample(seconds)
         self.clock += seconds
         self.outcome.steps += 1
-        for one in work:
-            self._settle(one)
+        for item in work:
+            self._settle(item)
 
     def _settle(self, work: Work) -> None:
         """The step of one sequence is done; where it reached the last known token, it knows one more."""
-        one, count, _ = work
-        assert isinstance(one, _Served)
-        begin, end = max(one.prefill_len, one.num_computed), one.num_computed + count
-        if one.num_computed < one.prefill_len:
+        sequence, count, _ = work
+        assert isinstance(sequence, _Served)
+        begin, end = max(sequence.prefill_len, sequence.num_computed), sequence.num_computed + count
+        if sequence.num_computed < sequence.prefill_len:
             self.outcome.prefilled_tokens += count
-        self.ledger.commit(one.name, count, one.ids[begin:end] if one.indexed else ())
-        one.num_computed = end
-        if end < one.num_known:
+        self.ledger.commit(sequence.name, count, sequence.ids[begin:end] if sequence.indexed else ())
+        sequence.num_computed = end
+        if end < sequence.num_known:
             return
         self.outcome.decoded_tokens += 1
-        if end >= one.final_len:
-            self.scheduler.remove(one)
+        if end >= sequence.final_len:
+            self.scheduler.remove(sequence)
             self.outcome.finished += 1
-            self.outcome.latencies.append(self.clock - one.request.arrival_s)
+            self.outcome.latencies.append(self.clock - sequence.request.arrival_s)
             return
-        if one.indexed:
-            if one.request.answer is None:
-                one.indexed = False  # what follows has no ids, so nothing more can be published or found
+        if sequence.indexed:
+            if sequence.request.answer is None:
+                sequence.indexed = False  # what follows has no ids, so nothing more can be published or found
             else:
-                one.ids.append(int(one.request.answer[one.num_known - one.request.prompt_len]))
-        one.num_known += 1
+                sequence.ids.append(int(sequence.request.answer[sequence.num_known - sequence.request.prompt_len]))
+        sequence.num_known += 1
 
     def _sample(self, seconds: float) -> None:
         accounts = self.ledger.audit()
         total = accounts[0]
-        for one in accounts[1:]:
-            total = total + one
+        for account in accounts[1:]:
+            total = total + account
         row = {part: getattr(total, part) for part in (*PARTS, "pool", "allocated", "shared", "stranded")}
         batch = len(self.scheduler.running)
         self.outcome.samples.append({"time": self.clock, "seconds": seconds, "batch": batch, **row})

@@ -1,8 +1,8 @@
 """Recorded requests from files, each row validated.
 
 CSV with the columns of Azure's traces (TIMESTAMP, ContextTokens, GeneratedTokens) or of their processed form
-(arrived_at, num_prefill_tokens, num_decode_tokens), and JSONL of Mooncake's form (timestamp in ms, input_length,
-output_length, hash_ids: one id for each block of 512 tokens, equal ids meaning equal prefixes).
+(arrived_at, num_prefill_tokens, num_decode_tokens). JSONL of Mooncake's form (timestamp in ms, input_length,
+output_length, hash_ids): a hash id stands for a block of 512 tokens, and equal ids mean equal prefixes.
 """
 
 import contextlib

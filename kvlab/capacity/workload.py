@@ -110,5 +110,5 @@ def _from_trace(config: WorkloadConfig) -> list[Request]:
         return [request._replace(arrival_s=0.0) for request in found]
     if config.arrival == "poisson":
         gaps = np.random.default_rng(config.seed).exponential(1 / config.rate, len(found))
-        return [one._replace(arrival_s=time) for one, time in zip(found, np.cumsum(gaps).tolist(), strict=True)]
+        return [request._replace(arrival_s=time) for request, time in zip(found, np.cumsum(gaps).tolist(), strict=True)]
     return found

@@ -1,9 +1,9 @@
 """Drafting: guesses of the next tokens, which one step of the model then checks together (arXiv 2211.17192).
 
 A draft is accepted where it equals the token that the model's own sampler draws at that position, so speculation
-changes no token, greedy or random: see `sampling`. For drafts that are certain (prompt lookup) that accepts as often as
-the rejection rule of the paper; for a draft model, which draws with the same noise, with probability at least (1 - d) /
-(1 + d) where the paper's rule has 1 - d, d being the total variation distance (arXiv 2408.07978)."""
+changes no token, greedy or random: see `sampling`. Drafts that are certain (prompt lookup) are accepted as often as by
+the rejection rule of the paper. A draft model draws with the same noise. Its drafts are accepted with probability at
+least (1 - d) / (1 + d), d being the total variation distance; the paper's rule has 1 - d (arXiv 2408.07978)."""
 
 import abc
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
-"""What a model really holds and how fast it decodes: bytes from the ledger, the arrays and the compiler; never a formula."""
+"""What a model really holds and how fast it decodes: bytes from the ledger, the arrays and the compiler; never a
+formula."""
 
 import time
 from collections.abc import Callable
@@ -31,8 +32,8 @@ class MeasureConfig(Schema):
 
 @dataclass(frozen=True)
 class Observed:
-    """What was seen while every sequence was filled: the ledger's accounts, the compiled decode step, seconds of one decode
-    step, and milliseconds of a training step, which was timed before."""
+    """What was seen while every sequence was filled: the ledger's accounts, the compiled decode step, seconds of one
+    decode step, and milliseconds of a training step, which was timed before."""
 
     layout: MemoryLayout
     accounts: tuple[Account, ...]
@@ -43,8 +44,8 @@ class Observed:
 
 @dataclass(frozen=True)
 class Measure:
-    """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a sequence; with
-    `column`, its heading in tables."""
+    """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a
+    sequence; with `column`, its heading in tables."""
 
     take: Callable[[Observed], Any]
     axis: str = ""
@@ -95,10 +96,10 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
 class MemoryReport:
     """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
 
-    logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: all that
-    a decode step needs at once (weights, pools, plan, outputs, temporaries). `device_peak_bytes` is the device's own
-    high-water mark of this process, a training in it included, where the device reports one. `pool_bytes` is the arrays'
-    size, which includes free pages and the null page.
+    logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: all
+    that a decode step needs at once (weights, pools, plan, outputs, temporaries). `device_peak_bytes` is the device's
+    own high-water mark of this process, a training in it included, where the device reports one. `pool_bytes` is the
+    arrays' size, which includes free pages and the null page.
     """
 
     logical_bytes: int = measured(
@@ -138,7 +139,8 @@ AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() i
 def measure(
     step: MemoryStep, params: Params, vocab_size: int, decode_steps: int, *, train_step_ms: float = 0.0
 ) -> tuple[MemoryReport, SpeedReport]:
-    """Fills every sequence up to layout.max_len, decoding and timing the last `decode_steps` tokens, and takes all measures.
+    """Fills every sequence up to layout.max_len, decoding and timing the last `decode_steps` tokens, and takes all
+    measures.
 
     Raises AssertionError if the arrays' bytes differ from the stated ones: a wrong axis must not be plotted.
     """

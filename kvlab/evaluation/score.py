@@ -1,4 +1,4 @@
-"""Scoring through the memory: prompts prefilled in chunks, answers decoded from pages; and the parallel form beside it."""
+"""Scoring through the memory: prompts prefilled in chunks, answers decoded from pages. The parallel form beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -57,15 +57,15 @@ class Scorer:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token."""
         session = Session(MemoryStep.of(self.structure, layout), params)
         scores = []
-        for one in self.task.slices(split):
+        for eval_slice in self.task.slices(split):
             total = np.zeros(3)
-            for index in range(0, one.num_examples, self.batch_size):
-                total += self._score_batch(session, self._batch(split, one, index), one)
+            for index in range(0, eval_slice.num_examples, self.batch_size):
+                total += self._score_batch(session, self._batch(split, eval_slice, index), eval_slice)
                 session.release_all()
-            scores.append(_slice_score(one, total))
+            scores.append(_slice_score(eval_slice, total))
         return tuple(scores)
 
-    def _score_batch(self, session: Session, batch: Batch, one: EvalSlice) -> np.ndarray:
+    def _score_batch(self, session: Session, batch: Batch, eval_slice: EvalSlice) -> np.ndarray:
         real_rows = np.asarray(batch.weights).any(axis=1)
         batch = jax.tree.map(lambda x: np.asarray(x)[real_rows], batch)
         tokens, places = batch.tokens, batch.label_positions
@@ -75,11 +75,12 @@ class Scorer:
             labels[row, places[row, real]] = batch.labels[row, real]
             weights[row, places[row, real]] = batch.weights[row, real]
         total, width = np.zeros(3), session.layout.chunk_len
-        starts = [*range(0, one.prompt_len, width), *range(one.prompt_len, one.seq_len)]
+        starts = [*range(0, eval_slice.prompt_len, width), *range(eval_slice.prompt_len, eval_slice.seq_len)]
         for start in starts:
-            end = min(start + width, one.prompt_len) if start < one.prompt_len else start + 1
+            end = min(start + width, eval_slice.prompt_len) if start < eval_slice.prompt_len else start + 1
             logits = session.advance(
-                {row: tokens[row, start:end] for row in range(len(tokens))}, width if start < one.prompt_len else 1
+                {row: tokens[row, start:end] for row in range(len(tokens))},
+                width if start < eval_slice.prompt_len else 1,
             )
             if not weights[:, start:end].any():
                 continue
@@ -91,17 +92,17 @@ class Scorer:
             total += [float(nll.sum()), float(correct.sum()), float(padded_weights.sum())]
         return total
 
-    def _batch(self, split: str, one: EvalSlice, index: int) -> Batch:
+    def _batch(self, split: str, eval_slice: EvalSlice, index: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""
-        place = (split, one.name, index)
+        place = (split, eval_slice.name, index)
         if place not in self._batches:
             key = jax.random.fold_in(self.key, {"validation": 0, "test": 1}[split])
-            batch = self.task.eval_batch(key, split, one, index, self.batch_size)
-            real = jnp.arange(index, index + self.batch_size) < one.num_examples
+            batch = self.task.eval_batch(key, split, eval_slice, index, self.batch_size)
+            real = jnp.arange(index, index + self.batch_size) < eval_slice.num_examples
             self._batches[place] = replace(batch, weights=jnp.where(real[:, None], batch.weights, 0))
         return self._batches[place]
 
 
-def _slice_score(one: EvalSlice, total: np.ndarray) -> SliceScore:
+def _slice_score(eval_slice: EvalSlice, total: np.ndarray) -> SliceScore:
     nll, correct, weight = total.tolist()
-    return SliceScore(name=one.name, nll=nll, correct=correct, weight=weight)
+    return SliceScore(name=eval_slice.name, nll=nll, correct=correct, weight=weight)

@@ -12,7 +12,7 @@ from kvlab.typing import Params
 
 
 class Session:
-    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer sequences leave rows padded."""
+    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded."""
 
     def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None):
         self.step, self.params = step, params
@@ -23,8 +23,8 @@ class Session:
     def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
 
-        Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not fit;
-        no sequence has then changed.
+        Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not
+        fit; no sequence has then changed.
         """
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)

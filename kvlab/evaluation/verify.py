@@ -1,8 +1,8 @@
 """The check that stands before every record: the memory and the parallel form tell the same.
 
-A memory that stores what the model computes must agree with the model's parallel form. One in a lossy format must agree with
-the parallel form whose keys and values are rounded to that format: what the format costs is then its own, and no error of
-the memory hides in it.
+A memory that stores what the model computes must agree with the model's parallel form. One in a lossy format must agree
+with the parallel form whose keys and values are rounded to that format: what the format costs is then its own, and no
+error of the memory hides in it.
 """
 
 from collections.abc import Sequence

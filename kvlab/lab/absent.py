@@ -1,8 +1,10 @@
-"""Whole steps of the default variants, compiled for a Hopper GPU that is not here: that no kernel refuses them is not enough.
+"""Whole steps of the default variants, compiled for a Hopper GPU that is not here: that no kernel refuses them is not
+enough.
 
     JAX_PLATFORMS=cpu .venv-kernels/bin/python -m kvlab.lab.absent [H100|H200] [mixer ...]
 
-Prints a line for every step; returns 1 when one does not compile, or takes something else than a GPU's kernels for its pages.
+Prints a line for every step; returns 1 when one does not compile, or takes something else than a GPU's kernels for its
+pages.
 """
 
 import sys
@@ -43,8 +45,8 @@ def step_for(lab: Laboratory, width: int, sharding: Any) -> Any:
 
 def main(arguments: list[str]) -> int:
     """All steps, one after the other."""
-    name = next((one for one in arguments if one in TARGETS), "H200")
-    mixers = [one for one in arguments if one not in TARGETS]
+    name = next((argument for argument in arguments if argument in TARGETS), "H200")
+    mixers = [argument for argument in arguments if argument not in TARGETS]
     mixers = mixers or sorted(path.stem for path in (configs_dir() / "mixer").glob("*.yaml"))
     if name not in ("H100", "H200"):
         raise SystemExit(f"target = {name!r}: must be H100 or H200")
@@ -61,8 +63,8 @@ def main(arguments: list[str]) -> int:
                     said = "compiled"
                 except Exception as error:  # whatever a compiler raises: the others are tried all the same
                     said = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
-            found = {op: one.taken for op, one in summary(taken).items()}
-            right = all(one == "mosaic_gpu" for op, one in found.items() if op in WITH_KERNELS)
+            found = {op: choice.taken for op, choice in summary(taken).items()}
+            right = all(implementation == "mosaic_gpu" for op, implementation in found.items() if op in WITH_KERNELS)
             status |= not right or said != "compiled"
             print(f"{mixer}, {width} tokens a sequence for {name}: {said}; {found}", flush=True)
     return int(status)

@@ -145,8 +145,8 @@ def measure_memory(
 
 
 def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory, Params]:
-    """The model of a finished run and its parameters, from where the config says or from `run_dir`. Raises FileNotFoundError
-    when the run has none."""
+    """The model of a finished run and its parameters, from where the config says or from `run_dir`. Raises
+    FileNotFoundError when the run has none."""
     lab = Laboratory.of(config)
     directory = training_directory(run_dir or config.run_dir) / "params"
     params = restore_params(directory, lab.model.params)

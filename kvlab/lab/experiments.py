@@ -1,4 +1,4 @@
-"""The experiments' folder: one folder a figure, each with a `figure.py` whose `main(output, results)` draws and checks it."""
+"""The experiments' folder: one folder a figure. `main(output, results)` in its `figure.py` draws and checks it."""
 
 import importlib.util
 from pathlib import Path

@@ -71,7 +71,7 @@ def _prompt(word: str, engine: Engine) -> str | list[int]:
     if engine.tokenizer is not None:
         return word
     try:
-        return [int(one) for one in word.replace(",", " ").split()]
+        return [int(number) for number in word.replace(",", " ").split()]
     except ValueError:
         raise ConfigError("prompt", word, "must be token ids such as 1,2,3: this model has no tokenizer") from None
 
@@ -80,9 +80,9 @@ def submit_all(engine: Engine, requests: Iterable[Asked]) -> list[str]:
     """Queues every request and returns their names. Raises ValueError that says which one is bad, before anything is
     computed."""
     names = []
-    for number, one in enumerate(requests, 1):
+    for number, request in enumerate(requests, 1):
         try:
-            names.append(engine.submit(one.prompt, one.sampling, **one.options))
+            names.append(engine.submit(request.prompt, request.sampling, **request.options))
         except ValueError as error:
             raise ValueError(f"request {number}: {error}") from None
     return names
@@ -108,4 +108,4 @@ def answer_all(engine: Engine, names: Sequence[str], console: Console, output: T
     finally:
         if live:
             live.stop()
-    return sorted(answers, key=lambda one: names.index(one.name))
+    return sorted(answers, key=lambda answer: names.index(answer.name))

@@ -13,14 +13,15 @@ from pallas_kernels.selection import Asked, Taken, passed_over
 
 
 class Chosen(NamedTuple):
-    """The implementations of an op, "blocked" or "blocked+mosaic_gpu", and why kernels were passed over: empty if none was."""
+    """The implementations of an op, "blocked" or "blocked+mosaic_gpu", and why kernels were passed over, if any."""
 
     taken: str
     reason: str
 
 
 def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
-    """What a config's ops take on a `selection.Device`, None: this process' first. Nothing is traced; see `summary` for what was taken."""
+    """What a config's ops take on a `selection.Device`, None: this process' first. Nothing is traced; see `summary` for
+    what was taken."""
     device = device or jax.devices()[0]
     taken: Taken = {}
     for layer, states in zip(lab.config.layers(), lab.model.states, strict=True):

@@ -31,8 +31,9 @@ class Laboratory:
 
     @classmethod
     def of(cls, config: Config, *, abstract: bool = False, placement: Placement | None = None) -> "Laboratory":
-        """Builds the model; parameters depend on the seed alone, or are loaded from `weights.path`. `abstract` gives shapes in
-        their place: nothing is held. On the mesh of a `placement` the parameters lie whole on every device."""
+        """Builds the model; parameters depend on the seed alone, or are loaded from `weights.path`. `abstract` gives
+        shapes in their place: nothing is held. On the mesh of a `placement` the parameters lie whole on every
+        device."""
         task, placement = config.make_task(), placement or Placement()
         if config.weights.path is not None:
             return cls._pretrained(config, task, placement, abstract=abstract)

@@ -15,18 +15,20 @@ from kvlab.units import human_bytes
 def status(engine: Engine, seconds: float, most: int = 12) -> Group:
     """The live table: requests that run and wait, where every byte of the memory is, and how fast it goes."""
     requests = Table("request", "state", "prompt", "answer", "text", title_justify="left")
-    shown = [one for request in engine.requests.values() for one in request.samples]
-    for one in shown[:most]:
-        text = one.transcript.text[-60:] if one.transcript else " ".join(map(str, one.answer[-12:]))
-        length = f"{len(one.answer)}/{one.request.sampling.max_tokens}"
-        requests.add_row(str(one.name), one.state, str(len(one.request.prompt)), length, RichText(text))
+    shown = [sample for request in engine.requests.values() for sample in request.samples]
+    for sample in shown[:most]:
+        text = sample.transcript.text[-60:] if sample.transcript else " ".join(map(str, sample.answer[-12:]))
+        length = f"{len(sample.answer)}/{sample.request.sampling.max_tokens}"
+        requests.add_row(str(sample.name), sample.state, str(len(sample.request.prompt)), length, RichText(text))
     if len(shown) > most:
         requests.add_row(f"and {len(shown) - most} more", "", "", "", "")
     accounts = engine.ledger.audit()
-    memory = Table("memory", "pool", *(part for part in PARTS if any(getattr(one, part) for one in accounts)))
-    for one in accounts:
-        parts = (getattr(one, part) for part in PARTS if any(getattr(other, part) for other in accounts))
-        memory.add_row(one.name, human_bytes(one.pool), *(f"{100 * part / one.pool:.1f}%" for part in parts))
+    memory = Table("memory", "pool", *(part for part in PARTS if any(getattr(account, part) for account in accounts)))
+    for account in accounts:
+        parts = (getattr(account, part) for part in PARTS if any(getattr(other, part) for other in accounts))
+        memory.add_row(
+            account.name, human_bytes(account.pool), *(f"{100 * part / account.pool:.1f}%" for part in parts)
+        )
     return Group(requests, memory, RichText(summary(engine, seconds)))
 
 
@@ -48,9 +50,9 @@ def summary(engine: Engine, seconds: float) -> str:
 
 def print_answers(answers: Sequence[Answer], console: Console) -> None:
     """Prompts and answers for reading."""
-    for one in answers:
-        console.rule(one.name, align="left")
-        if one.error:
-            console.print(f"failed: {one.error}", markup=False)
-        for completion in one.completions:
+    for answer in answers:
+        console.rule(answer.name, align="left")
+        if answer.error:
+            console.print(f"failed: {answer.error}", markup=False)
+        for completion in answer.completions:
             console.print(completion.text or str(completion.tokens), markup=False, highlight=False, soft_wrap=True)

@@ -19,9 +19,9 @@ from kvlab.units import human_bytes
 class Plan:
     """Predicted bytes by component, and FLOPs of the whole training.
 
-    activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those of
-    a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what each op
-    takes on the named hardware.
+    activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those
+    of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what
+    each op takes on the named hardware.
     """
 
     num_params: int
@@ -64,7 +64,7 @@ def predict(lab: Laboratory) -> Plan:
     for seq_len in lab.task.train_shapes():
         compiled = type(step_fn).__call__.lower(step_fn, state, data, key, knobs, seq_len).compile()
         activations = max(activations, _temp_bytes(compiled))
-        # XLA counts a loop's body once: the body of the call is one optimizer step, that of a step one accumulated part.
+        # XLA counts a loop's body once: the call's body is one optimizer step, and that step's is one accumulated part.
         flops_of[seq_len] = _flops(compiled) * config.train.accumulation
     num_calls = config.train.num_steps // num_steps
     flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))

@@ -1,4 +1,5 @@
-"""The frontier as a picture: quality against the bytes a sequence holds, one colour and name per variant, everywhere."""
+"""The frontier as a picture: quality against the bytes a sequence holds, one colour and name per variant,
+everywhere."""
 
 import hashlib
 from pathlib import Path
@@ -89,8 +90,8 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
 
 
 def draw_needle(found: list[Point], paths: list[Path]) -> None:
-    """Heat maps of the needle task, one a variant: accuracy at every context length and depth. Raises ValueError when there
-    is no point of that task."""
+    """Heat maps of the needle task, one a variant: accuracy at every context length and depth. Raises ValueError when
+    there is no point of that task."""
     members = [point for point in found if point.task == "needle"]
     if not members:
         raise ValueError("there is no finished run of task=needle to draw")

@@ -27,8 +27,8 @@ class Provenance:
 class Quality:
     """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
 
-    `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `lost` is what
-    the memory costs: `parallel_value` less `value`.
+    `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `lost` is
+    what the memory costs: `parallel_value` less `value`.
     """
 
     metric: str
@@ -43,8 +43,8 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
-    """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are empty
-    in records from before trainings were shared."""
+    """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are
+    empty in records from before trainings were shared."""
 
     learning_rate: float
     trials: list[dict[str, float]]

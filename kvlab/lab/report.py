@@ -1,5 +1,5 @@
-"""The report of a folder of results: one self-contained page, the frontier as PNG and PDF, its data as CSV; of the needle task its
-heat maps."""
+"""The report of a folder of results: one self-contained page, the frontier as PNG and PDF, its data as CSV; of the
+needle task its heat maps."""
 
 import base64
 import html
@@ -66,7 +66,8 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
 
 
 def render_page(title: str, records: list[AnyRecord], found: list[Point], heat_map: bytes | None = None) -> str:
-    """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
+    """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is
+    escaped; scripts and data are inside, nothing is fetched."""
     from plotly.offline import get_plotlyjs  # only pages need it: runs do without
 
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())

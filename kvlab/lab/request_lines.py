@@ -64,22 +64,22 @@ def as_line(answer: Answer) -> str:
     """An answer as one line of JSON; what is not finite is null."""
     completions = [
         {
-            "text": one.text,
-            "tokens": one.tokens,
-            "logprobs": [_rounded(value) for value in one.logprobs],
-            "finish_reason": one.finish_reason,
-            **({} if one.score is None else {"score": one.score}),
+            "text": completion.text,
+            "tokens": completion.tokens,
+            "logprobs": [_rounded(value) for value in completion.logprobs],
+            "finish_reason": completion.finish_reason,
+            **({} if completion.score is None else {"score": completion.score}),
             **(
                 {
                     "alternatives": [
-                        [(token, _rounded(lp)) for token, lp in zip(*a, strict=True)] for a in one.alternatives
+                        [(token, _rounded(lp)) for token, lp in zip(*a, strict=True)] for a in completion.alternatives
                     ]
                 }
-                if one.alternatives
+                if completion.alternatives
                 else {}
             ),
         }
-        for one in answer.completions
+        for completion in answer.completions
     ]
     line = {"name": answer.name, "prompt": answer.prompt, "completions": completions, "error": answer.error}
     return json.dumps(line, allow_nan=False)

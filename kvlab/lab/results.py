@@ -36,7 +36,8 @@ def read_records(path: str | Path) -> list[AnyRecord]:
 
 
 def _read_record(config_path: Path) -> AnyRecord | None:
-    """The record beside a config, one made up for a run without a readable one; None where the config is not a run's."""
+    """The record beside a config, one made up for a run without a readable one; None where the config is not a
+    run's."""
     try:
         config = yaml.safe_load(config_path.read_text())
     except yaml.YAMLError:
@@ -61,8 +62,9 @@ def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
 
 
 def load(path: str | Path) -> pd.DataFrame:
-    """A folder of results as a DataFrame: one row a run; configuration columns that vary come first, then status, quality,
-    memory and speed, then the constant ones. Names are dotted paths, such as `mixer.name` and `quality.value`."""
+    """A folder of results as a DataFrame: one row a run; configuration columns that vary come first, then status,
+    quality, memory and speed, then the constant ones. Names are dotted paths, such as `mixer.name` and
+    `quality.value`."""
     records = read_records(path)
     rows = [_row(record) for record in records]
     frame = pd.DataFrame(rows)
@@ -96,14 +98,15 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     flat: dict[str, Any] = {}
-    for name, one in value.items():
-        flat |= flatten(one, f"{path}.{name}")
+    for name, entry in value.items():
+        flat |= flatten(entry, f"{path}.{name}")
     return flat
 
 
 @dataclass(frozen=True)
 class Point:
-    """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one seed)."""
+    """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one
+    seed)."""
 
     name: str
     variant: str
@@ -147,8 +150,8 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
     labels = []
     for config in configs:
         alike, own = named[config["mixer"]["name"], config["task"]["type"]], flatten(config, "")
-        keys = {key for one in alike for key in one}
-        differing = sorted(key for key in keys if len({str(one.get(key)) for one in alike}) > 1)
+        keys = {key for fields in alike for key in fields}
+        differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
         details = [f"{key.rsplit('.', 1)[-1]}={own.get(key)}" for key in differing]
         labels.append(" ".join([config["mixer"]["name"], *details]))
     return labels

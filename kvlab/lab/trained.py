@@ -6,8 +6,8 @@ results/<experiment>/trained/<training id>/
   params/                                the final parameters, the only copy
   trained.json                           last, by atomic rename: the training is done, and trials/ goes
 
-One process trains. Others that need the same parameters wait for the lock; the kernel opens it when its holder dies, and
-the next one resumes from the last checkpoint.
+One process trains. Others that need the same parameters wait for the lock; the kernel opens it when its holder dies,
+and the next one resumes from the last checkpoint.
 """
 
 import json
@@ -136,7 +136,8 @@ class Training:
         shutil.rmtree(self.directory / "trials", ignore_errors=True)
 
     def restore(self, like: Params, trained: Trained) -> Params:
-        """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were trained."""
+        """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were
+        trained."""
         shutil.rmtree(self.directory / "trials", ignore_errors=True)  # left where a process died before it removed them
         params = restore_params(self.directory / "params", like)
         if params is None or params_digest(params) != trained.report.params_sha256:
@@ -151,8 +152,8 @@ def point_to(training: Training, run_directory: Path) -> None:
 
 
 def training_directory(run_directory: Path) -> Path:
-    """The folder with a run's parameters and metrics: beside the run, where results were moved as a whole; else where it was
-    when the run was made. A run from before trainings were shared has them in its own folder."""
+    """The folder with a run's parameters and metrics: beside the run, where results were moved as a whole; else where
+    it was when the run was made. A run from before trainings were shared has them in its own folder."""
     path = run_directory / POINTER
     if not path.exists():
         return run_directory

@@ -33,8 +33,8 @@ def check(
     5. a node's page is the index's page; a cached page that needs its prefix has it; locks are paths that end there;
     6. what the index alone holds, and nothing else, can be evicted, descendants first;
     7. host pages are free or held, exactly once;
-    8. a class that forgets nothing holds the pages of the slots it stores and of the step in flight; no page of what was
-       compacted is published.
+    8. a class that forgets nothing holds the pages of the slots it stores and of the step in flight;
+    9. no page of what was compacted is published.
     """
     holders = Holders(running, suspended, hits)
     for store in stores:

@@ -211,12 +211,15 @@ class Ledger:
     ) -> None:
         """The step ran and its first `num_accepted` tokens count; `tokens` are ids that the prompt did not hold.
 
-        Full pages whose ids are known are published, pages outside live(n) become free. `stored` says how many slots of
-        which classes the step left, packed to the front of the sequence's own pages: those behind are free at once,
-        later tokens go to the slots that follow, and nothing of the sequence is published any more. Raises ValueError
-        when no step is in flight, when more is accepted than was reserved, when less is beside a recurrent state (it
-        can only be rejected as a whole, and only if the step had lookahead: feed the accepted tokens again), and for
-        slots that cannot be.
+        Full pages whose ids are known are published, pages outside live(n) become free.
+
+        `stored` says how many slots of which classes the step left, packed to the front of the sequence's own pages.
+        Pages behind those are free at once, and later tokens go to the slots that follow. Nothing of the sequence is
+        published any more.
+
+        Raises ValueError when no step is in flight, when more is accepted than was reserved, and for slots that cannot
+        be. Also when less is accepted beside a recurrent state: that can only be rejected as a whole, and only if the
+        step had lookahead. Then feed the accepted tokens again.
         """
         held = self._get(sequence)
         if num_accepted == held.num_new > 0 and not stored and held.length + held.num_new < min(held.wake, held.full):

@@ -1,7 +1,7 @@
 """What a layer must remember. A state is defined by what must stay live; everything else is derived from that.
 
-A state says what is stored (`arrays`) and what a token sees (`visible`, the mask that kernels apply). live(n), the
-token positions that must be readable to compute token n, follows from the mask; and from live(n) which pages a step
+A state says what is stored (`arrays`) and what a token sees (`visible`, the mask that kernels apply). From the mask
+follows live(n): the token positions that must be readable to compute token n. From live(n) follow which pages a step
 needs, which are free after it, when a prefix hit is valid and how large a pool must be. Plain Python, no JAX.
 
     state              live(n)                                        bytes

@@ -64,8 +64,8 @@ def stored(state: Any, pool: Pool, name: str) -> Stored:
 
 
 def as_stored(state: Any, name: str, tokens: Array) -> Array:
-    """Tokens [B, T, K, D] of an array as they are read once they were stored: rounded to the state's format, where that array
-    is in it, in their own type."""
+    """Tokens [B, T, K, D] of an array as they are read once they were stored: rounded to the state's format, where that
+    array is in it, in their own type."""
     if not any(array.name == f"{name}_scale" for array in state.arrays):
         return tokens
     return quantised(tokens, state.format).values().astype(tokens.dtype)

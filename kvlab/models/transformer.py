@@ -123,7 +123,8 @@ class Transformer(nnx.Module):
         return self.norm(x), tuple(after)
 
     def parallel(self, tokens: Tokens, states: Sequence[LayerStates] | None = None) -> Hidden:
-        """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is remembered.
+        """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is
+        remembered.
 
         `states` are the layers' states in another format than the model's: what is attended to is rounded to it.
         """

@@ -41,8 +41,8 @@ class EvalSlice:
 
 
 class Task(abc.ABC):
-    """A supervised sequence task. `metric` is what is reported; `evaluation_fields` are the fields of its config that change the
-    test alone, neither training nor validation: runs that differ in them share their parameters."""
+    """A supervised sequence task. `metric` is what is reported; `evaluation_fields` are the fields of its config that
+    change the test alone, neither training nor validation: runs that differ in them share their parameters."""
 
     Config: ClassVar[type[Schema]]
     metric: ClassVar[Metric]
@@ -63,7 +63,7 @@ class Task(abc.ABC):
         """Sequence length of the call-th device call, and one knob (a traced integer) for each of its steps."""
 
     def train_data(self) -> PyTree:
-        """Arrays that training batches are cut from, handed to every device call; nothing where the key determines all."""
+        """Arrays that training batches are cut from, handed to every device call; nothing if the key determines all."""
         return ()
 
     @abc.abstractmethod

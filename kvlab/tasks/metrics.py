@@ -21,7 +21,7 @@ class Sums:
 
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
-"""By a model's type: within which the memory's form and the parallel form must agree. Their sums differ in the last bits."""
+"""By a model's type: how far the memory's form and the parallel form may differ. Their sums differ in the last bits."""
 
 
 @dataclass(frozen=True)

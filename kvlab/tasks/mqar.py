@@ -1,7 +1,9 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): key-value pairs first, then every key once more as a query.
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): key-value pairs first, then every key once more as a
+query.
 
-A sequence holds `num_pairs` pairs in [0, 2 * num_pairs), then random tokens among which each key reappears once; its label is
-the key's value. Query places follow a power law over even offsets, drawn without replacement, near ones more likely.
+A sequence holds `num_pairs` pairs in [0, 2 * num_pairs), then random tokens among which each key reappears once; its
+label is the key's value. Query places follow a power law over even offsets, drawn without replacement, near ones more
+likely.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from kvlab.typing import PyTree
 
 @dataclass(frozen=True)
 class MqarConfig(Schema):
-    """Slices are "length:pairs". `train` is a mixture with `train_weights`; test slices are drawn apart from validation."""
+    """Slices are "length:pairs". `train` is a mixture with `train_weights`; test slices are drawn apart from
+    validation."""
 
     vocab_size: int = integer(512, 8, 1 << 20)
     train: tuple[str, ...] = texts(("64:4", "64:8", "64:16", "128:32"), min_len=1)
@@ -34,15 +37,15 @@ class MqarConfig(Schema):
         for name, slices in (("train", self.train), ("test", self.test)):
             if len(set(slices)) < len(slices):
                 raise ConfigError(name, list(slices), "must not name a slice twice")
-            for one in slices:
-                length, pairs = parse_slice(name, one)
+            for text in slices:
+                length, pairs = parse_slice(name, text)
                 if length > 1 << 20:
-                    raise ConfigError(name, one, f"length must be at most {1 << 20}")
+                    raise ConfigError(name, text, f"length must be at most {1 << 20}")
                 if pairs > self.vocab_size // 2 - 1:
                     limit = self.vocab_size // 2 - 1
-                    raise ConfigError(name, one, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
+                    raise ConfigError(name, text, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
                 if 4 * pairs > length:
-                    raise ConfigError(name, one, f"length {length} has room for at most {length // 4} pairs")
+                    raise ConfigError(name, text, f"length {length} has room for at most {length // 4} pairs")
         if len(self.train_weights) != len(self.train):
             raise ConfigError(
                 "train_weights", list(self.train_weights), f"must have {len(self.train)} entries, as train"
@@ -71,7 +74,7 @@ class Mqar(Task):
 
     @property
     def context_len(self) -> int:
-        return max(one.seq_len for one in self.slices("test"))
+        return max(eval_slice.seq_len for eval_slice in self.slices("test"))
 
     def train_shapes(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(length for length, _, _ in self._mixture))
@@ -98,8 +101,8 @@ class Mqar(Task):
 
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         num = {"validation": self.config.num_validation, "test": self.config.num_test}[split]
-        parsed = [(one, *parse_slice("test", one)) for one in self.config.test]
-        return tuple(EvalSlice(one, length, 2 * pairs, num, pairs) for one, length, pairs in parsed)
+        parsed = [(text, *parse_slice("test", text)) for text in self.config.test]
+        return tuple(EvalSlice(text, length, 2 * pairs, num, pairs) for text, length, pairs in parsed)
 
     def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
         key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
@@ -112,11 +115,11 @@ class Mqar(Task):
     def _examples(self, key: Array, examples: Array, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
         """Each example from its own number, so that it is the same whatever batch it comes in."""
 
-        def one(example: Array) -> Batch:
+        def example_of(example: Array) -> Batch:
             batch = self._generate(jax.random.fold_in(key, example), 1, seq_len, most_pairs, num_pairs)
             return jax.tree.map(lambda x: x[0], batch)
 
-        return jax.vmap(one)(examples)
+        return jax.vmap(example_of)(examples)
 
     @partial(jax.jit, static_argnums=(0, 2, 3, 4))
     def _generate(self, key: Array, batch_size: int, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
@@ -149,9 +152,9 @@ class Mqar(Task):
 
 
 def window_accuracy(config: MqarConfig, one: str, window: int, num_examples: int = 4000, seed: int = 0) -> float:
-    """Closed form for one windowed attention layer behind a short convolution (Based, arXiv 2402.18668, Fig. 2): a pair is
-    recoverable iff its value lies among the `window` tokens visible from the query. The mean over random examples (drawn with
-    numpy, apart from the task's own sampler), with a blind guess among the values elsewhere."""
+    """Closed form for one windowed attention layer behind a short convolution (Based, arXiv 2402.18668, Fig. 2): a pair
+    is recoverable iff its value lies among the `window` tokens visible from the query. The mean over random examples
+    (drawn with numpy, apart from the task's own sampler), with a blind guess among the values elsewhere."""
     length, pairs = parse_slice("test", one)
     gaps = np.arange((length - 2 * pairs) // 2)
     noise = np.random.default_rng(seed).gumbel(size=(num_examples, len(gaps)))

@@ -1,4 +1,5 @@
-"""A needle in a haystack: a number hidden at some depth of a long text and asked for at its end, on a grid of contexts and depths."""
+"""A needle in a haystack: a number hidden at some depth of a long text and asked for at its end, on a grid of contexts
+and depths."""
 
 import hashlib
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from kvlab.typing import PyTree
 class NeedleConfig(Schema):
     """The grid: every context length with every depth (percent of the way from the beginning to the question).
 
-    The haystack is text as in task=text, the needle a statement with a number of `num_digits` digits. `num_test` examples a
-    cell. Training draws depths at random.
+    The haystack is text as in task=text, the needle a statement with a number of `num_digits` digits. `num_test`
+    examples a cell. Training draws depths at random.
     """
 
     contexts: tuple[int, ...] = integers((128, 256, 512), 16, 1 << 24, min_len=1)
@@ -61,9 +62,9 @@ class Needle(Task):
         self._statement = np.array(tokenizer.encode(config.statement, special=False), np.int32)
         self._stop = np.array(tokenizer.encode(".\n", special=False), np.int32)
         digits = [tokenizer.encode(str(digit), special=False) for digit in range(10)]
-        if not all(digits) or len({one[-1] for one in digits}) < 10:
+        if not all(digits) or len({digit[-1] for digit in digits}) < 10:
             raise ConfigError("tokenizer", config.tokenizer, "must have a token of its own for every digit")
-        self._digits = np.array([one[-1] for one in digits], np.int32)
+        self._digits = np.array([digit[-1] for digit in digits], np.int32)
 
     @property
     def least_context(self) -> int:
@@ -86,7 +87,7 @@ class Needle(Task):
     def train_batch(self, data: PyTree, key: Array, batch_size: int, seq_len: int, knob: Array) -> Batch:
         keys = jax.random.split(key, batch_size)
         depths = jax.random.randint(jax.random.fold_in(key, 1), (batch_size,), 0, 101, jnp.int32)
-        return jax.vmap(lambda one, depth: self._example(data, one, seq_len, depth))(keys, depths)
+        return jax.vmap(lambda example_key, depth: self._example(data, example_key, seq_len, depth))(keys, depths)
 
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         config = self.config
@@ -127,7 +128,9 @@ class Needle(Task):
     @partial(jax.jit, static_argnums=(0, 4))
     def _examples(self, haystack: Array, key: Array, examples: Array, seq_len: int, depth: Array) -> Batch:
         """Each example from its own number, so that it is the same whatever batch it comes in."""
-        return jax.vmap(lambda one: self._example(haystack, jax.random.fold_in(key, one), seq_len, depth))(examples)
+        return jax.vmap(lambda example: self._example(haystack, jax.random.fold_in(key, example), seq_len, depth))(
+            examples
+        )
 
     def _example(self, haystack: Array, key: Array, seq_len: int, depth: Array) -> Batch:
         """[text, needle, text, question, number]: one row, of which the number is labelled."""

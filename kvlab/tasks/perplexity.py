@@ -19,8 +19,8 @@ from kvlab.tokenizers import FileTokenizer
 
 @dataclass(frozen=True)
 class PerplexityConfig(TextConfig):
-    """As `TextConfig`; tokens come from `tokenizer`, a tokenizer.json (null: bytes). With `whole` the text is not split:
-    windows follow each other from its beginning, at most `num_test` of them; training needs whole=false."""
+    """As `TextConfig`; tokens come from `tokenizer`, a tokenizer.json (null: bytes). With `whole` the text is not
+    split: windows follow each other from its beginning, at most `num_test` of them; training needs whole=false."""
 
     tokenizer: str | None = text(None, legal="a tokenizer.json", optional=True)
     whole: bool = flag(True)
@@ -31,7 +31,8 @@ class PerplexityConfig(TextConfig):
 
 
 class Perplexity(Text):
-    """exp of the mean negative log-likelihood of a token, over windows of `seq_len` tokens that know nothing of each other."""
+    """exp of the mean negative log-likelihood of a token, over windows of `seq_len` tokens that know nothing of each
+    other."""
 
     Config = PerplexityConfig
     metric = PERPLEXITY
@@ -42,11 +43,19 @@ class Perplexity(Text):
         self.vocab_size = tokenizer_of(config.tokenizer).vocab_size if config.tokenizer else 256
 
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
-        (one,) = super().slices(split)
+        (eval_slice,) = super().slices(split)
         if not self.whole:
-            return (one,)
-        num_windows = (len(self.corpus[split]) - 1) // one.seq_len
-        return (EvalSlice(one.name, one.seq_len, one.prompt_len, min(one.num_examples, num_windows), one.knob),)
+            return (eval_slice,)
+        num_windows = (len(self.corpus[split]) - 1) // eval_slice.seq_len
+        return (
+            EvalSlice(
+                eval_slice.name,
+                eval_slice.seq_len,
+                eval_slice.prompt_len,
+                min(eval_slice.num_examples, num_windows),
+                eval_slice.knob,
+            ),
+        )
 
     def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
         if not self.whole:

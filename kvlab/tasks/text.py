@@ -1,4 +1,5 @@
-"""Byte-level language modelling. Default corpus: the source of Python's own standard library, present on every machine."""
+"""Byte-level language modelling. Default corpus: the source of Python's own standard library, present on every
+machine."""
 
 import hashlib
 import sysconfig
@@ -131,8 +132,8 @@ def _split_file(path: Path) -> dict[str, np.ndarray]:
 
 
 def _split_folder(root: Path, pattern: str) -> dict[str, np.ndarray]:
-    """Files in sorted order, each wholly in one split by the hash of its relative name; tests and installed packages are
-    left out, so that the standard library means the library."""
+    """Files in sorted order, each wholly in one split by the hash of its relative name; tests and installed packages
+    are left out, so that the standard library means the library."""
     parts: dict[str, list[bytes]] = {name: [] for name in SPLITS}
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root).as_posix()

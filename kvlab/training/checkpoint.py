@@ -34,8 +34,9 @@ class Checkpoints:
     def restore(self, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
         """Step, tree and note of the newest readable checkpoint; None when there is none at all.
 
-        `like` gives structure, shapes and dtypes; every array lies whole where the placement says. A damaged checkpoint is named in a warning, removed, and the previous
-        one used; raises `CheckpointError` when none of those present is readable.
+        `like` gives structure, shapes and dtypes; every array lies whole where the placement says. A damaged checkpoint
+        is named in a warning, removed, and the previous one used; raises `CheckpointError` when none of those present
+        is readable.
         """
         whole = self.placement.sharding("")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), like)

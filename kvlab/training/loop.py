@@ -26,7 +26,8 @@ from kvlab.typing import Params, PyTree
 
 @dataclass(frozen=True)
 class TrainConfig(Schema):
-    """How long and how often; `num_steps` 0 evaluates the parameters as they are. `eval_every` and `checkpoint_every` are in steps and multiples of `steps_per_call`.
+    """How long and how often; `num_steps` 0 evaluates the parameters as they are. `eval_every` and `checkpoint_every`
+    are in steps and multiples of `steps_per_call`.
 
     Training stops early when the validation metric reaches `stop_at`, or has not improved for `patience` validations.
     """
@@ -56,7 +57,8 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One finished trial: final parameters, the validation metric, and median milliseconds a step (compilation aside)."""
+    """One finished trial: final parameters, the validation metric, and median milliseconds a step (compilation
+    aside)."""
 
     params: Params
     validation: float

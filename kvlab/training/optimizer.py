@@ -13,7 +13,8 @@ from kvlab.typing import Params, PyTree
 
 @dataclass(frozen=True)
 class OptimizerConfig(Schema):
-    """`warmup_fraction` of the steps is linear warm-up; the cosine ends at `final_fraction` of the peak; clip null is none."""
+    """`warmup_fraction` of the steps is linear warm-up; the cosine ends at `final_fraction` of the peak. A `clip_norm`
+    of null clips nothing."""
 
     learning_rate: float = real(3e-3, 0.0, 10.0, open_low=True)
     weight_decay: float = real(0.1, 0.0, 10.0)
@@ -28,15 +29,15 @@ class OptimizerConfig(Schema):
 def decays(params: Params) -> PyTree:
     """True where weight decay applies: matrices do, vectors (norms, biases, rates) and convolution kernels do not."""
 
-    def one(path: Sequence[Any], leaf: jax.Array) -> bool:
+    def is_decayed(path: Sequence[Any], leaf: jax.Array) -> bool:
         return leaf.ndim >= 2 and not any("conv" in str(part.key) for part in path)
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer with a peak learning rate of 1: the step multiplies by the real one, which stays a traced argument, so
-    that tuning it compiles nothing anew."""
+    """The optimizer with a peak learning rate of 1: the step multiplies by the real one, which stays a traced argument,
+    so that tuning it compiles nothing anew."""
     warmup = round(num_steps * config.warmup_fraction)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else 1.0, 1.0, warmup, max(num_steps, warmup + 1), config.final_fraction

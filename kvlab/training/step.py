@@ -85,7 +85,8 @@ class TrainStep:
     def __call__(
         self, state: TrainState, data: PyTree, key: Array, knobs: Array, seq_len: int
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`; `data` is the task's `train_data()`.
+        """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`; `data` is the task's
+        `train_data()`.
 
         A step whose loss or gradients are not finite changes nothing, nor do the steps after it: `ok` is then False and
         `state.step` is the step to blame.

@@ -135,7 +135,7 @@ def write_architecture(architecture: Architecture) -> dict[str, Any]:
         }
     else:
         assert isinstance(first, AttentionConfig)
-        windows = [one.config.window for one in architecture.layers if isinstance(one.config, AttentionConfig)]
+        windows = [layer.config.window for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
         rope: dict[str, Any] = {"rope_theta": first.rope_base, "rope_type": "default"}
         if len(first.rope_scaling) == 1:
             rope |= {"rope_type": "linear", "factor": first.rope_scaling[0]}
@@ -153,7 +153,7 @@ def write_architecture(architecture: Architecture) -> dict[str, Any]:
             "rope_parameters": rope,
         }
         if architecture.family == "mistral":
-            values["sliding_window"] = next((one for one in windows if one), None)
+            values["sliding_window"] = next((window for window in windows if window), None)
     restored, problems = read_architecture(values, model.dtype)
     if restored != architecture:
         reasons = "; ".join(problems) or "some options of its layers have no field there"

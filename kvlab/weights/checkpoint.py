@@ -75,7 +75,7 @@ def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
         if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
             continue
         ids = tuple(given) if isinstance(given, list) else (given,)
-        if wrong := [one for one in ids if type(one) is not int or not 0 <= one < vocab_size]:
+        if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
             legal = f"must be token ids in [0, {vocab_size})"
             raise WeightsError(directory, [f"{name}: eos_token_id = {wrong[0]!r}: {legal}"])
         return ids
@@ -128,7 +128,7 @@ def abstract_model(architecture: Architecture) -> Model:
 
 def _stored_dtype(headers: dict[str, Stored]) -> str:
     """The commonest type by number of tensors, in the words of `ModelConfig.dtype`."""
-    kinds = [one.dtype for one in headers.values() if one.dtype in DTYPES]
+    kinds = [header.dtype for header in headers.values() if header.dtype in DTYPES]
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 

@@ -115,7 +115,7 @@ def write_shards(directory: Path, tensors: Iterator[tuple[str, npt.NDArray[Any]]
         pending.clear()
 
     for name, tensor in tensors:
-        if pending and sum(one.nbytes for one in pending.values()) + tensor.nbytes > max_shard_bytes:
+        if pending and sum(kept.nbytes for kept in pending.values()) + tensor.nbytes > max_shard_bytes:
             flush()
         pending[name] = np.ascontiguousarray(tensor)
         total += tensor.nbytes

@@ -24,7 +24,7 @@ AS_IS = Transform(lambda parts: parts[0], lambda whole: [whole])
 TRANSPOSED = Transform(lambda parts: parts[0].T, lambda whole: [whole.T])
 """A linear layer: [out, in] in the file, [in, out] here."""
 SIDE_BY_SIDE = Transform(
-    lambda parts: np.concatenate([one.T for one in parts], axis=1),
+    lambda parts: np.concatenate([part.T for part in parts], axis=1),
     lambda whole: [half.T for half in np.split(whole, 2, axis=1)],
 )
 """Two linear layers as one product."""

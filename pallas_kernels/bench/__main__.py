@@ -145,7 +145,7 @@ def _lines_of(line: Line, found: Found) -> list[str]:
     if line["kind"] == "ceilings" and answer:
         return [", ".join(f"{name} {value:.3g}" for name, value in answer.items())]
     if answer.get("timings") or answer.get("failed"):
-        return ["| " + " | ".join(one) + " |" for one in rows(found.result(line))]
+        return ["| " + " | ".join(row) + " |" for row in rows(found.result(line))]
     return [f"| {line['name'] or line['kind']} | nobody | - | - | - | - | - | {line['outcome']}: {line['reason']} |"]
 
 
@@ -153,18 +153,18 @@ def _table(found: Found) -> list[str]:
     return [
         "",
         header(),
-        *("| " + " | ".join(line) + " |" for one in found.results + found.beside for line in rows(one)),
+        *("| " + " | ".join(line) + " |" for result in found.results + found.beside for line in rows(result)),
     ]
 
 
 def _said_of_cases(found: Found, before: Found | None = None) -> list[str]:
     right = ", ".join(f"{number} of {op} by {name}" for (op, name), number in sorted(found.right.items()))
     known = before.wrong if before else []
-    return [f"right: {right or 'no case'}", *(f"WRONG {one}" for one in found.wrong if one not in known)]
+    return [f"right: {right or 'no case'}", *(f"WRONG {failure}" for failure in found.wrong if failure not in known)]
 
 
 def _conclude(found: Found, path: Path | None) -> None:
-    print("", *found.verdicts, *(f"WRONG {one}" for one in found.wrong), sep="\n")
+    print("", *found.verdicts, *(f"WRONG {failure}" for failure in found.wrong), sep="\n")
     for outcome, names in found.missing.items():
         print(f"{outcome}: {len(names)}, {'; '.join(names)}"[:MOST_LETTERS], flush=True)
     if path and found.bandwidth:
@@ -219,7 +219,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"plot = {options.plot}: is drawn of the sweep, which only = {options.only!r} leaves out")
     if options.resume and options.json is None:
         parser.error("resume: needs the file to go on with, as --json")
-    names = [one.name for size in PROBLEMS if size == (options.size or size) for one in PROBLEMS[size]]
+    names = [problem.name for size in PROBLEMS if size == (options.size or size) for problem in PROBLEMS[size]]
     if not any(options.only in name for name in names):
         parser.error(f"only = {options.only!r}: must be part of one of: {'; '.join(names)}")
     _check_plot(parser, options.plot)

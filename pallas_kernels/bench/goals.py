@@ -71,12 +71,12 @@ class Result:
     @property
     def best(self) -> Timing | None:
         """The first that ran."""
-        return next((one for one in self.timings if one.device_us is not None), None)
+        return next((timing for timing in self.timings if timing.device_us is not None), None)
 
 
 def verdicts(results: Sequence[Result]) -> Iterator[str]:
     """A line for each goal of each problem; one whose time does not count says why."""
-    times = {one.problem.name: one.best.device_us for one in results if one.best}
+    times = {result.problem.name: result.best.device_us for result in results if result.best}
     for result in results:
         if result.problem.goals == NONE:
             continue
@@ -101,7 +101,7 @@ def _verdicts_of(result: Result, best: Timing, mine: float, times: Mapping[str, 
     if goals.most_us:
         yield f"{mine:.1f} us, {_judged(mine, goals.most_us, ' us', is_least=False)}"
     for peer, factors in goals.faster_than:
-        other = next((one for one in result.timings if one.name == peer), None)
+        other = next((timing for timing in result.timings if timing.name == peer), None)
         if other is best or other is None or other.device_us is None:
             why = "it is that itself" if other is best else other.absent if other else "not asked"
             yield f"beside {peer}, goal {factors[0]:.2f}x: not compared, {why}"
@@ -109,7 +109,7 @@ def _verdicts_of(result: Result, best: Timing, mine: float, times: Mapping[str, 
             ratio = other.device_us / mine
             yield f"{ratio:.2f}x {peer}, {_judged(ratio, factors, 'x')}"
     for names, factors in goals.over:
-        known = [time for one in names if (time := times.get(one)) is not None]
+        known = [time for name in names if (time := times.get(name)) is not None]
         if len(known) == len(names):
             ratio = sum(known) / mine
             yield f"{ratio:.2f}x {' + '.join(names)}, {_judged(ratio, factors, 'x')}"
@@ -117,7 +117,7 @@ def _verdicts_of(result: Result, best: Timing, mine: float, times: Mapping[str, 
 
 def _judged(value: float, wanted: tuple[float, ...], unit: str = "", *, is_least: bool = True) -> str:
     """The goal, the stretch if there is one, and whether a value reaches them."""
-    reached = [value >= one if is_least else value <= one for one in wanted]
+    reached = [value >= goal if is_least else value <= goal for goal in wanted]
     verdict = "missed" if not reached[0] else "stretch met" if len(wanted) > 1 and reached[1] else "met"
-    goals = [f"{one:.2f}{unit}" if is_least else f"{one:.0f}{unit}" for one in wanted]
-    return f"goal {goals[0]}{''.join(f', stretch {one}' for one in goals[1:])}: {verdict}"
+    goals = [f"{goal:.2f}{unit}" if is_least else f"{goal:.0f}{unit}" for goal in wanted]
+    return f"goal {goals[0]}{''.join(f', stretch {stretch}' for stretch in goals[1:])}: {verdict}"

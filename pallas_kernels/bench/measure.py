@@ -95,4 +95,4 @@ def sweep(size: str) -> list[Problem]:
     batches, contexts = SWEEPS[size]
     more = TINY if size == "tiny" else {}
     every = [Problem(f"B{batch} S{context}", (context,) * batch, **more) for batch in batches for context in contexts]
-    return [one for one in every if one.live_bytes <= MOST_BYTES]
+    return [problem for problem in every if problem.live_bytes <= MOST_BYTES]

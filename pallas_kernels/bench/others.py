@@ -133,7 +133,7 @@ class Mixed:
 
 
 def _joined(*answers: Array) -> Array:
-    return jnp.concatenate([one.astype(jnp.float32).reshape(-1) for one in answers])
+    return jnp.concatenate([answer.astype(jnp.float32).reshape(-1) for answer in answers])
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ LONGEST_UNROLLED = 2048
 @dataclass(frozen=True)
 class Problem:
     """One launch: sequences of `lengths` tokens stored, the last `num_queries` of each being asked. `keep` is the part
-    of its pages that each KV head selects; `latent_dim`, where it is one, says that values are the first so many dims
-    of keys, which a kernel could fetch once (MLA, arXiv 2405.04434); a `format` has scales by token."""
+    of its pages that each KV head selects. `latent_dim`, where there is one, says that values are the first so many
+    dims of keys, which a kernel could fetch once (MLA, arXiv 2405.04434). A `format` has scales by token."""
 
     name: str
     lengths: tuple[int, ...]

@@ -79,7 +79,7 @@ def _of_torch(problem: Problem, inputs: Inputs) -> list[Any]:
 
     if len(set(problem.lengths)) > 1 or not (problem.num_queries == 1 or problem.is_whole):
         raise NotImplementedError("takes rows of equal length, and one query or all")
-    return [torch.from_dlpack(one.swapaxes(1, 2)) for one in (inputs.queries, *dense(problem, inputs))]
+    return [torch.from_dlpack(array.swapaxes(1, 2)) for array in (inputs.queries, *dense(problem, inputs))]
 
 
 def torch_sdpa(problem: Problem, inputs: Inputs) -> Attend:

@@ -30,7 +30,7 @@ def case(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def timed(options: argparse.Namespace) -> None:
     """One problem. "problem" is ours and the peers of its goals, of the headline every peer but the slow ones. "beside"
     is our first and the other peers, "slow" is our first and the slow peers."""
-    problem = next(one for one in PROBLEMS[options.size] if one.name == options.name)
+    problem = next(candidate for candidate in PROBLEMS[options.size] if candidate.name == options.name)
     of_goals = {name for name, _ in problem.goals.faster_than}
     main = (set(PEERS) if problem.name == HEADLINE[options.size] else of_goals) - set(SLOW)
     others = set(SLOW) if options.kind == "slow" else set(PEERS) - main - set(SLOW)
@@ -45,7 +45,7 @@ def timed(options: argparse.Namespace) -> None:
 
 def point(options: argparse.Namespace) -> None:
     """One point of the sweep: what `None` chooses, alone."""
-    problem = next(one for one in sweep(options.size) if one.name == options.name)
+    problem = next(candidate for candidate in sweep(options.size) if candidate.name == options.name)
     print_result(measure(problem, options.rounds, alone=True, tell=print_result))
 
 
@@ -58,7 +58,9 @@ def print_result(result: Result) -> None:
 
 def _without_goals(found: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _without_goals(one) if isinstance(one, dict) else one for name, one in found.items() if name != "goals"
+        name: _without_goals(value) if isinstance(value, dict) else value
+        for name, value in found.items()
+        if name != "goals"
     }
 
 

@@ -50,12 +50,12 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
         return tuple(
             Piece(
                 kind,
-                one.name,
-                command(kind, one.name, options),
+                problem.name,
+                command(kind, problem.name, options),
                 limit_s,
-                (least_s or EXPECTED_S.get(one.name, 2 * start_s)) if is_full else start_s,
+                (least_s or EXPECTED_S.get(problem.name, 2 * start_s)) if is_full else start_s,
             )
-            for one in problems
+            for problem in problems
         )
 
     checked = [(op, name) for op, name, _ in cases(platform, options.cases)]
@@ -68,10 +68,10 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
         for is_generated in (True, False)
     )
     problems = chosen(options)
-    first = [one for one in problems if one.name == HEADLINE[options.size]]
-    rest = [one for one in problems if one not in first]
-    paged = [one for one in problems if isinstance(one, Problem)]
-    spare = timings("beside", [one for one in paged if one not in first], 2 * start_s)
+    first = [problem for problem in problems if problem.name == HEADLINE[options.size]]
+    rest = [problem for problem in problems if problem not in first]
+    paged = [problem for problem in problems if isinstance(problem, Problem)]
+    spare = timings("beside", [problem for problem in paged if problem not in first], 2 * start_s)
     if not options.only:
         drawn = timings("sweep", sweep(options.size), 2 * start_s)
         spare = drawn + spare if options.plot else spare + drawn
@@ -88,5 +88,5 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
 def chosen(options: Namespace) -> list[Any]:
     """The problems whose name has the text of `only`, in the order of value a second."""
     order = {name: number for number, name in enumerate(EXPECTED_S)}
-    problems = [one for one in PROBLEMS[options.size] if options.only in one.name]
-    return sorted(problems, key=lambda one: order.get(one.name, math.inf))
+    problems = [problem for problem in PROBLEMS[options.size] if options.only in problem.name]
+    return sorted(problems, key=lambda problem: order.get(problem.name, math.inf))

@@ -14,7 +14,7 @@ TINY: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "dim": 16, "page_size
 
 def _ragged(count: int, low: int, high: int) -> tuple[int, ...]:
     """Lengths spread evenly over the logarithm."""
-    return tuple(int(one) for one in np.geomspace(low, high, count).round())
+    return tuple(int(length) for length in np.geomspace(low, high, count).round())
 
 
 def _with_parts(name: str, chunk: Problem, decodes: Problem) -> tuple[Any, ...]:

@@ -101,9 +101,9 @@ def _known(line: Line) -> int:
 def finite(value: Any) -> Any:
     """The same without NaN and infinity, which JSON has not: None in their place."""
     if isinstance(value, dict):
-        return {str(key): finite(one) for key, one in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(one) for one in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

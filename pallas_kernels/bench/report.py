@@ -55,16 +55,19 @@ def plot(points: Sequence[dict[str, Any]], limits: dict[str, float], path: Path)
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for batch in sorted({one["batch"] for one in points}):
-        mine = [one for one in points if one["batch"] == batch]
+    for batch in sorted({point["batch"] for point in points}):
+        mine = [point for point in points if point["batch"] == batch]
         axes.plot(
-            [one["context"] for one in mine], [one["bytes_per_s"] / 1e9 for one in mine], "o-", label=f"B{batch:.0f}"
+            [point["context"] for point in mine],
+            [point["bytes_per_s"] / 1e9 for point in mine],
+            "o-",
+            label=f"B{batch:.0f}",
         )
     if "read_bytes_per_s" in limits:
         axes.axhline(limits["read_bytes_per_s"] / 1e9, color="0.5", linestyle="--", label="reading alone")
     axes.set_xscale("log", base=2)
-    contexts = sorted({one["context"] for one in points})
-    axes.set_xticks(contexts, [f"{one:,.0f}" for one in contexts])
+    contexts = sorted({point["context"] for point in points})
+    axes.set_xticks(contexts, [f"{context:,.0f}" for context in contexts])
     axes.set(xlabel="context, tokens", ylabel="live bytes read, GB/s", title="Paged decode: achieved bandwidth")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

@@ -44,8 +44,8 @@ class Found:
     def result(self, line: Line) -> Result:
         """What a line with an answer says of a problem, with its floor where ceilings are known. Its goals are
         today's."""
-        answer, problems = line["answer"], {one.name: one for one in PROBLEMS[self.header["size"]]}
-        timings, failed = [Timing(**one) for one in answer["timings"]], answer["failed"]
+        answer, problems = line["answer"], {problem.name: problem for problem in PROBLEMS[self.header["size"]]}
+        timings, failed = [Timing(**timing) for timing in answer["timings"]], answer["failed"]
         has_ended = line["outcome"] in ("failed", "timeout")
         if has_ended and not answer["doing"]:
             failed = failed or line["reason"]
@@ -97,29 +97,31 @@ def gather(lines: Iterable[Line]) -> Found:
     kinds = defaultdict[str, list[Line]](list)
     for line in latest(lines).values():
         kinds[line["kind"]].append(line)
-    found = Found(lines[0], next((one.get("answer", {}) for one in kinds["ceilings"]), {}))
+    found = Found(lines[0], next((line.get("answer", {}) for line in kinds["ceilings"]), {}))
     _count_cases(kinds["case"], found)
     if lines[0].get("platform") in ("gpu", "tpu"):
         found.wrong += _never_ran(kinds["case"], f"mosaic_{lines[0]['platform']}")
-    found.results = [found.result(one) for one in kinds["problem"] if "answer" in one]
-    found.beside = [found.result(one) for one in kinds["beside"] + kinds["slow"] if "answer" in one]
+    found.results = [found.result(line) for line in kinds["problem"] if "answer" in line]
+    found.beside = [found.result(line) for line in kinds["beside"] + kinds["slow"] if "answer" in line]
     found.bandwidth = list(_bandwidth(kinds["sweep"], lines[0]["size"]))
-    for line in (one for kind in ("probe", "ceilings", "problem", "sweep") for one in kinds[kind]):
+    for line in (line for kind in ("probe", "ceilings", "problem", "sweep") for line in kinds[kind]):
         if line["outcome"] in ("failed", "timeout") and not (line["kind"] == "problem" and "answer" in line):
             found.wrong.append(f"{_named(line)}: {line['reason']}")
     for result in found.results:
         if result.failed:
             found.wrong.append(f"{result.problem.name}: {result.failed}")
-        failed = [one for one in result.timings if one.name not in PEERS and (one.is_wrong or one.has_failed)]
-        found.wrong += [f"{result.problem.name}: {one.name} {one.absent}" for one in failed]
-    for line in (one for of_kind in kinds.values() for one in of_kind):
+        failed = [
+            timing for timing in result.timings if timing.name not in PEERS and (timing.is_wrong or timing.has_failed)
+        ]
+        found.wrong += [f"{result.problem.name}: {timing.name} {timing.absent}" for timing in failed]
+    for line in (line for of_kind in kinds.values() for line in of_kind):
         if line.get("outcome", "done") != "done":
             found.missing.setdefault(line["outcome"], []).append(_named(line))
     return found
 
 
 def _bandwidth(lines: Iterable[Line], size: str) -> Iterator[dict[str, Any]]:
-    problems = {one.name: one for one in sweep(size)}
+    problems = {problem.name: problem for problem in sweep(size)}
     for line in lines:
         for timing in line.get("answer", {}).get("timings", ()):
             if timing["device_us"] and line["name"] in problems:
@@ -139,11 +141,11 @@ def _count_cases(lines: Iterable[Line], found: Found) -> None:
         op, _, name = line["name"].partition(": ")
         answer = line.get("answer", {})
         if line["outcome"] == "done" and not answer["wrong"]:
-            found.right.update((op, one) for one in answer["by"])
+            found.right.update((op, backend) for backend in answer["by"])
         elif line["outcome"] in ("done", "failed", "timeout"):
             by, why = answer.get("by") or [""], answer.get("wrong") or line.get("reason")
             found.wrong.append(f"{op}{' by ' * bool(by[0])}{', '.join(by)}, {name}: {why}")
-            counts.update((op, one) for one in by)
+            counts.update((op, backend) for backend in by)
     for (op, by), number in counts.items():
         found.doubts[op, by] = f"{number} case{'s' * (number > 1)} of {op}{' by ' * bool(by)}{by} wrong"
 

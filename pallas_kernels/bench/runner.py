@@ -97,13 +97,13 @@ class Runner:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "Runner":
-        heard = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]  # as nohup wants
-        self._former = {one: signal.signal(one, self._interrupt) for one in heard}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants
+        self._former = {number: signal.signal(number, self._interrupt) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one, handler in self._former.items():
-            signal.signal(one, handler)
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
         self.record.close()
 
     @property
@@ -118,7 +118,7 @@ class Runner:
             raise ValueError(f"workers = {workers}: must be at least 1")
         if not 0 < share <= 1:
             raise ValueError(f"share = {share}: must be in (0, 1]")
-        if len({one.key for one in pieces}) < len(pieces):
+        if len({piece.key for piece in pieces}) < len(pieces):
             raise ValueError("pieces: two of them have one kind and name")
         lines, running, waiting = dict[tuple[str, str], Line](), list[_Child](), deque(pieces)
         end_s = share * self.budget_s
@@ -132,7 +132,7 @@ class Runner:
                         running.append(begun)
                     else:
                         lines[begun["kind"], begun["name"]] = begun
-                ended = [one for one in running if one.has_ended]
+                ended = [child for child in running if child.has_ended]
                 for child in ended:
                     child.kill()
                 for child in ended:
@@ -145,7 +145,7 @@ class Runner:
                 child.kill()
             for child in running:
                 self._keep(child.piece, child.line("interrupted", "the run was interrupted"))
-        return [lines[one.key] for one in pieces]
+        return [lines[piece.key] for piece in pieces]
 
     def _begin(self, piece: Piece, left_s: float) -> "_Child | Line":
         """Its process, or the line of one that is known or has too little time."""

@@ -40,7 +40,7 @@ def kv_write(
 
     `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with
     which its largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first
-    slot they write, so that whole pages are quantised best; into pages begun earlier they are written with the scales
+    slot they write, so that whole pages are quantised best. Into pages begun earlier they are written with the scales
     that these have, cut off at the largest number. What is nowhere as large as `formats.FAINT` (6e-33) is stored as
     zeros.
 

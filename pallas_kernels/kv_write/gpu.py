@@ -158,8 +158,8 @@ def _scratch(pool: Stored, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
 def _tiles(
     write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; the slot of each, negative
-    where there is none; and of each of its `unit`s of rows whether they are a whole page, or a block of one."""
+    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; and the slot of each, negative
+    where there is none. Of each of its `unit`s of rows: whether they are a whole page, or a block of one."""
     batch, num_tokens = write_slots.shape
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
@@ -281,9 +281,9 @@ class _Tile(Tile):
 
         def quantise(into, columns, _):
             halves = []
-            for one in columns:
-                exact = self.load(one)
-                inverse = lax.broadcast_in_dim(self.inverses_of(page, one), exact.shape, [1])
+            for half in columns:
+                exact = self.load(half)
+                inverse = lax.broadcast_in_dim(self.inverses_of(page, half), exact.shape, [1])
                 halves.append(numbers(exact * inverse, self.format))
             wide = jnp.float32 if self.payload.dtype == jnp.float8_e4m3fn else jnp.int32  # in which to choose
             made = stored(halves, wide)
@@ -304,9 +304,9 @@ class _Tile(Tile):
 
             def quantise(into, columns, _):
                 halves = []
-                for one in columns:
-                    exact = plgpu.load(self.token_rows.at[place, one], layout=down).astype(jnp.float32)
-                    halves.append(numbers(exact * self.inverses_of(page, one), self.format))
+                for half in columns:
+                    exact = plgpu.load(self.token_rows.at[place, half], layout=down).astype(jnp.float32)
+                    halves.append(numbers(exact * self.inverses_of(page, half), self.format))
                 self.rows[place, into] = stored(halves, self.payload.dtype)
 
             pl.when(page >= 0)(lambda: self.each_stripe(quantise))

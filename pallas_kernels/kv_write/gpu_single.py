@@ -169,10 +169,10 @@ class _Token(Tile):
 
         def quantise(into, columns, _):
             halves = []
-            for one in columns:
-                exact = self.load(one)
-                scale = jnp.where(opens, scales_of(jnp.abs(exact), self.format), self.load_from(self.scales, one))
-                self.store(self.scales, one, scale)
+            for half in columns:
+                exact = self.load(half)
+                scale = jnp.where(opens, scales_of(jnp.abs(exact), self.format), self.load_from(self.scales, half))
+                self.store(self.scales, half, scale)
                 halves.append(numbers(exact * inverses(scale), self.format))
             self.store(self.payload, into, stored(halves, self.payload.dtype))
 

@@ -57,8 +57,8 @@ class Tile:
         """[64]: of every row."""
 
         def larger(_, columns, largest):
-            for one in columns:
-                largest = jnp.maximum(largest, jnp.abs(self.load(one)).max(axis=1))
+            for half in columns:
+                largest = jnp.maximum(largest, jnp.abs(self.load(half)).max(axis=1))
             return largest
 
         nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -70,8 +70,8 @@ class Tile:
 
         def quantise(into, columns, _):
             halves = [
-                numbers(self.load(one) * lax.broadcast_in_dim(inverse, (ROWS, one.size), [0]), self.format)
-                for one in columns
+                numbers(self.load(half) * lax.broadcast_in_dim(inverse, (ROWS, half.size), [0]), self.format)
+                for half in columns
             ]
             store(into, stored(halves, self.payload.dtype))
 

@@ -46,14 +46,14 @@ def check(
         drawn[slots >= num_pages * page_size] = np.nan
         tokens.append(jnp.asarray(drawn, dtype))
     pools = [_pool(rng, (num_pages, kv_heads, page_size, dim), dtype, format, per) for dim in widths]
-    wanted = [_written(pool, np.asarray(one), slots) for pool, one in zip(pools, tokens, strict=True)]
+    wanted = [_written(pool, np.asarray(array), slots) for pool, array in zip(pools, tokens, strict=True)]
     pages = Pages(pools[0], value_dim=dims[1]) if is_latent else Pages(pools[0], pools[1])
     given = (tokens[0], None) if is_latent else tokens
     found = (jax.jit(write) if is_compiled else write)(pages, *given, jnp.asarray(slots + misplace))
     for name, pool, arrays in zip(("keys", "values")[: len(pools)], found.pools, wanted, strict=True):
-        for part, one, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
+        for part, array, there in zip(("payload", "scales"), arrays_of(pool), arrays, strict=False):
             width = np.dtype(f"u{there.dtype.itemsize}")
-            same = np.asarray(one).view(width) == there.view(width)
+            same = np.asarray(array).view(width) == there.view(width)
             assert same.all(), (
                 f"{name}, {part}: {int((~same).sum())} of {same.size} numbers differ, first {np.argwhere(~same)[0]}"
             )
@@ -73,7 +73,7 @@ def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per:
 
 def _written(pool: Stored, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
     """What is to be in the pool's arrays, token by token."""
-    arrays = [np.array(one) for one in arrays_of(pool)]
+    arrays = [np.array(array) for array in arrays_of(pool)]
     page_size, past = pool.shape[2], pool.shape[0] * pool.shape[2]
     if not isinstance(pool, Quantised):
         for row, place in np.argwhere(slots < past):

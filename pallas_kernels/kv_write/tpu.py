@@ -101,10 +101,10 @@ def kv_write(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_granules,),
-            in_specs=[*specs, *(granule(one.shape[4], 2) for one in targets)],
-            out_specs=[granule(one.shape[4], 1) for one in targets],
+            in_specs=[*specs, *(granule(target.shape[4], 2) for target in targets)],
+            out_specs=[granule(target.shape[4], 1) for target in targets],
         ),
-        out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in targets],
+        out_shape=[jax.ShapeDtypeStruct(target.shape, target.dtype) for target in targets],
         input_output_aliases={3 + len(arrays) + at: at for at in range(len(targets))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         interpret=interpret,
@@ -171,7 +171,7 @@ def _kernel(
         for at, (old, out) in enumerate(zip(olds, outs, strict=True)):
             scales = inputs[at * step + 1] if per == "channel" else None
             new = _encoded(inputs[at * step][0], None if scales is None else scales[0], format, out.dtype)
-            new, kept = (_bits(one.astype(out.dtype)) for one in (new, old[0, :, 0]))
+            new, kept = (_bits(array.astype(out.dtype)) for array in (new, old[0, :, 0]))
             chosen = jnp.where(is_mine[None], new, kept).astype(_bits_of(out.dtype))
             out[0, :, 0] = lax.bitcast_convert_type(chosen, out.dtype)
 

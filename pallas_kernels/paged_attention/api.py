@@ -66,8 +66,8 @@ def paged_attention(
     scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
     `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well.
-    With `with_page_mass` a third result [B, T, H, N] (float32) says what share of each row's attention every entry of a
-    list took: the shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
+    With `with_page_mass` there is a third result, [B, T, H, N] (float32): the share of each row's attention that every
+    entry of a list took. The shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
     `plan` is what `plan_attention` made of these lists, positions, lengths and mask: layers that share them share it,
     and launch nothing to find out which pages are live. Its figures are believed, and its pieces are its own, whatever

@@ -57,8 +57,8 @@ class Chunk(Piece):
             if self.tile.pages_out is not None:
                 self.leave_page_sums(number, consumer, exact, new)
             total = exact.sum(axis=1)
-            for half, one in enumerate(halves(exact, self.tile.weights.dtype)):
-                self.tile.weights[(number & 1) * 2 + half, mine] = one
+            for half, weights in enumerate(halves(exact, self.tile.weights.dtype)):
+                self.tile.weights[(number & 1) * 2 + half, mine] = weights
             return total, new, jnp.exp2(highest - new)
 
         def ready(number):
@@ -94,7 +94,7 @@ class Chunk(Piece):
             (added, new, keep), sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
             plgpu.barrier_arrive(self.part.free.at[lax.rem(number - 1, self.part.num_stages)])
             ready(number)
-            sums = tuple(one * lax.broadcast_in_dim(keep, one.shape, [0]) for one in sums)
+            sums = tuple(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [0]) for stripe_sums in sums)
             return sums, new, total * keep + added
 
         def last(*parts):
@@ -102,10 +102,10 @@ class Chunk(Piece):
             self.in_turn(consumer, lambda: self.multiply_values(parts, mine, self.part.num_blocks - 1))
             return self.summed(parts, sums)
 
-        widths = [one.size for one in value_stripes]
+        widths = [stripe.size for stripe in value_stripes]
         total, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
         ready(0)
-        sums = tuple(filled((ROWS, one), 0, plgpu.Layout.WGMMA) for one in widths)
+        sums = tuple(filled((ROWS, width), 0, plgpu.Layout.WGMMA) for width in widths)
         sums, highest, total = lax.fori_loop(1, self.part.num_blocks, block, (sums, highest, total))
         sums = pl.run_scoped(last, *map(accumulator, widths))
         plgpu.barrier_arrive(self.part.free.at[lax.rem(self.part.num_blocks - 1, self.part.num_stages)])
@@ -140,8 +140,8 @@ class Chunk(Piece):
     def start_sums(self, parts: Any, sums: tuple[Array, ...]) -> None:
         """Products are added to sums where those lie; the simulator cannot, so there they are added to zero, and
         `summed` adds both."""
-        for part, one in zip(parts, () if self.tile.is_simulated else sums, strict=not self.tile.is_simulated):
-            part[...] = one
+        for part, start in zip(parts, () if self.tile.is_simulated else sums, strict=not self.tile.is_simulated):
+            part[...] = start
 
     def summed(self, parts: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         found = tuple(map(plgpu.wgmma_accumulator_load, parts))

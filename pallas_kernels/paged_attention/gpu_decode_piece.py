@@ -77,9 +77,9 @@ class Columns:
         total = total.sum(axis=0)
         divisor = jnp.where(total == 0, 1.0, total)
         self.tile.lse_out[...] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
-        for columns, one in zip(stripes, sums, strict=True):
+        for columns, stripe_sums in zip(stripes, sums, strict=True):
             plgpu.wait_smem_to_gmem(0)
-            self.tile.sums_out[...] = one / lax.broadcast_in_dim(divisor, one.shape, [1])
+            self.tile.sums_out[...] = stripe_sums / lax.broadcast_in_dim(divisor, stripe_sums.shape, [1])
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(self.tile.sums_out, self.tile.outputs.at[self.part.piece, self.part.head, columns])
         plgpu.copy_smem_to_gmem(self.tile.lse_out, self.tile.log_sum_exp.at[self.part.piece, self.part.head])
@@ -111,8 +111,8 @@ class Columns:
         if self.part.per == "token":
             weighed = exact * lax.broadcast_in_dim(self.token_scales(self.part.values, number), shape, [0])
             exact = jnp.where(exact > 0, weighed, 0.0)  # the scale of what nobody sees may be anything
-        for half, one in enumerate(halves(exact, self.tile.weights.dtype)):
-            self.store_across(self.tile.weights.at[pl.ds(half * self.tile.num_columns, self.tile.num_columns)], one)
+        for half, weights in enumerate(halves(exact, self.tile.weights.dtype)):
+            self.store_across(self.tile.weights.at[pl.ds(half * self.tile.num_columns, self.tile.num_columns)], weights)
         if self.part.per is None:
             self.part.wait_to_multiply(self.part.values, number, place)
         values = self.part.values.blocks.at[place]
@@ -124,9 +124,9 @@ class Columns:
             )
         plgpu.commit_smem()
         scaled = []
-        for columns, one in zip(stripes, sums, strict=True):
+        for columns, stripe_sums in zip(stripes, sums, strict=True):
             part = self.weighed(values.at[:, columns], columns, number)
-            scaled.append(one * lax.broadcast_in_dim(keep, one.shape, [1]) + part)
+            scaled.append(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [1]) + part)
         plgpu.barrier_arrive(self.part.free.at[place])
         return tuple(scaled), new, total
 
@@ -144,8 +144,8 @@ class Columns:
             mine = numbers >= query * self.tile.group
             mine = mine & (numbers < (query + 1) * self.tile.group)
             return tuple(
-                jnp.where(mine, ref[self.part.item, query], one)
-                for ref, one in zip((self.part.listed_pages.first, self.part.listed_pages.last), bounds, strict=True)
+                jnp.where(mine, ref[self.part.item, query], bound)
+                for ref, bound in zip((self.part.listed_pages.first, self.part.listed_pages.last), bounds, strict=True)
             )
 
         nothing = tuple(
@@ -159,7 +159,7 @@ class Columns:
         shape = (BLOCK_LEN, self.tile.num_columns)
         slots = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         positions = self.part.positions_of(slots, starts)
-        low, high = (lax.broadcast_in_dim(one, shape, [1]) if one.shape else one for one in bounds)
+        low, high = (lax.broadcast_in_dim(bound, shape, [1]) if bound.shape else bound for bound in bounds)
         seen = self.part.only_valid(positions <= high, slots, bits)
         if self.scoring.num_sinks is None:
             return seen

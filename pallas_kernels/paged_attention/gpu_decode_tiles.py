@@ -43,7 +43,9 @@ def aligned(num_columns: int) -> int:
 def stripe_of(value_dim: int, num_columns: int) -> int:
     """Dims of values that are multiplied at once: a multiple of 64."""
     return next(
-        one for one in range(value_dim, 0, -64) if value_dim % one == 0 and (one * num_columns <= OUT_SIZE or one == 64)
+        width
+        for width in range(value_dim, 0, -64)
+        if value_dim % width == 0 and (width * num_columns <= OUT_SIZE or width == 64)
     )
 
 

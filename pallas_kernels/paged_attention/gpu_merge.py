@@ -55,13 +55,13 @@ def merge(
                     logs.append(theirs + jnp.where(piece < end, 0.0, -jnp.inf))
                     parts.append(read(outputs.at[there, head, columns], plgpu.Layout.WGMMA))
                 new = highest
-                for one in logs:
-                    new = jnp.maximum(new, one)
+                for log in logs:
+                    new = jnp.maximum(new, log)
                 shift = jnp.where(new == -jnp.inf, 0.0, new)
                 keep = jnp.exp2(highest - shift)
                 merged, total = merged * lax.broadcast_in_dim(keep, merged.shape, [1]), total * keep
-                for one, part in zip(logs, parts, strict=True):
-                    weight = jnp.exp2(one - shift)
+                for log, part in zip(logs, parts, strict=True):
+                    weight = jnp.exp2(log - shift)
                     merged, total = merged + part * lax.broadcast_in_dim(weight, part.shape, [1]), total + weight
                 return merged, new, total
 

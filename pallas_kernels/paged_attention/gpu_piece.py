@@ -100,7 +100,7 @@ class Piece:
             plgpu.commit_smem()
 
             scaled = []
-            for columns, one in zip(value_stripes, sums, strict=True):
+            for columns, stripe_sums in zip(value_stripes, sums, strict=True):
 
                 def terms(add, columns=columns):
                     def of_halves(number, _):
@@ -115,12 +115,12 @@ class Piece:
                         of_halves(1, None)
 
                 part = product(self.tile.memory, columns.size, terms)
-                scaled.append(one * lax.broadcast_in_dim(keep, one.shape, [0]) + part)
+                scaled.append(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [0]) + part)
             plgpu.barrier_arrive(self.part.free.at[place])
             return tuple(scaled), new, total
 
         state = (
-            tuple(filled((ROWS, one.size), 0, plgpu.Layout.WGMMA) for one in value_stripes),
+            tuple(filled((ROWS, stripe.size), 0, plgpu.Layout.WGMMA) for stripe in value_stripes),
             filled((ROWS,), -jnp.inf, self.part.down),
             filled((ROWS,), 0, self.part.down),
         )
@@ -152,8 +152,8 @@ class Piece:
         inverse = 1 / divisor
         self.tile.lse_out[mine] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         step = self.tile.sums_out.shape[1]
-        for columns, one in zip(stripes(self.part.values.blocks.shape[2]), sums, strict=True):
-            shares = one * lax.broadcast_in_dim(inverse, one.shape, [0])
+        for columns, stripe_sums in zip(stripes(self.part.values.blocks.shape[2]), sums, strict=True):
+            shares = stripe_sums * lax.broadcast_in_dim(inverse, stripe_sums.shape, [0])
             for at in range(0, columns.size, step):
                 plgpu.wait_smem_to_gmem(0)
                 self.tile.sums_out[mine] = shares[:, at : at + step].astype(self.tile.sums_out.dtype)

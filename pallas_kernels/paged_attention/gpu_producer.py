@@ -48,12 +48,12 @@ class Producer:
                     if ring.shape[2] < payload.shape[3]:  # values are the first columns of the keys
                         source = payload.at[page, self.part.head, slots, pl.ds(0, ring.shape[2])]
                     plgpu.copy_gmem_to_smem(source, ring.at[stage, target], barrier)
-                    for one in scales:
+                    for pool in scales:
                         kept = side.scales.at[self.part.place_of_scales(number)]
                         if self.part.per == "token":
-                            mine, into = one.at[page, self.part.head, slots], kept.at[target]
+                            mine, into = pool.at[page, self.part.head, slots], kept.at[target]
                         else:
-                            mine, into = one.at[page, self.part.head, pl.ds(0, kept.shape[1])], kept.at[entry]
+                            mine, into = pool.at[page, self.part.head, pl.ds(0, kept.shape[1])], kept.at[entry]
                         plgpu.copy_gmem_to_smem(mine, into, barrier)
 
     def drain(self, num_slots: int) -> None:

@@ -136,16 +136,16 @@ class Part:
         entries = [number * self.block_pages + entry for entry in range(self.block_pages)]
         last = self.begin + self.count - 1
 
-        def of_entry(one, read, unused):
-            return jnp.where(one < self.count, read(jnp.minimum(self.begin + one, last)), unused)
+        def of_entry(entry, read, unused):
+            return jnp.where(entry < self.count, read(jnp.minimum(self.begin + entry, last)), unused)
 
-        starts = [of_entry(one, lambda at: self.listed_pages.starts[self.item, at], NOWHERE) for one in entries]
+        starts = [of_entry(entry, lambda at: self.listed_pages.starts[self.item, at], NOWHERE) for entry in entries]
         bits, words = [], self.listed_pages.words
         if words is not None:
             span = min(self.page_size, WORD)
             for place in range(0, BLOCK_LEN, span):
-                one, word = entries[place // self.page_size], place % self.page_size // span
-                bits.append((place, of_entry(one, lambda at, word=word: words[self.item, at, word], 0)))
+                entry, word = entries[place // self.page_size], place % self.page_size // span
+                bits.append((place, of_entry(entry, lambda at, word=word: words[self.item, at, word], 0)))
         return starts, bits
 
     def positions_of(self, slots: Array, starts: list[Any]) -> Array:

@@ -92,7 +92,7 @@ def drawn(
     prefill=False, of_keys=1.0, of_values=1.0, is_shared=False, is_latent=False, seed=3,
 ) -> Drawn:  # fmt: skip
     """With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots that is
-    valid; `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more; where
+    valid. `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more. Where
     pages are shared, the first two of every sequence are the first one's first. Of a `prefill`, a sequence shorter than
     the chunk leaves the rest of it empty. Where values are columns of the keys (`is_latent`), they are the first
     `dims[1]`."""

@@ -17,7 +17,7 @@ BATCH, CONTEXT, HEADS, KV_HEADS, CHUNK = 32, 4096, 32, 8, 256
 
 
 def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
-    """Every format and head dim, decoding and in chunks of 256 tokens; then what may be asked for beside: "lists" of
+    """Every format and head dim, decoding and in chunks of 256 tokens. Then what may be asked for beside: "lists" of
     each KV head with valid slots, "valid" slots alone, page "mass", "options" (a window, sinks, a soft cap), a mask of
     "chunk"s of 1,024 tokens."""
 

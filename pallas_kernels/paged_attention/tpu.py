@@ -92,7 +92,7 @@ def paged_attention(
     counts = per_head(counts)
     ends = jnp.stack([per_row(first, NOWHERE), per_row(last, -1)], axis=1)  # [items, 2, rows]
     columns = [listed, starts, *([] if words is None else jnp.moveaxis(words, 3, 0))]
-    tables = jnp.stack([per_head(one) for one in columns], axis=1)  # [items, 2 + words, N]
+    tables = jnp.stack([per_head(column) for column in columns], axis=1)  # [items, 2 + words, N]
     table_spec = partial(pl.BlockSpec, (1, len(columns), table_len), memory_space=pltpu.SMEM)
     # Scales lie in rows of their own, so that one page's can be copied alone.
     pools = [
@@ -130,8 +130,8 @@ def paged_attention(
                 *[pl.BlockSpec(memory_space=pl.ANY)] * len(pools),
             ],
             out_specs=[
-                pl.BlockSpec((1, *one.shape[1:]), lambda i, _, rank=one.ndim: (i, *[0] * (rank - 1)))
-                for one in out_shape
+                pl.BlockSpec((1, *array.shape[1:]), lambda i, _, rank=array.ndim: (i, *[0] * (rank - 1)))
+                for array in out_shape
             ],
             scratch_shapes=[
                 *[pltpu.VMEM((2, block_pages, *pool.shape[2:]), pool.dtype) for pool in pools],
@@ -197,13 +197,13 @@ def _kernel(
     def each_live(count, block, do):
         """For every entry of a block that lists a page."""
 
-        def one(entry, _):
+        def live_entry(entry, _):
             do(entry)
 
-        lax.fori_loop(0, jnp.minimum(block_pages, count - block * block_pages), one, None)
+        lax.fori_loop(0, jnp.minimum(block_pages, count - block * block_pages), live_entry, None)
 
     def fetch(of, table, count, block, into):
-        each_live(count, block, lambda entry: [one.start() for one in copies(of, table, block, entry, into)])
+        each_live(count, block, lambda entry: [copy.start() for copy in copies(of, table, block, entry, into)])
 
     before = counts[jnp.maximum(item - 1, 0)]
 
@@ -216,8 +216,8 @@ def _kernel(
         fetch(item, table, count, 0, half[0])
 
     num_slots, (num_rows, value_dim) = block_pages * page_size, outputs.shape[1:]
-    for one in page_logs:
-        one[...] = jnp.full(one.shape, -jnp.inf)
+    for page_log in page_logs:
+        page_log[...] = jnp.full(page_log.shape, -jnp.inf)
 
     def numbers(which, here):
         """[slots, dims] of keys or values, in a type that products take; scales of channels multiplied in."""
@@ -246,7 +246,7 @@ def _kernel(
         def _():
             fetch(following, next_table, counts[following], 0, 1 - here)
 
-        each_live(count, block, lambda entry: [one.wait() for one in copies(item, table, block, entry, here)])
+        each_live(count, block, lambda entry: [copy.wait() for copy in copies(item, table, block, entry, here)])
 
         entries = [block * block_pages + entry for entry in range(block_pages)]
 
@@ -279,8 +279,8 @@ def _kernel(
         shift = jnp.where(new == -jnp.inf, 0, new)
         keep, weights = jnp.exp(highest - shift), jnp.exp(scores - shift)
         total = total * keep + weights.sum(axis=1, keepdims=True)
-        for one in page_logs:
-            leave_page_logs(one, block, weights, shift)
+        for page_log in page_logs:
+            leave_page_logs(page_log, block, weights, shift)
         if per == "token":  # the scale of what nobody sees may be anything
             weights = jnp.where(weights > 0, weights * token_scales(num_sides - 1, here), 0)
         # A weight of zero does not silence a NaN: what no row sees is replaced.
@@ -317,8 +317,8 @@ def _kernel(
 def _bits(offsets: Int32[Array, "*shape"], words: Any) -> Int32[Array, "*shape"]:
     """The bit of each slot of a page."""
     word = jnp.full(offsets.shape, words[0])
-    for number, one in enumerate(words[1:], 1):
-        word = jnp.where(offsets >= number * WORD, one, word)
+    for number, later in enumerate(words[1:], 1):
+        word = jnp.where(offsets >= number * WORD, later, word)
     return lax.shift_right_logical(word, offsets % WORD) & 1
 
 

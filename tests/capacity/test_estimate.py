@@ -48,7 +48,7 @@ def test_users_are_those_that_a_ledger_really_holds(name, memory):
     budget = 5_000_000_000
     users = users_that_fit(make_ledger(config, budget, 1500, 2048), 1500, 500)
     ledger = make_ledger(config, budget, 1500, 2048)
-    assert sum(one.pool_bytes for one in ledger.classes) <= budget
+    assert sum(state.pool_bytes for state in ledger.classes) <= budget
     held = 0
     while all(_advance(ledger, held, count, first) for count, first in ((512, True), (512, False), (476, False))):
         held += 1
@@ -117,10 +117,10 @@ def test_a_simulation_reports_waste_hits_and_typed_pools():
     assert without["prefix_hits"] == 0
     for memory in ("max", "pow2", "oracle"):
         name = {"max": "dense"}.get(memory, memory)
-        one = estimate(
+        answer = estimate(
             compose_capacity(["model=opt-13b", "hardware=a100", f"memory={name}", "workload.num_requests=60"])
         )
-        assert one.simulated["live"] < 0.75
+        assert answer.simulated["live"] < 0.75
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
         simulator._step = checked
         outcome = simulator.run(asked)
         assert outcome.finished == len(asked)
-        assert outcome.decoded_tokens == sum(one.output_len for one in asked)
+        assert outcome.decoded_tokens == sum(request.output_len for request in asked)
         assert not ledger.sequences
         assert not ledger.suspended
         assert not ledger.hits
@@ -111,4 +111,4 @@ def test_caching_changes_what_is_computed_and_nothing_else():
         outcomes.append(simulator.run(asked))
     assert outcomes[0].finished == outcomes[1].finished
     assert outcomes[0].decoded_tokens == outcomes[1].decoded_tokens
-    assert outcomes[0].prefilled_tokens < outcomes[1].prefilled_tokens == sum(one.prompt_len for one in asked)
+    assert outcomes[0].prefilled_tokens < outcomes[1].prefilled_tokens == sum(request.prompt_len for request in asked)

@@ -104,7 +104,7 @@ def test_penalty_greedy_rows_and_log_probabilities():
     logits = np.array([[[2.0, 1.9, -1.0, -1.1]]] * 3, np.float32)
     seen = np.array([[True, False, False, False]] * 3)
     samplings = [Sampling(repetition_penalty=1.5), Sampling(), Sampling(num_logprobs=2)]
-    choices = Choices.of([(one, 0, 0) for one in samplings], 3)
+    choices = Choices.of([(sampling, 0, 0) for sampling in samplings], 3)
     drawn = draw_tokens(logits, jnp.zeros((3, 1), jnp.int32), choices, jnp.asarray(seen), mode=Mode.of(samplings))
     assert np.asarray(drawn.tokens)[:, 0].tolist() == [1, 0, 0]
     exact = logits[0, 0].astype(np.float64) - np.log(np.exp(logits[0, 0].astype(np.float64)).sum())

@@ -40,7 +40,7 @@ def _poisoned(state):
 
 @jax.jit
 def _copy(pools, copies):
-    return [device.copy_pages(pool, one[:, 0], one[:, 1]) for pool, one in zip(pools, copies, strict=True)]
+    return [device.copy_pages(pool, pairs[:, 0], pairs[:, 1]) for pool, pairs in zip(pools, copies, strict=True)]
 
 
 def _step_of(classes):
@@ -50,8 +50,8 @@ def _step_of(classes):
         positions = starts[:, None] + jnp.arange(CHUNK_LEN, dtype=jnp.int32)[None, :]
         zeros = jnp.zeros((2, CHUNK_LEN, 1, 1), jnp.float32)
         after, reads = [], []
-        for state, pool, one in zip(classes, pools, plan.classes, strict=True):
-            view = view_of(state.spec, "paged").of(state.spec, pool, one, starts, counts)
+        for state, pool, class_step in zip(classes, pools, plan.classes, strict=True):
+            view = view_of(state.spec, "paged").of(state.spec, pool, class_step, starts, counts)
             if isinstance(view, StateSlots):
                 reads.append(view.read()["tag"])
                 view = view.write({"tag": tag})
@@ -79,9 +79,9 @@ class TaggedDevice(Exerciser):
         return self.known.setdefault(history, len(self.known))
 
     def _run(self, name):
-        one = self.live[name]
+        shadow = self.live[name]
         plan = self.ledger.plan([name], 2, CHUNK_LEN)
-        history, start = tuple(one.ids + one.drafts), len(one.ids)
+        history, start = tuple(shadow.ids + shadow.drafts), len(shadow.ids)
         if plan.has_copies:
             padded = []
             for state, step in zip(self.ledger.classes, plan.classes, strict=True):
@@ -108,7 +108,7 @@ class TaggedDevice(Exerciser):
 
     swap_in = compact = swap_out
 
-    def _choose(self, one):
+    def _choose(self, shadow):
         return {}  # compaction is the ledger's so far: no step packs anything
 
 
@@ -121,11 +121,13 @@ def test_attention_reads_exactly_the_history(model, monkeypatch):
         # One geometry, so that each model compiles once: these draws choose the page size, policy, pool, ...
         rng = random.Random(seed)
         fixed = iter([0, 1, 0, rng.randrange(4), 1, 20, 3, 1])
-        one = TaggedDevice(lambda n, fixed=fixed, rng=rng: min(next(fixed, rng.randrange(n)), n - 1), steps)
+        device_exerciser = TaggedDevice(
+            lambda n, fixed=fixed, rng=rng: min(next(fixed, rng.randrange(n)), n - 1), steps
+        )
         for _ in range(50):
-            one.step()
-        copied += sum(store.copied for store in one.ledger.stores)
-        hits += one.ledger.counters.hit_tokens
+            device_exerciser.step()
+        copied += sum(store.copied for store in device_exerciser.ledger.stores)
+        hits += device_exerciser.ledger.counters.hit_tokens
     assert hits > 0
     assert copied > 0
 

@@ -21,9 +21,10 @@ from kvlab.training.loop import params_digest
 
 SMALL = [
     "model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
-    "task.test=[16:2,24:3]", "task.num_test=6", "task.num_validation=6", "measure.batch_size=4", "measure.decode_steps=4",
-    "train.batch_size=4", "train.num_steps=16", "train.steps_per_call=2", "train.eval_every=8", "train.checkpoint_every=4",
-    "memory.page_size=4", "memory.chunk_len=3", "train.stop_at=null", "optimizer.learning_rate=0.01",
+    "task.test=[16:2,24:3]", "task.num_test=6", "task.num_validation=6", "measure.batch_size=4",
+    "measure.decode_steps=4", "train.batch_size=4", "train.num_steps=16", "train.steps_per_call=2",
+    "train.eval_every=8", "train.checkpoint_every=4", "memory.page_size=4", "memory.chunk_len=3",
+    "train.stop_at=null", "optimizer.learning_rate=0.01",
 ]  # fmt: skip
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
           "provenance", "wall_s"}  # fmt: skip
@@ -80,7 +81,7 @@ def test_the_dense_baseline_and_text_run_too(tmp_path):
     corpus = tmp_path / "book.txt"
     corpus.write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
     text = ["task=text", f"task.path={corpus}", "task.seq_len=24", "task.decode_len=5", "memory=dense"]
-    keep = [one for one in SMALL if not one.startswith(("task.vocab", "task.train", "task.test"))]
+    keep = [override for override in SMALL if not override.startswith(("task.vocab", "task.train", "task.test"))]
     config = compose([*keep, f"results_dir={tmp_path}", *text, "model.num_layers=1", "model.dtype=bfloat16"])
     assert execute(config) == "done"
     record = Run(config).record
@@ -136,7 +137,7 @@ def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, m
     def wrong(self, params, split):
         from dataclasses import replace
 
-        return tuple(replace(one, correct=one.correct + one.weight) for one in right(self, params, split))
+        return tuple(replace(score, correct=score.correct + score.weight) for score in right(self, params, split))
 
     monkeypatch.setattr(Scorer, "parallel", wrong)
     config = small(tmp_path)
@@ -186,7 +187,8 @@ LONG = ["train.num_steps=96", "train.eval_every=16", "train.checkpoint_every=8"]
 
 
 def _killed_and_resumed(tmp_path, num_kills, seed):
-    """Kills the same command at random moments, then lets it finish; returns records of it and of an undisturbed run."""
+    """Kills the same command at random moments, then lets it finish; returns records of it and of an undisturbed
+    run."""
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     began = time.monotonic()
     subprocess.run(command(calm, *LONG), check=True, capture_output=True)

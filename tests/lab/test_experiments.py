@@ -13,7 +13,7 @@ ON_THE_HOST = ["kv_arithmetic", "paged_waste", "prefix_reuse", "sharing"]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.slow if one == "prefix_reuse" else ()) for one in ON_THE_HOST]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "prefix_reuse" else ()) for name in ON_THE_HOST]
 )
 def test_reproduce_checks_and_draws(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["kvlab", "reproduce", name, "--output", str(tmp_path)])

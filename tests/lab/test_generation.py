@@ -64,7 +64,7 @@ def test_a_checkpoint_answers_ids_text_and_jsonl(tmp_path, monkeypatch, capsys):
     )
     assert str(expected) in capsys.readouterr().out.replace("\n", "")
     lines = [{"prompt": ids, "name": "mine"}, {"prompt": ids, "sampling": {"max_tokens": 3, "num_logprobs": 2}}]
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(one) for one in lines))
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(request) for request in lines))
     out = tmp_path / "out.jsonl"
     words = [
         "generate",
@@ -76,9 +76,9 @@ def test_a_checkpoint_answers_ids_text_and_jsonl(tmp_path, monkeypatch, capsys):
         "sampling.max_tokens=40",
     ]
     assert command(monkeypatch, *words, "engine.max_batch=2", "memory.page_size=4") == 0
-    answers = {one["name"]: one for one in map(json.loads, out.read_text().splitlines())}
+    answers = {answer["name"]: answer for answer in map(json.loads, out.read_text().splitlines())}
     assert answers["mine"]["completions"][0]["tokens"] == expected
-    (short,) = [one for name, one in answers.items() if name != "mine"]
+    (short,) = [answer for name, answer in answers.items() if name != "mine"]
     assert short["completions"][0]["tokens"] == expected[:3]
     assert short["completions"][0]["alternatives"][1][0][0] == expected[1]
 
@@ -155,13 +155,13 @@ def test_a_run_answers_text(tmp_path, monkeypatch, capsys):
     moved = tmp_path / "elsewhere"
     config.run_dir.rename(moved)
     assert command(monkeypatch, "generate", str(moved), "--prompt", "def f(", "sampling.max_tokens=5", "--jsonl") == 0
-    (one,) = json.loads(capsys.readouterr().out)["completions"]
-    assert one["text"] == bytes(one["tokens"]).decode(errors="replace")
+    (completion,) = json.loads(capsys.readouterr().out)["completions"]
+    assert completion["text"] == bytes(completion["tokens"]).decode(errors="replace")
     source = load_source(moved)
     whole = source.model.merge()
     ids = jnp.asarray([list(b"def f(")], jnp.int32)
     logits = whole.logits(whole.parallel(ids))
-    assert int(logits[0, -1].argmax()) == one["tokens"][0]
+    assert int(logits[0, -1].argmax()) == completion["tokens"][0]
 
 
 def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
@@ -234,5 +234,5 @@ def test_the_command_works_as_installed(tmp_path):
 
 def test_a_line_may_have_a_name_a_priority_and_a_namespace():
     line = '{"prompt": [1, 2], "name": "a", "priority": 3, "namespace": "mine", "sampling": {"top_k": 4}}'
-    (one,) = read_requests([line, "  "], Sampling(max_tokens=5))
-    assert one == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
+    (request,) = read_requests([line, "  "], Sampling(max_tokens=5))
+    assert request == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})

@@ -21,9 +21,9 @@ def chosen(device, *overrides):
 @pytest.mark.parametrize(("mixer", "task"), [*((mixer, "mqar") for mixer in MIXERS), ("hybrid", "text")])
 def test_defaults_take_the_kernels_of_a_hopper_gpu(mixer, task):
     found = chosen(H200, f"mixer={mixer}", f"task={task}", f"model.dtype={dtype_for('gpu')}")
-    of_pages = {op: one for op, one in found.items() if op in OF_PAGES}
-    assert {one.taken for one in of_pages.values()} <= {"mosaic_gpu"}
-    assert not any(one.reason for one in found.values())
+    of_pages = {op: choice for op, choice in found.items() if op in OF_PAGES}
+    assert {choice.taken for choice in of_pages.values()} <= {"mosaic_gpu"}
+    assert not any(choice.reason for choice in found.values())
     assert set(of_pages) == (set() if mixer.startswith("mamba2") else OF_PAGES)
 
 

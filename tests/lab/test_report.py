@@ -74,9 +74,16 @@ def browser(tmp_path):
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
-    for flag in [*flags.split(), "disable-sync", "disable-dev-shm-usage", "window-size=1300,1600",
-                 f"user-data-dir={tmp_path / 'profile'}", "host-resolver-rules=MAP * ~NOTFOUND"]:  # fmt: skip
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in [
+        *flags.split(),
+        "disable-component-update",
+        "disable-sync",
+        "disable-dev-shm-usage",
+        "window-size=1300,1600",
+        f"user-data-dir={tmp_path / 'profile'}",
+        "host-resolver-rules=MAP * ~NOTFOUND",
+    ]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -125,9 +132,9 @@ def test_the_page_in_chromium(results, tmp_path, browser):
     names = [head.text for head in heads]
     value = names.index("value")
     heads[value].click()
-    assert [float(one) for one in column(value)] == sorted(float(one) for one in column(value))
+    assert [float(cell) for cell in column(value)] == sorted(float(cell) for cell in column(value))
     heads[value].click()
-    assert [float(one) for one in column(value)] == sorted((float(one) for one in column(value)), reverse=True)
+    assert [float(cell) for cell in column(value)] == sorted((float(cell) for cell in column(value)), reverse=True)
     heads[names.index("variant")].click()
     assert column(names.index("variant")) == sorted(column(names.index("variant")), key=str.casefold)
 

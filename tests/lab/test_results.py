@@ -79,8 +79,8 @@ def test_non_dominated_against_brute_force(metric, sign):
     ]
     found = points(made)
 
-    def beaten(one):
-        a = (one.bytes_per_sequence["allocated_bytes"], -sign * one.value)
+    def beaten(point):
+        a = (point.bytes_per_sequence["allocated_bytes"], -sign * point.value)
         others = [(p.bytes_per_sequence["allocated_bytes"], -sign * p.value) for p in found]
         return any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in others)
 
@@ -100,7 +100,7 @@ def test_a_cut_run_is_a_row(tmp_path):
     write(tmp_path, record())
     (tmp_path / "made" / "cut").mkdir()
     (tmp_path / "made" / "cut" / "config.yaml").write_text(json.dumps(record().config | {"experiment": "made"}))
-    assert sorted(one.status for one in read_records(tmp_path)) == ["cut", "done"]
+    assert sorted(made.status for made in read_records(tmp_path)) == ["cut", "done"]
     assert set(load(tmp_path)["status"]) == {"cut", "done"}
 
 

@@ -1,4 +1,5 @@
-"""Train once, evaluate many: which runs share parameters, who trains, who waits, and what a failure means for the others."""
+"""Train once, evaluate many: which runs share parameters, who trains, who waits, and what a failure means for the
+others."""
 
 import json
 import os
@@ -171,23 +172,26 @@ def _until(condition, process, seconds=200):
 
 @pytest.mark.slow
 def test_a_waiting_process_takes_over_from_one_that_is_killed(tmp_path):
-    """The first trains and is killed; the second waited for it, resumes from its checkpoint, and ends as an undisturbed run."""
+    """The first trains and is killed; the second waited for it, resumes from its checkpoint, and ends as an undisturbed
+    run."""
     steps = ["train.num_steps=2000", "train.eval_every=500", "train.checkpoint_every=20"]
     calm, first = small(tmp_path / "calm", *steps), small(tmp_path / "storm", *steps)
     second = small(tmp_path / "storm", *steps, "memory=dense")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    one = subprocess.Popen(command(tmp_path / "storm", *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    trainer = subprocess.Popen(
+        command(tmp_path / "storm", *steps), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     metrics = first.training_dir / "metrics.jsonl"
-    _until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 30, one)
-    one.send_signal(signal.SIGSTOP)  # it holds the training and gets no further
+    _until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 30, trainer)
+    trainer.send_signal(signal.SIGSTOP)  # it holds the training and gets no further
     other = subprocess.Popen(command(tmp_path / "storm", *steps, "memory=dense"), **quiet)
     status = second.run_dir / "status.json"
     _until(lambda: status.exists() and json.loads(status.read_text())["status"] == "waiting", other)
-    one.kill()
-    one.wait()
+    trainer.kill()
+    trainer.wait()
     _, errors = other.communicate(timeout=300)
     assert other.returncode == 0, errors
-    assert f"waits for process {one.pid}" in errors
+    assert f"waits for process {trainer.pid}" in errors
     assert "resumed at step" in errors
     again = subprocess.run(command(tmp_path / "storm", *steps), check=True, capture_output=True, text=True)
     assert "resumed" not in again.stderr

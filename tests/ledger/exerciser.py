@@ -70,8 +70,8 @@ def make_ledger(model: str, page_size: int, num_pages: int, num_slots: int, **op
 class Shadow:
     """What a sequence must remember: `ids` committed, `drafts` in flight, all of it, in plain lists.
 
-    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots; `losses` says
-    at which length something was dropped, and in which compaction: what is computed from there on is not what it would
+    `kept` are the positions of the tokens that compaction left of a class, in the order of their slots. `losses` says
+    at which length something was dropped, and in which compaction: from there on, what is computed is not what it would
     have been.
     """
 
@@ -169,14 +169,14 @@ class Exerciser:
         return action.__name__
 
     def _idle(self) -> list[int]:
-        return [name for name, one in self.live.items() if not one.drafts]
+        return [name for name, shadow in self.live.items() if not shadow.drafts]
 
     def _flying(self) -> list[int]:
-        return [name for name, one in self.live.items() if one.drafts]
+        return [name for name, shadow in self.live.items() if shadow.drafts]
 
     def _prompt(self) -> list[int]:
         """Few ids and few lengths, so that prompts often share a prefix, or repeat one."""
-        known = [one.prompt + one.ids[len(one.prompt) :] for one in self.live.values()]
+        known = [shadow.prompt + shadow.ids[len(shadow.prompt) :] for shadow in self.live.values()]
         prompt = list(self.pick(known)) if known and self.draw(2) else []
         prompt = prompt[: self.draw(len(prompt) + 1)]
         return (prompt + [self.draw(2) for _ in range(1 + self.draw(12))])[: MAX_LEN - 2]
@@ -224,8 +224,8 @@ class Exerciser:
             self._reserve(self.pick(idle), lookahead=1 + self.draw(CHUNK_LEN - 1))
 
     def _reserve(self, name: int, lookahead: int = 0, hit: Tracked | None = None) -> bool:
-        one = self.live[name]
-        known = len(one.prompt) - len(one.ids)
+        shadow = self.live[name]
+        known = len(shadow.prompt) - len(shadow.ids)
         num_new = 1 if lookahead or known <= 0 else 1 + self.draw(min(known, CHUNK_LEN))
         if hit is None and name in self.ledger.running:
             num_new = self.ledger.clip(name, num_new)
@@ -235,17 +235,17 @@ class Exerciser:
         answer = self.ledger.reserve(name, num_new, lookahead, hit=hit)
         if not isinstance(answer, Ready):
             assert not all_published or self.state() == before, "a refusal changed something"
-            self._refusal_is_right(one, num_new + lookahead, answer)
+            self._refusal_is_right(shadow, num_new + lookahead, answer)
             return False
-        following = one.prompt[len(one.ids) :][: num_new + lookahead]
-        one.drafts = following + [self.draw(2) for _ in range(num_new + lookahead - len(following))]
-        one.lookahead = lookahead
+        following = shadow.prompt[len(shadow.ids) :][: num_new + lookahead]
+        shadow.drafts = following + [self.draw(2) for _ in range(num_new + lookahead - len(following))]
+        shadow.lookahead = lookahead
         return True
 
-    def _refusal_is_right(self, one: Shadow, count: int, answer: Wait | Never) -> None:
-        end = len(one.ids) + count
+    def _refusal_is_right(self, shadow: Shadow, count: int, answer: Wait | Never) -> None:
+        end = len(shadow.ids) + count
         if isinstance(answer, Never):
-            ends = [len(one.slots(number)) + count for number in range(len(self.ledger.classes))]
+            ends = [len(shadow.slots(number)) + count for number in range(len(self.ledger.classes))]
             alone = [
                 state.max_pages(min(end_slot, MAX_LEN), CHUNK_LEN) > state.num_usable
                 for state, end_slot in zip(self.ledger.classes, ends, strict=True)
@@ -261,30 +261,32 @@ class Exerciser:
         if not (flying := self._flying()):
             return
         name = self.pick(flying)
-        one = self.live[name]
+        shadow = self.live[name]
         self._run(name)
-        accepted = len(one.drafts)
+        accepted = len(shadow.drafts)
         recurrent = any(not state.spec.per_token for state in self.ledger.classes)
-        if (one.lookahead and recurrent) or (not one.ids and recurrent):
+        if (shadow.lookahead and recurrent) or (not shadow.ids and recurrent):
             accepted = self.pick([0, accepted])
-        elif one.lookahead or not recurrent:
+        elif shadow.lookahead or not recurrent:
             accepted = self.draw(accepted + 1)
-        start = len(one.ids)
-        new = one.drafts[:accepted]
-        one.ids += new
-        for positions in one.kept.values():
+        start = len(shadow.ids)
+        new = shadow.drafts[:accepted]
+        shadow.ids += new
+        for positions in shadow.kept.values():
             positions += range(start, start + accepted)
-        unknown = one.ids[max(len(one.prompt), start) :] if len(one.ids) > max(len(one.prompt), start) else []
+        unknown = (
+            shadow.ids[max(len(shadow.prompt), start) :] if len(shadow.ids) > max(len(shadow.prompt), start) else []
+        )
         # Drafts that contradict the prompt never occur: the prompt's own ids come first.
-        one.drafts, lookahead, one.lookahead = [], one.lookahead, 0
-        if self.draw(6) == 0 and self._compacted_by_its_step(name, accepted, unknown if one.space else ()):
+        shadow.drafts, lookahead, shadow.lookahead = [], shadow.lookahead, 0
+        if self.draw(6) == 0 and self._compacted_by_its_step(name, accepted, unknown if shadow.space else ()):
             return
-        decoded = accepted == 1 and not lookahead and (unknown or not one.space)
+        decoded = accepted == 1 and not lookahead and (unknown or not shadow.space)
         if not (decoded and name % 3 and self.ledger.commit_each([name], new) == [True]):
-            self.ledger.commit(name, accepted, unknown if one.space else ())
-        if one.space and not one.losses:
-            for end in range(self.page_size, len(one.ids) + 1, self.page_size):
-                self.published.add((one.space, tuple(one.ids[:end])))
+            self.ledger.commit(name, accepted, unknown if shadow.space else ())
+        if shadow.space and not shadow.losses:
+            for end in range(self.page_size, len(shadow.ids) + 1, self.page_size):
+                self.published.add((shadow.space, tuple(shadow.ids[:end])))
 
     def cancel(self) -> None:
         """A reserved step never runs."""
@@ -343,11 +345,11 @@ class Exerciser:
         state = self.pick(list(self.ledger.classes))
         self.ledger.evict(state.name, self.pick([1, 2, 999]))
 
-    def _choose(self, one: Shadow) -> dict[int, list[int]]:
+    def _choose(self, shadow: Shadow) -> dict[int, list[int]]:
         """Of some classes, which slots stay: never none, rarely all."""
         chosen = {}
         for number, state in enumerate(self.ledger.classes):
-            count = len(one.slots(number))
+            count = len(shadow.slots(number))
             if state.spec.per_token and state.spec.span is None and count and self.draw(4):
                 keep = 1 + self.draw(max(1, count // 2) if self.draw(2) else count)
                 first = self.draw(count - keep + 1)
@@ -355,24 +357,24 @@ class Exerciser:
                 chosen[number] = sorted(set(chosen[number]))
         return chosen
 
-    def _lose(self, one: Shadow, chosen: dict[int, list[int]], loss: int) -> None:
+    def _lose(self, shadow: Shadow, chosen: dict[int, list[int]], loss: int) -> None:
         """The shadow forgets what was not chosen."""
         for number, slots in chosen.items():
-            positions = one.slots(number)
+            positions = shadow.slots(number)
             if len(slots) < len(positions):
-                one.kept[number] = [positions[slot] for slot in slots]
-                if (len(one.ids), loss) not in one.losses:
-                    one.losses.append((len(one.ids), loss))
+                shadow.kept[number] = [positions[slot] for slot in slots]
+                if (len(shadow.ids), loss) not in shadow.losses:
+                    shadow.losses.append((len(shadow.ids), loss))
 
     def _compacted_by_its_step(self, name: int, accepted: int, tokens) -> bool:
         """The step that just ran packs what it leaves into the sequence's own pages; refused where they are shared."""
-        one = self.live[name]
-        chosen = self._choose(one)
+        shadow = self.live[name]
+        chosen = self._choose(shadow)
         stored = {number: len(slots) for number, slots in chosen.items()}
         shared = []
         for number, slots in chosen.items():
             refs, page_size = self.ledger.stores[number].refs, self.page_size
-            if len(slots) < len(one.slots(number)):
+            if len(slots) < len(shadow.slots(number)):
                 pages = {self.readable[number][slot] // page_size for slot in range(len(slots))}
                 shared += [page for page in pages if refs[page] > 1]
         if shared:
@@ -389,10 +391,10 @@ class Exerciser:
             tags.update({readable[slot]: tag for slot, tag in enumerate(content)})
         by_name = {self.ledger.classes[number].name: keep for number, keep in stored.items()}
         self.ledger.commit(name, accepted, tokens, by_name if self.draw(2) else stored)
-        self._lose(one, chosen, next(self.losses))
-        if one.space and not one.losses:
-            for end in range(self.page_size, len(one.ids) + 1, self.page_size):
-                self.published.add((one.space, tuple(one.ids[:end])))
+        self._lose(shadow, chosen, next(self.losses))
+        if shadow.space and not shadow.losses:
+            for end in range(self.page_size, len(shadow.ids) + 1, self.page_size):
+                self.published.add((shadow.space, tuple(shadow.ids[:end])))
         return True
 
     def compact(self) -> None:
@@ -417,12 +419,12 @@ class Exerciser:
             assert all(array.dtype == np.int32 for array in step)
             read = {}
             for row, name in enumerate(names):
-                slots, one = chosen[name].get(number, []), self.live[name]
-                if not len(slots) < len(one.slots(number)) or not slots:
+                slots, shadow = chosen[name].get(number, []), self.live[name]
+                if not len(slots) < len(shadow.slots(number)) or not slots:
                     assert step.keep[row] == step.stored[row] == 0
                     assert set(step.destinations[row].tolist()) <= {state.num_pages}
                     continue
-                assert (step.stored[row], step.keep[row]) == (len(one.slots(number)), len(slots))
+                assert (step.stored[row], step.keep[row]) == (len(shadow.slots(number)), len(slots))
                 mine = [page for page in step.pages[row].tolist() if page]
                 assert mine == pages[name][number]
                 flat = [mine[slot // self.page_size] * self.page_size + slot % self.page_size for slot in slots]
@@ -454,26 +456,26 @@ class Exerciser:
 
     def _run(self, name: int) -> None:
         """What a step reads must be its history; what it writes nobody else may hold."""
-        one = self.live[name]
-        width = len(one.drafts)
+        shadow = self.live[name]
+        width = len(shadow.drafts)
         plan = self.ledger.plan([name], 2, width)
         self.plans.append(plan)
-        start = len(one.ids)
+        start = len(shadow.ids)
         assert plan.starts.tolist() == [start, 0]
         assert plan.counts.tolist() == [width, 0]
         for number, (state, step) in enumerate(zip(self.ledger.classes, plan.classes, strict=True)):
             tags, refs = self.tags[number], self.ledger.stores[number].refs
             assert step.valid is None
             assert all(array.dtype == np.int32 for array in step[:-1])
-            positions = one.slots(number)
+            positions = shadow.slots(number)
             assert step.starts.tolist() == [len(positions), 0]
             if not state.spec.per_token:
                 read, write = int(step.pages[0, 0]), int(step.write_slots[0, 0])
                 assert step.pages[1, 0] == step.write_slots[1, 0] == state.num_pages
                 if start:
-                    assert tags[read * self.page_size] == one.tag(start - 1), "a recurrent state of another history"
+                    assert tags[read * self.page_size] == shadow.tag(start - 1), "a recurrent state of another history"
                 assert refs[write] == 1, "a slot that others hold is written"
-                tags[write * self.page_size] = one.tag(start + width - 1)
+                tags[write * self.page_size] = shadow.tag(start + width - 1)
                 continue
             contents = [(dst, self._page_tags(tags, src)) for src, dst in step.copies.tolist()]
             for page, content in contents:
@@ -490,10 +492,10 @@ class Exerciser:
                 slot = int(step.write_slots[0, n])
                 assert readable[first + n] == slot, "a token is written where the table says it is read"
                 assert refs[slot // state.page_size] == 1, "a page that others hold is written"
-                tags[slot] = one.tag(start + n)
+                tags[slot] = shadow.tag(start + n)
             for n in range(first, first + width):
                 for place in visible_by_mask(state.spec, n):
-                    assert tags[readable[place]] == one.tag(positions[place]), "another history is read"
+                    assert tags[readable[place]] == shadow.tag(positions[place]), "another history is read"
 
     # Checks.
 
@@ -511,9 +513,9 @@ class Exerciser:
         """Every invariant, and every account against sets of slots."""
         self.ledger.check()
         assert set(self.ledger.sequences) == set(self.live)
-        for name, one in [*self.live.items(), *self.away.items()]:
-            assert self.ledger.length(name) == len(one.ids)
-            stored = [len(one.slots(number)) for number in range(len(self.ledger.classes))]
+        for name, shadow in [*self.live.items(), *self.away.items()]:
+            assert self.ledger.length(name) == len(shadow.ids)
+            stored = [len(shadow.slots(number)) for number in range(len(self.ledger.classes))]
             assert list(self.ledger.stored(name).values()) == stored
         if self.thorough:
             for number, account in enumerate(self.ledger.audit()):
@@ -525,27 +527,27 @@ class Exerciser:
         slots = dict.fromkeys(PARTS, 0)
         kind: dict[tuple[int, int], str] = {}
         ranks = ["tail", "dead", "lookahead", "live"]
-        for name, one in self.live.items():
+        for name, shadow in self.live.items():
             holding = self.ledger.running[name].holdings[number]
-            num_stored = len(one.slots(number))
+            num_stored = len(shadow.slots(number))
             seen = visible_by_mask(state.spec, num_stored) if state.paged else set()
-            first_draft = num_stored + len(one.drafts) - one.lookahead
+            first_draft = num_stored + len(shadow.drafts) - shadow.lookahead
             pages = [*holding.pages.items(), *([(1, holding.writing)] if holding.writing is not None else [])]
             for logical, page in pages:
                 for offset in range(state.page_size):
                     position = logical * state.page_size + offset
                     if not state.paged:
-                        what = "live" if logical == 0 else "lookahead" if one.lookahead else "tail"
+                        what = "live" if logical == 0 else "lookahead" if shadow.lookahead else "tail"
                     elif position < num_stored:
                         what = "live" if position in seen else "dead"
                     else:
-                        speculative = one.lookahead and first_draft <= position < first_draft + one.lookahead
+                        speculative = shadow.lookahead and first_draft <= position < first_draft + shadow.lookahead
                         what = "lookahead" if speculative else "tail"
                     kind[page, offset] = max(kind.get((page, offset), what), what, key=ranks.index)
         in_tables = {page for page, _ in kind}
         cached = set(self.ledger.index.cached[number]) - in_tables
-        for one in self.ledger.running.values():
-            for _, source in one.holdings[number].copies:
+        for tracked in self.ledger.running.values():
+            for _, source in tracked.holdings[number].copies:
                 if source not in in_tables | cached:
                     kind |= {(source, offset): "dead" for offset in range(state.page_size)}
         for what in kind.values():
@@ -567,7 +569,7 @@ class Exerciser:
             while above.parent is not None:
                 ids = np.frombuffer(above.tokens, "<i4").tolist() + ids
                 above = above.parent
-            root = next(name for name, one in self.ledger.index.roots.items() if one is above)
+            root = next(name for name, root_node in self.ledger.index.roots.items() if root_node is above)
             if root == shadow.space:
                 for number, cached in enumerate(node.pages):
                     if cached is not None:
@@ -606,11 +608,11 @@ class Exerciser:
                         and any(n.parent is cached.node and n.pages[number] for n in index.nodes())
                     )
                 ]
-                order = sorted(eligible, key=lambda one: (policy.order(one), -one.node.depth, one.page))
+                order = sorted(eligible, key=lambda cached: (policy.order(cached), -cached.node.depth, cached.page))
                 before = set(index.cached[number])
                 evict()
                 (gone,) = before - set(index.cached[number])
-                assert gone in {one.page for one in eligible}, "a pinned page was evicted"
+                assert gone in {cached.page for cached in eligible}, "a pinned page was evicted"
                 assert not plain or gone == order[0].page, "not the policy's first"
 
             store.evict = watched

@@ -392,7 +392,7 @@ def test_swapping_frees_the_device_and_brings_the_same_pages_back():
     ledger = make_ledger(host=4, full_pages=4)
     grow(ledger, "a", 9)
     out = ledger.swap_out("a")
-    assert [len(one) for one in out.classes] == [3, 3, 1]
+    assert [len(pages) for pages in out.classes] == [3, 3, 1]
     assert all(account.allocated == 0 for account in ledger.audit())
     assert (ledger.sequences, list(ledger.suspended), ledger.length("a")) == ((), ["a"], 9)
     with pytest.raises(ValueError, match="'a': is swapped out"):
@@ -443,8 +443,8 @@ def test_accounts_add_up_in_sums_tables_and_frames():
     accounts = ledger.audit()
     total = accounts[0] + accounts[1] + accounts[2]
     assert total.balanced
-    assert all(type(value) is int for one in accounts for value in list(one.as_dict().values())[1:])
-    frame = pd.DataFrame([one.as_dict() for one in accounts])
+    assert all(type(value) is int for account in accounts for value in list(account.as_dict().values())[1:])
+    frame = pd.DataFrame([account.as_dict() for account in accounts])
     assert (frame[list(PARTS)].sum(axis=1) == frame["pool"]).all()
     assert frame["pool"].sum() == total.pool == sum(state.pool_bytes for state in ledger.classes)
     assert (
@@ -475,7 +475,7 @@ def test_counters_start_at_nothing_and_count():
     ledger.swap_out("a")
     ledger.swap_in("a")
     assert ledger.counters.looked_up_tokens == 9
-    # Two pages of each token class and one state go; the published page of each comes back from the index, not from the host.
+    # Two pages of each token class and one state go. The published page of each comes back from the index.
     assert ledger.counters.swapped_pages == 5 + 3
     assert ledger.counters.peak_pages == [2, 2, 1]
 
@@ -488,7 +488,7 @@ def test_stranded_bytes_and_the_pool_for_all():
     assert (full.stranded, windowed.stranded) == (0, windowed.free)  # no page of `full` is left: nobody else can begin
     ledger.release("a")
     grow(ledger, "b", 1)
-    assert all(one.stranded == 0 for one in ledger.audit())
+    assert all(account.stranded == 0 for account in ledger.audit())
     peaks = ledger.counters
     split = sum(n * state.page_bytes for n, state in zip(peaks.peak_pages, ledger.classes, strict=True))
     assert peaks.peak_bytes == split == 2 * ledger.classes[0].page_bytes + 2 * ledger.classes[1].page_bytes
@@ -505,7 +505,7 @@ def test_a_plan_pads_to_reads_of_the_null_page_and_writes_nowhere():
     assert full.write_slots[1].tolist() == [outside] * 4
     assert full.write_slots[0, 3] == outside
     assert both.classes[2].pages[1, 0] == both.classes[2].write_slots[1, 0] == ledger.classes[2].num_pages
-    assert all(leaf.dtype == np.int32 for one in both.classes for leaf in one[:-1])
+    assert all(leaf.dtype == np.int32 for step in both.classes for leaf in step[:-1])
     with pytest.raises(ValueError, match=r"1 steps of 3 tokens do not fit \[2, 2\]"):
         ledger.plan(["a"], 2, 2)
 

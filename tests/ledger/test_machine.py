@@ -63,7 +63,7 @@ def test_same_seed_same_plans_byte_for_byte():
     def digest(seed):
         plans = exercise(seed).plans
         leaves = [
-            plan.starts.tobytes() + b"".join(array.tobytes() for one in plan.classes for array in one[:-1])
+            plan.starts.tobytes() + b"".join(array.tobytes() for step in plan.classes for array in step[:-1])
             for plan in plans
         ]
         return hashlib.sha256(b"".join(leaves)).hexdigest()
@@ -80,12 +80,12 @@ def test_the_operations_reach_every_corner():
     """Anti-vacuity: over some seeds there are hits, evictions, copies, swaps, deduplications and compactions."""
     seen = dict.fromkeys((*COUNTED, "evicted", "copied", "plans"), 0)
     for seed in range(60):
-        one = exercise(seed)
+        exerciser = exercise(seed)
         for name in COUNTED:
-            seen[name] += getattr(one.ledger.counters, name)
-        seen["evicted"] += sum(store.evicted for store in one.ledger.stores)
-        seen["copied"] += sum(store.copied for store in one.ledger.stores)
-        seen["plans"] += len(one.plans)
+            seen[name] += getattr(exerciser.ledger.counters, name)
+        seen["evicted"] += sum(store.evicted for store in exerciser.ledger.stores)
+        seen["copied"] += sum(store.copied for store in exerciser.ledger.stores)
+        seen["plans"] += len(exerciser.plans)
     assert min(seen.values()) > 10, seen
 
 

@@ -88,7 +88,8 @@ MUTANTS = [
         ledger_module.Ledger,
         "reserve",
         "held.num_new, held.lookahead = num_new, lookahead",
-        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; held.ids and self._publisher.seal(held); held.length -= num_new",
+        "held.num_new, held.lookahead = num_new, lookahead; held.length += num_new; "
+        "held.ids and self._publisher.seal(held); held.length -= num_new",
         test_prefix.test_nothing_is_visible_before_its_step_was_committed,
     ),
     Mutant(
@@ -404,6 +405,6 @@ def test_the_named_test_catches(mutant, monkeypatch, tmp_path):
 
 def test_the_tests_pass_without_mutants():
     """The same calls, on the code as it is: a named test that fails anyway proves nothing."""
-    for mutant in {(one.caught_by, one.arguments): one for one in MUTANTS}.values():
+    for mutant in {(mutant.caught_by, mutant.arguments): mutant for mutant in MUTANTS}.values():
         if not {"monkeypatch", "tmp_path"} & set(inspect.signature(mutant.caught_by).parameters):
             mutant.caught_by(*mutant.arguments)

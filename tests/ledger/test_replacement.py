@@ -185,7 +185,7 @@ def best(prompts, size):
         options = {frozenset(own)}
         for count in range(min(size, len(pool)) + 1):
             for chosen in itertools.combinations(sorted(pool), count):
-                is_tree = all(one[:end] in chosen for one in chosen for end in range(1, len(one)))
+                is_tree = all(prefix[:end] in chosen for prefix in chosen for end in range(1, len(prefix)))
                 if is_tree and len(set(chosen) | own) <= size:  # it was kept beside the request while that ran
                     options.add(frozenset(chosen))
         return found + max(from_here(number + 1, option) for option in options)
@@ -199,7 +199,7 @@ def test_the_cost_aware_policy_keeps_what_is_dear():
     ledger = Ledger([StateClass("kv", SPEC, page_size, 20, 64)], 64, 64, policy=CostAware)
     policy = ledger.index.policies[0]
     serve(ledger, list(range(40)))
-    pages = sorted(ledger.index.cached[0].values(), key=lambda one: one.start)
+    pages = sorted(ledger.index.cached[0].values(), key=lambda page: page.start)
     credits = [page.credit for page in pages]
     assert credits == sorted(credits)
     assert credits[0] < credits[-1]

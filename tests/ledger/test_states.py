@@ -49,7 +49,7 @@ def visible_by_mask(spec: State, n: int) -> set[int]:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_live_is_the_mask(spec):
     for n in range(64):
-        positions = [p for one in spec.live(n) for p in one]
+        positions = [p for live_range in spec.live(n) for p in live_range]
         assert positions == sorted(visible_by_mask(spec, n))
         assert spec.live_len(n) == len(positions)
         assert spec.logical_bytes(n) == len(positions) * spec.unit_bytes
@@ -67,7 +67,7 @@ def test_nothing_forgotten_is_recalled(spec):
 def test_pages_that_a_hit_needs_and_that_stay(spec):
     for n, page in itertools.product(range(64), PAGES):
         ranges = live_pages(spec, n, page)
-        assert [p for one in ranges for p in one] == sorted({p // page for p in visible_by_mask(spec, n)})
+        assert [p for page_range in ranges for p in page_range] == sorted({p // page for p in visible_by_mask(spec, n)})
         assert all(a.stop <= b.start for a, b in itertools.pairwise(ranges))
 
 
@@ -118,13 +118,13 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("format", [one for one in states.FORMATS if one != "model"])
+@pytest.mark.parametrize("format", [format for format in states.FORMATS if format != "model"])
 @pytest.mark.parametrize("spec", STORED.values(), ids=STORED)
 def test_a_quantised_state_is_what_the_kernels_store(spec, format):
     """Names, bytes and which bytes are scales, against pages that `pallas_kernels.formats` really makes."""
     number, _, by = format.partition(".")
     stored, page = spec.stored(format), 7
-    found = {one.name: one for one in stored.arrays}
+    found = {array.name: array for array in stored.arrays}
     assert stored.visible == spec.visible
     assert stored.stored("model") == spec
     num_bytes = num_scale_bytes = 0

@@ -15,7 +15,8 @@ NUM_CASES = 200
 
 def numbers(num_fast: int) -> list:
     """Of all generated cases, the first few with the named ones and the rest marked `generated`."""
-    return [pytest.param(one, marks=() if one < num_fast else pytest.mark.generated) for one in range(NUM_CASES)]
+    cases = range(NUM_CASES)
+    return [pytest.param(number, marks=() if number < num_fast else pytest.mark.generated) for number in cases]
 
 
 def named(cases: dict[str, Any], *slow: str) -> Any:
@@ -23,7 +24,7 @@ def named(cases: dict[str, Any], *slow: str) -> Any:
     assert not set(slow) - set(cases), "no such cases"
     marks = {name: pytest.mark.slow if name in slow else () for name in cases}
     return pytest.mark.parametrize(
-        "case", [pytest.param(one, id=name, marks=marks[name]) for name, one in cases.items()]
+        "case", [pytest.param(case, id=name, marks=marks[name]) for name, case in cases.items()]
     )
 
 
@@ -48,7 +49,8 @@ CHUNK_CASES = {
 
 
 def pages_of_tiles(case: dict[str, Any], tile_len: int) -> int:
-    """The pages in which some query of a tile of `tile_len` sees something, over all tiles and both KV heads, by brute force."""
+    """The pages in which some query of a tile of `tile_len` sees something, over all tiles and both KV heads, by brute
+    force."""
     page_size, window, found = case.get("page_size", 16), case.get("window"), 0
     for length in case["lengths"]:
         first = max(length - case["num_queries"], 0)
@@ -143,7 +145,8 @@ class Fetched:
             of_tile.append(pages.num_bytes // (pages.num_pages * pages.num_kv_heads))
             return kernel(*arrays, **options)
 
-        check(listening, **asked, num_queries=1, group=4, kv_heads=kv_heads, dims=(dim, dim), dtype="bfloat16", with_mass=False)  # fmt: skip
+        sizes = {"num_queries": 1, "group": 4, "kv_heads": kv_heads, "dims": (dim, dim)}
+        check(listening, **asked, **sizes, dtype="bfloat16", with_mass=False)
         jax.effects_barrier()
         tiles = listed[0] if live is None else live // page_size * kv_heads
         return self.num_bytes / (tiles * of_tile[0])

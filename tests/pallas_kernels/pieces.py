@@ -19,8 +19,8 @@ def answer(value="42"):
 
 def hang():
     """With a child in the same session, deaf to polite signals."""
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     say(step=1, pids=[os.getpid(), child.pid])
     say(step=2, pids=[os.getpid(), child.pid])
@@ -62,8 +62,8 @@ def run(path, *whats):
     """A runner of pieces that do this, one after the other."""
     from pallas_kernels.bench.runner import Interrupted, Piece, Runner
 
-    for one in (signal.SIGTERM, signal.SIGINT):  # which who runs tests in the background ignores
-        signal.signal(one, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):  # which who runs tests in the background ignores
+        signal.signal(number, signal.SIG_DFL)
     pieces = [Piece("planted", f"{i}", (sys.executable, "-S", __file__, what), 100.0) for i, what in enumerate(whats)]
     with Runner(Path(path), {"device": "none"}) as runner:
         try:
@@ -77,8 +77,8 @@ OURS, PEER = "mosaic_gpu", "jax paged_attention"
 
 
 def bench(planted, kind, name, *options):
-    """A piece of the bench that answers without jax, but for what is planted: a word, which is done, an answer, or [who, what]: in
-    somebody's turn."""
+    """A piece of the bench that answers without jax, but for what is planted: a word, which is done, an answer, or
+    [who, what]: in somebody's turn."""
     plan = json.loads(Path(planted).read_text()).get(f"{kind} {name}".strip())
     if isinstance(plan, str):
         globals()[plan]()

@@ -36,8 +36,8 @@ def test_what_is_checked_on_a_chip_reaches_its_kernels(platform):
         asked = Asked(format or dtype, case["page_size"], case["dims"], case.get("group", 1), per, dtype, is_latent)
         assert refusal(asked) is None, (op, name, refusal(asked))
         seen.add((op, format, per if format else ""))
-    formats = {(None, "")} | {(one, per) for one in ("int8", "fp8", "int4") for per in ("token", "channel")}
-    assert seen >= {(op, *one) for op in ("paged_attention", "kv_write") for one in formats}
+    formats = {(None, "")} | {(name, per) for name in ("int8", "fp8", "int4") for per in ("token", "channel")}
+    assert seen >= {(op, *format_and_per) for op in ("paged_attention", "kv_write") for format_and_per in formats}
 
 
 def test_floors_count_live_bytes_once_and_the_products():
@@ -53,7 +53,7 @@ def test_floors_count_live_bytes_once_and_the_products():
 def test_floors_are_those_of_the_goals():
     """At 4.3 TB/s and 790 TFLOP/s, in microseconds."""
     limits = {"read_bytes_per_s": 4.3e12, "copy_bytes_per_s": 4.3e12, "product_flops_per_s": 790e12}
-    floors = {one.name: one.floor_us(limits) for one in PROBLEMS["full"]}
+    floors = {problem.name: problem.floor_us(limits) for problem in PROBLEMS["full"]}
     published = {
         "decode B32 S4096": 125,
         "decode B1 S1024, 4 KV heads": 0.5,
@@ -101,11 +101,11 @@ TINY_PROBLEMS = [
     Problem("q", (32,), **TINY, num_queries=32),
     Write("w", 32, 2, 16, 16, "int8"),
     Mixed("m", Problem("p", (32,), **TINY, num_queries=4), Problem("p", (32, 20), **TINY)),
-    *(one for one in PROBLEMS["tiny"] if not isinstance(one, Problem | Write | Mixed)),
+    *(problem for problem in PROBLEMS["tiny"] if not isinstance(problem, Problem | Write | Mixed)),
 ]
 
 
-@pytest.mark.parametrize("problem", TINY_PROBLEMS, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("problem", TINY_PROBLEMS, ids=lambda problem: type(problem).__name__)
 def test_what_is_read_is_no_constant_of_the_program(problem, monkeypatch):
     """Which a compiler would copy, and compute with before the clock runs."""
     monkeypatch.setattr(peers, "PEERS", {})
@@ -115,7 +115,7 @@ def test_what_is_read_is_no_constant_of_the_program(problem, monkeypatch):
             jax.make_jaxpr(work.turn)(jnp.int32(0), work.state, work.arrays),
             jax.make_jaxpr(work.answer)(work.arrays),
         ):
-            constants = [one.size for one in traced.consts if hasattr(one, "size")]
+            constants = [constant.size for constant in traced.consts if hasattr(constant, "size")]
             assert max(constants, default=0) <= 64, (name, constants)
 
 
@@ -173,10 +173,10 @@ def test_what_refuses_or_fails_is_a_line_of_the_table(monkeypatch, short):
 
     monkeypatch.setattr(peers, "PEERS", {"peer": broken})
     result = measure.measure(SMALL, 1)
-    assert [one.name for one in result.timings] == ["blocked", "reference", "peer"]
+    assert [timing.name for timing in result.timings] == ["blocked", "reference", "peer"]
     assert result.timings[-1].absent == "RuntimeError: no such chip"
     assert result.best.name == "blocked"
-    assert [one.has_failed for one in result.timings] == [False, False, True]
+    assert [timing.has_failed for timing in result.timings] == [False, False, True]
 
 
 def test_a_clock_that_fails_in_a_round_is_dropped(monkeypatch, short):
@@ -190,7 +190,9 @@ def test_a_clock_that_fails_in_a_round_is_dropped(monkeypatch, short):
 
     monkeypatch.setattr(clock.Clock, "sample", sample)
     result = measure.measure(SMALL, 2)
-    assert [(one.device_us, one.absent) for one in result.timings] == [(None, "RuntimeError: out of memory")] * 2
+    assert [(timing.device_us, timing.absent) for timing in result.timings] == [
+        (None, "RuntimeError: out of memory")
+    ] * 2
 
 
 def test_a_problem_without_a_reference_says_why(short):
@@ -204,7 +206,7 @@ def test_a_problem_without_a_reference_says_why(short):
 
 def test_a_wrong_answer_is_no_figure(monkeypatch, short):
     real = api.IMPLEMENTATIONS["reference"]
-    wrong = lambda *arrays, **how: tuple(1.1 * one for one in real(*arrays, **how))  # noqa: E731
+    wrong = lambda *arrays, **how: tuple(1.1 * array for array in real(*arrays, **how))  # noqa: E731
     monkeypatch.setitem(api.IMPLEMENTATIONS, "reference", wrong)
     monkeypatch.setattr(peers, "PEERS", {})
     first, second = measure.measure(SMALL, 1).timings
@@ -213,20 +215,21 @@ def test_a_wrong_answer_is_no_figure(monkeypatch, short):
 
 
 def test_what_is_known_is_told_before_every_step(monkeypatch, short):
-    """So that a process that ends says at whom, and what it had measured; those at whom it ended are left out the next time."""
+    """So that a process that ends says at whom, and what it had measured. Those at whom it ended are left out the next
+    time."""
     monkeypatch.setattr(peers, "PEERS", {})
     told = []
-    tell = lambda result: told.append((result.doing, [one.device_us is not None for one in result.timings]))  # noqa: E731
+    tell = lambda result: told.append((result.doing, [timing.device_us is not None for timing in result.timings]))  # noqa: E731
     result = measure.measure(SMALL, 2, tell=tell)
     none, first, both = [False, False], [True, False], [True, True]
     assert told == [("", []), ("blocked", none), ("reference", none), ("blocked", none), ("reference", first),
                     ("blocked", both), ("reference", both)]  # fmt: skip
     assert result.doing == ""
     left = measure.measure(SMALL, 1, without={"blocked": "ended its process"})
-    assert [(one.absent, one.has_failed) for one in left.timings] == [("ended its process", True), ("", False)]
+    assert [(timing.absent, timing.has_failed) for timing in left.timings] == [("ended its process", True), ("", False)]
     assert left.best.name == "reference"
     chosen = measure.measure(SMALL, 1, chosen=lambda names: names[1:])
-    assert [one.name for one in chosen.timings] == ["reference"]
+    assert [timing.name for timing in chosen.timings] == ["reference"]
 
 
 def test_a_floor_waits_for_the_ceilings():
@@ -242,7 +245,7 @@ def test_a_case_says_by_whom_it_was_answered(monkeypatch):
     first, last = verify.check(op, name, 0)
     assert (first["by"], last) == ([], {"op": op, "by": ["blocked"], "wrong": ""})
     real = api.IMPLEMENTATIONS["blocked"]
-    wrong = lambda *arrays, **how: tuple(one if one is None else 1.1 * one for one in real(*arrays, **how))  # noqa: E731
+    wrong = lambda *arrays, **how: tuple(array if array is None else 1.1 * array for array in real(*arrays, **how))  # noqa: E731
     monkeypatch.setitem(api.IMPLEMENTATIONS, "blocked", wrong)
     *_, last = verify.check(op, name, 0)
     assert last["by"] == ["blocked"]
@@ -254,20 +257,20 @@ def test_a_case_says_by_whom_it_was_answered(monkeypatch):
 def run_piece(monkeypatch, capsys, *arguments):
     monkeypatch.setattr("sys.argv", ["piece", *arguments, "--rounds=1"])
     assert piece.main() == 0
-    return [json.loads(one) for one in capsys.readouterr().out.splitlines() if one.startswith("{")]
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
 
 
 def test_pieces_print_what_they_know(monkeypatch, capsys, short):
     monkeypatch.setitem(SWEEPS, "tiny", ((2,), (16,)))
     assert run_piece(monkeypatch, capsys, "probe")[-1]["device"] == jax.devices()[0].device_kind
-    assert [len(one) for one in run_piece(monkeypatch, capsys, "ceilings")] == [1, 2, 3]
+    assert [len(answer) for answer in run_piece(monkeypatch, capsys, "ceilings")] == [1, 2, 3]
     named = f"paged_attention: {verify.cases('cpu', 0)[0][1]}"
     assert run_piece(monkeypatch, capsys, "case", named)[-1]["by"] == ["blocked"]
     (timing,) = run_piece(monkeypatch, capsys, "sweep", "B2 S16")[-1]["timings"]
     assert (timing["name"], timing["error"]) == ("blocked", None)
     found = run_piece(monkeypatch, capsys, "problem", HEADLINE["tiny"], "--without", "blocked", "why")[-1]
     assert found["problem"]["lengths"] == [40, 64, 9]
-    assert [one["name"] for one in found["timings"]] == ["blocked", "reference", *list(peers.PEERS)[:-1]]
+    assert [timing["name"] for timing in found["timings"]] == ["blocked", "reference", *list(peers.PEERS)[:-1]]
     assert found["timings"][0]["absent"] == "why"
     assert found["timings"][1]["device_us"] > 0
 
@@ -295,15 +298,15 @@ def test_a_problem_is_timed_beside_the_peers_of_its_goals_first(monkeypatch, cap
 
 
 def test_every_full_problem_has_a_place_in_the_order():
-    assert set(EXPECTED_S) == {one.name for one in PROBLEMS["full"]}
+    assert set(EXPECTED_S) == {problem.name for problem in PROBLEMS["full"]}
     assert next(iter(EXPECTED_S)) == HEADLINE["full"]
-    assert HEADLINE["tiny"] in {one.name for one in PROBLEMS["tiny"]}
+    assert HEADLINE["tiny"] in {problem.name for problem in PROBLEMS["tiny"]}
 
 
 def test_tile_sizes_are_searched_for_what_is_looked_up():
     """A bucket of its own for every problem, but for those that the ops themselves look up together."""
     buckets = {}
-    for problem in (one for one in PROBLEMS["tiny"] if isinstance(one, Problem)):
+    for problem in (candidate for candidate in PROBLEMS["tiny"] if isinstance(candidate, Problem)):
         inputs = make_inputs(problem)
         lists = Lists(inputs.tables[0], inputs.starts[0])
         assert bucket_of(inputs) == api.bucket_of(inputs.queries, inputs.pages, lists)

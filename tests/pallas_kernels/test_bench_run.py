@@ -30,7 +30,7 @@ A_FEW = ("decode B3", "decode B3, int8", "write 128 tokens, bfloat16", "a chunk 
 def run(tmp_path, monkeypatch):
     """Runs the bench on a chip that is not there: pieces answer at once, but for what is planted."""
     monkeypatch.setattr(plan, "cases", lambda platform, num_generated: [(op, name, {}) for op, name in CASES])
-    monkeypatch.setitem(PROBLEMS, "tiny", tuple(one for one in PROBLEMS["tiny"] if one.name in A_FEW))
+    monkeypatch.setitem(PROBLEMS, "tiny", tuple(problem for problem in PROBLEMS["tiny"] if problem.name in A_FEW))
     monkeypatch.setitem(SWEEPS, "tiny", ((2,), (16,)))
     planted = tmp_path / "planted.json"
     monkeypatch.setattr(
@@ -52,11 +52,11 @@ def run(tmp_path, monkeypatch):
 def test_everything_runs_in_the_order_of_its_worth(run, capsys):
     assert run() == 0
     lines = read(run.path)
-    assert [one["kind"] for one in lines] == [
+    assert [line["kind"] for line in lines] == [
         "header", "probe", *["case"] * 4, "ceilings", *["problem"] * 4, *["beside"] * 2, "sweep", "case", "summary"
     ]  # fmt: skip
     assert lines[7]["name"] == "decode B3"
-    assert {one["outcome"] for one in lines[1:-1]} == {"done"}
+    assert {line["outcome"] for line in lines[1:-1]} == {"done"}
     header = lines[0]
     assert (header["device"], header["size"], header["versions"]) == ("a chip", "tiny", {"jax": "0"})
     assert lines[-1]["right"]["paged_attention by mosaic_gpu"] == 2
@@ -81,22 +81,22 @@ def test_what_is_wrong_hangs_or_aborts_stops_nothing_else(run, capsys, monkeypat
     assert counts["case", "kv_write: first"]["outcome"] == "timeout"
     assert counts["case", "flash_attention: first"]["reason"] == "status 134 (SIGABRT)"
     assert counts["case", "kv_write: generated 0"]["outcome"] == "done"
-    headline = [one for one in lines if one["name"] == "decode B3" and one["kind"] == "problem"]
-    assert [one["outcome"] for one in headline] == ["failed", "done"], "once more without the peer"
+    headline = [line for line in lines if line["name"] == "decode B3" and line["kind"] == "problem"]
+    assert [line["outcome"] for line in headline] == ["failed", "done"], "once more without the peer"
     ours, peer = headline[1]["answer"]["timings"]
     assert ours["device_us"] == 10.0
     assert peer["absent"] == "ended its process: status 134 (SIGABRT)"
     summary = lines[-1]
     wrong = " ".join(summary["wrong"])
-    for one in (
+    for failure in (
         "paged_attention by mosaic_gpu, second: differs by 1",
         "kv_write, first: killed after 3 s",
         "flash_attention, first: status 134 (SIGABRT)",
         "decode B3, int8: mosaic_gpu ended its process: status 134 (SIGABRT)",
     ):
-        assert one in wrong
+        assert failure in wrong
     assert "jax paged_attention" not in wrong, "a peer's end is its own"
-    verdict = next(one for one in summary["verdicts"] if one.startswith("decode B3 (mosaic_gpu): 0."))
+    verdict = next(text for text in summary["verdicts"] if text.startswith("decode B3 (mosaic_gpu): 0."))
     assert verdict.endswith("does not count: 1 case of paged_attention by mosaic_gpu wrong")
     said = capsys.readouterr().out
     assert "WRONG paged_attention by mosaic_gpu, second: differs by 1" in said
@@ -118,7 +118,7 @@ def test_resuming_runs_what_is_missing_only(run, monkeypatch, capsys):
         file.write('{"kind": "case", "na')
     assert run("--resume") == 1, "what failed by itself is told again"
     added = read(run.path)[number:]
-    assert [(one["kind"], one["name"]) for one in added] == [
+    assert [(line["kind"], line["name"]) for line in added] == [
         ("resumed", ""), ("probe", ""), ("case", "kv_write: first"), ("summary", "")
     ]  # fmt: skip
     assert "| write 128 tokens, bfloat16 | mosaic_gpu | 10.0 | " in capsys.readouterr().out
@@ -135,15 +135,15 @@ def test_the_budget_ends_the_run(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "LEAST_BUDGET_S", 1.0)
     monkeypatch.setattr(bench, "RESERVE_S", 0.5)
     plants = {f"case {op}: {name}": "hang" for op, name in CASES}
-    status = run("--budget=8", **plants, **{f"problem {one}": ["mosaic_gpu", "hang"] for one in A_FEW})
+    status = run("--budget=8", **plants, **{f"problem {name}": ["mosaic_gpu", "hang"] for name in A_FEW})
     assert status in (0, 1)
     lines = read(run.path)
     assert lines[-1]["kind"] == "summary"
-    outcomes = {(one["kind"], one["name"]): one["outcome"] for one in lines[1:-1]}
+    outcomes = {(line["kind"], line["name"]): line["outcome"] for line in lines[1:-1]}
     assert "cut" in outcomes.values()
     assert "skipped" in outcomes.values()
     assert len(outcomes) == 14
-    assert all(one.get("reason") for one in lines[1:-1] if one["outcome"] != "done")
+    assert all(line.get("reason") for line in lines[1:-1] if line["outcome"] != "done")
     assert "problem a chunk of 8 at 64" in lines[-1]["missing"]["skipped"]
     said = capsys.readouterr().out
     assert "| decode B3 | jax paged_attention | - | - | - | - | - | not reached: killed after " in said
@@ -153,7 +153,7 @@ def test_the_budget_ends_the_run(run, monkeypatch, capsys):
 def test_where_the_probe_fails_nothing_else_is_run(run, capsys):
     assert run(probe="fail") == 1
     lines = read(run.path)
-    assert [one["kind"] for one in lines] == ["header", "probe", "summary"]
+    assert [line["kind"] for line in lines] == ["header", "probe", "summary"]
     assert lines[1]["stderr"].endswith("the reason\n")
     assert lines[-1]["wrong"] == ["probe: status 3"]
     assert "the reason" in capsys.readouterr().out
@@ -173,7 +173,7 @@ def test_an_interrupted_run_tells_what_it_knows(run, monkeypatch, capsys):
 
     monkeypatch.setattr(plan, "stages", stages)
     assert run() == 130
-    assert [one["kind"] for one in read(run.path)] == ["header", "probe", *["case"] * 4, "summary"]
+    assert [line["kind"] for line in read(run.path)] == ["header", "probe", *["case"] * 4, "summary"]
     assert "interrupted by SIGTERM; go on with --resume" in capsys.readouterr().out
 
 
@@ -256,7 +256,7 @@ def test_the_runner_touches_no_device():
 @pytest.mark.slow
 def test_the_command_runs_for_real(tmp_path, monkeypatch, capsys):
     real = plan.cases
-    few = lambda *given: [one for one in real(*given) if one[1] in ("one-hot attention", "int8 by token")]  # noqa: E731
+    few = lambda *given: [case for case in real(*given) if case[1] in ("one-hot attention", "int8 by token")]  # noqa: E731
     monkeypatch.setattr(plan, "cases", few)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     path = tmp_path / "found.jsonl"
@@ -266,8 +266,8 @@ def test_the_command_runs_for_real(tmp_path, monkeypatch, capsys):
     assert found.right["paged_attention", "blocked"] >= 1
     assert found.header["device"] == "cpu"
     headline, int8 = found.results
-    assert [one.name for one in headline.timings][:2] == ["blocked", "reference"]
-    assert all(one.fraction > 0 and one.error < 1e-2 for one in headline.timings if one.device_us)
+    assert [timing.name for timing in headline.timings][:2] == ["blocked", "reference"]
+    assert all(timing.fraction > 0 and timing.error < 1e-2 for timing in headline.timings if timing.device_us)
     assert int8.best.name == "blocked"
     assert any((tmp_path / "cache").iterdir()), "compiled programs are kept"
     said = capsys.readouterr().out

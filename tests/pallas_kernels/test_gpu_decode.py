@@ -1,4 +1,5 @@
-"""Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the merge behind it."""
+"""Decoding on GPUs with the factors swapped, in the simulator with race detection: the kernel, the plan it takes, the
+merge behind it."""
 
 import dataclasses
 import re
@@ -207,7 +208,7 @@ def tables() -> tuple[Any, ...]:
 
 def test_a_plan_launches_the_longest_pieces_first_and_knows_each_items_own():
     made = plan_attention(*tables(), num_kv_heads=2, page_size=16, num_pieces=6)
-    pieces, launch, shares = (np.asarray(one) for one in (made.pieces, made.launch, made.shares))
+    pieces, launch, shares = (np.asarray(array) for array in (made.pieces, made.launch, made.shares))
     counts = pieces[launch, 2]
     assert sorted(launch.tolist()) == list(range(len(pieces)))
     assert (np.diff(counts) <= 0).all()
@@ -261,7 +262,7 @@ def test_a_grid_has_one_axis_however_many_pieces_there_are():
         )
         grids = re.findall(r"grid=\((.*?)\)", str(traced))
         assert grids
-        assert all(len([size for size in one.split(",") if size.strip()]) <= 1 for one in grids), grids
+        assert all(len([size for size in grid.split(",") if size.strip()]) <= 1 for grid in grids), grids
 
 
 def test_pages_that_are_no_part_of_blocks_are_refused():
@@ -321,15 +322,15 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                 dtype = jnp.dtype(jnp.bfloat16)
                 scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True)
                 sizes = [
-                    -(-int(np.prod(one.shape)) * jnp.dtype(one.dtype).itemsize // 1024) * 1024
-                    for one in scratch.values()
-                    if hasattr(one, "dtype")
+                    -(-int(np.prod(ref.shape)) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024
+                    for ref in scratch.values()
+                    if hasattr(ref, "dtype")
                 ]
                 assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
-                barriers = [int(np.prod(one.num_barriers)) for one in scratch.values() if hasattr(one, "num_barriers")]
+                barriers = [int(np.prod(ref.num_barriers)) for ref in scratch.values() if hasattr(ref, "num_barriers")]
                 assert max(barriers) <= 32
-                in_rows = [one for name, one in scratch.items() if name.endswith("_scales") or name == "pages_out"]
-                assert all(one.shape[-1] * 4 % 128 == 0 for one in in_rows), "rows that are copied alone are aligned"
+                in_rows = [ref for name, ref in scratch.items() if name.endswith("_scales") or name == "pages_out"]
+                assert all(ref.shape[-1] * 4 % 128 == 0 for ref in in_rows), "rows that are copied alone are aligned"
                 seen += 1
     assert seen > 3
 

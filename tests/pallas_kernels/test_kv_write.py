@@ -164,8 +164,8 @@ class TestTPU(Contract):
     @pytest.mark.parametrize(("format", "a_token"), [(None, 2 * 64), ("int8", 64), ("fp8", 64), ("int4", 32)])
     @pytest.mark.parametrize(("begin", "num_partial"), [(0, 0), (64, 0), (40, 2)])
     def test_tokens_come_once_and_of_pages_what_stays(self, format, a_token, begin, num_partial, monkeypatch):
-        """Of 128 tokens of 2 heads, keys and values, in 16 bits; and the granules at both ends, where these are not written whole.
-        Beside them flags, and where nothing stays one granule all the same."""
+        """Of 128 tokens of 2 heads, keys and values, in 16 bits; and the granules at both ends, where these are not
+        written whole. Beside them flags, and where nothing stays one granule all the same."""
         ledger, size = Fetched(), 16 if format is None else 32
         ledger.listen(monkeypatch)
         case = {"counts": [128], "begins": [begin], "page_size": 64, "dims": (64, 64), "format": format}
@@ -188,7 +188,7 @@ class TestTPU(Contract):
 
 def kernel_calls(program: Any) -> list[Any]:
     """The kernels in a traced program."""
-    return [one for one in program.jaxpr.eqns if one.primitive.name == "custom_vmap_call"]
+    return [equation for equation in program.jaxpr.eqns if equation.primitive.name == "custom_vmap_call"]
 
 
 def traced(num_rows: int, num_tokens: int, pool: Any, dim: int) -> Any:
@@ -203,16 +203,16 @@ def test_what_gpus_are_handed_is_a_tile_and_whole_groups_of_8_rows(num_tokens):
     """Which the compiler asks for, and no simulator."""
     pool = quantised(jnp.zeros((4, 2, 32, 64)), "int8")
     (call,) = kernel_calls(traced(1, num_tokens, pool, 64))
-    rows = [one.aval.shape[0] for one in call.invars if one.aval.dtype == jnp.bfloat16]
+    rows = [operand.aval.shape[0] for operand in call.invars if operand.aval.dtype == jnp.bfloat16]
     assert len(rows) == 2
-    assert all(one % 8 == 0 and one >= 64 for one in rows)
+    assert all(num_rows % 8 == 0 and num_rows >= 64 for num_rows in rows)
 
 
 @pytest.mark.parametrize(("dim", "wide"), [(16, 64), (80, 128), (128, 128)])
 def test_rows_that_leave_alone_begin_where_a_copy_may(dim, wide):
     """At multiples of 128 bytes, which no simulator asks for."""
     (call,) = kernel_calls(traced(1, 70, jnp.zeros((4, 2, 32, dim), jnp.bfloat16), dim))
-    assert [one.aval.shape[2] for one in call.invars if one.aval.shape[:1] == (72,)] == [wide, wide]
+    assert [operand.aval.shape[2] for operand in call.invars if operand.aval.shape[:1] == (72,)] == [wide, wide]
 
 
 @pytest.mark.parametrize(("dim", "wanted"), [(16, 4), (80, 4), (96, 2), (64, 2)])
@@ -223,7 +223,7 @@ def test_a_single_token_is_fetched_in_whole_128_bytes(dim, wanted, monkeypatch):
     monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *refs: (fetched.append(refs[1].shape), copy(*refs)))
     (call,) = kernel_calls(traced(3, 1, jnp.zeros((4, 2, 32, dim), jnp.bfloat16), dim))
     assert set(fetched) == {(wanted, dim)}
-    assert [one.aval.shape for one in call.invars[1:3]] == [(6 + wanted - 2, dim)] * 2
+    assert [operand.aval.shape for operand in call.invars[1:3]] == [(6 + wanted - 2, dim)] * 2
 
 
 @pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
@@ -233,7 +233,7 @@ def test_a_single_token_is_one_launch(format, per):
     pool = jnp.zeros((4, 2, 32, 64), jnp.bfloat16)
     program = traced(3, 1, pool if format is None else quantised(pool, format, per), 64)
     assert len(kernel_calls(program)) == 1
-    around = {one.primitive.name for one in program.jaxpr.eqns}
+    around = {equation.primitive.name for equation in program.jaxpr.eqns}
     assert around <= {"new_ref", "reshape", "custom_vmap_call", "freeze"}
 
 

@@ -214,7 +214,7 @@ def test_a_named_implementation_is_honoured():
 
 @pytest.mark.parametrize("empty", ["sequences", "queries", "entries"])
 def test_nothing_is_answered_with_nothing(implementation, empty):
-    batch, tokens, entries = (0 if empty == one else 2 for one in ("sequences", "queries", "entries"))
+    batch, tokens, entries = (0 if empty == axis else 2 for axis in ("sequences", "queries", "entries"))
     tables = dict.fromkeys(("table", "starts"), jnp.zeros((batch, entries), jnp.int32))
     shapes = {"queries": jnp.ones((batch, tokens, 4, 8)), "query_positions": jnp.zeros((batch, tokens), jnp.int32)}
     arguments = _arguments(**tables, **shapes, kv_lens=jnp.ones(batch, jnp.int32), implementation=implementation)

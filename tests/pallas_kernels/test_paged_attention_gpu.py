@@ -19,7 +19,7 @@ simulated = partial(
     in_tiles, num_pieces=3, max_stages=NUM_STAGES, interpret=plgpu.InterpretGPUParams(detect_races=True)
 )
 """With two stages and few pieces, so that the ring turns and short sequences are split."""
-FORMATS = [one for one in CASES if one.startswith(("int", "fp"))]
+FORMATS = [name for name in CASES if name.startswith(("int", "fp"))]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_a_wrong_page_is_caught():
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_conversion_waits_for_pages_and_for_products(format, monkeypatch, capfd):
-    """Of a quantised page, both: the copy that is read too early, and the staged block that is overwritten too early."""
+    """Of a quantised page, both: the copy that is read too early, and the staged block overwritten too early."""
     real = plgpu.barrier_wait
     for skipped in ("arrived", "free"):
 

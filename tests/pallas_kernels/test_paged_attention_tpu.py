@@ -1,4 +1,5 @@
-"""The TPU kernel of paged attention in the simulator: race detection, memory that begins as NaN, both ways of running copies."""
+"""The TPU kernel of paged attention in the simulator: race detection, memory that begins as NaN, both ways of running
+copies."""
 
 from functools import partial
 

@@ -44,9 +44,11 @@ ENTRY %main.7 (keys: f32[8]) -> (f32[8], f32[8]) {
   %fusion.1 = (f32[8]{0}, f32[8]{0}) fusion(%keys), kind=kLoop, calls=%fused_add, metadata={op_name="jit(run)/while(x)"}
   %get-tuple-element.2 = f32[8]{0} get-tuple-element(%fusion.1), index=1
   %bitcast.1 = f32[8]{0} bitcast(%get-tuple-element.2)
-  %while.1 = (s32[], f32[8]{0}) while(%tuple.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"6"}}
+  %while.1 = (s32[], f32[8]{0}) while(%tuple.1), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"6"}}
   %call.1 = f32[8]{0} call(%keys), to_apply=%called
-  %kernel.1 = (f32[65,8]{1,0}, f32[8]{0}) custom-call(%bitcast.1, /*index=1*/%call.1), custom_call_target="mosaic_gpu_v2"
+  %kernel.1 = (f32[65,8]{1,0}, f32[8]{0}) custom-call(%bitcast.1, /*index=1*/%call.1), \
+custom_call_target="mosaic_gpu_v2"
   ROOT %tuple.3 = (f32[8]{0}, f32[8]{0}) tuple(%bitcast.1, %call.1)
 }
 """
@@ -111,7 +113,7 @@ def test_control_words_are_read():
     assert len(instructions) == 19
     assert labels[".L_x_3"] == 5
     assert instructions[5] == Instruction(0x50, "", "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR4], R5", 2)
-    assert [one.stall for one in instructions[6:11]] == [9, 3, 2, 11, 14]
+    assert [instruction.stall for instruction in instructions[6:11]] == [9, 3, 2, 11, 14]
     assert (instructions[6].predicate, instructions[6].target) == ("!P1", ".L_x_8")
     assert instructions[11].name == "BAR.SYNC.DEFER_BLOCKING"
     with pytest.raises(ValueError, match="MOSAIC_GPU_DUMP_SASS_CTRL"):
@@ -119,14 +121,24 @@ def test_control_words_are_read():
 
 
 def test_the_loops_of_both_warpgroups_are_found():
-    """The block behind the end, where a wait is repeated, belongs to no loop but its own; what only an outer block needs is left out."""
+    """The block behind the end, where a wait is repeated, belongs to no loop but its own; what only an outer block
+    needs is left out."""
     found = loops(SASS)
-    assert [one.address for one in found] == [0x20, 0x50, 0x100]
+    assert [turn.address for turn in found] == [0x20, 0x50, 0x100]
     mine, other = attending(found), fetching(found)
     assert mine is not None
     assert other is not None
     assert mine.address == 0x50
-    assert [one.address for one in mine.instructions] == [0x50, 0x60, 0x70, 0x80, 0x90, 0xC0, 0xD0, 0xE0]
+    assert [instruction.address for instruction in mine.instructions] == [
+        0x50,
+        0x60,
+        0x70,
+        0x80,
+        0x90,
+        0xC0,
+        0xD0,
+        0xE0,
+    ]
     assert mine.stall_cycles == 2 + 9 + 3 + 2 + 11 + 1 + 3 + 6
     assert mine.tensor_cycles == 32 + 64
     assert timing_model.waits(mine) == 20 + 10  # a poll and a shuffle; the barrier is in the part left out
@@ -188,7 +200,8 @@ def kernel_of(stalls: int, tensor: int, registers: int = 202, shared_bytes: int 
 
 
 def test_the_model_gives_what_the_review_of_todays_kernel_gives():
-    """1,222 stalls, 768 cycles of products and 350 of waits a block of 64 tokens, 32 KiB; 64 pieces of 32 blocks for each of 8 heads."""
+    """1,222 stalls, 768 cycles of products and 350 of waits a block of 64 tokens, 32 KiB; 64 pieces of 32 blocks for
+    each of 8 heads."""
     today, turns = kernel_of(1222 + 200, 768), [32] * 512
     assert today.num_resident == 1
     predicted = [kernel_us(today, gpu, turns, 32768) for gpu in timing_model.GPUS]
@@ -197,7 +210,8 @@ def test_the_model_gives_what_the_review_of_todays_kernel_gives():
 
 
 def test_two_blocks_on_a_multiprocessor_share_memory_and_products():
-    """The review's prototype: 530 stalls, 256 of products, 350 of waits, and memory decides: twice 32 blocks of two at once."""
+    """The review's prototype: 530 stalls, 256 of products, 350 of waits, and memory decides: twice 32 blocks of two at
+    once."""
     swapped = kernel_of(530 + 200, 256, registers=62, shared_bytes=108_000)
     assert swapped.num_resident == 2
     h200, slow_memory = timing_model.GPUS[0], Gpu("", 1.98, 1e12)
@@ -217,11 +231,19 @@ def test_registers_and_shared_memory_bound_the_blocks_on_a_multiprocessor():
     assert kernel_of(1, 32, registers=32, shared_bytes=115_000).num_resident == 1
 
 
+LAUNCH = (
+    "gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %c8, %e = %c65, %f = %c1_54) "
+    "threads(%g, %h, %i) in (%j = %c256, %k = %c1, %l = %c1_3) dynamic_shared_memory_size %c208000_i32 {\n"
+)
+
+
 def test_a_launch_is_read_from_the_log_of_passes(tmp_path):
     log = tmp_path / "kernel_0.mlir-passes.log"
-    unknown = "%1 = gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %x, %e = %y, %f = %z) threads(%g, %h, %i) in (%j = %k, %l = %m, %n = %o) dynamic_shared_memory_size %p {\n"
-    known = "%1 = gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %c8, %e = %c65, %f = %c1_54) threads(%g, %h, %i) in (%j = %c256, %k = %c1, %l = %c1_3) dynamic_shared_memory_size %c208000_i32 {\n"
-    log.write_text("module\n" + unknown + known)
+    unknown = (
+        "%1 = gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %x, %e = %y, %f = %z) "
+        "threads(%g, %h, %i) in (%j = %k, %l = %m, %n = %o) dynamic_shared_memory_size %p {\n"
+    )
+    log.write_text(f"module\n{unknown}%1 = {LAUNCH}")
     assert timing_model.launch_of(log) == (8, 65, 1, 256, 1, 1, 208000)
     log.write_text(unknown)
     with pytest.raises(ValueError, match="has no gpu"):
@@ -237,7 +259,9 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(
-    "problem", [one for one in predict.problems() if isinstance(one, Problem)], ids=lambda one: one.name
+    "problem",
+    [problem for problem in predict.problems() if isinstance(problem, Problem)],
+    ids=lambda problem: problem.name,
 )
 def test_the_turns_of_all_thread_blocks_are_the_blocks_that_are_seen(problem):
     every_token = problem.num_kv_heads * sum(-(-length // 64) for length in problem.lengths)
@@ -261,11 +285,10 @@ PTXAS = (
 def test_every_kernel_of_a_program_is_read(tmp_path):
     """Two: one attends; the other, which has no products, has a longest loop."""
     merging = SASS.replace("HGMMA.64x64x16.F32.BF16", "FMUL").replace("HGMMA.64x128x16.F32", "FMUL")
-    launch = "gpu.launch async [%0] blocks(%a, %b, %c) in (%d = %c8, %e = %c65, %f = %c1_54) threads(%g, %h, %i) in (%j = %c256, %k = %c1, %l = %c1_3) dynamic_shared_memory_size %c208000_i32 {\n"  # fmt: skip
     for number, text in ((0, SASS), (10, SASS), (2, merging)):
         (tmp_path / f"kernel_{number}.sass_ctrl").write_text(text)
         (tmp_path / f"kernel_{number}.ptxas").write_text(PTXAS)
-        (tmp_path / f"kernel_{number}.mlir-passes.log").write_text(launch)
+        (tmp_path / f"kernel_{number}.mlir-passes.log").write_text(LAUNCH)
     first, second, third = timing_model.read_kernels(tmp_path)
     assert [first.name, second.name, third.name] == ["kernel_0", "kernel_2", "kernel_10"]
     assert (first.grid, first.num_threads, first.shared_bytes) == ((8, 65, 1), 256, 208000)
@@ -281,9 +304,11 @@ def test_a_page_of_predictions_names_every_label():
     kernel = kernel_of(1422, 768)
     times: dict[str, float | None] = {gpu.name: 170.0 for gpu in timing_model.GPUS}
     floors = {gpu.name: 125.0 for gpu in timing_model.GPUS}
-    one = predict.as_json(predict.Predicted("decode", {"fusion": 21, "custom-call": 1}, (kernel,), times, floors))
-    assert one["call_us"]["H100"] == pytest.approx((170 + 21 * 1.4, 170 + 21 * 2.2))
-    kept = {"versions": {"jax": "0.12"}, "date": "today", "problems": [one]}
+    prediction = predict.as_json(
+        predict.Predicted("decode", {"fusion": 21, "custom-call": 1}, (kernel,), times, floors)
+    )
+    assert prediction["call_us"]["H100"] == pytest.approx((170 + 21 * 1.4, 170 + 21 * 2.2))
+    kept = {"versions": {"jax": "0.12"}, "date": "today", "problems": [prediction]}
     text = predict.page({"before": kept, "after": kept})
     assert text.count("| decode | 22 | 202 | 1 | 701; 1422 + 768 + 150 = 2340 | - | 170 us, 0.74; 199-216 us |") == 2
     assert "## before" in text

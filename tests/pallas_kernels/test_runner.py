@@ -45,10 +45,10 @@ def soon(condition, seconds=20.0):
 
 def test_a_hang_an_abort_and_a_failure_end_only_themselves(tmp_path):
     names = ("answer", "hang", "abort", "fail", "silent", "torn", "leave_a_child")
-    pieces = [piece(one, limit_s=3.0 if one == "hang" else 60.0) for one in names]
+    pieces = [piece(name, limit_s=3.0 if name == "hang" else 60.0) for name in names]
     lines = run(tmp_path / "r.jsonl", *pieces, piece("last", "answer", 43), workers=3)
-    found = {one["name"]: one for one in lines}
-    assert [one["name"] for one in lines] == [*names, "last"]
+    found = {line["name"]: line for line in lines}
+    assert [line["name"] for line in lines] == [*names, "last"]
     assert found["answer"]["outcome"] == "done"
     assert found["answer"]["answer"] == {"value": 42}
     assert found["last"]["answer"] == {"value": 43}
@@ -65,7 +65,7 @@ def test_a_hang_an_abort_and_a_failure_end_only_themselves(tmp_path):
     assert found["torn"]["answer"] == {"step": 1}
     soon(lambda: not is_alive(found["leave_a_child"]["answer"]["pids"][0]))
     kept = latest(read(tmp_path / "r.jsonl"))
-    assert [kept["planted", one] for one in found] == list(found.values())
+    assert [kept["planted", name] for name in found] == list(found.values())
 
 
 def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
@@ -73,7 +73,7 @@ def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
     pieces = piece("long", least_s=50.0), piece("hang"), piece("answer")
     lines = run(tmp_path / "r.jsonl", *pieces, budget_s=8.0, share=0.5)
     assert time.monotonic() - began < 8.0
-    assert [one["outcome"] for one in lines] == ["skipped", "cut", "skipped"]
+    assert [line["outcome"] for line in lines] == ["skipped", "cut", "skipped"]
     assert "it needs 50" in lines[0]["reason"]
     assert lines[1]["answer"]["step"] == 2
 
@@ -83,15 +83,15 @@ def test_resuming_runs_what_was_not_settled(tmp_path):
     ran, cut = piece("ran", "count", counter), piece("cut", "hang")
     first = run(path, ran, piece("broken", "fail"), piece("slow", "hang", limit_s=0.7))
     first += run(path, cut, piece("late", "answer"), resume=True, budget_s=2.0)
-    assert [one["outcome"] for one in first] == ["done", "failed", "timeout", "cut", "skipped"]
+    assert [line["outcome"] for line in first] == ["done", "failed", "timeout", "cut", "skipped"]
     again = [ran, piece("broken", "answer"), piece("slow", "answer"), piece("cut", "answer"), piece("late", "answer")]
     told = []
     second = run(path, *again, piece("new", "answer"), resume=True, tell=told.append)
-    assert [one["outcome"] for one in second] == ["done", "failed", "done", "done", "done", "done"]
+    assert [line["outcome"] for line in second] == ["done", "failed", "done", "done", "done", "done"]
     assert second[:2] == first[:2], "what is settled is told from the file"
     assert told == second
     assert counter.read_text() == "."
-    assert [one["kind"] for one in read(path)].count("planted") == 5 + 4
+    assert [line["kind"] for line in read(path)].count("planted") == 5 + 4
 
 
 def test_a_record_of_something_else_is_not_resumed(tmp_path):
@@ -114,7 +114,7 @@ def test_a_torn_last_line_is_mended(tmp_path, tail):
     is_torn = not tail.endswith(b"}")
     assert len(read(path)) == 3 - is_torn
     run(path, piece("more", "answer"), resume=True)
-    names = [one["name"] for one in read(path)]
+    names = [line["name"] for line in read(path)]
     assert names == ["", "answer", *["b"] * (not is_torn), "", "more"]
     path.write_bytes(b"nonsense\n" + whole)
     with pytest.raises(ValueError, match="line 1 is no JSON object"):
@@ -130,12 +130,12 @@ def test_a_killed_run_leaves_a_file_and_no_process(tmp_path, number):
     command = [sys.executable, str(PIECES), "run", str(path), "answer", "hang", "answer"]
     runner = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     children = f"/proc/{runner.pid}/task/{runner.pid}/children"
-    of = lambda path: [int(one) for one in Path(path).read_text().split()]  # noqa: E731
+    of = lambda path: [int(number) for number in Path(path).read_text().split()]  # noqa: E731
 
     def descendants():
         guards = of(children)
-        pieces = [one for guard in guards for one in of(f"/proc/{guard}/task/{guard}/children")]
-        return guards + pieces + [one for piece in pieces for one in of(f"/proc/{piece}/task/{piece}/children")]
+        pieces = [child for guard in guards for child in of(f"/proc/{guard}/task/{guard}/children")]
+        return guards + pieces + [child for piece in pieces for child in of(f"/proc/{piece}/task/{piece}/children")]
 
     soon(lambda: path.exists() and path.read_bytes().count(b"\n") == 2 and len(descendants()) == 3)
     living = descendants()
@@ -143,19 +143,19 @@ def test_a_killed_run_leaves_a_file_and_no_process(tmp_path, number):
     said = runner.communicate(timeout=20)[1].decode()
     soon(lambda: not any(map(is_alive, living)))
     lines = read(path)
-    assert [one.get("outcome") for one in lines[:2]] == [None, "done"]
+    assert [line.get("outcome") for line in lines[:2]] == [None, "done"]
     if number == signal.SIGKILL:
         assert len(lines) == 2
     else:
         assert f"interrupted by {number.name}" in said
-        assert [one["outcome"] for one in lines[2:]] == ["interrupted"]
+        assert [line["outcome"] for line in lines[2:]] == ["interrupted"]
     with Runner(path, {"device": "none"}, resume=True) as resumed:
         again = resumed.run([piece("0", "fail"), piece("1", "answer"), piece("2", "answer")])
-    assert [one["outcome"] for one in again] == ["done"] * 3
+    assert [line["outcome"] for line in again] == ["done"] * 3
 
 
 def test_signals_are_given_back_and_ignored_ones_stay_so(tmp_path):
-    of = lambda: [signal.getsignal(one) for one in (signal.SIGHUP, signal.SIGTERM)]  # noqa: E731
+    of = lambda: [signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)]  # noqa: E731
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = of()
     with Runner(tmp_path / "r.jsonl", IDENTITY):

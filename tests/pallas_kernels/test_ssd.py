@@ -59,7 +59,7 @@ def test_chunked_form_equals_the_recurrence(seed, tokens, groups, per_group, chu
 
 def test_one_step_equals_the_recurrence():
     x, dt, rate, b, c, state = draw(0, 3, 1, 2, 2, 4, 5)
-    single = [jnp.asarray(one, jnp.float32) for one in (x[:, 0], dt[:, 0], rate, b[:, 0], c[:, 0], state)]
+    single = [jnp.asarray(array, jnp.float32) for array in (x[:, 0], dt[:, 0], rate, b[:, 0], c[:, 0], state)]
     outputs, after = ssd_step(*single)
     expected, last = recurrence(x, dt, rate, b, c, state)
     np.testing.assert_allclose(outputs, expected[:, 0], atol=1e-5)
@@ -67,21 +67,21 @@ def test_one_step_equals_the_recurrence():
 
 
 def test_zero_dt_leaves_the_state_bit_for_bit():
-    x, dt, rate, b, c, state = (jnp.asarray(one, jnp.float32) for one in draw(0, 2, 4, 1, 2, 3, 4))
+    x, dt, rate, b, c, state = (jnp.asarray(array, jnp.float32) for array in draw(0, 2, 4, 1, 2, 3, 4))
     _, after = ssd(x, jnp.zeros_like(dt), rate, b, c, state, chunk_len=2)
     np.testing.assert_array_equal(after, state)
 
 
 def test_gradients_are_finite_under_strong_decay():
     """exp of a positive difference above the diagonal would overflow before it is masked."""
-    x, dt, _, b, c, state = (jnp.asarray(one, jnp.float32) for one in draw(0, 1, 64, 1, 1, 2, 2))
+    x, dt, _, b, c, state = (jnp.asarray(array, jnp.float32) for array in draw(0, 1, 64, 1, 1, 2, 2))
     rate = jnp.asarray([-200.0])
     grads = jax.grad(lambda *a: ssd(*a, chunk_len=64)[0].sum(), argnums=(0, 1, 2, 3, 4, 5))(x, dt, rate, b, c, state)
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
 def test_wrong_arguments_name_the_limit():
-    x, dt, rate, b, c, state = (jnp.asarray(one, jnp.float32) for one in draw(0, 1, 4, 2, 1, 2, 2))
+    x, dt, rate, b, c, state = (jnp.asarray(array, jnp.float32) for array in draw(0, 1, 4, 2, 1, 2, 2))
     with pytest.raises(ValueError, match="groups = 2: must divide the number of heads 1"):
         ssd(x[:, :, :1], dt[:, :, :1], rate[:1], b, c, chunk_len=2)
     with pytest.raises(ValueError, match="chunk_len = 0"):
@@ -96,6 +96,6 @@ def test_wrong_arguments_name_the_limit():
 def test_wrong_shapes_are_named(name, shape, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     names = ("inputs", "dt", "decay_rate", "b", "c", "initial_state")
-    single = (jnp.asarray(one, jnp.float32) for one in draw(0, 2, 5, 2, 2, 3, 4))
+    single = (jnp.asarray(array, jnp.float32) for array in draw(0, 2, 5, 2, 2, 3, 4))
     with pytest.raises(ValueError, match=rf"^{name} = \("):
         ssd(**dict(zip(names, single, strict=True)) | {name: jnp.zeros(shape)})

@@ -72,12 +72,14 @@ def test_memory_on_chip_is_read_from_the_kernel():
 
 def test_every_op_format_and_head_dim_is_compiled():
     for backend, plain in (("gpu", {"bfloat16", "float16"}), ("tpu", {"bfloat16", "float32"})):
-        found = {(one.op, one.format, one.per, one.head_dim, one.num_queries) for one in ops.shapes(backend)}
+        found = {
+            (shape.op, shape.format, shape.per, shape.head_dim, shape.num_queries) for shape in ops.shapes(backend)
+        }
         scaled = {(format, per) for format in FORMATS for per in ("token", "channel")}
         for op, tokens in (("paged_attention", 1), ("paged_attention", 256), ("kv_write", 256)):
-            for format, per in scaled | {(one, "") for one in plain}:
+            for format, per in scaled | {(format, "") for format in plain}:
                 assert {(op, format, per, dim, tokens) for dim in (64, 128, 256)} <= found
-        assert {one.head_dim for one in ops.shapes(backend, (64,)) if not one.extra} == {64}
+        assert {shape.head_dim for shape in ops.shapes(backend, (64,)) if not shape.extra} == {64}
 
 
 def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
@@ -89,8 +91,8 @@ def test_a_worker_that_dies_leaves_an_answer_for_every_shape(monkeypatch):
         targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
     )
     found = targets.compile_for(TARGETS["H200"])
-    assert {one.shape for one in found} == set(ops.shapes("gpu"))
-    assert {one.error for one in found} == {"", "Segmentation fault"}
+    assert {outcome.shape for outcome in found} == set(ops.shapes("gpu"))
+    assert {outcome.error for outcome in found} == {"", "Segmentation fault"}
     assert len(targets.failures(found)) == len(found) - 1
 
 
@@ -105,7 +107,7 @@ def test_spills_and_errors_fail_on_every_chip():
 
 def test_a_missing_compiler_is_the_answer(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
-    assert all("libtpu is not installed" in one.error for one in targets.compile_for(TARGETS["7x"]))
+    assert all("libtpu is not installed" in outcome.error for outcome in targets.compile_for(TARGETS["7x"]))
 
 
 def test_the_floor_is_the_live_bytes_over_the_bandwidth():
@@ -135,7 +137,7 @@ def test_a_worker_that_dies_leaves_an_answer_for_every_case(monkeypatch):
         targets.subprocess, "run", lambda *_, **__: targets.subprocess.CompletedProcess([], -11, said.encode())
     )
     found = targets.lower_for(TARGETS["B200"], 2, is_compiled=False)
-    assert [(one.op, one.name) for one in found] == [(one.op, one.name) for one in cases]
+    assert [(outcome.op, outcome.name) for outcome in found] == [(case.op, case.name) for case in cases]
     assert not found[0].error
     assert targets.failures([], found)[0] == f"{cases[1].op}, {cases[1].name} for B200: Segmentation fault"
     assert len(targets.failures([], found)) == len(cases) - 1
@@ -188,14 +190,18 @@ def test_a_case_that_does_not_lower_fails_the_command(monkeypatch, capsys, tmp_p
     assert said.err == "failed: kv_write, one for H200: no\n"
     assert "H200: 0 of 1 cases compiled" in said.out
     kept = json.loads((tmp_path / "all.json").read_text())
-    assert (len(kept["compiled"]), [one["error"] for one in kept["cases"]]) == (2, ["no"])
+    assert (len(kept["compiled"]), [case["error"] for case in kept["cases"]]) == (2, ["no"])
     table = (tmp_path / "all.md").read_text()
     assert "| paged_attention | H200 | bfloat16 | 128 | - | 1.0 s | 194 | 0 B | 192 KiB | - | 112 us |" in table
 
 
 def test_cases_are_lowered_for_one_target_of_each_kind():
-    assert [one.name for one in targets.generations([TARGETS[one] for one in TARGETS])] == ["H200", "B200", "7x"]
-    assert [one.name for one in targets.generations([TARGETS["v5e"], TARGETS["H100"]])] == ["v5e", "H100"]
+    assert [target.name for target in targets.generations([TARGETS[name] for name in TARGETS])] == [
+        "H200",
+        "B200",
+        "7x",
+    ]
+    assert [target.name for target in targets.generations([TARGETS["v5e"], TARGETS["H100"]])] == ["v5e", "H100"]
 
 
 def test_the_rows_on_the_page_are_those_of_the_results():
@@ -215,7 +221,8 @@ KEPT = [(format, per) for format in FORMATS for per in ("token", "channel")] + [
 @pytest.mark.parametrize(("format", "per"), KEPT)
 @pytest.mark.parametrize("with_page_mass", [False, True])
 def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
-    """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227 KiB hold whatever `refusal` lets pass."""
+    """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227
+    KiB hold whatever `refusal` lets pass."""
     of_type = jnp.dtype(FORMATS.get(format, "bfloat16"))
     sizes = range(32, 257, 32)
     num_held = 0
@@ -235,11 +242,11 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
         ]
         pages = Pages(*(Quantised(pool, None, per) if format in FORMATS else pool for pool in pools))
         scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_page_mass, "hopper")
-        refs = [one for one in scratch.values() if hasattr(one, "dtype")]
-        num_bytes = sum(-(-math.prod(one.shape) * jnp.dtype(one.dtype).itemsize // 1024) * 1024 for one in refs)
+        refs = [ref for ref in scratch.values() if hasattr(ref, "dtype")]
+        num_bytes = sum(-(-math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024 for ref in refs)
         assert num_bytes == tiles.num_bytes, (dim, value_dim, page_size, num_consumers)
-        barriers = [one for one in scratch.values() if not hasattr(one, "dtype")]
-        assert num_bytes + 2048 + 8 * sum(int(np.prod(one.num_barriers)) for one in barriers) <= 227 * 1024
-        assert all(np.prod(one.num_barriers) <= 32 for one in barriers)
+        barriers = [ref for ref in scratch.values() if not hasattr(ref, "dtype")]
+        assert num_bytes + 2048 + 8 * sum(int(np.prod(barrier.num_barriers)) for barrier in barriers) <= 227 * 1024
+        assert all(np.prod(barrier.num_barriers) <= 32 for barrier in barriers)
         num_held += 1
     assert num_held >= 64

@@ -116,8 +116,8 @@ def test_kernels_are_called_with_what_is_remembered(cache, monkeypatch):
     tuned = paged_attention(*arrays)[0]
     named = paged_attention(*arrays, tiles={"block_len": 32})[0]
     assert taken == [None, 16, 32]
-    for one in (tuned, named):
-        assert jnp.allclose(one.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02)
+    for answer in (tuned, named):
+        assert jnp.allclose(answer.astype(jnp.float32), plain.astype(jnp.float32), atol=0.02)
 
 
 def test_the_command_searches_every_problem(cache, monkeypatch, capsys):

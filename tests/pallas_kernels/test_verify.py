@@ -7,7 +7,9 @@ from pallas_kernels.kv_write import proof as write_proof
 from pallas_kernels.ops import OPS
 from pallas_kernels.paged_attention import proof
 
-REFERENCES = {one.__name__.split(".")[1]: one.by_api(implementation="reference") for one in (proof, write_proof)}
+REFERENCES = {
+    module.__name__.split(".")[1]: module.by_api(implementation="reference") for module in (proof, write_proof)
+}
 
 
 def cases_of(platform: str) -> list:

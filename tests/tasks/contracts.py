@@ -60,7 +60,8 @@ def assert_training(name: str) -> None:
 
 
 def assert_evaluation(name: str) -> None:
-    """An example is the same whatever batch it comes in; the splits share none; memory is measured at the longest slice."""
+    """An example is the same whatever batch it comes in; the splits share none; memory is measured at the longest
+    slice."""
     task, key = make(name), named_key(0, "eval")
     rows: dict[str, set[bytes]] = {}
     for number, split in enumerate(("validation", "test")):

@@ -44,16 +44,16 @@ def test_query_places_follow_the_power_law():
 
 def test_splits_and_slices_do_not_share_examples():
     task = Mqar(MqarConfig())
-    one = task.slices("test")[0]
+    eval_slice = task.slices("test")[0]
     key = named_key(0, "eval")
-    test = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 0, 64)
-    validation = task.eval_batch(jax.random.fold_in(key, 0), "validation", one, 0, 64)
+    test = task.eval_batch(jax.random.fold_in(key, 1), "test", eval_slice, 0, 64)
+    validation = task.eval_batch(jax.random.fold_in(key, 0), "validation", eval_slice, 0, 64)
     rows = {bytes(row) for row in np.asarray(test.tokens)}
     assert len(rows) == 64
     assert not rows & {bytes(row) for row in np.asarray(validation.tokens)}
-    other = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 3, 5)
+    other = task.eval_batch(jax.random.fold_in(key, 1), "test", eval_slice, 3, 5)
     np.testing.assert_array_equal(other.tokens, np.asarray(test.tokens)[3:8])  # whatever batch an example comes in
-    again = task.eval_batch(jax.random.fold_in(key, 1), "test", one, 0, 64)
+    again = task.eval_batch(jax.random.fold_in(key, 1), "test", eval_slice, 0, 64)
     np.testing.assert_array_equal(test.tokens, again.tokens)
 
 
@@ -62,8 +62,8 @@ def test_the_mixture_has_its_weights():
     counts: dict[tuple[int, int], int] = {}
     for call in range(90):
         length, pairs = task.train_call(call, 4)
-        for one in pairs:
-            counts[length, one] = counts.get((length, one), 0) + 1
+        for num_pairs in pairs:
+            counts[length, num_pairs] = counts.get((length, num_pairs), 0) + 1
     assert counts == {(64, 4): 160, (64, 8): 80, (64, 16): 80, (128, 32): 40}
 
 
@@ -73,19 +73,22 @@ def test_round_robin_spreads_evenly():
 
 
 def test_closed_form_of_the_window_matches_based_figure_2():
-    """FIGURES, mean over seven slices; published values were read off the figure, the closed form computed elsewhere."""
+    """FIGURES, mean over seven slices; published values were read off the figure, the closed form computed
+    elsewhere."""
     slices = ("64:4", "64:8", "64:16", "128:32", "256:64", "512:128", "1024:256")
     config = MqarConfig(vocab_size=8192, train=slices, train_weights=(1,) * 7, test=slices)
     for window, expected in ((16, 0.146), (64, 0.514), (256, 0.797), (1024, 1.0)):
-        mean = np.mean([window_accuracy(config, one, window, num_examples=1000) for one in slices])
+        mean = np.mean([window_accuracy(config, text, window, num_examples=1000) for text in slices])
         assert mean == pytest.approx(expected, abs=0.01)
 
 
 def test_closed_form_describes_the_sampler():
     """The share of pairs whose value a window sees, counted on the task's own examples."""
     task = Mqar(MqarConfig())
-    for one in task.slices("test"):
-        batch = task.eval_batch(named_key(0, "eval"), "test", one, 0, 2000)
-        distance = np.asarray(batch.label_positions)[:, : one.knob] - (2 * np.arange(one.knob)[None, :] + 1)
-        expected = window_accuracy(task.config, one.name, 32)
+    for eval_slice in task.slices("test"):
+        batch = task.eval_batch(named_key(0, "eval"), "test", eval_slice, 0, 2000)
+        distance = np.asarray(batch.label_positions)[:, : eval_slice.knob] - (
+            2 * np.arange(eval_slice.knob)[None, :] + 1
+        )
+        expected = window_accuracy(task.config, eval_slice.name, 32)
         assert (distance < 32).mean() == pytest.approx(expected, abs=0.02)

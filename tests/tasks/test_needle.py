@@ -14,23 +14,23 @@ def test_every_example_hides_its_answer_once_at_its_depth(tmp_path):
     config = NeedleConfig(contexts=(80, 200), depths=(0, 50, 100), path=str(path), num_test=5)
     task = Needle(config)
     slices = task.slices("test")
-    assert [one.name for one in slices] == ["80@0", "80@50", "80@100", "200@0", "200@50", "200@100"]
-    for one in slices:
-        batch = task.eval_batch(jax.random.key(0), "test", one, 0, 5)
+    assert [eval_slice.name for eval_slice in slices] == ["80@0", "80@50", "80@100", "200@0", "200@50", "200@100"]
+    for eval_slice in slices:
+        batch = task.eval_batch(jax.random.key(0), "test", eval_slice, 0, 5)
         rows = [bytes(row.tolist()).decode() for row in np.asarray(batch.tokens)]
         assert len(set(rows)) == 5
         for row, places, labels in zip(rows, np.asarray(batch.label_positions), np.asarray(batch.labels), strict=True):
             number = bytes(labels.tolist()).decode()
             assert number.isdigit()
             assert len(number) == 4
-            assert len(row) == one.seq_len
+            assert len(row) == eval_slice.seq_len
             assert row.endswith("\nThe magic number is " + number)
             needle = "\nThe magic number is " + number + ".\n"
             body = row[: -len(needle) + 2]
             assert body.count(needle) == 1
-            assert abs(body.index(needle) - (len(body) - len(needle)) * one.knob / 100) < 1
+            assert abs(body.index(needle) - (len(body) - len(needle)) * eval_slice.knob / 100) < 1
             assert all(row[place + 1] == digit for place, digit in zip(places.tolist(), number, strict=True))
-        again = task.eval_batch(jax.random.key(0), "test", one, 3, 2)
+        again = task.eval_batch(jax.random.key(0), "test", eval_slice, 3, 2)
         np.testing.assert_array_equal(again.tokens, batch.tokens[3:5])
 
 

@@ -38,10 +38,10 @@ def test_labels_are_the_next_bytes(folder):
 
 def test_evaluation_windows_are_fixed_and_cover_the_split(folder):
     task = Text(TextConfig(path=str(folder), seq_len=32, decode_len=4, num_test=5))
-    (one,) = task.slices("test")
-    assert (one.prompt_len, one.seq_len) == (28, 32)
-    batch = task.eval_batch(named_key(0, "a"), "test", one, 0, 5)
-    same = task.eval_batch(named_key(9, "b"), "test", one, 0, 5)
+    (eval_slice,) = task.slices("test")
+    assert (eval_slice.prompt_len, eval_slice.seq_len) == (28, 32)
+    batch = task.eval_batch(named_key(0, "a"), "test", eval_slice, 0, 5)
+    same = task.eval_batch(named_key(9, "b"), "test", eval_slice, 0, 5)
     np.testing.assert_array_equal(batch.tokens, same.tokens)
     assert bytes(np.asarray(batch.tokens[0]).astype(np.uint8)) == bytes(task.corpus["test"][:32])
 

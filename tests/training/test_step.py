@@ -13,8 +13,8 @@ from kvlab.random import named_key
 from kvlab.training.optimizer import OptimizerConfig, decays, make_optimizer
 from kvlab.training.step import init_state, weighted_nll
 
-TINY = ["model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "train.batch_size=8", "task.train=[16:2,24:3]",
-        "task.train_weights=[2,1]", "task.test=[16:2]", "measure.decode_steps=4"]  # fmt: skip
+TINY = ["model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "train.batch_size=8",
+        "task.train=[16:2,24:3]", "task.train_weights=[2,1]", "task.test=[16:2]", "measure.decode_steps=4"]  # fmt: skip
 
 
 @pytest.fixture

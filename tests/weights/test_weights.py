@@ -248,7 +248,7 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path):
     from dataclasses import replace
 
     model = pretrained("llama_gqa")
-    layers = tuple(replace(one, config=replace(one.config, soft_cap=5.0)) for one in model.architecture.layers)
+    layers = tuple(replace(layer, config=replace(layer.config, soft_cap=5.0)) for layer in model.architecture.layers)
     odd = replace(model, architecture=replace(model.architecture, layers=layers))
     with pytest.raises(ValueError, match="cannot say what this model is"):
         save_checkpoint(odd, tmp_path / "odd")

@@ -1,4 +1,5 @@
-"""Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by numpy.
+"""Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by
+numpy.
 
     make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER]
 
@@ -121,7 +122,7 @@ def main(folder: Path) -> None:
             }
         text = json.dumps(golden, default=str, allow_nan=True)
         (folder / f"{family}.json").write_text(text + "\n")
-        distinct = [len(set(one["tokens"])) for one in results.values()]
+        distinct = [len(set(result["tokens"])) for result in results.values()]
         print(f"{family:14} distinct tokens of {NEW}: {min(distinct)} to {max(distinct)}")
 
 
