@@ -55,7 +55,11 @@ class Root:
         """Names of the groups: what the file's defaults list chooses from."""
         listed = yaml.safe_load((self.path / f"{self.file}.yaml").read_text())["defaults"]
         return [
-            name for entry in listed if isinstance(entry, dict) for name in entry if not name.startswith("override")
+            name.removeprefix("optional ")
+            for entry in listed
+            if isinstance(entry, dict)
+            for name in entry
+            if not name.startswith("override")
         ]
 
     def options(self, group: str) -> list[str]:
@@ -116,6 +120,8 @@ def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
 
 def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
     with _hydra(root):
+        if wrong := _unknown_choice(overrides, root):
+            raise wrong
         try:
             composed = hydra_compose(root.file, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
@@ -158,9 +164,8 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     for config in configs:
         _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
     handed = [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
-    if all(
-        values["model"]["dtype"] == "auto" for values in composed
-    ):  # another machine might choose another: another run
+    # Another machine might choose another type: another run.
+    if all(values["model"]["dtype"] == "auto" for values in composed):
         handed.append(f"model.dtype={ModelConfig(dtype='auto').dtype}")
     return configs, handed
 
@@ -189,11 +194,9 @@ def _explained(overrides: list[str], error: Exception, root: Root) -> Exception:
         given = OverridesParser.create().parse_overrides(overrides)
     except HydraException:
         return ConfigError("overrides", overrides, str(error).splitlines()[0])
+    if wrong := _unknown_choice(overrides, root):
+        return wrong
     chosen = [override for override in given if override.key_or_group in root.groups]
-    for override in chosen:
-        for value in _values(override):
-            if value not in root.options(override.key_or_group):
-                return _no_such_choice(override.key_or_group, value, root)
     choices = [f"{override.key_or_group}={_values(override)[0]}" for override in chosen]
     for override in given:
         if override not in chosen and not override.key_or_group.startswith("hydra"):
@@ -203,6 +206,19 @@ def _explained(overrides: list[str], error: Exception, root: Root) -> Exception:
     if "launcher" in str(error) and not any("joblib" in plugin.__name__.lower() for plugin in _launchers()):
         return ConfigError("launcher", None, "this launcher needs the extra: pip install 'kvlab[slurm]'")
     return ConfigError("config", overrides, " ".join(str(error).split()))
+
+
+def _unknown_choice(overrides: Sequence[str], root: Root) -> ConfigError | None:
+    """The first choice of a group that has no file: Hydra passes over it where the group is optional."""
+    try:
+        given = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return None  # what it is that cannot be read is said by composing
+    for override in given:
+        for value in _values(override) if override.key_or_group in root.groups else ():
+            if value is not None and value not in root.options(override.key_or_group):
+                return _no_such_choice(override.key_or_group, value, root)
+    return None
 
 
 def _no_such_choice(group: str, value: Any, root: Root) -> ConfigError:
