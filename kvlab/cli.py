@@ -139,8 +139,10 @@ def _hydras_own(arguments: Sequence[str]) -> int | None:
     any."""
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
+    from kvlab.compose import check_choices
     from kvlab.lab.launch import through_hydra
 
+    check_choices([word for word in arguments if "=" in word])
     through_hydra(arguments)
     return 0
 

@@ -119,9 +119,8 @@ def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
 
 
 def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
+    check_choices(overrides, root)
     with _hydra(root):
-        if wrong := _unknown_choice(overrides, root):
-            raise wrong
         try:
             composed = hydra_compose(root.file, overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
@@ -208,12 +207,19 @@ def _explained(overrides: list[str], error: Exception, root: Root) -> Exception:
     return ConfigError("config", overrides, " ".join(str(error).split()))
 
 
+def check_choices(overrides: Sequence[str], root: Root = RUN) -> None:
+    """Raises ConfigError for a choice of a group that has no file: Hydra passes over it where the group is
+    optional."""
+    if wrong := _unknown_choice(overrides, root):
+        raise wrong
+
+
 def _unknown_choice(overrides: Sequence[str], root: Root) -> ConfigError | None:
-    """The first choice of a group that has no file: Hydra passes over it where the group is optional."""
+    """The first choice of a group that has no file; None for what cannot be read, which composing explains."""
     try:
         given = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException:
-        return None  # what it is that cannot be read is said by composing
+        return None
     for override in given:
         for value in _values(override) if override.key_or_group in root.groups else ():
             if value is not None and value not in root.options(override.key_or_group):

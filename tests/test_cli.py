@@ -50,6 +50,13 @@ def test_a_wrong_option_is_answered_in_one_line(capsys, monkeypatch):
         assert errors.count("\n") == 1
 
 
+def test_a_choice_without_a_file_is_refused_before_hydra_passes_over_it(capsys, monkeypatch):
+    for words in (["run", "--cfg", "job", "model=mqarr"], ["plan", "optimizer=mqarr"], ["run", "train=mqarr"]):
+        status, _, errors = call(capsys, monkeypatch, *words)
+        assert status == 2
+        assert "'mqarr': did you mean mqar" in errors
+
+
 def test_every_command_prints_its_composed_config(capsys, monkeypatch, tmp_path):
     status, out, _ = call(capsys, monkeypatch, "generate", "--cfg", "job", "memory=dense", "sampling.stop=[a,b]")
     assert status == 0
