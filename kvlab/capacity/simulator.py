@@ -82,7 +82,7 @@ class Simulator:
                 self.clock = max(self.clock, arriving[0].request.arrival_s)
             while arriving and arriving[0].request.arrival_s <= self.clock:
                 scheduler.submit(arriving.popleft())
-            self._step()
+            self.step()
         self.outcome.preempted = scheduler.counters.preempted
         self.outcome.recomputed_tokens = scheduler.counters.recomputed_tokens
         self.outcome.seconds = self.clock
@@ -94,7 +94,7 @@ class Simulator:
             served.ids, served.indexed = [int(token) for token in request.tokens], True
         return served
 
-    def _step(self) -> None:
+    def step(self) -> None:
         step = self.scheduler.schedule()
         work = step.work
         self.outcome.rejected += [reason for _, reason in step.rejected]

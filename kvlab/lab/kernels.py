@@ -7,6 +7,7 @@ import jax
 
 from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.states import TokenState
+from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from pallas_kernels.ops import OPS, WITH_KERNELS
 from pallas_kernels.selection import Asked, Taken, passed_over
@@ -25,7 +26,7 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
     device = device or jax.devices()[0]
     taken: Taken = {}
     for layer, states in zip(lab.config.layers(), lab.model.states, strict=True):
-        taken.setdefault(*_of_whole_sequences(layer))
+        taken = _of_whole_sequences(layer) | taken
         for spec in states.values():
             if not isinstance(spec, TokenState):
                 continue
@@ -36,16 +37,17 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
     return summary(taken)
 
 
-def _of_whole_sequences(layer: LayerConfig) -> tuple[str, dict[str, set[str]]]:
-    """Training's op of a layer, which has no kernels to choose from."""
-    op = "ssd" if layer.mixer == "mamba2" else "flash_attention"
-    return op, {OPS[op].available()[0]: set()}
+def _of_whole_sequences(layer: LayerConfig) -> Taken:
+    """Training's op of a layer, which has no kernels to choose from; nothing for a mixer of plain JAX."""
+    op = MIXERS[layer.mixer].parallel_op
+    return {op: {OPS[op].available()[0]: set()}} if op else {}
 
 
 def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> dict[str, Asked]:
     """What a layer asks of each op on its pages. The dense baseline writes through an op, and attends without one."""
     memory = lab.config.memory
-    options: dict[str, Any] = {"format": spec.dtype, "head_dims": (spec.key_dim, spec.value_dim), "dtype": spec.dtype}
+    kind = spec.dtype if memory.format == "model" else memory.format
+    options: dict[str, Any] = {"format": kind, "head_dims": (spec.key_dim, spec.value_dim), "dtype": spec.dtype}
     if memory.name == "dense":
         return {"kv_write": Asked(**options, page_size=lab.config.context_len)}
     group = getattr(layer.config, "num_heads", spec.num_kv_heads) // spec.num_kv_heads

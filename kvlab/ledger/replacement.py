@@ -141,7 +141,7 @@ class CostAware(Policy):
 
     linear, quadratic = 1.0, 1e-4
 
-    _age = 0.0
+    age = 0.0
 
     def order(self, page: CachedPage) -> Order:
         return (page.credit,)
@@ -149,10 +149,10 @@ class CostAware(Policy):
     def used(self, page: CachedPage) -> None:
         start, end = page.start, page.end
         flops = self.linear * (end - start) + self.quadratic * (end * end - start * start) / 2
-        page.credit = self._age + page.uses * flops / page.num_bytes
+        page.credit = self.age + page.uses * flops / page.num_bytes
 
     def evicted(self, page: CachedPage) -> None:
-        self._age = max(self._age, page.credit)
+        self.age = max(self.age, page.credit)
 
 
 class Belady(Policy):

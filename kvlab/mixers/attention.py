@@ -68,6 +68,7 @@ class Attention(Mixer):
     """
 
     Config = AttentionConfig
+    parallel_op = "flash_attention"
 
     def __init__(self, config: AttentionConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int, bias: bool) -> Linear:

@@ -38,6 +38,8 @@ class Mixer(nnx.Module):
     constructed."""
 
     Config: ClassVar[type[MixerConfig]]
+    parallel_op: ClassVar[str | None] = None
+    """The op of `pallas_kernels` that the parallel form takes, as plans and records name it; None: plain JAX."""
 
     @abc.abstractmethod
     def states(self) -> dict[str, State]:

@@ -54,6 +54,7 @@ class Mamba2(Mixer):
     """
 
     Config = Mamba2Config
+    parallel_op = "ssd"
 
     def __init__(self, config: Mamba2Config, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
         heads = config.num_heads

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["report"]:
         return report(arguments[1:])
-    began, parser = time.monotonic(), _parser()
+    began, parser = time.monotonic(), make_parser()
     options = parser.parse_args(arguments)
     _check(parser, options)
     if options.json is None:
@@ -188,7 +188,8 @@ that it lacks, are run; the probe always. A file of another device, other versio
 size or number of rounds is refused"""
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the bench."""
     workers = min(10, os.cpu_count() or 1)
     parser = argparse.ArgumentParser(
         prog="python -m pallas_kernels.bench",

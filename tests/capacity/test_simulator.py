@@ -52,13 +52,13 @@ def test_everything_is_served_and_the_ledger_is_whole(preemption, mixed, num_pag
             return 1.0
 
         simulator = Simulator(ledger, step_time, schedule, caches=True, sample_every=1)
-        step = simulator._step
+        step = simulator.step
 
         def checked(step=step, ledger=ledger):
             step()
             ledger.check()
 
-        simulator._step = checked
+        simulator.step = checked
         outcome = simulator.run(asked)
         assert outcome.finished == len(asked)
         assert outcome.decoded_tokens == sum(request.output_len for request in asked)

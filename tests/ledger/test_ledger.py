@@ -345,7 +345,7 @@ def test_looking_alone_is_neither_a_hit_nor_a_use():
     ledger.release("a")
     for _ in range(500):
         ledger.unpin(ledger.lookup(list(range(9))))
-    assert max(len(heap) for heaps in ledger.index._heaps for heap in heaps) < 100, "stale entries are swept"
+    assert ledger.index.queue_len < 100, "stale entries are swept"
 
 
 def test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was():

@@ -205,9 +205,9 @@ def test_the_cost_aware_policy_keeps_what_is_dear():
     assert credits[0] < credits[-1]
     expected = (policy.linear * 4 + policy.quadratic * (4**2 - 0) / 2) / ledger.classes[0].page_bytes
     assert credits[0] == pytest.approx(expected)
-    before = policy._age
+    before = policy.age
     ledger.evict("kv", 1)
-    assert policy._age > before
+    assert policy.age > before
 
 
 def test_belady_does_not_know_what_never_comes_again():

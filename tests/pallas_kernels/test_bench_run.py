@@ -238,7 +238,7 @@ def test_pieces_share_a_cache_and_the_device(tmp_path, monkeypatch):
 PLANNING = """
 from pallas_kernels.bench import __main__ as bench, plan
 from jax._src import xla_bridge
-options = bench._parser().parse_args(["--size=full"])
+options = bench.make_parser().parse_args(["--size=full"])
 print(sum(len(one.pieces) for one in plan.stages(options, "gpu")))
 assert not xla_bridge.backends_are_initialized()
 """
