@@ -157,7 +157,7 @@ class Ledger:
         if final > self._longest_alone and (never := self.stores.never(final, held)):
             return never
         missing = []
-        for store, holding in zip(self.stores, held.holdings, strict=True):
+        for store, holding in zip(self.stores.each, held.holdings, strict=True):
             missing.append(store.missing(holding, held.length, end, lookahead))
             if refusal := store.refusal(holding, missing[-1], end):
                 if not self._publisher.waiting:
@@ -170,7 +170,7 @@ class Ledger:
             if hit is not None:
                 self.hits.remove(hit)
             self.running[sequence] = held
-        for store, holding, pages, new in zip(self.stores, held.holdings, missing, taken, strict=True):
+        for store, holding, pages, new in zip(self.stores.each, held.holdings, missing, taken, strict=True):
             store.give(holding, pages, new)
         held.num_new, held.lookahead = num_new, lookahead
         self.stores.refresh(held)
@@ -202,9 +202,8 @@ class Ledger:
             shape = f"{len(steps)} steps of {max(sizes, default=0)} tokens"
             raise ValueError(f"{shape} do not fit [{batch_size}, {num_tokens}]")
         starts[: len(steps)], counts[: len(steps)] = [held.length for held in steps], sizes
-        by_class = ([held.holdings[number] for held in steps] for number in range(len(self.stores)))
-        plans = zip(self.stores, by_class, strict=True)
-        return Plan(starts, counts, tuple(store.plan(mine, starts, counts, num_tokens) for store, mine in plans))
+        by_class = ((store, [held.holdings[store.number] for held in steps]) for store in self.stores.each)
+        return Plan(starts, counts, tuple(store.plan(mine, starts, counts, num_tokens) for store, mine in by_class))
 
     def commit(
         self, sequence: Hashable, num_accepted: int, tokens: TokenIds = (), stored: Stored | None = None
@@ -237,7 +236,7 @@ class Ledger:
             name = self.stores.of_states[0].state.name
             raise ValueError(f"num_accepted = {num_accepted}: {legal}, since {name} cannot be rolled back further")
         length = held.length + num_accepted
-        kept = compaction.kept_slots(self.classes, held, length, stored or {})
+        kept = compaction.kept_slots(self.classes, held, length, stored) if stored else {}
         compaction.check_own(self.stores, held, kept)
         if held.ids is not None and len(tokens):
             held.learn(length, tokens)
@@ -316,7 +315,7 @@ class Ledger:
         """Frees everything a sequence holds, a step in flight included; what it published stays in the index, unless
         not `keep`: then what nobody else uses of its path is freed as well. Raises KeyError if it holds nothing."""
         if (held := self.suspended.pop(sequence, None)) is not None:
-            for store, holding in zip(self.stores, held.holdings, strict=True):
+            for store, holding in zip(self.stores.each, held.holdings, strict=True):
                 store.host_free.extend(holding.pages.values())
         else:
             held = self._get(sequence)
@@ -350,8 +349,7 @@ class Ledger:
         return answer
 
     def swap_in(self, sequence: Hashable) -> Swap | Wait:
-        """Brings a sequence back; pages that the index still holds are shared instead of moved. `Wait` when pages are
-        short."""
+        """Brings a sequence back; pages that the index still holds are shared, not moved. `Wait` when pages are short."""
         if sequence not in self.suspended:
             raise KeyError(f"sequence {sequence!r}: is not swapped out")
         answer = swapping.swap_in(self.stores, self.suspended[sequence])
@@ -371,11 +369,11 @@ class Ledger:
         """Ends a step: the tokens count, full pages are published, and what live(n) does not need is let go."""
         held.length += num_accepted
         held.num_new = held.lookahead = 0
-        for store, holding in zip(self.stores, held.holdings, strict=True):
+        for store, holding in zip(self.stores.each, held.holdings, strict=True):
             store.settle(holding, held.length, num_accepted, ran=ran)
         if held.ids is not None:
             self._publisher.seal(held)
-        for store, holding in zip(self.stores, held.holdings, strict=True):
+        for store, holding in zip(self.stores.each, held.holdings, strict=True):
             store.forget(holding, held.length)
         self.stores.refresh(held)
 
@@ -394,8 +392,7 @@ class Ledger:
         return held
 
     def _idle(self, sequence: Hashable) -> Tracked:
-        """A sequence that can be shared or moved: no step in flight, no contiguous reservation, everything
-        published."""
+        """A sequence that can be shared or moved: no step in flight, no contiguous block, everything published."""
         self.publish()
         held = self._settled(sequence)
         if not self.stores.can_share:

@@ -6,13 +6,19 @@ from itertools import takewhile
 
 import numpy as np
 
+from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import NOWHERE, Ints
+from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.states import page_forgotten_at
 from kvlab.ledger.store import NEVER_WAKES, Holding, Store
 
 
 class PageStore(Store):
     """Token states in pages of `page_size` tokens."""
+
+    def __init__(self, number: int, state: StateClass, index: PrefixIndex):
+        super().__init__(number, state, index)
+        self.forgets = state.spec.span is not None
 
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         first, last = start - holding.dropped, end - holding.dropped - 1
@@ -39,7 +45,7 @@ class PageStore(Store):
         self._give_up(holding, list(behind))
 
     def forget(self, holding: Holding, length: int) -> None:
-        if self.state.spec.span is not None:
+        if self.forgets:
             ends = {page: page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages}
             self._give_up(holding, [page for page, end in ends.items() if end is not None and end <= length])
 
@@ -78,7 +84,7 @@ class PageStore(Store):
             self.assign(holding, logical, page)
 
     def wake(self, holding: Holding) -> int:
-        if self.state.spec.span is None:
+        if not self.forgets:
             return NEVER_WAKES
         ends = (page_forgotten_at(self.state.spec, page, self.state.page_size) for page in holding.pages)
         return next((end for end in ends if end is not None), NEVER_WAKES)

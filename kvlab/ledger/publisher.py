@@ -57,7 +57,7 @@ class Publisher:
             node = self.index.find(held.path[-1], ids, grow=True)
             assert node is not None
             held.path.append(node)
-            for store, holding in zip(self.stores, held.holdings, strict=True):
+            for store, holding in zip(self.stores.each, held.holdings, strict=True):
                 if store.state.paged and logical in holding.pages:
                     self._offer(store, holding, node, logical)
         if num_sealed and held.length == num_sealed * page_size and self.keeps(held, num_sealed):
