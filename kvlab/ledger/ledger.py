@@ -349,7 +349,7 @@ class Ledger:
         return answer
 
     def swap_in(self, sequence: Hashable) -> Swap | Wait:
-        """Brings a sequence back; pages that the index still holds are shared, not moved. `Wait` when pages are short."""
+        """Brings a sequence back; pages that the index still holds are shared. `Wait` when pages are short."""
         if sequence not in self.suspended:
             raise KeyError(f"sequence {sequence!r}: is not swapped out")
         answer = swapping.swap_in(self.stores, self.suspended[sequence])
