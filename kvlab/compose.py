@@ -222,7 +222,7 @@ def _unknown_choice(overrides: Sequence[str], root: Root) -> ConfigError | None:
         return None
     for override in given:
         for value in _values(override) if override.key_or_group in root.groups else ():
-            if value is not None and value not in root.options(override.key_or_group):
+            if value not in root.options(override.key_or_group):
                 return _no_such_choice(override.key_or_group, value, root)
     return None
 

@@ -48,7 +48,7 @@ CHIPS = {
         Chip("v5e", 16, 819, 197, "Google Cloud TPU v5e documentation", platform="tpu"),
         Chip("v5p", 95, 2_765, 459, "Google Cloud TPU v5p documentation", platform="tpu"),
         Chip("v6e", 32, 1_638, 918, "Google Cloud TPU v6e documentation", platform="tpu"),
-        Chip("tpu7x", 192, 7_380, 2_307, "Google Cloud TPU7x documentation"),
+        Chip("tpu7x", 192, 7_380, 2_307, "Google Cloud TPU7x documentation", platform="tpu"),
     )
 }
 
@@ -92,6 +92,8 @@ class HardwareConfig(Schema):
     def cross_check(self) -> None:
         if not _is_known(self.name):
             raise ConfigError("name", self.name, nearest(self.name, ["host", *CHIPS]))
+        if self.name == "host" and self.num_chips != 1:
+            raise ConfigError("num_chips", self.num_chips, "must be 1 for the host, which is this machine")
 
     @property
     def total_chips(self) -> int:

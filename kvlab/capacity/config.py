@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kvlab.capacity.presets import KV_DTYPES, Preset
 from kvlab.capacity.workload import WorkloadConfig
 from kvlab.hardware import HardwareConfig
+from kvlab.ledger.checkpoints import CHECKPOINTS
 from kvlab.ledger.replacement import POLICIES
 from kvlab.schema import ConfigError, Schema, choice, flag, integer, real
 
@@ -22,7 +23,7 @@ class ServingMemory(Schema):
     utilization: float = real(0.9, 0.0, 1.0, open_low=True)
     prefix_cache: bool = flag(True)
     policy: str = choice("lru", POLICIES)
-    checkpoints: str = choice("junctions", ("none", "every", "junctions", "all"))
+    checkpoints: str = choice("junctions", CHECKPOINTS)
     checkpoint_interval: int = integer(1, 1, 65536)
     preemption: str = choice("recompute", ("recompute", "swap"))
     host_gb: float = real(0.0, 0.0, 1e6)

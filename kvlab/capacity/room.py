@@ -25,7 +25,7 @@ def make_ledger(config: CapacityConfig, budget: int, context_len: int, max_len: 
     for number, (spec, count) in enumerate(specs.items()):
         paged = spec.per_token and memory.reservation is None
         page_size = memory.page_size if paged else 1
-        page_bytes = spec.unit_bytes * page_size * count
+        page_bytes = spec.page_bytes(page_size) * count
         num_pages = math.floor(budget * needs[spec] / total / page_bytes)
         table_len = max_pages_for_step(spec, max_len, chunk_len, page_size) if paged else 1
         name = f"{number}.{_kind(spec)}" if len(specs) > 1 else _kind(spec)

@@ -36,7 +36,8 @@ def all_schemas() -> dict[str, Node]:
     top = {"experiment": word, "seed": {"type": "integer", "minimum": 0}, "results_dir": word}
     run: Node = {"type": "object", "properties": sections | top, "additionalProperties": False}
     schemas = {"run": run, "capacity": json_schema(CapacityConfig), "generate": json_schema(GenerateConfig)}
-    groups = sections | dict.fromkeys(FREE_GROUPS, run)
+    # A task's file may bring a model and a schedule: it is then a part of the whole.
+    groups = sections | dict.fromkeys(FREE_GROUPS, run) | {"task": {"anyOf": [*_by_type(TASKS), run]}}
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)

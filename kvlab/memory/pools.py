@@ -33,7 +33,8 @@ def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int
     if array.dtype == "int4":
         dims[-1] //= 2
     dtype = FORMATS.get(array.dtype, array.dtype)
-    as_bytes = array.dtype in FORMATS and jax.default_backend() == "cpu"
+    is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
+    as_bytes = is_byte and jax.default_backend() == "cpu"
     return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
 
 

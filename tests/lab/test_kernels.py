@@ -6,6 +6,7 @@ from kvlab.compose import compose, configs_dir, expand
 from kvlab.hardware import HardwareConfig
 from kvlab.lab.kernels import chosen_kernels, summary
 from kvlab.lab.laboratory import Laboratory
+from kvlab.ledger.states import TokenState
 from kvlab.models.transformer import ModelConfig, dtype_for
 from pallas_kernels.selection import Device, as_if_on, recording, refusals, select
 
@@ -24,7 +25,14 @@ def test_defaults_take_the_kernels_of_a_hopper_gpu(mixer, task):
     of_pages = {op: choice for op, choice in found.items() if op in OF_PAGES}
     assert {choice.taken for choice in of_pages.values()} <= {"mosaic_gpu"}
     assert not any(choice.reason for choice in found.values())
-    assert set(of_pages) == (set() if mixer.startswith("mamba2") else OF_PAGES)
+    lab = Laboratory.of(compose([f"mixer={mixer}", f"task={task}"]), abstract=True)
+    has_tokens = any(isinstance(spec, TokenState) for layer in lab.model.states for spec in layer.values())
+    assert set(of_pages) == (OF_PAGES if has_tokens else set())
+
+
+def test_every_chip_is_asked_for_the_kernels_of_its_kind():
+    kinds = {name: HardwareConfig.build(name).device.platform for name in ("h100", "b200", "v5e", "v6e", "tpu7x")}
+    assert kinds == {"h100": "gpu", "b200": "gpu", "v5e": "tpu", "v6e": "tpu", "tpu7x": "tpu"}
 
 
 def test_a_kernel_that_is_passed_over_says_why():

@@ -29,7 +29,7 @@ class DenseTokens(PlannedTokens):
             return jnp.zeros((len(keys), *x.shape[1:]), x.dtype).at[rows].set(x, mode="drop")
 
         slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None, :]
-        seen = self.state.visible.sees(to_rows(positions)[:, :, None], slots)
+        seen = self.state.visible.sees(to_rows(self.query_slots(queries.shape[1]))[:, :, None], slots)
         seen = seen & (slots < to_rows(self.slot_lens)[:, None, None])
         asked = queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries
         values = tile_values(stored(self.state, self.pool, "values"))

@@ -37,8 +37,9 @@ class PagedTokens(PlannedTokens):
 
 
 def lists_of(plan: ClassPlan) -> Lists:
-    """The pages that each sequence reads in a step."""
-    return Lists(jnp.asarray(plan.pages), jnp.asarray(plan.page_starts))
+    """The pages that each sequence reads in a step, and which of their slots count."""
+    valid = None if plan.valid is None else jnp.asarray(plan.valid)
+    return Lists(jnp.asarray(plan.pages), jnp.asarray(plan.page_starts), valid)
 
 
 def attend_pages(

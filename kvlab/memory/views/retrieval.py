@@ -41,6 +41,8 @@ class PagedRetrieval(PlannedTokens):
         slots = slots.reshape(batch, 1, -1)
         seen = self.state.visible.sees(self.query_slots(num_tokens)[:, :, None], slots)
         seen = seen & (slots < self.slot_lens[:, None, None])
+        if lists.valid is not None:
+            seen = seen & lists.valid.reshape(batch, 1, -1)
         selected = select(index_queries, index.reshape(batch, -1, index.shape[3]), seen, self.state.num_selected)
 
         def by_query(x: Array) -> Array:
