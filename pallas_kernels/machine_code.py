@@ -196,9 +196,6 @@ class _Blocks:
             left += fresh
         return found
 
-    def has_products(self, way: Iterable[int]) -> bool:
-        return any(instruction.tensor_cycles for block in way for instruction in self.blocks[block])
-
     def weight(self, way: Sequence[int]) -> tuple[float, int, int]:
         """Most products first, then most copies to shared memory, then fewest cycles."""
         instructions = [instruction for block in way for instruction in self.blocks[block]]

@@ -1,6 +1,7 @@
 """How an engine is set up, and what it says of its work."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from kvlab.engine.shapes import Buckets
@@ -39,7 +40,7 @@ class EngineConfig(Schema):
     width_sizes: tuple[int, ...] = integers((), 1, 65536)
     seed: int = integer(0, 0)
 
-    @property
+    @cached_property
     def buckets(self) -> Buckets:
         """The sizes that steps are padded to."""
         return Buckets(self.row_sizes, self.width_sizes)

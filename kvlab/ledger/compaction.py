@@ -43,14 +43,22 @@ def kept_slots(classes: Sequence[StateClass], held: Tracked, length: int, stored
     """Slots to keep by class number, for a sequence of `length` tokens; classes that would keep all are left out.
     Raises ValueError for a class that there is not, or that is never compacted, and for counts out of range."""
     numbers, kept = {state.name: number for number, state in enumerate(classes)}, dict[int, int]()
+    named = set[int]()
     for key, value in stored.items():
         number = numbers.get(key) if isinstance(key, str) else operator.index(key)
         if number is None or not 0 <= number < len(classes):
             raise ValueError(f"stored[{key!r}]: must be one of {', '.join(numbers)}, or a number below {len(classes)}")
         state, keep = classes[number], operator.index(value)
+        if number in named:
+            raise ValueError(f"stored[{key!r}]: {state.name} is named twice")
+        named.add(number)
         if not state.compactable:
             why = (
-                "is recurrent" if not state.spec.per_token else "is contiguous" if state.contiguous else "has a window"
+                "is recurrent"
+                if not state.spec.per_token
+                else "is contiguous"
+                if state.contiguous
+                else "forgets by itself"
             )
             raise ValueError(f"stored[{state.name!r}] = {keep}: must be left out, since {state.name} {why}")
         most = length - held.holdings[number].dropped

@@ -75,7 +75,7 @@ class Task(abc.ABC):
         """The slices of "validation" or "test"."""
 
     @abc.abstractmethod
-    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, the same for the same key."""
 
     def fingerprint(self) -> str | None:

@@ -51,10 +51,10 @@ class Metric:
         """Whether a value is at least as good as another."""
         return value == goal or self.is_better(value, goal)
 
-    def difference(self, one: Sums, other: Sums) -> float:
+    def difference(self, ours: Sums, theirs: Sums) -> float:
         """How far two forms of the same model lie apart, in what is compared."""
         compared = self.compared or self.from_sums
-        return abs(compared(one) - compared(other))
+        return abs(compared(ours) - compared(theirs))
 
     def tolerance(self, sums: Sums, dtype: str) -> float:
         """How far they may lie apart in a model that computes in `dtype`."""

@@ -52,11 +52,11 @@ class MqarConfig(Schema):
             )
 
 
-def parse_slice(field: str, one: str) -> tuple[int, int]:
+def parse_slice(field: str, text: str) -> tuple[int, int]:
     """ "128:32" as (length, pairs). Raises ConfigError."""
-    length, _, pairs = one.partition(":")
+    length, _, pairs = text.partition(":")
     if not (length.isdigit() and pairs.isdigit() and int(pairs) >= 1):
-        raise ConfigError(field, one, "must be length:pairs with positive integers, such as 64:4")
+        raise ConfigError(field, text, "must be length:pairs with positive integers, such as 64:4")
     return int(length), int(pairs)
 
 
@@ -104,12 +104,14 @@ class Mqar(Task):
         parsed = [(text, *parse_slice("test", text)) for text in self.config.test]
         return tuple(EvalSlice(text, length, 2 * pairs, num, pairs) for text, length, pairs in parsed)
 
-    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
-        key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
+        key = jax.random.fold_in(jax.random.fold_in(key, part.seq_len), part.knob)
         slices = (parse_slice("test", each) for each in self.config.test)
-        most = max(pairs for length, pairs in slices if length == one.seq_len)  # one program for all slices of a length
+        most = max(
+            pairs for length, pairs in slices if length == part.seq_len
+        )  # one program for all slices of a length
         examples = jnp.arange(index, index + batch_size, dtype=jnp.int32)
-        return self._examples(key, examples, one.seq_len, most, jnp.asarray(one.knob, jnp.int32))
+        return self._examples(key, examples, part.seq_len, most, jnp.asarray(part.knob, jnp.int32))
 
     @partial(jax.jit, static_argnums=(0, 3, 4))
     def _examples(self, key: Array, examples: Array, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
@@ -151,11 +153,11 @@ class Mqar(Task):
         return Batch(tokens, jnp.where(real_pair, places, 0), values, real_pair.astype(jnp.float32))
 
 
-def window_accuracy(config: MqarConfig, one: str, window: int, num_examples: int = 4000, seed: int = 0) -> float:
+def window_accuracy(config: MqarConfig, name: str, window: int, num_examples: int = 4000, seed: int = 0) -> float:
     """Closed form for one windowed attention layer behind a short convolution (Based, arXiv 2402.18668, Fig. 2): a pair
     is recoverable iff its value lies among the `window` tokens visible from the query. The mean over random examples
     (drawn with numpy, apart from the task's own sampler), with a blind guess among the values elsewhere."""
-    length, pairs = parse_slice("test", one)
+    length, pairs = parse_slice("test", name)
     gaps = np.arange((length - 2 * pairs) // 2)
     noise = np.random.default_rng(seed).gumbel(size=(num_examples, len(gaps)))
     drawn = np.argsort(-((config.power - 1) * np.log(gaps + 1) + noise), axis=1)[:, :pairs]

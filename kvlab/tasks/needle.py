@@ -98,11 +98,11 @@ class Needle(Task):
             for depth in config.depths
         )
 
-    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
-        key = jax.random.fold_in(jax.random.fold_in(key, one.seq_len), one.knob)
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
+        key = jax.random.fold_in(jax.random.fold_in(key, part.seq_len), part.knob)
         examples = jnp.arange(index, index + batch_size, dtype=jnp.int32)
-        depth = jnp.asarray(one.knob, jnp.int32)
-        return self._examples(self._on_device[split], key, examples, one.seq_len, depth)
+        depth = jnp.asarray(part.knob, jnp.int32)
+        return self._examples(self._on_device[split], key, examples, part.seq_len, depth)
 
     def fingerprint(self) -> str | None:
         """What the haystack and the tokenizer are made of."""

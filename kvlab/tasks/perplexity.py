@@ -57,11 +57,11 @@ class Perplexity(Text):
             ),
         )
 
-    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         if not self.whole:
-            return super().eval_batch(key, split, one, index, batch_size)
-        rows = np.arange(index, index + batch_size, dtype=np.int32) % one.num_examples
-        return self._windows(self._on_device, jnp.asarray(rows * one.seq_len)[:, None], one.seq_len)
+            return super().eval_batch(key, split, part, index, batch_size)
+        rows = np.arange(index, index + batch_size, dtype=np.int32) % part.num_examples
+        return self._windows(self._on_device, jnp.asarray(rows * part.seq_len)[:, None], part.seq_len)
 
     @cached_property
     def _on_device(self) -> Array:

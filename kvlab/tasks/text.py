@@ -75,11 +75,11 @@ class Text(Task):
         num = {"validation": config.num_validation, "test": config.num_test}[split]
         return (EvalSlice("text", config.seq_len, config.seq_len - config.decode_len, num, 0),)
 
-    def eval_batch(self, key: Array, split: str, one: EvalSlice, index: int, batch_size: int) -> Batch:
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         corpus = self.corpus[split]
-        starts = np.linspace(0, len(corpus) - one.seq_len - 1, one.num_examples).astype(np.int32)
-        rows = starts[np.arange(index, index + batch_size) % one.num_examples]
-        return self._windows(jnp.asarray(corpus), jnp.asarray(rows)[:, None], one.seq_len)
+        starts = np.linspace(0, len(corpus) - part.seq_len - 1, part.num_examples).astype(np.int32)
+        rows = starts[np.arange(index, index + batch_size) % part.num_examples]
+        return self._windows(jnp.asarray(corpus), jnp.asarray(rows)[:, None], part.seq_len)
 
     def fingerprint(self) -> str | None:
         """SHA-256 over all splits."""

@@ -219,7 +219,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
     cases = [
         ({"fool": 1}, r"stored\['fool'\]: must be one of full, windowed, state, or a number below 3"),
         ({3: 1}, r"stored\[3\]: must be one of"),
-        ({"windowed": 1}, r"stored\['windowed'\] = 1: must be left out, since windowed has a window"),
+        ({"windowed": 1}, r"stored\['windowed'\] = 1: must be left out, since windowed forgets by itself"),
         ({"state": 1}, r"stored\['state'\] = 1: must be left out, since state is recurrent"),
         ({"full": 0}, r"stored\['full'\] = 0: must be in \[1, 8\] slots"),
         ({"full": 9}, r"stored\['full'\] = 9: must be in \[1, 8\] slots"),
