@@ -23,7 +23,7 @@ from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, FailedTraining, Quality, Unfinished
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import TrainingFailed, restore_params, training_directory
+from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.random import named_key
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken, recording
@@ -146,10 +146,6 @@ def measure_memory(
 
 def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory, Params]:
     """The model of a finished run and its parameters, from where the config says or from `run_dir`. Raises
-    FileNotFoundError when the run has none."""
+    FileNotFoundError when the run has none, and `CheckpointError` when they are not the ones that were trained."""
     lab = Laboratory.of(config)
-    directory = training_directory(run_dir or config.run_dir) / "params"
-    params = restore_params(directory, lab.model.params)
-    if params is None:
-        raise FileNotFoundError(f"{directory}: there are no final parameters; is the run done?")
-    return lab, params
+    return lab, trained_params(run_dir or config.run_dir, lab.model.params)

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy import stats
 from kvlab.evaluation.measure import AXES
 from kvlab.lab.record import AnyRecord, Done, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
+from kvlab.training.checkpoint import CheckpointError
 
 
 def read_records(path: str | Path) -> list[AnyRecord]:
@@ -55,8 +57,13 @@ def _read_record(config_path: Path) -> AnyRecord | None:
 
 
 def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
-    """The rows of a run's training; a last line that a killed process left half written is left out."""
-    path = training_directory(Path(record.directory)) / "metrics.jsonl"
+    """The rows of a run's training; a last line that a killed process left half written is left out. None, with a
+    warning, where the run's statement of its training is damaged."""
+    try:
+        path = training_directory(Path(record.directory)) / "metrics.jsonl"
+    except CheckpointError as error:
+        warnings.warn(f"{error}; its metrics are left out", RuntimeWarning, stacklevel=2)
+        return []
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
