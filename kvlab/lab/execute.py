@@ -46,10 +46,9 @@ def execute(config: Config) -> str:
 def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
-    known_attempt = _failed_attempt(run)
+    known_attempt = run.known_attempt
     origin = provenance()
     run.begin(origin)
-    run.say("running")
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
             build = partial(Done, **_run(config, run, stop, known_attempt, taken))
@@ -79,12 +78,6 @@ def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     )
     run.finish(record)
     return record.status
-
-
-def _failed_attempt(run: Run) -> int:
-    """The failed attempt at its training that a run has recorded; 0 where it has not."""
-    record = run.record
-    return record.training.attempt if isinstance(record, Unfinished) and record.training else 0
 
 
 def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken: Taken) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kvlab.cli import main
 from kvlab.compose import compose
 from kvlab.files import locked
 from kvlab.interrupt import Interrupted, StopRequest
+from kvlab.lab import execute as executing
 from kvlab.lab import parameters
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.laboratory import Laboratory
@@ -111,6 +112,25 @@ def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_
         assert first.training.attempt == second.training.attempt == number
     monkeypatch.setattr(parameters, "train", counted)
     assert [execute(config) for config in configs] == ["done", "done"]
+
+
+def test_an_interrupted_retry_still_knows_which_failure_it_tries_again(tmp_path, monkeypatch):
+    config, tried = small(tmp_path), []
+
+    def broken(*_, **__):
+        tried.append(1)
+        raise RuntimeError("the loss is wrong")
+
+    def interrupted(*_, **__):
+        raise Interrupted("the test")
+
+    monkeypatch.setattr(parameters, "train", broken)
+    assert execute(config) == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(executing, "obtain", interrupted)  # before it reaches its training
+        assert [execute(config), execute(config)] == ["interrupted"] * 2
+    assert execute(config) == "failed"
+    assert len(tried) == Run(config).record.training.attempt == 2
 
 
 def _truncate(folder):
