@@ -159,9 +159,17 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
         alike, own = named[config["mixer"]["name"], config["task"]["type"]], flatten(config, "")
         keys = {key for fields in alike for key in fields}
         differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
-        details = [f"{key.rsplit('.', 1)[-1]}={own.get(key)}" for key in differing]
+        details = [f"{_short(key, keys)}={own.get(key)}" for key in differing]
         labels.append(" ".join([config["mixer"]["name"], *details]))
     return labels
+
+
+def _short(key: str, keys: set[str]) -> str:
+    """The last words of a dotted name, as many as tell it from the others; a section stands for its `name`."""
+    words = key.removeprefix(".").split(".")
+    endings = [".".join(words[start:]) for start in reversed(range(len(words)))]
+    is_only = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in keys) == 1)
+    return next(is_only, endings[-1]).removesuffix(".name")
 
 
 def _point(label: str, group: list[Done]) -> Point:
