@@ -14,7 +14,7 @@ import yaml
 from scipy import stats
 
 from kvlab.evaluation.measure import AXES
-from kvlab.lab.record import AnyRecord, Done, Unfinished, damaged, read_record
+from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
 from kvlab.training.checkpoint import CheckpointError
 
@@ -91,7 +91,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
     row["reason"] = record.reason if isinstance(record, Unfinished) else None
     if isinstance(record, Done):
         quality, memory = record.quality, record.memory
-        row |= {f"quality.{name}": getattr(quality, name) for name in ("metric", "value", "parallel_value")}
+        row |= {f"quality.{name}": getattr(quality, name) for name in SHOWN}
         row |= {f"quality.{name}": value for name, value in quality.slices.items()}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
@@ -113,7 +113,8 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Point:
     """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one
-    seed)."""
+    seed). `fidelity` is what else of `Quality` is shown of points: what the memory had to agree with, and what it
+    costs."""
 
     name: str
     variant: str
@@ -132,6 +133,8 @@ class Point:
     speeds: dict[str, float]
     layers: tuple[dict[str, Any], ...]
     run_ids: list[str]
+    fidelity: dict[str, Any]
+    is_lossy: bool
 
 
 def points(records: Iterable[AnyRecord]) -> list[Point]:
@@ -195,7 +198,20 @@ def _point(label: str, group: list[Done]) -> Point:
         speeds={name: statistics.median(getattr(r.speed, name) for r in group) for name in asdict(first.speed)},
         layers=first.memory.layers,
         run_ids=[record.run_id for record in group],
+        fidelity={
+            name: how.over_seeds([getattr(record.quality, name) for record in group])
+            for name, how in SHOWN.items()
+            if how.over_seeds
+        },
+        is_lossy=any(record.quality.is_lossy for record in group),
     )
+
+
+def fidelity_rows(found: list[Point]) -> list[dict[str, Any]]:
+    """What tables add of each point's fidelity, by heading: nothing where no memory is lossy."""
+    if not any(point.is_lossy for point in found):
+        return [{} for _ in found]
+    return [{name.replace("_", " "): value for name, value in point.fidelity.items()} for point in found]
 
 
 def interval_half_width(values: list[float]) -> float:
