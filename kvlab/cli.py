@@ -54,10 +54,11 @@ def main() -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         from kvlab.schema import ConfigError
+        from kvlab.training.checkpoint import CheckpointError
 
-        if isinstance(error, ValueError) and not isinstance(error, ConfigError):
+        if isinstance(error, ValueError | RuntimeError) and not isinstance(error, ConfigError | CheckpointError):
             raise
         print(f"kvlab: {error or type(error).__name__}", file=sys.stderr)
         return 2

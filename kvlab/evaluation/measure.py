@@ -87,7 +87,7 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
     for layer, states in enumerate(seen.layout.states):
         for name, index in states.items():
             share, account = seen.layout.classes[index].num_layers, seen.accounts[index]
-            sizes = {"logical": account.live, "allocated": account.allocated, "pool": account.pool}
+            sizes = {"logical": account.logical, "allocated": account.allocated, "pool": account.pool}
             rows.append({"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()})
     return tuple(rows)
 
@@ -96,14 +96,14 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
 class MemoryReport:
     """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
 
-    logical: live tokens and states; allocated: pages held; temp: the compiler's temporaries of a decode step; peak: all
-    that a decode step needs at once (weights, pools, plan, outputs, temporaries). `device_peak_bytes` is the device's
-    own high-water mark of this process, a training in it included, where the device reports one. `pool_bytes` is the
-    arrays' size, which includes free pages and the null page.
+    logical: live tokens and states, their scales included; allocated: pages held; temp: the compiler's temporaries of a
+    decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
+    `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
+    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page.
     """
 
     logical_bytes: int = measured(
-        lambda seen: sum(account.live for account in seen.accounts),
+        lambda seen: sum(account.logical for account in seen.accounts),
         axis="logical bytes per sequence (live tokens and states)",
     )
     allocated_bytes: int = measured(

@@ -23,7 +23,7 @@ from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, FailedTraining, Quality, Unfinished
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import TrainingFailed, restore_params, training_directory
+from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.random import named_key
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken, recording
@@ -46,10 +46,9 @@ def execute(config: Config) -> str:
 def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
-    known_attempt = _failed_attempt(run)
+    known_attempt = run.known_attempt
     origin = provenance()
     run.begin(origin)
-    run.say("running")
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
             build = partial(Done, **_run(config, run, stop, known_attempt, taken))
@@ -79,12 +78,6 @@ def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     )
     run.finish(record)
     return record.status
-
-
-def _failed_attempt(run: Run) -> int:
-    """The failed attempt at its training that a run has recorded; 0 where it has not."""
-    record = run.record
-    return record.training.attempt if isinstance(record, Unfinished) and record.training else 0
 
 
 def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken: Taken) -> dict[str, Any]:
@@ -146,10 +139,6 @@ def measure_memory(
 
 def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory, Params]:
     """The model of a finished run and its parameters, from where the config says or from `run_dir`. Raises
-    FileNotFoundError when the run has none."""
+    FileNotFoundError when the run has none, and `CheckpointError` when they are not the ones that were trained."""
     lab = Laboratory.of(config)
-    directory = training_directory(run_dir or config.run_dir) / "params"
-    params = restore_params(directory, lab.model.params)
-    if params is None:
-        raise FileNotFoundError(f"{directory}: there are no final parameters; is the run done?")
-    return lab, params
+    return lab, trained_params(run_dir or config.run_dir, lab.model.params)

@@ -56,8 +56,10 @@ class Laboratory:
         if task.vocab_size > architecture.vocab_size:
             legal = f"its vocabulary of {architecture.vocab_size} must hold the task's {task.vocab_size} tokens"
             raise ConfigError("weights.path", config.weights.path, legal)
+        shapes = abstract_model(architecture)
+        stored_states(shapes.states, config.memory)  # refuses what cannot be held, before anything is loaded
         if abstract:
-            return cls(config, task, abstract_model(architecture), placement)
+            return cls(config, task, shapes, placement)
         loaded = load_checkpoint(folder, dtype).model
         return cls(config, task, Model(loaded.structure, placement.put(loaded.params, "")), placement)
 

@@ -63,12 +63,10 @@ def obtain(
 
 
 def _found(training: Training, lab: Laboratory) -> tuple[Params, Trained] | None:
-    """A finished training; None where there is none or where its parameters are damaged, which are then removed."""
-    trained = training.done
-    if trained is None:
-        return None
+    """A finished training; None where there is none or where it is damaged, which is then removed."""
     try:
-        return training.restore(lab.model.params, trained), trained
+        trained = training.done
+        return None if trained is None else (training.restore(lab.model.params, trained), trained)
     except CheckpointError as error:
         warnings.warn(f"{error}; trained again", RuntimeWarning, stacklevel=2)
         training.discard()

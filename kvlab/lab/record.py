@@ -1,6 +1,9 @@
 """What a run leaves behind: one typed record, written as JSON and checked when it is read back."""
 
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +26,19 @@ class Provenance:
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """How a field of `Quality` is shown: in frames, and with `over_seeds`, which makes one value of those of several
+    seeds, in the frontier's data too, and in tables where any memory is lossy."""
+
+    over_seeds: Callable[[list[Any]], Any] | None = None
+
+
+def shown(*, default: Any = MISSING, over_seeds: Callable[[list[Any]], Any] | None = None) -> Any:
+    """A field that frames have: showing another is adding such a row."""
+    return field(default=default, metadata={"shown": Shown(over_seeds)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
@@ -31,14 +47,23 @@ class Quality:
     what the memory costs: `parallel_value` less `value`.
     """
 
-    metric: str
+    metric: str = shown()
     higher_is_better: bool
-    value: float
+    value: float = shown()
     slices: dict[str, float]
-    parallel_value: float
+    parallel_value: float = shown()
     validation: float
-    verified_by: str = EXACT
-    lost: float = 0.0
+    verified_by: str = shown(default=EXACT, over_seeds=itemgetter(0))
+    lost: float = shown(default=0.0, over_seeds=statistics.fmean)
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the memory stored less than what the model computes."""
+        return self.verified_by != EXACT
+
+
+SHOWN: dict[str, Shown] = {item.name: item.metadata["shown"] for item in fields(Quality) if "shown" in item.metadata}
+"""The fields of `Quality` that are shown, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from kvlab.evaluation.measure import AXES, SpeedReport, measures
 from kvlab.files import write_atomic
 from kvlab.lab.plots import by_task, colour, draw_frontier, draw_needle
 from kvlab.lab.record import AnyRecord, Done, Unfinished
-from kvlab.lab.results import Point, non_dominated, points, read_metrics, read_records
+from kvlab.lab.results import Point, fidelity_rows, non_dominated, points, read_metrics, read_records
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
@@ -58,7 +58,7 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
         row |= {"low": point.low, "high": point.high, "num_seeds": point.num_seeds, "context_len": point.context_len}
         row |= {f"{axis}_per_sequence": point.bytes_per_sequence[axis] for axis in AXES}
         row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
-        row |= point.speeds
+        row |= point.fidelity | point.speeds
         row |= {"learning_rates": " ".join(f"{rate:g}" for rate in point.learning_rates)}
         row |= {f"slice {name}": value for name, value in point.slices.items()}
         rows.append(row)
@@ -166,12 +166,13 @@ def _curve(record: AnyRecord) -> dict[str, Any] | None:
 
 def _point_rows(found: list[Point]) -> list[dict[str, Any]]:
     rows = []
-    for point in found:
+    for point, fidelity in zip(found, fidelity_rows(found), strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
         row |= {f"{axis.removesuffix('_bytes')} B/seq": point.bytes_per_sequence[axis] for axis in AXES}
         row |= {"context": point.context_len, "parameters": point.num_params}
-        rows.append(row | {measure.column: point.speeds[name] for name, measure in measures(SpeedReport).items()})
+        row |= {measure.column: point.speeds[name] for name, measure in measures(SpeedReport).items()}
+        rows.append(row | fidelity)
     return rows
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import yaml
 from scipy import stats
 
 from kvlab.evaluation.measure import AXES
-from kvlab.lab.record import AnyRecord, Done, Unfinished, damaged, read_record
+from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
+from kvlab.training.checkpoint import CheckpointError
 
 
 def read_records(path: str | Path) -> list[AnyRecord]:
@@ -55,8 +57,13 @@ def _read_record(config_path: Path) -> AnyRecord | None:
 
 
 def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
-    """The rows of a run's training; a last line that a killed process left half written is left out."""
-    path = training_directory(Path(record.directory)) / "metrics.jsonl"
+    """The rows of a run's training; a last line that a killed process left half written is left out. None, with a
+    warning, where the run's statement of its training is damaged."""
+    try:
+        path = training_directory(Path(record.directory)) / "metrics.jsonl"
+    except CheckpointError as error:
+        warnings.warn(f"{error}; its metrics are left out", RuntimeWarning, stacklevel=2)
+        return []
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -84,7 +91,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
     row["reason"] = record.reason if isinstance(record, Unfinished) else None
     if isinstance(record, Done):
         quality, memory = record.quality, record.memory
-        row |= {f"quality.{name}": getattr(quality, name) for name in ("metric", "value", "parallel_value")}
+        row |= {f"quality.{name}": getattr(quality, name) for name in SHOWN}
         row |= {f"quality.{name}": value for name, value in quality.slices.items()}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
@@ -106,7 +113,8 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Point:
     """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one
-    seed)."""
+    seed). `fidelity` is what else of `Quality` is shown of points: what the memory had to agree with, and what it
+    costs."""
 
     name: str
     variant: str
@@ -125,6 +133,8 @@ class Point:
     speeds: dict[str, float]
     layers: tuple[dict[str, Any], ...]
     run_ids: list[str]
+    fidelity: dict[str, Any]
+    is_lossy: bool
 
 
 def points(records: Iterable[AnyRecord]) -> list[Point]:
@@ -152,9 +162,17 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
         alike, own = named[config["mixer"]["name"], config["task"]["type"]], flatten(config, "")
         keys = {key for fields in alike for key in fields}
         differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
-        details = [f"{key.rsplit('.', 1)[-1]}={own.get(key)}" for key in differing]
+        details = [f"{_short(key, keys)}={own.get(key)}" for key in differing]
         labels.append(" ".join([config["mixer"]["name"], *details]))
     return labels
+
+
+def _short(key: str, keys: set[str]) -> str:
+    """The last words of a dotted name, as many as tell it from the others; a section stands for its `name`."""
+    words = key.removeprefix(".").split(".")
+    endings = [".".join(words[start:]) for start in reversed(range(len(words)))]
+    is_only = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in keys) == 1)
+    return next(is_only, endings[-1]).removesuffix(".name")
 
 
 def _point(label: str, group: list[Done]) -> Point:
@@ -180,7 +198,20 @@ def _point(label: str, group: list[Done]) -> Point:
         speeds={name: statistics.median(getattr(r.speed, name) for r in group) for name in asdict(first.speed)},
         layers=first.memory.layers,
         run_ids=[record.run_id for record in group],
+        fidelity={
+            name: how.over_seeds([getattr(record.quality, name) for record in group])
+            for name, how in SHOWN.items()
+            if how.over_seeds
+        },
+        is_lossy=any(record.quality.is_lossy for record in group),
     )
+
+
+def fidelity_rows(found: list[Point]) -> list[dict[str, Any]]:
+    """What tables add of each point's fidelity, by heading: nothing where no memory is lossy."""
+    if not any(point.is_lossy for point in found):
+        return [{} for _ in found]
+    return [{name.replace("_", " "): value for name, value in point.fidelity.items()} for point in found]
 
 
 def interval_half_width(values: list[float]) -> float:

@@ -10,18 +10,26 @@ results/<experiment>/<run id>/
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from kvlab.config import Config
 from kvlab.files import LockHeld, is_locked, locked, write_atomic, write_json
-from kvlab.lab.record import AnyRecord, Provenance, as_json, damaged, read_record
+from kvlab.lab.record import AnyRecord, Provenance, Unfinished, as_json, damaged, read_record
 
 
 class RunLocked(RuntimeError):
     """Another process is working on this run."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the status of an unfinished run knows of its training."""
+
+    known_attempt: int = 0
 
 
 class Run:
@@ -69,8 +77,20 @@ class Run:
                 raise RunLocked(f"{self.directory}: {owner} is working on this run") from None
             yield
 
+    @property
+    def known_attempt(self) -> int:
+        """The failed attempt at its training that this run knew when it last ended or began; 0: none."""
+        record, path = self.record, self.directory / "status.json"
+        if record is not None:
+            return record.training.attempt if isinstance(record, Unfinished) and record.training else 0
+        try:
+            return TypeAdapter(_Known).validate_json(path.read_bytes()).known_attempt if path.exists() else 0
+        except ValueError:
+            return 0
+
     def begin(self, provenance: Provenance) -> None:
-        """Config and provenance first. A failed run is tried again."""
+        """Config and provenance first. A failed run is tried again; its status keeps what its record knew."""
+        self.say("running")
         for name in ("traceback.txt", "record.json"):
             (self.directory / name).unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
@@ -78,7 +98,8 @@ class Run:
 
     def say(self, status: str, **details: Any) -> None:
         """Where the run is, for people and schedulers that look from outside."""
-        write_json(self.directory / "status.json", {"status": status, "pid": os.getpid(), **details})
+        known = {"known_attempt": attempt} if (attempt := self.known_attempt) else {}
+        write_json(self.directory / "status.json", {"status": status, "pid": os.getpid(), **known, **details})
 
     def finish(self, record: AnyRecord) -> None:
         """The record, last."""

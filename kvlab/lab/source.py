@@ -29,7 +29,9 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
 
     Raises FileNotFoundError for a folder that is neither, and what the loaders raise.
     """
-    if (folder / "record.json").exists() or (folder / "status.json").exists():
+    if (folder / "training.yaml").exists():
+        raise FileNotFoundError(f"{folder}: this is a training; give a run's folder, beside trained/")
+    if (folder / "config.yaml").exists():
         if dtype not in (None, "stored"):
             raise ConfigError("dtype", dtype, 'must be "stored" for a run: it computes as it was trained')
         config = Config.build(yaml.safe_load((folder / "config.yaml").read_text()))
@@ -37,9 +39,7 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
         is_bytes = isinstance(lab.task, Text) and lab.task.vocab_size == ByteTokenizer.vocab_size
         return Source(Model(lab.model.structure, params), ByteTokenizer() if is_bytes else None)
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(
-            f"{folder}: neither a run's directory (config.yaml, params/) nor a checkpoint (config.json)"
-        )
+        raise FileNotFoundError(f"{folder}: neither a run's directory (config.yaml) nor a checkpoint (config.json)")
     loaded = load_checkpoint(folder, None if dtype == "stored" else dtype)
     return Source(loaded.model, load_tokenizer(folder), loaded.end_tokens)
 

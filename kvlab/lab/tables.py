@@ -9,7 +9,7 @@ from rich.table import Table
 from kvlab.config import Config
 from kvlab.lab.plan import Plan
 from kvlab.lab.record import AnyRecord, Unfinished
-from kvlab.lab.results import points
+from kvlab.lab.results import fidelity_rows, points
 from kvlab.lab.runs import Run
 from kvlab.units import human_bytes
 
@@ -59,10 +59,13 @@ def print_runs(configs: Sequence[Config]) -> None:
 
 
 def print_records(records: list[AnyRecord]) -> None:
-    """One row a point; failed and cut runs below with their reasons."""
+    """One row a point, with what lossy memories cost where there are some; failed and cut runs below with their
+    reasons."""
+    found = points(records)
+    fidelities = fidelity_rows(found)
     names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
-    table = Table(*names, "step ms", "decode tok/s")
-    for point in points(records):
+    table = Table(*names, "step ms", "decode tok/s", *(fidelities[0] if fidelities else ()))
+    for point, fidelity in zip(found, fidelities, strict=True):
         sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
         interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
         cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
@@ -71,7 +74,8 @@ def print_records(records: list[AnyRecord]) -> None:
             f"{point.speeds['train_step_ms']:.1f}",
             f"{point.speeds['decode_tokens_per_s']:,.0f}",
         )
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds)
+        said = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in fidelity.values())
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds, *said)
     console = wide_console()
     if table.row_count:
         console.print(table)

@@ -10,10 +10,10 @@ One process trains. Others that need the same parameters wait for the lock; the 
 and the next one resumes from the last checkpoint.
 """
 
-import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ from kvlab.config import Config
 from kvlab.files import LockHeld, locked, write_atomic, write_json
 from kvlab.interrupt import StopRequest
 from kvlab.lab.provenance import provenance
-from kvlab.lab.record import TrainingReport
+from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
 from kvlab.training.loop import params_digest
 from kvlab.typing import Params
@@ -52,6 +52,23 @@ class Trained:
     report: TrainingReport
     validation: float
     train_step_ms: float
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """Where a training is: `status`, its `attempt`, and the `reason` of a failed one."""
+
+    status: str = "new"
+    attempt: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What a run's folder says of its training: its id, and the folder where it was when the run was made."""
+
+    training_id: str
+    directory: str
 
 
 class Training:
@@ -83,15 +100,17 @@ class Training:
 
     @property
     def done(self) -> Trained | None:
-        """The finished training; None while there is none."""
-        path = self.directory / POINTER
-        return TypeAdapter(Trained).validate_json(path.read_bytes()) if path.exists() else None
+        """The finished training; None while there is none. Raises `CheckpointError` when its statement is damaged."""
+        return _read(Trained, self.directory / POINTER)
 
     @property
-    def status(self) -> dict[str, Any]:
-        """Where the training is: `status`, `attempt`, and the `reason` of a failed one."""
-        path = self.directory / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {"status": "new", "attempt": 0}
+    def status(self) -> TrainingStatus:
+        """Where the training is; a status that cannot be read is warned of, and is that of a new one."""
+        try:
+            return _read(TrainingStatus, self.directory / "status.json") or TrainingStatus()
+        except CheckpointError as error:
+            warnings.warn(f"{error}; taken as new", RuntimeWarning, stacklevel=2)
+            return TrainingStatus()
 
     def begin(self, known_attempt: int) -> int:
         """Starts or resumes; returns the number of the attempt.
@@ -101,13 +120,13 @@ class Training:
         Unreadable checkpoints are thrown away, since nothing can be resumed from them.
         """
         status = self.status
-        attempt = max(1, status["attempt"])
-        if status["status"] == "failed":
-            if status["attempt"] > known_attempt:
+        attempt = max(1, status.attempt)
+        if status.status == "failed":
+            if status.attempt > known_attempt:
                 again = "the same command tries again"
-                raise TrainingFailed(f"{status['reason']} (in the shared training {self.directory}; {again})", attempt)
+                raise TrainingFailed(f"{status.reason} (in the shared training {self.directory}; {again})", attempt)
             attempt += 1
-            if status["reason"].startswith("CheckpointError"):
+            if status.reason.startswith("CheckpointError"):
                 self.discard()
         half = {"run_id": self.config.run_id, **self.config.training_half}
         write_atomic(self.directory / "training.yaml", yaml.safe_dump(half, sort_keys=False))
@@ -139,27 +158,59 @@ class Training:
         """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were
         trained."""
         shutil.rmtree(self.directory / "trials", ignore_errors=True)  # left where a process died before it removed them
-        params = restore_params(self.directory / "params", like)
-        if params is None or params_digest(params) != trained.report.params_sha256:
-            raise CheckpointError(f"{self.directory / 'params'}: not the parameters that were trained")
+        params = restore_params(self.directory / "params", like, trained.report.params_sha256)
+        if params is None:
+            raise CheckpointError(f"{self.directory / 'params'}: no such folder")
         return params
 
 
 def point_to(training: Training, run_directory: Path) -> None:
     """Writes into a run's folder where its parameters, metrics and checkpoints are."""
-    where = {"training_id": training.config.training_id, "directory": str(training.directory.absolute())}
-    write_json(run_directory / POINTER, where)
+    where = Pointer(training.config.training_id, str(training.directory.absolute()))
+    write_json(run_directory / POINTER, asdict(where))
 
 
 def training_directory(run_directory: Path) -> Path:
     """The folder with a run's parameters and metrics: beside the run, where results were moved as a whole; else where
-    it was when the run was made. A run from before trainings were shared has them in its own folder."""
-    path = run_directory / POINTER
-    if not path.exists():
+    it was when the run was made. A run from before trainings were shared has them in its own folder. Raises
+    `CheckpointError` when the run's statement of it is damaged."""
+    where = _read(Pointer, run_directory / POINTER)
+    if where is None:
         return run_directory
-    where = json.loads(path.read_text())
-    beside = run_directory.parent / "trained" / where["training_id"]
-    return beside if beside.is_dir() else Path(where["directory"])
+    beside = run_directory.parent / "trained" / where.training_id
+    return beside if beside.is_dir() else Path(where.directory)
+
+
+def trained_params(run_directory: Path, like: Params) -> Params:
+    """The parameters of a finished run. Raises FileNotFoundError when it has none, and `CheckpointError` when they
+    are not the ones that were trained."""
+    directory = training_directory(run_directory)
+    digest = _stated_digest(run_directory, directory)
+    params = restore_params(directory / "params", like, digest) if digest else None
+    if params is None:
+        raise FileNotFoundError(f"{directory / 'params'}: there are no final parameters; is the run done?")
+    return params
+
+
+def _stated_digest(run_directory: Path, directory: Path) -> str | None:
+    """The digest of a run's parameters: its training's folder states it, or its record, where it has them itself."""
+    if directory != run_directory:
+        trained = _read(Trained, directory / POINTER)
+        return trained.report.params_sha256 if trained else None
+    path = run_directory / "record.json"
+    try:
+        record = read_record(path) if path.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {first_error(error)}") from None
+    return record.training.params_sha256 if isinstance(record, Done) else None
+
+
+def _read[Statement](kind: type[Statement], path: Path) -> Statement | None:
+    """What a file states; None where there is none. Raises `CheckpointError` when it is damaged."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {first_error(error)}") from None
 
 
 def save_params(directory: Path, params: Params) -> None:
@@ -172,8 +223,9 @@ def save_params(directory: Path, params: Params) -> None:
         checkpoints.close()
 
 
-def restore_params(directory: Path, like: Params) -> Params | None:
-    """The parameters that `save_params` wrote; None where there are none."""
+def restore_params(directory: Path, like: Params, digest: str) -> Params | None:
+    """The parameters that `save_params` wrote; None where there are none. Raises `CheckpointError` when they are not
+    those of the `digest`."""
     if not directory.exists():
         return None
     checkpoints = Checkpoints(directory, keep=1)
@@ -181,4 +233,6 @@ def restore_params(directory: Path, like: Params) -> Params | None:
         restored = checkpoints.restore(like)
     finally:
         checkpoints.close()
+    if restored is not None and params_digest(restored[1]) != digest:
+        raise CheckpointError(f"{directory}: not the parameters that were trained")
     return None if restored is None else restored[1]

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kvlab.ledger.classes import StateClass
+from kvlab.ledger.states import live_pages
 from kvlab.ledger.store import Holding
 
-SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared")
+SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared", "live_pages")
 PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")
 
 
@@ -30,8 +31,9 @@ class Account:
     scale: quantisation scales of held pages
     padding: the part of a contiguous block that was not asked for
 
-    Beside the sum: `shared`, bytes that sharing saves (further holders of a page), and `stranded`, free bytes that no
-    request can use because another class of the same ledger has none left.
+    Beside the sum: `live_scale`, the part of `scale` that belongs to what is live; `shared`, bytes that sharing saves
+    (further holders of a page); and `stranded`, free bytes that no request can use because another class of the same
+    ledger has none left.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Account:
     reserved: int
     scale: int
     padding: int
+    live_scale: int
     shared: int
     stranded: int
 
@@ -54,6 +57,11 @@ class Account:
     def allocated(self) -> int:
         """Bytes of pages that some sequence holds."""
         return self.pool - self.free - self.null - self.cached
+
+    @property
+    def logical(self) -> int:
+        """Bytes of what is live, its scales included: what `State.logical_bytes` states of each sequence."""
+        return self.live + self.live_scale
 
     @property
     def balanced(self) -> bool:
@@ -101,6 +109,7 @@ def account(
     scale = state.spec.scale_bytes * state.num_layers
     payload = state.spec.unit_bytes * state.num_layers - scale
     page_scale = state.spec.per_page_bytes * state.num_layers
+    live_scale = slots["live"] * scale + slots.pop("live_pages") * page_scale
     num_held = sum(slots[name] for name in ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding"))
     return Account(
         name=state.name,
@@ -108,6 +117,7 @@ def account(
         free=num_free * state.page_bytes,
         null=state.has_null_page * state.page_bytes,
         cached=slots.pop("cached") * state.page_bytes,
+        live_scale=live_scale,
         shared=slots.pop("shared") * state.page_bytes,
         scale=num_held * scale + num_held // state.page_size * page_scale,
         stranded=stranded,
@@ -122,6 +132,7 @@ def _blocks(state: StateClass, sequences: Sequence[Held]) -> dict[str, int]:
         size, asked = holding.block
         used, unwritten = holding.lengths.final_len if holding.lengths else asked, asked - length - lookahead
         slots["live"] += state.spec.live_len(length)
+        slots["live_pages"] += sum(len(pages) for pages in live_pages(state.spec, length, state.page_size))
         slots["dead"] += length - state.spec.live_len(length)
         slots["lookahead"] += lookahead
         slots["reserved"] += (reserved := min(unwritten, max(0, used - length - lookahead)))
@@ -166,5 +177,6 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
         "lookahead": num_speculative,
         "tail": state.page_size * int(counted.sum()) - num_written - num_speculative,
         "cached": len(alone),
+        "live_pages": int(live.any(axis=1)[counted].sum()),
         "shared": int(np.maximum(num_tables - 1, 0).sum()),
     }

@@ -14,6 +14,7 @@ import pytest
 from kvlab.cli import main
 from kvlab.compose import compose, compose_generate
 from kvlab.engine.sampling import Sampling
+from kvlab.lab import laboratory
 from kvlab.lab.execute import execute
 from kvlab.lab.request_lines import read_requests
 from kvlab.lab.source import load_source
@@ -212,6 +213,23 @@ def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
         compose(["task=perplexity", f"weights.path={folder}", "train.num_steps=8"])
     with pytest.raises(ConfigError, match=r"tune\.learning_rate"):
         compose(["task=perplexity", f"weights.path={folder}", "tune.learning_rate=[0.1]"])
+
+
+@pytest.mark.parametrize("abstract", [True, False])
+def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded(tmp_path, monkeypatch, abstract):
+    config = compose(["task=perplexity", f"weights.path={write_folder('llama_gqa', tmp_path)}"])
+
+    def refuse(states, memory):
+        assert len(states) == 2
+        raise ConfigError("memory.format", memory.format, "must be another")
+
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(laboratory, "stored_states", refuse)
+    monkeypatch.setattr(laboratory, "load_checkpoint", load)
+    with pytest.raises(ConfigError, match="must be another"):
+        laboratory.Laboratory.of(config, abstract=abstract)
 
 
 def test_the_needle_grid_becomes_a_heat_map(tmp_path, monkeypatch):

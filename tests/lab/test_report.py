@@ -7,8 +7,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from kvlab.evaluation.verify import EXACT
 from kvlab.lab.record import Unfinished
 from kvlab.lab.report import write_report
+from kvlab.lab.results import load
+from kvlab.lab.tables import print_records
 from tests.lab.test_results import record, write
 
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -46,6 +49,29 @@ def test_files_are_written_and_the_csv_is_the_plot(results, tmp_path):
     assert frame[frame.non_dominated & (frame.task == "mqar")].variant.tolist() == ["swa16", "mqa", "mha"]
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "frontier.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_what_a_lossy_memory_loses_is_shown_where_there_is_one(tmp_path, capsys):
+    exact, held = record("mha"), [record("mqa", seed) for seed in (0, 1)]
+    lossy = [
+        replace(made, quality=replace(made.quality, lost=lost, verified_by=f"{EXACT} rounded to int8"))
+        for made, lost in zip(held, (0.25, 0.75), strict=True)
+    ]
+    words = ("<button type='button'>lost</button>", "<button type='button'>verified by</button>")
+    for name, records, is_shown in (("exact", [exact, *held], False), ("lossy", [exact, *lossy], True)):
+        folder = write(tmp_path / name, *records)
+        write_report(folder, tmp_path / name)
+        page = (tmp_path / name / "report.html").read_text()
+        assert [word in page for word in words] == [is_shown] * 2
+        print_records(records)
+        printed = capsys.readouterr().out
+        assert ("lost" in printed, "0.5000" in printed) == (is_shown, is_shown)
+    frame = pd.read_csv(tmp_path / "lossy" / "frontier.csv").set_index("variant")
+    assert frame.lost.to_dict() == {"mha": 0, "mqa": 0.5}
+    assert frame.verified_by.to_dict() == {"mha": EXACT, "mqa": f"{EXACT} rounded to int8"}
+    runs = load(tmp_path / "lossy")
+    assert sorted(runs["quality.lost"]) == [0, 0.25, 0.75]
+    assert set(runs["quality.verified_by"]) == set(frame.verified_by)
 
 
 def test_the_page_fetches_nothing_and_escapes_everything(results, tmp_path):

@@ -70,6 +70,20 @@ def test_other_settings_are_other_points_with_telling_names():
     assert sorted(point.name for point in found) == ["mha page_size=16", "mha page_size=4"]
 
 
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        ([{"memory": {"name": name}} for name in ("paged", "dense")], ["mha memory=dense", "mha memory=paged"]),
+        (
+            [{"optimizer": {"rate": 1}, "tune": {"rate": rate}, "model": {"dim": 8 * rate}} for rate in (1, 2)],
+            ["mha dim=16 tune.rate=2", "mha dim=8 tune.rate=1"],
+        ),
+    ],
+)
+def test_a_name_keeps_its_section_where_its_last_word_is_ambiguous(sections, names):
+    assert sorted(point.name for point in points([record(**section) for section in sections])) == names
+
+
 @pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("bits_per_byte", -1)])
 def test_non_dominated_against_brute_force(metric, sign):
     rng = np.random.default_rng(0)

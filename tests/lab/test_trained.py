@@ -6,20 +6,28 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from kvlab.cli import main
 from kvlab.compose import compose
 from kvlab.files import locked
 from kvlab.interrupt import Interrupted, StopRequest
+from kvlab.lab import execute as executing
 from kvlab.lab import parameters
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.laboratory import Laboratory
+from kvlab.lab.provenance import provenance
+from kvlab.lab.record import TrainingReport
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import Training, save_params
+from kvlab.lab.trained import Trained, Training, TrainingStatus, point_to, save_params, training_directory
+from kvlab.training.checkpoint import CheckpointError
 from kvlab.training.loop import params_digest
 from tests.lab.test_execute import command, rows, small
 
@@ -106,6 +114,25 @@ def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_
     assert [execute(config) for config in configs] == ["done", "done"]
 
 
+def test_an_interrupted_retry_still_knows_which_failure_it_tries_again(tmp_path, monkeypatch):
+    config, tried = small(tmp_path), []
+
+    def broken(*_, **__):
+        tried.append(1)
+        raise RuntimeError("the loss is wrong")
+
+    def interrupted(*_, **__):
+        raise Interrupted("the test")
+
+    monkeypatch.setattr(parameters, "train", broken)
+    assert execute(config) == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(executing, "obtain", interrupted)  # before it reaches its training
+        assert [execute(config), execute(config)] == ["interrupted"] * 2
+    assert execute(config) == "failed"
+    assert len(tried) == Run(config).record.training.attempt == 2
+
+
 def _truncate(folder):
     files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
     for path in files:
@@ -117,15 +144,79 @@ def _replace(folder):
     save_params(folder, jax.tree.map(lambda leaf: leaf + 1, like))
 
 
-@pytest.mark.parametrize("damage", [_truncate, _replace])
+def _state_badly(folder):
+    folder.with_name("trained.json").write_text('{"report": ')
+
+
+@pytest.mark.filterwarnings("ignore:damaged checkpoint:RuntimeWarning")
+@pytest.mark.parametrize("damage", [_truncate, _replace, _state_badly])
 def test_damaged_parameters_are_trained_again(tmp_path, trainings, damage):
     config, other = small(tmp_path), small(tmp_path, "memory=dense")
     assert execute(config) == "done"
     damage(config.training_dir / "params")
-    with pytest.warns(RuntimeWarning, match="trained again|damaged checkpoint"):
+    with pytest.raises(CheckpointError):
+        load_params(config)
+    with pytest.warns(RuntimeWarning, match="trained again"):
         assert execute(other) == "done"
     assert len(trainings) == 2
     assert Run(other).record.training.params_sha256 == Run(config).record.training.params_sha256
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run whose training is finished, with the parameters it began with."""
+    config = small(tmp_path)
+    training, params = Training(config), Laboratory.of(config).model.params
+    training.directory.mkdir(parents=True)
+    report = TrainingReport(
+        learning_rate=0.01, trials=[], num_steps=0, num_tokens=0, params_sha256=params_digest(params), data_sha256=None
+    )
+    training.begin(0)
+    training.finish(Trained(report, 0.5, 1.0), params, 1)
+    run = Run(config)
+    run.directory.mkdir(parents=True)
+    run.begin(provenance())
+    point_to(training, run.directory)
+    return config
+
+
+def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):
+    digest = Training(finished).done.report.params_sha256
+    assert params_digest(load_params(finished)[1]) == digest
+    like = Laboratory.of(finished).model.params
+    first, *others = jax.tree.leaves(like)
+    flipped = np.asarray(first).copy()
+    flipped.view(np.uint8).flat[0] ^= 1  # one bit of all of them
+    changed = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(flipped), *others])
+    save_params(finished.training_dir / "params", changed)
+    with pytest.raises(CheckpointError, match="not the parameters that were trained"):
+        load_params(finished)
+    monkeypatch.setattr(sys, "argv", ["kvlab", "generate", str(finished.run_dir), "--prompt", "1"])
+    assert main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"kvlab: {finished.training_dir / 'params'}: not the parameters that were trained"
+
+
+def test_a_training_is_no_run(finished, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kvlab", "generate", str(finished.training_dir), "--prompt", "1"])
+    assert main() == 2
+    assert "this is a training; give a run's folder" in capsys.readouterr().err
+
+
+def test_damaged_statements_are_named(finished):
+    training = Training(finished)
+    for text in ('{"status": "fai', "[1]", '{"attempt": "no number"}'):
+        (training.directory / "status.json").write_text(text)
+        with pytest.warns(RuntimeWarning, match=r"status\.json is damaged: .*; taken as new"):
+            assert training.status == TrainingStatus("new", 0, "")
+    (training.directory / "trained.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"trained\.json is damaged: report: Field required"):
+        load_params(finished)
+    (finished.run_dir / "trained.json").write_text("")
+    with pytest.raises(CheckpointError, match=r"trained\.json is damaged"):
+        training_directory(finished.run_dir)
+    with pytest.warns(RuntimeWarning, match="its metrics are left out"):
+        assert read_metrics(read_records(finished.run_dir)[0]) == []
 
 
 def test_a_waiting_run_says_for_whom_and_can_be_stopped(tmp_path):
@@ -157,6 +248,10 @@ def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(tmp_path):
         shutil.move(trained / name, moved / name)
     assert params_digest(load_params(config, moved)[1]) == digest
     assert len(read_metrics(read_records(tmp_path / "moved")[0])) == 8
+    like = Laboratory.of(config).model.params
+    save_params(moved / "params", jax.tree.map(lambda leaf: leaf + 1, like))
+    with pytest.raises(CheckpointError, match="not the parameters that were trained"):
+        load_params(config, moved)
     shutil.rmtree(moved / "params")
     with pytest.raises(FileNotFoundError, match="there are no final parameters"):
         load_params(config, moved)

@@ -435,6 +435,21 @@ def test_pages_computed_twice_are_given_up_for_the_first():
     assert ledger.running["a"].holdings[0].pages[0] == ledger.running["b"].holdings[0].pages[0]
 
 
+@pytest.mark.parametrize("reservation", [None, "max"])
+@pytest.mark.parametrize("format", ["model", "int8", "int4.channel"])
+@pytest.mark.parametrize("spec", [FULL, WINDOWED])
+def test_logical_bytes_are_what_the_state_states(spec, format, reservation):
+    held = spec.stored(format)
+    state = StateClass("kv", held, 4, 24, 6, num_layers=2, reservation=reservation)
+    ledger = Ledger((state,), 24, 6, page_size=4)
+    for name, count in (("a", 19), ("b", 3)):
+        grow(ledger, name, count)
+    (account,) = ledger.audit()
+    assert account.logical == sum(2 * held.logical_bytes(count, 4) for count in (19, 3))
+    assert (account.live_scale > 0) == (format != "model")
+    assert account.live_scale <= account.scale
+
+
 def test_accounts_add_up_in_sums_tables_and_frames():
     ledger = make_ledger(page_size=2, full_pages=20, window_pages=20)
     for name, count in (("a", 9), ("b", 5)):

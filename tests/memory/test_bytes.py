@@ -165,6 +165,17 @@ def test_measured_report_agrees_with_live_and_formula():
     assert speeds.decode_tokens_per_s > 0
 
 
+@pytest.mark.parametrize("memory", ["paged", "dense"])
+def test_logical_bytes_count_scales_in_the_record_as_in_the_state(memory):
+    """MQA in int8: 16 bytes of numbers a token, and two scales of 4."""
+    step, params = layout_of("mqa", MemoryConfig(name=memory, page_size=4, chunk_len=4, format="int8"), 2, 30)
+    report, _ = measure(step, params, VOCAB, decode_steps=3)
+    assert report.logical_bytes == 2 * 30 * (16 + 2 * 4) + 2 * 2 * 16 * 4
+    specs = [step.layout.classes[index].spec for layer in step.layout.states for index in layer.values()]
+    assert report.logical_bytes == sum(2 * spec.logical_bytes(30, 4) for spec in specs)
+    assert sum(row["logical_bytes"] for row in report.layers) == report.logical_bytes
+
+
 def test_a_wrong_statement_is_refused(monkeypatch):
     step, params = layout_of("mqa", MEMORIES[0])
     monkeypatch.setattr(measuring, "num_bytes", lambda pools: num_bytes(pools) + 1)
