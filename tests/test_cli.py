@@ -176,7 +176,7 @@ def test_sigterm_to_a_sweep_stops_its_workers_and_saves(tmp_path):
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     begun = [json.loads(path.read_text()) for path in tmp_path.rglob("status.json")]
-    assert [status["status"] for status in begun] == ["interrupted"] * 2
+    assert [status["status"] for status in begun] == ["interrupted"] * 4  # two runs, and the training of each
     assert not any(_alive(status["pid"]) for status in begun)
 
 

@@ -32,7 +32,7 @@ BYTES = 128
 
 
 def write(
-    pages: Pages, given: list[Float[Array, "B 1 K D"]], write_slots: Int32[Array, "B 1"], *, interpret: Any = False
+    pages: Pages, given: list[Float[Array, "B 1 K _"]], write_slots: Int32[Array, "B 1"], *, interpret: Any = False
 ) -> Pages:
     """See `api.kv_write`; `given` are keys, and values where pages have some."""
     num_slots, num_kv_heads, page_size = pages.num_pages * pages.page_size, pages.num_kv_heads, pages.page_size
