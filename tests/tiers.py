@@ -1,6 +1,6 @@
 """Which test runs when. A test that no row names is fast: it belongs to `make test`.
 
-* `fast`: `make test`, 4 minutes on two cores without any cache. No child processes, no sweeps in simulators; of every
+* `fast`: `make test`, 4 minutes on two cores. No child processes, no sweeps in simulators; of every
   kernel and backend one case.
 * `ci`: `.ci/run` after `make test`. Child processes, what the simulators must prove, runs that train.
 * `slow`: only `make test-all`, which runs all three.
@@ -158,6 +158,16 @@ MANY_PROGRAMS = {
     f"{ENGINE}/test_soak.py": "ci",
     f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
     f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
+    "tests/test_docs.py::test_the_recipe_for_a_task_meets_the_contract": "ci",
+    "tests/test_docs.py::test_the_engines_page_runs": "ci",
+    "tests/lab/test_execute.py::test_a_failed_run_is_a_row_with_a_reason_and_is_retried": "ci",
+    "tests/lab/test_execute.py::test_disagreement_between_memory_and_parallel_form_fails_the_run": "ci",
+    "tests/lab/test_execute.py::test_a_second_process_is_refused": "ci",
+    "tests/training/test_step.py::test_gradients_agree_with_finite_differences": "ci",
+    "tests/training/test_step.py::test_several_steps_per_call_equal_single_steps": "ci",
+    f"{ENGINE}/test_engine.py::test_the_place_of_pages_changes_no_token": "ci",
+    f"{KERNELS}/test_tiles.py::test_kernels_are_called_with_what_is_remembered": "ci",
+    f"{WRITE}::test_whole_pages_by_channel_hold_what_quantising_them_gives": "ci",
     "tests/lab/test_execute.py::test_a_nan_is_a_failure_with_step_and_leaf": "ci",
     "tests/lab/test_execute.py::test_out_of_memory_names_the_culprit": "ci",
     "tests/lab/test_trained.py::test_a_failed_training_is_recorded": "ci",
@@ -165,7 +175,6 @@ MANY_PROGRAMS = {
     "tests/lab/test_trained.py::test_damaged_parameters_are_trained_again": "ci",
     "tests/lab/test_trained.py::test_runs_that_differ_in_evaluation_only_train_once": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
-    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws[kv_arithmetic]": "fast",
     "tests/lab/test_experiments.py::test_notebooks_run": "ci",
     "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
     "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
