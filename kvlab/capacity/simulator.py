@@ -23,7 +23,7 @@ chunk."""
 class _Served(Entry):
     """One request being served."""
 
-    request: Request = None  # type: ignore[assignment]  # dataclasses put fields with defaults behind those without
+    request: Request = field(kw_only=True)
 
 
 @dataclass

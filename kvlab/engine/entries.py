@@ -35,8 +35,9 @@ class Entry:
     @property
     def target(self) -> int:
         """Tokens to compute for now."""
-        held = self.hold is not None and self.num_computed < self.hold
-        return self.hold if held else self.num_known  # type: ignore[return-value]
+        if self.hold is not None and self.num_computed < self.hold:
+            return self.hold
+        return self.num_known
 
     @property
     def order(self) -> tuple[int, int]:

@@ -102,7 +102,7 @@ class Request:
 class Sample(Entry):
     """One sequence that works on a request: an entry of the scheduler whose `ids` are prompt and answer."""
 
-    request: Request = None  # type: ignore[assignment]  # dataclasses put fields with defaults behind those without
+    request: Request = field(kw_only=True)
     index: int = 0
     stop_tokens: tuple[int, ...] = ()
     logprobs: list[float] = field(default_factory=list)
