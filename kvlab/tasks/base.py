@@ -31,6 +31,10 @@ class EvalSlice:
     """One named part of an evaluation: `num_examples` sequences of `seq_len` tokens, the first `prompt_len` a prompt.
 
     The prompt is prefilled in chunks, the rest is decoded token by token from memory.
+
+    A memory that compresses a prompt does so when `compress_at` tokens are stored (null: all of the prompt): before the
+    question, or behind it. `turns` are the positions at which the second and later turns begin: labels from there on
+    are scored apart.
     """
 
     name: str
@@ -38,6 +42,8 @@ class EvalSlice:
     prompt_len: int
     num_examples: int
     knob: int
+    compress_at: int | None = None
+    turns: tuple[int, ...] = ()
 
 
 class Task(abc.ABC):
