@@ -82,9 +82,10 @@ class Ledger:
         each = zip(self.classes, held.holdings, strict=True)
         return {state.name: held.length - holding.dropped for state, holding in each}
 
-    def never(self, total_len: int) -> Never | None:
-        """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could."""
-        return self.stores.never(total_len)
+    def never(self, total_len: int, prompt_len: int | None = None) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could. One with a prompt
+        of `prompt_len` tokens is compacted where its classes' retentions say; without, it is not."""
+        return self.stores.never(total_len, prompt_len=prompt_len)
 
     def clip(self, sequence: Hashable | Tracked, num_new: int) -> int:
         """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent
@@ -154,7 +155,8 @@ class Ledger:
             raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
         end = held.length + num_new + lookahead
         final = max(end, lengths.final_len) if lengths else end
-        if final > self._longest_alone and (never := self.stores.never(final, held)):
+        prompt_len = lengths.prompt_len if lengths else None
+        if final > self._longest_alone and (never := self.stores.never(final, held, prompt_len)):
             return never
         missing = []
         for store, holding in zip(self.stores.each, held.holdings, strict=True):
@@ -279,11 +281,13 @@ class Ledger:
         else:
             self.release(sequence)
 
-    def compact(self, stored: Mapping[Hashable, Stored]) -> Compaction | Wait:
+    def compact(
+        self, stored: Mapping[Hashable, Stored], seeds: Mapping[Hashable, int] | None = None
+    ) -> Compaction | Wait:
         """Shortens sequences to these slots of these classes, in one program to run before the next step: it packs what
         stays into the destinations, all others of their pages are free. Shared and published pages stay as they are,
         for those who read them; nothing of the sequences is published any more. `Wait`, and nothing changed, when pages
-        are short.
+        are short. `seeds` is what random choices of each sequence are drawn from; 0 where none is given.
 
         Raises ValueError while a step is in flight, for a class that is never compacted, and for counts out of range.
         """
@@ -292,7 +296,8 @@ class Ledger:
         for name, slots in stored.items():
             held = self._settled(name)
             sequences.append((held, compaction.kept_slots(self.classes, held, held.length, slots)))
-        answer = compaction.compact(self.stores, sequences)
+        drawn_from = [(seeds or {}).get(name, 0) for name in stored]
+        answer = compaction.compact(self.stores, sequences, drawn_from)
         for held, kept in sequences if not isinstance(answer, Wait) else ():
             if kept:
                 self._publisher.close(held)
