@@ -20,7 +20,7 @@ from typing import Self
 from kvlab.ledger.readers import Readers
 from pallas_kernels.visible import Visible
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4}
 QUANTISED = ("int8", "fp8", "int4")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
