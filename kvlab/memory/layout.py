@@ -149,8 +149,13 @@ class MemoryLayout:
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written: nothing is quantised."""
-        return not any(array.is_scale for state in self.classes for array in state.spec.arrays)
+        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped."""
+        return not self.is_quantised and not any(self.joined)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether something is stored in fewer bits than the model computes."""
+        return any(array.is_scale for state in self.classes for array in state.spec.arrays)
 
     @property
     def pool_bytes(self) -> int:
