@@ -18,7 +18,7 @@ class MemoryConfig(Schema):
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
     format: str = choice("model", ("model", *QUANTISED))
-    compression: Compression | None = registered(COMPRESSIONS, "a compression")
+    compression: Compression | None = registered(COMPRESSIONS, "a compression")  # noqa: RUF009
     budget: int | float | str | None = plain(None, LEGAL)
 
     def cross_check(self) -> None:
