@@ -15,7 +15,7 @@ from kvlab.ledger.replacement import POLICIES
 from kvlab.ledger.states import QUANTISED, State
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
-from kvlab.schema import ConfigError, Schema, choice, integer
+from kvlab.schema import ConfigError, Schema, added, choice, integer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MemoryConfig(Schema):
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
-    format: str = choice("model", ("model", *QUANTISED))
+    format: str = added(choice("model", ("model", *QUANTISED)))
 
 
 @dataclass(frozen=True)
