@@ -6,6 +6,7 @@ anything is compiled or written. The same checks run when a config is built by h
 a sentence is read from the JSON schema that editors complete YAML with, so both say the same.
 """
 
+import abc
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -141,7 +142,50 @@ def added(declared: Any) -> Any:
     return field(default=declared.default, metadata={**declared.metadata, "added": True})
 
 
-class _Checked(type):
+def plain(default: int | float | str | None, legal: str) -> Any:
+    """A number, a string or null; the section itself checks it. `legal` says in an error what it must be."""
+    kinds = Annotated[int, Strict()] | Annotated[float, Strict()] | Annotated[str, Strict()]
+    return _field(default, Annotated[kinds, Field(union_mode="left_to_right", description=legal)], True)
+
+
+def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
+    """A section {type: name, ...} whose `type` is one of a registry's names, or null."""
+
+    def chosen(value: object) -> object:
+        if value is None or isinstance(value, Schema):
+            return value
+        values: Any = {"type": value} if isinstance(value, str) else value
+        if not isinstance(values, Mapping):
+            raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
+        fields = dict(cast(Mapping[str, object], values))
+        name = fields.pop("type", None)
+        if not isinstance(name, str) or name not in registry:
+            raise ConfigError("type", name, nearest(str(name), registry))
+        return registry[name].build(fields)
+
+    def schema() -> dict[str, Any]:
+        options = []
+        for name, kind in registry.items():
+            option = json_schema(kind)
+            option["properties"] = {"type": {"const": name}} | option["properties"]
+            options.append(option | {"required": ["type"]})
+        return {"anyOf": [*options, {"type": "null"}], "description": f"null, or a mapping with the type of {noun}"}
+
+    kind: Any = Annotated[Any, BeforeValidator(chosen), _LazySchema(schema)]
+    return field(default=None, metadata={"type": kind})
+
+
+@dataclass(frozen=True)
+class _LazySchema:
+    """A JSON schema that is made when it is asked for: registries may grow after a section was declared."""
+
+    make: Callable[[], dict[str, Any]]
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return self.make()
+
+
+class _Checked(abc.ABCMeta):
     """Making a section by hand validates its arguments as building it from a mapping does."""
 
     def __call__[T](cls: type[T], *args: object, **kwargs: object) -> T:
@@ -320,6 +364,9 @@ def _identifying(section: Any) -> list[dataclasses.Field[Any]]:
 
 
 def _plain(value: object, fields_of: Callable[[Any], Iterable[dataclasses.Field[Any]]]) -> Any:
+    if isinstance(value, Schema) and (made := getattr(value, "plain", None)) is not None:
+        names = {"type", *(item.name for item in fields_of(value))}  # a choice of a registry: its type comes first
+        return _plain({name: inner for name, inner in made().items() if name in names}, fields_of)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: _plain(getattr(value, item.name), fields_of) for item in fields_of(value)}
     if isinstance(value, Mapping):

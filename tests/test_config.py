@@ -237,7 +237,10 @@ def test_a_format_that_cannot_hold_the_model_is_refused_before_anything_is_compi
         Laboratory.of(config)
 
 
-ADDED = {"memory": {"format"}, "task": {"num_turns", "num_scored", "scored_in_chunks", "query_aware"}}
+ADDED = {
+    "memory": {"format", "compression", "budget"},
+    "task": {"num_turns", "num_scored", "scored_in_chunks", "query_aware"},
+}
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
 
 

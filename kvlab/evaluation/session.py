@@ -2,23 +2,33 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
 
+from kvlab.engine.compactor import Compacted, Compactor
 from kvlab.engine.step import MemoryStep, Pools
-from kvlab.ledger.answers import Ready
+from kvlab.ledger.answers import Ready, Wait
 from kvlab.typing import Params
 
 
 class Session:
-    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded."""
+    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded.
 
-    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None):
-        self.step, self.params = step, params
+    A memory that compresses does so where its retentions say, counting from `prompt_len`, the tokens of every
+    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. With `poisons`, pages
+    that a compaction frees are filled with what must not be read.
+    """
+
+    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
+        self.step, self.params, self.poisons = step, params, poisons
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
+        self.compactor = Compactor(step)
+        self.prompt_len: int | None = None
+        self.compacted: list[Compacted] = []
 
     def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
@@ -39,9 +49,34 @@ class Session:
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
+        if self.compactor and self.prompt_len is not None:
+            self._compact(dict.fromkeys(names, self.prompt_len))
         return logits
+
+    def _compact(self, prompt_lens: Mapping[Hashable, int]) -> None:
+        due = self.compactor.due(self.ledger, prompt_lens)
+        if not due:
+            return
+        free = [set(store.free) for store in self.ledger.stores]
+        seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
+        done = self.compactor.run(self.ledger, self.pools, due, seeds)
+        if isinstance(done, Wait):
+            raise MemoryError(f"compaction: {done.reason}")
+        self.pools, compacted = done
+        self.compacted.append(compacted)
+        if self.poisons:
+            self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
+
+    def _poison(self, freed: Sequence[set[int]]) -> None:
+        """Spoils pages that nobody may read any more."""
+        pages = []
+        for state, mine in zip(self.layout.classes, freed, strict=True):
+            size = 1 << max(0, len(mine) - 1).bit_length()
+            pages.append(jnp.asarray(sorted(mine) + [state.num_pages] * (size - len(mine)), jnp.int32))
+        self.pools = self.step.poison(self.pools, tuple(pages))
 
     def release_all(self) -> None:
         """Ends every sequence; their pages are free, their contents stay until overwritten."""
         for name in self.ledger.sequences:
             self.ledger.release(name)
+        self.compacted.clear()

@@ -17,9 +17,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from kvlab.ledger.readers import Readers
 from pallas_kernels.visible import Visible
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4}
 QUANTISED = ("int8", "fp8", "int4")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
@@ -162,10 +163,12 @@ def _check_format(format: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken(State):
-    """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it."""
+    """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it. `readers`
+    are the queries that read it; None: nobody said, so that a memory cannot weigh tokens by them."""
 
     visible: Visible = EVERYTHING
     format: str = "model"
+    readers: Readers | None = None
 
     def __post_init__(self) -> None:
         _check_format(self.format)
@@ -278,6 +281,12 @@ class RecurrentState(State):
         """Itself: what every step rewrites stays in the model's type, whatever the format."""
         _check_format(format)
         return self
+
+
+@dataclass(frozen=True)
+class Statistics(RecurrentState):
+    """What a memory itself remembers of each sequence beside a state, to choose what of that stays: counted like any
+    other state. No mixer declares one."""
 
 
 def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:

@@ -48,11 +48,21 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     zero."""
 
     def poison(array: Array) -> Array:
-        is_float = jnp.issubdtype(array.dtype, jnp.floating)
-        full = jnp.full_like(array, fill if is_float else jnp.iinfo(array.dtype).max)
+        full = jnp.full_like(array, _unreadable(array, fill))
         return full.at[0].set(0) if has_null_page else full
 
     return {name: poison(array) for name, array in pool.items()}
+
+
+def poison_pages(pool: Pool, pages: Array) -> Pool:
+    """A pool with what must not be read in these pages; a page out of range is passed over."""
+    return {name: array.at[pages].set(_unreadable(array, jnp.nan), mode="drop") for name, array in pool.items()}
+
+
+def _unreadable(array: Array, fill: float) -> Array:
+    """A number of an array's type that spoils what it touches: the fill, or the largest whole number."""
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(fill if is_float else jnp.iinfo(array.dtype).max, array.dtype)
 
 
 def stored(state: Any, pool: Pool, name: str) -> Stored:
