@@ -45,7 +45,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
     abstract = abstract_model(architecture)
     table = table_of(architecture.family, architecture.layers, architecture.model)
-    if problems := _mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
+    if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -132,7 +132,7 @@ def _stored_dtype(headers: dict[str, Stored]) -> str:
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
-def _mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
+def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
     """Everything in which the file differs from the model."""
     problems, expected = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
