@@ -7,9 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, Compactor
+from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
+from kvlab.ledger.classes import Lengths
 from kvlab.typing import Params
 
 
@@ -26,7 +27,6 @@ class Session:
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
-        self.compactor = Compactor(step)
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
 
@@ -39,7 +39,7 @@ class Session:
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)
         for row, name in enumerate(names):
-            answer = self.ledger.reserve(name, len(chunks[name]))
+            answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
                 for reserved in names[:row]:
                     self.ledger.cancel(reserved)
@@ -49,21 +49,24 @@ class Session:
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
-        if self.compactor and self.prompt_len is not None:
-            self._compact(dict.fromkeys(names, self.prompt_len))
+        if self.layout.compresses and (due := self.ledger.due(names)):
+            self._compact(due)
         return logits
 
-    def _compact(self, prompt_lens: Mapping[Hashable, int]) -> None:
-        due = self.compactor.due(self.ledger, prompt_lens)
-        if not due:
-            return
+    def _lengths(self, name: Hashable, num_new: int) -> Lengths | None:
+        """What is known of a sequence when it begins."""
+        if self.prompt_len is None or name in self.ledger.running:
+            return None
+        return Lengths(self.prompt_len, max(self.prompt_len, num_new))
+
+    def _compact(self, due: Mapping[Hashable, Mapping[str | int, int]]) -> None:
         free = [set(store.free) for store in self.ledger.stores]
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
-        done = self.compactor.run(self.ledger, self.pools, due, seeds)
-        if isinstance(done, Wait):
-            raise MemoryError(f"compaction: {done.reason}")
-        self.pools, compacted = done
-        self.compacted.append(compacted)
+        plan = self.ledger.compact(due, seeds)
+        if isinstance(plan, Wait):
+            raise MemoryError(f"compaction: {plan.reason}")
+        self.pools, kept = self.step.compact(self.pools, plan)
+        self.compacted.append(Compacted(tuple(due), plan, kept))
         if self.poisons:
             self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
 

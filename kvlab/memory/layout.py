@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvlab.compression import Part
-
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
@@ -106,7 +105,7 @@ class MemoryLayout:
 
         return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
 
-    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
+    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, Any], ...]:
         """Every layer's memory for one step."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
@@ -119,9 +118,9 @@ class MemoryLayout:
             state = self.classes[index]
             return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
 
-        made: list[dict[str, View]] = []
+        made: list[dict[str, Any]] = []
         for layer, states in enumerate(self.states):
-            views = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
                 views[name] = parts[""] if len(parts) == 1 else NotedTokens.of_parts(joined.method, parts)
