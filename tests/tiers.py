@@ -54,6 +54,7 @@ CHILDREN = {
     "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
     "tests/weights/test_weights.py::test_loading_holds_little_more_than_the_model": "ci",
     "tests/weights/test_gguf_llama.py::test_converting_holds_a_tensor_at_a_time": "ci",
+    "tests/tasks/test_library.py::test_pips_own_reason_is_told": "ci",
     f"{KERNELS}/test_alone.py": "ci",
     f"{KERNELS}/test_bench_run.py": "ci",
     f"{KERNELS}/test_bench_run.py::test_wrong_options_name_the_limit": "fast",
