@@ -11,6 +11,7 @@ import jax
 
 from kvlab.config import SCHEMA_VERSION, Config
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.measure import MemoryReport, SpeedReport, measure
 from kvlab.evaluation.score import Scorer
 from kvlab.evaluation.verify import verify
@@ -89,18 +90,10 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
 
     metric = lab.task.metric
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
-    through = scorer.through_memory(params, "test", layout)
+    check = None if layout.is_exact else MaskCheck(lab.model.structure, params, layout)
+    through = scorer.through_memory(params, "test", layout, check)
     parallel = scorer.parallel(params, "test")
-    verified_by = verify(
-        scorer,
-        params,
-        through,
-        parallel,
-        layout=layout,
-        states=lab.model.states,
-        memory=config.memory,
-        dtype=config.model.dtype,
-    )
+    verified_by = verify(through, parallel, metric, memory=config.memory, dtype=config.model.dtype, check=check)
     stop.check()
 
     memory, speed = measure_memory(lab, params, config.context_len, trained.train_step_ms)

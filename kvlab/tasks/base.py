@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import jax
@@ -44,6 +45,15 @@ class EvalSlice:
     knob: int
     compress_at: int | None = None
     turns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.compress_at is not None and not 0 < self.compress_at <= self.prompt_len:
+            legal = f"must be in [1, {self.prompt_len}], in the prompt"
+            raise ValueError(f"slice {self.name}: compress_at = {self.compress_at}: {legal}")
+        borders = (0, *self.turns, self.seq_len)
+        if not all(low < high for low, high in pairwise(borders)):
+            legal = f"must ascend within [1, {self.seq_len - 1}]"
+            raise ValueError(f"slice {self.name}: turns = {self.turns}: {legal}")
 
 
 class Task(abc.ABC):

@@ -20,6 +20,37 @@ class Sums:
     weight: float
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExampleScores:
+    """What every example of a slice scored in each of its turns, in order of the task's examples.
+
+    `nll` (nats), `correct` and `weight` are sums over labels, float64 [examples, turns]; `num_labels` counts these,
+    int32 [examples, turns]. `right` says of each label whether it was right, bool [labels]: example by example, in each
+    by position, and so by turn.
+    """
+
+    nll: np.ndarray
+    correct: np.ndarray
+    weight: np.ndarray
+    num_labels: np.ndarray
+    right: np.ndarray
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples there are."""
+        return len(self.weight)
+
+    @property
+    def num_turns(self) -> int:
+        """How many turns each has."""
+        return self.weight.shape[1]
+
+    def sums(self, turn: int | None = None) -> Sums:
+        """Sums over all examples, of one turn (counted from 0) or of all."""
+        chosen = slice(None) if turn is None else slice(turn, turn + 1)
+        return Sums(**{name: float(getattr(self, name)[:, chosen].sum()) for name in ("nll", "correct", "weight")})
+
+
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}
 """By a model's type: how far the memory's form and the parallel form may differ. Their sums differ in the last bits."""
 
