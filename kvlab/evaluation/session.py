@@ -1,7 +1,9 @@
 """The host driver of a step, for evaluation: prefills in chunks and decodes, a fixed batch at a time."""
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -29,15 +31,24 @@ class Session:
         self.pools: Pools = self.layout.allocate() if pools is None else pools
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
+        self.times = False
+        """Whether compactions are waited for and timed."""
+        self.compaction_s: list[float] = []
 
-    def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
+    def advance(
+        self,
+        chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]],
+        width: int,
+        num_rows: int | None = None,
+    ) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
+        `num_rows` is the program's batch where that is not the layout's.
 
         Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not
         fit; no sequence has then changed.
         """
-        names = list(chunks)
-        tokens = np.zeros((self.layout.max_sequences, width), np.int32)
+        names, num_rows = list(chunks), num_rows or self.layout.max_sequences
+        tokens = np.zeros((num_rows, width), np.int32)
         for row, name in enumerate(names):
             answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
@@ -45,7 +56,7 @@ class Session:
                     self.ledger.cancel(reserved)
                 raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
-        plan = self.ledger.plan(names, self.layout.max_sequences, width)
+        plan = self.ledger.plan(names, num_rows, width)
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
@@ -65,7 +76,11 @@ class Session:
         plan = self.ledger.compact(due, seeds)
         if isinstance(plan, Wait):
             raise MemoryError(f"compaction: {plan.reason}")
+        began = time.perf_counter()
         self.pools, kept = self.step.compact(self.pools, plan)
+        if self.times:
+            jax.block_until_ready(self.pools)
+            self.compaction_s.append(time.perf_counter() - began)
         self.compacted.append(Compacted(tuple(due), plan, kept))
         if self.poisons:
             self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
