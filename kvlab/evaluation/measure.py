@@ -119,8 +119,8 @@ class MemoryReport:
     logical: live tokens and states, their scales included; allocated: pages held; temp: the compiler's temporaries of a
     decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
     `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
-    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token` is
-    what decoding one more token of one sequence reads of its memory; records from before it was measured have none.
+    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token`
+    is what decoding one more token of one sequence reads of its memory; records from before it was measured have none.
     """
 
     logical_bytes: int = measured(

@@ -75,6 +75,10 @@ class Needle(Task):
     def context_len(self) -> int:
         return max(self.config.contexts)
 
+    @property
+    def num_choices(self) -> int:
+        return len(self._digits)
+
     def train_shapes(self) -> tuple[int, ...]:
         return self.config.contexts
 
