@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.presets import Preset
+from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig
@@ -82,6 +83,8 @@ def register() -> None:
     for group, registry in (("mixer", MIXERS), ("task", TASKS)):
         for name, kind in registry.items():
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
+    for name, method in COMPRESSIONS.items():
+        store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
 
 
 def capacity_defaults() -> dict[str, Any]:

@@ -13,9 +13,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool
 
-from kvlab.ledger.plan import Plan
+from kvlab.ledger.plan import Compaction, Plan
+from kvlab.memory.compacting import Kept, compact, padded
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.pools import copy_pages
+from kvlab.memory.pools import copy_pages, poison_pages
 from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
@@ -83,6 +84,24 @@ class MemoryStep:
                 name: copy_pages(pool, copies[states[name]][:, 0], copies[states[name]][:, 1])
                 for name, pool in layer.items()
             }
+            for layer, states in zip(pools, self.layout.states, strict=True)
+        )
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+        return compact(self.layout, pools, compaction)
+
+    def compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+        """The pools after a compaction, which is dispatched and not waited for, and which slots stayed. Rows and pages
+        are padded to powers of two, so that few shapes are compiled."""
+        return self._compact(pools, padded(compaction, self.layout))
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def poison(self, pools: Pools, pages: tuple[Array, ...]) -> Pools:
+        """The pools with NaN, or the largest whole number, in these pages [n] of every class: what nobody may read. A
+        page out of range is passed over."""
+        return tuple(
+            {name: poison_pages(pool, pages[states[name]]) for name, pool in layer.items()}
             for layer, states in zip(pools, self.layout.states, strict=True)
         )
 

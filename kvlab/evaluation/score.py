@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates
@@ -60,29 +61,33 @@ class Scorer:
             scores.append(tally.score())
         return tuple(scores)
 
-    def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:
-        """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token."""
-        session = Session(MemoryStep.of(self.structure, layout), params)
+    def through_memory(
+        self, params: Params, split: str, layout: MemoryLayout, check: MaskCheck | None = None
+    ) -> tuple[SliceScore, ...]:
+        """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
+        every logit that is scored is compared, and freed pages are spoiled."""
+        session = Session(MemoryStep.of(self.structure, layout), params, poisons=check is not None)
         scores = []
         for eval_slice in self.task.slices(split):
             tally = _Tally(eval_slice)
             for index in range(0, eval_slice.num_examples, self.batch_size):
                 batch = self._batch(split, eval_slice, index)
-                tally.add(*self._score_batch(session, batch, eval_slice))
+                tally.add(*self._score_batch(session, batch, eval_slice, check))
                 tally.identify(batch)
                 session.release_all()
             scores.append(tally.score())
         return tuple(scores)
 
     def _score_batch(
-        self, session: Session, batch: Batch, eval_slice: EvalSlice
+        self, session: Session, batch: Batch, eval_slice: EvalSlice, check: MaskCheck | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Negative log-likelihood, correctness and weight of every position [B, T]: zero where there is no label."""
         all_labels, all_weights = (_by_position(batch, values) for values in (batch.labels, batch.weights))
         all_scored = np.zeros((2, *all_weights.shape), np.float32)
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
-        scored = np.zeros((2, *tokens.shape), np.float32)
+        scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
+        session.prompt_len = eval_slice.compress_at or eval_slice.prompt_len
         for start, end, width in steps(eval_slice, session.layout.chunk_len):
             logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
             if not weights[:, start:end].any():
@@ -93,6 +98,11 @@ class Scorer:
             padded_weights[: len(tokens), : end - start] = weights[:, start:end]
             for kind, values in enumerate(self._score(logits, padded_labels, padded_weights)):
                 scored[kind, :, start:end] = np.asarray(values)[: len(tokens), : end - start]
+            if check is not None:
+                labelled = [position for position in range(start, end) if weights[:, position].any()]
+                seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
+        if check is not None:
+            check.compare(tokens, session.compacted, seen)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
 

@@ -2,23 +2,33 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
 
+from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import MemoryStep, Pools
-from kvlab.ledger.answers import Ready
+from kvlab.ledger.answers import Ready, Wait
+from kvlab.ledger.classes import Lengths
 from kvlab.typing import Params
 
 
 class Session:
-    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded."""
+    """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded.
 
-    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None):
-        self.step, self.params = step, params
+    A memory that compresses does so where its retentions say, counting from `prompt_len`, the tokens of every
+    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. With `poisons`, pages
+    that a compaction frees are filled with what must not be read.
+    """
+
+    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
+        self.step, self.params, self.poisons = step, params, poisons
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
+        self.prompt_len: int | None = None
+        self.compacted: list[Compacted] = []
 
     def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
@@ -29,7 +39,7 @@ class Session:
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)
         for row, name in enumerate(names):
-            answer = self.ledger.reserve(name, len(chunks[name]))
+            answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
                 for reserved in names[:row]:
                     self.ledger.cancel(reserved)
@@ -39,9 +49,37 @@ class Session:
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
+        if self.layout.compresses and (due := self.ledger.due(names)):
+            self._compact(due)
         return logits
+
+    def _lengths(self, name: Hashable, num_new: int) -> Lengths | None:
+        """What is known of a sequence when it begins."""
+        if self.prompt_len is None or name in self.ledger.running:
+            return None
+        return Lengths(self.prompt_len, max(self.prompt_len, num_new))
+
+    def _compact(self, due: Mapping[Hashable, Mapping[str | int, int]]) -> None:
+        free = [set(store.free) for store in self.ledger.stores]
+        seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
+        plan = self.ledger.compact(due, seeds)
+        if isinstance(plan, Wait):
+            raise MemoryError(f"compaction: {plan.reason}")
+        self.pools, kept = self.step.compact(self.pools, plan)
+        self.compacted.append(Compacted(tuple(due), plan, kept))
+        if self.poisons:
+            self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
+
+    def _poison(self, freed: Sequence[set[int]]) -> None:
+        """Spoils pages that nobody may read any more."""
+        pages = []
+        for state, mine in zip(self.layout.classes, freed, strict=True):
+            size = 1 << max(0, len(mine) - 1).bit_length()
+            pages.append(jnp.asarray(sorted(mine) + [state.num_pages] * (size - len(mine)), jnp.int32))
+        self.pools = self.step.poison(self.pools, tuple(pages))
 
     def release_all(self) -> None:
         """Ends every sequence; their pages are free, their contents stay until overwritten."""
         for name in self.ledger.sequences:
             self.ledger.release(name)
+        self.compacted.clear()

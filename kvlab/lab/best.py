@@ -3,10 +3,11 @@ hand. Bytes are those held, never those asked for."""
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvlab.compression.budget import Budget
 from kvlab.evaluation.measure import AXES
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.choose import conditions, differences, matching
@@ -14,7 +15,7 @@ from kvlab.lab.record import Done
 from kvlab.lab.results import Point, points, read_records
 from kvlab.schema import ConfigError, nearest
 from kvlab.tasks.metrics import METRICS, Metric
-from kvlab.units import human_bytes, parse_bytes
+from kvlab.units import human_bytes
 
 NOT_KNOBS = ("page_size", "chunk_len", "name", "type")
 """Fields of the memory that choose no point of a variant's curve."""
@@ -78,16 +79,17 @@ def ask(words: Sequence[str]) -> Answer:
     return answer(
         points(chosen, Ceilings(records)),
         axis=asked.get("axis", "allocated_bytes"),
-        budget=None if budget is None else _parsed("budget", budget, parse_bytes),
-        floor=None if floor is None else _parsed("floor", floor, _number),
+        budget=None if budget is None else _bytes(budget),
+        floor=None if floor is None else _number(floor),
     )
 
 
-def _parsed(name: str, text: str, parse: Callable[[str], float]) -> float:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise ConfigError(name, text, str(error)) from None
+def _bytes(text: str) -> int:
+    """A budget as `memory.budget` is written, of bytes alone."""
+    num_bytes = Budget.of(text).num_bytes
+    if num_bytes is None:
+        raise ConfigError("budget", text, "must be bytes a sequence, such as 64KiB or 65536B")
+    return num_bytes
 
 
 def _number(text: str) -> float:
@@ -96,7 +98,7 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError("must be a finite number, a value of the task's metric")
+        raise ConfigError("floor", text, "must be a finite number, a value of the task's metric")
     return value
 
 

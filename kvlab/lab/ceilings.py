@@ -27,7 +27,7 @@ def is_full(record: Done) -> bool:
 
 def _word(value: Any) -> Any:
     """The name of a choice, which may be a section of its own."""
-    return value.get("type", value.get("name")) if isinstance(value, Mapping) else value
+    return value.get("type", value.get("name", "unnamed")) if isinstance(value, Mapping) else value
 
 
 class Ceilings:

@@ -12,6 +12,7 @@ import jax
 
 from kvlab.config import SCHEMA_VERSION, Config
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.measure import MemoryReport, SpeedReport, measure
 from kvlab.evaluation.score import Scorer, SliceScore
 from kvlab.evaluation.verify import verify
@@ -91,18 +92,11 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
     stop.check()
 
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
-    through = scorer.through_memory(params, "test", layout)
+    check = None if layout.is_exact else MaskCheck(lab.model.structure, params, layout)
+    through = scorer.through_memory(params, "test", layout, check)
     parallel = scorer.parallel(params, "test")
-    verified_by = verify(
-        scorer,
-        params,
-        through,
-        parallel,
-        layout=layout,
-        states=lab.model.states,
-        memory=config.memory,
-        dtype=config.model.dtype,
-    )
+    given = {"memory": config.memory, "dtype": config.model.dtype, "check": check}
+    verified_by = verify(through, parallel, lab.task.metric, **given)
     stop.check()
 
     memory, speed = measure_memory(lab, params, config.context_len, trained.train_step_ms)

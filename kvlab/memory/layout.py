@@ -7,37 +7,29 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from kvlab.compression import Part
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import QUANTISED, State
+from kvlab.memory.config import MemoryConfig
+from kvlab.memory.parts import Joined, LayerParts, parts_of, stored_states
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
-from kvlab.schema import ConfigError, Schema, choice, integer
-
-
-@dataclass(frozen=True)
-class MemoryConfig(Schema):
-    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them,
-    or as numbers of 8 or 4 bits with a scale for each token and head."""
-
-    name: str = choice("paged", ("paged", "dense"))
-    page_size: int = integer(16, 1, 4096)
-    chunk_len: int = integer(16, 1, 65536)
-    format: str = choice("model", ("model", *QUANTISED))
+from kvlab.memory.views.noted import NotedTokens
 
 
 @dataclass(frozen=True)
 class MemoryLayout:
     """Classes, and which class each (layer, state) belongs to. Host data only; `allocate` makes the arrays.
 
-    `states[l][name]` is an index into `classes`.
+    `states[l][name]` is an index into `classes`; `joined[l]` are the mixer's states that are held in parts of these.
     """
 
     classes: tuple[StateClass, ...]
     states: tuple[dict[str, int], ...]
+    joined: tuple[Mapping[str, Joined], ...]
     max_sequences: int
     max_len: int
     chunk_len: int
@@ -57,24 +49,25 @@ class MemoryLayout:
         pool_len: int | None = None,
         host_len: int = 0,
         spare_states: int = 0,
+        prompt_len: int | None = None,
     ) -> "MemoryLayout":
         """The layout in which `max_sequences` sequences may each grow to `max_len` tokens in chunks of
         memory.chunk_len; with `pool_len` all of them together to that many only. See `sized_class` for the rest.
 
         Raises ConfigError for a state that such a memory cannot hold, or not in its format."""
         chunk_len = min(memory.chunk_len, max_len)
-        layers = stored_states(layers, memory)
-        specs: dict[State, int] = {}
-        for layer in layers:
-            for spec in layer.values():
-                specs[spec] = specs.get(spec, 0) + 1
-        order = list(specs)
-        names = [name for spec in order for name in [_name(spec, layers)]]
+        parts = parts_of(layers, memory, max_len=max_len, prompt_len=prompt_len)
+        counts: dict[Part, int] = {}
+        for layer in parts:
+            for part in layer.held.values():
+                counts[part] = counts.get(part, 0) + 1
+        order = list(counts)
+        names = [_name(part, parts) for part in order]
         classes = tuple(
             sized_class(
                 f"{name}.{index}" if names.count(name) > 1 else name,
-                spec,
-                num_layers=specs[spec],
+                part.state,
+                num_layers=counts[part],
                 page_size=memory.page_size,
                 contiguous=memory.name == "dense",
                 max_sequences=max_sequences,
@@ -83,11 +76,14 @@ class MemoryLayout:
                 pool_len=pool_len,
                 host_len=host_len,
                 spare_states=spare_states,
+                retention=part.retention,
+                prompt_len=prompt_len,
             )
-            for index, (name, spec) in enumerate(zip(names, order, strict=True))
+            for index, (name, part) in enumerate(zip(names, order, strict=True))
         )
-        states = tuple({name: order.index(spec) for name, spec in layer.items()} for layer in layers)
-        return cls(classes, states, max_sequences, max_len, chunk_len, memory.page_size)
+        states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
+        joined = tuple(layer.joined for layer in parts)
+        return cls(classes, states, joined, max_sequences, max_len, chunk_len, memory.page_size)
 
     def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
         """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
@@ -109,7 +105,7 @@ class MemoryLayout:
 
         return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
 
-    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
+    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, Any], ...]:
         """Every layer's memory for one step."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
@@ -122,19 +118,43 @@ class MemoryLayout:
             state = self.classes[index]
             return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
 
-        return tuple(
-            {name: view(index, pools[layer][name]) for name, index in states.items()}
-            for layer, states in enumerate(self.states)
-        )
+        made: list[dict[str, Any]] = []
+        for layer, states in enumerate(self.states):
+            views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            for name, joined in self.joined[layer].items():
+                parts = {part: views.pop(held) for part, held in joined.names}
+                views[name] = parts[""] if len(parts) == 1 else NotedTokens.of_parts(joined.method, parts)
+            made.append(views)
+        return tuple(made)
 
     def pools(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Pool], ...]:
         """The pools back out of a step's views."""
-        return tuple({name: view.pool for name, view in layer.items()} for layer in views)
+        pools = []
+        for layer, joined in zip(views, self.joined, strict=True):
+            mine = dict[str, Pool]()
+            for name, view in layer.items():
+                if isinstance(view, NotedTokens):
+                    parts = view.parts()
+                    mine |= {held: parts[part].pool for part, held in joined[name].names}
+                else:
+                    mine[name] = view.pool
+            pools.append(mine)
+        return tuple(pools)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether sequences may store fewer slots than they have tokens."""
+        return any(state.retention is not None for state in self.classes)
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written: nothing is quantised."""
-        return not any(array.is_scale for state in self.classes for array in state.spec.arrays)
+        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped."""
+        return not self.is_quantised and not any(self.joined)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether something is stored in fewer bits than the model computes."""
+        return any(array.is_scale for state in self.classes for array in state.spec.arrays)
 
     @property
     def pool_bytes(self) -> int:
@@ -146,31 +166,8 @@ def _view(state: StateClass) -> type[View]:
     return view_of(state.spec, "dense" if state.contiguous else "paged")
 
 
-def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states as a memory stores them. Raises ConfigError for one that such a memory cannot hold, or not
-    in its format."""
-    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+def _name(part: Part, layers: Sequence[LayerParts]) -> str:
+    return next(name for layer in layers for name, held in layer.held.items() if held == part)
 
 
-def _stored(state: State, memory: MemoryConfig) -> State:
-    try:
-        view = view_of(state, memory.name)
-    except ValueError as error:
-        raise ConfigError("memory.name", memory.name, str(error)) from None
-    if reason := _refusal(view, state, memory.format):
-        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
-        raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
-    return state.stored(memory.format)
-
-
-def _refusal(view: type[View], state: State, format: str) -> str:
-    """Why a kind of memory cannot store a state in a format; empty: it can."""
-    try:
-        view.check(state.stored(format))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _name(state: State, layers: Sequence[LayerStates]) -> str:
-    return next(name for layer in layers for name, held in layer.items() if held == state)
+__all__ = ["MemoryConfig", "MemoryLayout", "stored_states"]

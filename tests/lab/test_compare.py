@@ -20,8 +20,6 @@ from kvlab.schema import ConfigError
 from kvlab.tasks.metrics import ACCURACY, METRICS, PERPLEXITY, ExampleScores
 from tests.lab.test_results import record, write
 
-FORMATS = {"mha": "model", "low": "int4"}
-
 
 def single(right) -> ExampleScores:
     """Examples of one label each."""
@@ -47,9 +45,8 @@ def many(seed, num_examples=9, num_turns=2, quality=0.6) -> ExampleScores:
 def run(variant, seed, examples, *, metric="accuracy", format="model", data="data", weights="w", **config) -> Scored:
     """A run whose record says what its examples sum to."""
     sums = {name: METRICS[metric].from_sums(each.sums()) for name, each in examples.items()}
-    made = record(
-        variant, seed, float(np.mean(list(sums.values()))), metric=metric, memory={"format": format}, **config
-    )
+    value = float(np.mean(list(sums.values())))
+    made = record(variant, seed, value, metric=metric, memory={"format": format}, **config)
     turns = {name: METRICS[metric].by_turn(each) for name, each in examples.items() if each.num_turns > 1}
     verified = {"model": "the parallel form"}.get(format, f"rounded to {format}")
     made = replace(
@@ -159,7 +156,7 @@ def test_values_and_flips_are_what_a_loop_over_labels_counts():
             for part in ("x", "y") if cell.slice == MEAN else (cell.slice,):
                 a, b, place, right = ours.examples[part], theirs.examples[part], 0, [0, 0]
                 total = 0
-                for example, turns in enumerate(a.num_labels):
+                for turns in a.num_labels:
                     seen = []
                     for turn, count in enumerate(turns, 1):
                         for _ in range(count):
@@ -285,7 +282,7 @@ def test_a_cell_has_its_ceiling_and_whether_it_tells_something():
 def results(tmp_path):
     """Three seeds of a full and of a lossy memory, and a text run, with their files."""
     made = []
-    for variant, format in FORMATS.items():
+    for format in ("model", "int4"):
         for seed in range(3):
             examples = {"16:2": many(seed + 10 * (format == "int4")), "24:3": many(seed + 5)}
             made.append(run("mha", seed, examples, format=format))

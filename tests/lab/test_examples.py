@@ -48,7 +48,7 @@ def test_scores_come_back_as_they_were(run, tmp_path):
 
 
 def test_what_is_missing_or_damaged_is_a_sentence(run, tmp_path):
-    with pytest.raises(ExamplesError, match="examples of run mha0mqar = .*: the run is from before"):
+    with pytest.raises(ExamplesError, match=r"examples of run mha0mqar = .*: the run is from before"):
         read_examples(replace(run, examples=None))
     content = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(content[:-1])

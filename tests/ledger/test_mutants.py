@@ -12,6 +12,7 @@ import pytest
 
 from kvlab.ledger import (
     accounting,
+    committing,
     compaction,
     paged,
     prefix,
@@ -94,8 +95,8 @@ MUTANTS = [
     ),
     Mutant(
         "rejected drafts are published",
-        ledger_module.Ledger,
-        "_settle",
+        committing,
+        "settle",
         "held.length += num_accepted",
         "held.length += num_accepted or held.num_new",
         test_ledger.test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was,
@@ -203,8 +204,8 @@ MUTANTS = [
         "admission forgets the null page",
         stores.Stores,
         "never",
-        "needed > state.num_usable",
-        "needed > state.num_pages",
+        "else state.num_usable",
+        "else state.num_pages",
         test_ledger.test_a_wait_that_nobody_can_end_is_never,
     ),
     Mutant(

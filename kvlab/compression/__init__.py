@@ -1,0 +1,21 @@
+"""Compressions by name. A new one is a file and its line here; no mixer and no memory knows of it."""
+
+from kvlab.compression.base import Attended, Compression, Noted, Part, Shape, Slots
+from kvlab.compression.budget import Budget
+from kvlab.compression.h2o import H2O
+from kvlab.compression.knorm import Knorm
+from kvlab.compression.snapkv import SnapKV
+from kvlab.compression.static import Random, Recency
+
+COMPRESSIONS: dict[str, type[Compression]] = {
+    method.name: method
+    for method in (
+        Random,
+        Recency,
+        Knorm,
+        SnapKV,
+        H2O,
+    )
+}
+
+__all__ = ["COMPRESSIONS", "Attended", "Budget", "Compression", "Noted", "Part", "Shape", "Slots"]

@@ -1,0 +1,86 @@
+"""The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory
+rounds it, and under the mask that its compactions imply. What a compression costs is then its own; no error of the
+memory hides in it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from kvlab.engine.compactor import Compacted
+from kvlab.evaluation.trail import GoneAt, trail
+from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.views import view_of
+from kvlab.memory.views.masked import MaskedTokens
+from kvlab.models.transformer import Transformer, merge
+from kvlab.typing import Hidden, Params, Tokens
+
+MOST_LOGITS = 1 << 27
+"""Numbers of a batch that are compared; beyond, at evenly spaced positions."""
+
+
+class MaskCheck:
+    """Compares logits through a lossy memory with those of the parallel form; `worst` is the largest difference so far,
+    relative to the largest logit of its position."""
+
+    def __init__(self, structure: nnx.GraphDef[Transformer], params: Params, layout: MemoryLayout):
+        self.structure, self.params, self.layout = structure, params, layout
+        self.worst = 0.0
+        self.num_compared = self.num_compactions = 0
+        self.dropped = [0, 0]
+        """Slots that compactions dropped, and slots that there were."""
+
+    def compare(self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray]) -> None:
+        """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by
+        position."""
+        if not seen:
+            return
+        gone_at = trail(self.layout, compacted, *tokens.shape)
+        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at)
+        positions = sorted(seen)
+        most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
+        for position in positions[:: -(-len(positions) // most)]:
+            expected = np.asarray(self._logits(self.params, hidden[:, position]))
+            found = seen[position]
+            error = np.abs(found - expected).max(axis=1) / np.maximum(np.abs(expected).max(axis=1), 1e-30)
+            error = np.where(np.isfinite(found).all(axis=1), error, np.inf)
+            self.worst = max(self.worst, float(error.max()))
+            self.num_compared += error.size
+        for each in compacted:
+            for plan in each.plan.classes:
+                self.dropped[0] += int((plan.stored - plan.keep).sum())
+                self.dropped[1] += int(plan.stored.sum())
+        self.num_compactions += sum(len(each.sequences) for each in compacted)
+
+    @partial(jax.jit, static_argnums=0)
+    def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt) -> Hidden:
+        """Final hidden states of the parallel form."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+        model = merge(self.structure, params)
+        memory: list[dict[str, Any]] = []
+        for layer, states in enumerate(model.states()):
+            views = dict[str, Any]()
+            for name in states:
+                state = self.layout.classes[self.layout.states[layer][name]].spec
+                if name in gone_at[layer]:
+                    views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
+                else:
+                    views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
+            memory.append(views)
+        return model.hidden(tokens, positions, memory)[0]
+
+    @partial(jax.jit, static_argnums=0)
+    def _logits(self, params: Params, hidden: Array) -> Array:
+        return merge(self.structure, params).logits(hidden[:, None])[:, 0]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other

@@ -1,0 +1,62 @@
+"""Which tokens each head still held at each position, from what the device said it kept."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvlab.engine.compactor import Compacted
+from kvlab.memory.layout import MemoryLayout
+
+NEVER = 2**30
+"""A length that no sequence reaches: a token that is never dropped is gone there."""
+
+type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
+"""For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token."""
+
+
+def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
+    """The mask that compactions of the sequences 0 to num_rows - 1 imply. Raises AssertionError where the device kept
+    other counts than the host planned, or slots that were not there."""
+    gone_at: list[dict[str, npt.NDArray[np.int32]]] = []
+    for layer, joined in enumerate(layout.joined):
+        mine = dict[str, npt.NDArray[np.int32]]()
+        for name in joined:
+            index = layout.states[layer][name]
+            num_heads = layout.classes[index].spec.arrays[0].shape[0]
+            gone = np.full((num_rows, num_heads, num_tokens), NEVER, np.int32)
+            held = [[np.zeros(0, np.int64)] * num_heads for _ in range(num_rows)]
+            known = [0] * num_rows
+            for each in compacted:
+                if name in each.kept[layer]:
+                    _follow(each, index, np.asarray(each.kept[layer][name]), gone, held, known)
+            mine[name] = gone
+        gone_at.append(mine)
+    return tuple(gone_at)
+
+
+def _follow(
+    compacted: Compacted,
+    index: int,
+    kept: npt.NDArray[np.int32],
+    gone: npt.NDArray[np.int32],
+    held: list[list[npt.NDArray[np.int64]]],
+    known: list[int],
+) -> None:
+    """Takes one compaction of one class into the mask."""
+    plan = compacted.plan.classes[index]
+    for row, sequence in enumerate(compacted.sequences):
+        if not plan.stored[row]:
+            continue
+        assert isinstance(sequence, int)
+        length, keep = int(compacted.plan.lengths[row]), int(plan.keep[row])
+        for head, before in enumerate(held[sequence]):
+            positions = np.concatenate([before, np.arange(known[sequence], length)])
+            assert len(positions) == plan.stored[row], f"{len(positions)} slots, the host knows {plan.stored[row]}"
+            slots = kept[row, head][:keep]
+            assert (np.diff(slots) > 0).all(), f"slots {slots} are not ascending"
+            assert slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
+            assert (kept[row, head][keep:] >= len(positions)).all(), "more slots were kept than were planned"
+            held[sequence][head] = positions[slots]
+            gone[sequence, head, np.delete(positions, slots)] = length
+        known[sequence] = length
