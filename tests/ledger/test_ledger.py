@@ -565,13 +565,6 @@ def test_saved_plans_come_back_and_nothing_else_does(tmp_path):
         load_plans(tmp_path / "less.npz")
 
 
-def test_nowhere_is_the_kernels_nowhere():
-    """Written twice because the ledger imports no JAX."""
-    from pallas_kernels.paged_attention import NOWHERE as KERNELS_NOWHERE
-
-    assert NOWHERE == KERNELS_NOWHERE
-
-
 def test_the_ledger_imports_no_jax():
     import subprocess
     import sys
