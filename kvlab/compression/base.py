@@ -30,6 +30,8 @@ class Part(NamedTuple):
 
     state: State
     retention: Retention | None = None
+    heads: tuple[int, ...] | None = None
+    """The KV heads of the mixer's state that it holds; None: all of them."""
 
 
 class Shape(NamedTuple):
@@ -42,6 +44,13 @@ class Shape(NamedTuple):
     layer: int
     """Among the layers that are compressed, and below how many there are."""
     num_layers: int
+
+
+class PassLens(NamedTuple):
+    """The most tokens that are read behind a prompt, and the longest that prompt and they are together."""
+
+    num_read: int
+    total_len: int
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,15 @@ class Compression(Schema, abc.ABC):
         """The statistics after a step's attention. Traced; called only where there are any."""
         raise NotImplementedError
 
+    def second_pass(self, max_len: int, prompt_len: int | None = None) -> PassLens:
+        """How far is read behind a prompt before it is compacted, for what is attended to, and forgotten at once
+        (`SecondPass`), in a memory of sequences of up to `max_len` tokens; None: of any prompt."""
+        return PassLens(0, max_len)
+
+    def listen(self, noted: Noted, seen: Attended) -> Noted:
+        """The statistics after a step of such a pass. Traced."""
+        raise NotImplementedError
+
     def skips(self, state: State) -> str:
         """Why a state is left as it is; empty: it is compressed."""
         if not state.per_token:
@@ -128,8 +146,8 @@ class Compression(Schema, abc.ABC):
             return "a window forgets by itself"
         return ""
 
-    def retention(self, state: State, shape: Shape) -> Retention:
-        """How many slots are kept of a state, and when. Raises ConfigError for a budget below what is protected."""
+    def retention(self, state: State, shape: Shape) -> Retention | None:
+        """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget below what is protected."""
         budget, protected = shape.budget, self.sinks + self.recent
         if budget.slots is not None and budget.slots < max(1, protected):
             legal = f"must be at least the {protected} slots that sinks = {self.sinks} and recent = {self.recent} keep"

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
+from kvlab.engine.listener import Slots, heard
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Wait
 from kvlab.ledger.ledger import Ledger
@@ -55,11 +56,14 @@ class Compactor:
         pools: Pools,
         due: Mapping[Hashable, Mapping[str | int, int]],
         seeds: Mapping[Hashable, int],
+        slots: Mapping[Hashable, Slots] | None = None,
     ) -> tuple[Pools, Compacted] | Wait:
-        """Shortens these sequences; their freed pages are the ledger's at once. `Wait`, and nothing changed, where
+        """Shortens these sequences; their freed pages are the ledger's at once. `slots` are where a second pass left
+        the statistics of some (`Listener.listen`), with nothing reserved since. `Wait`, and nothing changed, where
         pages are short."""
         plan = ledger.compact(due, seeds)
         if isinstance(plan, Wait):
             return plan
+        plan = heard(plan, tuple(due), slots or {})
         pools, kept = self.step.compact(pools, plan)
         return pools, Compacted(tuple(due), plan, kept)

@@ -60,12 +60,19 @@ class MemoryStep:
         logits = model.logits(hidden) if everywhere else logits_at(model, hidden, jnp.maximum(counts - 1, 0))
         return logits, finite.all(axis=1), pools
 
-    def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def listen(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> Pools:
+        """The pools after tokens [B, T] that are read only for what they attend to: there are no logits."""
+        return self.forward(params, pools, plan, tokens, listens=True)[2]
+
+    def forward(
+        self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, listens: bool = False
+    ) -> tuple[Transformer, Hidden, Pools]:
         """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not
-        compiled."""
+        compiled. A step of a second pass `listens`."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
+        hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan, listens=listens))
         return model, hidden, self.layout.pools(views)
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:

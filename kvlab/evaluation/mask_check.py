@@ -60,20 +60,7 @@ class MaskCheck:
     @partial(jax.jit, static_argnums=0)
     def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt) -> Hidden:
         """Final hidden states of the parallel form."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
-        model = merge(self.structure, params)
-        memory: list[dict[str, Any]] = []
-        for layer, states in enumerate(model.states()):
-            views = dict[str, Any]()
-            for name in states:
-                state = self.layout.classes[self.layout.states[layer][name]].spec
-                if name in gone_at[layer]:
-                    views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
-                else:
-                    views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
-            memory.append(views)
-        return model.hidden(tokens, positions, memory)[0]
+        return masked_hidden(merge(self.structure, params), self.layout, tokens, gone_at)
 
     @partial(jax.jit, static_argnums=0)
     def _logits(self, params: Params, hidden: Array) -> Array:
@@ -84,3 +71,22 @@ class MaskCheck:
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def masked_hidden(model: Transformer, layout: MemoryLayout, tokens: Tokens, gone_at: GoneAt) -> Hidden:
+    """Final hidden states [B, T, E] of complete sequences in the parallel form, in which each head sees what it still
+    holds, rounded as the layout stores it. Traced."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+    memory: list[dict[str, Any]] = []
+    for layer, states in enumerate(model.states()):
+        views = dict[str, Any]()
+        for name in states:
+            if name in gone_at[layer]:
+                state = layout.joined[layer][name].state
+                views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
+            else:
+                state = layout.classes[layout.states[layer][name]].spec
+                views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
+        memory.append(views)
+    return model.hidden(tokens, positions, memory)[0]

@@ -87,7 +87,7 @@ class Scorer:
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
-        session.prompt_len = eval_slice.compress_at or eval_slice.prompt_len
+        session.prompt_len, session.known = eval_slice.compress_at or eval_slice.prompt_len, dict(enumerate(tokens))
         for start, end, width in steps(eval_slice, session.layout.chunk_len):
             logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
             if not weights[:, start:end].any():

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from jax import Array
 
 from kvlab.engine.compactor import Compacted, Compactor
+from kvlab.engine.listener import Listener, Slots
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.typing import Params
@@ -17,8 +18,9 @@ class Session:
     """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded.
 
     A memory that compresses does so where its retentions say, counting from `prompt_len`, the tokens of every
-    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. With `poisons`, pages
-    that a compaction frees are filled with what must not be read.
+    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. `known` are the complete
+    tokens of sequences, for a method that must know what follows. With `poisons`, pages that a compaction or a window
+    frees are filled with what must not be read.
     """
 
     def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
@@ -26,7 +28,10 @@ class Session:
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
-        self.compactor = Compactor(step)
+        self.compactor, self.listener = Compactor(step), Listener(step)
+        self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
+        self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
+        self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
 
@@ -47,8 +52,13 @@ class Session:
             tokens[row, : len(chunks[name])] = chunks[name]
         plan = self.ledger.plan(names, self.layout.max_sequences, width)
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
+        free = self._free() if self.poisons and self.forgets else []
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
+            if self.listener:
+                self.fed.setdefault(name, []).extend(np.asarray(chunks[name]).tolist())
+        if free:
+            self._poison(free)
         if self.compactor and self.prompt_len is not None:
             self._compact(dict.fromkeys(names, self.prompt_len))
         return logits
@@ -57,19 +67,36 @@ class Session:
         due = self.compactor.due(self.ledger, prompt_lens)
         if not due:
             return
-        free = [set(store.free) for store in self.ledger.stores]
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
-        done = self.compactor.run(self.ledger, self.pools, due, seeds)
-        if isinstance(done, Wait):
-            raise MemoryError(f"compaction: {done.reason}")
-        self.pools, compacted = done
-        self.compacted.append(compacted)
-        if self.poisons:
-            self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
+        for together in [[name] for name in due] if self.listener else [list(due)]:
+            slots = {name: self._listen(name) for name in together if self.listener}
+            free = self._free()
+            done = self.compactor.run(self.ledger, self.pools, {name: due[name] for name in together}, seeds, slots)
+            if isinstance(done, Wait):
+                raise MemoryError(f"compaction: {done.reason}")
+            self.pools, compacted = done
+            self.compacted.append(compacted)
+            if self.poisons:
+                self._poison(free)
 
-    def _poison(self, freed: Sequence[set[int]]) -> None:
-        """Spoils pages that nobody may read any more."""
+    def _listen(self, name: Hashable) -> Slots:
+        """Reads on behind a sequence's prompt."""
+        prompt = self.fed[name]
+        future = self.known[name][len(prompt) :] if name in self.known else None
+        self.pools, slots = self.listener.listen(self.params, self.ledger, self.pools, name, prompt, future)
+        if isinstance(slots, Wait):
+            raise MemoryError(slots.reason)
+        return slots
+
+    def _free(self) -> list[set[int]]:
+        return [set(store.free) for store in self.ledger.stores]
+
+    def _poison(self, before: Sequence[set[int]]) -> None:
+        """Spoils pages that have become free, which nobody may read any more."""
         pages = []
+        freed = [now - then for now, then in zip(self._free(), before, strict=True)]
+        if not any(freed):
+            return
         for state, mine in zip(self.layout.classes, freed, strict=True):
             size = 1 << max(0, len(mine) - 1).bit_length()
             pages.append(jnp.asarray(sorted(mine) + [state.num_pages] * (size - len(mine)), jnp.int32))
@@ -80,3 +107,4 @@ class Session:
         for name in self.ledger.sequences:
             self.ledger.release(name)
         self.compacted.clear()
+        self.fed.clear()

@@ -1,4 +1,5 @@
-"""Which tokens each head still held at each position, from what the device said it kept."""
+"""Which tokens each head still held at each position, from what the device said it kept, and from the windows of what
+forgets by position."""
 
 from collections.abc import Sequence
 
@@ -6,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.engine.compactor import Compacted
+from kvlab.ledger.states import State
 from kvlab.memory.layout import MemoryLayout
 
 NEVER = 2**30
@@ -16,23 +18,31 @@ type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
 
 
 def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
-    """The mask that compactions of the sequences 0 to num_rows - 1 imply. Raises AssertionError where the device kept
+    """The mask that a lossy memory implies of the sequences 0 to num_rows - 1. Raises AssertionError where the device kept
     other counts than the host planned, or slots that were not there."""
     gone_at: list[dict[str, npt.NDArray[np.int32]]] = []
     for layer, joined in enumerate(layout.joined):
         mine = dict[str, npt.NDArray[np.int32]]()
-        for name in joined:
-            index = layout.states[layer][name]
-            num_heads = layout.classes[index].spec.arrays[0].shape[0]
+        for name, parts in joined.items():
+            num_heads = parts.state.arrays[0].shape[0]
             gone = np.full((num_rows, num_heads, num_tokens), NEVER, np.int32)
+            for part, heads in parts.heads:
+                spec = layout.classes[layout.states[layer][dict(parts.names)[part]]].spec
+                gone[:, list(heads)] = [forgotten_at(spec, position) for position in range(num_tokens)]
             held = [[np.zeros(0, np.int64)] * num_heads for _ in range(num_rows)]
             known = [0] * num_rows
             for each in compacted:
                 if name in each.kept[layer]:
-                    _follow(each, index, np.asarray(each.kept[layer][name]), gone, held, known)
+                    _follow(each, layout.states[layer][name], np.asarray(each.kept[layer][name]), gone, held, known)
             mine[name] = gone
         gone_at.append(mine)
     return tuple(gone_at)
+
+
+def forgotten_at(state: State, position: int) -> int:
+    """The length at which a state forgets a token by itself."""
+    length = state.forgotten_at(position)
+    return NEVER if length is None else length
 
 
 def _follow(

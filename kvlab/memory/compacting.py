@@ -31,6 +31,8 @@ def compact(layout: MemoryLayout, pools: Sequence[Any], compaction: Compaction) 
         slots = dict[str, Array]()
         for name, joined in layout.joined[layer].items():
             places = {part: states[held] for part, held in joined.names}
+            if "" not in places:
+                continue
             tokens = compaction.classes[places[""]]
             if not tokens.pages.shape[1]:
                 continue
