@@ -15,7 +15,7 @@ from jax import Array
 from kvlab.engine.compactor import Compacted
 from kvlab.evaluation.trail import GoneAt, trail
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.views import view_of
+from kvlab.memory.views import LayerStates, view_of
 from kvlab.memory.views.masked import MaskedTokens
 from kvlab.models.transformer import Transformer, merge
 from kvlab.typing import Hidden, Params, Tokens
@@ -60,7 +60,7 @@ class MaskCheck:
     @partial(jax.jit, static_argnums=0)
     def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt) -> Hidden:
         """Final hidden states of the parallel form."""
-        return masked_hidden(merge(self.structure, params), self.layout, tokens, gone_at)
+        return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at)
 
     @partial(jax.jit, static_argnums=0)
     def _logits(self, params: Params, hidden: Array) -> Array:
@@ -73,20 +73,18 @@ class MaskCheck:
         return self is other
 
 
-def masked_hidden(model: Transformer, layout: MemoryLayout, tokens: Tokens, gone_at: GoneAt) -> Hidden:
-    """Final hidden states [B, T, E] of complete sequences in the parallel form, in which each head sees what it still
-    holds, rounded as the layout stores it. Traced."""
+def masked_hidden(model: Transformer, stored: Sequence[LayerStates], tokens: Tokens, gone_at: GoneAt) -> Hidden:
+    """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,
+    each head sees what it still holds. All are rounded as the `stored` states say. Traced."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
     memory: list[dict[str, Any]] = []
-    for layer, states in enumerate(model.states()):
+    for states, gone in zip(stored, gone_at, strict=True):
         views = dict[str, Any]()
-        for name in states:
-            if name in gone_at[layer]:
-                state = layout.joined[layer][name].state
-                views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
+        for name, state in states.items():
+            if name in gone:
+                views[name] = MaskedTokens(state, {}, counts, gone[name])
             else:
-                state = layout.classes[layout.states[layer][name]].spec
                 views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
         memory.append(views)
     return model.hidden(tokens, positions, memory)[0]

@@ -13,7 +13,7 @@ from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
-from kvlab.ledger.states import max_pages_for_step
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.parts import Joined, LayerParts, parts_of, stored_states
 from kvlab.memory.pools import Pool, poisoned
@@ -151,6 +151,16 @@ class MemoryLayout:
                     mine[name] = view.pool
             pools.append(mine)
         return tuple(pools)
+
+    @property
+    def stored(self) -> tuple[dict[str, State], ...]:
+        """Every layer's states as the mixer names them, in the memory's format; what is held in parts, as one."""
+        layers = list[dict[str, State]]()
+        for states, joined in zip(self.states, self.joined, strict=True):
+            parts = {held for each in joined.values() for _, held in each.names}
+            mine = {name: self.classes[index].spec for name, index in states.items() if name not in parts}
+            layers.append(mine | {name: each.state for name, each in joined.items()})
+        return tuple(layers)
 
     @property
     def compresses(self) -> bool:
