@@ -1,6 +1,6 @@
 """The device step, a pure function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -116,6 +116,13 @@ class MemoryStep:
         """One planned step, its copies first."""
         plan, pools = self.copied(pools, plan)
         return self(params, pools, plan, jnp.asarray(tokens))
+
+    def read_on(self, params: Params, pools: Pools, steps: Sequence[tuple[Plan, npt.NDArray[np.int32]]]) -> Pools:
+        """The pools after the planned steps of a second pass (`Listener.plan`)."""
+        for plan, tokens in steps:
+            plan, pools = self.copied(pools, plan)
+            pools = self.listen(params, pools, plan, jnp.asarray(tokens))
+        return pools
 
     def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
         """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are

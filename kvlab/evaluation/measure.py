@@ -3,7 +3,7 @@ formula."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import jax
@@ -45,16 +45,26 @@ class Observed:
 @dataclass(frozen=True)
 class Measure:
     """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a
-    sequence; with `column`, its heading in tables."""
+    sequence: a share of the batch's bytes, or, not `of_batch`, a sequence's own already; with `column`, its heading in
+    tables."""
 
     take: Callable[[Observed], Any]
     axis: str = ""
     column: str = ""
+    of_batch: bool = True
 
 
-def measured(take: Callable[[Observed], Any], *, axis: str = "", column: str = "") -> Any:
-    """A field of a report, with the measure that fills it: adding a measure is adding one such row."""
-    return field(metadata={"measure": Measure(take, axis, column)})
+def measured(
+    take: Callable[[Observed], Any],
+    *,
+    axis: str = "",
+    column: str = "",
+    of_batch: bool = True,
+    default: Any = MISSING,
+) -> Any:
+    """A field of a report, with the measure that fills it: adding a measure is adding one such row, with a default
+    where records that were written before are to be read."""
+    return field(default=default, metadata={"measure": Measure(take, axis, column, of_batch)})
 
 
 def measures(report: type) -> dict[str, Measure]:
@@ -81,6 +91,16 @@ def _device_peak_bytes(seen: Observed) -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def _read_bytes_per_token(seen: Observed) -> int:
+    """What is live of a sequence, by the ledger, less what its states select away."""
+    num_tokens, total = seen.layout.max_len, 0
+    for state, account in zip(seen.layout.classes, seen.accounts, strict=True):
+        spec, page_size = state.spec, state.page_size
+        left_out = spec.logical_bytes(num_tokens, page_size) - spec.read_bytes(num_tokens, page_size)
+        total += account.logical // seen.layout.max_sequences - left_out * state.num_layers
+    return total
+
+
 def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
     """Bytes of every (layer, state): a class's account is shared equally by its layers, whose arrays are alike."""
     rows = []
@@ -94,12 +114,13 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
+    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes; and what is read of them.
 
     logical: live tokens and states, their scales included; allocated: pages held; temp: the compiler's temporaries of a
     decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
     `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
-    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page.
+    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token` is
+    what decoding one more token of one sequence reads of its memory; records from before it was measured have none.
     """
 
     logical_bytes: int = measured(
@@ -122,6 +143,9 @@ class MemoryReport:
     accounts: tuple[dict[str, int | str], ...] = measured(
         lambda seen: tuple(account.as_dict() for account in seen.accounts)
     )
+    read_bytes_per_token: int | None = measured(
+        _read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,16 @@ class SpeedReport:
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
 """The memory that figures may have as their axis: every number of a record, and how people call it."""
+
+
+def per_sequence(report: MemoryReport) -> dict[str, float]:
+    """Every axis of a report as bytes of one sequence; what an older record does not have is left out."""
+    found = {}
+    for name, row in measures(MemoryReport).items():
+        value = getattr(report, name)
+        if row.axis and value is not None:
+            found[name] = value / report.batch_size if row.of_batch else float(value)
+    return found
 
 
 def measure(

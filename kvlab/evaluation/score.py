@@ -89,7 +89,7 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Negative log-likelihood, correctness and weight of every position [B, T]: zero where there is no label."""
         all_labels, all_weights = (_by_position(batch, values) for values in (batch.labels, batch.weights))
-        all_nll, all_correct = np.zeros((2, *all_weights.shape), np.float32)
+        all_scored = np.zeros((2, *all_weights.shape), np.float32)
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
@@ -109,8 +109,8 @@ class Scorer:
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
             check.compare(tokens, session.compacted, seen)
-        all_nll[real_rows], all_correct[real_rows] = scored
-        return all_nll, all_correct, all_weights
+        all_scored[:, real_rows] = scored
+        return all_scored[0], all_scored[1], all_weights
 
     def _batch(self, split: str, eval_slice: EvalSlice, index: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, Compactor
-from kvlab.engine.listener import Listener, Slots
+from kvlab.engine.compactor import Compacted
+from kvlab.engine.listener import Listener, Slots, heard
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
+from kvlab.ledger.classes import Lengths
 from kvlab.typing import Params
 
 
@@ -28,7 +29,7 @@ class Session:
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
-        self.compactor, self.listener = Compactor(step), Listener(step)
+        self.listener = Listener(self.layout)
         self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
         self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
         self.fed: dict[Hashable, list[int]] = {}
@@ -44,7 +45,7 @@ class Session:
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)
         for row, name in enumerate(names):
-            answer = self.ledger.reserve(name, len(chunks[name]))
+            answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
                 for reserved in names[:row]:
                     self.ledger.cancel(reserved)
@@ -59,44 +60,50 @@ class Session:
                 self.fed.setdefault(name, []).extend(np.asarray(chunks[name]).tolist())
         if free:
             self._poison(free)
-        if self.compactor and self.prompt_len is not None:
-            self._compact(dict.fromkeys(names, self.prompt_len))
+        if self.layout.compresses and (due := self.ledger.due(names)):
+            self._compact(due)
         return logits
 
-    def _compact(self, prompt_lens: Mapping[Hashable, int]) -> None:
-        due = self.compactor.due(self.ledger, prompt_lens)
-        if not due:
-            return
+    def _lengths(self, name: Hashable, num_new: int) -> Lengths | None:
+        """What is known of a sequence when it begins."""
+        if self.prompt_len is None or name in self.ledger.running:
+            return None
+        return Lengths(self.prompt_len, max(self.prompt_len, num_new))
+
+    def _compact(self, due: Mapping[Hashable, Mapping[str | int, int]]) -> None:
+        """Compacts who is due: together, or each behind its second pass."""
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
         for together in [[name] for name in due] if self.listener else [list(due)]:
-            slots = {name: self._listen(name) for name in together if self.listener}
+            slots = self._listen(together[0]) if self.listener else {}
             free = self._free()
-            done = self.compactor.run(self.ledger, self.pools, {name: due[name] for name in together}, seeds, slots)
-            if isinstance(done, Wait):
-                raise MemoryError(f"compaction: {done.reason}")
-            self.pools, compacted = done
-            self.compacted.append(compacted)
+            plan = self.ledger.compact({name: due[name] for name in together}, seeds)
+            if isinstance(plan, Wait):
+                raise MemoryError(f"compaction: {plan.reason}")
+            plan = heard(plan, slots)
+            self.pools, kept = self.step.compact(self.pools, plan)
+            self.compacted.append(Compacted(tuple(together), plan, kept))
             if self.poisons:
                 self._poison(free)
 
     def _listen(self, name: Hashable) -> Slots:
-        """Reads on behind a sequence's prompt."""
+        """Reads on behind a sequence's prompt; where the statistics of that lie."""
         prompt = self.fed[name]
-        future = self.known[name][len(prompt) :] if name in self.known else None
-        self.pools, slots = self.listener.listen(self.params, self.ledger, self.pools, name, prompt, future)
-        if isinstance(slots, Wait):
-            raise MemoryError(slots.reason)
-        return slots
+        future = list(self.known[name][len(prompt) :]) if name in self.known else None
+        found = self.listener.plan(self.ledger, name, prompt, future)
+        if isinstance(found, Wait):
+            raise MemoryError(found.reason)
+        self.pools = self.step.read_on(self.params, self.pools, found.steps)
+        return found.slots
 
     def _free(self) -> list[set[int]]:
         return [set(store.free) for store in self.ledger.stores]
 
     def _poison(self, before: Sequence[set[int]]) -> None:
         """Spoils pages that have become free, which nobody may read any more."""
-        pages = []
         freed = [now - then for now, then in zip(self._free(), before, strict=True)]
         if not any(freed):
             return
+        pages = []
         for state, mine in zip(self.layout.classes, freed, strict=True):
             size = 1 << max(0, len(mine) - 1).bit_length()
             pages.append(jnp.asarray(sorted(mine) + [state.num_pages] * (size - len(mine)), jnp.int32))

@@ -64,7 +64,8 @@ def _follow(
             positions = np.concatenate([before, np.arange(known[sequence], length)])
             assert len(positions) == plan.stored[row], f"{len(positions)} slots, the host knows {plan.stored[row]}"
             slots = kept[row, head][:keep]
-            assert (np.diff(slots) > 0).all() and slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
+            assert (np.diff(slots) > 0).all(), f"slots {slots} are not ascending"
+            assert slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
             assert (kept[row, head][keep:] >= len(positions)).all(), "more slots were kept than were planned"
             held[sequence][head] = positions[slots]
             gone[sequence, head, np.delete(positions, slots)] = length

@@ -116,7 +116,7 @@ class MemoryLayout:
 
     def views(
         self, pools: Sequence[Mapping[str, Pool]], plan: Plan, *, listens: bool = False
-    ) -> tuple[dict[str, View], ...]:
+    ) -> tuple[dict[str, Any], ...]:
         """Every layer's memory for one step; it `listens` where it is one of a second pass."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
@@ -129,9 +129,9 @@ class MemoryLayout:
             state = self.classes[index]
             return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
 
-        made: list[dict[str, View]] = []
+        made: list[dict[str, Any]] = []
         for layer, states in enumerate(self.states):
-            views = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
                 views[name] = _one_view(joined, parts, listens)
