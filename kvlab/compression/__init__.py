@@ -25,4 +25,15 @@ COMPRESSIONS: dict[str, type[Compression]] = {
     )
 }
 
-__all__ = ["COMPRESSIONS", "Attended", "Budget", "Compression", "Noted", "Part", "PassLens", "SecondPass", "Shape", "Slots"]
+__all__ = [
+    "COMPRESSIONS",
+    "Attended",
+    "Budget",
+    "Compression",
+    "Noted",
+    "Part",
+    "PassLens",
+    "SecondPass",
+    "Shape",
+    "Slots",
+]

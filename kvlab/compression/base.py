@@ -147,7 +147,8 @@ class Compression(Schema, abc.ABC):
         return ""
 
     def retention(self, state: State, shape: Shape) -> Retention | None:
-        """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget below what is protected."""
+        """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget
+        below what is protected."""
         budget, protected = shape.budget, self.sinks + self.recent
         if budget.slots is not None and budget.slots < max(1, protected):
             legal = f"must be at least the {protected} slots that sinks = {self.sinks} and recent = {self.recent} keep"

@@ -1,5 +1,5 @@
-"""Which heads need everything: each KV head alone is given sinks and a window, and what the model loses is measured (the
-training-free ranking for DuoAttention, arXiv 2410.10819)."""
+"""Which heads need everything: each KV head alone is given sinks and a window, and what the model loses is measured. A
+ranking without training for DuoAttention (arXiv 2410.10819)."""
 
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory
-rounds it, and under the mask that its compactions imply. What a compression costs is then its own; no error of the memory
-hides in it."""
+rounds it, and under the mask that its compactions and windows imply. What a compression costs is then its own; no error
+of the memory hides in it."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -18,8 +18,8 @@ type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
 
 
 def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
-    """The mask that a lossy memory implies of the sequences 0 to num_rows - 1. Raises AssertionError where the device kept
-    other counts than the host planned, or slots that were not there."""
+    """The mask that a lossy memory implies of the sequences 0 to num_rows - 1. Raises AssertionError where the device
+    kept other counts than the host planned, or slots that were not there."""
     gone_at: list[dict[str, npt.NDArray[np.int32]]] = []
     for layer, joined in enumerate(layout.joined):
         mine = dict[str, npt.NDArray[np.int32]]()

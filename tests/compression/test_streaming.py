@@ -103,7 +103,7 @@ def test_all_heads_or_none_are_one_state():
             page_size=4, compression={"type": "duo", "sinks": 3, "streaming": [heads, [1]]}, budget=8
         )
         layout = MemoryLayout.of(model_states, memory, max_sequences=1, max_len=64)
-        assert [state.spec for state in layout.classes][0] == expected
+        assert layout.classes[0].spec == expected
         assert layout.stored == tuple(model_states)
 
 
