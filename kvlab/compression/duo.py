@@ -47,7 +47,7 @@ class Duo(Windowed):
             return super().skips(state) or "its heads share one row, which cannot be split"
         return super().skips(state)
 
-    def heads(self, layer: int, num_layers: int, num_kv_heads: int) -> tuple[int, ...]:
+    def streaming_heads(self, layer: int, num_layers: int, num_kv_heads: int) -> tuple[int, ...]:
         """The KV heads of a layer that stream, ascending. Raises ConfigError where what was given does not fit the
         model."""
         if self.ranking is None:
@@ -70,7 +70,7 @@ class Duo(Windowed):
     def parts(self, state: State, shape: Shape) -> Mapping[str, Part]:
         assert isinstance(state, TokenState)
         visible, everyone = self.visible(shape.budget), range(state.num_kv_heads)
-        streaming = self.heads(shape.layer, shape.num_layers, state.num_kv_heads)
+        streaming = self.streaming_heads(shape.layer, shape.num_layers, state.num_kv_heads)
         full = tuple(head for head in everyone if head not in streaming)
         if not streaming:
             return {"": Part(state)}

@@ -24,6 +24,7 @@ class Windowed(Compression, abc.ABC):
     recent: int = integer(0, 0, 0)
     at: str = choice("end", ("end",))
     every: int = integer(0, 0, 0)
+    heads: str = choice("uniform", ("uniform",))
 
     def score(self, slots: Slots) -> Float[object, "B K N"]:
         raise AssertionError("what forgets by position is never compacted")

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from kvlab.engine.compactor import Compacted
 from kvlab.ledger.states import State
+from kvlab.memory.compacting import NOWHERE
 from kvlab.memory.layout import MemoryLayout
 
 NEVER = 2**30
@@ -33,7 +34,9 @@ def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, n
             known = [0] * num_rows
             for each in compacted:
                 if name in each.kept[layer]:
-                    _follow(each, layout.states[layer][name], np.asarray(each.kept[layer][name]), gone, held, known)
+                    kept = np.asarray(each.kept[layer][name])
+                    of_heads = layout.page_size if "dealt" in dict(parts.names) else None
+                    _follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
             mine[name] = gone
         gone_at.append(mine)
     return tuple(gone_at)
@@ -52,21 +55,28 @@ def _follow(
     gone: npt.NDArray[np.int32],
     held: list[list[npt.NDArray[np.int64]]],
     known: list[int],
+    tile_len: int | None,
 ) -> None:
-    """Takes one compaction of one class into the mask."""
+    """Takes one compaction of one class into the mask; with a `tile_len` each head keeps a number of slots of its own,
+    in tiles of that many."""
     plan = compacted.plan.classes[index]
     for row, sequence in enumerate(compacted.sequences):
         if not plan.stored[row]:
             continue
         assert isinstance(sequence, int)
         length, keep = int(compacted.plan.lengths[row]), int(plan.keep[row])
+        num_kept = (kept[row] < NOWHERE).sum(axis=1)
+        if tile_len is None:
+            assert (num_kept == keep).all(), f"{num_kept} slots were kept, {keep} were planned"
+        else:
+            num_tiles, planned = (-(-num_kept // tile_len)).sum(), len(num_kept) * keep // tile_len
+            assert num_tiles == planned, f"{num_tiles} tiles were kept, {planned} were planned"
         for head, before in enumerate(held[sequence]):
             positions = np.concatenate([before, np.arange(known[sequence], length)])
             assert len(positions) == plan.stored[row], f"{len(positions)} slots, the host knows {plan.stored[row]}"
-            slots = kept[row, head][:keep]
+            slots = kept[row, head][: num_kept[head]]
             assert (np.diff(slots) > 0).all(), f"slots {slots} are not ascending"
             assert slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
-            assert (kept[row, head][keep:] >= len(positions)).all(), "more slots were kept than were planned"
             held[sequence][head] = positions[slots]
             gone[sequence, head, np.delete(positions, slots)] = length
         known[sequence] = length

@@ -18,6 +18,7 @@ from kvlab.memory.config import MemoryConfig
 from kvlab.memory.parts import Joined, LayerParts, parts_of, stored_states
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
+from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.noted import NotedTokens
 from kvlab.memory.views.split import SplitTokens
 
@@ -144,7 +145,7 @@ class MemoryLayout:
         for layer, joined in zip(views, self.joined, strict=True):
             mine = dict[str, Pool]()
             for name, view in layer.items():
-                if isinstance(view, NotedTokens | SplitTokens):
+                if isinstance(view, NotedTokens | DealtTokens | SplitTokens):
                     parts = view.parts()
                     mine |= {held: parts[part].pool for part, held in joined[name].names}
                 else:
@@ -187,8 +188,12 @@ def _one_view(joined: Joined, parts: Mapping[str, Any], listens: bool) -> Any:
     """What the mixer sees of a state that is held in parts."""
     if len(parts) == 1:
         return parts[""]
+    if "dealt" in parts:
+        parts = {**parts, "": DealtTokens.of_parts(parts)}
     if "noted" in parts:
         return NotedTokens.of_parts(joined.method, parts, listens=listens)
+    if "dealt" in parts:
+        return parts[""]
     return SplitTokens.of_parts(joined.heads, parts)
 
 

@@ -68,7 +68,7 @@ def _in_parts(
             held[name] = Part(state)
             continue
         assert memory.budget is not None
-        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place)
+        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
         retention = method.retention(state, shape)
         if retention is None:
             most = max_len

@@ -53,9 +53,7 @@ def test_a_budget_that_cannot_be_meant_is_refused(budget, words, method):
 def test_a_model_that_forgets_already_is_refused(variant):
     model, *_ = build(variant)
     with pytest.raises(ConfigError, match="serves no layer of this model"):
-        MemoryLayout.of(
-            model.states(), MemoryConfig(compression=STREAMING, budget=8), max_sequences=1, max_len=TOTAL
-        )
+        MemoryLayout.of(model.states(), MemoryConfig(compression=STREAMING, budget=8), max_sequences=1, max_len=TOTAL)
 
 
 def test_heads_held_apart_are_attended_to_as_if_they_were_not():
@@ -99,9 +97,7 @@ def test_all_heads_or_none_are_one_state():
     state = TokenState(2, 4, 4)
     for heads, expected in (((), state), ((1, 0), replace(state, visible=Visible(6, 3)))):
         model_states = [{"kv": state}, {"kv": state}]
-        memory = MemoryConfig(
-            page_size=4, compression={"type": "duo", "sinks": 3, "streaming": [heads, [1]]}, budget=8
-        )
+        memory = MemoryConfig(page_size=4, compression={"type": "duo", "sinks": 3, "streaming": [heads, [1]]}, budget=8)
         layout = MemoryLayout.of(model_states, memory, max_sequences=1, max_len=64)
         assert layout.classes[0].spec == expected
         assert layout.stored == tuple(model_states)
@@ -130,11 +126,14 @@ def test_a_ranking_says_which_heads_stream(tmp_path):
     order = [(1, 0), (0, 1), (0, 0), (1, 1)]
     path.write_text(json.dumps({"ranking": [{"layer": layer, "head": head, "lost": 0.1} for layer, head in order]}))
     pinned = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert [Duo(ranking=str(path), share=0.75, sha256=pinned).heads(layer, 2, 2) for layer in (0, 1)] == [(0, 1), (0,)]
-    assert [Duo(ranking=str(path), share=0.25).heads(layer, 2, 2) for layer in (0, 1)] == [(), (0,)]
+    assert [Duo(ranking=str(path), share=0.75, sha256=pinned).streaming_heads(layer, 2, 2) for layer in (0, 1)] == [
+        (0, 1),
+        (0,),
+    ]
+    assert [Duo(ranking=str(path), share=0.25).streaming_heads(layer, 2, 2) for layer in (0, 1)] == [(), (0,)]
     for sizes in ((2, 3), (1, 2)):
         with pytest.raises(ConfigError, match="must rank all"):
-            Duo(ranking=str(path)).heads(0, *sizes)
+            Duo(ranking=str(path)).streaming_heads(0, *sizes)
     with pytest.raises(ConfigError, match="must be that of"):
         Duo(ranking=str(path), sha256="0" * 64)
     assert Streaming().retention(TokenState(2, 4, 4), None) is None

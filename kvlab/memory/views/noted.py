@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from kvlab.compression import Attended
 from kvlab.memory.pools import stored
+from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Quantised
@@ -36,7 +37,8 @@ class NotedTokens:
 
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by the names that a compression gives them."""
-        return {"": self.tokens, "noted": self.noted}
+        tokens = self.tokens.parts() if isinstance(self.tokens, DealtTokens) else {"": self.tokens}
+        return {**tokens, "noted": self.noted}
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, tokens=self.tokens.append(**tokens))
