@@ -26,7 +26,7 @@ class Fork(NamedTuple):
 class Planned(NamedTuple):
     """A second pass of one sequence: steps of one row with their tokens, to run in this order, and where its statistics
     lie then. These slots are free already: whatever is reserved next may take them, so that the sequence is to be
-    compacted at once, with `heard`."""
+    compacted at once, by `MemoryStep.compact`."""
 
     steps: tuple[tuple[Plan, npt.NDArray[np.int32]], ...]
     slots: Slots
@@ -43,6 +43,11 @@ class Listener:
 
     def __bool__(self) -> bool:
         return self.method is not None
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.method.name if self.method else ""
 
     def plan(
         self, ledger: Ledger, sequence: Hashable, prompt: Sequence[int], future: Sequence[int] | None = None

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool
 
+from kvlab.engine.listener import Listener, Slots, heard
 from kvlab.ledger.plan import Compaction, Plan
 from kvlab.memory.compacting import Kept, compact, padded
 from kvlab.memory.layout import MemoryLayout
@@ -98,9 +99,14 @@ class MemoryStep:
     def _compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
         return compact(self.layout, pools, compaction)
 
-    def compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+    def compact(self, pools: Pools, compaction: Compaction, slots: Slots | None = None) -> tuple[Pools, Kept]:
         """The pools after a compaction, which is dispatched and not waited for, and which slots stayed. Rows and pages
-        are padded to powers of two, so that few shapes are compiled."""
+        are padded to powers of two, so that few shapes are compiled. `slots` are where a second pass left the
+        statistics of the only sequence. Raises ValueError for a memory that needs such a pass, without."""
+        if listener := Listener(self.layout):
+            if slots is None:
+                raise ValueError(f"compression = {listener.name}: its second pass was not run (Listener.plan)")
+            compaction = heard(compaction, slots)
         return self._compact(pools, padded(compaction, self.layout))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from jax import Array
 
 from kvlab.engine.compactor import Compacted
-from kvlab.engine.listener import Listener, Slots, heard
+from kvlab.engine.listener import Listener, Slots
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.classes import Lengths
@@ -79,8 +79,7 @@ class Session:
             plan = self.ledger.compact({name: due[name] for name in together}, seeds)
             if isinstance(plan, Wait):
                 raise MemoryError(f"compaction: {plan.reason}")
-            plan = heard(plan, slots)
-            self.pools, kept = self.step.compact(self.pools, plan)
+            self.pools, kept = self.step.compact(self.pools, plan, slots)
             self.compacted.append(Compacted(tuple(together), plan, kept))
             if self.poisons:
                 self._poison(free)
