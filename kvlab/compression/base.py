@@ -117,6 +117,8 @@ class Compression(Schema, abc.ABC):
     name: ClassVar[str] = ""
     uses_readers: ClassVar[bool] = False
     """Whether scores come from queries: the mixer must then say who reads its state (`Readers`)."""
+    weighs: ClassVar[bool] = False
+    """Whether `observe` asks for weights over all slots, so that every step reads the keys once more."""
     by_slot: ClassVar[tuple[str, ...]] = ()
     """Names of statistics whose first axis is slots: they move with them."""
 

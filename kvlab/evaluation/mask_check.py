@@ -32,12 +32,14 @@ class MaskCheck:
         self.structure, self.params, self.layout = structure, params, layout
         self.worst = 0.0
         self.num_compared = self.num_compactions = 0
-        self.dropped = [0, 0]
-        """Slots that compactions dropped, and slots that there were."""
+        self.evicted: dict[str, list[int]] = {}
+        """By slice: slots that compactions dropped, and slots that were ever written."""
 
-    def compare(self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray]) -> None:
-        """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by
-        position."""
+    def compare(
+        self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray], name: str = ""
+    ) -> None:
+        """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
+        by position."""
         if not seen:
             return
         gone_at = trail(self.layout, compacted, *tokens.shape)
@@ -51,10 +53,9 @@ class MaskCheck:
             error = np.where(np.isfinite(found).all(axis=1), error, np.inf)
             self.worst = max(self.worst, float(error.max()))
             self.num_compared += error.size
-        for each in compacted:
-            for plan in each.plan.classes:
-                self.dropped[0] += int((plan.stored - plan.keep).sum())
-                self.dropped[1] += int(plan.stored.sum())
+        evicted = self.evicted.setdefault(name, [0, 0])
+        evicted[0] += sum(int((plan.stored - plan.keep).sum()) for each in compacted for plan in each.plan.classes)
+        evicted[1] += tokens.size * sum(state.retention is not None for state in self.layout.classes)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
     @partial(jax.jit, static_argnums=0)

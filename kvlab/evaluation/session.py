@@ -1,7 +1,9 @@
 """The host driver of a step, for evaluation: prefills in chunks and decodes, a fixed batch at a time."""
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +37,24 @@ class Session:
         self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
+        self.times = False
+        """Whether compactions, second passes included, are waited for and timed."""
+        self.compaction_s: list[float] = []
 
-    def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
+    def advance(
+        self,
+        chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]],
+        width: int,
+        num_rows: int | None = None,
+    ) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
+        `num_rows` is the program's batch where that is not the layout's.
 
         Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not
         fit; no sequence has then changed.
         """
-        names = list(chunks)
-        tokens = np.zeros((self.layout.max_sequences, width), np.int32)
+        names, num_rows = list(chunks), num_rows or self.layout.max_sequences
+        tokens = np.zeros((num_rows, width), np.int32)
         for row, name in enumerate(names):
             answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
@@ -51,7 +62,7 @@ class Session:
                     self.ledger.cancel(reserved)
                 raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
-        plan = self.ledger.plan(names, self.layout.max_sequences, width)
+        plan = self.ledger.plan(names, num_rows, width)
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         free = self._free() if self.poisons and self.forgets else []
         for name in names:
@@ -74,12 +85,15 @@ class Session:
         """Compacts who is due: together, or each behind its second pass."""
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
         for together in [[name] for name in due] if self.listener else [list(due)]:
-            slots = self._listen(together[0]) if self.listener else {}
-            free = self._free()
+            began = time.perf_counter()
+            slots, free = self._listen(together[0]) if self.listener else {}, self._free()
             plan = self.ledger.compact({name: due[name] for name in together}, seeds)
             if isinstance(plan, Wait):
                 raise MemoryError(f"compaction: {plan.reason}")
             self.pools, kept = self.step.compact(self.pools, plan, slots)
+            if self.times:
+                jax.block_until_ready(self.pools)
+                self.compaction_s.append(time.perf_counter() - began)
             self.compacted.append(Compacted(tuple(together), plan, kept))
             if self.poisons:
                 self._poison(free)

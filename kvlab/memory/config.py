@@ -18,7 +18,7 @@ class MemoryConfig(Schema):
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
     format: str = added(choice("model", ("model", *QUANTISED)))
-    compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))
+    compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
 
     def cross_check(self) -> None:
