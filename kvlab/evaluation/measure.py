@@ -211,7 +211,7 @@ def measure(
     rows, num_tokens, width = range(layout.max_sequences), layout.max_len, layout.chunk_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
     prompt_len = max(1, num_tokens - decode_steps)
-    session.prompt_len, session.times = prompt_len, True
+    session.prompt_len, session.known, session.times = prompt_len, dict(enumerate(tokens)), True
     # Where prompts are compressed they come one after the other: while one is whole, the others are what is left.
     groups = [[row] for row in rows] if layout.compresses else [list(rows)]
     for group in groups:
