@@ -153,9 +153,9 @@ SWEEPS = {
 MANY_PROGRAMS = {
     f"{ENGINE}/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
     f"{ENGINE}/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
-    f"{ENGINE}/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
-    f"{ENGINE}/test_engine.py::test_programs_are_few_and_bounded": "ci",
-    f"{ENGINE}/test_engine.py::test_beams_that_pause_make_room_for_each_other": "ci",
+    f"{ENGINE}/test_steps.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
+    f"{ENGINE}/test_steps.py::test_programs_are_few_and_bounded": "ci",
+    f"{ENGINE}/test_beams.py::test_beams_that_pause_make_room_for_each_other": "ci",
     f"{ENGINE}/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
     f"{ENGINE}/test_soak.py": "ci",
     f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
