@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kvlab import blueprint
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.presets import Preset
+from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
 from kvlab.hardware import HardwareConfig
 from kvlab.mixers import MIXERS
@@ -84,6 +85,8 @@ def register() -> None:
     for group, registry in (("mixer", MIXERS), ("task", TASKS)):
         for name, kind in registry.items():
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
+    for name, method in COMPRESSIONS.items():
+        store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
 
 
 def capacity_defaults() -> dict[str, Any]:

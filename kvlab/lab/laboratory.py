@@ -51,6 +51,13 @@ class Laboratory:
         sizes = train_config.batch_size, train_config.accumulation
         return TrainStep(self.model.structure, self.task, optimizer, *sizes, self.placement)
 
-    def layout(self, max_len: int, max_sequences: int) -> MemoryLayout:
-        """The memory for `max_sequences` sequences of up to `max_len` tokens."""
-        return MemoryLayout.of(self.model.states, self.config.memory, max_sequences=max_sequences, max_len=max_len)
+    def layout(self, max_len: int, max_sequences: int, *, prompt_len: int | None = None) -> MemoryLayout:
+        """The memory for `max_sequences` sequences of up to `max_len` tokens. With the tokens of their prompts, one
+        that compresses has room for one whole prompt beside what is left of the others."""
+        return MemoryLayout.of(
+            self.model.states,
+            self.config.memory,
+            max_sequences=max_sequences,
+            max_len=max_len,
+            prompt_len=prompt_len,
+        )

@@ -2,16 +2,30 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kvlab.config import Config
 from kvlab.lab.plan import Plan
+from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
-from kvlab.lab.results import fidelity_rows, points
+from kvlab.lab.results import points
 from kvlab.lab.runs import Run
 from kvlab.units import human_bytes
+
+SIZES = {"logical_bytes": "logical/seq", "allocated_bytes": "allocated/seq", "read_bytes_per_token": "read/token"}
+"""The bytes that tables show, and their headings."""
+
+
+def as_cell(value: Any) -> str:
+    """A value as tables for people show it; what is not known is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def wide_console() -> Console:
@@ -72,14 +86,14 @@ def print_runs(configs: Sequence[Config]) -> None:
 
 
 def print_records(records: list[AnyRecord]) -> None:
-    """One row a point, with what lossy memories cost where there are some; failed and cut runs below with their
-    reasons."""
+    """One row a point, with turns, and with what lossy memories cost, where there are some; failed and cut runs below
+    with their reasons."""
     found = points(records)
-    fidelities = fidelity_rows(found)
-    names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
-    table = Table(*names, "step ms", "decode tok/s", *(fidelities[0] if fidelities else ()))
-    for point, fidelity in zip(found, fidelities, strict=True):
-        sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
+    protocol = protocol_rows(found, records)
+    names = ("variant", "task", "metric", "value", "± 95%", "seeds", *SIZES.values(), "context")
+    table = Table(*names, "step ms", "decode tok/s", *(protocol[0] if protocol else ()))
+    for point, added in zip(found, protocol, strict=True):
+        sizes = [point.bytes_per_sequence.get(axis) for axis in SIZES]
         interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
         cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
         speeds = (
@@ -87,8 +101,8 @@ def print_records(records: list[AnyRecord]) -> None:
             f"{point.speeds['train_step_ms']:.1f}",
             f"{point.speeds['decode_tokens_per_s']:,.0f}",
         )
-        said = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in fidelity.values())
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds, *said)
+        held = ("-" if size is None else human_bytes(size) for size in sizes)
+        table.add_row(*cells, *held, *speeds, *map(as_cell, added.values()))
     console = wide_console()
     if table.row_count:
         console.print(table)

@@ -69,7 +69,8 @@ class ClassCompaction(NamedTuple):
     """One state class of a compaction of B sequences: which of its slots stay is the device's choice, how many is not.
 
     All sources are read before a destination is written: a page may be both. Rows of a class that stays exact are
-    empty.
+    empty. Of statistics, `pages` is the slot that a sequence's are read from and `destinations` where they are written,
+    both [B, 1]; out of range for rows that are not compacted.
     """
 
     pages: Ints
@@ -87,6 +88,10 @@ class Compaction(NamedTuple):
     """Sequences to shorten before the next step, a row each."""
 
     classes: tuple[ClassCompaction, ...]
+    seeds: Ints
+    """[B] what random choices are drawn from: the same seed, length and layer draw the same."""
+    lengths: Ints
+    """[B] tokens of each sequence."""
 
 
 def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
@@ -95,8 +100,9 @@ def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
         raise ValueError("plans = []: there is nothing to save")
     arrays: dict[str, Any] = {}
     for step, plan in enumerate(plans):
-        if isinstance(plan, Plan):
-            arrays[f"{step}/starts"], arrays[f"{step}/counts"] = plan.starts, plan.counts
+        for name in plan._fields:
+            if name != "classes":
+                arrays[f"{step}/{name}"] = getattr(plan, name)
         for index, of_class in enumerate(plan.classes):
             fields = of_class._asdict().items()
             arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
@@ -131,15 +137,12 @@ def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compacti
             raise ValueError(f"{path}: step {step} lacks {missing[0]}: not a file of plans")
         return [arrays.pop(f"{prefix}/{name}", None) for name in names]
 
-    is_compaction = not {f"{step}/starts", f"{step}/counts"} & set(arrays)
+    is_compaction = f"{step}/seeds" in arrays
     of_class = ClassCompaction if is_compaction else ClassPlan
-    starts_and_counts = [] if is_compaction else fields(str(step), ("starts", "counts"))
+    of_rows = fields(str(step), ("seeds", "lengths") if is_compaction else ("starts", "counts"))
     classes = list[Any]()
     while f"{step}/{len(classes)}/pages" in arrays:
         classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid",))))
     if not classes:
         raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-    if is_compaction:
-        return Compaction(tuple(classes))
-    starts, counts = starts_and_counts
-    return Plan(starts, counts, tuple(classes))
+    return Compaction(tuple(classes), *of_rows) if is_compaction else Plan(*of_rows, tuple(classes))

@@ -17,10 +17,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from kvlab.ledger.readers import Readers
 from pallas_kernels.visible import Visible
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
-QUANTISED = ("int8", "fp8", "int4")
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+QUANTISED = ("int8", "fp8", "int4", "int2")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
@@ -34,8 +35,8 @@ EVERYTHING = Visible()
 @dataclass(frozen=True)
 class ArraySpec:
     """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of
-    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 counts numbers, two of which share
-    a byte."""
+    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 or int2 counts numbers, two or
+    four of which share a byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +49,7 @@ class ArraySpec:
             raise ValueError(f"dtype = {self.dtype!r}: must be one of {', '.join(ITEM_BITS)}")
         if any(size < 1 for size in self.shape):
             raise ValueError(f"{self.name}: shape = {self.shape}: every axis must be at least 1")
-        if self.dtype == "int4" and self.shape[-1] % 2:
+        if ITEM_BITS[self.dtype] < 8 and self.shape[-1] * ITEM_BITS[self.dtype] % 8:
             raise ValueError(f"{self.name}: {self.shape} of {self.dtype} does not fill whole bytes")
 
     @property
@@ -162,10 +163,12 @@ def _check_format(format: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PerToken(State):
-    """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it."""
+    """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it. `readers`
+    are the queries that read it; None: nobody said, so that a memory cannot weigh tokens by them."""
 
     visible: Visible = EVERYTHING
     format: str = "model"
+    readers: Readers | None = None
 
     def __post_init__(self) -> None:
         _check_format(self.format)
@@ -204,6 +207,13 @@ class TokenState(PerToken):
         keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return _in_format((keys, values), self.format, self.scale_dtype)
+
+    def of_heads(self, count: int) -> Self:
+        """The state of as many of its KV heads, with their share of the query heads."""
+        readers = self.readers
+        if readers is not None:
+            readers = replace(readers, num_heads=readers.num_heads // self.num_kv_heads * count)
+        return replace(self, num_kv_heads=count, readers=readers)
 
 
 @dataclass(frozen=True)
@@ -278,6 +288,12 @@ class RecurrentState(State):
         """Itself: what every step rewrites stays in the model's type, whatever the format."""
         _check_format(format)
         return self
+
+
+@dataclass(frozen=True)
+class Statistics(RecurrentState):
+    """What a memory itself remembers of each sequence beside a state, to choose what of that stays: counted like any
+    other state. No mixer declares one."""
 
 
 def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:

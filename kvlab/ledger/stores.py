@@ -7,6 +7,7 @@ from kvlab.ledger.accounting import Account, Held, account
 from kvlab.ledger.answers import Never
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.due import next_due
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.recurrent import StateStore
@@ -59,19 +60,26 @@ class Stores:
         """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
         return not any(state.contiguous for state in self.classes)
 
-    def never(self, total_len: int, held: Tracked | None = None) -> Never | None:
-        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it;
-        None: it could."""
+    @property
+    def compresses(self) -> bool:
+        """Whether sequences are compacted."""
+        return any(state.retention is not None for state in self.classes)
+
+    def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
+        or, of one that begins with a prompt of `prompt_len`, will have taken; None: it could."""
         if total_len > self.max_len:
             return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
         for number, state in enumerate(self.classes):
             num_stored = total_len - (held.holdings[number].dropped if held else 0)
-            needed = state.max_pages(num_stored, self.chunk_len)
-            if needed > state.num_usable:
+            if prompt_len is None:
+                needed = state.stored_pages(num_stored, self.chunk_len)
+            else:
+                needed = state.max_pages(num_stored, self.chunk_len, prompt_len)
+            room = min(state.num_usable, state.table_len) if state.retention else state.num_usable
+            if needed > room:
                 sizes = f"{state.page_size} tokens a page, steps of up to {self.chunk_len}"
-                return Never(
-                    f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {state.num_usable}"
-                )
+                return Never(f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {room}")
         return None
 
     def take(self, counts: Sequence[int]) -> list[list[int]]:
@@ -125,6 +133,8 @@ class Stores:
         held.full = NEVER_WAKES if held.ids is None else (held.length // page_size + 1) * page_size
         if self.of_states:  # the next step overwrites what is to be kept
             wake = min(wake, held.full)
+        if held.compress_at is not None:
+            wake = min(wake, next_due(self.classes, held))
         held.room, held.wake = room, 0 if busy else wake
 
     def note_peak(self) -> None:

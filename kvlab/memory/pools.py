@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
-from pallas_kernels.formats import FORMATS, Quantised, Stored, quantised
+from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
 
@@ -27,11 +27,10 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain
-    bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages: of int4 and int2, several numbers share a byte. On a CPU numbers of 8 bits
+    lie as plain bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
     heads, *dims = array.shape
-    if array.dtype == "int4":
-        dims[-1] //= 2
+    dims[-1:] = [size // SHARED.get(array.dtype, 1) for size in dims[-1:]]
     dtype = FORMATS.get(array.dtype, array.dtype)
     is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
     as_bytes = is_byte and jax.default_backend() == "cpu"
@@ -48,11 +47,21 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     zero."""
 
     def poison(array: Array) -> Array:
-        is_float = jnp.issubdtype(array.dtype, jnp.floating)
-        full = jnp.full_like(array, fill if is_float else jnp.iinfo(array.dtype).max)
+        full = jnp.full_like(array, _unreadable(array, fill))
         return full.at[0].set(0) if has_null_page else full
 
     return {name: poison(array) for name, array in pool.items()}
+
+
+def poison_pages(pool: Pool, pages: Array) -> Pool:
+    """A pool with what must not be read in these pages; a page out of range is passed over."""
+    return {name: array.at[pages].set(_unreadable(array, jnp.nan), mode="drop") for name, array in pool.items()}
+
+
+def _unreadable(array: Array, fill: float) -> Array:
+    """A number of an array's type that spoils what it touches: the fill, or the largest whole number."""
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(fill if is_float else jnp.iinfo(array.dtype).max, array.dtype)
 
 
 def stored(state: Any, pool: Pool, name: str) -> Stored:
@@ -60,8 +69,7 @@ def stored(state: Any, pool: Pool, name: str) -> Stored:
     scales = pool.get(f"{name}_scale")
     if scales is None:
         return pool[name]
-    is_typed = pool[name].dtype == FORMATS[state.format]
-    return Quantised(pool[name], scales, "token", None if is_typed else state.format)
+    return Quantised(pool[name], scales, state.format)
 
 
 def as_stored(state: Any, name: str, tokens: Array) -> Array:

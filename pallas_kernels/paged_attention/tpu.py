@@ -38,6 +38,8 @@ def refusal(asked: Asked) -> str | None:
     query_type = jnp.dtype(asked.dtype)
     if query_type not in (jnp.bfloat16, jnp.float32):
         return f"queries of {query_type.name}: must be bfloat16 or float32"
+    if asked.schemes is not None or asked.format == "int2":
+        return f"pages of {asked.stored_as}: not yet"
     rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(asked.format)
     if rows is None:
         return f"pages of {asked.format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"

@@ -58,7 +58,7 @@ def _step_of(classes):
                 view = view.write({"tag": tag})
             else:
                 view = view.append(keys=zeros, values=values)
-                reads.append(view.attend(zeros, positions))
+                reads.append(view.attend(zeros, positions)[0])
             after.append(view.pool)
         return after, reads
 

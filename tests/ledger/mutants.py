@@ -198,8 +198,8 @@ MUTANTS = [
         "admission forgets the null page",
         stores.Stores,
         "never",
-        "needed > state.num_usable",
-        "needed > state.num_pages",
+        "else state.num_usable",
+        "else state.num_pages",
         test_refusals.test_a_wait_that_nobody_can_end_is_never,
     ),
     Mutant(

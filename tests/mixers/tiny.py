@@ -38,7 +38,7 @@ class TinyLatent(Mixer):
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         queries = self.query(x).reshape(*x.shape[:2], self.config.num_heads, -1)
         latents = memory["latents"].append(keys=self.row(x)[:, :, None])
-        outputs = latents.attend(queries, positions, scale=0.4)
+        outputs, latents = latents.attend(queries, positions, scale=0.4)
         return self.out(outputs.reshape(*x.shape[:2], -1)), {"latents": latents}
 
 
@@ -77,7 +77,7 @@ class TinyRetrieval(Mixer):
             project(x).reshape(*x.shape[:2], -1, self.config.head_dim) for project in (self.query, self.key, self.value)
         )
         kv = memory["kv"].append(keys=keys, values=values, index=self.index(x)[:, :, None])
-        outputs = kv.attend(queries, positions, index_queries=self.index_query(x))
+        outputs, kv = kv.attend(queries, positions, index_queries=self.index_query(x))
         return self.out(outputs.reshape(*x.shape[:2], -1)), {"kv": kv}
 
 

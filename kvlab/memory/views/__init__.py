@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, TokenState
+from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, Statistics, TokenState
 from kvlab.memory.views.base import StateView, TokenView, View
 from kvlab.memory.views.dense import DenseTokens
 from kvlab.memory.views.latent import PagedLatents
@@ -24,6 +24,7 @@ VIEWS: dict[tuple[type[State], str], type[View]] = {
     (RetrievalState, "whole"): WholeRetrieval,
     (RecurrentState, "paged"): StateSlots,
     (RecurrentState, "dense"): StateSlots,
+    (Statistics, "paged"): StateSlots,
     (RecurrentState, "whole"): WholeStates,
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ class PagedTokens(PlannedTokens):
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
-        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap)
+        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
 
 
 def lists_of(plan: ClassPlan) -> Lists:

@@ -1,0 +1,16 @@
+"""A compaction that was dispatched."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from kvlab.ledger.plan import Compaction
+from kvlab.memory.compacting import Kept
+
+
+class Compacted(NamedTuple):
+    """Who was compacted, as the host planned it, and which slots stayed, still on the device. A row of the plan is a
+    sequence."""
+
+    sequences: tuple[Hashable, ...]
+    plan: Compaction
+    kept: Kept

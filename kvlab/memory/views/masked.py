@@ -1,0 +1,43 @@
+"""Complete sequences of which each head sees only a part: the parallel form under the mask that compactions imply. What
+a compressed memory computes must be this, to rounding."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvlab.memory.views.whole import Appended
+from kvlab.typing import HeadOutputs, Positions, Queries
+from pallas_kernels.masking import masked_softmax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MaskedTokens(Appended):
+    """Keys and values, or latent rows, of the call's own tokens. `gone_at` [B, K, T] is the length at which a head
+    dropped a token: queries at positions from there on do not see it."""
+
+    gone_at: Any = None
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> tuple[HeadOutputs, Self]:
+        keys = self.pool["keys"]
+        values = self.pool["values"] if "values" in self.pool else keys[..., : self.state.rank]
+        num_tokens, num_kv_heads, dim = keys.shape[1:]
+        grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
+        scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        scores = scores * (dim**-0.5 if scale is None else scale)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        places = jnp.arange(num_tokens, dtype=jnp.int32)
+        weights, _ = masked_softmax(scores, self._seen(places)[:, :, None])
+        outputs = jnp.einsum("bkgts,bskd->btkgd", weights, values.astype(jnp.float32))
+        return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype), self
+
+    def _seen(self, places: Array) -> Array:
+        """[B, K, T, T] which tokens each query sees."""
+        causal = self.state.visible.sees(places[:, None], places[None, :])
+        return causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
