@@ -2,7 +2,7 @@
 rounds it, and under the mask that its compactions and windows imply. What a compression costs is then its own; no error
 of the memory hides in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,7 +74,9 @@ class MaskCheck:
         return self is other
 
 
-def masked_hidden(model: Transformer, stored: Sequence[LayerStates], tokens: Tokens, gone_at: GoneAt) -> Hidden:
+def masked_hidden(
+    model: Transformer, stored: Sequence[LayerStates], tokens: Tokens, gone_at: Sequence[Mapping[str, Any]]
+) -> Hidden:
     """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,
     each head sees what it still holds. All are rounded as the `stored` states say. Traced."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
