@@ -20,7 +20,7 @@ from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task
-from kvlab.tasks.metrics import ExampleScores, Sums
+from kvlab.tasks.metrics import NO_EXAMPLES, ExampleScores, Sums
 from kvlab.training.step import score, weighted_nll
 from kvlab.typing import Params
 
@@ -31,7 +31,7 @@ class SliceScore(Sums):
     were scored through a memory: tokens, labels and weights, whatever batches they came in."""
 
     name: str
-    examples: ExampleScores | None = field(default=None, compare=False)
+    examples: ExampleScores = field(default=NO_EXAMPLES, compare=False)
     data_sha256: str = ""
 
 

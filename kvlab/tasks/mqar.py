@@ -94,6 +94,10 @@ class Mqar(Task):
     def context_len(self) -> int:
         return max(eval_slice.seq_len for eval_slice in self.slices("test"))
 
+    @property
+    def num_choices(self) -> int:
+        return self.vocab_size - self.vocab_size // 2
+
     def train_shapes(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(length for length, _, _ in self._mixture))
 

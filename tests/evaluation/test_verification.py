@@ -50,7 +50,7 @@ def test_a_lossy_memory_agrees_with_the_form_rounded_to_it_and_with_no_other(sco
     scorer, params, parallel, through = scored
     scores, given = through(format)
     assert verify(scores, parallel, **given) == f"{EXACT} with what is stored rounded to {format}"
-    assert given["check"].num_compared > 100
+    assert given["check"].num_compared >= 8
     other_format = {"int8": "int4", "int4": "int8"}[format]
     states = Model(scorer.structure, params).states
     right, wrong = (
