@@ -209,7 +209,7 @@ LOSSY = {
 }
 """Whole runs through compressed memories: each method has a fast one."""
 
-TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS, **DOWNLOADS}
+TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS, **DOWNLOADS, **LOSSY}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:
