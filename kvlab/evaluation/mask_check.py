@@ -33,7 +33,8 @@ class MaskCheck:
         self.worst = 0.0
         self.num_compared = self.num_compactions = 0
         self.evicted: dict[str, list[int]] = {}
-        """By slice: slots that compactions dropped, and slots that were ever written."""
+        """By slice: tokens that heads dropped before the end of their sequence, by compactions or behind a window, and
+        tokens that these heads were given."""
 
     def compare(
         self,
@@ -60,8 +61,9 @@ class MaskCheck:
             self.worst = max(self.worst, float(error.max()))
             self.num_compared += error.size
         evicted = self.evicted.setdefault(name, [0, 0])
-        evicted[0] += sum(int((plan.stored - plan.keep).sum()) for each in compacted for plan in each.plan.classes)
-        evicted[1] += tokens.size * sum(state.retention is not None for state in self.layout.classes)
+        dropped = [gone < tokens.shape[1] for layer in gone_at for gone in layer.values()]
+        evicted[0] += sum(int(each.sum()) for each in dropped)
+        evicted[1] += sum(each.size for each in dropped)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
     @partial(jax.jit, static_argnums=0)
@@ -100,7 +102,7 @@ def masked_hidden(
     model: Transformer,
     stored: Sequence[LayerStates],
     tokens: Tokens,
-    gone_at: GoneAt,
+    gone_at: Sequence[Mapping[str, Any]],
     sealed: Sequence[Mapping[str, Any]] = (),
 ) -> Hidden:
     """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ class Session:
         self.pools: Pools = self.layout.allocate() if pools is None else pools
         self.listener = Listener(self.layout)
         self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
-        self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
+        self.known: Mapping[Any, Sequence[int] | npt.NDArray[np.int32]] = {}
         self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []

@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
-from kvlab.ledger.plan import ClassCompaction, Compaction, Seals
+from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.parts import Joined
@@ -129,7 +129,9 @@ def slots_of(
     state: Any, pool: Pool, tokens: ClassCompaction, compaction: Compaction, noted: dict[str, Array], layer: int
 ) -> Slots:
     """What the sequences of a compaction store of one state, unused slots zero."""
-    arrays = {name: gathered(state, pool, name, tokens.pages) for name in ("keys", "values") if name in pool}
+    arrays = {
+        name: gathered(state, pool, name, jnp.asarray(tokens.pages)) for name in ("keys", "values") if name in pool
+    }
     stored = jnp.asarray(tokens.stored)
     used = jnp.arange(arrays["keys"].shape[2], dtype=jnp.int32)[None, None, :, None] < stored[:, None, None, None]
     arrays = {name: jnp.where(used, array, 0) for name, array in arrays.items()}
@@ -169,7 +171,7 @@ def select(
     return jnp.sort(jnp.where(is_kept, chosen, NOWHERE), axis=2)
 
 
-def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K M"]) -> Pool:
+def pack(pool: Pool, pages: Array | Ints, destinations: Array | Ints, kept: Int32[Array, "B K M"]) -> Pool:
     """A pool [P, K, page, ...] in which the kept slots of the pages [B, N] lie at the front of the destinations [B, M],
     bit for bit, and zeros behind them. Everything is read first; a destination out of range drops the write."""
     pages, destinations = jnp.asarray(pages), jnp.asarray(destinations)
@@ -188,12 +190,12 @@ def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K 
     return {name: packed(array) for name, array in pool.items()}
 
 
-def read_slots(pool: Pool, slots: Array) -> dict[str, Array]:
+def read_slots(pool: Pool, slots: Array | Ints) -> dict[str, Array]:
     """Statistics [B, ...] of slots [B]; zeros where a slot is out of range."""
     return {name: array.at[jnp.asarray(slots)].get(mode="fill", fill_value=0) for name, array in pool.items()}
 
 
-def write_slots(pool: Pool, slots: Array, values: dict[str, Array]) -> Pool:
+def write_slots(pool: Pool, slots: Array | Ints, values: dict[str, Array]) -> Pool:
     """A pool with statistics [B, ...] written; a slot out of range drops the write."""
     return {name: array.at[jnp.asarray(slots)].set(values[name], mode="drop") for name, array in pool.items()}
 
