@@ -25,7 +25,8 @@ def abstract(config: Config, vocab_size: int) -> Model:
     """The model with shapes in place of parameters, in a second and without memory.
 
     Raises ConfigError for states that the config's memory cannot hold, or not in its format, or not under its
-    compression and budget, and for a published checkpoint whose vocabulary does not hold the task's `vocab_size` tokens.
+    compression and budget, and for a published checkpoint whose vocabulary does not hold the task's `vocab_size`
+    tokens.
     """
     shapes = _shapes(config, vocab_size)
     parts_of(shapes.states, config.memory, max_len=config.context_len)
