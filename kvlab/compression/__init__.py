@@ -2,10 +2,15 @@
 
 from kvlab.compression.base import Attended, Compression, Noted, Part, Shape, Slots
 from kvlab.compression.budget import Budget
+from kvlab.compression.expected import ExpectedAttention
 from kvlab.compression.h2o import H2O
+from kvlab.compression.keydiff import KeyDiff
 from kvlab.compression.knorm import Knorm
+from kvlab.compression.lagkv import LagKV
+from kvlab.compression.rkv import RKV
 from kvlab.compression.snapkv import SnapKV
 from kvlab.compression.static import Random, Recency
+from kvlab.compression.tova import TOVA
 
 COMPRESSIONS: dict[str, type[Compression]] = {
     method.name: method
@@ -15,6 +20,11 @@ COMPRESSIONS: dict[str, type[Compression]] = {
         Knorm,
         SnapKV,
         H2O,
+        TOVA,
+        KeyDiff,
+        LagKV,
+        ExpectedAttention,
+        RKV,
     )
 }
 

@@ -4,6 +4,8 @@ that admission, capacity and a replay know them beforehand."""
 import math
 from dataclasses import dataclass
 
+from kvlab.ledger.pyramid import Pyramid
+
 AT = ("end", "chunks")
 
 
@@ -13,7 +15,8 @@ class Retention:
 
     A prompt is compacted at its end ("end": all of it is held once), or after every `chunk_len` of its tokens
     ("chunks"). While decoding, a sequence is compacted whenever it stores `every` slots more than it keeps; 0: never.
-    `protected` slots are never dropped, so that at least as many are kept.
+    `protected` slots are never dropped, so that at least as many are kept. With a `pyramid` that is the mean of several
+    layers, of which this class is one.
     """
 
     slots: int | None = None
@@ -22,6 +25,7 @@ class Retention:
     at: str = "end"
     chunk_len: int = 0
     every: int = 0
+    pyramid: Pyramid | None = None
 
     def __post_init__(self) -> None:
         if (self.slots is None) == (self.fraction is None):
@@ -39,10 +43,22 @@ class Retention:
 
     def keep(self, prompt_len: int) -> int:
         """Slots that a compaction leaves of a sequence with such a prompt; it may have fewer."""
+        mean, least = self._mean(prompt_len), max(1, self.protected)
+        if self.pyramid is None:
+            return mean
+        return least + self.pyramid.slots(mean - least, prompt_len - least)
+
+    def _mean(self, prompt_len: int) -> int:
+        """Slots that a compaction leaves of a sequence, on average over the layers that share a budget."""
         if self.slots is not None:
             return self.slots
         assert self.fraction is not None
         return max(1, self.protected, math.floor(self.fraction * prompt_len + 1e-9))
+
+    def _most_kept(self, max_len: int) -> int:
+        """The most slots that a compaction leaves of any prompt of up to `max_len` tokens."""
+        mean, least = self._mean(max_len), max(1, self.protected)
+        return mean if self.pyramid is None else least + self.pyramid.most_slots(mean - least)
 
     def due(self, prompt_len: int, length: int, stored: int) -> int | None:
         """Slots to keep if a sequence of `length` tokens, of which `stored` slots are stored, is to be compacted before
@@ -93,4 +109,4 @@ class Retention:
         """The most slots of any sequence of up to `max_len` tokens, whatever its prompt."""
         if self.at == "end" or not self.every:
             return max_len
-        return min(max_len, self.keep(max_len) + max(self.chunk_len, self.every))
+        return min(max_len, self._most_kept(max_len) + max(self.chunk_len, self.every))

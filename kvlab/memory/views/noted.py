@@ -50,7 +50,7 @@ class NotedTokens:
         def weigh() -> Float[Array, "B T H S"]:
             return paged_weights(tokens, scaled, slots, soft_cap)
 
-        seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh)
+        seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
         noted = self.method.observe(self.noted.read(), seen)
         return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))
 
