@@ -106,7 +106,7 @@ class MemoryLayout:
 
         return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
 
-    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
+    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View | NotedTokens], ...]:
         """Every layer's memory for one step."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
@@ -119,13 +119,14 @@ class MemoryLayout:
             state = self.classes[index]
             return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
 
-        made: list[dict[str, View]] = []
+        made: list[dict[str, View | NotedTokens]] = []
         for layer, states in enumerate(self.states):
-            views = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            held = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views = dict[str, View | NotedTokens]()
             for name, joined in self.joined[layer].items():
-                parts = {part: views.pop(held) for part, held in joined.names}
+                parts = {part: held.pop(its_name) for part, its_name in joined.names}
                 views[name] = parts[""] if len(parts) == 1 else NotedTokens.of_parts(joined.method, parts)
-            made.append(views)
+            made.append(views | held)
         return tuple(made)
 
     def pools(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Pool], ...]:
