@@ -1,20 +1,25 @@
 """Tiny models through memories that compress: what every test of a method needs."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
 from kvlab.evaluation.trail import trail
+from kvlab.ledger.plan import Compaction
+from kvlab.ledger.readers import Readers, Rotary
+from kvlab.ledger.states import TokenState
+from kvlab.memory.compacting import compact, padded
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
@@ -137,6 +142,68 @@ def assert_equivalent(ran: Ran) -> None:
     assert ran.worst <= TOLERANCE, ran.worst
 
 
-def names(methods: Sequence[str]) -> list[str]:
-    """Ids of a parametrised test."""
-    return list(methods)
+READERS = Readers(4, rotary=Rotary(8, 100.0))
+STATE = TokenState(2, 8, 6, readers=READERS)
+"""Of a layer without a model: 4 query heads in 2 groups."""
+
+
+def plausible(name: str, array: Array, rng: np.random.Generator) -> Array:
+    """Statistics as they could be: counts of many queries, sums of squares, positive numbers."""
+    if name == "count":
+        return jnp.full_like(array, 3)
+    values = np.abs(rng.standard_normal(array.shape))
+    if name == "scatter":
+        values = np.einsum("...de,...fe->...df", values, values)
+    return jnp.asarray(values, array.dtype)
+
+
+@dataclass
+class Packed:
+    """One compaction of two sequences of one layer: what there was, the plan, and what is left."""
+
+    before: tuple[dict[str, Any], ...]
+    plan: Compaction
+    after: tuple[dict[str, Any], ...]
+    kept: np.ndarray
+    """[B, K, M] slots"""
+    layout: MemoryLayout
+    stored: tuple[int, ...]
+
+    def slots(self, name: str, row: int, *, after: bool) -> np.ndarray:
+        """[K, N, D] what a sequence's pages hold of keys or values."""
+        mine, pools = self.plan.classes[0], self.after if after else self.before
+        pages = (mine.destinations if after else mine.pages)[row]
+        tiles = np.asarray(pools[0]["kv"][name])[pages[pages < len(pools[0]["kv"][name])]]
+        return tiles.swapaxes(0, 1).reshape(tiles.shape[1], -1, tiles.shape[-1])
+
+
+def packed(
+    memory: MemoryConfig, *, keep: int = 9, stored: tuple[int, ...] = (22, 13), unused: float = 0.0, ties: bool = False
+) -> Packed:
+    """Compacts two sequences whose slots are random and whose unused slots hold `unused`; with `ties` there are but
+    three different keys."""
+    layout = MemoryLayout.of([{"kv": STATE}], memory, max_sequences=2, max_len=24)
+    ledger, rng = layout.ledger(), np.random.default_rng(0)
+    for row, count in enumerate(stored):
+        for start in range(0, count, layout.chunk_len):
+            width = min(layout.chunk_len, count - start)
+            ledger.reserve(row, width)
+            ledger.commit(row, width)
+    tables = [list(ledger.running[row].holdings[0].pages.values()) for row in range(len(stored))]
+    pools = layout.allocate()
+    for name, dim in (("keys", 8), ("values", 6)):
+        array = np.full(pools[0]["kv"][name].shape, unused, np.float32)
+        array[0] = 0  # the null page
+        for pages, count in zip(tables, stored, strict=True):
+            for slot in range(count):
+                drawn = np.random.default_rng(slot % 3).standard_normal((2, dim)) if ties else rng.normal(size=(2, dim))
+                array[pages[slot // layout.page_size], :, slot % layout.page_size] = drawn
+        pools[0]["kv"][name] = jnp.asarray(array)
+    for name, array in pools[0].get("kv.noted", {}).items():
+        pools[0]["kv.noted"][name] = plausible(name, array, rng)
+    before = jax.tree.map(np.asarray, pools)
+    plan = ledger.compact({row: {"kv": keep} for row in range(len(stored))}, dict.fromkeys(range(len(stored)), 5))
+    assert isinstance(plan, Compaction)
+    after, kept = jax.jit(lambda pools, plan: compact(layout, pools, plan))(pools, padded(plan, layout))
+    found = np.asarray(kept[0]["kv"])[: len(stored), :, :keep]
+    return Packed(before, plan, jax.tree.map(np.asarray, after), found, layout, stored)

@@ -42,8 +42,8 @@ def test_the_same_tokens_stay(row):
 
 @pytest.mark.parametrize("row", PYRAMIDS, ids=[row["family"] for row in PYRAMIDS])
 def test_a_pyramids_layers_hold_what_kvpress_gives_them(row):
-    """kvpress takes its window out of nothing, so that a layer's whole count is linear, not what is beyond the window;
-    rounding is up to each layer. Of as many slots, the same tokens stay."""
+    """kvpress has the whole count of a layer fall linearly, where the paper and kvlab have what is beyond the window
+    fall, and rounds each layer for itself: so are its counts, within a slot. Of as many slots the same tokens stay."""
     counts = [len(layer[0]) for layer in row["kept"]]
     window = row["fields"]["window"]
     np.testing.assert_allclose(counts, shares(NUM_KEPT, LENGTH - window, len(counts), 5), atol=1)
