@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-NOWHERE = 2**30
-"""First slot of an unused table entry: later than any query, so nothing of it is ever visible."""
-
 type Ints = npt.NDArray[np.int32]
 type Bools = npt.NDArray[np.bool_]
 

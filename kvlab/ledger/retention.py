@@ -15,8 +15,8 @@ class Retention:
 
     A prompt is compacted at its end ("end": all of it is held once), or after every `chunk_len` of its tokens
     ("chunks"). While decoding, a sequence is compacted whenever it stores `every` slots more than it keeps; 0: never.
-    `protected` slots are never dropped, so that at least as many are kept. With a `pyramid` that is the mean of several
-    layers, of which this class is one.
+    `protected` slots are never dropped, so that at least as many are kept. Counts are multiples of `unit`,
+    rounded down. With a `pyramid` that is the mean of several layers, of which this class is one.
     """
 
     slots: int | None = None
@@ -25,6 +25,7 @@ class Retention:
     at: str = "end"
     chunk_len: int = 0
     every: int = 0
+    unit: int = 1
     pyramid: Pyramid | None = None
 
     def __post_init__(self) -> None:
@@ -43,22 +44,28 @@ class Retention:
 
     def keep(self, prompt_len: int) -> int:
         """Slots that a compaction leaves of a sequence with such a prompt; it may have fewer."""
-        mean, least = self._mean(prompt_len), max(1, self.protected)
+        mean, least = self._mean(prompt_len), self._least
         if self.pyramid is None:
-            return mean
-        return least + self.pyramid.slots(mean - least, prompt_len - least)
+            return mean * self.unit
+        return (least + self.pyramid.slots(mean - least, -(-prompt_len // self.unit) - least)) * self.unit
+
+    @property
+    def _least(self) -> int:
+        """Units that hold the protected slots, and at least one of them."""
+        return -(-max(1, self.protected) // self.unit)
 
     def _mean(self, prompt_len: int) -> int:
-        """Slots that a compaction leaves of a sequence, on average over the layers that share a budget."""
-        if self.slots is not None:
-            return self.slots
-        assert self.fraction is not None
-        return max(1, self.protected, math.floor(self.fraction * prompt_len + 1e-9))
+        """Units that a compaction leaves of a sequence, on average over the layers that share a budget."""
+        slots = self.slots
+        if slots is None:
+            assert self.fraction is not None
+            slots = math.floor(self.fraction * prompt_len + 1e-9)
+        return max(slots // self.unit, self._least)
 
     def _most_kept(self, max_len: int) -> int:
         """The most slots that a compaction leaves of any prompt of up to `max_len` tokens."""
-        mean, least = self._mean(max_len), max(1, self.protected)
-        return mean if self.pyramid is None else least + self.pyramid.most_slots(mean - least)
+        mean, least = self._mean(max_len), self._least
+        return (mean if self.pyramid is None else least + self.pyramid.most_slots(mean - least)) * self.unit
 
     def due(self, prompt_len: int, length: int, stored: int) -> int | None:
         """Slots to keep if a sequence of `length` tokens, of which `stored` slots are stored, is to be compacted before
@@ -70,16 +77,18 @@ class Retention:
             return keep
         return keep if length > prompt_len and self.every and stored >= keep + self.every else None
 
-    def clip(self, prompt_len: int, length: int, stored: int, num_new: int) -> int:
-        """`num_new` tokens behind `length`, shortened so that no length at which a compaction is due is passed."""
+    def next_due(self, prompt_len: int, length: int, stored: int) -> int | None:
+        """The next length, beyond `length`, at which a sequence that stores `stored` slots now is to be compacted;
+        None: nowhere."""
+        room = self.keep(prompt_len) - stored  # slots that may be added without more being stored than are kept
         if length < prompt_len:
-            end = prompt_len
+            place = prompt_len
             if self.at == "chunks":
-                end = min(end, (length // self.chunk_len + 1) * self.chunk_len)
-            return min(num_new, end - length)
-        if not self.every:
-            return num_new
-        return min(num_new, max(1, self.keep(prompt_len) + self.every - stored))
+                first = length + max(1, room + 1)
+                place = min(place, -(-first // self.chunk_len) * self.chunk_len)
+            if place - length > room:
+                return place
+        return length + max(1, room + self.every) if self.every else None
 
     def stored(self, prompt_len: int, length: int) -> int:
         """Slots that a sequence stores at `length` tokens, whatever was due there done."""

@@ -20,8 +20,8 @@ from typing import Self
 from kvlab.ledger.readers import Readers
 from pallas_kernels.visible import Visible
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4}
-QUANTISED = ("int8", "fp8", "int4")
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+QUANTISED = ("int8", "fp8", "int4", "int2")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
@@ -35,8 +35,8 @@ EVERYTHING = Visible()
 @dataclass(frozen=True)
 class ArraySpec:
     """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of
-    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 counts numbers, two of which share
-    a byte."""
+    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 or int2 counts numbers, two or
+    four of which share a byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class ArraySpec:
             raise ValueError(f"dtype = {self.dtype!r}: must be one of {', '.join(ITEM_BITS)}")
         if any(size < 1 for size in self.shape):
             raise ValueError(f"{self.name}: shape = {self.shape}: every axis must be at least 1")
-        if self.dtype == "int4" and self.shape[-1] % 2:
+        if ITEM_BITS[self.dtype] < 8 and self.shape[-1] * ITEM_BITS[self.dtype] % 8:
             raise ValueError(f"{self.name}: {self.shape} of {self.dtype} does not fill whole bytes")
 
     @property
@@ -207,6 +207,13 @@ class TokenState(PerToken):
         keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return _in_format((keys, values), self.format, self.scale_dtype)
+
+    def of_heads(self, count: int) -> Self:
+        """The state of as many of its KV heads, with their share of the query heads."""
+        readers = self.readers
+        if readers is not None:
+            readers = replace(readers, num_heads=readers.num_heads // self.num_kv_heads * count)
+        return replace(self, num_kv_heads=count, readers=readers)
 
 
 @dataclass(frozen=True)

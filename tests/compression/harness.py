@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from kvlab.compression import COMPRESSIONS, SecondPass
+from kvlab.compression.streaming import Windowed
 from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
@@ -63,9 +65,21 @@ def _check_of(model: str, format: str) -> MaskCheck:
     return MaskCheck(structure, params, layout_of(model, MemoryConfig(format=format)))
 
 
+SCORED = [name for name, kind in COMPRESSIONS.items() if not issubclass(kind, Windowed)]
+"""Methods that score what is stored; the others forget by position, and nothing of them is ever compacted."""
+
+
+def passes(method: str) -> bool:
+    """Whether a method reads on behind a prompt: it compacts at the prompt's end alone."""
+    return issubclass(COMPRESSIONS[method], SecondPass)
+
+
 def memory_of(method: str, budget: Any = 9, *, page_size: int = 4, chunk_len: int = 5, **fields: Any) -> MemoryConfig:
-    """A memory that compresses by a method; `format` and fields of the method may be given by name."""
+    """A memory that compresses by a method; `format` and fields of the method may be given by name. A method that
+    compacts at a prompt's end alone is not told of another time."""
     format = fields.pop("format", "model")
+    if passes(method):
+        fields = {name: value for name, value in fields.items() if name not in ("at", "every")}
     chosen = {"type": method, "sinks": 2, "recent": 2} | SMALLER.get(method, {}) | fields
     return MemoryConfig(
         page_size=page_size,
@@ -121,7 +135,7 @@ def run(
     tokens = tokens_of() if tokens is None else tokens
     layout = layout_of(model, memory, max_len=tokens.shape[1], **options)
     session = Session(MemoryStep.of(structure, layout), params, layout.allocate(float("nan")), poisons=True)
-    session.prompt_len = prompt_len
+    session.prompt_len, session.known = prompt_len, dict(enumerate(tokens))
     seen = dict[int, np.ndarray]()
     for start, end in chunks_of(prompt_len, tokens.shape[1], layout.chunk_len):
         width = layout.chunk_len if start < prompt_len else 1
