@@ -56,7 +56,7 @@ class NotedTokens:
         def weigh() -> Float[Array, "B T H S"]:
             return paged_weights(tokens, scaled, slots, soft_cap)
 
-        seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh)
+        seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
         note = self.method.listen if self.listens else self.method.observe
         noted = note(self.noted.read(), seen)
         return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))
