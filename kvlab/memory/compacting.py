@@ -151,7 +151,8 @@ def select(
     width: int,
 ) -> Int32[Array, "B K M"]:
     """The slots that stay, ascending: those protected, then those of the highest score, the newer one where two are
-    equal. Past the `keep` of a row, or of each of its heads, there is `NOWHERE`. A score that is NaN counts as the lowest."""
+    equal. Past the `keep` of a row, or of each of its heads, there is `NOWHERE`. A score that is NaN counts as the
+    lowest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     rank = jnp.where(valid, jnp.where(protected, 2, 1), 0)[:, None, :]
     rank = jnp.broadcast_to(rank, scores.shape)
