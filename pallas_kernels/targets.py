@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels import lowering
-from pallas_kernels.chips import DIMS, TARGETS, Shape, Target
+from pallas_kernels.chips import DIMS, KIVI, TARGETS, Shape, Target
 from pallas_kernels.compilers import Overheard, compiled_for, estimate_us, resources, sharding_of
 from pallas_kernels.lowering import Lowered
 from pallas_kernels.ops import OPS, shapes
@@ -172,7 +172,7 @@ def row(compiled: Compiled) -> tuple[str, ...]:
     return (
         shape.op if shape.num_queries == 1 else f"{shape.op}, {shape.num_queries} tokens",
         compiled.target,
-        f"{shape.format} by {shape.per}" if shape.per else shape.format,
+        f"{shape.format} {KIVI if shape.per == KIVI else f'by {shape.per}'}" if shape.per else shape.format,
         str(shape.head_dim),
         shape.extra or dash,
         f"no: {compiled.error}" if compiled.error else f"{compiled.seconds:.1f} s",

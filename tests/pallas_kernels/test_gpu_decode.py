@@ -36,7 +36,7 @@ def simulated(*arrays: Any, **options: Any) -> Any:
     """`gpu.paged_attention`, which must not fall back."""
     queries, pages, *_ = arrays
     columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
-    asked = pages.head_dims, pages.format, pages.per or "token", columns, pages.page_size
+    asked = pages.head_dims, pages.schemes, columns, pages.page_size
     assert gpu_decode.refusal(*asked) is None
     return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
 
