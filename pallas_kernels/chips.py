@@ -64,8 +64,8 @@ TARGETS = {
 @dataclass(frozen=True)
 class Shape:
     """One compilation of an op, in the sizes that its `shapes` says. `format` is the pages', scaled `per` token or
-    channel where it is quantised, or as `KIVI` has it; `num_queries` are the new tokens of each sequence; `extra` is what is asked for
-    beside."""
+    channel where it is quantised, or as `KIVI` has it; `num_queries` are the new tokens of each sequence; `extra` is
+    what is asked for beside."""
 
     op: str
     format: str

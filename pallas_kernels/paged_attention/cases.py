@@ -14,12 +14,14 @@ PLATFORMS: dict[str, dict[str, Any]] = {
         "page_sizes": (16, 64),
         "quantised_page_sizes": (32, 64),
         "dims": (64, 128, 256),
+        "schemes": (("int4", "int4"), ("int2", "int2"), ("int4", "int2")),
     },
     "tpu": {
         "dtypes": ("bfloat16", "float32"),
         "page_sizes": (16, 64),
         "quantised_page_sizes": (32, 64),
         "dims": (256, 128),
+        "schemes": (("int4", "int4"),),
     },
     "cpu": {
         "dtypes": ("bfloat16", "float32"),
@@ -345,15 +347,19 @@ def generated(
     dims: Sequence[int],
     formats: Sequence[str] = (),
     quantised_page_sizes: Sequence[int] | None = None,
+    schemes: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any."""
+    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any, and
+    one in four of the others in one of KIVI's `schemes`, if any."""
     rng = np.random.default_rng(number)
 
     def one_of(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(len(options)))]
 
     format = one_of((None, None, *formats[:1])) and one_of(formats)
-    sizes = quantised_page_sizes if format and quantised_page_sizes else page_sizes
+    kinds = [*[None] * 3 * len(schemes), *schemes] if not format and schemes else [None]
+    scheme = kinds[int(np.random.default_rng((number, 2)).integers(len(kinds)))]
+    sizes = quantised_page_sizes if (format or scheme) and quantised_page_sizes else page_sizes
     page_size, num_queries = one_of(sizes), one_of((1, 1, 2, 5))
     window = one_of((None, None, 1, page_size, 13))
     chunks = (None, 1, page_size, 13, 40)
@@ -379,20 +385,22 @@ def generated(
         "per": one_of(("token", "token", "channel")),
         "with_mass": one_of((False, False, True)),
         "seed": number,
-    }
+    } | ({"schemes": scheme, "offset": (number % 3 - 1) * 4.0} if scheme else {})
 
 
 def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
     """By name, in sizes that the kernels of a platform ("gpu", "tpu", "cpu") take: the named cases, then generated
     ones. What has several queries is asked as a chunk as well."""
     small = {"lengths": [130, 64, 1], "num_queries": 2, "group": 4}
+    kinds = [kind for kind in FORMATS if platform != "tpu" or kind != "int2"]  # whose registers are too wide for it
     formats = {
-        f"{kind} by {per}": {**small, "format": kind, "per": per} for kind in FORMATS for per in ("token", "channel")
+        f"{kind} by {per}": {**small, "format": kind, "per": per} for kind in kinds for per in ("token", "channel")
     }
-    found = {name: fitted(case, platform) for name, case in (CASES | formats).items()}
+    served = {name: case for name, case in KIVI.items() if platform != "tpu" or "int2" not in case["schemes"]}
+    found = {name: fitted(case, platform) for name, case in (CASES | formats | served).items()}
     for number in range(num_generated):
-        case = generated(number, formats=tuple(FORMATS), **PLATFORMS[platform])
-        is_wide = platform == "tpu" and case["format"] == "int4"
+        case = generated(number, formats=kinds, **PLATFORMS[platform])
+        is_wide = platform == "tpu" and (case["format"] == "int4" or "schemes" in case)
         found[f"generated {number}"] = case | ({"dims": (256, 256)} if is_wide else {})
     chunks = {f"{name}, as a chunk": case for name, case in found.items() if case["num_queries"] > 1}
     chunks |= {name: fitted(case, platform) for name, case in CHUNKS.items()}
@@ -401,7 +409,7 @@ def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
 
 def fitted(case: dict[str, Any], platform: str) -> dict[str, Any]:
     """A case in whole rows of a platform's tensor cores or registers."""
-    is_int4, is_quantised = case.get("format") == "int4", bool(case.get("format"))
+    is_int4, is_quantised = case.get("format") == "int4" or "schemes" in case, bool(case.get("format"))
     case = {"dtype": "bfloat16", "page_size": 32 if is_quantised else 16, **case}
     if platform == "tpu":
         dims = (256, 256) if is_int4 else (256, 128) if case.get("is_latent") else (128, 128)

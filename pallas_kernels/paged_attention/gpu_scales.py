@@ -1,5 +1,5 @@
-"""Scales and zeros of quantised pages in a GPU's shared memory: how those of a block of 64 tokens lie there, come there,
-and are read.
+"""Scales and zeros of quantised pages in a GPU's shared memory: how those of a block of 64 tokens lie there, come
+there, and are read.
 
     by token                     [64]
     by groups of channels        [groups, 64]; of several short pages [entries * groups * page], each as it came
