@@ -173,11 +173,9 @@ def test_a_case_that_does_not_lower_for_a_chip_is_named(monkeypatch, name, platf
 
 def test_a_case_that_does_not_lower_fails_the_command(monkeypatch, capsys, tmp_path):
     """And stands in the JSON; the table has the shapes."""
+    monkeypatch.setattr(targets, "compile_for", lambda target, *_: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)])
     monkeypatch.setattr(
-        targets, "compile_for", lambda target, dims: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)]
-    )
-    monkeypatch.setattr(
-        targets, "lower_for", lambda target, number, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
+        targets, "lower_for", lambda target, *_, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
     )
     command = [
         "targets",
