@@ -27,6 +27,7 @@ from kvlab.config import Config, GenerateConfig, defaults
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig
 from kvlab.schema import ConfigError, nearest
+from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
 
@@ -85,6 +86,8 @@ def register() -> None:
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
     for name, method in COMPRESSIONS.items():
         store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
+    for name, method in SELECTIONS.items():
+        store.store(group="selection/type", name=name, node={"type": name, **method.defaults()})
 
 
 def capacity_defaults() -> dict[str, Any]:

@@ -186,7 +186,7 @@ class Config(Schema):
         Raises ConfigError when the task's data cannot be read or are too short.
         """
         identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
-        for name, absent in (("format", "model"), ("compression", None), ("budget", None)):
+        for name, absent in (("format", "model"), ("compression", None), ("budget", None), ("selection", None)):
             if getattr(self.memory, name) == absent:  # what every run was before there was a choice
                 del identity["memory"][name]
         return self._digest(identity)

@@ -21,6 +21,8 @@ from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
+type IsRead = tuple[Mapping[str, Any], ...]
+"""By layer and state, for those that select: [B, T, K, N] whether a query read an entry of its list of pages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,12 @@ class MemoryStep:
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         return model.logits(hidden), pools
 
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def observe(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools, IsRead]:
+        """As a call, and by layer and state which entries of its list of pages each query read: for verification."""
+        model, hidden, views = self._advance(params, pools, plan, tokens)
+        return model.logits(hidden), self.layout.pools(views), self.layout.read_by(views)
+
     @partial(jax.jit, static_argnums=0, static_argnames="everywhere", donate_argnums=2)
     def next_logits(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, everywhere: bool = False
@@ -63,10 +71,15 @@ class MemoryStep:
     def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
         """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not
         compiled."""
+        model, hidden, views = self._advance(params, pools, plan, tokens)
+        return model, hidden, self.layout.pools(views)
+
+    def _advance(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Any]:
+        """The same with the views after the step in place of their pools."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
-        return model, hidden, self.layout.pools(views)
+        return model, hidden, views
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
         """The compiled step for chunks of `num_tokens`: what `memory_analysis()` is asked of. Nothing runs."""
@@ -109,6 +122,13 @@ class MemoryStep:
         """One planned step, its copies first."""
         plan, pools = self.copied(pools, plan)
         return self(params, pools, plan, jnp.asarray(tokens))
+
+    def run_observed(
+        self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]
+    ) -> tuple[Array, Pools, IsRead]:
+        """The same, and what it read; see `observe`."""
+        plan, pools = self.copied(pools, plan)
+        return self.observe(params, pools, plan, jnp.asarray(tokens))
 
     def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
         """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are

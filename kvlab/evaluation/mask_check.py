@@ -13,6 +13,8 @@ from flax import nnx
 from jax import Array
 
 from kvlab.engine.compactor import Compacted
+from kvlab.evaluation.read_masks import ReadMasks, what_was_read
+from kvlab.evaluation.session import Observed
 from kvlab.evaluation.trail import GoneAt, trail
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import view_of
@@ -35,13 +37,20 @@ class MaskCheck:
         self.dropped = [0, 0]
         """Slots that compactions dropped, and slots that there were."""
 
-    def compare(self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray]) -> None:
-        """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by
-        position."""
+    def compare(
+        self,
+        tokens: np.ndarray,
+        compacted: Sequence[Compacted],
+        seen: dict[int, np.ndarray],
+        steps: Sequence[Observed] = (),
+    ) -> None:
+        """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by position,
+        and `steps` what was read."""
         if not seen:
             return
         gone_at = trail(self.layout, compacted, *tokens.shape)
-        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at)
+        is_read = what_was_read(self.layout, steps, compacted, *tokens.shape)
+        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at, is_read)
         positions = sorted(seen)
         most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
         for position in positions[:: -(-len(positions) // most)]:
@@ -58,7 +67,7 @@ class MaskCheck:
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
     @partial(jax.jit, static_argnums=0)
-    def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt) -> Hidden:
+    def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks) -> Hidden:
         """Final hidden states of the parallel form."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
         starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
@@ -69,7 +78,7 @@ class MaskCheck:
             for name in states:
                 state = self.layout.classes[self.layout.states[layer][name]].spec
                 if name in gone_at[layer]:
-                    views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
+                    views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name], is_read[layer].get(name))
                 else:
                     views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
             memory.append(views)

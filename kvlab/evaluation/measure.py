@@ -151,7 +151,7 @@ def measure(
     compiled = step.compiled(params, session.pools, 1)
     rows, num_tokens, width = range(layout.max_sequences), layout.max_len, layout.chunk_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
-    prompt_len = max(1, num_tokens - decode_steps)
+    session.decode_from = prompt_len = max(1, num_tokens - decode_steps)
     for start in range(0, prompt_len, width):
         session.advance({row: tokens[row, start : min(start + width, prompt_len)] for row in rows}, width)
     times = []

@@ -1,6 +1,7 @@
 """The host driver of a step, for evaluation: prefills in chunks and decodes, a fixed batch at a time."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +9,19 @@ import numpy.typing as npt
 from jax import Array
 
 from kvlab.engine.compactor import Compacted, Compactor
-from kvlab.engine.step import MemoryStep, Pools
+from kvlab.engine.step import IsRead, MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
+from kvlab.ledger.plan import Plan
 from kvlab.typing import Params
+
+
+class Observed(NamedTuple):
+    """A step as the host planned it, a row of the plan for each of its sequences, and what it read, still on the
+    device."""
+
+    sequences: tuple[Hashable, ...]
+    plan: Plan
+    is_read: IsRead
 
 
 class Session:
@@ -19,16 +30,30 @@ class Session:
     A memory that compresses does so where its retentions say, counting from `prompt_len`, the tokens of every
     sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. With `poisons`, pages
     that a compaction frees are filled with what must not be read.
+
+    A memory that selects may have prompts read all of it: tokens behind `decode_from` are no prompt's. With `observes`,
+    `steps` has what each step so far read.
     """
 
-    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
+    def __init__(
+        self,
+        step: MemoryStep,
+        params: Params,
+        pools: Pools | None = None,
+        *,
+        poisons: bool = False,
+        observes: bool = False,
+    ):
         self.step, self.params, self.poisons = step, params, poisons
+        self.observes = observes and step.layout.selects
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
         self.compactor = Compactor(step)
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
+        self.decode_from = 0
+        self.steps: list[Observed] = []
 
     def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
@@ -46,7 +71,12 @@ class Session:
                 raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
         plan = self.ledger.plan(names, self.layout.max_sequences, width)
-        logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
+        plan = plan.with_prompts(self.decode_from)
+        if self.observes:
+            logits, self.pools, is_read = self.step.run_observed(self.params, self.pools, plan, tokens)
+            self.steps.append(Observed(tuple(names), plan, is_read))
+        else:
+            logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
         if self.compactor and self.prompt_len is not None:
@@ -80,3 +110,4 @@ class Session:
         for name in self.ledger.sequences:
             self.ledger.release(name)
         self.compacted.clear()
+        self.steps.clear()

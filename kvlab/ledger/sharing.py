@@ -67,7 +67,7 @@ def forked(stores: Stores, held: Tracked) -> Tracked:
     ids = None if held.ids is None else bytearray(held.ids)
     twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), stores.new_row()
     for store, holding in zip(stores, held.holdings, strict=True):
-        twin.holdings.append(Holding(dict(holding.pages), row=row, dropped=holding.dropped))
+        twin.holdings.append(Holding(dict(holding.pages), row=row, lengths=holding.lengths, dropped=holding.dropped))
         for page in holding.pages.values():
             store.share(page)
         store.table[row], store.starts[row] = store.table[holding.row], store.starts[holding.row]

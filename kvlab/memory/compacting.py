@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float, Int32
 from kvlab.compression import Compression, Slots
 from kvlab.ledger.plan import ClassCompaction, Compaction
 from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.page_index import noted_anew
 from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
-from kvlab.memory.views.noted import gathered
+from kvlab.memory.views.weights import gathered
 
 type Kept = tuple[dict[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, M] the slots that each head kept, ascending; past its count `NOWHERE`.
@@ -78,7 +79,13 @@ def _compact_state(
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
     kept = select(method.score(slots), slots.valid, protected, tokens.keep, tokens.destinations.shape[1] * page_size)
-    pools[names[""]] = pack(pool, tokens.pages, tokens.destinations, kept)
+    by_token = {name: array for name, array in pool.items() if all(name != noted.name for noted in state.index)}
+    pool = pool | pack(by_token, tokens.pages, tokens.destinations, kept)
+    if layout.selection is not None:
+        places = jnp.arange(tokens.destinations.shape[1], dtype=jnp.int32)[None, :] * page_size
+        num_slots = jnp.clip(jnp.asarray(tokens.keep)[:, None] - places, 0, page_size)
+        pool = noted_anew(layout.selection, state, pool, jnp.asarray(tokens.destinations), num_slots)
+    pools[names[""]] = pool
     if statistics is not None:
         moved = {name: _moved(array, kept) if name in method.by_slot else array for name, array in noted.items()}
         pools[names["noted"]] = write_slots(pools[names["noted"]], statistics.destinations[:, 0], moved)

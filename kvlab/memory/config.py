@@ -1,4 +1,4 @@
-"""How a model's memory is chosen: its kind, the format of what is stored, and which tokens stay."""
+"""How a model's memory is chosen: its kind, the format of what is stored, which tokens stay, and which are read."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,15 @@ from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
 from kvlab.ledger.states import QUANTISED
 from kvlab.schema import ConfigError, Schema, choice, integer, plain, registered
+from kvlab.selection import SELECTIONS, Selection
 
 
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
     """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them,
     or as numbers of 8 or 4 bits with a scale for each token and head. `compression` says which tokens stay, and
-    `budget` how many: slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB")."""
+    `budget` how many: slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB"). `selection`
+    says which of the pages that stay a step reads."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
@@ -20,10 +22,13 @@ class MemoryConfig(Schema):
     format: str = choice("model", ("model", *QUANTISED))
     compression: Compression | None = registered(COMPRESSIONS, "a compression")
     budget: int | float | str | None = plain(None, LEGAL)
+    selection: Selection | None = registered(SELECTIONS, "a selection")
 
     def cross_check(self) -> None:
         if self.budget is not None:
             Budget.of(self.budget)
+        if self.selection is not None and self.name != "paged":
+            raise ConfigError("selection", self.selection.name, f"needs memory.name = paged, not {self.name}")
         if self.compression is None:
             return
         if self.name != "paged":

@@ -8,7 +8,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from kvlab.compression import Part
-
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
@@ -19,6 +18,8 @@ from kvlab.memory.parts import Joined, LayerParts, parts_of, stored_states
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.memory.views.noted import NotedTokens
+from kvlab.memory.views.selected import SelectedTokens
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class MemoryLayout:
     max_len: int
     chunk_len: int
     page_size: int
+    selection: Selection | None = None
+    """Who chooses what is read of the states that have a `reading`."""
 
     def __hash__(self) -> int:
         return hash((self.classes, self.max_sequences, self.max_len, self.chunk_len))
@@ -84,7 +87,8 @@ class MemoryLayout:
         )
         states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
         joined = tuple(layer.joined for layer in parts)
-        return cls(classes, states, joined, max_sequences, max_len, chunk_len, memory.page_size)
+        sizes = (max_sequences, max_len, chunk_len, memory.page_size)
+        return cls(classes, states, joined, *sizes, selection=memory.selection)
 
     def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
         """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
@@ -106,7 +110,7 @@ class MemoryLayout:
 
         return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
 
-    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, View], ...]:
+    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, Any], ...]:
         """Every layer's memory for one step."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
@@ -115,13 +119,14 @@ class MemoryLayout:
             for state, mine, before in zip(self.classes, plan.classes, starts, strict=True)
         ]
 
-        def view(index: int, pool: Pool) -> View:
+        def view(index: int, pool: Pool, layer: int) -> Any:
             state = self.classes[index]
-            return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            made = _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            return made if state.spec.reading is None else SelectedTokens(self.selection, layer, made)
 
-        made: list[dict[str, View]] = []
+        made: list[dict[str, Any]] = []
         for layer, states in enumerate(self.states):
-            views = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views = {name: view(index, pools[layer][name], layer) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
                 views[name] = parts[""] if len(parts) == 1 else NotedTokens.of_parts(joined.method, parts)
@@ -142,6 +147,17 @@ class MemoryLayout:
             pools.append(mine)
         return tuple(pools)
 
+    def read_by(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+        """Of a step's views, by layer and state: which entries of its list of pages each query read, [B, T, K, N]; only
+        of what selects."""
+        found = ({name: _selected(view) for name, view in layer.items()} for layer in views)
+        return tuple({name: view.is_read for name, view in layer.items() if view is not None} for layer in found)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a step may read less than what is stored."""
+        return any(state.spec.reading is not None for state in self.classes)
+
     @property
     def compresses(self) -> bool:
         """Whether sequences may store fewer slots than they have tokens."""
@@ -149,8 +165,9 @@ class MemoryLayout:
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped."""
-        return not self.is_quantised and not any(self.joined)
+        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped, nothing
+        passed over."""
+        return not self.is_quantised and not any(self.joined) and not self.selects
 
     @property
     def is_quantised(self) -> bool:
@@ -165,6 +182,12 @@ class MemoryLayout:
 
 def _view(state: StateClass) -> type[View]:
     return view_of(state.spec, "dense" if state.contiguous else "paged")
+
+
+def _selected(view: Any) -> SelectedTokens | None:
+    """The part of a view that selects; None: it reads everything."""
+    tokens = view.tokens if isinstance(view, NotedTokens) else view
+    return tokens if isinstance(tokens, SelectedTokens) else None
 
 
 def _name(part: Part, layers: Sequence[LayerParts]) -> str:

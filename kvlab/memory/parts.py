@@ -10,6 +10,7 @@ from kvlab.ledger.states import QUANTISED, State
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,30 @@ def _in_parts(
 
 
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states in a memory's format. Raises ConfigError for one that such a memory cannot hold, or not in
-    its format."""
-    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    """Every layer's states in a memory's format, and with the pages that it reads. Raises ConfigError for one that
+    such a memory cannot hold, or not in its format, and for a selection that serves no layer."""
+    stored = [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    return stored if memory.selection is None else _selected(stored, memory, memory.selection)
+
+
+def _selected(layers: Sequence[LayerStates], memory: MemoryConfig, method: Selection) -> list[dict[str, State]]:
+    """The states of layers, with the pages that are read of those behind the dense ones."""
+    able = [index for index, layer in enumerate(layers) if any(not method.skips(state) for state in layer.values())]
+    if not able:
+        reasons = sorted({method.skips(state) for layer in layers for state in layer.values()})
+        raise ConfigError("memory.selection", method.name, f"serves no layer of this model: {'; '.join(reasons)}")
+    if method.dense_layers >= len(able):
+        legal = f"must be below {len(able)}, the layers of this model that can select"
+        raise ConfigError("memory.selection.dense_layers", method.dense_layers, legal)
+    return [
+        {
+            name: method.of_state(state, memory.page_size)
+            if index in able[method.dense_layers :] and not method.skips(state)
+            else state
+            for name, state in layer.items()
+        }
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _stored(state: State, memory: MemoryConfig) -> State:
