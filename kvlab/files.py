@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where what can be had again is kept: `kvlab` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab"
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Writes a file so that it is there wholly or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

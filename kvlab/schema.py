@@ -135,6 +135,13 @@ def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     return _field(tuple(default), list_type(text_type(), min_len))
 
 
+def added(declared: Any) -> Any:
+    """The same field, marked as younger than runs that are kept: `identity` leaves it out at its default, so that those
+    runs keep their hashes. Its default must mean what they did."""
+    assert declared.default is not dataclasses.MISSING
+    return field(default=declared.default, metadata={**declared.metadata, "added": True})
+
+
 def plain(default: int | float | str | None, legal: str) -> Any:
     """A number, a string or null; the section itself checks it. `legal` says in an error what it must be."""
     kinds = Annotated[int, Strict()] | Annotated[float, Strict()] | Annotated[str, Strict()]
@@ -342,12 +349,28 @@ def _range(node: Mapping[str, Any]) -> str:
 
 def to_plain(value: object) -> Any:
     """Nested dataclasses, tuples and mappings as dicts and lists: what YAML and JSON can hold."""
+    return _plain(value, lambda section: dataclasses.fields(section))
+
+
+def identity(value: object) -> Any:
+    """As `to_plain`, without the fields that are `added` and at their default: what hashes are made of."""
+    return _plain(value, _identifying)
+
+
+def _identifying(section: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a section that are part of an identity."""
+    fields = dataclasses.fields(section)
+    return [item for item in fields if "added" not in item.metadata or getattr(section, item.name) != item.default]
+
+
+def _plain(value: object, fields_of: Callable[[Any], Iterable[dataclasses.Field[Any]]]) -> Any:
     if isinstance(value, Schema) and (made := getattr(value, "plain", None)) is not None:
-        return to_plain(made())  # a choice of a registry: its type comes first
+        names = {"type", *(item.name for item in fields_of(value))}  # a choice of a registry: its type comes first
+        return _plain({name: inner for name, inner in made().items() if name in names}, fields_of)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: _plain(getattr(value, item.name), fields_of) for item in fields_of(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner, fields_of) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(inner) for inner in value]
+        return [_plain(inner, fields_of) for inner in value]
     return value

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import FORMATS, Quantised, Stored
+from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored
 
 GPU_DESCRIPTION = """
 gpu_device_info {{
@@ -102,6 +102,6 @@ def stored_as(format: str, per: str, shape: tuple[int, ...], sharding: Any) -> S
     *leading, dim = shape
     if format not in FORMATS:
         return array(*shape, of=jnp.dtype(format))
-    payload = array(*leading, dim // 2 if format == "int4" else dim, of=FORMATS[format])
+    payload = array(*leading, dim // SHARED.get(format, 1), of=FORMATS[format])
     scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
-    return Quantised(payload, scales, "token" if per == "token" else "channel")
+    return Quantised(payload, scales, format, "token" if per == "token" else "channel")

@@ -9,17 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.formats import Quantised, Scaling, Stored, arrays_of, check_format, each_array, format_of
-from pallas_kernels.masking import NOWHERE
-
-__all__ = ["NOWHERE", "Lists", "Pages"]
+from pallas_kernels.formats import Quantised, Scaling, Scheme, Stored, arrays_of, each_array, format_of
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["value_dim"])
 @dataclass(frozen=True)
 class Pages:
     """Keys and values of a pool, head by head: `keys` [P, K, page, D] and `values` [P, K, page, Dv], arrays or
-    `Quantised`.
+    `Quantised`, each in a scheme of its own.
 
     Without `values`, the first `value_dim` columns of the keys are the values as well, as in a latent cache (arXiv
     2405.04434): `Pages(keys, value_dim=512)` holds D numbers a token and head."""
@@ -57,12 +54,25 @@ class Pages:
 
     @property
     def per(self) -> Scaling | None:
-        """What has a scale of its own; None: the pages are not quantised."""
+        """What has a scale of its own, of keys; None: the pages are not quantised."""
         return self.keys.per if isinstance(self.keys, Quantised) else None
 
     @property
+    def schemes(self) -> tuple[Scheme, Scheme] | None:
+        """How keys and values are quantised; None: they are not."""
+        pools = self.pools
+        found = [pool.scheme for pool in (pools[0], pools[-1]) if isinstance(pool, Quantised)]
+        return (found[0], found[1]) if len(found) == 2 else None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `format` and `per` say all there is to say of keys and values."""
+        schemes = self.schemes
+        return schemes is None or (schemes[0] == schemes[1] and schemes[0].is_plain)
+
+    @property
     def format(self) -> str:
-        """As `formats.format_of`."""
+        """As `formats.format_of`, of keys."""
         return format_of(self.keys)
 
     @property
@@ -86,13 +96,7 @@ class Pages:
             if pool.ndim != 4 or 0 in pool.shape:
                 raise ValueError(f"pages.{name} = {pool.shape}: must be [P, K, page, D], with one at least of each")
             if isinstance(pool, Quantised):
-                check_format(pool.format, pool.per, pool.shape)
-                if pool.scales.dtype != jnp.float32:
-                    raise ValueError(f"pages.{name}.scales of {pool.scales.dtype.name}: must be float32")
-                wanted = (*pool.shape[:2], pool.shape[2 if pool.per == "token" else 3])
-                if pool.scales.shape != wanted:
-                    said = f"must be {wanted}, one for each {pool.per}"
-                    raise ValueError(f"pages.{name}.scales = {pool.scales.shape}: {said}")
+                pool.check(f"pages.{name}")
         if self.values is None:
             self._check_latent()
         else:
@@ -110,10 +114,10 @@ class Pages:
             raise ValueError(f"pages.value_dim = {self.value_dim}: must be None beside values")
         if keys.shape[:3] != values.shape[:3]:
             raise ValueError(f"pages.values = {values.shape}: must share [P, K, page] with keys {keys.shape}")
-        if isinstance(keys, Quantised) != isinstance(values, Quantised) or keys.dtype != values.dtype:
-            raise ValueError(f"pages.values of {format_of(values)}: must be stored as keys are, {format_of(keys)}")
-        if isinstance(keys, Quantised) and keys.per != values.per:
-            raise ValueError(f"pages.values: scaled by {values.per}, must be by {keys.per}, as keys are")
+        is_quantised = isinstance(keys, Quantised)
+        if is_quantised != isinstance(values, Quantised) or (not is_quantised and keys.dtype != values.dtype):
+            said = "quantised" if is_quantised else format_of(keys)
+            raise ValueError(f"pages.values of {format_of(values)}: must be stored as keys are, {said}")
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["table", "starts", "valid"], meta_fields=[])

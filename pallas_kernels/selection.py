@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.formats import Scaling
+from pallas_kernels.formats import FORMATS, Scaling, Scheme
 from pallas_kernels.pages import Pages
 
 BACKENDS = ("gpu", "tpu")
@@ -33,12 +33,31 @@ class Asked:
     """Of the queries, or of the tokens to write."""
     is_latent: bool = False
     """Whether values are columns of the keys."""
+    schemes: tuple[Scheme, Scheme] | None = None
+    """Of keys and values, where `format` and `per` do not say all."""
 
     @staticmethod
     def of(pages: Pages, group: int, dtype: Any) -> "Asked":
         """What such pages ask for."""
         per: Scaling = pages.per or "token"
-        return Asked(pages.format, pages.page_size, pages.head_dims, group, per, dtype, pages.is_latent)
+        schemes = None if pages.is_plain else pages.schemes
+        return Asked(pages.format, pages.page_size, pages.head_dims, group, per, dtype, pages.is_latent, schemes)
+
+    @property
+    def pools(self) -> tuple[Scheme, Scheme] | None:
+        """The schemes of keys and values, whether they are plain or not; None: they are not quantised."""
+        if self.schemes is not None or self.format not in FORMATS:
+            return self.schemes
+        both = Scheme(self.format, self.per)
+        return both, both
+
+    @property
+    def stored_as(self) -> str:
+        """How keys and values are stored, in words."""
+        if self.schemes is None:
+            return f"{self.format} by {self.per}" if self.format in FORMATS else self.format
+        keys, values = self.schemes
+        return str(keys) if keys == values else f"keys of {keys}; values of {values}"
 
 
 @dataclass(frozen=True)

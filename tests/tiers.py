@@ -53,6 +53,7 @@ CHILDREN = {
     "tests/lab/test_generation.py::test_the_command_works_as_installed": "ci",
     "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
     "tests/weights/test_weights.py::test_loading_holds_little_more_than_the_model": "ci",
+    "tests/weights/test_gguf_llama.py::test_converting_holds_a_tensor_at_a_time": "ci",
     f"{KERNELS}/test_alone.py": "ci",
     f"{KERNELS}/test_bench_run.py": "ci",
     f"{KERNELS}/test_bench_run.py::test_wrong_options_name_the_limit": "fast",
@@ -176,6 +177,9 @@ MANY_PROGRAMS = {
     "tests/lab/test_trained.py::test_runs_that_differ_in_evaluation_only_train_once": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
     "tests/lab/test_experiments.py::test_notebooks_run": "ci",
+    "tests/weights/test_gguf_llama.py::test_a_float32_gguf_says_what_transformers_said": "ci",
+    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights": "ci",
+    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights[llama_gqa]": "fast",
     "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
     "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
     "tests/lab/test_generation.py::test_perplexity_of_published_weights_is_that_of_the_definition": "ci",
@@ -188,7 +192,10 @@ MANY_PROGRAMS = {
 }
 """What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
 
-TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS}
+DOWNLOADS = {"tests/weights/test_published.py::test_the_real_": "slow"}
+"""A published model of 100 MB, fetched once into the user's cache; skipped where it is not to be had."""
+
+TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS, **DOWNLOADS}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:

@@ -71,6 +71,8 @@ class Stats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     failed: int = 0
+    compacted: int = 0
+    """Compactions of a sequence."""
     read_bytes: int = 0
     """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
     host_s: float = 0.0

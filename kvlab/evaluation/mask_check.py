@@ -1,6 +1,6 @@
-"""The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory rounds
-it, and under the mask that its compactions imply. What a compression costs is then its own; no error of the memory
-hides in it."""
+"""The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory
+rounds it, and under the mask that its compactions imply. What a compression costs is then its own; no error of the
+memory hides in it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from jax import Array
 
 from kvlab.engine.compactor import Compacted
 from kvlab.evaluation.read_masks import ReadMasks, what_was_read
-from kvlab.evaluation.session import Observed
+from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import GoneAt, trail
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import view_of
@@ -42,7 +42,7 @@ class MaskCheck:
         tokens: np.ndarray,
         compacted: Sequence[Compacted],
         seen: dict[int, np.ndarray],
-        steps: Sequence[Observed] = (),
+        steps: Sequence[ReadStep] = (),
     ) -> None:
         """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by position,
         and `steps` what was read."""

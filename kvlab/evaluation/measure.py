@@ -2,8 +2,8 @@
 formula."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import jax
@@ -33,28 +33,40 @@ class MeasureConfig(Schema):
 @dataclass(frozen=True)
 class Observed:
     """What was seen while every sequence was filled: the ledger's accounts, the compiled decode step, seconds of one
-    decode step, and milliseconds of a training step, which was timed before."""
+    decode step, milliseconds of a training step, which was timed before, and the slots that a sequence stores in each
+    class."""
 
     layout: MemoryLayout
     accounts: tuple[Account, ...]
     compiled: Any
     decode_s: float
     train_step_ms: float
+    stored: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Measure:
     """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a
-    sequence; with `column`, its heading in tables."""
+    sequence: a share of the batch's bytes, or, not `of_batch`, a sequence's own already; with `column`, its heading in
+    tables."""
 
     take: Callable[[Observed], Any]
     axis: str = ""
     column: str = ""
+    of_batch: bool = True
 
 
-def measured(take: Callable[[Observed], Any], *, axis: str = "", column: str = "") -> Any:
-    """A field of a report, with the measure that fills it: adding a measure is adding one such row."""
-    return field(metadata={"measure": Measure(take, axis, column)})
+def measured(
+    take: Callable[[Observed], Any],
+    *,
+    axis: str = "",
+    column: str = "",
+    of_batch: bool = True,
+    default: Any = MISSING,
+) -> Any:
+    """A field of a report, with the measure that fills it: adding a measure is adding one such row, with a default
+    where records that were written before are to be read."""
+    return field(default=default, metadata={"measure": Measure(take, axis, column, of_batch)})
 
 
 def measures(report: type) -> dict[str, Measure]:
@@ -81,6 +93,16 @@ def _device_peak_bytes(seen: Observed) -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def _read_bytes_per_token(seen: Observed) -> int:
+    """What is live of a sequence, by the ledger, less what its states select away."""
+    total = 0
+    for state, account in zip(seen.layout.classes, seen.accounts, strict=True):
+        spec, page_size, num_stored = state.spec, state.page_size, seen.stored[state.name]
+        left_out = spec.logical_bytes(num_stored, page_size) - spec.read_bytes(num_stored, page_size)
+        total += account.logical // seen.layout.max_sequences - left_out * state.num_layers
+    return total
+
+
 def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
     """Bytes of every (layer, state): a class's account is shared equally by its layers, whose arrays are alike."""
     rows = []
@@ -88,18 +110,29 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
         for name, index in states.items():
             share, account = seen.layout.classes[index].num_layers, seen.accounts[index]
             sizes = {"logical": account.logical, "allocated": account.allocated, "pool": account.pool}
-            rows.append({"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()})
+            row = {"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()}
+            rows.append(row | _how_it_is_read(seen.layout, layer, name))
     return tuple(rows)
+
+
+def _how_it_is_read(layout: MemoryLayout, layer: int, name: str) -> dict[str, str]:
+    """Under a selection, what a layer's state is read by, or why all of it is read."""
+    if layout.selection is None:
+        return {}
+    state = layout.classes[layout.states[layer][name]].spec
+    reason = layout.selection.skips(state) or "one of the dense layers"
+    return {"read_by": f"all: {reason}" if state.reading is None else layout.selection.name}
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
+    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes; and what is read of them.
 
     logical: live tokens and states, their scales included; allocated: pages held; temp: the compiler's temporaries of a
     decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
     `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
-    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page.
+    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token`
+    is what decoding one more token of one sequence reads of its memory; records from before it was measured have none.
     """
 
     logical_bytes: int = measured(
@@ -122,6 +155,9 @@ class MemoryReport:
     accounts: tuple[dict[str, int | str], ...] = measured(
         lambda seen: tuple(account.as_dict() for account in seen.accounts)
     )
+    read_bytes_per_token: int | None = measured(
+        _read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -134,6 +170,16 @@ class SpeedReport:
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
 """The memory that figures may have as their axis: every number of a record, and how people call it."""
+
+
+def per_sequence(report: MemoryReport) -> dict[str, float]:
+    """Every axis of a report as bytes of one sequence; what an older record does not have is left out."""
+    found = {}
+    for name, row in measures(MemoryReport).items():
+        value = getattr(report, name)
+        if row.axis and value is not None:
+            found[name] = value / report.batch_size if row.of_batch else float(value)
+    return found
 
 
 def measure(
@@ -162,5 +208,6 @@ def measure(
     session.ledger.check()
     # The first timed step may have compiled.
     decode_s = float(np.median(times[1:] or times))
-    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms)
+    accounts, stored = session.ledger.audit(), session.ledger.stored(rows[0])
+    seen = Observed(layout, accounts, compiled, decode_s, train_step_ms, stored)
     return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

@@ -1,12 +1,12 @@
 """Which tokens each query read, from what the device said of the pages that it chose."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from kvlab.engine.compactor import Compacted
-from kvlab.evaluation.session import Observed
+from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import SlotPositions
 from kvlab.ledger.reading import Reading
 from kvlab.memory.layout import MemoryLayout
@@ -16,7 +16,7 @@ type ReadMasks = tuple[dict[str, npt.NDArray[np.bool_]], ...]
 
 
 def what_was_read(
-    layout: MemoryLayout, steps: Sequence[Observed], compacted: Sequence[Compacted], num_rows: int, num_tokens: int
+    layout: MemoryLayout, steps: Sequence[ReadStep], compacted: Sequence[Compacted], num_rows: int, num_tokens: int
 ) -> ReadMasks:
     """The masks of the sequences 0 to num_rows - 1; a query that no step computed reads nothing. Raises AssertionError
     where a head read other counts of pages than are stated, or not the pages that are always read."""
@@ -31,7 +31,7 @@ def what_was_read(
             mask = np.zeros((num_rows, num_heads, num_tokens, num_tokens), bool)
             held, waiting = SlotPositions(num_rows, num_heads), [each for each in compacted if name in each.kept[layer]]
             for step in steps:
-                starts = dict(zip(step.sequences, step.plan.starts.tolist(), strict=False))
+                starts: dict[Hashable, int] = dict(zip(step.sequences, step.plan.starts.tolist(), strict=False))
                 while waiting and _came_before(waiting[0], starts):
                     done = waiting.pop(0)
                     for _ in held.follow(done, index, np.asarray(done.kept[layer][name])):
@@ -42,14 +42,14 @@ def what_was_read(
     return tuple(masks)
 
 
-def _came_before(compacted: Compacted, starts: dict[object, int]) -> bool:
+def _came_before(compacted: Compacted, starts: dict[Hashable, int]) -> bool:
     """Whether a compaction was done before the step that began at these lengths."""
     lengths = zip(compacted.sequences, compacted.plan.lengths.tolist(), strict=True)
     return any(length <= starts.get(sequence, -1) for sequence, length in lengths)
 
 
 def _take_in(
-    step: Observed,
+    step: ReadStep,
     index: int,
     is_read: npt.NDArray[np.bool_],
     reading: Reading,

@@ -66,8 +66,8 @@ class Scorer:
     ) -> tuple[SliceScore, ...]:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
         every logit that is scored is compared, and freed pages are spoiled."""
-        checked = {"poisons": check is not None, "observes": check is not None}
-        session = Session(MemoryStep.of(self.structure, layout), params, **checked)
+        is_checked = check is not None
+        session = Session(MemoryStep.of(self.structure, layout), params, poisons=is_checked, observes=is_checked)
         scores = []
         for eval_slice in self.task.slices(split):
             tally = _Tally(eval_slice)
@@ -84,7 +84,7 @@ class Scorer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Negative log-likelihood, correctness and weight of every position [B, T]: zero where there is no label."""
         all_labels, all_weights = (_by_position(batch, values) for values in (batch.labels, batch.weights))
-        all_nll, all_correct = np.zeros((2, *all_weights.shape), np.float32)
+        all_scored = np.zeros((2, *all_weights.shape), np.float32)
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
@@ -105,8 +105,8 @@ class Scorer:
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
             check.compare(tokens, session.compacted, seen, session.steps)
-        all_nll[real_rows], all_correct[real_rows] = scored
-        return all_nll, all_correct, all_weights
+        all_scored[:, real_rows] = scored
+        return all_scored[0], all_scored[1], all_weights
 
     def _batch(self, split: str, eval_slice: EvalSlice, index: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""

@@ -8,14 +8,15 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, Compactor
+from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import IsRead, MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
+from kvlab.ledger.classes import Lengths
 from kvlab.ledger.plan import Plan
 from kvlab.typing import Params
 
 
-class Observed(NamedTuple):
+class ReadStep(NamedTuple):
     """A step as the host planned it, a row of the plan for each of its sequences, and what it read, still on the
     device."""
 
@@ -49,11 +50,10 @@ class Session:
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
-        self.compactor = Compactor(step)
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
         self.decode_from = 0
-        self.steps: list[Observed] = []
+        self.steps: list[ReadStep] = []
 
     def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
@@ -64,7 +64,7 @@ class Session:
         names = list(chunks)
         tokens = np.zeros((self.layout.max_sequences, width), np.int32)
         for row, name in enumerate(names):
-            answer = self.ledger.reserve(name, len(chunks[name]))
+            answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
                 for reserved in names[:row]:
                     self.ledger.cancel(reserved)
@@ -74,26 +74,29 @@ class Session:
         plan = plan.with_prompts(self.decode_from)
         if self.observes:
             logits, self.pools, is_read = self.step.run_observed(self.params, self.pools, plan, tokens)
-            self.steps.append(Observed(tuple(names), plan, is_read))
+            self.steps.append(ReadStep(tuple(names), plan, is_read))
         else:
             logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
-        if self.compactor and self.prompt_len is not None:
-            self._compact(dict.fromkeys(names, self.prompt_len))
+        if self.layout.compresses and (due := self.ledger.due(names)):
+            self._compact(due)
         return logits
 
-    def _compact(self, prompt_lens: Mapping[Hashable, int]) -> None:
-        due = self.compactor.due(self.ledger, prompt_lens)
-        if not due:
-            return
+    def _lengths(self, name: Hashable, num_new: int) -> Lengths | None:
+        """What is known of a sequence when it begins."""
+        if self.prompt_len is None or name in self.ledger.running:
+            return None
+        return Lengths(self.prompt_len, max(self.prompt_len, num_new))
+
+    def _compact(self, due: Mapping[Hashable, Mapping[str | int, int]]) -> None:
         free = [set(store.free) for store in self.ledger.stores]
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
-        done = self.compactor.run(self.ledger, self.pools, due, seeds)
-        if isinstance(done, Wait):
-            raise MemoryError(f"compaction: {done.reason}")
-        self.pools, compacted = done
-        self.compacted.append(compacted)
+        plan = self.ledger.compact(due, seeds)
+        if isinstance(plan, Wait):
+            raise MemoryError(f"compaction: {plan.reason}")
+        self.pools, kept = self.step.compact(self.pools, plan)
+        self.compacted.append(Compacted(tuple(due), plan, kept))
         if self.poisons:
             self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
 

@@ -64,7 +64,8 @@ class SlotPositions:
                 positions = self.at(sequence, head, length)
                 assert len(positions) == plan.stored[row], f"{len(positions)} slots, the host knows {plan.stored[row]}"
                 slots = kept[row, head][:keep]
-                assert (np.diff(slots) > 0).all() and slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
+                assert (np.diff(slots) > 0).all(), f"slots {slots} are not ascending"
+                assert slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
                 assert (kept[row, head][keep:] >= len(positions)).all(), "more slots were kept than were planned"
                 self._held[sequence][head] = positions[slots]
                 dropped.append(np.delete(positions, slots))

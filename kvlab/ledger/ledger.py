@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from kvlab.ledger import committing, compaction, invariants, sharing, swapping
+from kvlab.ledger import committing, compaction, due, invariants, sharing, swapping
 from kvlab.ledger.accounting import Account
 from kvlab.ledger.answers import READY, Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
@@ -88,9 +88,19 @@ class Ledger:
 
     def clip(self, sequence: Hashable | Tracked, num_new: int) -> int:
         """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent
-        state is to be kept for later hits."""
+        state is to be kept for later hits, or where the sequence is to be compacted."""
         held = sequence if isinstance(sequence, Tracked) else self._get(sequence)
-        return self._publisher.clip(held, num_new)
+        return self._publisher.clip(held, due.clip(self.classes, held, num_new))
+
+    def clip_first(self, prompt_len: int, num_new: int) -> int:
+        """The same for the first step of a sequence with such a prompt and no hit."""
+        return due.clip(self.classes, sharing.begun(self.stores, None, Lengths(prompt_len, prompt_len)), num_new)
+
+    def room_ahead(self, sequence: Hashable) -> int:
+        """Tokens that a sequence can grow by before it is to be compacted: a step may not pass that place, drafts
+        included."""
+        held = self._get(sequence)
+        return due.next_due(self.classes, held) - held.length
 
     def audit(self) -> tuple[Account, ...]:
         """Where every byte is now, one account a class; they add up."""
@@ -100,8 +110,16 @@ class Ledger:
         """Raises AssertionError on a broken invariant; see `invariants`."""
         invariants.check(self.stores, self.running, self.suspended, self.hits)
 
-    def lookup(self, tokens: TokenIds, namespace: str = "") -> Tracked:
-        """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
+    def due(self, sequences: Sequence[Hashable]) -> dict[Hashable, dict[str | int, int]]:
+        """Which of these are to be compacted before their next step, with the slots that each class keeps: what
+        `compact` takes. Sequences that began without `lengths` never are."""
+        found = {name: due.due(self.classes, self.running[name]) for name in sequences}
+        return {name: slots for name, slots in found.items() if slots}
+
+    def lookup(self, tokens: TokenIds, namespace: str = "", prompt_len: int | None = None) -> Tracked:
+        """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it. Where sequences are compacted,
+        the first `prompt_len` of these tokens are the prompt (None: all of them), and a hit ends before the place where
+        the first compaction is due.
 
         Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and
         for tokens that are no integers of [0, 2^31).
@@ -110,7 +128,7 @@ class Ledger:
         ids = encode(tokens)
         if not ids:
             raise ValueError("tokens = []: a prompt has at least one token")
-        hit = sharing.look_up(self.stores, ids, len(tokens), namespace)
+        hit = sharing.look_up(self.stores, ids, len(tokens), namespace, prompt_len or len(tokens))
         self.hits.add(hit)
         return hit
 

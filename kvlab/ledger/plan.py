@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-NOWHERE = 2**30
-"""First slot of an unused table entry: later than any query, so nothing of it is ever visible."""
-
 type Ints = npt.NDArray[np.int32]
 type Bools = npt.NDArray[np.bool_]
 
@@ -157,4 +154,5 @@ def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compacti
         classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid", "prompts"))))
     if not classes:
         raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-    return Compaction(tuple(classes), *of_rows) if is_compaction else Plan(*of_rows, tuple(classes))
+    first, second = of_rows
+    return Compaction(tuple(classes), first, second) if is_compaction else Plan(first, second, tuple(classes))

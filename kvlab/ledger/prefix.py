@@ -192,11 +192,6 @@ class PrefixIndex:
         self.policies[index].clock += 1
         return self.policies[index].clock
 
-    @property
-    def queue_len(self) -> int:
-        """Entries of the longest queue of victims, those that are stale included."""
-        return max(len(heap) for heaps in self._heaps for heap in heaps)
-
     def _queue(self, cached: CachedPage) -> None:
         index = cached.state_class
         if self.whole_prefix[index] and cached.node.resident_children[index]:

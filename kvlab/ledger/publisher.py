@@ -71,8 +71,7 @@ class Publisher:
         nothing of an answer: to others it would be part of a prompt."""
         if not any(store.has_dense_prompts for store in self.stores):
             return held.length
-        lengths = held.holdings[0].lengths
-        return lengths.prompt_len if lengths else held.prompt_len
+        return held.prompt_len if held.compress_at is None else held.compress_at
 
     def _offer(self, store: Store, holding: Holding, node: Node, logical: int) -> None:
         """Publishes a sequence's page, or gives it up for the identical one that the index has."""

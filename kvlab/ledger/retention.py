@@ -54,16 +54,18 @@ class Retention:
             return keep
         return keep if length > prompt_len and self.every and stored >= keep + self.every else None
 
-    def clip(self, prompt_len: int, length: int, stored: int, num_new: int) -> int:
-        """`num_new` tokens behind `length`, shortened so that no length at which a compaction is due is passed."""
+    def next_due(self, prompt_len: int, length: int, stored: int) -> int | None:
+        """The next length, beyond `length`, at which a sequence that stores `stored` slots now is to be compacted;
+        None: nowhere."""
+        room = self.keep(prompt_len) - stored  # slots that may be added without more being stored than are kept
         if length < prompt_len:
-            end = prompt_len
+            place = prompt_len
             if self.at == "chunks":
-                end = min(end, (length // self.chunk_len + 1) * self.chunk_len)
-            return min(num_new, end - length)
-        if not self.every:
-            return num_new
-        return min(num_new, max(1, self.keep(prompt_len) + self.every - stored))
+                first = length + max(1, room + 1)
+                place = min(place, -(-first // self.chunk_len) * self.chunk_len)
+            if place - length > room:
+                return place
+        return length + max(1, room + self.every) if self.every else None
 
     def stored(self, prompt_len: int, length: int) -> int:
         """Slots that a sequence stores at `length` tokens, whatever was due there done."""

@@ -21,8 +21,8 @@ from kvlab.ledger.readers import Readers
 from kvlab.ledger.reading import Reading
 from pallas_kernels.visible import Visible
 
-ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4}
-QUANTISED = ("int8", "fp8", "int4")
+ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
+QUANTISED = ("int8", "fp8", "int4", "int2")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
@@ -37,7 +37,7 @@ EVERYTHING = Visible()
 class ArraySpec:
     """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of
     one page whatever its size. `is_scale` marks quantisation scales, `is_statistics` what a memory notes of its pages,
-    to choose which are read. An axis of int4 counts numbers, two of which share a byte."""
+    to choose which are read. An axis of int4 or int2 counts numbers, two or four of which share a byte."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class ArraySpec:
             raise ValueError(f"dtype = {self.dtype!r}: must be one of {', '.join(ITEM_BITS)}")
         if any(size < 1 for size in self.shape):
             raise ValueError(f"{self.name}: shape = {self.shape}: every axis must be at least 1")
-        if self.dtype == "int4" and self.shape[-1] % 2:
+        if ITEM_BITS[self.dtype] < 8 and self.shape[-1] * ITEM_BITS[self.dtype] % 8:
             raise ValueError(f"{self.name}: {self.shape} of {self.dtype} does not fill whole bytes")
 
     @property
@@ -71,8 +71,8 @@ class ArraySpec:
 class State(abc.ABC):
     """The state of one layer, as integers and dtypes. Abstract: a mixer that does not state its bytes cannot be built.
 
-    `visible` is what a token sees; None: there is one state a sequence, and it is not addressed by token. `reading` says
-    how many pages of it a step reads; None: all that are live. A memory sets it, no mixer does.
+    `visible` is what a token sees; None: there is one state a sequence, and it is not addressed by token. `reading`
+    says how many pages of it a step reads; None: all that are live. A memory sets it, no mixer does.
     """
 
     visible: Visible | None

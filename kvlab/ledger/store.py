@@ -14,9 +14,10 @@ import numpy as np
 
 from kvlab.ledger.answers import Never, Wait
 from kvlab.ledger.classes import Lengths, StateClass
-from kvlab.ledger.plan import NOWHERE, ClassPlan, Ints
+from kvlab.ledger.plan import ClassPlan, Ints
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.trie import CachedPage, Node
+from pallas_kernels.visible import NOWHERE
 
 NEVER_WAKES = 2**62
 """A length that no sequence reaches."""

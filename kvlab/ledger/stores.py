@@ -7,6 +7,7 @@ from kvlab.ledger.accounting import Account, Held, account
 from kvlab.ledger.answers import Never
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.due import next_due
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.recurrent import StateStore
@@ -58,6 +59,12 @@ class Stores:
     def can_share(self) -> bool:
         """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
         return not any(state.contiguous for state in self.classes)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether it matters where a sequence's prompt ends: it is compacted, or what follows is read in another
+        way."""
+        return any(store.state.retention is not None or store.has_dense_prompts for store in self.each)
 
     def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
@@ -127,6 +134,8 @@ class Stores:
         held.full = NEVER_WAKES if held.ids is None else (held.length // page_size + 1) * page_size
         if self.of_states:  # the next step overwrites what is to be kept
             wake = min(wake, held.full)
+        if held.compress_at is not None:
+            wake = min(wake, next_due(self.classes, held))
         held.room, held.wake = room, 0 if busy else wake
 
     def note_peak(self) -> None:

@@ -79,17 +79,24 @@ def _compact_state(
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
     kept = select(method.score(slots), slots.valid, protected, tokens.keep, tokens.destinations.shape[1] * page_size)
-    by_token = {name: array for name, array in pool.items() if all(name != noted.name for noted in state.index)}
-    pool = pool | pack(by_token, tokens.pages, tokens.destinations, kept)
-    if layout.selection is not None:
-        places = jnp.arange(tokens.destinations.shape[1], dtype=jnp.int32)[None, :] * page_size
-        num_slots = jnp.clip(jnp.asarray(tokens.keep)[:, None] - places, 0, page_size)
-        pool = noted_anew(layout.selection, state, pool, jnp.asarray(tokens.destinations), num_slots)
-    pools[names[""]] = pool
+    pools[names[""]] = _packed(layout, state, pool, tokens, kept)
     if statistics is not None:
         moved = {name: _moved(array, kept) if name in method.by_slot else array for name, array in noted.items()}
         pools[names["noted"]] = write_slots(pools[names["noted"]], statistics.destinations[:, 0], moved)
     return kept
+
+
+def _packed(layout: MemoryLayout, state: Any, pool: Pool, tokens: ClassCompaction, kept: Int32[Array, "B K M"]) -> Pool:
+    """A pool after a compaction: its tokens packed, and what is noted of the pages that they fill noted anew."""
+    index = {array.name for array in state.index}
+    by_token = {name: array for name, array in pool.items() if name not in index}
+    pool = pool | pack(by_token, jnp.asarray(tokens.pages), jnp.asarray(tokens.destinations), kept)
+    if layout.selection is None or state.reading is None:
+        return pool
+    destinations = jnp.asarray(tokens.destinations)
+    begins = jnp.arange(destinations.shape[1], dtype=jnp.int32)[None, :] * layout.page_size
+    num_slots = jnp.clip(jnp.asarray(tokens.keep)[:, None] - begins, 0, layout.page_size)
+    return noted_anew(layout.selection, state, pool, destinations, num_slots)
 
 
 def slots_of(

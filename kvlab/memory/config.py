@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
 from kvlab.ledger.states import QUANTISED
-from kvlab.schema import ConfigError, Schema, choice, integer, plain, registered
+from kvlab.schema import ConfigError, Schema, added, choice, integer, plain, registered
 from kvlab.selection import SELECTIONS, Selection
 
 
@@ -19,10 +19,10 @@ class MemoryConfig(Schema):
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
-    format: str = choice("model", ("model", *QUANTISED))
-    compression: Compression | None = registered(COMPRESSIONS, "a compression")
-    budget: int | float | str | None = plain(None, LEGAL)
-    selection: Selection | None = registered(SELECTIONS, "a selection")
+    format: str = added(choice("model", ("model", *QUANTISED)))
+    compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
+    budget: int | float | str | None = added(plain(None, LEGAL))
+    selection: Selection | None = added(registered(SELECTIONS, "a selection"))  # noqa: RUF009
 
     def cross_check(self) -> None:
         if self.budget is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
-from pallas_kernels.formats import FORMATS, Quantised, Stored, quantised
+from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
 
@@ -27,11 +27,11 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages, or of what pages have once: of int4, two numbers share a byte. On a CPU numbers of 8 bits lie as plain
-    bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages, or of what a page has once: of int4 and int2, several numbers share a byte.
+    On a CPU numbers of 8 bits lie as plain bytes: XLA there widens or copies a pool of any other type of that size to
+    write into it."""
     heads, *dims = array.shape
-    if array.dtype == "int4":
-        dims[-1] //= 2
+    dims[-1:] = [size // SHARED.get(array.dtype, 1) for size in dims[-1:]]
     dtype = FORMATS.get(array.dtype, array.dtype)
     is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
     as_bytes = is_byte and jax.default_backend() == "cpu"
@@ -71,8 +71,7 @@ def stored(state: Any, pool: Pool, name: str) -> Stored:
     scales = pool.get(f"{name}_scale")
     if scales is None:
         return pool[name]
-    is_typed = pool[name].dtype == FORMATS[state.format]
-    return Quantised(pool[name], scales, "token", None if is_typed else state.format)
+    return Quantised(pool[name], scales, state.format)
 
 
 def as_stored(state: Any, name: str, tokens: Array) -> Array:

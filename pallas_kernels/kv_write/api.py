@@ -9,6 +9,7 @@ from jax import Array
 
 from pallas_kernels import selection
 from pallas_kernels.debug import check_slots
+from pallas_kernels.formats import Quantised
 from pallas_kernels.kv_write import reference
 from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
@@ -38,11 +39,12 @@ def kv_write(
     not read arithmetically. The tokens of a row go to consecutive positions, from the last slot of a page into the
     first of another; those that are dropped count as well. No two rows write into one page.
 
-    `Quantised` pages take tokens in their format, in the same pass. By token, each token and head has the scale with
-    which its largest magnitude just fits. By channel, the tokens of this call set the scales of the pages whose first
-    slot they write, so that whole pages are quantised best. Into pages begun earlier they are written with the scales
-    that these have, cut off at the largest number. What is nowhere as large as `formats.FAINT` (6e-33) is stored as
-    zeros.
+    `Quantised` pages take tokens in their scheme, in the same pass. By token, each token and head, or each group of its
+    channels, has the scale with which its largest magnitude, or its range, just fits. By channel, the tokens of this
+    call set the scales of the pages whose first slot they write, so that whole pages are quantised best. Into pages
+    begun earlier they are written with the scales that these have, cut off at the largest number. What is nowhere as
+    large as `formats.FAINT` (6e-33) is stored as zeros. By channel with zeros, or with scales of bfloat16, pages are
+    only sealed whole (`sealing`): they are refused.
 
     Raises ValueError for shapes that do not fit together and for an unavailable `implementation`; while debugging is on
     (`pallas_kernels.debug`), for slots against the rules above as well.
@@ -66,6 +68,9 @@ def _check(pages: Pages, keys: Array, values: Array | None, write_slots: Array) 
         raise ValueError(f"values = {None if values is None else values.shape}: must be {said}")
     if values is not None and keys.dtype != values.dtype:
         raise ValueError(f"values of {values.dtype.name}: must be of the keys' type, {keys.dtype.name}")
+    for name, pool in zip(("keys", "values"), pages.pools, strict=False):
+        if isinstance(pool, Quantised) and pool.per == "channel" and not pool.scheme.is_plain:
+            raise ValueError(f"pages.{name} of {pool.scheme}: must be sealed whole (`sealing.seal_pages`)")
     stored = pages.keys.dtype
     if pages.per is not None and not jnp.issubdtype(keys.dtype, jnp.floating):
         raise ValueError(f"keys of {keys.dtype.name}: must be floating, to be quantised to {pages.format}")

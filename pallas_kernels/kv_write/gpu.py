@@ -16,11 +16,12 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Quantised, Stored, arrays_of, inverses, numbers
+from pallas_kernels.formats import Quantised, Stored, arrays_of, numbers
 from pallas_kernels.kv_write import gpu_single
 from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.pages import Pages
+from pallas_kernels.rounding import inverses
 from pallas_kernels.selection import Asked
 from pallas_kernels.tensor_cores import ROWS, Chip, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
@@ -29,13 +30,18 @@ ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
 
 
+FORMATS = ("int8", "fp8", "int4")
+"""What this kernel, and that for TPUs, quantise to."""
+
+
 def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot write into such pages; None: it can."""
     format, page_size, head_dims, token_type = asked.format, asked.page_size, asked.head_dims, jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float16):
         return f"tokens of {token_type.name}: must be bfloat16 or float16"
-    if format not in FORMATS and format != token_type.name:
-        return f"pages of {format}: must be of the tokens' type {token_type.name}, or {', '.join(FORMATS)} with scales"
+    if asked.schemes is not None or (format not in FORMATS and format != token_type.name):
+        said = f"must be of the tokens' type {token_type.name}, or {', '.join(FORMATS)} with scales of float32"
+        return f"pages of {asked.stored_as}: {said}"
     sizes = (32,) if format in FORMATS else (8, 16, 32)
     if page_size not in sizes and page_size % ROWS:
         legal = ", ".join(map(str, sizes))
@@ -67,7 +73,7 @@ def kv_write(
     for at, (pool, new) in enumerate(zip(pages.pools, given, strict=True)):
         if isinstance(pool, Quantised) and pool.per == "channel":
             scales = channel_scales(pool, new, *places(write_slots, num_pages, page_size))
-            pools[at] = Quantised(pool.payload, scales, "channel")
+            pools[at] = replace(pool, scales=scales)
     targets = [jax.new_ref(arrays_of(pool)[0]) for pool in pools]
     made = _write_tiles(pages, pools, tokens, targets, tiles, interpret)
 
@@ -79,7 +85,7 @@ def kv_write(
         if pool.per == "token":
             listed, offsets = places(tiles[1], num_pages, page_size)
             kept = kept.at[listed, :, offsets].set(made[at].swapaxes(1, 2), mode="drop")
-        return Quantised(payload, kept, pool.per)
+        return replace(pool, payload=payload, scales=kept)
 
     return replace(pages, keys=done(0), values=None if pages.is_latent else done(1))
 

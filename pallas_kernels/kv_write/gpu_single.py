@@ -19,9 +19,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import Quantised, Stored, arrays_of, inverses, numbers, scales_of
+from pallas_kernels.formats import Quantised, Stored, arrays_of, numbers, scales_of
 from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
 from pallas_kernels.pages import Pages
+from pallas_kernels.rounding import inverses
 from pallas_kernels.tensor_cores import ROWS, shared, store_plainly
 from pallas_kernels.typing import Float, Int32
 
@@ -71,9 +72,10 @@ def write(
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(write_slots.reshape(-1), *tokens, *targets)
     written = [jax.freeze(target) for target in targets]
-    done = written
+    done: list[Stored] = list(written)
     if per is not None:
-        done = [Quantised(written[at], written[at + 1], per) for at in range(0, len(written), 2)]
+        held = iter(written)
+        done = [replace(pool, payload=next(held), scales=next(held)) for pool in pools if isinstance(pool, Quantised)]
     return replace(pages, keys=done[0], values=None if pages.is_latent else done[1])
 
 

@@ -8,7 +8,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import in_bytes, inverses, numbers, scales_of
+from pallas_kernels.formats import numbers, scales_of
+from pallas_kernels.rounding import in_bytes, inverses
 from pallas_kernels.tensor_cores import ROWS
 
 STEP = 32

@@ -68,7 +68,7 @@ def _pool(rng: Any, shape: tuple[int, ...], dtype: str, format: str | None, per:
     if per == "channel":  # pages begun earlier have some
         scales[:] = np.exp2(rng.integers(-9, -3, scales.shape))
     payload = jnp.asarray(bits.view(np.dtype(FORMATS[format])))
-    return Quantised(payload, jnp.asarray(scales), per)
+    return Quantised(payload, jnp.asarray(scales), format, per)
 
 
 def _written(pool: Stored, tokens: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.formats import Quantised, Stored, encoded, scales_for
+from pallas_kernels.formats import Quantised, Stored, encoded, quantised, scales_for
 from pallas_kernels.pages import Pages
 from pallas_kernels.typing import Float, Int32
 
@@ -24,16 +24,22 @@ def kv_write(
     def written(pool: Stored, tokens: Array) -> Stored:
         if not isinstance(pool, Quantised):
             return stored(pool, tokens, listed, offsets)
-        if pool.per == "token":
-            scales = scales_for(tokens, pool.format, "token")
-            kept = pool.scales.at[listed, :, offsets].set(scales, mode="drop")
-        else:
-            kept = channel_scales(pool, tokens, listed, offsets)
-            scales = kept.at[listed].get(mode="fill", fill_value=0)
-        # A token is a page of one: its scale, or its page's for every channel.
-        factors = scales[..., None] if pool.per == "token" else scales
-        payload = encoded(tokens[..., None, :], factors, pool.format, pool.per)[..., 0, :]
-        return replace(pool, payload=stored(pool.payload, payload, listed, offsets), scales=kept)
+        # A token is a page of one: its own scales, or its page's for every channel.
+        tokens = tokens[..., None, :]
+        if pool.per == "channel":
+            kept = channel_scales(pool, tokens[..., 0, :], listed, offsets)
+            payload = encoded(tokens, kept.at[listed].get(mode="fill", fill_value=0), None, pool.scheme)
+            return replace(pool, payload=stored(pool.payload, payload[..., 0, :], listed, offsets), scales=kept)
+        made = quantised(tokens, pool.scheme)
+        payload = stored(pool.payload, made.payload[..., 0, :], listed, offsets)
+
+        def put(array: Array, new: Array) -> Array:
+            if pool.group is None:
+                return array.at[listed, :, offsets].set(new[..., 0], mode="drop")
+            return array.at[listed, :, :, offsets].set(new[..., 0], mode="drop")
+
+        zeros = None if pool.zeros is None else put(pool.zeros, made.zeros)
+        return replace(pool, payload=payload, scales=put(pool.scales, made.scales), zeros=zeros)
 
     return replace(
         pages,

@@ -19,8 +19,6 @@ from pallas_kernels.formats import (
     Quantised,
     Stored,
     arrays_of,
-    in_bytes,
-    inverses,
     numbers,
     scales_for,
     scales_of,
@@ -28,6 +26,7 @@ from pallas_kernels.formats import (
 from pallas_kernels.kv_write.reference import channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
 from pallas_kernels.pages import Pages
+from pallas_kernels.rounding import in_bytes, inverses
 from pallas_kernels.selection import Asked
 from pallas_kernels.typing import Float, Int32
 
@@ -115,7 +114,7 @@ def kv_write(
         pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
         if not isinstance(pool, Quantised):
             return payload
-        return Quantised(payload, kept[at], pool.per)
+        return replace(pool, payload=payload, scales=kept[at])
 
     return replace(pages, keys=done(0), values=None if pages.is_latent else done(1))
 
@@ -125,6 +124,8 @@ def refusal(asked: Asked) -> str | None:
     token_type = jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float32):
         return f"tokens of {token_type.name}: must be bfloat16 or float32"
+    if asked.schemes is not None or asked.format == "int2":
+        return f"pages of {asked.stored_as}: must be int8, fp8 or int4, with scales of float32"
     return paged.refusal(asked)
 
 

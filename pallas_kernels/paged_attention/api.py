@@ -65,7 +65,8 @@ def paged_attention(
     Accumulates in float32, of queries in the type that a kernel multiplies in (of 16 bits on GPUs); `soft_cap` c maps a
     scaled score s to c * tanh(s / c) before masking; `scale` defaults to D ** -0.5.
 
-    `Quantised` pages are attended to as what they stand for; scales of slots that nobody sees may hold NaN as well.
+    `Quantised` pages are attended to as what they stand for, keys and values each in a scheme of its own; scales and
+    zeros of slots that nobody sees may hold NaN as well.
     With `with_page_mass` there is a third result, [B, T, H, N] (float32): the share of each row's attention that every
     entry of a list took. The shares of a row add up to 1, or to 0 where it sees nothing (arXiv 2306.14048).
 
@@ -148,4 +149,7 @@ def bucket_of(queries: Array, pages: Pages, lists: Lists) -> str:
     sizes = len(queries), queries.shape[1], lists.num_entries * pages.page_size
     op = "paged_attention by lists of heads" if lists.is_by_head else "paged_attention"
     group = queries.shape[2] // pages.num_kv_heads
-    return bucket(op, pages.format, pages.per or "", pages.head_dims, group, pages.page_size, sizes)
+    format, per = pages.format, pages.per or ""
+    if not pages.is_plain:
+        format, per = Asked.of(pages, group, queries.dtype).stored_as, ""
+    return bucket(op, format, per, pages.head_dims, group, pages.page_size, sizes)

@@ -25,6 +25,8 @@ from pallas_kernels.typing import Float, Int32
 def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot serve such pages; None: it can."""
     format, page_size, head_dims = asked.format, asked.page_size, asked.head_dims
+    if asked.schemes is not None or format == "int2":
+        return f"pages of {asked.stored_as}: not yet"
     if format not in ("bfloat16", "float16", *FORMATS):
         return (
             f"pages of {format}: the tensor cores take bfloat16 and float16 here, or {', '.join(FORMATS)} with scales"

@@ -3,18 +3,17 @@ wherever nothing may be read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats import Quantised, Stored, quantised
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.formats import Scaling, Scheme, Stored, arrays_of, kivi, quantised
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.api import chunk_positions, paged_attention
 from pallas_kernels.pages import Lists, Pages
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 
 
 def by_api(**how: Any) -> Callable[..., tuple[jax.Array, ...]]:
@@ -88,13 +87,15 @@ class Drawn:
 
 def drawn(
     *, lengths, num_queries, group, dims=(16, 16), kv_heads=2, window=None, sinks=0, chunk=None, cap=None,
-    dtype="float32", page_size=8, magnitude=1.0, lists="sequences", kept=1.0, format=None, per="token", with_mass=True,
-    prefill=False, of_keys=1.0, of_values=1.0, is_shared=False, is_latent=False, seed=3,
+    dtype="float32", page_size=8, magnitude=1.0, lists="sequences", kept=1.0, format=None, per: Scaling = "token",
+    with_mass=True, prefill=False, of_keys=1.0, of_values=1.0, is_shared=False, is_latent=False, schemes=None,
+    offset=0.0, seed=3,
 ) -> Drawn:  # fmt: skip
     """With lists of "heads" every KV head has its own, which leaves pages out; `kept` is the part of all slots that is
     valid. `magnitude` of queries and `of_keys` may be of each channel, from the first again where there are more. Where
     pages are shared, the first two of every sequence are the first one's first. Of a `prefill`, a sequence shorter than
-    the chunk leaves the rest of it empty. Where values are columns of the keys (`is_latent`), they are the first
+    the chunk leaves the rest of it empty. `schemes` are what `formats.kivi` is called with, in place of a `format`; all
+    keys and values lie `offset` off zero. Where values are columns of the keys (`is_latent`), they are the first
     `dims[1]`."""
     rng, batch = np.random.default_rng(seed), len(lengths)
     magnitude, of_keys = (np.resize(np.asarray(size, np.float64), dims[0]) for size in (magnitude, of_keys))
@@ -112,9 +113,10 @@ def drawn(
         begin = starts[row, head, entry]
         slots_of[row, head, entry] = slots = np.flatnonzero(valid[row, head, entry, : lengths[row] - begin])
         for pool, size in zip(pools, (of_keys, of_values), strict=True):
-            tokens = (size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
+            tokens = (offset + size * rng.standard_normal((len(slots), pool.shape[3]))).astype(jnp.dtype(dtype))
             pool[table[row, head, entry], head, slots] = tokens.astype(np.float32)
-    kept_as = [as_stored(pool, dtype, format, per) for pool in (pools[:1] if is_latent else pools)]
+    of_pools = kivi(*schemes) if schemes else 2 * (Scheme(format, per) if format else None,)
+    kept_as = [as_stored(pool, dtype, of) for pool, of in zip(pools[: 2 - is_latent], of_pools, strict=False)]
     holds = [kept_as[0][1], kept_as[-1][1][..., : dims[1]]]
     stored = [[np.zeros((length, kv_heads, dim)) for dim in dims] for length in lengths]
     readable = [np.zeros((length, kv_heads), bool) for length in lengths]
@@ -141,7 +143,7 @@ def drawn(
         stored=stored,
         readable=readable,
         starts=starts,
-        largest=float(np.max(magnitude * of_keys)),
+        largest=float(np.max(magnitude * (of_keys + abs(offset)))),
     )
 
 
@@ -203,15 +205,20 @@ def _asked_for(given: Drawn, *, is_chunk: bool) -> tuple[jax.Array, jax.Array]:
     return chunk_positions(lens - num_new, num_new, num_queries)
 
 
-def as_stored(pool: np.ndarray, dtype: Any, format: str | None, per: Any) -> tuple[Stored, np.ndarray]:
-    """A pool [P, K, page, D] whose unused slots are NaN, in its type or format, and what it stands for in float64.
-    Unused slots stay as bad as the format can make them: NaN scales, or NaN payloads where there are any."""
-    if format is None:
+def as_stored(pool: np.ndarray, dtype: Any, scheme: Scheme | None) -> tuple[Stored, np.ndarray]:
+    """A pool [P, K, page, D] whose unused slots are NaN, in its type or scheme, and what it stands for in float64.
+    Unused slots stay as bad as the scheme can make them: NaN scales and zeros, or NaN payloads where there are any."""
+    if scheme is None:
         return jnp.asarray(pool, dtype), pool.astype(np.float64)
     unused = np.isnan(pool).any(axis=3)
-    pages = jax.jit(partial(quantised, format=format, per=per))(np.nan_to_num(pool))
-    payload, scales = np.array(pages.payload), np.array(pages.scales)
+    pages = jax.jit(quantised, static_argnums=1)(pool, scheme, valid=~unused)
+    payload, (scales, *zeros) = np.array(pages.payload), (np.array(array) for array in arrays_of(pages)[1:])
     holds = np.asarray(pages.values(), np.float64)
-    payload[unused] = np.nan if format == "fp8" else 0x55
-    scales[unused if per == "token" else unused.all(axis=2)] = np.nan
-    return Quantised(jnp.asarray(payload), jnp.asarray(scales), per), holds
+    payload[unused] = np.nan if scheme.format == "fp8" else 0x55
+    for array in (scales, *zeros):
+        if scheme.per == "channel":
+            array[unused.all(axis=2)] = np.nan
+        else:
+            (array if scheme.group is None else array.swapaxes(2, 3))[unused] = np.nan
+    arrays = {"scales": jnp.asarray(scales)} | ({"zeros": jnp.asarray(zeros[0])} if zeros else {})
+    return replace(pages, payload=jnp.asarray(payload), **arrays), holds

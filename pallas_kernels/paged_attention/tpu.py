@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import FORMATS, arrays_of, unpacked
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.sharing import WORD, any_lists, bounds, cost, live_pages, page_mass, tiled
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.typing import Float, Int32
+from pallas_kernels.visible import NOWHERE
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""
@@ -37,6 +38,8 @@ def refusal(asked: Asked) -> str | None:
     query_type = jnp.dtype(asked.dtype)
     if query_type not in (jnp.bfloat16, jnp.float32):
         return f"queries of {query_type.name}: must be bfloat16 or float32"
+    if asked.schemes is not None or asked.format == "int2":
+        return f"pages of {asked.stored_as}: not yet"
     rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(asked.format)
     if rows is None:
         return f"pages of {asked.format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"

@@ -197,6 +197,12 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
     assert record["quality"]["value"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
     assert record["training"]["num_steps"] == 0
     assert execute(compose(words)) == "skipped"
+    behind = [nat for place, nat in enumerate(nats) if place % 60 >= 35]
+    for way in ("false", "true"):  # behind a prompt; its window makes chunks and single steps the same
+        scored = compose([*words, "task.num_scored=25", f"task.scored_in_chunks={way}"])
+        assert execute(scored) == "done"
+        value = json.loads((scored.run_dir / "record.json").read_text())["quality"]["value"]
+        assert value == pytest.approx(math.exp(np.mean(behind)), rel=1e-4)
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")

@@ -18,11 +18,11 @@ from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import NOWHERE, Compaction, Plan
+from kvlab.ledger.plan import Compaction, Plan
 from kvlab.ledger.replacement import POLICIES
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, TokenState
 from kvlab.ledger.tracked import Tracked
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 from tests.ledger.test_states import visible_by_mask
 
 FULL = TokenState(2, 4, 4)

@@ -1,6 +1,7 @@
 """The ledger's answers, one behaviour a test; `test_machine` drives all of them at random."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -11,11 +12,11 @@ from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import NOWHERE, load_plans, save_plans
+from kvlab.ledger.plan import load_plans, save_plans
 from kvlab.ledger.states import ArraySpec, RecurrentState, TokenState
 from kvlab.ledger.store import Store
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 
 FULL = TokenState(2, 4, 4)
 WINDOWED = TokenState(2, 4, 4, visible=Visible(window=5, num_sinks=2))
@@ -345,7 +346,23 @@ def test_looking_alone_is_neither_a_hit_nor_a_use():
     ledger.release("a")
     for _ in range(500):
         ledger.unpin(ledger.lookup(list(range(9))))
-    assert ledger.index.queue_len < 100, "stale entries are swept"
+    assert ledger.counters.hit_tokens == 0
+
+
+def test_a_prefix_that_is_found_again_and_again_costs_no_memory():
+    """Each hit that is let go queues its pages for eviction anew; the entries of before are swept."""
+    ledger, prompt = make_ledger(full_pages=20, window_pages=20, recurrent=False), list(range(9))
+    ledger.reserve("a", 6, hit=ledger.lookup(prompt))
+    ledger.commit("a", 6)
+    ledger.release("a")
+    ledger.unpin(hit := ledger.lookup(prompt))
+    assert hit.length == 4
+    tracemalloc.start()
+    for _ in range(5_000):
+        ledger.unpin(ledger.lookup(prompt))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 400_000
 
 
 def test_a_rejected_recurrent_step_leaves_the_old_state_where_it_was():

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +111,7 @@ def test_scales_are_counted_apart():
 
 
 STORED = {
-    "tokens": TokenState(3, 4, 6, "bfloat16", visible=Visible(window=5, num_sinks=2)),
+    "tokens": TokenState(3, 4, 8, "bfloat16", visible=Visible(window=5, num_sinks=2)),
     "latents": LatentState(8, 4),
     "retrieval": RetrievalState(2, 4, 4, index_dim=3, num_selected=2),
 }
@@ -135,7 +134,7 @@ def test_a_quantised_state_is_what_the_kernels_store(spec, format):
             continue
         heads, dim = array.shape
         tokens = jax.ShapeDtypeStruct((heads, page, dim), jnp.float32)
-        pages = jax.eval_shape(partial(formats.quantised, format=number, per=by or "token"), tokens)
+        pages = jax.eval_shape(lambda tokens: formats.quantised(tokens, number, by or "token"), tokens)
         scales = found.pop(f"{array.name}_scale")
         per_page = () if by else (page,)
         assert (*scales.shape[:1], *per_page, *scales.shape[1:]) == pages.scales.shape
@@ -150,7 +149,9 @@ def test_a_quantised_state_is_what_the_kernels_store(spec, format):
 
 def test_formats_are_those_of_the_kernels():
     assert set(states.QUANTISED) == set(formats.FORMATS)
-    with pytest.raises(ValueError, match=r"format = 'int3': must be one of model, int8, fp8, int4, int8\.channel"):
+    with pytest.raises(
+        ValueError, match=r"format = 'int3': must be one of model, int8, fp8, int4, int2, int8\.channel"
+    ):
         TokenState(1, 2, 2).stored("int3")
     with pytest.raises(ValueError, match="does not fill whole bytes"):
         TokenState(2, 3, 3).stored("int4").unit_bytes  # noqa: B018  stating the bytes raises

@@ -6,11 +6,12 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from pallas_kernels.formats import FAINT, Quantised, format_of, inverses, packed, quantised, scales_for, unpacked
+from pallas_kernels.formats import FAINT, Quantised, Scheme, format_of, packed, quantised, scales_for, unpacked
+from pallas_kernels.rounding import inverses
 
 
 @pytest.mark.parametrize("per", ["token", "channel"])
-@pytest.mark.parametrize(("format", "bound"), [("int8", 0.5 / 127), ("int4", 0.5 / 7), ("fp8", 2.0**-4)])
+@pytest.mark.parametrize(("format", "bound"), [("int8", 0.5 / 127), ("int4", 0.5 / 7), ("int2", 0.5), ("fp8", 2.0**-4)])
 def test_the_error_is_that_of_rounding(format, per, bound):
     """Of whole numbers half a step of the largest; of floats with three bits behind the point half a step of each."""
     tokens = np.random.default_rng(0).standard_normal((5, 3, 16, 32)).astype(np.float32)
@@ -30,6 +31,16 @@ def test_two_numbers_of_four_bits_share_a_byte():
     assert (stored.dtype, stored.shape) == (jnp.uint8, (7, 5))
     np.testing.assert_array_equal(unpacked(stored), numbers)
     np.testing.assert_array_equal(stored & 15, numbers[:, :5] & 15)  # dim i in the low half, i + D / 2 in the high
+
+
+def test_four_numbers_of_two_bits_share_a_byte():
+    numbers = np.random.default_rng(0).integers(-2, 2, (7, 12))
+    stored = packed(jnp.asarray(numbers, jnp.int32), 4)
+    assert (stored.dtype, stored.shape) == (jnp.uint8, (7, 3))
+    np.testing.assert_array_equal(unpacked(stored, 4), numbers)
+    np.testing.assert_array_equal(unpacked(stored, 4, is_signed=False), numbers & 3)
+    for part in range(4):  # dim i + part * D / 4
+        np.testing.assert_array_equal(stored >> 2 * part & 3, numbers[:, 3 * part : 3 * part + 3] & 3)
 
 
 @pytest.mark.parametrize("steps", [-2, -1, 0, 1, 2])
@@ -55,7 +66,7 @@ def test_scales_that_no_token_asks_for_have_no_inverse():
     np.testing.assert_array_equal(inverses(jnp.asarray(scales)), np.zeros(7))
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4", "int2"])
 def test_what_some_chips_take_for_zero_is_zero(format):
     """With the smallest scale there is, a number below 2 ** -126 rounds to zero, so that it may be one or not."""
     faintest = jnp.full((1, 4), FAINT)
@@ -67,20 +78,48 @@ def test_what_some_chips_take_for_zero_is_zero(format):
 
 
 @pytest.mark.parametrize(
-    ("format", "per", "dim", "message"),
+    ("scheme", "dim", "message"),
     [
-        ("int3", "token", 8, "format = 'int3': must be one of int8, fp8, int4"),
-        ("int8", "page", 8, "per = 'page': must be token or channel"),
-        ("int4", "token", 7, "head dim = 7: must be even"),
-        ("int8", "token", 0, r"tokens = \(4, 0\): must be \[..., page, D\], with one at least of each"),
+        ({"format": "int3"}, 8, "format = 'int3': must be one of int8, fp8, int4, int2"),
+        ({"format": "int8", "per": "page"}, 8, "per = 'page': must be token or channel"),
+        ({"format": "int4"}, 7, "head dim = 7: must be even"),
+        ({"format": "int2"}, 6, "head dim = 6: must be a multiple of 4"),
+        ({"format": "int8"}, 0, r"tokens = \(4, 0\): must be \[..., page, D\], with one at least of each"),
+        ({"format": "int8", "has_zeros": True}, 8, "has_zeros = True, format = 'int8': must be one of int4, int2"),
+        ({"format": "int4", "group": 3}, 8, "group = 3: must divide the head dim 8"),
+        ({"format": "int4", "group": 0}, 8, "group = 0: must divide the head dim 8"),
+        ({"format": "int4", "per": "channel", "group": 4}, 8, "group = 4: must be None by channel"),
+        ({"format": "int4", "scale_dtype": "float16"}, 8, "scale_dtype = 'float16': must be one of float32, bfloat16"),
     ],
 )
-def test_what_is_no_format_is_refused(format, per, dim, message, monkeypatch):
+def test_what_is_no_scheme_is_refused(scheme, dim, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would see some of them first
     with pytest.raises(ValueError, match=message):
-        quantised(jnp.zeros((4, dim)), format, per)
+        quantised(jnp.zeros((4, dim)), Scheme(**scheme))
 
 
-def test_a_payload_of_another_type_has_no_format():
-    with pytest.raises(ValueError, match="type int16 is of no format; legal: int8"):
-        _ = Quantised(jnp.zeros((4, 8), jnp.int16), jnp.zeros(4)).format
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"payload": jnp.zeros((4, 8), jnp.int16)}, "pages.payload of int16: must be int8 or uint8 for int8"),
+        ({"scales": jnp.zeros(8)}, r"pages.scales = \(8,\): must be \(4,\), one for each token"),
+        ({"scales": jnp.zeros(4, jnp.float16)}, "pages.scales of float16: must be float32 or bfloat16"),
+        (
+            {"format": "int4", "payload": jnp.zeros((4, 4), jnp.uint8), "group": 4},
+            r"must be \(2, 4\), one for each 4 ch",
+        ),
+        ({"format": "int4", "payload": jnp.zeros((4, 4), jnp.int8)}, "pages.payload of int8: must be uint8 for int4"),
+        (
+            {"format": "int2", "payload": jnp.zeros((4, 2), jnp.uint8), "zeros": jnp.zeros(4, jnp.bfloat16)},
+            "pages.zeros of bfloat16: must be of the scales' type",
+        ),
+        (
+            {"format": "int2", "payload": jnp.zeros((4, 2), jnp.uint8), "zeros": jnp.zeros(8)},
+            r"pages.zeros = \(8,\): must be \(4,\), one for each token",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(changes, message):
+    arrays = {"payload": jnp.zeros((4, 8), jnp.int8), "scales": jnp.zeros(4), "format": "int8"}
+    with pytest.raises(ValueError, match=message):
+        Quantised(**arrays | changes).check("pages")

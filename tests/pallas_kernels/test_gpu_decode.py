@@ -13,8 +13,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Quantised
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.formats import FORMATS, SHARED, Quantised
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
 from pallas_kernels.paged_attention.cases import CASES, generated
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import Part
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 HOW = plgpu.InterpretGPUParams(detect_races=True)
@@ -338,5 +338,5 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
 def _pool(format: str, per: Any, page_size: int, dim: int) -> Any:
     if format not in FORMATS:
         return jnp.zeros((1, 1, page_size, dim), format)
-    payload = jnp.zeros((1, 1, page_size, dim // 2 if format == "int4" else dim), FORMATS[format])
-    return Quantised(payload, jnp.zeros((1, 1, page_size if per == "token" else dim)), per)
+    payload = jnp.zeros((1, 1, page_size, dim // SHARED.get(format, 1)), FORMATS[format])
+    return Quantised(payload, jnp.zeros((1, 1, page_size if per == "token" else dim)), format, per)

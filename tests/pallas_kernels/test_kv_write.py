@@ -291,7 +291,7 @@ def _arguments(**changes):
             "pages.values of int8: must be stored as keys are, float32",
         ),
         (
-            {"pages": Pages(*2 * [Quantised(jnp.zeros((3, 2, 8, 16), jnp.int8), jnp.zeros((3, 2, 16)), "token")])},
+            {"pages": Pages(*2 * [Quantised(jnp.zeros((3, 2, 8, 16), jnp.int8), jnp.zeros((3, 2, 16)), "int8")])},
             r"pages.keys.scales = \(3, 2, 16\): must be \(3, 2, 8\), one for each token",
         ),
         ({"values": jnp.zeros((2, 1, 2, 16), jnp.bfloat16)}, "values of bfloat16: must be of the keys' type, float32"),

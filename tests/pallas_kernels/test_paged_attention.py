@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.formats import Quantised, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import NOWHERE, Lists, Pages, api, blocked, paged_attention
-from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.proof import brute_force, by_api, check
 from pallas_kernels.selection import Asked, recording
 from pallas_kernels.visible import Visible
@@ -36,7 +36,7 @@ SPACE = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", (CASES | KIVI).values(), ids=CASES | KIVI)
 def test_equals_float64(implementation, case):
     check(by_api(implementation=implementation), **case)
 
@@ -128,15 +128,10 @@ def _arguments(*, keys=None, values=None, table=None, starts=None, valid=None, *
             "pages.values of int8: must be stored as keys are, float32",
         ),
         (
-            dict.fromkeys(("keys", "values"), Quantised(jnp.zeros((3, 2, 4, 8), jnp.int8), jnp.zeros((3, 2, 8)))),
+            dict.fromkeys(
+                ("keys", "values"), Quantised(jnp.zeros((3, 2, 4, 8), jnp.int8), jnp.zeros((3, 2, 8)), "int8")
+            ),
             r"pages.keys.scales = \(3, 2, 8\): must be \(3, 2, 4\), one for each token",
-        ),
-        (
-            {
-                "keys": quantised(jnp.zeros((3, 2, 8, 8)), "int8"),
-                "values": quantised(jnp.zeros((3, 2, 8, 8)), "int8", "channel"),
-            },
-            "pages.values: scaled by channel, must be by token, as keys are",
         ),
         (
             dict.fromkeys(("keys", "values"), jnp.zeros((3, 2, 4, 8), jnp.int8)),

@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from kvlab.hardware import CHIPS
 from pallas_kernels import compilers, lowering, ops, targets
 from pallas_kernels.chips import TARGETS, Shape
-from pallas_kernels.formats import FORMATS, Quantised
+from pallas_kernels.formats import FORMATS, SHARED, Quantised
 from pallas_kernels.lowering import Lowered
 from pallas_kernels.ops import OPS
 from pallas_kernels.paged_attention import proof
@@ -237,10 +237,8 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
             assert num_consumers == 2, "refusal lets pass what is not held"  # of a chunk's two warpgroups one attends
             continue
         dtype = jnp.dtype(jnp.bfloat16)
-        pools = [
-            jax.ShapeDtypeStruct((1, 1, 1, width // (1 + (format == "int4"))), of_type) for width in (dim, value_dim)
-        ]
-        pages = Pages(*(Quantised(pool, None, per) if format in FORMATS else pool for pool in pools))
+        pools = [jax.ShapeDtypeStruct((1, 1, 1, width // SHARED.get(format, 1)), of_type) for width in (dim, value_dim)]
+        pages = Pages(*(Quantised(pool, None, format, per) if format in FORMATS else pool for pool in pools))
         scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_page_mass, "hopper")
         refs = [ref for ref in scratch.values() if hasattr(ref, "dtype")]
         num_bytes = sum(-(-math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024 for ref in refs)

@@ -31,6 +31,26 @@ def test_every_label_is_the_value_of_the_queried_key(length, pairs):
         assert sorted(tokens[places]) == sorted(keys)
 
 
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_a_second_turn_is_the_later_half_of_the_places(query_aware):
+    """No token, label or weight changes; where every place has a query, half of the queries are in each turn."""
+    names = ("64:4", "64:16", "128:32", "63:10", "13:3")
+    plain = Mqar(MqarConfig(test=names))
+    task = Mqar(MqarConfig(test=names, num_turns=2, query_aware=query_aware))
+    for old, part in zip(plain.slices("test"), task.slices("test"), strict=True):
+        batches = [which.eval_batch(named_key(0, "eval"), "test", old, 0, 40) for which in (plain, task)]
+        jax.tree.map(np.testing.assert_array_equal, *batches)
+        (turn,), pairs = part.turns, part.knob
+        queries = np.arange(2 * pairs, part.seq_len - 1, 2)
+        early, late = queries[queries < turn], queries[queries >= turn]
+        assert len(early) - len(late) in (0, 1)
+        assert (old.prompt_len, old.compress_at, old.turns) == (2 * pairs, 2 * pairs, ())
+        assert part.compress_at == part.prompt_len == (turn if query_aware else 2 * pairs)
+        if part.seq_len == 4 * pairs:
+            places = np.asarray(batches[0].label_positions)[np.asarray(batches[0].weights) > 0]
+            assert (places >= turn).sum() == 40 * pairs // 2
+
+
 def test_query_places_follow_the_power_law():
     """Near gaps are likelier: P(first draw = gap) is proportional to (gap + 1) ** (power - 1)."""
     task = Mqar(MqarConfig(train=("64:1",), train_weights=(1,), test=("64:1",)))

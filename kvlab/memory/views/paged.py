@@ -75,7 +75,8 @@ def attention_plan(
     is_taken: Callable[[Asked], bool] = takes_plan,
 ) -> AttentionPlan | None:
     """What all layers of a class share when they decode: which pages are live and how they are shared out. None where
-    nothing is decoded, where each layer reads pages of its own choice, or where no kernel that serves such pages here takes one, as `is_taken` says."""
+    nothing is decoded, where each layer reads pages of its own choice, or where no kernel that serves such pages here
+    takes one, as `is_taken` says."""
     spec = cast(TokenState, state.spec)
     if plan.write_slots.shape[1] != 1 or spec.reading is not None:
         return None

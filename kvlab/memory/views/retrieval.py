@@ -17,7 +17,8 @@ from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.memory.views.paged import attend_pages, lists_of
 from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries
-from pallas_kernels.pages import NOWHERE, Lists, Pages
+from pallas_kernels.pages import Lists, Pages
+from pallas_kernels.visible import NOWHERE
 
 
 @jax.tree_util.register_dataclass

@@ -22,7 +22,8 @@ from kvlab.selection import Candidates, choose
 from kvlab.selection.choose import Chosen
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.pages import NOWHERE, Lists
+from pallas_kernels.pages import Lists
+from pallas_kernels.visible import NOWHERE
 
 
 @jax.tree_util.register_dataclass
