@@ -20,7 +20,7 @@ def noted_anew(
     if not state.index:
         return pool
     keys = page_keys(state, pool, pages)
-    used = jnp.arange(keys.shape[3], dtype=jnp.int32) < num_slots[:, :, None]
+    used = jnp.arange(keys.shape[3], dtype=jnp.int32)[None, None, :] < num_slots[:, :, None]
     keys = jnp.where(used[:, :, None, :, None], keys, 0)
     noted = method.note(keys, used, jnp.dtype(state.index[0].dtype))
     places = jnp.where(num_slots > 0, pages, len(pool["keys"]))

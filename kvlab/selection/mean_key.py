@@ -28,7 +28,7 @@ class MeanKey(Selection):
         return (ArraySpec("key_mean", (num_kv_heads, key_dim), dtype, per_page=True, is_statistics=True),)
 
     def note(self, keys: Float[Array, "*pages K S D"], used: Bool[Array, "*pages S"], dtype: Any) -> dict[str, Array]:
-        counts = jnp.maximum(used.sum(axis=-1), 1)[..., None, None]
+        counts = jnp.maximum(used.sum(axis=-1), 1)[..., None, None].astype(keys.dtype)
         return {"key_mean": (jnp.where(used[..., None, :, None], keys, 0).sum(axis=-2) / counts).astype(dtype)}
 
     def score(self, candidates: Candidates) -> Float[Array, "B T K N"]:

@@ -64,7 +64,8 @@ class SelectedTokens:
     def append(self, **tokens: Array) -> Self:
         after = self.tokens.append(**tokens)
         num_tokens, page_size = tokens["keys"].shape[1], self.state.reading.page_size
-        numbers = after.starts[:, None] // page_size + jnp.arange((num_tokens + page_size - 2) // page_size + 1)
+        most = (num_tokens + page_size - 2) // page_size + 1
+        numbers = after.starts[:, None] // page_size + jnp.arange(most, dtype=jnp.int32)[None, :]
         table = jnp.asarray(self.plan.pages)
         pages = jnp.take_along_axis(table, jnp.clip(numbers, 0, table.shape[1] - 1), axis=1)
         num_slots = jnp.clip(after.slot_lens[:, None] - numbers * page_size, 0, page_size)
