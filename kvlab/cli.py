@@ -1,5 +1,5 @@
-"""The command line: kvlab run | plan | show | report | track | capacity | generate | weights | reproduce | kernels |
-schema."""
+"""The command line: kvlab run | plan | show | report | compare | best | track | capacity | generate | weights |
+reproduce | kernels | schema."""
 
 import argparse
 import os
@@ -91,6 +91,10 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         _add_overrides(add(command, f"{composed}: {summary}"))
     _add_results(add(show, "RESULTS: a table in the terminal"))
     _add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
+    _add_compare(
+        add(compare, "A B ...: paired differences on the same examples; run folders, run ids or field=value,...")
+    )
+    _add_best(add(best, "budget=64KiB task=mqar [RESULTS]: the best quality that fits, or with floor= the least bytes"))
     _add_results(add(track, "RESULTS: TensorBoard event files"), "RESULTS/tensorboard")
     _add_capacity(add(capacity, f"{composed}: what a published model's memory holds, for whom, how fast; -m compares"))
     _add_generate(add(generate, f"FOLDER {composed}: a run's directory or a published checkpoint answers prompts"))
@@ -112,6 +116,26 @@ def _add_results(parser: Parser, default: str | None = None) -> None:
     parser.add_argument("results", type=Path)
     if default:
         parser.add_argument("--output", type=Path, help=f"where to write; default: {default}")
+
+
+def _add_compare(parser: Parser) -> None:
+    which = "a run's folder, a run id or its beginning, or conditions such as mixer=gqa,format=int8,seed=0,1"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{which}; each is compared with the first")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are looked for; results")
+    parser.add_argument("--floor", type=float, help="what a ceiling must reach for a difference to tell something")
+    _add_forms(parser, ("json", "markdown", "latex"))
+
+
+def _add_best(parser: Parser) -> None:
+    words = "budget=64KiB | floor=0.95 | axis=allocated_bytes | field=value | RESULTS"
+    parser.add_argument("words", nargs="+", metavar=words, help="what is asked, and of which runs; RESULTS: results")
+    _add_forms(parser, ("json",))
+
+
+def _add_forms(parser: Parser, forms: Sequence[str]) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for form in forms:
+        group.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form}")
 
 
 def _add_capacity(parser: Parser) -> None:
@@ -192,7 +216,7 @@ def plan(options: argparse.Namespace) -> int:
     from kvlab.lab.tables import print_plans
 
     use_compilation_cache()
-    configs, _ = expand(options.overrides, options.multirun)
+    configs, _ = expand(options.overrides, options.multirun, planned=True)
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:
@@ -220,6 +244,31 @@ def report(options: argparse.Namespace) -> int:
     for path in write_report(options.results, options.output or options.results):
         print(path)
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Paired differences between points of one task, by slice and turn: each with the first. 95% intervals are drawn
+    over seeds and examples; flips are of labels; ceilings are found among the runs at hand."""
+    from kvlab.lab.choose import Runs
+    from kvlab.lab.comparison_tables import compare_points, printed
+
+    if len(options.runs) < 2:
+        raise UsageError("kvlab compare: give at least two runs; see kvlab compare --help")
+    runs = Runs(options.results)
+    print(printed(compare_points(runs, options.runs, floor=options.floor), options.form))
+    return 0
+
+
+def best(options: argparse.Namespace) -> int:
+    """The best quality whose held bytes a sequence fit a budget, and the least bytes that reach a quality, of results
+    at hand; 1 if nothing does."""
+    import json
+
+    from kvlab.lab.best import as_data, as_text, ask
+
+    said = ask(options.words)
+    print(json.dumps(as_data(said), indent=2) if options.form == "json" else as_text(said))
+    return 0 if said.is_found else 1
 
 
 def track(options: argparse.Namespace) -> int:

@@ -7,12 +7,29 @@ import numpy.typing as npt
 
 from kvlab.engine.compactor import Compacted
 from kvlab.evaluation.session import ReadStep
-from kvlab.evaluation.trail import SlotPositions
+from kvlab.evaluation.trail import NEVER, follow
 from kvlab.ledger.reading import Reading
 from kvlab.memory.layout import MemoryLayout
 
 type ReadMasks = tuple[dict[str, npt.NDArray[np.bool_]], ...]
 """For each layer, by the state that selects: [B, K, T, T] which tokens each query of each head read."""
+
+
+class _Held:
+    """Which token lies in each slot of every sequence and head, of one state of one layer."""
+
+    def __init__(self, num_rows: int, num_heads: int, num_tokens: int):
+        self._held = [[np.zeros(0, np.int64)] * num_heads for _ in range(num_rows)]
+        self._known = [0] * num_rows
+        self._gone = np.full((num_rows, num_heads, num_tokens), NEVER, np.int32)
+
+    def at(self, sequence: int, head: int, length: int) -> npt.NDArray[np.int64]:
+        """The positions of the tokens of a sequence in its slots, from the first on, once it has `length` tokens."""
+        return np.concatenate([self._held[sequence][head], np.arange(self._known[sequence], length)])
+
+    def follow(self, compacted: Compacted, index: int, kept: npt.NDArray[np.int32]) -> None:
+        """Takes a compaction of the class `index` in."""
+        follow(compacted, index, kept, self._gone, self._held, self._known, None)
 
 
 def what_was_read(
@@ -29,13 +46,15 @@ def what_was_read(
                 continue
             num_heads = state.arrays[0].shape[0]
             mask = np.zeros((num_rows, num_heads, num_tokens, num_tokens), bool)
-            held, waiting = SlotPositions(num_rows, num_heads), [each for each in compacted if name in each.kept[layer]]
+            held, waiting = (
+                _Held(num_rows, num_heads, num_tokens),
+                [each for each in compacted if name in each.kept[layer]],
+            )
             for step in steps:
                 starts: dict[Hashable, int] = dict(zip(step.sequences, step.plan.starts.tolist(), strict=False))
                 while waiting and _came_before(waiting[0], starts):
                     done = waiting.pop(0)
-                    for _ in held.follow(done, index, np.asarray(done.kept[layer][name])):
-                        pass
+                    held.follow(done, index, np.asarray(done.kept[layer][name]))
                 _take_in(step, index, np.asarray(step.is_read[layer][name]), state.reading, held, mask)
             mine[name] = mask
         masks.append(mine)
@@ -53,7 +72,7 @@ def _take_in(
     index: int,
     is_read: npt.NDArray[np.bool_],
     reading: Reading,
-    held: SlotPositions,
+    held: _Held,
     mask: npt.NDArray[np.bool_],
 ) -> None:
     """Takes one step of one state, which said `is_read` [B, T, K, N], into its mask."""

@@ -4,7 +4,7 @@ Scores are kept for every example and turn: what two memories do to the same exa
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -20,7 +20,7 @@ from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task
-from kvlab.tasks.metrics import ExampleScores, Sums
+from kvlab.tasks.metrics import NO_EXAMPLES, ExampleScores, Sums
 from kvlab.training.step import score, weighted_nll
 from kvlab.typing import Params
 
@@ -31,7 +31,7 @@ class SliceScore(Sums):
     were scored through a memory: tokens, labels and weights, whatever batches they came in."""
 
     name: str
-    examples: ExampleScores | None = field(default=None, compare=False)
+    examples: ExampleScores = field(default=NO_EXAMPLES, compare=False)
     data_sha256: str = ""
 
 
@@ -45,10 +45,16 @@ class Scorer:
         self._batches: dict[tuple[str, str, int], Batch] = {}
 
     def parallel(
-        self, params: Params, split: str, states: Sequence[LayerStates] | None = None
+        self,
+        params: Params,
+        split: str,
+        states: Sequence[LayerStates] | None = None,
+        *,
+        forward: Callable[[Params, Batch], tuple[Array, Array]] | None = None,
     ) -> tuple[SliceScore, ...]:
-        """Every slice in the parallel form; `states` as in `Transformer.parallel`."""
-        forward = self._parallel
+        """Every slice in the parallel form; `states` as in `Transformer.parallel`. Another form is given by `forward`:
+        the negative log-likelihood and correctness of a batch's labels."""
+        forward = forward or self._parallel
         if states is not None:
             forward = jax.jit(lambda params, batch: weighted_nll(merge(self.structure, params), batch, states))
         scores = []
@@ -88,7 +94,7 @@ class Scorer:
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
-        session.prompt_len = eval_slice.compress_at or eval_slice.prompt_len
+        session.prompt_len, session.known = eval_slice.compress_at or eval_slice.prompt_len, dict(enumerate(tokens))
         session.decode_from = eval_slice.prompt_len
         for start, end, width in steps(eval_slice, session.layout.chunk_len):
             logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
@@ -104,7 +110,7 @@ class Scorer:
                 labelled = [position for position in range(start, end) if weights[:, position].any()]
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
-            check.compare(tokens, session.compacted, seen, session.steps)
+            check.compare(tokens, session.compacted, seen, eval_slice.name, session.steps)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
 

@@ -2,11 +2,11 @@
 them. The mixer sees one view under its own name; pools, plans and accounts know the parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
-from kvlab.ledger.states import QUANTISED, State
+from kvlab.ledger.states import QUANTISED, PerToken, State, Statistics
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
@@ -21,6 +21,10 @@ class Joined:
     names: tuple[tuple[str, str], ...]
     layer: int
     """Among the layers that are compressed."""
+    state: State
+    """What they are together, as it is stored."""
+    heads: tuple[tuple[str, tuple[int, ...]], ...]
+    """By part, statistics apart, the KV heads of the state that it holds."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +69,50 @@ def _in_parts(
             held[name] = Part(state)
             continue
         assert memory.budget is not None
-        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place)
+        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
+        selected, state = state, _unselected(state)
         retention = method.retention(state, shape)
-        if prompt_len is None:
+        if retention is None:
+            most = max_len
+        elif prompt_len is None:
             most = retention.most_of_any(max_len, chunk_len)
         else:
             most = retention.most(prompt_len, max_len, chunk_len)
         shape = shape._replace(num_slots=-(-most // memory.page_size) * memory.page_size)
         parts = method.parts(state, shape)
+        if selected.reading is not None:
+            parts, state = _with_selection(parts, selected, memory), selected
         names = {part: f"{name}.{part}" if part else name for part in parts}
-        held |= {names[part]: value for part, value in parts.items()}
-        joined[name] = Joined(method, tuple(names.items()), place[0])
+        held |= {names[part]: value._replace(heads=None) for part, value in parts.items()}
+        everyone = tuple(range(state.arrays[0].shape[0]))
+        heads = tuple(
+            (part, everyone if value.heads is None else value.heads)
+            for part, value in parts.items()
+            if not isinstance(value.state, Statistics)
+        )
+        joined[name] = Joined(method, tuple(names.items()), place[0], state, heads)
     return LayerParts(held, joined)
+
+
+def _unselected(state: State) -> State:
+    """A state as it is where all of it is read."""
+    if state.reading is None:
+        return state
+    assert isinstance(state, PerToken)
+    return replace(state, reading=None, index=())
+
+
+def _with_selection(parts: Mapping[str, Part], selected: State, memory: MemoryConfig) -> Mapping[str, Part]:
+    """The parts that a compression makes of a state, of whose pages some are read. Raises ConfigError where they are
+    not pages that all heads share."""
+    assert memory.selection is not None
+    assert memory.compression is not None
+    if parts.keys() - {"", "noted"} or parts[""].state != _unselected(selected):
+        legal = (
+            f"must be all with compression = {memory.compression.name}, whose heads store different pages or windows"
+        )
+        raise ConfigError("memory.selection", memory.selection.name, legal)
+    return {**parts, "": parts[""]._replace(state=selected)}
 
 
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:

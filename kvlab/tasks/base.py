@@ -70,6 +70,18 @@ class Task(abc.ABC):
     def context_len(self) -> int:
         """Tokens of the longest evaluation sequence: where memory is measured unless another length is asked for."""
 
+    @property
+    def num_choices(self) -> int | None:
+        """How many labels a blind guess has to choose among, where that is known."""
+        return None
+
+    @property
+    def chance(self) -> float | None:
+        """What a blind guess scores, where that is known."""
+        if self.num_choices is None or self.metric.chance is None:
+            return None
+        return self.metric.chance(self.num_choices)
+
     @abc.abstractmethod
     def train_shapes(self) -> tuple[int, ...]:
         """The sequence lengths that training compiles for."""

@@ -72,6 +72,10 @@ class Haystack[C: HaystackConfig](Task):
     def context_len(self) -> int:
         return max(self.config.contexts)
 
+    @property
+    def num_choices(self) -> int:
+        return len(self.digits)
+
     def train_shapes(self) -> tuple[int, ...]:
         return self.config.contexts
 

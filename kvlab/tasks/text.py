@@ -68,6 +68,10 @@ class Text(Task):
     def context_len(self) -> int:
         return self.config.seq_len
 
+    @property
+    def num_choices(self) -> int:
+        return self.vocab_size
+
     def train_shapes(self) -> tuple[int, ...]:
         return (self.config.seq_len,)
 

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kvlab.compression import Attended
+from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.weights import paged_weights
 from kvlab.typing import HeadOutputs, Positions, Queries
 
@@ -18,20 +19,23 @@ from kvlab.typing import HeadOutputs, Positions, Queries
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NotedTokens:
-    """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it."""
+    """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it. A step
+    of a second pass `listens`: see `Compression.listen`."""
 
     method: Any = field(metadata={"static": True})
     tokens: Any
     noted: Any
+    listens: bool = field(default=False, metadata={"static": True})
 
     @classmethod
-    def of_parts(cls, method: Any, parts: Mapping[str, Any]) -> Self:
+    def of_parts(cls, method: Any, parts: Mapping[str, Any], *, listens: bool = False) -> Self:
         """From the views of the parts."""
-        return cls(method, parts[""], parts["noted"])
+        return cls(method, parts[""], parts["noted"], listens)
 
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by the names that a compression gives them."""
-        return {"": self.tokens, "noted": self.noted}
+        tokens = self.tokens.parts() if isinstance(self.tokens, DealtTokens) else {"": self.tokens}
+        return {**tokens, "noted": self.noted}
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, tokens=self.tokens.append(**tokens))
@@ -48,5 +52,6 @@ class NotedTokens:
             return paged_weights(tokens, scaled, slots, soft_cap)
 
         seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh)
-        noted = self.method.observe(self.noted.read(), seen)
+        note = self.method.listen if self.listens else self.method.observe
+        noted = note(self.noted.read(), seen)
         return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))
