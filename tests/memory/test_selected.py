@@ -21,8 +21,9 @@ from kvlab.memory.page_index import page_keys
 from kvlab.memory.pools import num_bytes
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, Transformer, merge, split
+from kvlab.schema import ConfigError
 from kvlab.selection import SELECTIONS
-from tests.contracts import VARIANTS, VOCAB, run_ragged
+from tests.contracts import VARIANTS, VOCAB, run_ragged, states_of
 from tests.mixers.tiny import TINY
 from tests.selection.brute_force import logits_of
 
@@ -247,3 +248,28 @@ def test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages(meth
         looked_at = (23 - read) * (8 + 4) if method == "oracle" else 0
         assert state.spec.read_bytes(23) == 6 * index + 2 * (read * by_head + looked_at)
     assert state.spec.read_bytes(23) < state.spec.logical_bytes(23) or method == "oracle"
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "sentence"),
+    [
+        ("window", {}, "memory.selection = 'quest': serves no layer of this model: a window reads little by itself"),
+        ("mamba2", {}, "memory.selection = 'quest': serves no layer of this model: one state a sequence has no pages"),
+        ("gqa", {"dense_layers": 2}, "memory.selection.dense_layers = 2: must be below 1, the layers of this model"),
+        ("retrieval", {}, "memory.selection = 'quest': serves no layer of this model: it selects by itself"),
+    ],
+)
+def test_a_model_of_which_nothing_can_select_is_refused(layers, fields, sentence):
+    with pytest.raises(ConfigError) as caught:
+        stored_states([{"state": state} for state in states_of(layers)], memory_of(**fields))
+    assert str(caught.value).startswith(sentence)
+
+
+def test_heads_that_store_different_pages_are_refused():
+    """And layers that cannot select are passed over: the window beside them, and what is dense."""
+    states = build("attention")[0].states()
+    held = stored_states(states, memory_of(dense_layers=1))
+    assert [layer["kv"].reading is None for layer in held] == [True, True, False]
+    compression = COMPRESSIONS["streaming"]()
+    with pytest.raises(ConfigError, match=r"memory.selection = 'quest': must be all with compression = streaming"):
+        MemoryLayout.of(states, memory_of(compression=compression, budget=16), max_sequences=1, max_len=24)
