@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+import pallas_kernels
 from kvlab.compose import compose
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
@@ -25,8 +26,8 @@ from kvlab.models.transformer import LayerConfig
 from kvlab.tasks import TASKS
 from kvlab.weights.gguf import TYPES
 from kvlab.weights.published import PUBLISHED
+from pallas_kernels import ops
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
-from pallas_kernels.ops import Op
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import golden, write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
@@ -99,21 +100,24 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     assert execute(tiny) == "done"
 
 
-def test_the_recipe_for_a_kernel_holds(monkeypatch):
-    """docs/adding-a-kernel.md: the op is built from the page itself, registered by its line, and does what it must."""
+def test_the_recipe_for_a_kernel_holds(monkeypatch, tmp_path):
+    """docs/adding-a-kernel.md: the op's three files are found where ops are looked for, and it does what it must."""
     page = (ROOT / "docs" / "adding-a-kernel.md").read_text()
-    api, reference, registry_line, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    modules = {}
-    for name, source in (("", ""), (".reference", reference), (".api", api)):
-        full_name = f"pallas_kernels.page_bounds{name}"
-        module = modules[name] = module_of(monkeypatch, full_name, source, "docs/adding-a-kernel.md")
-        modules[""].__dict__[name.removeprefix(".")] = module
-    op = eval(registry_line.strip().rstrip(","), {"Op": Op, "page_bounds": modules[".api"]})
-    assert op.available() == ["reference"]
+    api, reference, exported, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = tmp_path / "page_bounds"
+    folder.mkdir()
+    for name, source in (("api", api), ("reference", reference), ("__init__", exported)):
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.setattr(pallas_kernels, "__path__", [*pallas_kernels.__path__, str(tmp_path)])
+    found = ops.discovered()
+    assert set(found) == {*ops.OPS, "page_bounds"}
+    assert found["page_bounds"].available() == ["reference"]
     written: dict = {}
     exec(compile(demands, "docs/adding-a-kernel.md", "exec"), written)
     (demand,) = (value for name, value in written.items() if name.startswith("test_"))
     demand()
+    for name in [name for name in sys.modules if name.startswith("pallas_kernels.page_bounds")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_the_ledgers_page_runs():

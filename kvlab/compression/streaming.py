@@ -26,6 +26,7 @@ class Windowed(Compression, abc.ABC):
     at: str = choice("end", ("end",))
     every: int = integer(0, 0, 0)
     heads: str = choice("uniform", ("uniform",))
+    layers: str = choice("uniform", ("uniform",))
 
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
         raise AssertionError("what forgets by position is never compacted")

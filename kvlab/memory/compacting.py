@@ -14,10 +14,11 @@ from kvlab.compression import Compression, Slots
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.page_index import noted_anew
 from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
-from kvlab.memory.views.noted import gathered
 from kvlab.memory.views.sealed import seal
+from kvlab.memory.views.weights import gathered
 
 type Kept = tuple[dict[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, M] the slots that each head kept, ascending; past its count `NOWHERE`.
@@ -96,11 +97,24 @@ def _compact_state(
         )
     else:
         kept = select(scores, slots.valid, protected, jnp.asarray(tokens.keep), width)
-        pools[names[""]] = pack(pool, tokens.pages, tokens.destinations, kept)
+        pools[names[""]] = _packed(layout, state, pool, tokens, kept)
     if statistics is not None:
         moved = {name: _moved(array, kept) if name in method.by_slot else array for name, array in noted.items()}
         pools[names["noted"]] = write_slots(pools[names["noted"]], statistics.destinations[:, 0], moved)
     return kept
+
+
+def _packed(layout: MemoryLayout, state: Any, pool: Pool, tokens: ClassCompaction, kept: Int32[Array, "B K M"]) -> Pool:
+    """A pool after a compaction: its tokens packed, and what is noted of the pages that they fill noted anew."""
+    index = {array.name for array in state.index}
+    by_token = {name: array for name, array in pool.items() if name not in index}
+    destinations = jnp.asarray(tokens.destinations)
+    pool = pool | pack(by_token, jnp.asarray(tokens.pages), destinations, kept)
+    if layout.selection is None or state.reading is None:
+        return pool
+    begins = jnp.arange(destinations.shape[1], dtype=jnp.int32)[None, :] * layout.page_size
+    num_slots = jnp.clip(jnp.asarray(tokens.keep)[:, None] - begins, 0, layout.page_size)
+    return noted_anew(layout.selection, state, pool, destinations, num_slots)
 
 
 def _dealt(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
 from kvlab.ledger.retention import Sealing
-from kvlab.ledger.states import QUANTISED, SealedState, State, Statistics, TokenState
+from kvlab.ledger.states import QUANTISED, PerToken, SealedState, State, Statistics, TokenState
 from kvlab.memory.config import SEALED, MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def _in_parts(
             continue
         assert memory.budget is not None
         shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
+        selected, state = state, _unselected(state)
         retention = method.retention(state, shape)
         if retention is None:
             most = max_len
@@ -131,6 +133,8 @@ def _in_parts(
             most = retention.most(prompt_len, max_len, chunk_len)
         shape = shape._replace(num_slots=-(-most // memory.page_size) * memory.page_size)
         parts = method.parts(state, shape)
+        if selected.reading is not None:
+            parts, state = _with_selection(parts, selected, memory), selected
         names = {part: f"{name}.{part}" if part else name for part in parts}
         held |= {names[part]: value._replace(heads=None) for part, value in parts.items()}
         everyone = tuple(range(state.arrays[0].shape[0]))
@@ -143,10 +147,52 @@ def _in_parts(
     return LayerParts(held, joined)
 
 
+def _unselected(state: State) -> State:
+    """A state as it is where all of it is read."""
+    if state.reading is None:
+        return state
+    assert isinstance(state, PerToken)
+    return replace(state, reading=None, index=())
+
+
+def _with_selection(parts: Mapping[str, Part], selected: State, memory: MemoryConfig) -> Mapping[str, Part]:
+    """The parts that a compression makes of a state, of whose pages some are read. Raises ConfigError where they are
+    not pages that all heads share."""
+    assert memory.selection is not None
+    assert memory.compression is not None
+    if parts.keys() - {"", "noted"} or parts[""].state != _unselected(selected):
+        legal = (
+            f"must be all with compression = {memory.compression.name}, whose heads store different pages or windows"
+        )
+        raise ConfigError("memory.selection", memory.selection.name, legal)
+    return {**parts, "": parts[""]._replace(state=selected)}
+
+
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states in a memory's format. Raises ConfigError for one that such a memory cannot hold, or not in
-    its format."""
-    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    """Every layer's states in a memory's format, and with the pages that it reads. Raises ConfigError for one that
+    such a memory cannot hold, or not in its format, and for a selection that serves no layer."""
+    stored = [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    return stored if memory.selection is None else _selected(stored, memory, memory.selection)
+
+
+def _selected(layers: Sequence[LayerStates], memory: MemoryConfig, method: Selection) -> list[dict[str, State]]:
+    """The states of layers, with the pages that are read of those behind the dense ones."""
+    able = [index for index, layer in enumerate(layers) if any(not method.skips(state) for state in layer.values())]
+    if not able:
+        reasons = sorted({method.skips(state) for layer in layers for state in layer.values()})
+        raise ConfigError("memory.selection", method.name, f"serves no layer of this model: {'; '.join(reasons)}")
+    if method.dense_layers >= len(able):
+        legal = f"must be below {len(able)}, the layers of this model that can select"
+        raise ConfigError("memory.selection.dense_layers", method.dense_layers, legal)
+    return [
+        {
+            name: method.of_state(state, memory.page_size)
+            if index in able[method.dense_layers :] and not method.skips(state)
+            else state
+            for name, state in layer.items()
+        }
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _stored(state: State, memory: MemoryConfig) -> State:
