@@ -216,7 +216,7 @@ def plan(options: argparse.Namespace) -> int:
     from kvlab.lab.tables import print_plans
 
     use_compilation_cache()
-    configs, _ = expand(options.overrides, options.multirun)
+    configs, _ = expand(options.overrides, options.multirun, planned=True)
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:

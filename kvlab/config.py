@@ -10,12 +10,14 @@ Hydra composes; it is asked for nothing else. There is no `_target_`: names are 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from kvlab.compression import Budget
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
@@ -153,9 +155,25 @@ class Config(Schema):
             raise ConfigError(
                 "tune.learning_rate", list(self.tune.learning_rate), "must be [] with train.num_steps = 0"
             )
+        self._check_budget()
         if self.measure.decode_steps >= self.context_len:
             legal = f"must be below the measured context of {self.context_len} tokens"
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
+
+    def _check_budget(self) -> None:
+        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
+        method = self.memory.compression
+        if method is None or self.memory.budget is None or Budget.of(self.memory.budget).fraction is None:
+            return
+        fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
+        for part in self.make_task().slices("test"):
+            prompt_len = part.compress_at or part.prompt_len
+            if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:
+                least = f"{keep} slots of the {prompt_len} tokens before the answers of {part.name}"
+                protects = f"memory.compression.sinks = {method.sinks} and recent = {method.recent} protect"
+                raise ConfigError(
+                    "memory.budget", self.memory.budget, f"is {least}, fewer than the {protected} that {protects}"
+                )
 
     @property
     def context_len(self) -> int:

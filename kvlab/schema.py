@@ -130,6 +130,11 @@ def integers(default: Iterable[int], low: int, high: int = 2**31 - 1, *, min_len
     return _field(tuple(default), list_type(integer_type(low, high), min_len))
 
 
+def integer_lists(default: Iterable[Iterable[int]], low: int, high: int = 2**31 - 1) -> Any:
+    """A list of lists of integers, each in [low, high]."""
+    return _field(tuple(map(tuple, default)), list_type(list_type(integer_type(low, high))))
+
+
 def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     """A list of non-empty strings."""
     return _field(tuple(default), list_type(text_type(), min_len))

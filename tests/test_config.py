@@ -223,6 +223,45 @@ def test_a_wrong_value_in_a_sweep_stops_the_whole_sweep(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_format_that_states_cannot_be_stored_in_stops_a_sweep_before_it_begins(tmp_path):
+    words = [f"results_dir={tmp_path}", "mixer.A.head_dim=7", "memory.format=model,int4"]
+    with pytest.raises(ConfigError, match=r"memory\.format = 'int4': keys: \(4, 7\) of int4 does not fill whole bytes"):
+        expand(words, multirun=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["mixer=mha,mqa", "memory.page_size=8,16", "memory=paged"], ["memory.page_size=8,16"]),
+        (["experiment=demo", "task=mqar", "mixer=mha,mqa", "measure.decode_steps=2,3"], ["measure.decode_steps=2,3"]),
+        (["seed=0,1", "measure={context_len:300}", "measure.decode_steps=2,3"], []),  # the later word would win
+        (["seed=0,1", "mixer=mha,mqa"], []),
+    ],
+)  # fmt: skip
+def test_a_sweep_starts_distinct_trainings_first(words, first):
+    """So that the second worker does not wait for the first one's. What is run stays the same."""
+    configs, handed = expand(words, multirun=True)
+    again, _ = expand(handed, multirun=True)
+    assert handed[: len(first)] == first
+    assert {config.run_id for config in again} == {config.run_id for config in configs}
+    trainings = {config.training_id for config in configs}
+    if first or len(trainings) == len(configs):
+        assert {config.training_id for config in again[: len(trainings)]} == trainings
+
+
+def test_a_plan_has_the_type_of_the_hardware_that_it_names():
+    words = ["hardware=h100,v5e,host"]
+    assert [config.model.dtype for config in expand(words, True, planned=True)[0]] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    ]
+    assert {config.model.dtype for config in expand(words, True)[0]} == {"float32"}  # a run's: this machine's
+    (named,), _ = expand(["hardware=h100", "model.dtype=float32"], False, planned=True)
+    assert named.model.dtype == "float32"
+
+
 def test_the_command_line_answers_in_one_line():
     command = [sys.executable, "-m", "kvlab", "run", "mixer=mhaa"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

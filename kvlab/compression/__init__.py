@@ -1,11 +1,14 @@
 """Compressions by name. A new one is a file and its line here; no mixer and no memory knows of it."""
 
-from kvlab.compression.base import Attended, Compression, Noted, Part, Shape, Slots
+from kvlab.compression.base import Attended, Compression, Noted, Part, PassLens, Shape, Slots
 from kvlab.compression.budget import Budget
+from kvlab.compression.duo import Duo
 from kvlab.compression.h2o import H2O
 from kvlab.compression.knorm import Knorm
+from kvlab.compression.second_pass import KVzip, Oracle, SecondPass
 from kvlab.compression.snapkv import SnapKV
 from kvlab.compression.static import Random, Recency
+from kvlab.compression.streaming import Streaming
 
 COMPRESSIONS: dict[str, type[Compression]] = {
     method.name: method
@@ -15,7 +18,22 @@ COMPRESSIONS: dict[str, type[Compression]] = {
         Knorm,
         SnapKV,
         H2O,
+        Streaming,
+        Duo,
+        KVzip,
+        Oracle,
     )
 }
 
-__all__ = ["COMPRESSIONS", "Attended", "Budget", "Compression", "Noted", "Part", "Shape", "Slots"]
+__all__ = [
+    "COMPRESSIONS",
+    "Attended",
+    "Budget",
+    "Compression",
+    "Noted",
+    "Part",
+    "PassLens",
+    "SecondPass",
+    "Shape",
+    "Slots",
+]

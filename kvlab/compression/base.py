@@ -18,8 +18,11 @@ from jaxtyping import Bool, Float, Int32
 from kvlab.compression.budget import Budget
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention
-from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics
-from kvlab.schema import ConfigError, Schema, choice, integer
+from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics, TokenState
+from kvlab.schema import ConfigError, Schema, choice, integer, real
+
+HEADS = ("uniform", "ada")
+"""How a layer's slots are dealt to its heads."""
 
 type Noted = dict[str, Array]
 """What a method remembers of each sequence beside its tokens: arrays [B, ...] by name."""
@@ -30,6 +33,8 @@ class Part(NamedTuple):
 
     state: State
     retention: Retention | None = None
+    heads: tuple[int, ...] | None = None
+    """The KV heads of the mixer's state that it holds; None: all of them."""
 
 
 class Shape(NamedTuple):
@@ -42,6 +47,14 @@ class Shape(NamedTuple):
     layer: int
     """Among the layers that are compressed, and below how many there are."""
     num_layers: int
+    page_size: int = 1
+
+
+class PassLens(NamedTuple):
+    """The most tokens that are read behind a prompt, and the longest that prompt and they are together."""
+
+    num_read: int
+    total_len: int
 
 
 @dataclass(frozen=True)
@@ -95,11 +108,17 @@ class Compression(Schema, abc.ABC):
     """The base of every method. The first `sinks` slots and the last `recent` ones are never dropped; both count as
     part of the budget. `at` "end" compacts a prompt once it is complete, "chunks" after each chunk of it, which bounds
     the peak. Decoding sequences are compacted whenever they store `every` slots more than the budget; 0: never.
+
+    `heads` says how the slots of a layer are dealt to its KV heads: "uniform", each as many; or "ada", by their scores
+    (AdaKV, arXiv 2407.11550), of which each keeps at least a share of `safeguard` of the mean. Both hold the same
+    pages; of "ada" counts are whole tiles, a page's slots of one head, so that a budget is rounded down to whole pages.
     """
 
     name: ClassVar[str] = ""
     uses_readers: ClassVar[bool] = False
     """Whether scores come from queries: the mixer must then say who reads its state (`Readers`)."""
+    weighs: ClassVar[bool] = False
+    """Whether `observe` asks for weights over all slots, so that every step reads the keys once more."""
     by_slot: ClassVar[tuple[str, ...]] = ()
     """Names of statistics whose first axis is slots: they move with them."""
 
@@ -107,6 +126,8 @@ class Compression(Schema, abc.ABC):
     recent: int = integer(8, 0, 1 << 20)
     at: str = choice("end", AT)
     every: int = integer(0, 0, 1 << 20)
+    heads: str = choice("uniform", HEADS)
+    safeguard: float = real(0.2, 0.0, 1.0)
 
     @abc.abstractmethod
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
@@ -120,6 +141,15 @@ class Compression(Schema, abc.ABC):
         """The statistics after a step's attention. Traced; called only where there are any."""
         raise NotImplementedError
 
+    def second_pass(self, max_len: int, prompt_len: int | None = None) -> PassLens:
+        """How far is read behind a prompt before it is compacted, for what is attended to, and forgotten at once
+        (`SecondPass`), in a memory of sequences of up to `max_len` tokens; None: of any prompt."""
+        return PassLens(0, max_len)
+
+    def listen(self, noted: Noted, seen: Attended) -> Noted:
+        """The statistics after a step of such a pass. Traced."""
+        raise NotImplementedError
+
     def skips(self, state: State) -> str:
         """Why a state is left as it is; empty: it is compressed."""
         if not state.per_token:
@@ -128,13 +158,19 @@ class Compression(Schema, abc.ABC):
             return "a window forgets by itself"
         return ""
 
-    def retention(self, state: State, shape: Shape) -> Retention:
-        """How many slots are kept of a state, and when. Raises ConfigError for a budget below what is protected."""
+    def retention(self, state: State, shape: Shape) -> Retention | None:
+        """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget
+        below what is protected."""
         budget, protected = shape.budget, self.sinks + self.recent
+        unit = shape.page_size if self.heads == "ada" else 1
+        if unit > 1 and budget.slots is not None and budget.slots // unit * unit < max(1, protected):
+            least = max(1, -(-protected // unit)) * unit
+            legal = f"must be at least {least} slots with heads = ada: whole pages of {unit}"
+            raise ConfigError("memory.budget", str(budget), legal)
         if budget.slots is not None and budget.slots < max(1, protected):
             legal = f"must be at least the {protected} slots that sinks = {self.sinks} and recent = {self.recent} keep"
             raise ConfigError("memory.budget", str(budget), legal)
-        return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every)
+        return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every, unit)
 
     def parts(self, state: State, shape: Shape) -> Mapping[str, Part]:
         """What a memory holds in the place of a state: "" is the tokens themselves. Raises ConfigError for a state that
@@ -145,7 +181,21 @@ class Compression(Schema, abc.ABC):
             raise ConfigError("memory.compression", self.name, legal)
         arrays = self.statistics(state, shape)
         noted = {"noted": Part(Statistics(arrays))} if arrays else {}
+        num_kv_heads = state.arrays[0].shape[0]
+        if self.heads == "ada" and num_kv_heads > 1:
+            self._check_dealing(state)
+            noted["dealt"] = Part(Statistics((ArraySpec("kept", (num_kv_heads,), "int32"),)))
         return {"": Part(state, self.retention(state, shape)), **noted}
+
+    def _check_dealing(self, state: PerToken) -> None:
+        """Raises ConfigError where the slots of a state cannot be dealt to its heads."""
+        name = "memory.compression.heads"
+        if self.at != "end" or self.every:
+            raise ConfigError(
+                name, "ada", f"must be uniform with at = {self.at}, every = {self.every}: tiles are dealt once"
+            )
+        if not isinstance(state, TokenState):
+            raise ConfigError(name, "ada", f"must be uniform for a {type(state).__name__}")
 
     def plain(self) -> dict[str, Any]:
         """As YAML has it."""

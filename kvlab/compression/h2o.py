@@ -20,6 +20,7 @@ class H2O(Compression):
 
     name: ClassVar[str] = "h2o"
     uses_readers: ClassVar[bool] = True
+    weighs: ClassVar[bool] = True
     by_slot: ClassVar[tuple[str, ...]] = ("mass", "readers")
 
     by_readers: bool = flag(True)

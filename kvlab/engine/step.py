@@ -1,6 +1,6 @@
 """The device step, a pure function."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool
 
+from kvlab.engine.listener import Listener, Slots, heard
 from kvlab.ledger.plan import Compaction, Plan
 from kvlab.memory.compacting import Kept, compact, padded
 from kvlab.memory.layout import MemoryLayout
@@ -60,12 +61,19 @@ class MemoryStep:
         logits = model.logits(hidden) if everywhere else logits_at(model, hidden, jnp.maximum(counts - 1, 0))
         return logits, finite.all(axis=1), pools
 
-    def forward(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Transformer, Hidden, Pools]:
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def listen(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> Pools:
+        """The pools after tokens [B, T] that are read only for what they attend to: there are no logits."""
+        return self.forward(params, pools, plan, tokens, listens=True)[2]
+
+    def forward(
+        self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, listens: bool = False
+    ) -> tuple[Transformer, Hidden, Pools]:
         """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not
-        compiled."""
+        compiled. A step of a second pass `listens`."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-        hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan))
+        hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan, listens=listens))
         return model, hidden, self.layout.pools(views)
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
@@ -91,9 +99,14 @@ class MemoryStep:
     def _compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
         return compact(self.layout, pools, compaction)
 
-    def compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+    def compact(self, pools: Pools, compaction: Compaction, slots: Slots | None = None) -> tuple[Pools, Kept]:
         """The pools after a compaction, which is dispatched and not waited for, and which slots stayed. Rows and pages
-        are padded to powers of two, so that few shapes are compiled."""
+        are padded to powers of two, so that few shapes are compiled. `slots` are where a second pass left the
+        statistics of the only sequence. Raises ValueError for a memory that needs such a pass, without."""
+        if listener := Listener(self.layout):
+            if slots is None:
+                raise ValueError(f"compression = {listener.name}: its second pass was not run (Listener.plan)")
+            compaction = heard(compaction, slots)
         return self._compact(pools, padded(compaction, self.layout))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -109,6 +122,13 @@ class MemoryStep:
         """One planned step, its copies first."""
         plan, pools = self.copied(pools, plan)
         return self(params, pools, plan, jnp.asarray(tokens))
+
+    def read_on(self, params: Params, pools: Pools, steps: Sequence[tuple[Plan, npt.NDArray[np.int32]]]) -> Pools:
+        """The pools after the planned steps of a second pass (`Listener.plan`)."""
+        for plan, tokens in steps:
+            plan, pools = self.copied(pools, plan)
+            pools = self.listen(params, pools, plan, jnp.asarray(tokens))
+        return pools
 
     def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
         """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are

@@ -1,6 +1,6 @@
 """The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory
-rounds it, and under the mask that its compactions imply. What a compression costs is then its own; no error of the
-memory hides in it."""
+rounds it, and under the mask that its compactions and windows imply. What a compression costs is then its own; no error
+of the memory hides in it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from jax import Array
 from kvlab.engine.compactor import Compacted
 from kvlab.evaluation.trail import GoneAt, trail
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.views import view_of
+from kvlab.memory.views import LayerStates, view_of
 from kvlab.memory.views.masked import MaskedTokens
 from kvlab.models.transformer import Transformer, merge
 from kvlab.typing import Hidden, Params, Tokens
@@ -32,12 +32,14 @@ class MaskCheck:
         self.structure, self.params, self.layout = structure, params, layout
         self.worst = 0.0
         self.num_compared = self.num_compactions = 0
-        self.dropped = [0, 0]
-        """Slots that compactions dropped, and slots that there were."""
+        self.evicted: dict[str, list[int]] = {}
+        """By slice: slots that compactions dropped, and slots that were ever written."""
 
-    def compare(self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray]) -> None:
-        """One batch of sequences [B, T], named by their rows; `seen` are logits [B, V] through the memory, by
-        position."""
+    def compare(
+        self, tokens: np.ndarray, compacted: Sequence[Compacted], seen: dict[int, np.ndarray], name: str = ""
+    ) -> None:
+        """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
+        by position."""
         if not seen:
             return
         gone_at = trail(self.layout, compacted, *tokens.shape)
@@ -51,29 +53,15 @@ class MaskCheck:
             error = np.where(np.isfinite(found).all(axis=1), error, np.inf)
             self.worst = max(self.worst, float(error.max()))
             self.num_compared += error.size
-        for each in compacted:
-            for plan in each.plan.classes:
-                self.dropped[0] += int((plan.stored - plan.keep).sum())
-                self.dropped[1] += int(plan.stored.sum())
+        evicted = self.evicted.setdefault(name, [0, 0])
+        evicted[0] += sum(int((plan.stored - plan.keep).sum()) for each in compacted for plan in each.plan.classes)
+        evicted[1] += tokens.size * sum(state.retention is not None for state in self.layout.classes)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
     @partial(jax.jit, static_argnums=0)
     def _hidden(self, params: Params, tokens: Tokens, gone_at: GoneAt) -> Hidden:
         """Final hidden states of the parallel form."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
-        model = merge(self.structure, params)
-        memory: list[dict[str, Any]] = []
-        for layer, states in enumerate(model.states()):
-            views = dict[str, Any]()
-            for name in states:
-                state = self.layout.classes[self.layout.states[layer][name]].spec
-                if name in gone_at[layer]:
-                    views[name] = MaskedTokens(state, {}, counts, gone_at[layer][name])
-                else:
-                    views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
-            memory.append(views)
-        return model.hidden(tokens, positions, memory)[0]
+        return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at)
 
     @partial(jax.jit, static_argnums=0)
     def _logits(self, params: Params, hidden: Array) -> Array:
@@ -84,3 +72,20 @@ class MaskCheck:
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+def masked_hidden(model: Transformer, stored: Sequence[LayerStates], tokens: Tokens, gone_at: GoneAt) -> Hidden:
+    """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,
+    each head sees what it still holds. All are rounded as the `stored` states say. Traced."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+    memory: list[dict[str, Any]] = []
+    for states, gone in zip(stored, gone_at, strict=True):
+        views = dict[str, Any]()
+        for name, state in states.items():
+            if name in gone:
+                views[name] = MaskedTokens(state, {}, counts, gone[name])
+            else:
+                views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
+        memory.append(views)
+    return model.hidden(tokens, positions, memory)[0]

@@ -12,6 +12,7 @@ import numpy as np
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
 from kvlab.ledger.accounting import Account
+from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
@@ -40,6 +41,9 @@ class Observed:
     compiled: Any
     decode_s: float
     train_step_ms: float
+    ledger: Ledger
+    compaction_s: float | None
+    """Of one compaction; None: there was none."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,16 @@ def _read_bytes_per_token(seen: Observed) -> int:
         spec, page_size = state.spec, state.page_size
         left_out = spec.logical_bytes(num_tokens, page_size) - spec.read_bytes(num_tokens, page_size)
         total += account.logical // seen.layout.max_sequences - left_out * state.num_layers
+    return total + sum(_weighed_bytes(seen, layer) for layer in range(len(seen.layout.states)))
+
+
+def _weighed_bytes(seen: Observed, layer: int) -> int:
+    """Keys that are read once more in a layer, by methods that weigh every slot in every step."""
+    total = 0
+    for name, joined in seen.layout.joined[layer].items():
+        if joined.method.weighs:
+            state = seen.layout.classes[seen.layout.states[layer][name]]
+            total += state.spec.arrays[0].num_bytes * seen.ledger.stored(seen.ledger.sequences[0])[state.name]
     return total
 
 
@@ -120,7 +134,9 @@ class MemoryReport:
     decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
     `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
     reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token`
-    is what decoding one more token of one sequence reads of its memory; records from before it was measured have none.
+    is what decoding one more token of one sequence reads of its memory, and `held_peak_bytes` the most that was held
+    on the way: of a memory that compresses prompts, one whole prompt beside what is left of the others. `stored` are
+    slots of a sequence, by class, where tokens were dropped. Records from before these were measured have none.
     """
 
     logical_bytes: int = measured(
@@ -146,6 +162,14 @@ class MemoryReport:
     read_bytes_per_token: int | None = measured(
         _read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
     )
+    held_peak_bytes: int | None = measured(
+        lambda seen: seen.ledger.counters.peak_bytes,
+        axis="most bytes of pages held at any moment, prompts included, per sequence",
+        default=None,
+    )
+    stored: dict[str, int] | None = measured(  # noqa: RUF009
+        lambda seen: seen.ledger.stored(seen.ledger.sequences[0]) if seen.layout.compresses else None, default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -154,6 +178,7 @@ class SpeedReport:
 
     train_step_ms: float = measured(lambda seen: seen.train_step_ms, column="step ms")
     decode_tokens_per_s: float = measured(lambda seen: seen.layout.max_sequences / seen.decode_s, column="decode tok/s")
+    compaction_ms: float | None = measured(lambda seen: seen.compaction_s and seen.compaction_s * 1e3, default=None)
 
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
@@ -186,8 +211,13 @@ def measure(
     rows, num_tokens, width = range(layout.max_sequences), layout.max_len, layout.chunk_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
     prompt_len = max(1, num_tokens - decode_steps)
-    for start in range(0, prompt_len, width):
-        session.advance({row: tokens[row, start : min(start + width, prompt_len)] for row in rows}, width)
+    session.prompt_len, session.known, session.times = prompt_len, dict(enumerate(tokens)), True
+    # Where prompts are compressed they come one after the other: while one is whole, the others are what is left.
+    groups = [[row] for row in rows] if layout.compresses else [list(rows)]
+    for group in groups:
+        for start in range(0, prompt_len, width):
+            end = min(start + width, prompt_len)
+            session.advance({row: tokens[row, start:end] for row in group}, width, len(group))
     times = []
     for place in range(prompt_len, num_tokens):
         began = time.perf_counter()
@@ -196,5 +226,6 @@ def measure(
     session.ledger.check()
     # The first timed step may have compiled.
     decode_s = float(np.median(times[1:] or times))
-    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms)
+    session_s = float(np.median(session.compaction_s[1:] or session.compaction_s)) if session.compaction_s else None
+    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms, session.ledger, session_s)
     return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

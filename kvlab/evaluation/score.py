@@ -4,7 +4,7 @@ Scores are kept for every example and turn: what two memories do to the same exa
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -45,10 +45,16 @@ class Scorer:
         self._batches: dict[tuple[str, str, int], Batch] = {}
 
     def parallel(
-        self, params: Params, split: str, states: Sequence[LayerStates] | None = None
+        self,
+        params: Params,
+        split: str,
+        states: Sequence[LayerStates] | None = None,
+        *,
+        forward: Callable[[Params, Batch], tuple[Array, Array]] | None = None,
     ) -> tuple[SliceScore, ...]:
-        """Every slice in the parallel form; `states` as in `Transformer.parallel`."""
-        forward = self._parallel
+        """Every slice in the parallel form; `states` as in `Transformer.parallel`. Another form is given by `forward`:
+        the negative log-likelihood and correctness of a batch's labels."""
+        forward = forward or self._parallel
         if states is not None:
             forward = jax.jit(lambda params, batch: weighted_nll(merge(self.structure, params), batch, states))
         scores = []
@@ -87,7 +93,7 @@ class Scorer:
         real_rows = all_weights.any(axis=1)
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
-        session.prompt_len = eval_slice.compress_at or eval_slice.prompt_len
+        session.prompt_len, session.known = eval_slice.compress_at or eval_slice.prompt_len, dict(enumerate(tokens))
         for start, end, width in steps(eval_slice, session.layout.chunk_len):
             logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
             if not weights[:, start:end].any():
@@ -102,7 +108,7 @@ class Scorer:
                 labelled = [position for position in range(start, end) if weights[:, position].any()]
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
-            check.compare(tokens, session.compacted, seen)
+            check.compare(tokens, session.compacted, seen, eval_slice.name)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
 

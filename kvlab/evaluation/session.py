@@ -1,13 +1,16 @@
 """The host driver of a step, for evaluation: prefills in chunks and decodes, a fixed batch at a time."""
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
 
 from kvlab.engine.compactor import Compacted
+from kvlab.engine.listener import Listener, Slots
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.classes import Lengths
@@ -18,8 +21,9 @@ class Session:
     """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded.
 
     A memory that compresses does so where its retentions say, counting from `prompt_len`, the tokens of every
-    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. With `poisons`, pages
-    that a compaction frees are filled with what must not be read.
+    sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. `known` are the complete
+    tokens of sequences, for a method that must know what follows. With `poisons`, pages that a compaction or a window
+    frees are filled with what must not be read.
     """
 
     def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
@@ -27,17 +31,30 @@ class Session:
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
+        self.listener = Listener(self.layout)
+        self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
+        self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
+        self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
+        self.times = False
+        """Whether compactions, second passes included, are waited for and timed."""
+        self.compaction_s: list[float] = []
 
-    def advance(self, chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]], width: int) -> Array:
+    def advance(
+        self,
+        chunks: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]],
+        width: int,
+        num_rows: int | None = None,
+    ) -> Array:
         """Feeds each sequence its next tokens (1 to `width` of them) in one step; returns logits [rows, width, V].
+        `num_rows` is the program's batch where that is not the layout's.
 
         Row i belongs to the i-th sequence of `chunks`. Raises MemoryError with the ledger's reason when they do not
         fit; no sequence has then changed.
         """
-        names = list(chunks)
-        tokens = np.zeros((self.layout.max_sequences, width), np.int32)
+        names, num_rows = list(chunks), num_rows or self.layout.max_sequences
+        tokens = np.zeros((num_rows, width), np.int32)
         for row, name in enumerate(names):
             answer = self.ledger.reserve(name, len(chunks[name]), lengths=self._lengths(name, len(chunks[name])))
             if not isinstance(answer, Ready):
@@ -45,10 +62,15 @@ class Session:
                     self.ledger.cancel(reserved)
                 raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
-        plan = self.ledger.plan(names, self.layout.max_sequences, width)
+        plan = self.ledger.plan(names, num_rows, width)
         logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
+        free = self._free() if self.poisons and self.forgets else []
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
+            if self.listener:
+                self.fed.setdefault(name, []).extend(np.asarray(chunks[name]).tolist())
+        if free:
+            self._poison(free)
         if self.layout.compresses and (due := self.ledger.due(names)):
             self._compact(due)
         return logits
@@ -60,18 +82,40 @@ class Session:
         return Lengths(self.prompt_len, max(self.prompt_len, num_new))
 
     def _compact(self, due: Mapping[Hashable, Mapping[str | int, int]]) -> None:
-        free = [set(store.free) for store in self.ledger.stores]
+        """Compacts who is due: together, or each behind its second pass."""
         seeds = {name: row for row, name in enumerate(self.ledger.sequences)}
-        plan = self.ledger.compact(due, seeds)
-        if isinstance(plan, Wait):
-            raise MemoryError(f"compaction: {plan.reason}")
-        self.pools, kept = self.step.compact(self.pools, plan)
-        self.compacted.append(Compacted(tuple(due), plan, kept))
-        if self.poisons:
-            self._poison([set(store.free) - before for store, before in zip(self.ledger.stores, free, strict=True)])
+        for together in [[name] for name in due] if self.listener else [list(due)]:
+            began = time.perf_counter()
+            slots, free = self._listen(together[0]) if self.listener else {}, self._free()
+            plan = self.ledger.compact({name: due[name] for name in together}, seeds)
+            if isinstance(plan, Wait):
+                raise MemoryError(f"compaction: {plan.reason}")
+            self.pools, kept = self.step.compact(self.pools, plan, slots)
+            if self.times:
+                jax.block_until_ready(self.pools)
+                self.compaction_s.append(time.perf_counter() - began)
+            self.compacted.append(Compacted(tuple(together), plan, kept))
+            if self.poisons:
+                self._poison(free)
 
-    def _poison(self, freed: Sequence[set[int]]) -> None:
-        """Spoils pages that nobody may read any more."""
+    def _listen(self, name: Hashable) -> Slots:
+        """Reads on behind a sequence's prompt; where the statistics of that lie."""
+        prompt = self.fed[name]
+        future = list(self.known[name][len(prompt) :]) if name in self.known else None
+        found = self.listener.plan(self.ledger, name, prompt, future)
+        if isinstance(found, Wait):
+            raise MemoryError(found.reason)
+        self.pools = self.step.read_on(self.params, self.pools, found.steps)
+        return found.slots
+
+    def _free(self) -> list[set[int]]:
+        return [set(store.free) for store in self.ledger.stores]
+
+    def _poison(self, before: Sequence[set[int]]) -> None:
+        """Spoils pages that have become free, which nobody may read any more."""
+        freed = [now - then for now, then in zip(self._free(), before, strict=True)]
+        if not any(freed):
+            return
         pages = []
         for state, mine in zip(self.layout.classes, freed, strict=True):
             size = 1 << max(0, len(mine) - 1).bit_length()
@@ -83,3 +127,4 @@ class Session:
         for name in self.ledger.sequences:
             self.ledger.release(name)
         self.compacted.clear()
+        self.fed.clear()

@@ -1,4 +1,5 @@
-"""Which tokens each head still held at each position, from what the device said it kept."""
+"""Which tokens each head still held at each position, from what the device said it kept, and from the windows of what
+forgets by position."""
 
 from collections.abc import Sequence
 
@@ -6,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.engine.compactor import Compacted
+from kvlab.ledger.states import State
+from kvlab.memory.compacting import NOWHERE
 from kvlab.memory.layout import MemoryLayout
 
 NEVER = 2**30
@@ -16,23 +19,33 @@ type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
 
 
 def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
-    """The mask that compactions of the sequences 0 to num_rows - 1 imply. Raises AssertionError where the device kept
-    other counts than the host planned, or slots that were not there."""
+    """The mask that a lossy memory implies of the sequences 0 to num_rows - 1. Raises AssertionError where the device
+    kept other counts than the host planned, or slots that were not there."""
     gone_at: list[dict[str, npt.NDArray[np.int32]]] = []
     for layer, joined in enumerate(layout.joined):
         mine = dict[str, npt.NDArray[np.int32]]()
-        for name in joined:
-            index = layout.states[layer][name]
-            num_heads = layout.classes[index].spec.arrays[0].shape[0]
+        for name, parts in joined.items():
+            num_heads = parts.state.arrays[0].shape[0]
             gone = np.full((num_rows, num_heads, num_tokens), NEVER, np.int32)
+            for part, heads in parts.heads:
+                spec = layout.classes[layout.states[layer][dict(parts.names)[part]]].spec
+                gone[:, list(heads)] = [forgotten_at(spec, position) for position in range(num_tokens)]
             held = [[np.zeros(0, np.int64)] * num_heads for _ in range(num_rows)]
             known = [0] * num_rows
             for each in compacted:
                 if name in each.kept[layer]:
-                    _follow(each, index, np.asarray(each.kept[layer][name]), gone, held, known)
+                    kept = np.asarray(each.kept[layer][name])
+                    of_heads = layout.page_size if "dealt" in dict(parts.names) else None
+                    _follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
             mine[name] = gone
         gone_at.append(mine)
     return tuple(gone_at)
+
+
+def forgotten_at(state: State, position: int) -> int:
+    """The length at which a state forgets a token by itself."""
+    length = state.forgotten_at(position)
+    return NEVER if length is None else length
 
 
 def _follow(
@@ -42,21 +55,28 @@ def _follow(
     gone: npt.NDArray[np.int32],
     held: list[list[npt.NDArray[np.int64]]],
     known: list[int],
+    tile_len: int | None,
 ) -> None:
-    """Takes one compaction of one class into the mask."""
+    """Takes one compaction of one class into the mask; with a `tile_len` each head keeps a number of slots of its own,
+    in tiles of that many."""
     plan = compacted.plan.classes[index]
     for row, sequence in enumerate(compacted.sequences):
         if not plan.stored[row]:
             continue
         assert isinstance(sequence, int)
         length, keep = int(compacted.plan.lengths[row]), int(plan.keep[row])
+        num_kept = (kept[row] < NOWHERE).sum(axis=1)
+        if tile_len is None:
+            assert (num_kept == keep).all(), f"{num_kept} slots were kept, {keep} were planned"
+        else:
+            num_tiles, planned = (-(-num_kept // tile_len)).sum(), len(num_kept) * keep // tile_len
+            assert num_tiles == planned, f"{num_tiles} tiles were kept, {planned} were planned"
         for head, before in enumerate(held[sequence]):
             positions = np.concatenate([before, np.arange(known[sequence], length)])
             assert len(positions) == plan.stored[row], f"{len(positions)} slots, the host knows {plan.stored[row]}"
-            slots = kept[row, head][:keep]
+            slots = kept[row, head][: num_kept[head]]
             assert (np.diff(slots) > 0).all(), f"slots {slots} are not ascending"
             assert slots[-1] < len(positions), f"slots {slots} of {len(positions)}"
-            assert (kept[row, head][keep:] >= len(positions)).all(), "more slots were kept than were planned"
             held[sequence][head] = positions[slots]
             gone[sequence, head, np.delete(positions, slots)] = length
         known[sequence] = length

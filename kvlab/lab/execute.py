@@ -24,7 +24,7 @@ from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.parameters import obtain
 from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
-from kvlab.lab.record import Done, FailedTraining, Quality, Unfinished
+from kvlab.lab.record import Done, FailedTraining, Lossy, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.random import named_key
@@ -111,7 +111,24 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
         "memory_at_task_context": elsewhere,
         "speed": speed,
         "training": trained.report,
+        "lossy": None if check is None else lossy_report(lab, check),
     }
+
+
+def lossy_report(lab: Laboratory, check: MaskCheck) -> Lossy:
+    """What a record says of a lossy memory."""
+    evicted = {name: dropped / max(1, num_slots) for name, (dropped, num_slots) in check.evicted.items()}
+    method, skipped = lab.config.memory.compression, dict[str, str]()
+    for layer, states in enumerate(lab.model.states if method is not None else ()):
+        assert method is not None
+        skipped |= {f"{layer}.{name}": reason for name, state in states.items() if (reason := method.skips(state))}
+    return Lossy(
+        logit_error=check.worst,
+        num_logits=check.num_compared,
+        num_compactions=check.num_compactions,
+        evicted_fraction=evicted,
+        skipped=skipped,
+    )
 
 
 def quality_of(
@@ -138,8 +155,9 @@ def measure_memory(
 ) -> tuple[MemoryReport, SpeedReport]:
     """Bytes and speed at a context of `context_len` tokens and the configured batch."""
     config = lab.config
-    layout = lab.layout(context_len, config.measure.batch_size)
-    step, decode_steps = MemoryStep.of(lab.model.structure, layout), min(config.measure.decode_steps, context_len - 1)
+    decode_steps = min(config.measure.decode_steps, context_len - 1)
+    layout = lab.layout(context_len, config.measure.batch_size, prompt_len=context_len - decode_steps)
+    step = MemoryStep.of(lab.model.structure, layout)
     return measure(step, params, lab.task.vocab_size, decode_steps, train_step_ms=train_step_ms)
 
 

@@ -66,6 +66,20 @@ class Quality:
         return self.verified_by != EXACT
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lossy:
+    """What a lossy memory did to the test slices: the largest difference of a logit from the parallel form under its
+    own mask, relative to the largest logit of its position, over `num_logits` positions; how often a sequence was
+    compacted; by slice, the fraction of all slots that was dropped (0: the compression never acted); and the states
+    that were left as they are, with the reason."""
+
+    logit_error: float
+    num_logits: int
+    num_compactions: int
+    evicted_fraction: dict[str, float]
+    skipped: dict[str, str]
+
+
 SHOWN: dict[str, Shown] = {item.name: item.metadata["shown"] for item in fields(Quality) if "shown" in item.metadata}
 """The fields of `Quality` that are shown, by name."""
 
@@ -139,6 +153,7 @@ class Done(Record):
     training: TrainingReport
     provenance: Provenance
     memory_at_task_context: MemoryReport | None = None
+    lossy: Lossy | None = None
     examples: Examples | None = None
     status: Literal["done"] = "done"
 

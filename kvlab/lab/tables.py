@@ -35,20 +35,33 @@ def wide_console() -> Console:
 
 
 def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
-    """A row for each run: what it would hold and cost, and whether that fits; then the kernels that it would take."""
-    names = ("run", "label", "state", "params", "weights", "optimizer", "activations", "memory", "temporaries", "FLOPs")
-    table = Table(*names, "fits", title=f"{len(plans)} runs", title_justify="left")
+    """A row for each run: what it would hold and cost, and whether that fits. FLOPs stand at the first run of each
+    training. Below are the kernels that runs would take, and which formats change nothing."""
+    names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory")
+    trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
+    total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
+    title = f"{len(plans)} runs of {len(trainings)} trainings, {total:.2e} FLOPs"
+    table = Table(*names, "temporaries", "FLOPs", "fits", title=title, title_justify="left")
     for config, plan in plans:
         sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
         sizes = (*sizes, plan.state_bytes, plan.temporaries_bytes)
         fits = f"{'yes' if plan.fits else 'NO'}: {human_bytes(max(plan.train_bytes, plan.decode_bytes))}"
         fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
-        cells = [config.run_id, config.label, Run(config).state, f"{plan.num_params:,}"]
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), f"{plan.train_flops:.2e}", fits)
+        flops = f"{plan.train_flops:.2e}" if trainings[config.training_id] == config.run_id else "shared"
+        cells = [config.run_id, config.training_id, config.label, Run(config).state, f"{plan.num_params:,}"]
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), flops, fits)
     console = wide_console()
     console.print(table)
-    for line in dict.fromkeys(_kernels_line(plan) for _, plan in plans):
+    lines = [_kernels_line(plan) for _, plan in plans]
+    lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
+    for line in dict.fromkeys(lines):
         console.print(line, markup=False)
+
+
+def _format_line(config: Config) -> str:
+    """Said of a run whose format no state is stored in."""
+    repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
+    return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
 
 
 def _kernels_line(plan: Plan) -> str:

@@ -81,6 +81,10 @@ class Ledger:
         each = zip(self.classes, held.holdings, strict=True)
         return {state.name: held.length - holding.dropped for state, holding in each}
 
+    def pages(self, sequence: Hashable, number: int) -> tuple[int, ...]:
+        """The pages, or the slot, that a sequence holds of a class, in their order."""
+        return tuple(self._get(sequence).holdings[number].pages.values())
+
     def never(self, total_len: int, prompt_len: int | None = None) -> Never | None:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could. One with a prompt
         of `prompt_len` tokens is compacted where its classes' retentions say; without, it is not."""

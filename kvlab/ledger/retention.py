@@ -13,7 +13,8 @@ class Retention:
 
     A prompt is compacted at its end ("end": all of it is held once), or after every `chunk_len` of its tokens
     ("chunks"). While decoding, a sequence is compacted whenever it stores `every` slots more than it keeps; 0: never.
-    `protected` slots are never dropped, so that at least as many are kept.
+    `protected` slots are never dropped, so that at least as many are kept. Counts are multiples of `unit`,
+    rounded down.
     """
 
     slots: int | None = None
@@ -22,6 +23,7 @@ class Retention:
     at: str = "end"
     chunk_len: int = 0
     every: int = 0
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if (self.slots is None) == (self.fraction is None):
@@ -39,10 +41,12 @@ class Retention:
 
     def keep(self, prompt_len: int) -> int:
         """Slots that a compaction leaves of a sequence with such a prompt; it may have fewer."""
-        if self.slots is not None:
-            return self.slots
-        assert self.fraction is not None
-        return max(1, self.protected, math.floor(self.fraction * prompt_len + 1e-9))
+        keep = self.slots
+        if keep is None:
+            assert self.fraction is not None
+            keep = max(1, self.protected, math.floor(self.fraction * prompt_len + 1e-9))
+        least = -(-max(1, self.protected) // self.unit) * self.unit
+        return max(keep // self.unit * self.unit, least)
 
     def due(self, prompt_len: int, length: int, stored: int) -> int | None:
         """Slots to keep if a sequence of `length` tokens, of which `stored` slots are stored, is to be compacted before

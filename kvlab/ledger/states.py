@@ -208,6 +208,13 @@ class TokenState(PerToken):
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return _in_format((keys, values), self.format, self.scale_dtype)
 
+    def of_heads(self, count: int) -> Self:
+        """The state of as many of its KV heads, with their share of the query heads."""
+        readers = self.readers
+        if readers is not None:
+            readers = replace(readers, num_heads=readers.num_heads // self.num_kv_heads * count)
+        return replace(self, num_kv_heads=count, readers=readers)
+
 
 @dataclass(frozen=True)
 class LatentState(PerToken):

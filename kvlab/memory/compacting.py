@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
 from kvlab.ledger.plan import ClassCompaction, Compaction
+from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
@@ -31,6 +32,8 @@ def compact(layout: MemoryLayout, pools: Sequence[Any], compaction: Compaction) 
         slots = dict[str, Array]()
         for name, joined in layout.joined[layer].items():
             places = {part: states[held] for part, held in joined.names}
+            if "" not in places:
+                continue
             tokens = compaction.classes[places[""]]
             if not tokens.pages.shape[1]:
                 continue
@@ -77,12 +80,46 @@ def _compact_state(
     method = joined.method
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
-    kept = select(method.score(slots), slots.valid, protected, tokens.keep, tokens.destinations.shape[1] * page_size)
-    pools[names[""]] = pack(pool, tokens.pages, tokens.destinations, kept)
+    scores, width = method.score(slots), tokens.destinations.shape[1] * page_size
+    if "dealt" in places:
+        kept, pools[names[""]], pools[names["dealt"]] = _dealt(
+            method,
+            (scores, slots.valid, protected),
+            tokens,
+            page_size,
+            pool,
+            pools[names["dealt"]],
+            compaction.classes[places["dealt"]],
+        )
+    else:
+        kept = select(scores, slots.valid, protected, jnp.asarray(tokens.keep), width)
+        pools[names[""]] = pack(pool, tokens.pages, tokens.destinations, kept)
     if statistics is not None:
         moved = {name: _moved(array, kept) if name in method.by_slot else array for name, array in noted.items()}
         pools[names["noted"]] = write_slots(pools[names["noted"]], statistics.destinations[:, 0], moved)
     return kept
+
+
+def _dealt(
+    method: Compression,
+    choice: tuple[Array, Array, Array],
+    tokens: ClassCompaction,
+    page_size: int,
+    pool: Pool,
+    dealt: Pool,
+    counted: ClassCompaction,
+) -> tuple[Array, Pool, Pool]:
+    """The slots that stay where each head keeps as many as its scores are worth; and the pools of tokens and of these
+    counts. `choice` are scores, which slots are valid, and which are protected."""
+    keep, num_kv_heads = jnp.asarray(tokens.keep), choice[0].shape[1]
+    counts = deal(*choice, keep, page_size, method.sinks + method.recent, method.safeguard)
+    counts = jnp.where(keep[:, None] > 0, counts, 0)
+    most = min(num_kv_heads * tokens.destinations.shape[1], tokens.pages.shape[1])
+    kept = select(*choice, counts, most * page_size)
+    before = read_slots(dealt, jnp.asarray(counted.pages)[:, 0])["kept"]
+    after = {"kept": jnp.where(keep[:, None] > 0, counts, before)}
+    pool = pack_tiles(pool, tokens.pages, tokens.destinations, kept, counts)
+    return kept, pool, write_slots(dealt, jnp.asarray(counted.destinations)[:, 0], after)
 
 
 def slots_of(
@@ -110,11 +147,11 @@ def select(
     scores: Float[Array, "B K N"],
     valid: Bool[Array, "B N"],
     protected: Bool[Array, "B N"],
-    keep: Int32[Array, "B"],
+    keep: Int32[Array, "B *K"],
     width: int,
 ) -> Int32[Array, "B K M"]:
     """The slots that stay, ascending: those protected, then those of the highest score, the newer one where two are
-    equal. Past the `keep` of a row there is `NOWHERE`. A score that is NaN counts as the lowest."""
+    equal. Past the `keep` of a row, or of each of its heads, there is `NOWHERE`. A score that is NaN counts as the lowest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     rank = jnp.where(valid, jnp.where(protected, 2, 1), 0)[:, None, :]
     rank = jnp.broadcast_to(rank, scores.shape)
@@ -123,8 +160,8 @@ def select(
     _, _, order = jax.lax.sort((-rank, -scores, -places), dimension=2, num_keys=3)
     chosen = -order[:, :, :width]
     chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, width - chosen.shape[2])), constant_values=NOWHERE)
-    counts = jnp.minimum(jnp.asarray(keep), valid.sum(axis=1))
-    is_kept = jnp.arange(width, dtype=jnp.int32)[None, None, :] < counts[:, None, None]
+    counts = jnp.minimum(keep.reshape(len(keep), -1), valid.sum(axis=1, keepdims=True))
+    is_kept = jnp.arange(width, dtype=jnp.int32)[None, None, :] < counts[:, :, None]
     return jnp.sort(jnp.where(is_kept, chosen, NOWHERE), axis=2)
 
 

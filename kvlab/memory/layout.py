@@ -2,22 +2,25 @@
 all."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
-from kvlab.compression import Part
+from kvlab.compression import Part, PassLens
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass, sized_class
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.replacement import POLICIES
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.parts import Joined, LayerParts, parts_of, stored_states
 from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
+from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.noted import NotedTokens
+from kvlab.memory.views.split import SplitTokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class MemoryLayout:
     """Classes, and which class each (layer, state) belongs to. Host data only; `allocate` makes the arrays.
 
     `states[l][name]` is an index into `classes`; `joined[l]` are the mixer's states that are held in parts of these.
+    There is room for a sequence at a time to read on behind its prompt, up to `pass_len` tokens in all
+    (`Compression.second_pass`).
     """
 
     classes: tuple[StateClass, ...]
@@ -34,6 +39,7 @@ class MemoryLayout:
     max_len: int
     chunk_len: int
     page_size: int
+    pass_len: int
 
     def __hash__(self) -> int:
         return hash((self.classes, self.max_sequences, self.max_len, self.chunk_len))
@@ -83,13 +89,17 @@ class MemoryLayout:
         )
         states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
         joined = tuple(layer.joined for layer in parts)
-        return cls(classes, states, joined, max_sequences, max_len, chunk_len, memory.page_size)
+        lens = memory.compression.second_pass(max_len, prompt_len) if memory.compression else PassLens(0, max_len)
+        if lens.num_read:
+            classes = tuple(_with_pass(state, lens, chunk_len) for state in classes)
+        sizes = max_sequences, max_len, chunk_len, memory.page_size, max(max_len, lens.total_len)
+        return cls(classes, states, joined, *sizes)
 
     def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
         """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
         return Ledger(
             self.classes,
-            self.max_len,
+            self.pass_len,
             self.chunk_len,
             policy=POLICIES[policy],
             checkpoints=Checkpoints(checkpoints),
@@ -105,8 +115,10 @@ class MemoryLayout:
 
         return tuple({name: pool_of(self.classes[index]) for name, index in layer.items()} for layer in self.states)
 
-    def views(self, pools: Sequence[Mapping[str, Pool]], plan: Plan) -> tuple[dict[str, Any], ...]:
-        """Every layer's memory for one step."""
+    def views(
+        self, pools: Sequence[Mapping[str, Pool]], plan: Plan, *, listens: bool = False
+    ) -> tuple[dict[str, Any], ...]:
+        """Every layer's memory for one step; it `listens` where it is one of a second pass."""
         counts = jnp.asarray(plan.counts)
         starts = [jnp.asarray(mine.starts) for mine in plan.classes]
         shared = [
@@ -123,7 +135,7 @@ class MemoryLayout:
             views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
-                views[name] = parts[""] if len(parts) == 1 else NotedTokens.of_parts(joined.method, parts)
+                views[name] = _one_view(joined, parts, listens)
             made.append(views)
         return tuple(made)
 
@@ -133,13 +145,23 @@ class MemoryLayout:
         for layer, joined in zip(views, self.joined, strict=True):
             mine = dict[str, Pool]()
             for name, view in layer.items():
-                if isinstance(view, NotedTokens):
+                if isinstance(view, NotedTokens | DealtTokens | SplitTokens):
                     parts = view.parts()
                     mine |= {held: parts[part].pool for part, held in joined[name].names}
                 else:
                     mine[name] = view.pool
             pools.append(mine)
         return tuple(pools)
+
+    @property
+    def stored(self) -> tuple[dict[str, State], ...]:
+        """Every layer's states as the mixer names them, in the memory's format; what is held in parts, as one."""
+        layers = list[dict[str, State]]()
+        for states, joined in zip(self.states, self.joined, strict=True):
+            parts = {held for each in joined.values() for _, held in each.names}
+            mine = {name: self.classes[index].spec for name, index in states.items() if name not in parts}
+            layers.append(mine | {name: each.state for name, each in joined.items()})
+        return tuple(layers)
 
     @property
     def compresses(self) -> bool:
@@ -160,6 +182,29 @@ class MemoryLayout:
     def pool_bytes(self) -> int:
         """Stated bytes of all pools; equals the bytes of `allocate()`'s arrays."""
         return sum(state.pool_bytes for state in self.classes)
+
+
+def _one_view(joined: Joined, parts: Mapping[str, Any], listens: bool) -> Any:
+    """What the mixer sees of a state that is held in parts."""
+    if len(parts) == 1:
+        return parts[""]
+    if "dealt" in parts:
+        parts = {**parts, "": DealtTokens.of_parts(parts)}
+    if "noted" in parts:
+        return NotedTokens.of_parts(joined.method, parts, listens=listens)
+    if "dealt" in parts:
+        return parts[""]
+    return SplitTokens.of_parts(joined.heads, parts)
+
+
+def _with_pass(state: StateClass, lens: PassLens, chunk_len: int) -> StateClass:
+    """A class with room for a sequence to read on behind its prompt, on a fork of its own: the pages of these tokens
+    and a copy of the prompt's last, or one more state."""
+    if not state.spec.per_token:
+        return replace(state, num_pages=state.num_pages + 1)
+    table_len = max(state.table_len, max_pages_for_step(state.spec, lens.total_len, chunk_len, state.page_size))
+    more = min(table_len, -(-lens.num_read // state.page_size) + 1)
+    return replace(state, num_pages=state.num_pages + more, table_len=table_len)
 
 
 def _view(state: StateClass) -> type[View]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
-from kvlab.ledger.states import QUANTISED, State
+from kvlab.ledger.states import QUANTISED, State, Statistics
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
@@ -20,6 +20,10 @@ class Joined:
     names: tuple[tuple[str, str], ...]
     layer: int
     """Among the layers that are compressed."""
+    state: State
+    """What they are together, as it is stored."""
+    heads: tuple[tuple[str, tuple[int, ...]], ...]
+    """By part, statistics apart, the KV heads of the state that it holds."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,25 @@ def _in_parts(
             held[name] = Part(state)
             continue
         assert memory.budget is not None
-        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place)
+        shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
         retention = method.retention(state, shape)
-        if prompt_len is None:
+        if retention is None:
+            most = max_len
+        elif prompt_len is None:
             most = retention.most_of_any(max_len, chunk_len)
         else:
             most = retention.most(prompt_len, max_len, chunk_len)
         shape = shape._replace(num_slots=-(-most // memory.page_size) * memory.page_size)
         parts = method.parts(state, shape)
         names = {part: f"{name}.{part}" if part else name for part in parts}
-        held |= {names[part]: value for part, value in parts.items()}
-        joined[name] = Joined(method, tuple(names.items()), place[0])
+        held |= {names[part]: value._replace(heads=None) for part, value in parts.items()}
+        everyone = tuple(range(state.arrays[0].shape[0]))
+        heads = tuple(
+            (part, everyone if value.heads is None else value.heads)
+            for part, value in parts.items()
+            if not isinstance(value.state, Statistics)
+        )
+        joined[name] = Joined(method, tuple(names.items()), place[0], state, heads)
     return LayerParts(held, joined)
 
 

@@ -192,3 +192,21 @@ def window_accuracy(config: MqarConfig, name: str, window: int, num_examples: in
     distance = 2 * pairs + 2 * drawn - (2 * np.arange(pairs)[None, :] + 1)
     seen = float((distance < window).mean())
     return seen + (1 - seen) / (config.vocab_size - config.vocab_size // 2)
+
+
+def kept_accuracy(config: MqarConfig, name: str, keep: int, sinks: int, recent: int, *, by: str = "recency") -> float:
+    """Closed form for one attention layer behind a short convolution whose prompt, the pairs, is compacted to `keep`
+    slots that all heads share: the first `sinks`, and the newest ("recency"), or `recent` of these and a random set of
+    the others ("random"). A pair is recalled iff the slot of its value stays, and guessed among the values elsewhere.
+    Raises ValueError for any other rule."""
+    num_slots = 2 * parse_slice("test", name)[1]
+    keep, sinks = min(keep, num_slots), min(sinks, keep, num_slots)
+    recent = keep - sinks if by == "recency" else min(recent, keep - sinks)
+    places = np.arange(1, num_slots, 2)
+    stays = (places < sinks) | (places >= num_slots - recent)
+    if by not in ("recency", "random"):
+        raise ValueError(f"by = {by!r}: must be recency or random")
+    drawn_from = num_slots - sinks - recent
+    share = (keep - sinks - recent) / drawn_from if drawn_from else 0.0
+    seen = float(np.where(stays, 1.0, share).mean())
+    return seen + (1 - seen) / (config.vocab_size - config.vocab_size // 2)

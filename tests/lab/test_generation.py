@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvlab import blueprint
 from kvlab.cli import main
 from kvlab.compose import compose, compose_generate
 from kvlab.engine.sampling import Sampling
@@ -232,7 +233,7 @@ def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded
     def load(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(laboratory, "stored_states", refuse)
+    monkeypatch.setattr(blueprint, "stored_states", refuse)
     monkeypatch.setattr(laboratory, "load_checkpoint", load)
     with pytest.raises(ConfigError, match="must be another"):
         laboratory.Laboratory.of(config, abstract=abstract)

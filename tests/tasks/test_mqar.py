@@ -7,7 +7,7 @@ import pytest
 
 from kvlab.random import named_key
 from kvlab.tasks.base import round_robin
-from kvlab.tasks.mqar import Mqar, MqarConfig, window_accuracy
+from kvlab.tasks.mqar import Mqar, MqarConfig, kept_accuracy, window_accuracy
 
 
 @pytest.mark.parametrize(("length", "pairs"), [(64, 4), (64, 16), (128, 32)])
@@ -112,3 +112,23 @@ def test_closed_form_describes_the_sampler():
         )
         expected = window_accuracy(task.config, eval_slice.name, 32)
         assert (distance < 32).mean() == pytest.approx(expected, abs=0.02)
+
+
+def test_what_stays_of_the_pairs_is_what_is_recalled():
+    """The closed form of compacted prompts, against drawn sets of slots."""
+    config, rng = MqarConfig(), np.random.default_rng(0)
+    guess = 1 / 256
+    assert kept_accuracy(config, "128:32", 32, 0, 0) == pytest.approx(0.5 + 0.5 * guess)
+    assert kept_accuracy(config, "128:32", 16, 4, 8) == pytest.approx(0.25 + 0.75 * guess), "2 of the sinks, 6 behind"
+    assert kept_accuracy(config, "64:4", 99, 4, 0) == 1
+    drawn = []
+    for _ in range(4000):
+        kept = np.zeros(64, bool)
+        kept[:3] = kept[64 - 5 :] = True
+        kept[rng.choice(np.arange(3, 59), 20 - 8, replace=False)] = True
+        drawn.append(kept[1::2].mean())
+    seen = float(np.mean(drawn))
+    found = kept_accuracy(config, "128:32", 20, 3, 5, by="random")
+    assert found == pytest.approx(seen + (1 - seen) * guess, abs=4 * np.std(drawn) / 4000**0.5)
+    with pytest.raises(ValueError, match="must be recency or random"):
+        kept_accuracy(config, "128:32", 20, 3, 5, by="luck")

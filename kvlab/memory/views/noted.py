@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from kvlab.compression import Attended
 from kvlab.memory.pools import stored
+from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Quantised
@@ -21,20 +22,23 @@ from pallas_kernels.masking import masked_softmax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NotedTokens:
-    """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it."""
+    """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it. A step
+    of a second pass `listens`: see `Compression.listen`."""
 
     method: Any = field(metadata={"static": True})
     tokens: Any
     noted: Any
+    listens: bool = field(default=False, metadata={"static": True})
 
     @classmethod
-    def of_parts(cls, method: Any, parts: Mapping[str, Any]) -> Self:
+    def of_parts(cls, method: Any, parts: Mapping[str, Any], *, listens: bool = False) -> Self:
         """From the views of the parts."""
-        return cls(method, parts[""], parts["noted"])
+        return cls(method, parts[""], parts["noted"], listens)
 
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by the names that a compression gives them."""
-        return {"": self.tokens, "noted": self.noted}
+        tokens = self.tokens.parts() if isinstance(self.tokens, DealtTokens) else {"": self.tokens}
+        return {**tokens, "noted": self.noted}
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, tokens=self.tokens.append(**tokens))
@@ -51,7 +55,8 @@ class NotedTokens:
             return paged_weights(tokens, scaled, slots, soft_cap)
 
         seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh)
-        noted = self.method.observe(self.noted.read(), seen)
+        note = self.method.listen if self.listens else self.method.observe
+        noted = note(self.noted.read(), seen)
         return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))
 
 
