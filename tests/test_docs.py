@@ -36,12 +36,18 @@ from tests.weights.random_checkpoint import draw
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def module_of(monkeypatch, name, source, page):
+    """The module that a page's source is."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, page, "exec"), module.__dict__)
+    return module
+
+
 def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     page = (ROOT / "docs" / "adding-a-mixer.md").read_text()
     source, registry_line, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.mixers.average")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-mixer.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.mixers.average", source, "docs/adding-a-mixer.md")
     assert registry_line.strip() == '"average": Average,'
     monkeypatch.setitem(MIXERS, "average", module.Average)
     monkeypatch.setitem(VARIANTS, "average", [LayerConfig("average", module.AverageConfig(channels=5))])
@@ -72,9 +78,7 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     run`."""
     page = (ROOT / "docs" / "adding-a-task.md").read_text()
     source, registry_line, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.tasks.parity")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-task.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.tasks.parity", source, "docs/adding-a-task.md")
     assert registry_line.strip() == '"parity": Parity,'
     monkeypatch.setitem(TASKS, "parity", module.Parity)
     rows: dict = {}
@@ -101,9 +105,8 @@ def test_the_recipe_for_a_kernel_holds(monkeypatch):
     api, reference, registry_line, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     modules = {}
     for name, source in (("", ""), (".reference", reference), (".api", api)):
-        module = modules[name] = types.ModuleType(f"pallas_kernels.page_bounds{name}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(source, "docs/adding-a-kernel.md", "exec"), module.__dict__)
+        full_name = f"pallas_kernels.page_bounds{name}"
+        module = modules[name] = module_of(monkeypatch, full_name, source, "docs/adding-a-kernel.md")
         modules[""].__dict__[name.removeprefix(".")] = module
     op = eval(registry_line.strip().rstrip(","), {"Op": Op, "page_bounds": modules[".api"]})
     assert op.available() == ["reference"]

@@ -14,8 +14,8 @@ from jax import Array
 from jaxtyping import Bool
 
 from kvlab.engine.listener import Listener, Slots, heard
-from kvlab.ledger.plan import Compaction, Plan
-from kvlab.memory.compacting import Kept, compact, padded
+from kvlab.ledger.plan import Compaction, Plan, Seals
+from kvlab.memory.compacting import Kept, compact, padded, seal_layers
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import copy_pages, poison_pages
 from kvlab.models.transformer import Transformer, logits_at, merge
@@ -110,6 +110,18 @@ class MemoryStep:
         return self._compact(pools, padded(compaction, self.layout))
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _seal(self, pools: Pools, seals: Seals) -> Pools:
+        return seal_layers(self.layout, pools, seals)
+
+    def seal(self, pools: Pools, seals: Seals) -> Pools:
+        """The pools with full pages sealed, dispatched and not waited for; pages are padded to powers of two."""
+        classes = zip(self.layout.classes, seals.classes, strict=True)
+        beyond = {state.name: state.num_pages for state in self.layout.classes}
+        return self._seal(
+            pools, Seals(tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes))
+        )
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def poison(self, pools: Pools, pages: tuple[Array, ...]) -> Pools:
         """The pools with NaN, or the largest whole number, in these pages [n] of every class: what nobody may read. A
         page out of range is passed over."""
@@ -141,3 +153,10 @@ class MemoryStep:
                 padded.append(jnp.asarray(np.concatenate([planned.copies, nothing])))
             pools = self.copy(pools, tuple(padded))
         return plan.without_copies(), pools
+
+
+def _grown(moves: npt.NDArray[np.int32], beyond: int) -> Array:
+    """Moves [n, 2] of pages, padded to a power of two with ones that go nowhere."""
+    size = (1 << (len(moves) - 1).bit_length()) if len(moves) else 0
+    nothing = np.full((size - len(moves), 2), [0, beyond], np.int32)
+    return jnp.asarray(np.concatenate([moves, nothing]))

@@ -109,7 +109,7 @@ def _weighed_bytes(seen: Observed, layer: int) -> int:
     """Keys that are read once more in a layer, by methods that weigh every slot in every step."""
     total = 0
     for name, joined in seen.layout.joined[layer].items():
-        if joined.method.weighs:
+        if joined.method is not None and joined.method.weighs:
             state = seen.layout.classes[seen.layout.states[layer][name]]
             total += state.spec.arrays[0].num_bytes * seen.ledger.stored(seen.ledger.sequences[0])[state.name]
     return total

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.compactor import Compacted
+from kvlab.engine.compactor import Compacted, SealedPages
 from kvlab.engine.listener import Listener, Slots
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
@@ -33,10 +34,11 @@ class Session:
         self.pools: Pools = self.layout.allocate() if pools is None else pools
         self.listener = Listener(self.layout)
         self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
-        self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
+        self.known: Mapping[Any, Sequence[int] | npt.NDArray[np.int32]] = {}
         self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
+        self.sealed: list[SealedPages] = []
         self.times = False
         """Whether compactions, second passes included, are waited for and timed."""
         self.compaction_s: list[float] = []
@@ -71,8 +73,10 @@ class Session:
                 self.fed.setdefault(name, []).extend(np.asarray(chunks[name]).tolist())
         if free:
             self._poison(free)
-        if self.layout.compresses and (due := self.ledger.due(names)):
-            self._compact(due)
+        if self.layout.compresses:
+            if due := self.ledger.due(names):
+                self._compact(due)
+            self._seal(names)
         return logits
 
     def _lengths(self, name: Hashable, num_new: int) -> Lengths | None:
@@ -97,6 +101,20 @@ class Session:
             self.compacted.append(Compacted(tuple(together), plan, kept))
             if self.poisons:
                 self._poison(free)
+
+    def _seal(self, names: Sequence[Hashable]) -> None:
+        """Seals the pages that are due."""
+        free = self._free()
+        done = self.ledger.seal(names)
+        if done is None:
+            return
+        if isinstance(done, Wait):
+            raise MemoryError(f"sealing: {done.reason}")
+        seals, sealed = done
+        self.pools = self.step.seal(self.pools, seals)
+        self.sealed.append(SealedPages(tuple(names), sealed))
+        if self.poisons:
+            self._poison(free)
 
     def _listen(self, name: Hashable) -> Slots:
         """Reads on behind a sequence's prompt; where the statistics of that lie."""
@@ -127,4 +145,5 @@ class Session:
         for name in self.ledger.sequences:
             self.ledger.release(name)
         self.compacted.clear()
+        self.sealed.clear()
         self.fed.clear()

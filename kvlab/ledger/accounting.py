@@ -154,7 +154,7 @@ def _pages(state: StateClass, sequences: Sequence[Held], indexed: Collection[int
         if holding.writing is not None:
             num_tables[holding.writing] += 1
             speculative[holding.writing] = lookahead > 0
-        if not state.paged:
+        if not state.paged or state.is_sealed:
             live[physical] = written[physical] = True
             continue
         logical = np.fromiter(holding.pages, np.int64, len(holding.pages))

@@ -65,6 +65,18 @@ class Swap(NamedTuple):
     classes: tuple[Ints, ...]
 
 
+class Seals(NamedTuple):
+    """Full pages to seal before the next step: [n, 2] (open page, sealed page) for every class of open pages, none for
+    the others. All are read before the open ones are written again."""
+
+    classes: tuple[Ints, ...]
+
+
+def pairs(pages: Sequence[tuple[int, int]]) -> Ints:
+    """Pairs of pages as an array [n, 2]."""
+    return np.array(pages, np.int32).reshape(-1, 2)
+
+
 class ClassCompaction(NamedTuple):
     """One state class of a compaction of B sequences: which of its slots stay is the device's choice, how many is not.
 

@@ -11,12 +11,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
-from kvlab.ledger.plan import ClassCompaction, Compaction
+from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
 from kvlab.memory.views.noted import gathered
+from kvlab.memory.views.sealed import seal
 
 type Kept = tuple[dict[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, M] the slots that each head kept, ascending; past its count `NOWHERE`.
@@ -35,6 +36,8 @@ def compact(layout: MemoryLayout, pools: Sequence[Any], compaction: Compaction) 
             if "" not in places:
                 continue
             tokens = compaction.classes[places[""]]
+            if joined.method is None:
+                continue
             if not tokens.pages.shape[1]:
                 continue
             slots[name] = _compact_state(layout, mine, joined, tokens, compaction, places)
@@ -126,7 +129,9 @@ def slots_of(
     state: Any, pool: Pool, tokens: ClassCompaction, compaction: Compaction, noted: dict[str, Array], layer: int
 ) -> Slots:
     """What the sequences of a compaction store of one state, unused slots zero."""
-    arrays = {name: gathered(state, pool, name, tokens.pages) for name in ("keys", "values") if name in pool}
+    arrays = {
+        name: gathered(state, pool, name, jnp.asarray(tokens.pages)) for name in ("keys", "values") if name in pool
+    }
     stored = jnp.asarray(tokens.stored)
     used = jnp.arange(arrays["keys"].shape[2], dtype=jnp.int32)[None, None, :, None] < stored[:, None, None, None]
     arrays = {name: jnp.where(used, array, 0) for name, array in arrays.items()}
@@ -151,7 +156,8 @@ def select(
     width: int,
 ) -> Int32[Array, "B K M"]:
     """The slots that stay, ascending: those protected, then those of the highest score, the newer one where two are
-    equal. Past the `keep` of a row, or of each of its heads, there is `NOWHERE`. A score that is NaN counts as the lowest."""
+    equal. Past the `keep` of a row, or of each of its heads, there is `NOWHERE`. A score that is NaN counts as the
+    lowest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     rank = jnp.where(valid, jnp.where(protected, 2, 1), 0)[:, None, :]
     rank = jnp.broadcast_to(rank, scores.shape)
@@ -165,7 +171,7 @@ def select(
     return jnp.sort(jnp.where(is_kept, chosen, NOWHERE), axis=2)
 
 
-def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K M"]) -> Pool:
+def pack(pool: Pool, pages: Array | Ints, destinations: Array | Ints, kept: Int32[Array, "B K M"]) -> Pool:
     """A pool [P, K, page, ...] in which the kept slots of the pages [B, N] lie at the front of the destinations [B, M],
     bit for bit, and zeros behind them. Everything is read first; a destination out of range drops the write."""
     pages, destinations = jnp.asarray(pages), jnp.asarray(destinations)
@@ -184,12 +190,12 @@ def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K 
     return {name: packed(array) for name, array in pool.items()}
 
 
-def read_slots(pool: Pool, slots: Array) -> dict[str, Array]:
+def read_slots(pool: Pool, slots: Array | Ints) -> dict[str, Array]:
     """Statistics [B, ...] of slots [B]; zeros where a slot is out of range."""
     return {name: array.at[jnp.asarray(slots)].get(mode="fill", fill_value=0) for name, array in pool.items()}
 
 
-def write_slots(pool: Pool, slots: Array, values: dict[str, Array]) -> Pool:
+def write_slots(pool: Pool, slots: Array | Ints, values: dict[str, Array]) -> Pool:
     """A pool with statistics [B, ...] written; a slot out of range drops the write."""
     return {name: array.at[jnp.asarray(slots)].set(values[name], mode="drop") for name, array in pool.items()}
 
@@ -206,3 +212,16 @@ def _moved(array: Array, kept: Int32[Array, "B K M"]) -> Array:
     taken = jnp.where(is_real, jnp.take_along_axis(by_head, place, axis=2), 0)
     padding = [(0, 0), (0, 0), (0, num_slots - width), *[(0, 0)] * (by_head.ndim - 3)]
     return jnp.moveaxis(jnp.pad(taken, padding), 1, 2)
+
+
+def seal_layers(layout: MemoryLayout, pools: Sequence[Any], seals: Seals) -> tuple[Any, ...]:
+    """The pools after full pages were sealed. Traced."""
+    after = [dict(layer) for layer in pools]
+    for layer, (mine, states) in enumerate(zip(after, layout.states, strict=True)):
+        for joined in layout.joined[layer].values():
+            names = dict(joined.names)
+            if "sealed" in names and len(moves := seals.classes[states[names[""]]]):
+                specs = [layout.classes[states[names[part]]].spec for part in ("sealed", "")]
+                held = names["sealed"]
+                mine[held] = seal(specs[0], mine[held], specs[1], mine[names[""]], jnp.asarray(moves))
+    return tuple(after)

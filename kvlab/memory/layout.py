@@ -20,6 +20,7 @@ from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.noted import NotedTokens
+from kvlab.memory.views.sealed import SealedTokens
 from kvlab.memory.views.split import SplitTokens
 
 
@@ -84,11 +85,13 @@ class MemoryLayout:
                 spare_states=spare_states,
                 retention=part.retention,
                 prompt_len=prompt_len,
+                sealing=part.sealing,
             )
             for index, (name, part) in enumerate(zip(names, order, strict=True))
         )
         states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
         joined = tuple(layer.joined for layer in parts)
+        classes = _with_targets(classes, states)
         lens = memory.compression.second_pass(max_len, prompt_len) if memory.compression else PassLens(0, max_len)
         if lens.num_read:
             classes = tuple(_with_pass(state, lens, chunk_len) for state in classes)
@@ -145,7 +148,7 @@ class MemoryLayout:
         for layer, joined in zip(views, self.joined, strict=True):
             mine = dict[str, Pool]()
             for name, view in layer.items():
-                if isinstance(view, NotedTokens | DealtTokens | SplitTokens):
+                if isinstance(view, NotedTokens | DealtTokens | SplitTokens | SealedTokens):
                     parts = view.parts()
                     mine |= {held: parts[part].pool for part, held in joined[name].names}
                 else:
@@ -165,8 +168,8 @@ class MemoryLayout:
 
     @property
     def compresses(self) -> bool:
-        """Whether sequences may store fewer slots than they have tokens."""
-        return any(state.retention is not None for state in self.classes)
+        """Whether sequences may store fewer slots than they have tokens, or fewer in the model's type."""
+        return any(state.retention or state.sealing for state in self.classes)
 
     @property
     def is_exact(self) -> bool:
@@ -190,11 +193,24 @@ def _one_view(joined: Joined, parts: Mapping[str, Any], listens: bool) -> Any:
         return parts[""]
     if "dealt" in parts:
         parts = {**parts, "": DealtTokens.of_parts(parts)}
+    if "sealed" in parts:
+        parts = {**parts, "": SealedTokens.of_parts(parts)}
     if "noted" in parts:
         return NotedTokens.of_parts(joined.method, parts, listens=listens)
-    if "dealt" in parts:
+    if "dealt" in parts or "sealed" in parts:
         return parts[""]
     return SplitTokens.of_parts(joined.heads, parts)
+
+
+def _with_targets(classes: tuple[StateClass, ...], states: Sequence[Mapping[str, int]]) -> tuple[StateClass, ...]:
+    """Classes of open pages know which class takes what they seal."""
+    targets = {
+        index: classes[layer[f"{name}.sealed"]].name
+        for layer in states
+        for name, index in layer.items()
+        if f"{name}.sealed" in layer
+    }
+    return tuple(replace(state, sealed_name=targets.get(index, "")) for index, state in enumerate(classes))
 
 
 def _with_pass(state: StateClass, lens: PassLens, chunk_len: int) -> StateClass:

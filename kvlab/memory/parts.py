@@ -2,12 +2,13 @@
 them. The mixer sees one view under its own name; pools, plans and accounts know the parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
-from kvlab.ledger.states import QUANTISED, State, Statistics
-from kvlab.memory.config import MemoryConfig
+from kvlab.ledger.retention import Sealing
+from kvlab.ledger.states import QUANTISED, SealedState, State, Statistics, TokenState
+from kvlab.memory.config import SEALED, MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
 
@@ -16,7 +17,7 @@ from kvlab.schema import ConfigError
 class Joined:
     """Parts that are one state of a mixer: by part, the name of the state that holds it. "" is the tokens."""
 
-    method: Compression
+    method: Compression | None
     names: tuple[tuple[str, str], ...]
     layer: int
     """Among the layers that are compressed."""
@@ -38,6 +39,54 @@ def parts_of(
     layers: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
 ) -> list[LayerParts]:
     """Every layer's states as a memory holds them. Raises ConfigError for a state that it cannot hold."""
+    parts = _compressed(layers, memory, max_len, prompt_len)
+    if memory.format not in SEALED:
+        return parts
+    sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
+    if not any(part.sealing for layer in sealed for part in layer.held.values()):
+        legal = "serves no layer of this model: it seals keys and values of full attention"
+        raise ConfigError("memory.format", memory.format, legal)
+    return sealed
+
+
+def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -> LayerParts:
+    """A layer of which keys and values of full attention are sealed page by page. A window forgets before that would
+    save anything, and stays as it is."""
+    held, joined = dict(layer.held), dict(layer.joined)
+    sealing = Sealing(memory.residual, memory.page_size, chunk_len, memory.quantised_prefill == "no")
+    for name, part in layer.held.items():
+        state = part.state
+        if type(state) is not TokenState or state.span is not None:
+            continue
+        if name in joined and len(joined[name].heads) > 1:
+            legal = f"works with no method that parts heads ({memory.compression and memory.compression.name})"
+            raise ConfigError("memory.format", memory.format, legal)
+        bits, everyone = SEALED[memory.format], tuple(range(state.num_kv_heads))
+        group = next(size for size in range(32, 0, -1) if state.value_dim % size == 0)
+        sealed = SealedState(
+            state.num_kv_heads,
+            state.key_dim,
+            state.value_dim,
+            state.dtype,
+            readers=state.readers,
+            key_bits=bits,
+            value_bits=bits,
+            group=group,
+        )
+        try:
+            _ = sealed.arrays
+        except ValueError as error:
+            raise ConfigError("memory.format", memory.format, str(error)) from None
+        held |= {name: part._replace(sealing=sealing), f"{name}.sealed": Part(sealed)}
+        mine = joined.get(name) or Joined(None, (("", name),), 0, state, (("", everyone),))
+        joined[name] = replace(mine, names=(*mine.names, ("sealed", f"{name}.sealed")))
+    return LayerParts(held, joined)
+
+
+def _compressed(
+    layers: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
+) -> list[LayerParts]:
+    """Every layer's states in the parts that a compression makes of them."""
     stored, method = stored_states(layers, memory), memory.compression
     if method is None:
         return [LayerParts({name: Part(state) for name, state in layer.items()}, {}) for layer in stored]
@@ -101,10 +150,10 @@ def _stored(state: State, memory: MemoryConfig) -> State:
         view = view_of(state, memory.name)
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
-    if reason := _refusal(view, state, memory.format):
+    if memory.format not in SEALED and (reason := _refusal(view, state, memory.format)):
         legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
         raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
-    return state.stored(memory.format)
+    return state.stored("model" if memory.format in SEALED else memory.format)
 
 
 def _refusal(view: type[View], state: State, format: str) -> str:

@@ -14,6 +14,7 @@ from kvlab.compression import Attended
 from kvlab.memory.pools import stored
 from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.paged import lists_of
+from kvlab.memory.views.sealed import SealedTokens
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Quantised
 from pallas_kernels.masking import masked_softmax
@@ -37,7 +38,8 @@ class NotedTokens:
 
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by the names that a compression gives them."""
-        tokens = self.tokens.parts() if isinstance(self.tokens, DealtTokens) else {"": self.tokens}
+        is_joined = isinstance(self.tokens, DealtTokens | SealedTokens)
+        tokens = self.tokens.parts() if is_joined else {"": self.tokens}
         return {**tokens, "noted": self.noted}
 
     def append(self, **tokens: Array) -> Self:
