@@ -82,6 +82,7 @@ def _compact_state(
     noted = {} if statistics is None else read_slots(pools[names["noted"]], statistics.pages[:, 0])
     slots = slots_of(state, pool, tokens, compaction, noted, joined.layer)
     method = joined.method
+    assert method is not None
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
     scores, width = method.score(slots), tokens.destinations.shape[1] * page_size
