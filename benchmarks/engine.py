@@ -9,184 +9,49 @@ read bandwidth.
 """
 
 import argparse
-import gc
 import json
-import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvlab.host import keep_freed_memory
 
 keep_freed_memory()
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from flax import nnx  # noqa: E402
 
-from kvlab.engine.config import EngineConfig  # noqa: E402
+from benchmarks.engine_overhead import overhead  # noqa: E402
+from benchmarks.engine_setup import (  # noqa: E402
+    BATCH,
+    KV_BYTES,
+    NEW,
+    ROOT,
+    VOCAB,
+    Peer,
+    decode_round,
+    engine_of,
+    make_model,
+    parrot,
+    prefill,
+    prompts,
+    ratio,
+    read_bandwidth,
+    rounds_of,
+    row,
+    run_all,
+)
 from kvlab.engine.engine import Engine  # noqa: E402
-from kvlab.engine.sampling import Choices, Mode, Sampling, draw_tokens  # noqa: E402
-from kvlab.ledger.plan import Plan  # noqa: E402
-from kvlab.memory.layout import MemoryConfig  # noqa: E402
-from kvlab.mixers.attention import AttentionConfig  # noqa: E402
-from kvlab.models.model import Model  # noqa: E402
-from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer  # noqa: E402
+from kvlab.engine.sampling import Sampling  # noqa: E402
 from kvlab.weights import Pretrained, save_checkpoint  # noqa: E402
-from kvlab.weights.architectures import Architecture  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engine.json"
-PEER_PYTHON = ROOT / ".peers" / "bin" / "python"
-VOCAB, BATCH, NEW = 8192, 8, 32
-KV_BYTES = 8 * 2 * 2 * 64 * 4
-"""Of one token: layers, keys and values, KV heads, head dim, float32."""
-
-
-def make_model() -> Pretrained:
-    """The model, wide enough in its weights that greedy answers do not repeat."""
-    layers = (LayerConfig("attention", AttentionConfig(num_heads=8, num_kv_heads=2, head_dim=64)),) * 8
-    config = ModelConfig(model_dim=512, mlp_dim=1408, tie_embeddings=False)
-    model = Model.of(Transformer(layers, config, VOCAB, rngs=nnx.Rngs(0)))
-    return Pretrained(Architecture("llama", layers, config, VOCAB), model)
-
-
-def parrot(pretrained: Pretrained) -> Pretrained:
-    """The same shapes with blocks that add nothing: the next token follows from the last alone, so that answers soon go
-    round in a circle. What repetitive text is for prompt lookup, at the cost of the real model."""
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            leaf * 0 if jax.tree_util.keystr(path).endswith(("['out']['kernel']", "['down']['kernel']")) else leaf
-        ),
-        pretrained.model.params,
-    )
-    return Pretrained(pretrained.architecture, Model(pretrained.model.structure, params))
-
-
-def prompts(lengths: list[int], seed: int = 7, vocab_size: int = VOCAB) -> list[list[int]]:
-    """As `engine_peer.prompts`."""
-    return [np.random.default_rng([seed, i, n]).integers(0, vocab_size, n).tolist() for i, n in enumerate(lengths)]
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of summing an array far larger than the caches, with all threads."""
-    big = jnp.ones(1 << 25)
-    total = jax.jit(lambda x: x.sum())
-    times = []
-    for _ in range(12):
-        began = time.perf_counter()
-        total(big).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return big.nbytes / statistics.median(times[2:])
-
-
-class Peer:
-    """transformers, one command at a time, on a device of torch's."""
-
-    def __init__(
-        self,
-        folder: str,
-        threads: int,
-        device: str = "cpu",
-        dtype: str = "float32",
-        python: Path = PEER_PYTHON,
-        errors: int | None = subprocess.DEVNULL,
-    ):
-        if not python.exists():
-            sys.exit("benchmarks/engine.py: transformers' environment is missing; run `make peers` first")
-        command = [str(python), str(ROOT / "benchmarks" / "engine_peer.py"), folder, str(threads), device, dtype]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
-        )
-        self.versions = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the peer died; run benchmarks/engine_peer.py by hand")
-        return json.loads(line)
-
-    def __call__(self, run: str, **arguments: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"run": run, **arguments}) + "\n")
-        return self._read()
-
-
-def engine_of(model: Pretrained, *, memory: str = "paged", chunk_len: int = 128, **fields: Any) -> Engine:
-    config = EngineConfig(**{"max_batch": BATCH, "prefix_cache": False, "token_budget": 1024, **fields})
-    return Engine(model.model, memory=MemoryConfig(memory, 16, chunk_len), config=config)
-
-
-def prefill(engine: Engine) -> None:
-    """Steps until every prompt is computed."""
-    while any(
-        sample.num_computed < len(sample.request.prompt) for r in engine.requests.values() for sample in r.samples
-    ):
-        engine.step()
-
-
-def run_all(engine: Engine) -> float:
-    """Seconds until every request has its answer."""
-    began = time.perf_counter()
-    while engine.requests:
-        engine.step()
-    engine.answers.clear()
-    return time.perf_counter() - began
-
-
-def decode_round(engine: Engine, prompt_len: int) -> tuple[float, list[int]]:
-    """Seconds of one decode step of a full batch, and the first row's tokens."""
-    names = [engine.submit(ids, Sampling(max_tokens=NEW + 1)) for ids in prompts([prompt_len] * BATCH)]
-    prefill(engine)
-    began = time.perf_counter()
-    steps = engine.stats.steps
-    while engine.requests:
-        engine.step()
-    seconds = (time.perf_counter() - began) / (engine.stats.steps - steps)
-    answer = engine.answers[names[0]]
-    engine.answers.clear()
-    return seconds, answer.tokens
-
-
-def rounds_of(count: int, *runs: Callable[[], float]) -> list[list[float]]:
-    """Each run in turn, `count` rounds after one that is thrown away; one list of seconds a run."""
-    found = [[run() for run in runs] for _ in range(count + 1)][1:]
-    return [list(column) for column in zip(*found, strict=True)]
-
-
-def ratio(slow: list[float], fast: list[float]) -> float:
-    """The median over rounds of how many times faster the second is."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def row(
-    name: str, goal: str, value: float, ours: float, other: float, unit: str, floor: float | None, **more: Any
-) -> dict[str, Any]:
-    """One line of the table, printed at once."""
-    said = f"{name:<58} {value:6.2f}x  (goal {goal:>8})  ours {ours:9.2f}  other {other:9.2f} {unit}"
-    print(said + (f"  floor {floor:7.2f}" if floor is not None else ""), flush=True)
-    return {
-        "name": name,
-        "goal": goal,
-        "ratio": value,
-        "ours": ours,
-        "other": other,
-        "unit": unit,
-        "floor": floor,
-        **more,
-    }
 
 
 def decode(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
@@ -384,117 +249,6 @@ def speculation(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> 
             )
         )
     return rows
-
-
-def overhead(model: Pretrained, peer: Peer, count: int, bandwidth: float) -> list[dict[str, Any]]:
-    """What a step costs beside the device's work.
-
-    At B8 of the real model, on all cores: a whole step less the same programs run back to back. For 256 sequences of a
-    tiny model, whose pages of 16 tokens run out 16 times a step: what the engine does while the device has nothing to
-    do, by its own count. There a core is the host's and the others run the programs, as beside an accelerator. The JSON
-    has both for each, and what is hidden behind the device's work."""
-    del peer, bandwidth
-    engine = engine_of(model, max_len=512)
-    for ids in prompts([128] * BATCH):
-        engine.submit(ids, Sampling(max_tokens=300))
-    step = beside_device(engine, 40 * max(1, count // 3))
-    part = 100 * step.more / step.whole
-    rows = [
-        row(
-            "host work of a step at B8, percent of the step",
-            "< 10",
-            part,
-            step.more,
-            step.whole,
-            "ms",
-            step.alone,
-            **step.counted(),
-        )
-    ]
-    for cache, page_size in ((True, 16), (False, 16), (True, 64), (False, 64)):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=part_cores) as apart:
-            step = apart.submit(of_256_sequences, page_size, cache).result()
-        name = f"host, 256 sequences, pages of {page_size}, {'with' if cache else 'without'} the index"
-        waits = step.host - step.hidden
-        rows.append(row(name, "< 1 ms", waits, waits, step.whole, "ms", step.alone, **step.counted()))
-    return rows
-
-
-class StepTimes(NamedTuple):
-    """Medians of a decode step, in ms: the whole of it, its programs alone, the difference, and the host's work by the
-    engine's own count, of which `hidden` while the device worked."""
-
-    whole: float
-    alone: float
-    more: float
-    host: float
-    hidden: float
-
-    def counted(self) -> dict[str, float]:
-        """What the JSON has beside the row."""
-        return {"difference_ms": self.more, "host_ms": self.host, "hidden_ms": self.hidden}
-
-
-def part_cores() -> None:
-    """The threads that run programs on all cores but the first, this one on the first."""
-    first, *others = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, others or [first])
-    jax.block_until_ready(jax.jit(jnp.sin)(jnp.ones(8)))  # makes the threads, which stay where they are
-    os.sched_setaffinity(0, [first])
-
-
-def of_256_sequences(page_size: int, cache: bool) -> StepTimes:
-    """Decoding 256 sequences at once."""
-    tiny = [LayerConfig("attention", AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=4))]
-    small = Model.of(Transformer(tiny, ModelConfig(model_dim=8), 64, rngs=nnx.Rngs(0)))
-    config = EngineConfig(max_batch=256, max_len=512, prefix_cache=cache, token_budget=4096)
-    many = Engine(small, memory=MemoryConfig("paged", page_size, 128), config=config)
-    rng = np.random.default_rng(0)
-    for n in rng.integers(100, 140, 256):
-        many.submit(rng.integers(0, 64, n).tolist(), Sampling(max_tokens=200))
-    return beside_device(many, 160)
-
-
-def beside_device(engine: Engine, num_steps: int) -> StepTimes:
-    """Decode steps, each followed by its programs once more."""
-    prefill(engine)
-    plans, make_plan = [], engine.ledger.plan
-
-    def kept_plan(*asked: Any) -> Plan:
-        plans.append(make_plan(*asked))
-        return plans[-1]
-
-    engine.ledger.plan = kept_plan  # type: ignore[method-assign]
-    for _ in range(8):
-        engine.step()
-    device_seconds(engine, plans[-1])
-    gc.collect()
-    gc.freeze()  # what benchmarks before this one left is not this step's work
-    steps = []
-    for _ in range(num_steps):
-        stats = engine.stats
-        host, hidden = stats.host_s, stats.hidden_s
-        began = time.perf_counter()
-        engine.step()
-        whole = time.perf_counter() - began
-        alone = device_seconds(engine, plans.pop())
-        steps.append(StepTimes(whole, alone, whole - alone, stats.host_s - host, stats.hidden_s - hidden))
-    return StepTimes(*(1e3 * statistics.median(values) for values in zip(*steps, strict=True)))
-
-
-def device_seconds(engine: Engine, plan: Plan) -> float:
-    """The programs of a decode step that just ran or comes next. They write the same keys and values to the same
-    places."""
-    samples: list[Any] = list(engine.scheduler.running)
-    tokens = np.array([[sample.ids[start]] for sample, start in zip(samples, plan.starts, strict=True)], np.int32)
-    positions = (plan.starts + plan.counts)[:, None]
-    choices = Choices(*(jnp.asarray(column) for column in Choices.of([], len(plan.starts))))
-    runner = engine.runner
-    jax.block_until_ready(runner.pools)
-    began = time.perf_counter()
-    logits, finite, runner.pools = runner.step_fn.next_logits(runner.params, runner.pools, plan, tokens)
-    jax.device_get((draw_tokens(logits, positions, choices, None, mode=Mode()), finite))
-    return time.perf_counter() - began
 
 
 PARTS = {

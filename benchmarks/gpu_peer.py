@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.answers import say, spread
-from benchmarks.engine import PEER_PYTHON, Peer
+from benchmarks.engine_setup import PEER_PYTHON, Peer
 from benchmarks.gpu_pieces import SIZES, Size, batches_of, ragged
 
 WAYS = {

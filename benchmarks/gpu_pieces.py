@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 from jaxlib.version import __version__ as jaxlib_version  # noqa: E402
 
 from benchmarks.answers import about, against_floor, kernels, say, spread  # noqa: E402
-from benchmarks.engine import prefill, prompts, run_all  # noqa: E402
+from benchmarks.engine_setup import prefill, prompts, run_all  # noqa: E402
 from benchmarks.gpu_training import train  # noqa: E402
 from kvlab.engine.config import EngineConfig  # noqa: E402
 from kvlab.engine.engine import Engine  # noqa: E402

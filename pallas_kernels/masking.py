@@ -9,10 +9,7 @@ import numpy as np
 from jax import Array
 
 from pallas_kernels.typing import Bool, Float
-from pallas_kernels.visible import CAUSAL, LIMIT, Visible
-
-NOWHERE = LIMIT
-"""First position of an unused page-table entry: later than every query, so none of its slots is ever visible."""
+from pallas_kernels.visible import CAUSAL, Visible
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.formats import Quantised, Scaling, Scheme, Stored, arrays_of, each_array, format_of
-from pallas_kernels.masking import NOWHERE
-
-__all__ = ["NOWHERE", "Lists", "Pages"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=["value_dim"])

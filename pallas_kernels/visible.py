@@ -11,8 +11,9 @@ arrays of a kernel.
 from dataclasses import dataclass
 from typing import Any
 
-LIMIT = 2**30
-"""Options lie below it, so that positions plus options fit in int32."""
+NOWHERE = 2**30
+"""First position of an unused page-table entry: later than every query, so none of its slots is ever visible. Options
+lie below it, so that positions plus options fit in int32."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def _whole(name: str, value: Any, lowest: int) -> int:
     """A field as an int. Raises ValueError where it is none, or out of range."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} = {value!r}: must be a whole number")
-    if not lowest <= value < LIMIT:
-        raise ValueError(f"{name} = {value}: must be at least {lowest} and below {LIMIT}")
+    if not lowest <= value < NOWHERE:
+        raise ValueError(f"{name} = {value}: must be at least {lowest} and below {NOWHERE}")
     return int(value)
 
 

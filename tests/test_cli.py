@@ -107,6 +107,19 @@ def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
     assert not os.path.exists("/nonexistent/never")
 
 
+def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, monkeypatch):
+    overrides = [*TINY, "mixer=mamba2", "memory.format=model,int8"]
+    status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides)
+    assert status == 0
+    first, second = (line for line in out.splitlines() if "mamba2/mqar/seed0" in line and "new" in line)
+    training = first.split("│")[2].strip()
+    assert second.split("│")[2].strip() == training
+    assert "e+" in first.split("│")[-3]
+    assert second.split("│")[-3].strip() == "shared"
+    assert f"2 runs of 1 trainings, {first.split('│')[-3].strip()} FLOPs" in out
+    assert f"[{second.split('│')[1].strip()}]: memory.format = int8 changes nothing: it stores no tokens" in out
+
+
 def test_a_model_too_large_for_the_chip_says_no(config_of):
     from kvlab.hardware import CHIPS, HardwareConfig
 

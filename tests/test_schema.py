@@ -15,7 +15,7 @@ from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.lab.schemas import all_schemas, write_schemas
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
-from kvlab.schema import ConfigError, Schema, choice, integer, real, reals, to_plain, validated
+from kvlab.schema import ConfigError, Schema, added, choice, identity, integer, real, reals, to_plain, validated
 from kvlab.tasks import TASKS
 
 
@@ -94,6 +94,23 @@ def test_long_values_are_cut():
         Outer.build({"count": "x" * 10_000})
     assert len(str(caught.value)) < 300
     assert "xxx...: must be an integer" in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Younger(Inner):
+    """A section with fields that older runs did not know."""
+
+    since: int | None = added(integer(None, 1, 9, optional=True))
+    size: int = added(integer(4, 1, 9))
+
+
+def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
+    values = [1, Younger(), {"x": Younger(size=5), "y": [Younger(since=4, rate=0.1)]}]
+    old = {"rate": 0.5, "kind": "a"}
+    assert identity(values) == [1, old, {"x": {**old, "size": 5}, "y": [{"rate": 0.1, "kind": "a", "since": 4}]}]
+    assert to_plain(values[1]) == {**old, "since": None, "size": 4}
+    with pytest.raises(ConfigError, match=r"size = 10: must be an integer in \[1, 9\]"):
+        Younger(size=10)
 
 
 SECTION_KINDS = [*SECTIONS.values(), *(kind.Config for kind in (MIXERS | TASKS).values()), GenerateConfig, MemoryConfig]

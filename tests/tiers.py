@@ -53,6 +53,8 @@ CHILDREN = {
     "tests/lab/test_generation.py::test_the_command_works_as_installed": "ci",
     "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
     "tests/weights/test_weights.py::test_loading_holds_little_more_than_the_model": "ci",
+    "tests/weights/test_gguf_llama.py::test_converting_holds_a_tensor_at_a_time": "ci",
+    "tests/tasks/test_library.py::test_pips_own_reason_is_told": "ci",
     f"{KERNELS}/test_alone.py": "ci",
     f"{KERNELS}/test_bench_run.py": "ci",
     f"{KERNELS}/test_bench_run.py::test_wrong_options_name_the_limit": "fast",
@@ -151,9 +153,9 @@ SWEEPS = {
 MANY_PROGRAMS = {
     f"{ENGINE}/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
     f"{ENGINE}/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
-    f"{ENGINE}/test_engine.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
-    f"{ENGINE}/test_engine.py::test_programs_are_few_and_bounded": "ci",
-    f"{ENGINE}/test_engine.py::test_beams_that_pause_make_room_for_each_other": "ci",
+    f"{ENGINE}/test_steps.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
+    f"{ENGINE}/test_steps.py::test_programs_are_few_and_bounded": "ci",
+    f"{ENGINE}/test_beams.py::test_beams_that_pause_make_room_for_each_other": "ci",
     f"{ENGINE}/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
     f"{ENGINE}/test_soak.py": "ci",
     f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
@@ -176,6 +178,12 @@ MANY_PROGRAMS = {
     "tests/lab/test_trained.py::test_runs_that_differ_in_evaluation_only_train_once": "ci",
     "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
     "tests/lab/test_experiments.py::test_notebooks_run": "ci",
+    "tests/lab/test_compare.py::test_a_resample_is_the_metric_of_the_drawn_sums": "ci",
+    "tests/lab/test_compare.py::test_seeds_are_drawn_before_their_examples": "ci",
+    "tests/lab/test_examples.py::test_a_run_keeps_its_examples_and_its_record_sums_them": "ci",
+    "tests/weights/test_gguf_llama.py::test_a_float32_gguf_says_what_transformers_said": "ci",
+    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights": "ci",
+    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights[llama_gqa]": "fast",
     "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
     "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
     "tests/lab/test_generation.py::test_perplexity_of_published_weights_is_that_of_the_definition": "ci",
@@ -188,7 +196,23 @@ MANY_PROGRAMS = {
 }
 """What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
 
-TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS}
+DOWNLOADS = {"tests/weights/test_published.py::test_the_real_": "slow"}
+"""A published model of 100 MB, fetched once into the user's cache; skipped where it is not to be had."""
+
+LOSSY = {
+    "tests/compression/test_heads.py": "ci",
+    "tests/compression/test_dealing.py::test_a_run_equals_the_parallel_form_under_each_heads_own_mask": "ci",
+    "tests/compression/test_second_pass.py::test_kvzip_in_pieces_keeps_the_best_of_all_pieces": "ci",
+    "tests/compression/test_second_pass.py::test_kvzip_keeps_what_repeating_the_prompt_attends_to": "ci",
+    "tests/compression/test_second_pass.py::test_kvzip_keeps_what_repeating_the_prompt_attends_to[gqa]": "fast",
+    "tests/compression/test_second_pass.py::test_the_oracle_keeps_what_really_follows_attends_to": "ci",
+    "tests/compression/test_streaming.py::test_between_steps_exactly_the_budget_is_held": "ci",
+    "tests/compression/test_streaming.py::test_duo_is_the_parallel_form_under_a_mask_for_each_head": "ci",
+    "tests/compression/test_streaming.py::test_duo_is_the_parallel_form_under_a_mask_for_each_head[gqa": "fast",
+}
+"""Whole runs through compressed memories: each method has a fast one."""
+
+TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS, **DOWNLOADS, **LOSSY}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:

@@ -64,6 +64,8 @@ class Book:
             self.indexed,
             request.namespace,
             request=request,
+            prompt_len=len(request.prompt),
+            seed=request.seed,
             index=index,
             stop_tokens=request.sampling.stop_tokens,
         )

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.ledger.plan import Swap
+from kvlab.ledger.plan import Compaction, Seals, Swap
 
 
 @dataclass(eq=False, slots=True)
@@ -23,6 +23,10 @@ class Entry:
     num_computed: int = 0
     prefill_len: int = 0
     """Tokens known when it was admitted: below, it computes a prompt; above, it decodes."""
+    prompt_len: int = 0
+    """Tokens of its prompt: a memory that compresses counts from there; 0: all that were known at first."""
+    seed: int = 0
+    """What random choices of the memory are drawn from."""
     drafts: int = 0
     """Speculative tokens that may follow the known ones in the next step."""
     hold: int | None = None
@@ -80,6 +84,10 @@ class Step:
     work: list[Work]
     moves: list[Move] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
+    compaction: Compaction | None = None
+    """What comes first, behind the moves."""
+    seals: Seals | None = None
+    """What comes behind that."""
 
 
 @dataclass

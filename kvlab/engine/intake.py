@@ -81,7 +81,7 @@ class Intake:
                 raise ValueError(f"prompt: {prompt_len} tokens: must be at most max_len = {self.config.max_len}")
             legal = f"must be in [1, {longest}], since prompt and answer share max_len = {self.config.max_len}"
             raise ValueError(f"max_tokens = {sampling.max_tokens}: {legal}")
-        if never := ledger.never(prompt_len + sampling.max_tokens - 1):
+        if never := ledger.never(prompt_len + sampling.max_tokens - 1, prompt_len):
             raise ValueError(f"prompt: {prompt_len} tokens and max_tokens = {sampling.max_tokens}: {never.reason}")
 
     def _check_sampling(self, sampling: Sampling) -> None:

@@ -22,6 +22,7 @@ from kvlab.engine.sampling import Choices, Drawn, Mode, draw_tokens
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.engine.swap import HostTier
 from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
 
@@ -108,6 +109,16 @@ class Runner:
             else:
                 self.pools = self.host.give_back(self.pools, move.swap)
 
+    def compact(self, compaction: Compaction) -> None:
+        """Dispatches a compaction, which nobody waits for: pages that it frees are written behind it."""
+        self.stats.compacted += len(compaction.seeds)
+        self.pools, _ = self.step_fn.compact(self.pools, compaction)
+
+    def seal(self, seals: Seals) -> None:
+        """Dispatches a sealing of full pages, which nobody waits for."""
+        self.stats.sealed_pages += sum(len(moves) for moves in seals.classes)
+        self.pools = self.step_fn.seal(self.pools, seals)
+
     def groups(self, work: Sequence[Work], chunk_len: int) -> list[Group]:
         """The programs of a step: parts of equal width, speculative ones apart."""
         groups: dict[tuple[int, bool], list[Work]] = {}
@@ -125,7 +136,7 @@ class Runner:
         tokens = _known_tokens(group, num_rows) if behind is None else _drawn_tokens(behind, samples, num_rows)
         batch = self._batch(samples, num_rows, group)
         seen = self._seen(samples, num_rows) if batch.mode.penalty else None
-        self._count(plan.starts[: len(samples)] + plan.counts[: len(samples)], (num_rows, *group[1:]))
+        self._count(plan, len(samples), (num_rows, *group[1:]))
         began = time.perf_counter()
         plan, self.pools = self.step_fn.copied(self.pools, plan)
         logits, finite, self.pools = self.step_fn.next_logits(
@@ -144,8 +155,10 @@ class Runner:
         self.stats.wait_s += time.perf_counter() - began
         return [Fetched(*each) for each in fetched]
 
-    def _count(self, ends: npt.NDArray[np.int32], shape: tuple[int, int, bool]) -> None:
-        self.stats.read_bytes += self._weight_bytes + sum(int(table[ends].sum()) for table in self._read_bytes)
+    def _count(self, plan: Plan, num_rows: int, shape: tuple[int, int, bool]) -> None:
+        ends = ((mine.starts + plan.counts)[:num_rows] for mine in plan.classes)
+        tables = zip(self._read_bytes, ends, strict=True)
+        self.stats.read_bytes += self._weight_bytes + sum(int(table[mine].sum()) for table, mine in tables)
         self.stats.launches += 1
         self.stats.shapes.add(shape)
 

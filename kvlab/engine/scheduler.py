@@ -7,12 +7,14 @@ speculation threw away.
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from kvlab.engine.entries import Counters, Entry, Move, Rejection, Step, Work
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Compaction, Seals
 from kvlab.schema import Schema, choice, flag, integer
 
 UNLIMITED = 1 << 30
@@ -60,7 +62,7 @@ class Scheduler:
 
     def submit(self, entry: Entry) -> None:
         """A new sequence waits for its turn."""
-        entry.arrival = self._arrived
+        entry.arrival, entry.prompt_len = self._arrived, entry.prompt_len or entry.num_known
         self._arrived += 1
         self._queue(entry)
 
@@ -96,10 +98,11 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step, reserved. Without work only when every sequence is paused, has just come back or was just
         rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
-        if self._closed and (steady := self._steady(self.running)) is not None:
+        if self._closed and not self._shortens() and (steady := self._steady(self.running)) is not None:
             return Step(steady)
         config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
         num_swapped = len(self.swapped)
+        compaction, seals = self._compact(step), self._seal(step)
         if config.mixed:
             self._decode(step, self._decode_budget())
         budget = config.token_budget - sum(part.num_new + part.lookahead for part in step.work.values())
@@ -112,7 +115,7 @@ class Scheduler:
         if not step.work and not step.rejected and len(self.swapped) == num_swapped:
             self._unblock(step)
         work = [step.work[entry] for entry in self.running if entry in step.work]
-        return Step(work, step.moves, step.rejected)
+        return Step(work, step.moves, step.rejected, compaction, seals)
 
     def schedule_ahead(self) -> list[Work] | None:
         """The work of the step behind the one that the device works on, whose tokens the counters have already,
@@ -190,7 +193,8 @@ class Scheduler:
             count = self._chunk(entry, count, budget)
             lookahead = 0
             if entry.num_computed + count == entry.num_known:
-                lookahead = max(0, min(entry.drafts, budget - count, self.ledger.chunk_len - count))
+                most = min(budget, self.ledger.chunk_len, self.ledger.room_ahead(entry.name))
+                lookahead = max(0, min(entry.drafts, most - count))
             if lookahead and not self.ledger.reserve(entry.name, count, lookahead).ready:
                 lookahead = 0
             if lookahead or self._reserve(entry, count, step):
@@ -240,14 +244,14 @@ class Scheduler:
 
     def _begin(self, entry: Entry, step: _Unfinished, budget: int) -> int | None:
         """Reserves a sequence's first chunk and returns its size; 0 if it can never fit, None if it must wait."""
-        hit = self.ledger.lookup(entry.ids, entry.namespace) if entry.indexed else None
+        hit = self.ledger.lookup(entry.ids, entry.namespace, entry.prompt_len) if entry.indexed else None
         start = entry.num_computed = hit.length if hit else 0
         count = min(entry.target - start, budget, self.ledger.chunk_len)
-        if hit:
-            count = self.ledger.clip(hit, count)
-        answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(entry.num_known, entry.final_len))
+        prompt_len = entry.prompt_len if self.ledger.stores.compresses else entry.num_known
+        count = self.ledger.clip(hit, count) if hit else self.ledger.clip_first(prompt_len, count)
+        answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(prompt_len, entry.final_len))
         if isinstance(answer, Ready):
-            entry.prefill_len = entry.num_known
+            entry.prefill_len = prompt_len  # what was decoded before is decoded again, where it was compacted
             self.counters.hit_tokens += start
             return count
         if hit:
@@ -259,6 +263,42 @@ class Scheduler:
         entry.state = "gone"
         step.rejected.append(Rejection(entry, answer.reason))
         return 0
+
+    # Compaction.
+
+    def _due(self) -> dict[Hashable, dict[str | int, int]]:
+        """Which of the running sequences are to be compacted before they go on."""
+        if not self.ledger.stores.compresses:
+            return {}
+        return self.ledger.due([entry.name for entry in self.running])
+
+    def _shortens(self) -> bool:
+        """Whether some running sequence is to be compacted, or pages of one to be sealed, before the next step."""
+        if not self.ledger.stores.compresses:
+            return False
+        return bool(self._due()) or any(self.ledger.seals(entry.name) for entry in self.running)
+
+    def _compact(self, step: _Unfinished) -> Compaction | None:
+        """Compacts whoever is due, together; the last in order makes room where pages are short."""
+        while due := self._due():
+            seeds = {entry.name: entry.seed for entry in self.running}
+            answer = self.ledger.compact(due, seeds)
+            if not isinstance(answer, Wait):
+                return answer
+            if len(self.running) == 1:
+                raise RuntimeError(f"compaction: {answer.reason}")
+            self._preempt(self.running[-1], step)
+        return None
+
+    def _seal(self, step: _Unfinished) -> Seals | None:
+        """Seals the pages that are due; the last in order makes room where sealed ones are short."""
+        if not self.ledger.stores.compresses:
+            return None
+        while isinstance(done := self.ledger.seal([entry.name for entry in self.running]), Wait):
+            if len(self.running) == 1:
+                raise RuntimeError(f"sealing: {done.reason}")
+            self._preempt(self.running[-1], step)
+        return None if done is None else done[0]
 
     # Making room.
 

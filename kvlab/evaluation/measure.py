@@ -3,7 +3,7 @@ formula."""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
 from kvlab.ledger.accounting import Account
+from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
@@ -40,21 +41,34 @@ class Observed:
     compiled: Any
     decode_s: float
     train_step_ms: float
+    ledger: Ledger
+    compaction_s: float | None
+    """Of one compaction; None: there was none."""
 
 
 @dataclass(frozen=True)
 class Measure:
     """How one number is read off; with `axis`, how people call it where figures and reports have it as bytes a
-    sequence; with `column`, its heading in tables."""
+    sequence: a share of the batch's bytes, or, not `of_batch`, a sequence's own already; with `column`, its heading in
+    tables."""
 
     take: Callable[[Observed], Any]
     axis: str = ""
     column: str = ""
+    of_batch: bool = True
 
 
-def measured(take: Callable[[Observed], Any], *, axis: str = "", column: str = "") -> Any:
-    """A field of a report, with the measure that fills it: adding a measure is adding one such row."""
-    return field(metadata={"measure": Measure(take, axis, column)})
+def measured(
+    take: Callable[[Observed], Any],
+    *,
+    axis: str = "",
+    column: str = "",
+    of_batch: bool = True,
+    default: Any = MISSING,
+) -> Any:
+    """A field of a report, with the measure that fills it: adding a measure is adding one such row, with a default
+    where records that were written before are to be read."""
+    return field(default=default, metadata={"measure": Measure(take, axis, column, of_batch)})
 
 
 def measures(report: type) -> dict[str, Measure]:
@@ -81,6 +95,26 @@ def _device_peak_bytes(seen: Observed) -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def _read_bytes_per_token(seen: Observed) -> int:
+    """What is live of a sequence, by the ledger, less what its states select away."""
+    total, stored = 0, seen.ledger.stored(seen.ledger.sequences[0])
+    for state, account in zip(seen.layout.classes, seen.accounts, strict=True):
+        spec, page_size, num_stored = state.spec, state.page_size, stored[state.name]
+        left_out = spec.logical_bytes(num_stored, page_size) - spec.read_bytes(num_stored, page_size)
+        total += account.logical // seen.layout.max_sequences - left_out * state.num_layers
+    return total + sum(_weighed_bytes(seen, layer) for layer in range(len(seen.layout.states)))
+
+
+def _weighed_bytes(seen: Observed, layer: int) -> int:
+    """Keys that are read once more in a layer, by methods that weigh every slot in every step."""
+    total = 0
+    for name, joined in seen.layout.joined[layer].items():
+        if joined.method is not None and joined.method.weighs:
+            state = seen.layout.classes[seen.layout.states[layer][name]]
+            total += state.spec.arrays[0].num_bytes * seen.ledger.stored(seen.ledger.sequences[0])[state.name]
+    return total
+
+
 def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
     """Bytes of every (layer, state): a class's account is shared equally by its layers, whose arrays are alike."""
     rows = []
@@ -88,18 +122,31 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
         for name, index in states.items():
             share, account = seen.layout.classes[index].num_layers, seen.accounts[index]
             sizes = {"logical": account.logical, "allocated": account.allocated, "pool": account.pool}
-            rows.append({"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()})
+            row = {"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()}
+            rows.append(row | _how_it_is_read(seen.layout, layer, name))
     return tuple(rows)
+
+
+def _how_it_is_read(layout: MemoryLayout, layer: int, name: str) -> dict[str, str]:
+    """Under a selection, what a layer's state is read by, or why all of it is read."""
+    if layout.selection is None:
+        return {}
+    state = layout.classes[layout.states[layer][name]].spec
+    reason = layout.selection.skips(state) or "one of the dense layers"
+    return {"read_by": f"all: {reason}" if state.reading is None else layout.selection.name}
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes.
+    """Four numbers, never one, for `batch_size` sequences of `context_len` tokens, in bytes; and what is read of them.
 
     logical: live tokens and states, their scales included; allocated: pages held; temp: the compiler's temporaries of a
     decode step; peak: all that a decode step needs at once (weights, pools, plan, outputs, temporaries).
     `device_peak_bytes` is the device's own high-water mark of this process, a training in it included, where the device
-    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page.
+    reports one. `pool_bytes` is the arrays' size, which includes free pages and the null page. `read_bytes_per_token`
+    is what decoding one more token of one sequence reads of its memory, and `held_peak_bytes` the most that was held
+    on the way: of a memory that compresses prompts, one whole prompt beside what is left of the others. `stored` are
+    slots of a sequence, by class, where tokens were dropped. Records from before these were measured have none.
     """
 
     logical_bytes: int = measured(
@@ -122,6 +169,17 @@ class MemoryReport:
     accounts: tuple[dict[str, int | str], ...] = measured(
         lambda seen: tuple(account.as_dict() for account in seen.accounts)
     )
+    read_bytes_per_token: int | None = measured(
+        _read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
+    )
+    held_peak_bytes: int | None = measured(
+        lambda seen: seen.ledger.counters.peak_bytes,
+        axis="most bytes of pages held at any moment, prompts included, per sequence",
+        default=None,
+    )
+    stored: dict[str, int] | None = measured(  # noqa: RUF009
+        lambda seen: seen.ledger.stored(seen.ledger.sequences[0]) if seen.layout.compresses else None, default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -130,10 +188,21 @@ class SpeedReport:
 
     train_step_ms: float = measured(lambda seen: seen.train_step_ms, column="step ms")
     decode_tokens_per_s: float = measured(lambda seen: seen.layout.max_sequences / seen.decode_s, column="decode tok/s")
+    compaction_ms: float | None = measured(lambda seen: seen.compaction_s and seen.compaction_s * 1e3, default=None)
 
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
 """The memory that figures may have as their axis: every number of a record, and how people call it."""
+
+
+def per_sequence(report: MemoryReport) -> dict[str, float]:
+    """Every axis of a report as bytes of one sequence; what an older record does not have is left out."""
+    found = {}
+    for name, row in measures(MemoryReport).items():
+        value = getattr(report, name)
+        if row.axis and value is not None:
+            found[name] = value / report.batch_size if row.of_batch else float(value)
+    return found
 
 
 def measure(
@@ -152,8 +221,14 @@ def measure(
     rows, num_tokens, width = range(layout.max_sequences), layout.max_len, layout.chunk_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
     prompt_len = max(1, num_tokens - decode_steps)
-    for start in range(0, prompt_len, width):
-        session.advance({row: tokens[row, start : min(start + width, prompt_len)] for row in rows}, width)
+    session.prompt_len, session.known, session.times = prompt_len, dict(enumerate(tokens)), True
+    session.decode_from = prompt_len
+    # Where prompts are compressed they come one after the other: while one is whole, the others are what is left.
+    groups = [[row] for row in rows] if layout.compresses else [list(rows)]
+    for group in groups:
+        for start in range(0, prompt_len, width):
+            end = min(start + width, prompt_len)
+            session.advance({row: tokens[row, start:end] for row in group}, width, len(group))
     times = []
     for place in range(prompt_len, num_tokens):
         began = time.perf_counter()
@@ -162,5 +237,6 @@ def measure(
     session.ledger.check()
     # The first timed step may have compiled.
     decode_s = float(np.median(times[1:] or times))
-    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms)
+    session_s = float(np.median(session.compaction_s[1:] or session.compaction_s)) if session.compaction_s else None
+    seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms, session.ledger, session_s)
     return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

@@ -1,7 +1,11 @@
-"""Scoring through the memory: prompts prefilled in chunks, answers decoded from pages. The parallel form beside it."""
+"""Scoring through the memory: prompts prefilled in chunks, answers decoded from pages. The parallel form beside it.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+Scores are kept for every example and turn: what two memories do to the same example can be compared.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +14,25 @@ from flax import nnx
 from jax import Array
 
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, merge
 from kvlab.tasks import Batch, EvalSlice, Task
-from kvlab.tasks.metrics import Sums
+from kvlab.tasks.metrics import NO_EXAMPLES, ExampleScores, Sums
 from kvlab.training.step import score, weighted_nll
 from kvlab.typing import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceScore(Sums):
-    """The sums of one slice."""
+    """The sums of one slice, and what they are sums of. `data_sha256` is of the examples themselves, as far as they
+    were scored through a memory: tokens, labels and weights, whatever batches they came in."""
 
     name: str
+    examples: ExampleScores = field(default=NO_EXAMPLES, compare=False)
+    data_sha256: str = ""
 
 
 class Scorer:
@@ -37,60 +45,74 @@ class Scorer:
         self._batches: dict[tuple[str, str, int], Batch] = {}
 
     def parallel(
-        self, params: Params, split: str, states: Sequence[LayerStates] | None = None
+        self,
+        params: Params,
+        split: str,
+        states: Sequence[LayerStates] | None = None,
+        *,
+        forward: Callable[[Params, Batch], tuple[Array, Array]] | None = None,
     ) -> tuple[SliceScore, ...]:
-        """Every slice in the parallel form; `states` as in `Transformer.parallel`."""
-        forward = self._parallel
+        """Every slice in the parallel form; `states` as in `Transformer.parallel`. Another form is given by `forward`:
+        the negative log-likelihood and correctness of a batch's labels."""
+        forward = forward or self._parallel
         if states is not None:
             forward = jax.jit(lambda params, batch: weighted_nll(merge(self.structure, params), batch, states))
         scores = []
         for part in self.task.slices(split):
-            total = np.zeros(3)
+            tally = _Tally(part)
             for index in range(0, part.num_examples, self.batch_size):
                 batch = self._batch(split, part, index)
                 nll, correct = forward(params, batch)
-                total += [float(nll.sum()), float(correct.sum()), float(batch.weights.sum())]
-            scores.append(_slice_score(part, total))
+                tally.add(*(_by_position(batch, values) for values in (nll, correct, batch.weights)))
+            scores.append(tally.score())
         return tuple(scores)
 
-    def through_memory(self, params: Params, split: str, layout: MemoryLayout) -> tuple[SliceScore, ...]:
-        """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token."""
-        session = Session(MemoryStep.of(self.structure, layout), params)
+    def through_memory(
+        self, params: Params, split: str, layout: MemoryLayout, check: MaskCheck | None = None
+    ) -> tuple[SliceScore, ...]:
+        """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
+        every logit that is scored is compared, and freed pages are spoiled."""
+        is_checked = check is not None
+        session = Session(MemoryStep.of(self.structure, layout), params, poisons=is_checked, observes=is_checked)
         scores = []
         for eval_slice in self.task.slices(split):
-            total = np.zeros(3)
+            tally = _Tally(eval_slice)
             for index in range(0, eval_slice.num_examples, self.batch_size):
-                total += self._score_batch(session, self._batch(split, eval_slice, index), eval_slice)
+                batch = self._batch(split, eval_slice, index)
+                tally.add(*self._score_batch(session, batch, eval_slice, check))
+                tally.identify(batch)
                 session.release_all()
-            scores.append(_slice_score(eval_slice, total))
+            scores.append(tally.score())
         return tuple(scores)
 
-    def _score_batch(self, session: Session, batch: Batch, eval_slice: EvalSlice) -> np.ndarray:
-        real_rows = np.asarray(batch.weights).any(axis=1)
-        batch = jax.tree.map(lambda x: np.asarray(x)[real_rows], batch)
-        tokens, places = batch.tokens, batch.label_positions
-        labels, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
-        for row in range(len(tokens)):  # scattered labels as dense rows, aligned with the tokens
-            real = batch.weights[row] > 0
-            labels[row, places[row, real]] = batch.labels[row, real]
-            weights[row, places[row, real]] = batch.weights[row, real]
-        total, width = np.zeros(3), session.layout.chunk_len
-        starts = [*range(0, eval_slice.prompt_len, width), *range(eval_slice.prompt_len, eval_slice.seq_len)]
-        for start in starts:
-            end = min(start + width, eval_slice.prompt_len) if start < eval_slice.prompt_len else start + 1
-            logits = session.advance(
-                {row: tokens[row, start:end] for row in range(len(tokens))},
-                width if start < eval_slice.prompt_len else 1,
-            )
+    def _score_batch(
+        self, session: Session, batch: Batch, eval_slice: EvalSlice, check: MaskCheck | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Negative log-likelihood, correctness and weight of every position [B, T]: zero where there is no label."""
+        all_labels, all_weights = (_by_position(batch, values) for values in (batch.labels, batch.weights))
+        all_scored = np.zeros((2, *all_weights.shape), np.float32)
+        real_rows = all_weights.any(axis=1)
+        tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
+        scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
+        session.prompt_len, session.known = eval_slice.compress_at or eval_slice.prompt_len, dict(enumerate(tokens))
+        session.decode_from = eval_slice.prompt_len
+        for start, end, width in steps(eval_slice, session.layout.chunk_len):
+            logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
             if not weights[:, start:end].any():
                 continue
-            shape = (session.layout.max_sequences, logits.shape[1])
+            shape = (session.layout.max_sequences, width)
             padded_labels, padded_weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
             padded_labels[: len(tokens), : end - start] = labels[:, start:end]
             padded_weights[: len(tokens), : end - start] = weights[:, start:end]
-            nll, correct = self._score(logits, padded_labels, padded_weights)
-            total += [float(nll.sum()), float(correct.sum()), float(padded_weights.sum())]
-        return total
+            for kind, values in enumerate(self._score(logits, padded_labels, padded_weights)):
+                scored[kind, :, start:end] = np.asarray(values)[: len(tokens), : end - start]
+            if check is not None:
+                labelled = [position for position in range(start, end) if weights[:, position].any()]
+                seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
+        if check is not None:
+            check.compare(tokens, session.compacted, seen, eval_slice.name, session.steps, session.sealed)
+        all_scored[:, real_rows] = scored
+        return all_scored[0], all_scored[1], all_weights
 
     def _batch(self, split: str, eval_slice: EvalSlice, index: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""
@@ -103,6 +125,66 @@ class Scorer:
         return self._batches[place]
 
 
-def _slice_score(eval_slice: EvalSlice, total: np.ndarray) -> SliceScore:
-    nll, correct, weight = total.tolist()
-    return SliceScore(name=eval_slice.name, nll=nll, correct=correct, weight=weight)
+def steps(eval_slice: EvalSlice, chunk_len: int) -> Iterator[tuple[int, int, int]]:
+    """The steps of a slice as (start, end, width): tokens [start, end) in a program of `width` tokens. The prompt comes
+    in chunks, none of which straddles the place where a memory may compress; what follows comes token by token."""
+    compress_at = eval_slice.compress_at or eval_slice.prompt_len
+    for low, high in ((0, compress_at), (compress_at, eval_slice.prompt_len)):
+        for start in range(low, high, chunk_len):
+            yield start, min(start + chunk_len, high), chunk_len
+    for start in range(eval_slice.prompt_len, eval_slice.seq_len):
+        yield start, start + 1, 1
+
+
+def _by_position(batch: Batch, values: Array | np.ndarray) -> np.ndarray:
+    """Values of labels [B, M] where the labels are [B, T], zero elsewhere."""
+    values, places, real = (np.asarray(each) for each in (values, batch.label_positions, batch.weights > 0))
+    rows, labels = np.nonzero(real)
+    dense = np.zeros(np.shape(batch.tokens), values.dtype)
+    dense[rows, places[rows, labels]] = values[rows, labels]
+    return dense
+
+
+class _Tally:
+    """Scores of a slice, collected batch by batch; what lies past its end is left out."""
+
+    def __init__(self, eval_slice: EvalSlice):
+        self.eval_slice = eval_slice
+        self._starts = [0, *eval_slice.turns]
+        self._columns: list[tuple[np.ndarray, ...]] = []
+        self._num_examples = self._num_identified = 0
+        self._digests = [hashlib.sha256() for _ in range(3)]
+
+    def add(self, nll: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> None:
+        """The next examples, each [B, T]."""
+        num_real = min(len(weights), self.eval_slice.num_examples - self._num_examples)
+        nll, correct, weights = nll[:num_real], correct[:num_real], weights[:num_real]
+        sums = (np.add.reduceat(each.astype(np.float64), self._starts, axis=1) for each in (nll, correct, weights))
+        num_labels = np.add.reduceat((weights > 0).astype(np.int32), self._starts, axis=1)
+        self._columns.append((*sums, num_labels, correct[weights > 0] > 0))
+        self._num_examples += num_real
+
+    def identify(self, batch: Batch) -> None:
+        """Takes the next examples themselves into the digest of the slice's data."""
+        num_real = min(len(batch.tokens), self.eval_slice.num_examples - self._num_identified)
+        labels, weights = (_by_position(batch, values) for values in (batch.labels, batch.weights))
+        for digest, rows in zip(self._digests, (np.asarray(batch.tokens), labels, weights), strict=True):
+            digest.update(np.ascontiguousarray(rows[:num_real]).tobytes())
+        self._num_identified += num_real
+
+    def score(self) -> SliceScore:
+        """The slice's sums, with the scores of its examples."""
+        nll, correct, weight, num_labels, right = map(np.concatenate, zip(*self._columns, strict=True))
+        examples = ExampleScores(nll=nll, correct=correct, weight=weight, num_labels=num_labels, right=right)
+        sums = examples.sums()
+        data_sha256 = ""
+        if self._num_identified:
+            data_sha256 = hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+        return SliceScore(
+            name=self.eval_slice.name,
+            nll=sums.nll,
+            correct=sums.correct,
+            weight=sums.weight,
+            examples=examples,
+            data_sha256=data_sha256,
+        )

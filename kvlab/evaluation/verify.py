@@ -1,41 +1,47 @@
 """The check that stands before every record: the memory and the parallel form tell the same.
 
-A memory that stores what the model computes must agree with the model's parallel form. One in a lossy format must agree
-with the parallel form whose keys and values are rounded to that format: what the format costs is then its own, and no
-error of the memory hides in it.
+A memory that stores what the model computes must agree with the model's parallel form. A lossy one must give the logits
+of the parallel form whose keys and values are rounded as it rounds them, under the mask that its compactions imply:
+what a format or a compression costs is then its own, and no error of the memory hides in it.
 """
 
 from collections.abc import Sequence
 
-from kvlab.evaluation.score import Scorer, SliceScore
-from kvlab.memory.layout import MemoryConfig, MemoryLayout, stored_states
-from kvlab.memory.views import LayerStates
+from kvlab.evaluation.mask_check import MaskCheck
+from kvlab.evaluation.score import SliceScore
+from kvlab.memory.layout import MemoryConfig
 from kvlab.tasks.metrics import Metric
-from kvlab.typing import Params
 
 EXACT = "the parallel form"
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""The largest difference of a logit, relative to the largest of its position."""
 
 
 def verify(
-    scorer: Scorer,
-    params: Params,
     through: Sequence[SliceScore],
     parallel: Sequence[SliceScore],
+    metric: Metric,
     *,
-    layout: MemoryLayout,
-    states: Sequence[LayerStates],
     memory: MemoryConfig,
     dtype: str,
+    check: MaskCheck | None = None,
 ) -> str:
-    """Compares the test slices through the memory with what this memory is to agree with; returns what that was.
-
-    `states` are those of the model. Raises RuntimeError, which fails the run, where they do not agree.
-    """
-    expected, name = parallel, EXACT
-    if not layout.is_exact:
-        expected = scorer.parallel(params, "test", stored_states(states, memory))
-        name = f"{EXACT} with what is stored rounded to {memory.format}"
-    must_agree(through, expected, scorer.task.metric, dtype, name)
+    """Says what the test slices through the memory agree with: the parallel form's scores, or, of a lossy memory, the
+    logits that `check` compared. Raises RuntimeError, which fails the run, where they do not agree."""
+    if check is None:
+        must_agree(through, parallel, metric, dtype)
+        return EXACT
+    name = EXACT
+    if memory.format != "model":
+        name += f" with what is stored rounded to {memory.format}"
+    masks = {"kept": memory.compression, "read": memory.selection}
+    if applied := [what for what, method in masks.items() if method is not None]:
+        name += f" under the mask of what it {' and '.join(applied)}"
+    if not check.worst <= LOGIT_TOLERANCE[dtype]:
+        raise RuntimeError(
+            f"logits through the memory differ from {name} by {check.worst:.2g} of the largest; they must agree within "
+            f"{LOGIT_TOLERANCE[dtype]:g}"
+        )
     return name
 
 

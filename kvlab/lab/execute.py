@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,20 +12,23 @@ import jax
 
 from kvlab.config import SCHEMA_VERSION, Config
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.measure import MemoryReport, SpeedReport, measure
-from kvlab.evaluation.score import Scorer
+from kvlab.evaluation.score import Scorer, SliceScore
 from kvlab.evaluation.verify import verify
 from kvlab.host import keep_freed_memory
 from kvlab.interrupt import Interrupted, StopRequest, stop_on_signals
+from kvlab.lab.examples import write_examples
 from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.parameters import obtain
 from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
-from kvlab.lab.record import Done, FailedTraining, Quality, Unfinished
+from kvlab.lab.record import Done, FailedTraining, Lossy, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.random import named_key
+from kvlab.tasks import Task
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken, recording
 
@@ -87,44 +91,63 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
     params, trained = obtain(lab, scorer, run, stop, known_attempt=known_attempt, taken=taken)
     stop.check()
 
-    metric = lab.task.metric
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
-    through = scorer.through_memory(params, "test", layout)
+    check = None if layout.is_exact else MaskCheck(lab.model.structure, params, layout)
+    through = scorer.through_memory(params, "test", layout, check)
     parallel = scorer.parallel(params, "test")
-    verified_by = verify(
-        scorer,
-        params,
-        through,
-        parallel,
-        layout=layout,
-        states=lab.model.states,
-        memory=config.memory,
-        dtype=config.model.dtype,
-    )
+    given = {"memory": config.memory, "dtype": config.model.dtype, "check": check}
+    verified_by = verify(through, parallel, lab.task.metric, **given)
     stop.check()
 
     memory, speed = measure_memory(lab, params, config.context_len, trained.train_step_ms)
     elsewhere = None
     if config.context_len != lab.task.context_len:
         elsewhere, _ = measure_memory(lab, params, lab.task.context_len, trained.train_step_ms)
-    quality = Quality(
+    return {
+        "num_params": lab.model.num_params,
+        "quality": quality_of(lab.task, through, parallel, validation=trained.validation, verified_by=verified_by),
+        "examples": write_examples(run.directory, through),
+        "memory": memory,
+        "memory_at_task_context": elsewhere,
+        "speed": speed,
+        "training": trained.report,
+        "lossy": None if check is None else lossy_report(lab, check),
+    }
+
+
+def lossy_report(lab: Laboratory, check: MaskCheck) -> Lossy:
+    """What a record says of a lossy memory."""
+    evicted = {name: dropped / max(1, num_slots) for name, (dropped, num_slots) in check.evicted.items()}
+    method, skipped = lab.config.memory.compression, dict[str, str]()
+    for layer, states in enumerate(lab.model.states if method is not None else ()):
+        assert method is not None
+        skipped |= {f"{layer}.{name}": reason for name, state in states.items() if (reason := method.skips(state))}
+    return Lossy(
+        logit_error=check.worst,
+        num_logits=check.num_compared,
+        num_compactions=check.num_compactions,
+        evicted_fraction=evicted,
+        skipped=skipped,
+    )
+
+
+def quality_of(
+    task: Task, through: Sequence[SliceScore], parallel: Sequence[SliceScore], *, validation: float, verified_by: str
+) -> Quality:
+    """What a record says of a task's scores through the memory and in the parallel form."""
+    metric = task.metric
+    return Quality(
         metric=metric.name,
         higher_is_better=metric.higher_is_better,
         value=metric.mean(through),
         slices={part.name: metric.from_sums(part) for part in through},
         parallel_value=metric.mean(parallel),
-        validation=trained.validation,
+        validation=validation,
         verified_by=verified_by,
         lost=metric.mean(parallel) - metric.mean(through),
+        turns={part.name: metric.by_turn(part.examples) for part in through if part.examples.num_turns > 1},
+        chance=task.chance,
     )
-    return {
-        "num_params": lab.model.num_params,
-        "quality": quality,
-        "memory": memory,
-        "memory_at_task_context": elsewhere,
-        "speed": speed,
-        "training": trained.report,
-    }
 
 
 def measure_memory(
@@ -132,8 +155,9 @@ def measure_memory(
 ) -> tuple[MemoryReport, SpeedReport]:
     """Bytes and speed at a context of `context_len` tokens and the configured batch."""
     config = lab.config
-    layout = lab.layout(context_len, config.measure.batch_size)
-    step, decode_steps = MemoryStep.of(lab.model.structure, layout), min(config.measure.decode_steps, context_len - 1)
+    decode_steps = min(config.measure.decode_steps, context_len - 1)
+    layout = lab.layout(context_len, config.measure.batch_size, prompt_len=context_len - decode_steps)
+    step = MemoryStep.of(lab.model.structure, layout)
     return measure(step, params, lab.task.vocab_size, decode_steps, train_step_ms=train_step_ms)
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
+from kvlab.files import cache_folder
 from kvlab.interrupt import stop_sweep, sweep_stops_together
 from kvlab.lab.execute import execute
 from kvlab.lab.runs import Run, RunLocked
@@ -59,6 +60,5 @@ def use_compilation_cache() -> None:
     """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says
     otherwise."""
     if not jax.config.jax_compilation_cache_dir:
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(base / "kvlab" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

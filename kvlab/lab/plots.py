@@ -67,6 +67,9 @@ def draw_frontier(found: list[Point], title: str, paths: list[Path], axis: str =
 
 
 def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None:
+    members = [point for point in members if axis in point.bytes_per_sequence]
+    if not members:
+        raise ValueError(f"no point of {task} has {axis}: their records are from before it was measured")
     frontier = non_dominated(members, axis)
     sizes = [point.bytes_per_sequence[axis] for point in frontier]
     panel.step(sizes, [p.value for p in frontier], where="post", color="0.6", lw=1.2, ls="--", zorder=1)

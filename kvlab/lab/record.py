@@ -44,7 +44,9 @@ class Quality:
     """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
 
     `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `lost` is
-    what the memory costs: `parallel_value` less `value`.
+    what the memory costs: `parallel_value` less `value`. `turns` has the metric of each turn of the slices that have
+    several (null: a turn without labels); `value` and `slices` are over all turns. `chance` is what a blind guess
+    scores, where the task knows.
     """
 
     metric: str = shown()
@@ -55,11 +57,27 @@ class Quality:
     validation: float
     verified_by: str = shown(default=EXACT, over_seeds=itemgetter(0))
     lost: float = shown(default=0.0, over_seeds=statistics.fmean)
+    turns: dict[str, list[float | None]] = field(default_factory=dict)
+    chance: float | None = None
 
     @property
     def is_lossy(self) -> bool:
         """Whether the memory stored less than what the model computes."""
         return self.verified_by != EXACT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lossy:
+    """What a lossy memory did to the test slices: the largest difference of a logit from the parallel form under its
+    own mask, relative to the largest logit of its position, over `num_logits` positions; how often a sequence was
+    compacted; by slice, the fraction of all slots that was dropped (0: the compression never acted); and the states
+    that were left as they are, with the reason."""
+
+    logit_error: float
+    num_logits: int
+    num_compactions: int
+    evicted_fraction: dict[str, float]
+    skipped: dict[str, str]
 
 
 SHOWN: dict[str, Shown] = {item.name: item.metadata["shown"] for item in fields(Quality) if "shown" in item.metadata}
@@ -115,8 +133,18 @@ class Unfinished(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The run's scores by example (kvlab/lab/examples.py): the file's digest, and one of each slice's data, equal where
+    two runs scored the same examples."""
+
+    sha256: str
+    data_sha256: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Done(Record):
-    """A finished run. `memory_at_task_context` is there where memory was measured at another length than the task's."""
+    """A finished run. `memory_at_task_context` is there where memory was measured at another length than the task's;
+    runs from before scores by example were kept have no `examples`."""
 
     num_params: int
     quality: Quality
@@ -125,6 +153,8 @@ class Done(Record):
     training: TrainingReport
     provenance: Provenance
     memory_at_task_context: MemoryReport | None = None
+    lossy: Lossy | None = None
+    examples: Examples | None = None
     status: Literal["done"] = "done"
 
 

@@ -14,8 +14,9 @@ import pandas as pd
 from kvlab.evaluation.measure import AXES, SpeedReport, measures
 from kvlab.files import write_atomic
 from kvlab.lab.plots import by_task, colour, draw_frontier, draw_needle
+from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Done, Unfinished
-from kvlab.lab.results import Point, fidelity_rows, non_dominated, points, read_metrics, read_records
+from kvlab.lab.results import Point, non_dominated, points, read_metrics, read_records
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
@@ -30,6 +31,7 @@ def write_report(results: Path, output: Path) -> list[Path]:
     """
     records = read_records(results)
     found = points(records)
+    protocol = protocol_rows(found, records)
     output.mkdir(parents=True, exist_ok=True)
     title = ", ".join(sorted({record.experiment for record in records}))
     written = []
@@ -37,7 +39,7 @@ def write_report(results: Path, output: Path) -> list[Path]:
         pictures = [output / "frontier.png", output / "frontier.pdf"]
         draw_frontier(found, title, pictures)
         table = output / "frontier.csv"
-        write_atomic(table, frontier_frame(found).to_csv(index=False))
+        write_atomic(table, frontier_frame(found, protocol).to_csv(index=False))
         written = [*pictures, table]
     heat_map = None
     if any(point.task == "needle" for point in found):
@@ -45,19 +47,20 @@ def write_report(results: Path, output: Path) -> list[Path]:
         draw_needle(found, written[-2:])
         heat_map = written[-2].read_bytes()
     page = output / "report.html"
-    write_atomic(page, render_page(title, records, found, heat_map))
+    write_atomic(page, render_page(title, records, found, protocol, heat_map))
     return [page, *written]
 
 
-def frontier_frame(found: list[Point]) -> pd.DataFrame:
-    """The plotted data: one row a point."""
+def frontier_frame(found: list[Point], protocol: list[dict[str, Any]] | None = None) -> pd.DataFrame:
+    """The plotted data: one row a point, with what `protocol_rows` adds where it is given."""
     best = {id(point) for members in by_task(found).values() for point in non_dominated(members)}
     rows = []
-    for point in found:
+    for point, added in zip(found, protocol or [{}] * len(found), strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"low": point.low, "high": point.high, "num_seeds": point.num_seeds, "context_len": point.context_len}
-        row |= {f"{axis}_per_sequence": point.bytes_per_sequence[axis] for axis in AXES}
+        row |= {csv_name(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
+        row |= {name.replace(" ", "_"): value for name, value in added.items()}
         row |= point.fidelity | point.speeds
         row |= {"learning_rates": " ".join(f"{rate:g}" for rate in point.learning_rates)}
         row |= {f"slice {name}": value for name, value in point.slices.items()}
@@ -65,9 +68,20 @@ def frontier_frame(found: list[Point]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def render_page(title: str, records: list[AnyRecord], found: list[Point], heat_map: bytes | None = None) -> str:
-    """The page's HTML, with the needle task's picture (PNG) where there is one. Everything that comes from records is
-    escaped; scripts and data are inside, nothing is fetched."""
+def csv_name(axis: str) -> str:
+    """The column of an axis in frontier.csv."""
+    return axis if axis == "read_bytes_per_token" else f"{axis}_per_sequence"
+
+
+def render_page(
+    title: str,
+    records: list[AnyRecord],
+    found: list[Point],
+    protocol: list[dict[str, Any]],
+    heat_map: bytes | None = None,
+) -> str:
+    """The page's HTML, with what `protocol_rows` adds to its points, and the needle task's picture (PNG) where there is
+    one. Everything that comes from records is escaped; scripts and data are inside, nothing is fetched."""
     from plotly.offline import get_plotlyjs  # only pages need it: runs do without
 
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
@@ -93,7 +107,7 @@ def render_page(title: str, records: list[AnyRecord], found: list[Point], heat_m
             f'<option value="{axis}"{" selected" if axis == "allocated_bytes" else ""}>{html.escape(name)}</option>'
             for axis, name in AXES.items()
         ),
-        table=_table(_point_rows(found), "points", sortable=True),
+        table=_table(_point_rows(found, protocol), "points", sortable=True),
         failed=_table([_failed_row(record) for record in failed], "failed") if failed else "<p>None.</p>",
         provenance=_table(_provenance_rows(records), "provenance"),
         data=_script_json(_page_data(records, tasks)),
@@ -164,16 +178,20 @@ def _curve(record: AnyRecord) -> dict[str, Any] | None:
     }
 
 
-def _point_rows(found: list[Point]) -> list[dict[str, Any]]:
+def _point_rows(found: list[Point], protocol: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for point, fidelity in zip(found, fidelity_rows(found), strict=True):
+    for point, added in zip(found, protocol, strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
-        row |= {f"{axis.removesuffix('_bytes')} B/seq": point.bytes_per_sequence[axis] for axis in AXES}
+        row |= {_heading(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"context": point.context_len, "parameters": point.num_params}
         row |= {measure.column: point.speeds[name] for name, measure in measures(SpeedReport).items()}
-        rows.append(row | fidelity)
+        rows.append(row | added)
     return rows
+
+
+def _heading(axis: str) -> str:
+    return "read B/token" if axis == "read_bytes_per_token" else f"{axis.removesuffix('_bytes')} B/seq"
 
 
 def _failed_row(record: Unfinished) -> dict[str, Any]:
@@ -212,7 +230,9 @@ def _table(rows: list[dict[str, Any]], name: str, *, sortable: bool = False) -> 
 def _cell(column: str, value: Any) -> str:
     if value is None:
         return "<td data-value=''>-</td>"
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
     if isinstance(value, int | float):
-        shown = human_bytes(value) if "B/seq" in column else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        shown = human_bytes(value) if "B/" in column else f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
         return f"<td class='number' data-value='{value}'>{shown}</td>"
     return f"<td data-value='{html.escape(str(value), quote=True)}'>{html.escape(str(value))}</td>"

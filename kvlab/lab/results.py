@@ -13,7 +13,8 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-from kvlab.evaluation.measure import AXES
+from kvlab.evaluation.measure import AXES, per_sequence
+from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
 from kvlab.training.checkpoint import CheckpointError
@@ -93,6 +94,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
         quality, memory = record.quality, record.memory
         row |= {f"quality.{name}": getattr(quality, name) for name in SHOWN}
         row |= {f"quality.{name}": value for name, value in quality.slices.items()}
+        row |= {f"quality.{name} turn {k + 1}": v for name, turns in quality.turns.items() for k, v in enumerate(turns)}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
         row |= {"num_params": record.num_params, "learning_rate": record.training.learning_rate}
@@ -114,7 +116,8 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 class Point:
     """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one
     seed). `fidelity` is what else of `Quality` is shown of points: what the memory had to agree with, and what it
-    costs."""
+    costs. `ceiling` is the mean of the full memory's scores with the same weights, where every seed has one at hand;
+    `turns` the metric of each turn over the slices that have several. `config` is what the seeds have in common."""
 
     name: str
     variant: str
@@ -135,24 +138,33 @@ class Point:
     run_ids: list[str]
     fidelity: dict[str, Any]
     is_lossy: bool
+    batch_size: int
+    turns: list[float | None]
+    ceiling: float | None
+    is_discriminative: bool | None
+    config: dict[str, Any]
 
 
-def points(records: Iterable[AnyRecord]) -> list[Point]:
+def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> list[Point]:
     """Done runs grouped by everything but the seed, in order of task and bytes. Memory is exact, so it must not differ
-    between seeds; speeds are medians over seeds."""
+    between seeds; speeds are medians over seeds. `ceilings` are by default those among these runs."""
     groups: dict[str, list[Done]] = {}
+    records = list(records)
+    ceilings = ceilings or Ceilings(records)
     for record in records:
         if isinstance(record, Done):
-            config = {
-                name: value for name, value in record.config.items() if name not in ("seed", "results_dir", "hardware")
-            }
-            groups.setdefault(json.dumps(config, sort_keys=True), []).append(record)
-    labels = _labels([json.loads(config) for config in groups])
-    found = [_point(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+            groups.setdefault(json.dumps(without_seed(record.config), sort_keys=True), []).append(record)
+    labels = labels_of([json.loads(config) for config in groups])
+    found = [_point(label, group, ceilings) for label, group in zip(labels, groups.values(), strict=True)]
     return sorted(found, key=lambda point: (point.task, point.bytes_per_sequence["allocated_bytes"], point.name))
 
 
-def _labels(configs: list[dict[str, Any]]) -> list[str]:
+def without_seed(config: dict[str, Any]) -> dict[str, Any]:
+    """What the seeds of a point have in common: neither their number nor where they ran."""
+    return {name: value for name, value in config.items() if name not in ("seed", "results_dir", "hardware")}
+
+
+def labels_of(configs: list[dict[str, Any]]) -> list[str]:
     """The variant's name, with what tells points of one variant and task apart where there are several."""
     named: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for config in configs:
@@ -175,11 +187,13 @@ def _short(key: str, keys: set[str]) -> str:
     return next(is_only, endings[-1]).removesuffix(".name")
 
 
-def _point(label: str, group: list[Done]) -> Point:
+def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
     first = group[0]
     values = [record.quality.value for record in group]
     mean = statistics.fmean(values)
     half = interval_half_width(values)
+    tops = [full.quality.value for record in group if (full := ceilings.of(record))]
+    ceiling = statistics.fmean(tops) if len(tops) == len(group) else None
     return Point(
         name=label,
         variant=first.config["mixer"]["name"],
@@ -190,7 +204,7 @@ def _point(label: str, group: list[Done]) -> Point:
         low=mean - half,
         high=mean + half,
         num_seeds=len(group),
-        bytes_per_sequence={axis: getattr(first.memory, axis) / first.memory.batch_size for axis in AXES},
+        bytes_per_sequence=per_sequence(first.memory),
         context_len=first.memory.context_len,
         slices={name: statistics.mean(r.quality.slices[name] for r in group) for name in first.quality.slices},
         learning_rates=[record.training.learning_rate for record in group],
@@ -204,14 +218,23 @@ def _point(label: str, group: list[Done]) -> Point:
             if how.over_seeds
         },
         is_lossy=any(record.quality.is_lossy for record in group),
+        batch_size=first.memory.batch_size,
+        turns=_turns(group),
+        ceiling=ceiling,
+        is_discriminative=is_discriminative(first.quality.metric, ceiling, first.quality.chance, None),
+        config=without_seed(first.config),
     )
 
 
-def fidelity_rows(found: list[Point]) -> list[dict[str, Any]]:
-    """What tables add of each point's fidelity, by heading: nothing where no memory is lossy."""
-    if not any(point.is_lossy for point in found):
-        return [{} for _ in found]
-    return [{name.replace("_", " "): value for name, value in point.fidelity.items()} for point in found]
+def _turns(group: list[Done]) -> list[float | None]:
+    """The metric of each turn, over the slices that have several, then over seeds; None for a turn without labels."""
+    columns = [values for record in group for values in record.quality.turns.values()]
+    turns: list[float | None] = []
+    for turn in range(max(map(len, columns), default=0)):
+        known = [values[turn] for values in columns if len(values) > turn]
+        said = [value for value in known if value is not None]
+        turns.append(statistics.fmean(said) if said else None)
+    return turns
 
 
 def interval_half_width(values: list[float]) -> float:
@@ -223,8 +246,10 @@ def interval_half_width(values: list[float]) -> float:
 
 
 def non_dominated(found: list[Point], axis: str = "allocated_bytes") -> list[Point]:
-    """Points of one task that no other point beats in both bytes and quality, by ascending bytes."""
+    """Points of one task that no other point beats in both bytes and quality, by ascending bytes; of points whose bytes
+    on the axis are known."""
     frontier: list[Point] = []
+    found = [point for point in found if axis in point.bytes_per_sequence]
     ordered = sorted(found, key=lambda p: (p.bytes_per_sequence[axis], -p.value if p.higher_is_better else p.value))
     for point in ordered:
         if not frontier or (

@@ -4,6 +4,7 @@ results/<experiment>/<run id>/
   lock  config.yaml  provenance.json     written first
   trained.json                           where its parameters and metrics are (kvlab/lab/trained.py)
   status.json                            while it runs
+  examples.npz                           what every example scored (kvlab/lab/examples.py)
   record.json                            last, by atomic rename: the run is done (or failed, with a reason)
 """
 
@@ -91,7 +92,7 @@ class Run:
     def begin(self, provenance: Provenance) -> None:
         """Config and provenance first. A failed run is tried again; its status keeps what its record knew."""
         self.say("running")
-        for name in ("traceback.txt", "record.json"):
+        for name in ("traceback.txt", "record.json", "examples.npz"):
             (self.directory / name).unlink(missing_ok=True)
         write_atomic(self.directory / "config.yaml", yaml.safe_dump(self.config.as_dict(), sort_keys=False))
         write_json(self.directory / "provenance.json", asdict(provenance))

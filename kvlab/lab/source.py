@@ -13,6 +13,7 @@ from kvlab.schema import ConfigError
 from kvlab.tasks import Text
 from kvlab.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from kvlab.weights import load_checkpoint
+from kvlab.weights.files import refuse_gguf
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
 
     Raises FileNotFoundError for a folder that is neither, and what the loaders raise.
     """
+    refuse_gguf(folder)
     if (folder / "training.yaml").exists():
         raise FileNotFoundError(f"{folder}: this is a training; give a run's folder, beside trained/")
     if (folder / "config.yaml").exists():

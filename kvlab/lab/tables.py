@@ -2,16 +2,30 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kvlab.config import Config
 from kvlab.lab.plan import Plan
+from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
-from kvlab.lab.results import fidelity_rows, points
+from kvlab.lab.results import points
 from kvlab.lab.runs import Run
 from kvlab.units import human_bytes
+
+SIZES = {"logical_bytes": "logical/seq", "allocated_bytes": "allocated/seq", "read_bytes_per_token": "read/token"}
+"""The bytes that tables show, and their headings."""
+
+
+def as_cell(value: Any) -> str:
+    """A value as tables for people show it; what is not known is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def wide_console() -> Console:
@@ -21,20 +35,33 @@ def wide_console() -> Console:
 
 
 def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
-    """A row for each run: what it would hold and cost, and whether that fits; then the kernels that it would take."""
-    names = ("run", "label", "state", "params", "weights", "optimizer", "activations", "memory", "temporaries", "FLOPs")
-    table = Table(*names, "fits", title=f"{len(plans)} runs", title_justify="left")
+    """A row for each run: what it would hold and cost, and whether that fits. FLOPs stand at the first run of each
+    training. Below are the kernels that runs would take, and which formats change nothing."""
+    names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory")
+    trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
+    total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
+    title = f"{len(plans)} runs of {len(trainings)} trainings, {total:.2e} FLOPs"
+    table = Table(*names, "temporaries", "FLOPs", "fits", title=title, title_justify="left")
     for config, plan in plans:
         sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
         sizes = (*sizes, plan.state_bytes, plan.temporaries_bytes)
         fits = f"{'yes' if plan.fits else 'NO'}: {human_bytes(max(plan.train_bytes, plan.decode_bytes))}"
         fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
-        cells = [config.run_id, config.label, Run(config).state, f"{plan.num_params:,}"]
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), f"{plan.train_flops:.2e}", fits)
+        flops = f"{plan.train_flops:.2e}" if trainings[config.training_id] == config.run_id else "shared"
+        cells = [config.run_id, config.training_id, config.label, Run(config).state, f"{plan.num_params:,}"]
+        table.add_row(*cells, *(human_bytes(size) for size in sizes), flops, fits)
     console = wide_console()
     console.print(table)
-    for line in dict.fromkeys(_kernels_line(plan) for _, plan in plans):
+    lines = [_kernels_line(plan) for _, plan in plans]
+    lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
+    for line in dict.fromkeys(lines):
         console.print(line, markup=False)
+
+
+def _format_line(config: Config) -> str:
+    """Said of a run whose format no state is stored in."""
+    repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
+    return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
 
 
 def _kernels_line(plan: Plan) -> str:
@@ -59,14 +86,14 @@ def print_runs(configs: Sequence[Config]) -> None:
 
 
 def print_records(records: list[AnyRecord]) -> None:
-    """One row a point, with what lossy memories cost where there are some; failed and cut runs below with their
-    reasons."""
+    """One row a point, with turns, and with what lossy memories cost, where there are some; failed and cut runs below
+    with their reasons."""
     found = points(records)
-    fidelities = fidelity_rows(found)
-    names = ("variant", "task", "metric", "value", "± 95%", "seeds", "logical/seq", "allocated/seq", "context")
-    table = Table(*names, "step ms", "decode tok/s", *(fidelities[0] if fidelities else ()))
-    for point, fidelity in zip(found, fidelities, strict=True):
-        sizes = (point.bytes_per_sequence[axis] for axis in ("logical_bytes", "allocated_bytes"))
+    protocol = protocol_rows(found, records)
+    names = ("variant", "task", "metric", "value", "± 95%", "seeds", *SIZES.values(), "context")
+    table = Table(*names, "step ms", "decode tok/s", *(protocol[0] if protocol else ()))
+    for point, added in zip(found, protocol, strict=True):
+        sizes = [point.bytes_per_sequence.get(axis) for axis in SIZES]
         interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
         cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
         speeds = (
@@ -74,8 +101,8 @@ def print_records(records: list[AnyRecord]) -> None:
             f"{point.speeds['train_step_ms']:.1f}",
             f"{point.speeds['decode_tokens_per_s']:,.0f}",
         )
-        said = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in fidelity.values())
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), *speeds, *said)
+        held = ("-" if size is None else human_bytes(size) for size in sizes)
+        table.add_row(*cells, *held, *speeds, *map(as_cell, added.values()))
     console = wide_console()
     if table.row_count:
         console.print(table)

@@ -30,6 +30,7 @@ def to_tensorboard(results: Path, output: Path) -> list[Path]:
                 steps = record.training.num_steps
                 writer.add_scalar(f"quality/{record.quality.metric}", record.quality.value, steps)
                 for axis in AXES:
-                    writer.add_scalar(f"memory/{axis}", getattr(record.memory, axis), steps)
+                    if (size := getattr(record.memory, axis)) is not None:
+                        writer.add_scalar(f"memory/{axis}", size, steps)
         written.append(folder)
     return written

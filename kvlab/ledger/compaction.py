@@ -14,7 +14,7 @@ from kvlab.ledger.answers import Wait
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints
-from kvlab.ledger.store import Holding
+from kvlab.ledger.store import Holding, Store
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tracked import Tracked
 from kvlab.ledger.trie import CachedPage
@@ -86,14 +86,23 @@ def shorten(stores: Stores, held: Tracked, length: int, kept: Mapping[int, int])
         _paged(stores, number).shorten(held.holdings[number], length, keep)
 
 
-def compact(stores: Stores, sequences: Sequence[tuple[Tracked, Mapping[int, int]]]) -> Compaction | Wait:
-    """See `Ledger.compact`; `sequences` with the slots that each keeps, by class."""
+def compact(
+    stores: Stores, sequences: Sequence[tuple[Tracked, Mapping[int, int]]], seeds: Sequence[int]
+) -> Compaction | Wait:
+    """See `Ledger.compact`; `sequences` with the slots that each keeps, by class, and the seed of each."""
     wanted: list[list[Shortened]] = [[] for _ in stores]
     for row, (held, kept) in enumerate(sequences):
         for number, keep in kept.items():
             wanted[number].append(Shortened(row, held, held.holdings[number], keep))
     missing, given_up = [[0] * len(each) for each in wanted], list[CachedPage]()
+    weighed = {row: held for row, (held, kept) in enumerate(sequences) if kept}
     for number, each in enumerate(wanted):
+        if stores[number].state.is_statistics:
+            missing[number], lent = _shared_statistics(stores[number], list(weighed.values()))
+            given_up += lent
+            if wait := stores[number].shortage(sum(missing[number])):
+                return wait
+            continue
         missing[number] = [_num_missing(_paged(stores, number), shortened) for shortened in each]
         short = sum(missing[number]) - stores[number].num_available
         for place, shortened in enumerate(each):
@@ -107,10 +116,46 @@ def compact(stores: Stores, sequences: Sequence[tuple[Tracked, Mapping[int, int]
     stores.note_peak()
     for cached in given_up:
         stores[cached.state_class].withdraw(cached)
-    counts = zip(wanted, missing, taken, strict=True)
-    return Compaction(
-        tuple(_packed(stores, number, len(sequences), *of_class) for number, of_class in enumerate(counts))
-    )
+    classes = [
+        _moved(stores[number], len(sequences), weighed, missing[number], taken[number])
+        if stores[number].state.is_statistics
+        else _packed(stores, number, len(sequences), each, missing[number], taken[number])
+        for number, each in enumerate(wanted)
+    ]
+    lengths = np.array([held.length for held, _ in sequences], np.int32)
+    return Compaction(tuple(classes), np.array(seeds, np.int32), lengths)
+
+
+def _shared_statistics(store: Store, sequences: Sequence[Tracked]) -> tuple[list[int], list[CachedPage]]:
+    """How many slots each sequence must be given to write its statistics, 1 where somebody else reads them; and what
+    the index lends no longer where slots are short."""
+    missing, given_up = list[int](), list[CachedPage]()
+    for held in sequences:
+        slot = held.holdings[store.number].pages[0]
+        cached = store.index.cached[store.number].get(slot)
+        is_shared = store.refs[slot] > 1
+        if is_shared and cached is not None and store.refs[slot] == 2 and sum(missing) >= store.num_available:
+            given_up.append(cached)
+            is_shared = False
+        missing.append(int(is_shared))
+    return missing, given_up
+
+
+def _moved(
+    store: Store, num_rows: int, weighed: Mapping[int, Tracked], missing: Sequence[int], taken: list[int]
+) -> ClassCompaction:
+    """Where statistics are read and written; the sequences hold the latter afterwards."""
+    state, fresh = store.state, iter(taken)
+    pages, destinations = np.full((2, num_rows, 1), state.num_pages, np.int32)
+    for (row, held), is_shared in zip(weighed.items(), missing, strict=True):
+        holding = held.holdings[store.number]
+        pages[row] = destinations[row] = slot = holding.pages[0]
+        if is_shared:
+            destinations[row] = new = next(fresh)
+            store.drop(slot)
+            store.assign(holding, 0, new)
+    none = np.zeros(num_rows, np.int32)
+    return ClassCompaction(pages, destinations, none, none.copy())
 
 
 def _packed(

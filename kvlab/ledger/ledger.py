@@ -19,19 +19,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from kvlab.ledger import compaction, invariants, sharing, swapping
+from kvlab.ledger import committing, compaction, due, invariants, sealing, sharing, swapping
 from kvlab.ledger.accounting import Account
 from kvlab.ledger.answers import READY, Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import Lengths, StateClass, checked
 from kvlab.ledger.compaction import Stored
-from kvlab.ledger.plan import Compaction, Plan, Swap
+from kvlab.ledger.plan import Compaction, Plan, Seals, Swap
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.publisher import Publisher
 from kvlab.ledger.replacement import LRU, Policy
-from kvlab.ledger.store import NEVER_WAKES
+from kvlab.ledger.sealing import Sealed
 from kvlab.ledger.stores import Stores
-from kvlab.ledger.tokens import ITEM, TokenIds, encode, sha256
+from kvlab.ledger.tokens import TokenIds, encode, sha256
 from kvlab.ledger.tracked import Tracked
 
 
@@ -80,17 +80,32 @@ class Ledger:
         """Slots that a sequence stores, by class: its committed tokens, less what compactions took."""
         held = self.suspended.get(sequence) or self._get(sequence)
         each = zip(self.classes, held.holdings, strict=True)
-        return {state.name: held.length - holding.dropped for state, holding in each}
+        return {state.name: self.stores[i].num_stored(holding, held.length) for i, (state, holding) in enumerate(each)}
 
-    def never(self, total_len: int) -> Never | None:
-        """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could."""
-        return self.stores.never(total_len)
+    def pages(self, sequence: Hashable, number: int) -> tuple[int, ...]:
+        """The pages, or the slot, that a sequence holds of a class, in their order."""
+        return tuple(self._get(sequence).holdings[number].pages.values())
+
+    def never(self, total_len: int, prompt_len: int | None = None) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool; None: it could. One with a prompt
+        of `prompt_len` tokens is compacted where its classes' retentions say; without, it is not."""
+        return self.stores.never(total_len, prompt_len=prompt_len)
 
     def clip(self, sequence: Hashable | Tracked, num_new: int) -> int:
         """`num_new`, shortened so that the next step of a sequence, or the first behind a hit, ends where a recurrent
-        state is to be kept for later hits."""
+        state is to be kept for later hits, or where the sequence is to be compacted."""
         held = sequence if isinstance(sequence, Tracked) else self._get(sequence)
-        return self._publisher.clip(held, num_new)
+        return self._publisher.clip(held, due.clip(self.classes, held, num_new))
+
+    def clip_first(self, prompt_len: int, num_new: int) -> int:
+        """The same for the first step of a sequence with such a prompt and no hit."""
+        return due.clip(self.classes, sharing.begun(self.stores, None, Lengths(prompt_len, prompt_len)), num_new)
+
+    def room_ahead(self, sequence: Hashable) -> int:
+        """Tokens that a sequence can grow by before it is to be compacted: a step may not pass that place, drafts
+        included."""
+        held = self._get(sequence)
+        return due.next_due(self.classes, held) - held.length
 
     def audit(self) -> tuple[Account, ...]:
         """Where every byte is now, one account a class; they add up."""
@@ -100,8 +115,16 @@ class Ledger:
         """Raises AssertionError on a broken invariant; see `invariants`."""
         invariants.check(self.stores, self.running, self.suspended, self.hits)
 
-    def lookup(self, tokens: TokenIds, namespace: str = "") -> Tracked:
-        """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it.
+    def due(self, sequences: Sequence[Hashable]) -> dict[Hashable, dict[str | int, int]]:
+        """Which of these are to be compacted before their next step, with the slots that each class keeps: what
+        `compact` takes. Sequences that began without `lengths` never are."""
+        found = {name: due.due(self.classes, self.running[name]) for name in sequences}
+        return {name: slots for name, slots in found.items() if slots}
+
+    def lookup(self, tokens: TokenIds, namespace: str = "", prompt_len: int | None = None) -> Tracked:
+        """The longest joint hit of a prompt, at most its length - 1 tokens, and pins it. Where sequences are compacted,
+        the first `prompt_len` of these tokens are the prompt (None: all of them), and a hit ends before the place where
+        the first compaction is due.
 
         Its sequence will publish what it computes under the same namespace. Raises ValueError for an empty prompt and
         for tokens that are no integers of [0, 2^31).
@@ -110,7 +133,7 @@ class Ledger:
         ids = encode(tokens)
         if not ids:
             raise ValueError("tokens = []: a prompt has at least one token")
-        hit = sharing.look_up(self.stores, ids, len(tokens), namespace)
+        hit = sharing.look_up(self.stores, ids, len(tokens), namespace, prompt_len or len(tokens))
         self.hits.add(hit)
         return hit
 
@@ -154,7 +177,8 @@ class Ledger:
             raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
         end = held.length + num_new + lookahead
         final = max(end, lengths.final_len) if lengths else end
-        if final > self._longest_alone and (never := self.stores.never(final, held)):
+        prompt_len = lengths.prompt_len if lengths else None
+        if final > self._longest_alone and (never := self.stores.never(final, held, prompt_len)):
             return never
         missing = []
         for store, holding in zip(self.stores.each, held.holdings, strict=True):
@@ -227,40 +251,12 @@ class Ledger:
             held.length += held.num_new
             held.num_new = 0
             return
-        num_accepted = operator.index(num_accepted)
-        reserved = held.num_new + held.lookahead
-        if not 0 <= num_accepted <= reserved or not reserved:
-            raise ValueError(f"num_accepted = {num_accepted}: must be in [0, {reserved}] reserved tokens")
-        if num_accepted < reserved and self.stores.of_states and (num_accepted or (held.length and not held.lookahead)):
-            legal = f"must be {'0 or ' * (held.lookahead > 0)}all {reserved} reserved tokens"
-            name = self.stores.of_states[0].state.name
-            raise ValueError(f"num_accepted = {num_accepted}: {legal}, since {name} cannot be rolled back further")
-        length = held.length + num_accepted
-        kept = compaction.kept_slots(self.classes, held, length, stored) if stored else {}
-        compaction.check_own(self.stores, held, kept)
-        if held.ids is not None and len(tokens):
-            held.learn(length, tokens)
-        if kept:
-            self._publisher.close(held)
-            compaction.shorten(self.stores, held, length, kept)
-        self._settle(held, num_accepted, ran=True)
+        committing.commit(self._publisher, held, operator.index(num_accepted), tokens, stored)
 
     def commit_each(self, sequences: Sequence[Hashable], tokens: TokenIds) -> list[bool]:
         """`commit(sequence, 1, [token])` for each of these where it only raises a count; False where `commit` must be
         asked. Pages that are full then wait for `publish`: until it is called, nobody sees what was computed."""
-        data, done = encode(tokens), list[bool]()
-        for place, name in enumerate(sequences):
-            held = self.running[name]
-            ids, end = held.ids, held.length + 1
-            if plain := held.num_new == 1 and end < held.wake and (ids is None or len(ids) == held.length * ITEM):
-                if ids is not None:
-                    ids += data[place * ITEM : (place + 1) * ITEM]
-                held.length, held.num_new = end, 0
-                if end >= held.full:
-                    held.full = NEVER_WAKES
-                    self._publisher.waiting.append(held)
-            done.append(plain)
-        return done
+        return committing.commit_each(self._publisher, self.running, sequences, tokens)
 
     def publish(self) -> None:
         """Publishes what `commit_each` has put off. Whoever could tell the difference does so first."""
@@ -275,15 +271,17 @@ class Ledger:
         if not held.num_new:
             raise ValueError(f"sequence {sequence!r}: no step is in flight")
         if held.length:
-            self._settle(held, 0, ran=False)
+            committing.settle(self._publisher, held, 0, ran=False)
         else:
             self.release(sequence)
 
-    def compact(self, stored: Mapping[Hashable, Stored]) -> Compaction | Wait:
+    def compact(
+        self, stored: Mapping[Hashable, Stored], seeds: Mapping[Hashable, int] | None = None
+    ) -> Compaction | Wait:
         """Shortens sequences to these slots of these classes, in one program to run before the next step: it packs what
         stays into the destinations, all others of their pages are free. Shared and published pages stay as they are,
         for those who read them; nothing of the sequences is published any more. `Wait`, and nothing changed, when pages
-        are short.
+        are short. `seeds` is what random choices of each sequence are drawn from; 0 where none is given.
 
         Raises ValueError while a step is in flight, for a class that is never compacted, and for counts out of range.
         """
@@ -292,12 +290,25 @@ class Ledger:
         for name, slots in stored.items():
             held = self._settled(name)
             sequences.append((held, compaction.kept_slots(self.classes, held, held.length, slots)))
-        answer = compaction.compact(self.stores, sequences)
+        drawn_from = [(seeds or {}).get(name, 0) for name in stored]
+        answer = compaction.compact(self.stores, sequences, drawn_from)
         for held, kept in sequences if not isinstance(answer, Wait) else ():
             if kept:
                 self._publisher.close(held)
                 self.stores.refresh(held)
         return answer
+
+    def seal(self, sequences: Sequence[Hashable]) -> tuple[Seals, list[list[Sealed]]] | Wait | None:
+        """Seals the pages of these that are due, in one program to run before the next step; the open pages are free
+        at once. With the plan, what each sequence sealed; None: nothing is due. `Wait`, and nothing changed, when
+        sealed pages are short. Nothing of a sequence that has sealed pages is published any more."""
+        self.publish()
+        return sealing.seal(self._publisher, [self._settled(name) for name in sequences])
+
+    def seals(self, sequence: Hashable) -> bool:
+        """Whether pages of a sequence are to be sealed before its next step."""
+        held = self._get(sequence)
+        return any(map(sealing.num_sealable, self.classes, [held] * len(self.classes), held.holdings))
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """`child` continues from where `parent` is and shares every page; the first to write a shared page copies it.
@@ -364,18 +375,6 @@ class Ledger:
         if hit is not None and hit not in self.hits:
             raise ValueError("hit: is spent already")
         return sharing.begun(self.stores, hit, lengths)
-
-    def _settle(self, held: Tracked, num_accepted: int, *, ran: bool) -> None:
-        """Ends a step: the tokens count, full pages are published, and what live(n) does not need is let go."""
-        held.length += num_accepted
-        held.num_new = held.lookahead = 0
-        for store, holding in zip(self.stores.each, held.holdings, strict=True):
-            store.settle(holding, held.length, num_accepted, ran=ran)
-        if held.ids is not None:
-            self._publisher.seal(held)
-        for store, holding in zip(self.stores.each, held.holdings, strict=True):
-            store.forget(holding, held.length)
-        self.stores.refresh(held)
 
     def _get(self, sequence: Hashable) -> Tracked:
         held = self.running.get(sequence)

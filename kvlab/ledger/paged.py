@@ -7,10 +7,11 @@ from itertools import takewhile
 import numpy as np
 
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.plan import NOWHERE, Ints
+from kvlab.ledger.plan import Ints
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.states import page_forgotten_at
 from kvlab.ledger.store import NEVER_WAKES, Holding, Store
+from pallas_kernels.visible import NOWHERE
 
 
 class PageStore(Store):

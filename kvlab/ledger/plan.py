@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-NOWHERE = 2**30
-"""First slot of an unused table entry: later than any query, so nothing of it is ever visible."""
-
 type Ints = npt.NDArray[np.int32]
 type Bools = npt.NDArray[np.bool_]
 
@@ -39,6 +36,9 @@ class ClassPlan(NamedTuple):
     valid: Bools | None = None
     """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks
     allow."""
+    prompts: Ints | None = None
+    """[B] tokens of each sequence's prompt, whose queries read every page of a class that otherwise selects; 0 where
+    nobody said. None: prompts are read as everything else is."""
 
 
 class Plan(NamedTuple):
@@ -55,6 +55,12 @@ class Plan(NamedTuple):
         """Whether pages must be copied before the step."""
         return any(len(plan.copies) for plan in self.classes)
 
+    def with_prompts(self, prompt_len: int) -> "Plan":
+        """The plan of sequences that all have a prompt of so many tokens, where it matters."""
+        lens = np.full(len(self.starts), prompt_len, np.int32)
+        classes = (mine if mine.prompts is None else mine._replace(prompts=lens) for mine in self.classes)
+        return self._replace(classes=tuple(classes))
+
     def without_copies(self) -> "Plan":
         """The plan of the step alone, once its copies are done: its shapes do not depend on them."""
         none = np.zeros((0, 2), np.int32)
@@ -68,11 +74,24 @@ class Swap(NamedTuple):
     classes: tuple[Ints, ...]
 
 
+class Seals(NamedTuple):
+    """Full pages to seal before the next step: [n, 2] (open page, sealed page) for every class of open pages, none for
+    the others. All are read before the open ones are written again."""
+
+    classes: tuple[Ints, ...]
+
+
+def pairs(pages: Sequence[tuple[int, int]]) -> Ints:
+    """Pairs of pages as an array [n, 2]."""
+    return np.array(pages, np.int32).reshape(-1, 2)
+
+
 class ClassCompaction(NamedTuple):
     """One state class of a compaction of B sequences: which of its slots stay is the device's choice, how many is not.
 
     All sources are read before a destination is written: a page may be both. Rows of a class that stays exact are
-    empty.
+    empty. Of statistics, `pages` is the slot that a sequence's are read from and `destinations` where they are written,
+    both [B, 1]; out of range for rows that are not compacted.
     """
 
     pages: Ints
@@ -90,6 +109,10 @@ class Compaction(NamedTuple):
     """Sequences to shorten before the next step, a row each."""
 
     classes: tuple[ClassCompaction, ...]
+    seeds: Ints
+    """[B] what random choices are drawn from: the same seed, length and layer draw the same."""
+    lengths: Ints
+    """[B] tokens of each sequence."""
 
 
 def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
@@ -98,8 +121,9 @@ def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
         raise ValueError("plans = []: there is nothing to save")
     arrays: dict[str, Any] = {}
     for step, plan in enumerate(plans):
-        if isinstance(plan, Plan):
-            arrays[f"{step}/starts"], arrays[f"{step}/counts"] = plan.starts, plan.counts
+        for name in plan._fields:
+            if name != "classes":
+                arrays[f"{step}/{name}"] = getattr(plan, name)
         for index, of_class in enumerate(plan.classes):
             fields = of_class._asdict().items()
             arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
@@ -134,15 +158,13 @@ def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compacti
             raise ValueError(f"{path}: step {step} lacks {missing[0]}: not a file of plans")
         return [arrays.pop(f"{prefix}/{name}", None) for name in names]
 
-    is_compaction = not {f"{step}/starts", f"{step}/counts"} & set(arrays)
+    is_compaction = f"{step}/seeds" in arrays
     of_class = ClassCompaction if is_compaction else ClassPlan
-    starts_and_counts = [] if is_compaction else fields(str(step), ("starts", "counts"))
+    of_rows = fields(str(step), ("seeds", "lengths") if is_compaction else ("starts", "counts"))
     classes = list[Any]()
     while f"{step}/{len(classes)}/pages" in arrays:
-        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid",))))
+        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid", "prompts"))))
     if not classes:
         raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-    if is_compaction:
-        return Compaction(tuple(classes))
-    starts, counts = starts_and_counts
-    return Plan(starts, counts, tuple(classes))
+    first, second = of_rows
+    return Compaction(tuple(classes), first, second) if is_compaction else Plan(first, second, tuple(classes))

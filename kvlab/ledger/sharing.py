@@ -4,15 +4,16 @@ import operator
 from dataclasses import replace
 
 from kvlab.ledger.classes import Lengths
+from kvlab.ledger.due import first_due
 from kvlab.ledger.store import Holding
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tracked import Tracked
 
 
-def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str) -> Tracked:
+def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str, prompt_len: int) -> Tracked:
     """See `Ledger.lookup`: a hit that holds its pages and the end of its path."""
-    index = stores.index
-    path, num_pages = index.match(namespace, ids, num_tokens) if stores.can_share else ([], 0)
+    index, most = stores.index, first_due(stores.classes, prompt_len)
+    path, num_pages = index.match(namespace, ids, min(num_tokens, most)) if stores.can_share else ([], 0)
     holdings = [Holding() for _ in stores]
     for store, holding in zip(stores, holdings, strict=True):
         for logical, cached in index.needed(path, store.number, num_pages):
@@ -21,6 +22,7 @@ def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str) -> Trac
     nodes = [index.root(namespace), *path[:num_pages]]
     hit = Tracked(holdings, nodes, bytearray(ids) if stores.can_share else None)
     hit.prompt_len, hit.junction, hit.length = num_tokens, len(path), num_pages * index.page_size
+    hit.compress_at = prompt_len if stores.compresses else None
     hit.path[-1].locks += 1
     stores.note_peak()
     return hit
@@ -40,10 +42,11 @@ def begun(stores: Stores, hit: Tracked | None, lengths: Lengths | None) -> Track
     lengths = lengths and Lengths(*map(operator.index, lengths))
     if lengths and not 0 <= lengths.prompt_len <= lengths.final_len:
         raise ValueError(f"lengths = {tuple(lengths)}: must be 0 <= prompt_len <= final_len")
+    compress_at = lengths.prompt_len if lengths and stores.compresses else None
     if hit is None:
-        return Tracked([Holding(lengths=lengths) for _ in stores])
+        return Tracked([Holding(lengths=lengths) for _ in stores], compress_at=compress_at)
     holdings = [replace(holding, lengths=lengths) for holding in hit.holdings]
-    return replace(hit, holdings=holdings, path=list(hit.path))
+    return replace(hit, holdings=holdings, path=list(hit.path), compress_at=compress_at)
 
 
 def install(stores: Stores, held: Tracked, hit: Tracked | None) -> None:
@@ -66,8 +69,9 @@ def forked(stores: Stores, held: Tracked) -> Tracked:
     """A sequence that continues from where another is, and holds every page that it holds."""
     ids = None if held.ids is None else bytearray(held.ids)
     twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), stores.new_row()
+    twin.compress_at = held.compress_at
     for store, holding in zip(stores, held.holdings, strict=True):
-        twin.holdings.append(Holding(dict(holding.pages), row=row, dropped=holding.dropped))
+        twin.holdings.append(Holding(dict(holding.pages), row=row, lengths=holding.lengths, dropped=holding.dropped))
         for page in holding.pages.values():
             store.share(page)
         store.table[row], store.starts[row] = store.table[holding.row], store.starts[holding.row]

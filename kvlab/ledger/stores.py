@@ -7,9 +7,11 @@ from kvlab.ledger.accounting import Account, Held, account
 from kvlab.ledger.answers import Never
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.contiguous import BlockStore
+from kvlab.ledger.due import next_due
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.recurrent import StateStore
+from kvlab.ledger.sealed import SealedStore
 from kvlab.ledger.store import NEVER_WAKES, Store
 from kvlab.ledger.tracked import Tracked
 
@@ -37,7 +39,7 @@ class Stores:
         self.each: tuple[Store, ...] = tuple(
             BlockStore(number, state, index, max_len)
             if state.contiguous
-            else (PageStore if state.paged else StateStore)(number, state, index)
+            else (SealedStore if state.is_sealed else PageStore if state.paged else StateStore)(number, state, index)
             for number, state in enumerate(self.classes)
         )
         self.of_states = [store for store in self.each if not store.state.spec.per_token]
@@ -59,19 +61,29 @@ class Stores:
         """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
         return not any(state.contiguous for state in self.classes)
 
-    def never(self, total_len: int, held: Tracked | None = None) -> Never | None:
-        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it;
-        None: it could."""
+    @property
+    def compresses(self) -> bool:
+        """Whether it matters where a sequence's prompt ends: it is compacted, its pages are sealed, or what follows is
+        read in another way."""
+        shortens = any(state.retention or state.sealing for state in self.classes)
+        return shortens or any(store.has_dense_prompts for store in self.each)
+
+    def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
+        """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
+        or, of one that begins with a prompt of `prompt_len`, will have taken; None: it could."""
         if total_len > self.max_len:
             return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
         for number, state in enumerate(self.classes):
             num_stored = total_len - (held.holdings[number].dropped if held else 0)
-            needed = state.max_pages(num_stored, self.chunk_len)
-            if needed > state.num_usable:
+            if prompt_len is None:
+                needed = state.stored_pages(num_stored, self.chunk_len)
+            else:
+                needed = state.max_pages(num_stored, self.chunk_len, prompt_len)
+            shortened = state.retention or state.sealing
+            room = min(state.num_usable, state.table_len) if shortened else state.num_usable
+            if needed > room:
                 sizes = f"{state.page_size} tokens a page, steps of up to {self.chunk_len}"
-                return Never(
-                    f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {state.num_usable}"
-                )
+                return Never(f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {room}")
         return None
 
     def take(self, counts: Sequence[int]) -> list[list[int]]:
@@ -125,6 +137,8 @@ class Stores:
         held.full = NEVER_WAKES if held.ids is None else (held.length // page_size + 1) * page_size
         if self.of_states:  # the next step overwrites what is to be kept
             wake = min(wake, held.full)
+        if held.compress_at is not None:
+            wake = min(wake, next_due(self.classes, held))
         held.room, held.wake = room, 0 if busy else wake
 
     def note_peak(self) -> None:

@@ -24,6 +24,8 @@ class Tracked:
     num_new: int = 0
     """Tokens of the step in flight, and below the speculative ones among the slots that it reserved."""
     lookahead: int = 0
+    compress_at: int | None = None
+    """Tokens of the prompt, from which follows where it is to be compacted; None: nowhere."""
     room: int = 0
     """A step that ends here needs no page: `reserve` has nothing to do."""
     wake: int = 0

@@ -27,14 +27,16 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4 and int2, several numbers share a byte. On a CPU numbers of 8 bits
-    lie as plain bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages, or of what a page has once: of int4 and int2, several numbers share a byte.
+    On a CPU numbers of 8 bits lie as plain bytes: XLA there widens or copies a pool of any other type of that size to
+    write into it."""
     heads, *dims = array.shape
     dims[-1:] = [size // SHARED.get(array.dtype, 1) for size in dims[-1:]]
     dtype = FORMATS.get(array.dtype, array.dtype)
     is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
     as_bytes = is_byte and jax.default_backend() == "cpu"
-    return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
+    slots = () if array.per_page else (page_size,)
+    return (num_pages, heads, *slots, *dims), jnp.uint8 if as_bytes else dtype
 
 
 def allocate_slots(state: State, num_slots: int) -> Pool:
@@ -47,11 +49,21 @@ def poisoned(pool: Pool, fill: float, *, has_null_page: bool) -> Pool:
     zero."""
 
     def poison(array: Array) -> Array:
-        is_float = jnp.issubdtype(array.dtype, jnp.floating)
-        full = jnp.full_like(array, fill if is_float else jnp.iinfo(array.dtype).max)
+        full = jnp.full_like(array, _unreadable(array, fill))
         return full.at[0].set(0) if has_null_page else full
 
     return {name: poison(array) for name, array in pool.items()}
+
+
+def poison_pages(pool: Pool, pages: Array) -> Pool:
+    """A pool with what must not be read in these pages; a page out of range is passed over."""
+    return {name: array.at[pages].set(_unreadable(array, jnp.nan), mode="drop") for name, array in pool.items()}
+
+
+def _unreadable(array: Array, fill: float) -> Array:
+    """A number of an array's type that spoils what it touches: the fill, or the largest whole number."""
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return jnp.asarray(fill if is_float else jnp.iinfo(array.dtype).max, array.dtype)
 
 
 def stored(state: Any, pool: Pool, name: str) -> Stored:

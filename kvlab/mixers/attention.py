@@ -1,16 +1,17 @@
 """Softmax attention: MHA, MQA (arXiv 1911.02150) and GQA (arXiv 2305.13245) by `num_kv_heads`, full or windowed."""
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import State, TokenState
 from kvlab.memory.views import TokenView
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.rotary import rotary_angles, rotate
 from kvlab.schema import ConfigError, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.visible import Visible
@@ -88,7 +89,9 @@ class Attention(Mixer):
         config = self.config
         visible = Visible(config.window, config.num_sinks)
         heads, dim = config.num_kv_heads, config.head_dim
-        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible)}
+        rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
+        readers = Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
+        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=readers)}
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         config = self.config
@@ -104,28 +107,5 @@ class Attention(Mixer):
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         kv: TokenView = memory["kv"]
         kv = kv.append(keys=keys, values=values)
-        outputs = kv.attend(queries, positions, soft_cap=config.soft_cap)
+        outputs, kv = kv.attend(queries, positions, soft_cap=config.soft_cap)
         return self.out(outputs.reshape(*x.shape[:2], -1)), {"kv": kv}
-
-
-def rotary_angles(
-    positions: Positions, rotary_dim: int, base: float, scaling: tuple[float, ...] = ()
-) -> tuple[Array, Array]:
-    """Cosine and sine [B, T, 1, rotary_dim / 2] of position * base ** (-2 i / rotary_dim), in float32; scaled as
-    `AttentionConfig.rope_scaling` says."""
-    frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    if scaling:
-        factor, low, high, original_len = (*scaling, 1.0, 1.0, 0.0)[:4]
-        turns = original_len * frequencies / (2 * math.pi)
-        kept = jnp.clip((turns - low) / max(high - low, 1e-9), 0, 1)  # of one factor alone: nothing
-        frequencies = frequencies * (kept + (1 - kept) / factor)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns pairs (i, i + rotary_dim / 2) of each head of x [B, T, heads, D]; the remaining dimensions pass through."""
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -3,6 +3,7 @@
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.mqar import Mqar
 from kvlab.tasks.needle import Needle
+from kvlab.tasks.passkey import Passkey
 from kvlab.tasks.perplexity import Perplexity
 from kvlab.tasks.text import Text
 
@@ -11,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     "text": Text,
     "perplexity": Perplexity,
     "needle": Needle,
+    "passkey": Passkey,
 }
 
-__all__ = ["TASKS", "Batch", "EvalSlice", "Mqar", "Needle", "Perplexity", "Task", "Text"]
+__all__ = ["TASKS", "Batch", "EvalSlice", "Mqar", "Needle", "Passkey", "Perplexity", "Task", "Text"]

@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import jax
@@ -45,6 +46,15 @@ class EvalSlice:
     compress_at: int | None = None
     turns: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.compress_at is not None and not 0 < self.compress_at <= self.prompt_len:
+            legal = f"must be in [1, {self.prompt_len}], in the prompt"
+            raise ValueError(f"slice {self.name}: compress_at = {self.compress_at}: {legal}")
+        borders = (0, *self.turns, self.seq_len)
+        if not all(low < high for low, high in pairwise(borders)):
+            legal = f"must ascend within [1, {self.seq_len - 1}]"
+            raise ValueError(f"slice {self.name}: turns = {self.turns}: {legal}")
+
 
 class Task(abc.ABC):
     """A supervised sequence task. `metric` is what is reported; `evaluation_fields` are the fields of its config that
@@ -59,6 +69,18 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def context_len(self) -> int:
         """Tokens of the longest evaluation sequence: where memory is measured unless another length is asked for."""
+
+    @property
+    def num_choices(self) -> int | None:
+        """How many labels a blind guess has to choose among, where that is known."""
+        return None
+
+    @property
+    def chance(self) -> float | None:
+        """What a blind guess scores, where that is known."""
+        if self.num_choices is None or self.metric.chance is None:
+            return None
+        return self.metric.chance(self.num_choices)
 
     @abc.abstractmethod
     def train_shapes(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
+from kvlab.schema import ConfigError, Schema, added, flag, integer, integers, real, texts
 from kvlab.tasks.base import Batch, EvalSlice, Task, round_robin
 from kvlab.tasks.metrics import ACCURACY
 from kvlab.typing import PyTree
@@ -23,7 +23,12 @@ from kvlab.typing import PyTree
 @dataclass(frozen=True)
 class MqarConfig(Schema):
     """Slices are "length:pairs". `train` is a mixture with `train_weights`; test slices are drawn apart from
-    validation."""
+    validation.
+
+    The pairs are the prompt: a memory that compresses does so at their end. With `num_turns` = 2 the queries in the
+    later half of the places are a second turn. With `query_aware` compression waits for that turn: it has then seen
+    the first one's queries, which a full memory answered, and only the second tells what it lost.
+    """
 
     vocab_size: int = integer(512, 8, 1 << 20)
     train: tuple[str, ...] = texts(("64:4", "64:8", "64:16", "128:32"), min_len=1)
@@ -32,8 +37,13 @@ class MqarConfig(Schema):
     power: float = real(0.01, 0.0, 10.0, open_low=True)
     num_validation: int = integer(256, 1, 1 << 20)
     num_test: int = integer(500, 1, 1 << 20)
+    num_turns: int = added(integer(1, 1, 2))
+    query_aware: bool = added(flag(False))
 
     def cross_check(self) -> None:
+        if self.query_aware and self.num_turns == 1:
+            legal = "must be false with num_turns = 1: no question would come after the compression"
+            raise ConfigError("query_aware", True, legal)
         for name, slices in (("train", self.train), ("test", self.test)):
             if len(set(slices)) < len(slices):
                 raise ConfigError(name, list(slices), "must not name a slice twice")
@@ -46,6 +56,8 @@ class MqarConfig(Schema):
                     raise ConfigError(name, text, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
                 if 4 * pairs > length:
                     raise ConfigError(name, text, f"length {length} has room for at most {length // 4} pairs")
+                if name == "test" and self.num_turns == 2 and second_turn(length, pairs) >= length:
+                    raise ConfigError(name, text, "has no places for the queries of a second turn")
         if len(self.train_weights) != len(self.train):
             raise ConfigError(
                 "train_weights", list(self.train_weights), f"must have {len(self.train)} entries, as train"
@@ -60,12 +72,18 @@ def parse_slice(field: str, text: str) -> tuple[int, int]:
     return int(length), int(pairs)
 
 
+def second_turn(length: int, pairs: int) -> int:
+    """Where the later half of the places of queries begins, which are the even ones of [2 * pairs, length)."""
+    num_places = (length - 2 * pairs) // 2
+    return length - length % 2 - 2 * (num_places // 2)
+
+
 class Mqar(Task):
     """Accuracy of the recalled values, averaged over test slices. Knob: the number of pairs."""
 
     Config = MqarConfig
     metric = ACCURACY
-    evaluation_fields = ("num_test",)
+    evaluation_fields = ("num_test", "num_turns", "query_aware")
 
     def __init__(self, config: MqarConfig):
         self.config = config
@@ -75,6 +93,10 @@ class Mqar(Task):
     @property
     def context_len(self) -> int:
         return max(eval_slice.seq_len for eval_slice in self.slices("test"))
+
+    @property
+    def num_choices(self) -> int:
+        return self.vocab_size - self.vocab_size // 2
 
     def train_shapes(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(length for length, _, _ in self._mixture))
@@ -102,7 +124,13 @@ class Mqar(Task):
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         num = {"validation": self.config.num_validation, "test": self.config.num_test}[split]
         parsed = [(text, *parse_slice("test", text)) for text in self.config.test]
-        return tuple(EvalSlice(text, length, 2 * pairs, num, pairs) for text, length, pairs in parsed)
+        found = []
+        for text, length, pairs in parsed:
+            second = second_turn(length, pairs)
+            prompt_len = second if self.config.query_aware else 2 * pairs
+            turns = (second,) if self.config.num_turns == 2 else ()
+            found.append(EvalSlice(text, length, prompt_len, num, pairs, prompt_len, turns))
+        return tuple(found)
 
     def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         key = jax.random.fold_in(jax.random.fold_in(key, part.seq_len), part.knob)
@@ -163,4 +191,22 @@ def window_accuracy(config: MqarConfig, name: str, window: int, num_examples: in
     drawn = np.argsort(-((config.power - 1) * np.log(gaps + 1) + noise), axis=1)[:, :pairs]
     distance = 2 * pairs + 2 * drawn - (2 * np.arange(pairs)[None, :] + 1)
     seen = float((distance < window).mean())
+    return seen + (1 - seen) / (config.vocab_size - config.vocab_size // 2)
+
+
+def kept_accuracy(config: MqarConfig, name: str, keep: int, sinks: int, recent: int, *, by: str = "recency") -> float:
+    """Closed form for one attention layer behind a short convolution whose prompt, the pairs, is compacted to `keep`
+    slots that all heads share: the first `sinks`, and the newest ("recency"), or `recent` of these and a random set of
+    the others ("random"). A pair is recalled iff the slot of its value stays, and guessed among the values elsewhere.
+    Raises ValueError for any other rule."""
+    num_slots = 2 * parse_slice("test", name)[1]
+    keep, sinks = min(keep, num_slots), min(sinks, keep, num_slots)
+    recent = keep - sinks if by == "recency" else min(recent, keep - sinks)
+    places = np.arange(1, num_slots, 2)
+    stays = (places < sinks) | (places >= num_slots - recent)
+    if by not in ("recency", "random"):
+        raise ValueError(f"by = {by!r}: must be recency or random")
+    drawn_from = num_slots - sinks - recent
+    share = (keep - sinks - recent) / drawn_from if drawn_from else 0.0
+    seen = float(np.where(stays, 1.0, share).mean())
     return seen + (1 - seen) / (config.vocab_size - config.vocab_size // 2)

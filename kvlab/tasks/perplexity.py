@@ -1,7 +1,8 @@
-"""Perplexity of a model over a text in windows: what language modelling papers report, through any memory."""
+"""Perplexity of a model over a text in windows, or of what follows a prompt: what language modelling papers report,
+through any memory."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from jax import Array
 
 from kvlab.schema import ConfigError, flag, text
 from kvlab.tasks.base import Batch, EvalSlice
+from kvlab.tasks.corpus import read_splits, read_whole
 from kvlab.tasks.metrics import PERPLEXITY
-from kvlab.tasks.text import Text, TextConfig, read_splits
+from kvlab.tasks.text import Text, TextConfig
 from kvlab.tokenizers import FileTokenizer
 
 
@@ -47,21 +49,14 @@ class Perplexity(Text):
         if not self.whole:
             return (eval_slice,)
         num_windows = (len(self.corpus[split]) - 1) // eval_slice.seq_len
-        return (
-            EvalSlice(
-                eval_slice.name,
-                eval_slice.seq_len,
-                eval_slice.prompt_len,
-                min(eval_slice.num_examples, num_windows),
-                eval_slice.knob,
-            ),
-        )
+        return (replace(eval_slice, num_examples=min(eval_slice.num_examples, num_windows)),)
 
     def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         if not self.whole:
             return super().eval_batch(key, split, part, index, batch_size)
         rows = np.arange(index, index + batch_size, dtype=np.int32) % part.num_examples
-        return self._windows(self._on_device, jnp.asarray(rows * part.seq_len)[:, None], part.seq_len)
+        starts = jnp.asarray(rows * part.seq_len)[:, None]
+        return self.scored(self._windows(self._on_device, starts, part.seq_len), split)
 
     @cached_property
     def _on_device(self) -> Array:
@@ -114,8 +109,7 @@ def token_splits(path: str | None, pattern: str, tokenizer: str | None) -> dict[
 @lru_cache(maxsize=8)
 def whole_tokens(path: str | None, pattern: str, tokenizer: str | None) -> npt.NDArray[np.integer]:
     """A corpus as token ids, tokenised in one piece: no word is cut where a split would be."""
-    parts, _ = read_splits(path, pattern)
-    return _tokens(np.concatenate([parts[name] for name in ("train", "validation", "test")]), tokenizer)
+    return _tokens(read_whole(path, pattern), tokenizer)
 
 
 def _tokens(data: npt.NDArray[np.uint8], tokenizer: str | None) -> npt.NDArray[np.integer]:

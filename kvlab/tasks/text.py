@@ -1,45 +1,56 @@
-"""Byte-level language modelling. Default corpus: the source of Python's own standard library, present on every
-machine."""
+"""Byte-level language modelling, of all of a window or of its end, behind a prompt."""
 
-import hashlib
-import sysconfig
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.schema import ConfigError, Schema, integer, text
+from kvlab.schema import ConfigError, Schema, added, flag, integer, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.tasks.corpus import check_path, path_field, read_splits
 from kvlab.tasks.metrics import BITS_PER_BYTE
 from kvlab.typing import PyTree
-
-SPLITS = {"validation": (0, 8), "test": (8, 16), "train": (16, 256)}
-"""Which files go where: the first byte of the SHA-256 of a file's relative name lies in this half-open interval."""
 
 
 @dataclass(frozen=True)
 class TextConfig(Schema):
-    """`path` is a file (split by position) or a folder (split by file); null is the standard library's source.
+    """`path` is a file (split by position), a folder (split by file), or works of the library; null is the standard
+    library's source.
 
-    `decode_len` tokens at the end of each evaluation window are decoded one by one; the rest is prefilled in chunks.
+    Every token of an evaluation window is scored; `decode_len` tokens at its end are decoded one by one, the rest is
+    prefilled in chunks. With `num_scored` a test window is a prompt and that many tokens behind it: these alone are
+    scored, all decoded one by one whatever `decode_len`. A memory that compresses does so at the prompt's end.
+
+    With `scored_in_chunks` the scored tokens are prefilled in chunks of `memory.chunk_len` too, but for `decode_len`.
+    That is many times as fast, and the same for any mask (windows, sinks), for formats by token, and for a compression
+    of the prompt alone. A method that also acts later then acts after a chunk where it would have acted inside it.
     """
 
-    path: str | None = text(None, legal="a file or folder", optional=True)
+    path: str | None = path_field()
     pattern: str = text("*.py")
     seq_len: int = integer(256, 2, 1 << 20)
     decode_len: int = integer(32, 1, 1 << 20)
     num_validation: int = integer(64, 1, 1 << 20)
     num_test: int = integer(128, 1, 1 << 20)
+    num_scored: int | None = added(integer(None, 1, 1 << 20, optional=True))
+    scored_in_chunks: bool = added(flag(False))
 
     def cross_check(self) -> None:
         if self.decode_len >= self.seq_len:
             raise ConfigError("decode_len", self.decode_len, f"must be in [1, {self.seq_len - 1}], below seq_len")
-        if self.path is not None and not Path(self.path).expanduser().exists():
-            raise ConfigError("path", self.path, "must be an existing file or folder, or null for the standard library")
+        check_path(self.path)
+        if self.num_scored is None:
+            if self.scored_in_chunks:
+                raise ConfigError("scored_in_chunks", True, "must be false without num_scored")
+            return
+        if self.num_scored >= self.seq_len:
+            legal = f"must be in [1, {self.seq_len - 1}], below seq_len, or null: the prompt is the rest"
+            raise ConfigError("num_scored", self.num_scored, legal)
+        if self.scored_in_chunks and self.decode_len > self.num_scored:
+            legal = f"must be in [1, {self.num_scored}], of the num_scored tokens, with scored_in_chunks"
+            raise ConfigError("decode_len", self.decode_len, legal)
 
 
 class Text(Task):
@@ -47,7 +58,7 @@ class Text(Task):
 
     Config = TextConfig
     metric = BITS_PER_BYTE
-    evaluation_fields = ("decode_len", "num_test")
+    evaluation_fields = ("decode_len", "num_test", "num_scored", "scored_in_chunks")
     vocab_size = 256
 
     def __init__(self, config: TextConfig):
@@ -56,6 +67,10 @@ class Text(Task):
     @property
     def context_len(self) -> int:
         return self.config.seq_len
+
+    @property
+    def num_choices(self) -> int:
+        return self.vocab_size
 
     def train_shapes(self) -> tuple[int, ...]:
         return (self.config.seq_len,)
@@ -73,13 +88,29 @@ class Text(Task):
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         config = self.config
         num = {"validation": config.num_validation, "test": config.num_test}[split]
-        return (EvalSlice("text", config.seq_len, config.seq_len - config.decode_len, num, 0),)
+        decoded, compress_at = config.decode_len, None
+        if config.num_scored is not None:
+            decoded = config.decode_len if config.scored_in_chunks else config.num_scored
+            compress_at = config.seq_len - config.num_scored
+        return (EvalSlice("text", config.seq_len, config.seq_len - decoded, num, 0, compress_at),)
 
     def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         corpus = self.corpus[split]
         starts = np.linspace(0, len(corpus) - part.seq_len - 1, part.num_examples).astype(np.int32)
         rows = starts[np.arange(index, index + batch_size) % part.num_examples]
-        return self._windows(jnp.asarray(corpus), jnp.asarray(rows)[:, None], part.seq_len)
+        return self.scored(self._windows(jnp.asarray(corpus), jnp.asarray(rows)[:, None], part.seq_len), split)
+
+    def scored(self, batch: Batch, split: str) -> Batch:
+        """The batch with the labels that are scored: in the test those behind the prompt, in validation all."""
+        num = self.config.num_scored
+        if split != "test" or num is None:
+            return batch
+        return replace(
+            batch,
+            label_positions=batch.label_positions[:, -num:],
+            labels=batch.labels[:, -num:],
+            weights=batch.weights[:, -num:],
+        )
 
     def fingerprint(self) -> str | None:
         """SHA-256 over all splits."""
@@ -111,37 +142,3 @@ class Text(Task):
                 where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} tokens"
                 raise ConfigError("task.seq_len", self.config.seq_len, f"{where}, which must exceed seq_len + 1")
         return parts
-
-
-@lru_cache(maxsize=8)
-def read_splits(path: str | None, pattern: str) -> tuple[dict[str, np.ndarray], str]:
-    """The splits of a corpus and their SHA-256, read once a process."""
-    root = Path(path).expanduser() if path else Path(sysconfig.get_paths()["stdlib"])
-    parts = _split_file(root) if root.is_file() else _split_folder(root, pattern)
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        digest.update(parts[name].tobytes())
-    return parts, digest.hexdigest()
-
-
-def _split_file(path: Path) -> dict[str, np.ndarray]:
-    """One file by position: 90% train, then validation, then test."""
-    data = np.frombuffer(path.read_bytes(), np.uint8)
-    first, second = int(len(data) * 0.9), int(len(data) * 0.95)
-    return {"train": data[:first], "validation": data[first:second], "test": data[second:]}
-
-
-def _split_folder(root: Path, pattern: str) -> dict[str, np.ndarray]:
-    """Files in sorted order, each wholly in one split by the hash of its relative name; tests and installed packages
-    are left out, so that the standard library means the library."""
-    parts: dict[str, list[bytes]] = {name: [] for name in SPLITS}
-    for path in sorted(root.rglob(pattern)):
-        name = path.relative_to(root).as_posix()
-        if not path.is_file() or {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(
-            name.split("/")
-        ):
-            continue
-        place = hashlib.sha256(name.encode()).digest()[0]
-        owner = next(split for split, (low, high) in SPLITS.items() if low <= place < high)
-        parts[owner].append(path.read_bytes())
-    return {name: np.frombuffer(b"\n".join(files), np.uint8) for name, files in parts.items()}

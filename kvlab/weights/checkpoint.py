@@ -16,7 +16,16 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
 from kvlab.typing import Params
 from kvlab.weights.architectures import Architecture, read_architecture, write_architecture
-from kvlab.weights.files import FLOATS, Stored, WeightsError, read_headers, read_json, read_tensor, write_shards
+from kvlab.weights.files import (
+    FLOATS,
+    Stored,
+    WeightsError,
+    read_headers,
+    read_json,
+    read_tensor,
+    refuse_gguf,
+    write_shards,
+)
 from kvlab.weights.tables import Table, table_of
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
@@ -42,10 +51,11 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
     """
     directory = Path(directory).expanduser()
+    refuse_gguf(directory)
     headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
     abstract = abstract_model(architecture)
     table = table_of(architecture.family, architecture.layers, architecture.model)
-    if problems := _mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
+    if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -61,6 +71,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
 def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
     """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not
     supported."""
+    refuse_gguf(directory)
     values = read_json(directory / "config.json")
     architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
     if architecture is None:
@@ -132,7 +143,7 @@ def _stored_dtype(headers: dict[str, Stored]) -> str:
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
-def _mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
+def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
     """Everything in which the file differs from the model."""
     problems, expected = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):

@@ -1,13 +1,14 @@
 """A folder of safetensors: headers first, then one tensor at a time, so that a model never lies in memory twice."""
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  numpy learns bfloat16 from it
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -15,7 +16,12 @@ from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FLOATS = ("F32", "F16", "BF16")
+NUMPY: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),  # numpy learns it from there
+}
+FLOATS = tuple(NUMPY)
 
 
 class WeightsError(ValueError):
@@ -34,6 +40,12 @@ class Stored:
     path: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def refuse_gguf(path: Path) -> None:
+    """Raises WeightsError where a GGUF is given in place of a folder."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        raise WeightsError(path, [f"a GGUF is converted first: kvlab weights {path}; then give the folder it prints"])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,3 +142,25 @@ def write_shards(directory: Path, tensors: Iterator[tuple[str, npt.NDArray[Any]]
         weight_map |= dict.fromkeys(names, final)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     (directory / INDEX).write_text(text + "\n")
+
+
+def write_streamed(
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], str]], tensor: Callable[[str], npt.NDArray[Any]]
+) -> None:
+    """Writes one safetensors file from shapes and types ("F32", "F16", "BF16"); each tensor is made when its turn
+    comes, so that no two are held at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in shapes.items():
+        begin, end = end, end + math.prod(shape) * NUMPY[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)  # the tensors begin at a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name, (shape, dtype) in shapes.items():
+            made = tensor(name).astype(NUMPY[dtype], copy=False)
+            assert made.shape == shape, name
+            file.write(np.ascontiguousarray(made).data.cast("B") if dtype == "F32" else made.tobytes())
+        file.flush()
+        os.fsync(file.fileno())

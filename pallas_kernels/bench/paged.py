@@ -15,10 +15,10 @@ from pallas_kernels.bench.clock import Work, is_accelerated
 from pallas_kernels.bench.goals import NONE, Goals
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.formats import FORMATS, Stored, quantised
-from pallas_kernels.masking import NOWHERE
 from pallas_kernels.ops import OPS
 from pallas_kernels.paged_attention import Lists, Pages, api, chunk_positions, paged_attention, plan_attention
 from pallas_kernels.selection import Asked
+from pallas_kernels.visible import NOWHERE
 
 CACHE_BYTES = 120_000_000
 """Twice an H200's second-level cache: inputs are drawn from at least so much memory, so that none is found there."""

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.formats import Quantised, Stored, each_array, tile_values
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.sharing import any_lists
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.typing import Bool, Float, Int32
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 
 BLOCK_LEN = 256
 """Tokens of an item: a tile of keys, its values and its scores fit in a core's cache together."""

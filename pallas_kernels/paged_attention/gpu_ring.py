@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import Scheme
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.paged_attention.sharing import WORD
+from pallas_kernels.visible import NOWHERE
 
 LOG2_E = math.log2(math.e)
 

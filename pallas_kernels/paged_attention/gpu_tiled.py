@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
 from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
@@ -41,6 +41,7 @@ from pallas_kernels.paged_attention.sharing import (
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, accumulators, this_chip
 from pallas_kernels.typing import Float, Int32
+from pallas_kernels.visible import NOWHERE
 
 
 @dataclass(frozen=True)

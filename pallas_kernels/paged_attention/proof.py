@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats import Scaling, Scheme, Stored, arrays_of, kivi, quantised
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.api import chunk_positions, paged_attention
 from pallas_kernels.pages import Lists, Pages
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 
 
 def by_api(**how: Any) -> Callable[..., tuple[jax.Array, ...]]:

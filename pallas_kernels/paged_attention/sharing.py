@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from pallas_kernels.masking import NOWHERE
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.typing import Bool, Float, Int32, Shaped
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""

@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.formats import SHARED, Scheme, arrays_of, unpacked
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.sharing import WORD, any_lists, bounds, cost, live_pages, page_mass, tiled
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.selection import Asked
 from pallas_kernels.typing import Float, Int32
+from pallas_kernels.visible import NOWHERE
 
 BLOCK_LEN = 512
 """Tokens of a block: a copy long enough to hide its latency, a buffer of 2 x 2 x 128 KiB at 128 dims of 16 bits."""

@@ -11,7 +11,7 @@ from kvlab.engine.scheduler import Schedule
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
-from tests.ledger.exerciser import FULL, STATE, WINDOWED
+from tests.ledger.shadows import FULL, STATE, WINDOWED
 
 
 def make(num_pages=20, slots=6, specs=(FULL, WINDOWED, STATE), max_len=60, host=0, **options):

@@ -13,16 +13,21 @@ from safetensors.numpy import save_file
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Sample
+from kvlab.engine.sampling import Sampling
 from kvlab.engine.speculative import Drafter
 from kvlab.memory.layout import MemoryConfig
 from kvlab.tokenizers import Tokenizer
 from kvlab.weights import Pretrained, load_checkpoint
-from tests.weights.random_checkpoint import draw
+from tests.weights.random_checkpoint import draw, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "generation"
 FAMILIES = ("llama_gqa", "llama_mqa", "llama_mha", "llama3_rope", "qwen3", "mistral", "mamba2")
 VOCAB, WINDOW, NUM_NEW = 320, 24, 40
 MAX_LEN = 112
+PROMPTS = [prompt(n, VOCAB) for n in (1, 5, 16, 17, 33, 40)]
+SAMPLED = Sampling(max_tokens=20, temperature=0.9, top_k=50, top_p=0.95, seed=3)
+TIGHT = {"max_batch": 2, "chunk_len": 8, "page_size": 4, "pool_len": MAX_LEN, "host_len": 300}
+"""Somebody must make room; and the ways of running that are not about shapes share their programs."""
 
 
 @functools.cache

@@ -22,8 +22,9 @@ from kvlab.memory.views import view_of
 from kvlab.memory.views.slots import StateSlots
 from pallas_kernels.visible import Visible
 from tests.contracts import VOCAB, build, parallel_logits, poisoned_session
-from tests.ledger import exerciser as exercising
-from tests.ledger.exerciser import CHUNK_LEN, Exerciser
+from tests.ledger import shadows
+from tests.ledger.exerciser import Exerciser
+from tests.ledger.shadows import CHUNK_LEN
 from tests.ledger.test_states import visible_by_mask
 
 NUM_TAGS = 2048
@@ -57,7 +58,7 @@ def _step_of(classes):
                 view = view.write({"tag": tag})
             else:
                 view = view.append(keys=zeros, values=values)
-                reads.append(view.attend(zeros, positions))
+                reads.append(view.attend(zeros, positions)[0])
             after.append(view.pool)
         return after, reads
 
@@ -115,7 +116,7 @@ class TaggedDevice(Exerciser):
 @pytest.mark.parametrize("model", MODELS)
 def test_attention_reads_exactly_the_history(model, monkeypatch):
     steps: dict = {}
-    monkeypatch.setattr(exercising, "MODELS", {model: MODELS[model]})
+    monkeypatch.setattr(shadows, "MODELS", {model: MODELS[model]})
     copied = hits = 0
     for seed in range(12):
         # One geometry, so that each model compiles once: these draws choose the page size, policy, pool, ...

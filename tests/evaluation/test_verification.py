@@ -5,10 +5,12 @@ from dataclasses import replace
 import jax
 import pytest
 
+from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.score import Scorer, SliceScore
 from kvlab.evaluation.verify import EXACT, must_agree, verify
 from kvlab.lab.laboratory import Laboratory
 from kvlab.memory.layout import stored_states
+from kvlab.models.model import Model
 from kvlab.random import named_key
 from kvlab.tasks.metrics import ACCURACY, BITS_PER_BYTE, METRICS, PERPLEXITY, Sums
 from tests.lab.test_execute import small
@@ -28,26 +30,31 @@ def scored(tmp_path_factory):
         memory = replace(base.memory, format=format)
         lab_there = replace(lab, config=replace(base, memory=memory))
         layout = lab_there.layout(lab.task.context_len, 4)
-        given = {"layout": layout, "states": lab.model.states, "memory": memory, "dtype": "float32"}
-        return scorer.through_memory(params, "test", layout), given
+        check = None if layout.is_exact else MaskCheck(scorer.structure, params, layout)
+        scores = scorer.through_memory(params, "test", layout, check)
+        given = {"metric": lab.task.metric, "memory": memory, "dtype": "float32", "check": check}
+        return scores, given
 
     return scorer, params, parallel, through
 
 
 def test_an_exact_memory_agrees_with_the_parallel_form(scored):
-    scorer, params, parallel, through = scored
+    _, _, parallel, through = scored
     scores, given = through("model")
-    assert verify(scorer, params, scores, parallel, **given) == EXACT
+    assert given["check"] is None
+    assert verify(scores, parallel, **given) == EXACT
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
 def test_a_lossy_memory_agrees_with_the_form_rounded_to_it_and_with_no_other(scored, format):
     scorer, params, parallel, through = scored
     scores, given = through(format)
-    assert verify(scorer, params, scores, parallel, **given) == f"{EXACT} with what is stored rounded to {format}"
+    assert verify(scores, parallel, **given) == f"{EXACT} with what is stored rounded to {format}"
+    assert given["check"].num_compared >= 8
     other_format = {"int8": "int4", "int4": "int8"}[format]
+    states = Model(scorer.structure, params).states
     right, wrong = (
-        scorer.parallel(params, "test", stored_states(given["states"], replace(given["memory"], format=name)))
+        scorer.parallel(params, "test", stored_states(states, replace(given["memory"], format=name)))
         for name in (format, other_format)
     )
     must_agree(scores, right, BITS_PER_BYTE, "float32")

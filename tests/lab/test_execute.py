@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -18,30 +17,14 @@ from kvlab.lab.execute import execute, load_params
 from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.training.loop import params_digest
+from tests.lab.small import MEASURED, SMALL, TUNED, command, rows, small
 
-SMALL = [
-    "model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
-    "task.test=[16:2,24:3]", "task.num_test=6", "task.num_validation=6", "measure.batch_size=4",
-    "measure.decode_steps=4", "train.batch_size=4", "train.num_steps=16", "train.steps_per_call=2",
-    "train.eval_every=8", "train.checkpoint_every=4", "memory.page_size=4", "memory.chunk_len=3",
-    "train.stop_at=null", "optimizer.learning_rate=0.01",
-]  # fmt: skip
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
           "provenance", "wall_s"}  # fmt: skip
 
 
-def small(tmp_path, *overrides):
-    return compose([*SMALL, f"results_dir={tmp_path}", *overrides])
-
-
-def rows(config):
-    return [json.loads(line) for line in (config.training_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_leaves_a_complete_record(tmp_path):
-    config = small(tmp_path, "measure.context_len=40", "tune.learning_rate=[0.01,0.001]")
-    assert Run(config).state == "new"
-    assert execute(config) == "done"
+def test_a_run_leaves_a_complete_record(results):
+    config = small(results, *MEASURED)
     record = Run(config).record
     assert isinstance(record, Done)
     assert set(json.loads((config.run_dir / "record.json").read_text())) >= FIELDS
@@ -53,8 +36,7 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert (memory.context_len, memory.batch_size) == (40, 4)
     assert record.speed.train_step_ms > 0
     assert record.speed.decode_tokens_per_s > 0
-    taken = record.provenance.implementations
-    assert taken == {
+    assert record.provenance.implementations == {
         "flash_attention": "reference",
         "kv_write": "reference",
         "paged_attention": "blocked",
@@ -68,12 +50,8 @@ def test_a_run_leaves_a_complete_record(tmp_path):
     assert len(rows(config)) == 16  # two trials of eight calls
     assert params_digest(load_params(config)[1]) == record.training.params_sha256
     assert execute(config) == "skipped"
-    again = small(tmp_path, "seed=7", "measure.context_len=40")
-    assert execute(again) == "done"
-    assert Run(again).record.provenance.implementations == taken, "what an earlier run compiled does not hide what ran"
-
-    frame = kvlab.load(tmp_path)
-    assert len(frame) == 2
+    frame = kvlab.load(results)
+    assert len(frame) == 1
     assert frame["memory.logical_bytes"][0] == memory.logical_bytes
 
 
@@ -90,14 +68,12 @@ def test_the_dense_baseline_and_text_run_too(tmp_path):
     assert record.training.data_sha256
 
 
-def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
+def test_a_tuned_run_cut_in_its_second_trial_resumes(finished_runs, tmp_path, monkeypatch):
     """The first trial's rows and the second's survive; the result is that of an undisturbed run."""
     from kvlab.interrupt import Interrupted
     from kvlab.training.loop import TrainStep
 
-    tuned = ["tune.learning_rate=[0.01,0.001]"]
-    calm, cut = small(tmp_path / "calm", *tuned), small(tmp_path / "cut", *tuned)
-    assert execute(calm) == "done"
+    calm, cut = small(finished_runs, *MEASURED), small(tmp_path, *MEASURED)
     right, calls = TrainStep.__call__, []
 
     def interrupted(self, *arguments):
@@ -114,8 +90,8 @@ def test_a_tuned_run_cut_in_its_second_trial_resumes(tmp_path, monkeypatch):
     assert Run(cut).record.training.params_sha256 == Run(calm).record.training.params_sha256
 
 
-def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatch):
-    config = small(tmp_path)
+def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(trained, monkeypatch):
+    config = small(trained, *TUNED)
 
     def broken(*_, **__):
         raise RuntimeError("the memory is wrong")
@@ -124,12 +100,12 @@ def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(tmp_path, monkeypatc
     assert execute(config) == "failed"
     record = Run(config).record
     assert (record.status, record.reason) == ("failed", "RuntimeError: the memory is wrong")
-    assert kvlab.load(tmp_path)["reason"][0] == "RuntimeError: the memory is wrong"
+    assert kvlab.load(trained)["reason"][0] == "RuntimeError: the memory is wrong"
     monkeypatch.undo()
     assert execute(config) == "done"
 
 
-def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, monkeypatch):
+def test_disagreement_between_memory_and_parallel_form_fails_the_run(trained, monkeypatch):
     from kvlab.evaluation.score import Scorer
 
     right = Scorer.parallel
@@ -140,7 +116,7 @@ def test_disagreement_between_memory_and_parallel_form_fails_the_run(tmp_path, m
         return tuple(replace(score, correct=score.correct + score.weight) for score in right(self, params, split))
 
     monkeypatch.setattr(Scorer, "parallel", wrong)
-    config = small(tmp_path)
+    config = small(trained, *TUNED)
     assert execute(config) == "failed"
     assert "they must agree within" in Run(config).record.reason
 
@@ -155,20 +131,20 @@ def test_a_nan_is_a_failure_with_step_and_leaf(tmp_path):
     assert "is not finite" in reason
 
 
-def test_out_of_memory_names_the_culprit(tmp_path, monkeypatch):
+def test_out_of_memory_names_the_culprit(trained, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(executing, "measure_memory", full)
-    config = small(tmp_path)
+    config = small(trained, *TUNED)
     assert execute(config) == "failed"
     reason = Run(config).record.reason
     assert reason.startswith("out of memory: the largest part is ")
     assert "would save about" in reason
 
 
-def test_a_second_process_is_refused(tmp_path):
-    config = small(tmp_path)
+def test_a_second_process_is_refused(trained):
+    config = small(trained, *TUNED)
     config.run_dir.mkdir(parents=True)
     with (config.run_dir / "lock").open("a+") as lock:
         lock.write("4711")
@@ -177,10 +153,6 @@ def test_a_second_process_is_refused(tmp_path):
         with pytest.raises(RunLocked, match="another process \\(pid 4711\\)"):
             execute(config)
     assert execute(config) == "done"
-
-
-def command(tmp_path, *overrides):
-    return [sys.executable, "-m", "kvlab", "run", *SMALL, f"results_dir={tmp_path}", *overrides]
 
 
 LONG = ["train.num_steps=96", "train.eval_every=16", "train.checkpoint_every=8"]

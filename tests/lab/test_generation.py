@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvlab import blueprint
 from kvlab.cli import main
 from kvlab.compose import compose, compose_generate
 from kvlab.engine.sampling import Sampling
@@ -197,6 +198,12 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
     assert record["quality"]["value"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
     assert record["training"]["num_steps"] == 0
     assert execute(compose(words)) == "skipped"
+    behind = [nat for place, nat in enumerate(nats) if place % 60 >= 35]
+    for way in ("false", "true"):  # behind a prompt; its window makes chunks and single steps the same
+        scored = compose([*words, "task.num_scored=25", f"task.scored_in_chunks={way}"])
+        assert execute(scored) == "done"
+        value = json.loads((scored.run_dir / "record.json").read_text())["quality"]["value"]
+        assert value == pytest.approx(math.exp(np.mean(behind)), rel=1e-4)
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -226,7 +233,7 @@ def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded
     def load(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(laboratory, "stored_states", refuse)
+    monkeypatch.setattr(blueprint, "stored_states", refuse)
     monkeypatch.setattr(laboratory, "load_checkpoint", load)
     with pytest.raises(ConfigError, match="must be another"):
         laboratory.Laboratory.of(config, abstract=abstract)

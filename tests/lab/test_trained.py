@@ -22,14 +22,12 @@ from kvlab.lab import execute as executing
 from kvlab.lab import parameters
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.laboratory import Laboratory
-from kvlab.lab.provenance import provenance
-from kvlab.lab.record import TrainingReport
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import Trained, Training, TrainingStatus, point_to, save_params, training_directory
+from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
 from kvlab.training.checkpoint import CheckpointError
 from kvlab.training.loop import params_digest
-from tests.lab.test_execute import command, rows, small
+from tests.lab.small import MEASURED, TUNED, command, rows, small
 
 
 @pytest.fixture
@@ -45,22 +43,27 @@ def trainings(monkeypatch):
     return labels
 
 
-def test_runs_that_differ_in_evaluation_only_train_once(tmp_path, trainings):
-    first, second = small(tmp_path), small(tmp_path, "memory=dense", "task.num_test=5", "measure.context_len=30")
-    assert [execute(config) for config in (first, second)] == ["done", "done"]
-    assert len(trainings) == 1
+def test_runs_that_differ_in_evaluation_only_train_once(results, tmp_path, trainings):
+    others = [*TUNED, "memory=dense", "task.num_test=5", "measure.context_len=30"]
+    first, second = small(results, *MEASURED), small(results, *others)
+    assert [execute(config) for config in (first, second)] == ["skipped", "done"]
+    assert not trainings
     records = [Run(config).record for config in (first, second)]
     assert records[0].training == records[1].training
     assert records[1].training.trained_by == first.run_id
-    assert len(list(tmp_path.rglob("params"))) == 1  # one copy on disk
-    assert not list(tmp_path.rglob("trials"))
+    assert len(list(results.rglob("params"))) == 1  # one copy on disk
+    assert not list(results.rglob("trials"))
     assert params_digest(load_params(second)[1]) == records[1].training.params_sha256
-    assert [read_metrics(record) for record in read_records(tmp_path)] == [rows(first)] * 2
+    assert [read_metrics(record) for record in read_records(results)] == [rows(first)] * 2
 
-    alone = small(tmp_path / "alone", "memory=dense", "task.num_test=5", "measure.context_len=30")
+    alone = small(tmp_path / "alone", *others)
     assert execute(alone) == "done"
-    assert Run(alone).record.quality == records[1].quality
-    assert Run(alone).record.training.params_sha256 == records[1].training.params_sha256
+    assert len(trainings) == 2  # trials of the same training
+    record = Run(alone).record
+    assert record.quality == records[1].quality
+    assert record.training.params_sha256 == records[1].training.params_sha256
+    taken = records[1].provenance.implementations
+    assert record.provenance.implementations == taken, "what an earlier run compiled does not hide what ran"
 
 
 @pytest.mark.parametrize(
@@ -150,34 +153,15 @@ def _state_badly(folder):
 
 @pytest.mark.filterwarnings("ignore:damaged checkpoint:RuntimeWarning")
 @pytest.mark.parametrize("damage", [_truncate, _replace, _state_badly])
-def test_damaged_parameters_are_trained_again(tmp_path, trainings, damage):
-    config, other = small(tmp_path), small(tmp_path, "memory=dense")
-    assert execute(config) == "done"
+def test_damaged_parameters_are_trained_again(results, trainings, damage):
+    config, other = small(results, *MEASURED), small(results, *TUNED, "memory=dense")
     damage(config.training_dir / "params")
     with pytest.raises(CheckpointError):
         load_params(config)
     with pytest.warns(RuntimeWarning, match="trained again"):
         assert execute(other) == "done"
-    assert len(trainings) == 2
+    assert len(trainings) == 2  # both trials
     assert Run(other).record.training.params_sha256 == Run(config).record.training.params_sha256
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """A run whose training is finished, with the parameters it began with."""
-    config = small(tmp_path)
-    training, params = Training(config), Laboratory.of(config).model.params
-    training.directory.mkdir(parents=True)
-    report = TrainingReport(
-        learning_rate=0.01, trials=[], num_steps=0, num_tokens=0, params_sha256=params_digest(params), data_sha256=None
-    )
-    training.begin(0)
-    training.finish(Trained(report, 0.5, 1.0), params, 1)
-    run = Run(config)
-    run.directory.mkdir(parents=True)
-    run.begin(provenance())
-    point_to(training, run.directory)
-    return config
 
 
 def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):
@@ -235,11 +219,10 @@ def test_a_waiting_run_says_for_whom_and_can_be_stopped(tmp_path):
         assert len(said) == 1
 
 
-def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(tmp_path):
-    config = small(tmp_path / "results")
-    assert execute(config) == "done"
+def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(results, tmp_path):
+    config = small(results, *MEASURED)
     digest = Run(config).record.training.params_sha256
-    (tmp_path / "results").rename(tmp_path / "moved")
+    results.rename(tmp_path / "moved")
     moved = tmp_path / "moved" / config.experiment / config.run_id
     assert params_digest(load_params(config, moved)[1]) == digest
     (moved / "trained.json").unlink()  # as runs were: parameters and metrics in the run's own folder
@@ -247,7 +230,7 @@ def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(tmp_path):
     for name in ("params", "metrics.jsonl"):
         shutil.move(trained / name, moved / name)
     assert params_digest(load_params(config, moved)[1]) == digest
-    assert len(read_metrics(read_records(tmp_path / "moved")[0])) == 8
+    assert len(read_metrics(read_records(tmp_path / "moved")[0])) == 16
     like = Laboratory.of(config).model.params
     save_params(moved / "params", jax.tree.map(lambda leaf: leaf + 1, like))
     with pytest.raises(CheckpointError, match="not the parameters that were trained"):

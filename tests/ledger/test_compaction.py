@@ -7,8 +7,9 @@ import pytest
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import NOWHERE, Compaction, load_plans, save_plans
-from tests.ledger.test_ledger import FULL, make_ledger
+from kvlab.ledger.plan import Compaction, load_plans, save_plans
+from pallas_kernels.visible import NOWHERE
+from tests.ledger.small import FULL, make_ledger
 
 PAGE = 4
 

@@ -13,7 +13,7 @@ from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
 from kvlab.ledger.tokens import encode, namespace, page_keys
 from pallas_kernels.visible import Visible
-from tests.ledger.exerciser import CHUNKED, FULL, LATENT, STATE, WINDOWED
+from tests.ledger.shadows import CHUNKED, FULL, LATENT, STATE, WINDOWED
 
 
 def make(specs, page_size=4, num_pages=200, slots=40, max_len=120, chunk_len=16, **options):

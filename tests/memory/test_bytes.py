@@ -10,8 +10,8 @@ import pytest
 
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation import measure as measuring
-from kvlab.evaluation.measure import measure
-from kvlab.ledger.states import TokenState
+from kvlab.evaluation.measure import MemoryReport, measure, per_sequence
+from kvlab.ledger.states import RetrievalState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import allocate_pages, num_bytes, write_tokens
 from pallas_kernels.formats import quantised
@@ -189,3 +189,41 @@ def test_windowed_memory_stops_growing():
         step, params = layout_of("window", MEMORIES[0], rows=2, max_len=max_len)
         sizes.append(measure(step, params, VOCAB, decode_steps=3)[0].allocated_bytes)
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "format", "expected"),
+    [
+        ("mqa", "model", 30 * 64 + 2 * 16 * 4),
+        ("mqa", "int8", 30 * (16 + 2 * 4) + 2 * 16 * 4),
+        ("window", "model", None),
+        ("retrieval", "model", None),
+    ],
+)
+def test_bytes_read_for_a_token(variant, format, expected):
+    """All that is live of one sequence, whatever the batch; of a retrieval state its index and what it selects."""
+    step, params = layout_of(variant, MemoryConfig(page_size=4, chunk_len=4, format=format), rows=3, max_len=30)
+    report, _ = measure(step, params, VOCAB, decode_steps=3)
+    if expected is None:
+        expected = sum(_read(state.spec, 30) * state.num_layers for state in step.layout.classes)
+    assert report.read_bytes_per_token == expected
+    assert per_sequence(report)["read_bytes_per_token"] == expected
+    assert per_sequence(report)["logical_bytes"] == report.logical_bytes / 3
+    assert (expected < report.logical_bytes / 3) == (variant == "retrieval")
+
+
+def _read(spec, num_tokens) -> int:
+    """By hand, for float32: tokens in sight times their numbers."""
+    if isinstance(spec, RetrievalState):
+        selected = min(num_tokens, spec.num_selected) * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+        return 4 * (num_tokens * spec.index_dim + selected)
+    if isinstance(spec, TokenState):
+        seen = min(num_tokens, spec.visible.window - 1) if spec.visible.window else num_tokens
+        return 4 * seen * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
+    return 4 * sum(int(np.prod(part.shape)) for part in spec.parts)
+
+
+def test_an_older_record_has_no_bytes_read():
+    report = MemoryReport(600, 900, 30, 60, None, 1200, 64, 3, (), ())
+    sizes = {"logical_bytes": 200, "allocated_bytes": 300, "temp_bytes": 10, "peak_bytes": 20}
+    assert per_sequence(report) == sizes

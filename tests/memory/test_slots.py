@@ -31,7 +31,7 @@ class Memory:
         (views,) = self.layout.views(self.pools, plan)
         view = views["kv"].append(keys=jnp.asarray(keys), values=jnp.asarray(values))
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
-        outputs = np.asarray(view.attend(jnp.asarray(queries), positions))[0]
+        outputs = np.asarray(view.attend(jnp.asarray(queries), positions)[0])[0]
         self.pools = self.layout.pools([{"kv": view}])
         self.ledger.commit("a", count)
         self.kept = np.concatenate([self.kept, np.stack([keys[0], values[0]])], axis=1)

@@ -93,7 +93,7 @@ def test_quantised_tokens_are_the_rounded_ones(memory, format):
     arrays = drawn({"queries": (4, 8), "keys": (2, 8), "values": (2, 6)})
     held = MemoryConfig(memory.name, memory.page_size, memory.chunk_len, format)
     found = through(
-        TokenState(2, 8, 6, visible=visible), held, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at)
+        TokenState(2, 8, 6, visible=visible), held, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at)[0]
     )
     keys, values = (np.asarray(quantised(jnp.asarray(arrays[name]), format).values()) for name in ("keys", "values"))
     seen = [[p for p in range(t + 1) if visible.sees(t, p)] for t in range(max(LENGTHS))]
@@ -110,14 +110,14 @@ def test_the_states_mask_is_applied(memory, visible):
     """In pages, in rows, and in the parallel form."""
     arrays = drawn({"queries": (4, 8), "keys": (2, 8), "values": (2, 6)})
     state = TokenState(2, 8, 6, visible=visible)
-    found = through(state, memory, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.5))
+    found = through(state, memory, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.5)[0])
     seen = [[p for p in range(t + 1) if visible.sees(t, p)] for t in range(max(LENGTHS))]
     rows = zip(*(arrays[name] for name in ("queries", "keys", "values")), strict=True)
     expected = [attention(*row, seen.__getitem__, 0.5) for row in rows]
     assert_right(found, expected)
     (layer,) = whole([{"kv": state}], *arrays["queries"].shape[:2])
     view = layer["kv"].append(**{name: jnp.asarray(arrays[name]) for name in ("keys", "values")})
-    assert_right(np.asarray(view.attend(jnp.asarray(arrays["queries"]), None, scale=0.5)), expected)
+    assert_right(np.asarray(view.attend(jnp.asarray(arrays["queries"]), None, scale=0.5)[0]), expected)
 
 
 @pytest.mark.parametrize("memory", PLACES)
@@ -127,7 +127,7 @@ def test_latent_rows_are_keys_and_values(memory):
         LatentState(6, 2, "float32"),
         memory,
         arrays,
-        lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.3),
+        lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.3)[0],
     )
     expected = [
         attention(queries, rows, rows[..., :6], lambda t: list(range(t + 1)), 0.3)
@@ -150,7 +150,7 @@ RETRIEVED = drawn(
 
 
 def retrieved(view, chunk, at):
-    return view.attend(chunk["queries"], at, index_queries=chunk["index_queries"][:, :, 0])
+    return view.attend(chunk["queries"], at, index_queries=chunk["index_queries"][:, :, 0])[0]
 
 
 def expected_of_retrieval() -> list[np.ndarray]:

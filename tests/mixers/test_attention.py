@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from kvlab.memory.views import whole
-from kvlab.mixers.attention import Attention, AttentionConfig, rotary_angles, rotate
+from kvlab.mixers.attention import Attention, AttentionConfig
+from kvlab.rotary import rotary_angles, rotate
 
 
 def rotary_matrix(position: int, dim: int, rotary_dim: int, base: float) -> np.ndarray:

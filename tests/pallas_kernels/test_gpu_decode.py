@@ -14,7 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
-from pallas_kernels.masking import NOWHERE, Scoring
+from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import Part
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
-from pallas_kernels.visible import Visible
+from pallas_kernels.visible import NOWHERE, Visible
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
 HOW = plgpu.InterpretGPUParams(detect_races=True)

@@ -11,13 +11,14 @@ from kvlab.tasks.metrics import METRICS
 SMALL: dict[str, dict] = {
     "mqar": {
         "vocab_size": 32, "train": ("16:2", "24:3"), "train_weights": (2, 1), "test": ("16:2", "24:3"),
-        "num_validation": 3, "num_test": 5,
+        "num_validation": 3, "num_test": 5, "num_turns": 2,
     },
-    "text": {"seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5},
+    "text": {"seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "num_scored": 10},
     "perplexity": {
-        "seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "whole": False,
+        "seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "num_scored": 10, "whole": False,
     },
     "needle": {"contexts": (60, 80), "depths": (0, 50), "num_validation": 3, "num_test": 5},
+    "passkey": {"contexts": (300, 320), "num_validation": 3, "num_test": 5},
 }  # fmt: skip
 """Smaller configs, where the defaults are too large for tests; those of text read the standard library, once a
 process."""
@@ -70,6 +71,9 @@ def assert_evaluation(name: str) -> None:
         rows[split] = set()
         for part in task.slices(split):
             assert 0 < part.prompt_len < part.seq_len
+            assert part.compress_at is None or 0 < part.compress_at <= part.prompt_len
+            assert list(part.turns) == sorted(set(part.turns))
+            assert all(part.compress_at <= turn < part.seq_len for turn in part.turns)
             batch = task.eval_batch(split_key, split, part, 0, part.num_examples)
             assert_batch(batch, task, part.num_examples, part.seq_len)
             tail = task.eval_batch(split_key, split, part, 1, 2)
@@ -84,7 +88,9 @@ def assert_evaluation_fields(name: str) -> None:
     """A field that only evaluates leaves training and validation as they are."""
     task = make(name)
     for field in task.evaluation_fields:
-        changed = make(name, **{field: getattr(task.config, field) - 1})
+        value = getattr(task.config, field)
+        changed = make(name, **{field: not value if isinstance(value, bool) else value - 1})
+        assert changed.config != task.config
         assert changed.train_shapes() == task.train_shapes()
         assert changed.train_call(3, 2) == task.train_call(3, 2)
         jax.tree.map(np.testing.assert_array_equal, changed.train_data(), task.train_data())

@@ -7,7 +7,7 @@ import pytest
 
 from kvlab.random import named_key
 from kvlab.tasks.base import round_robin
-from kvlab.tasks.mqar import Mqar, MqarConfig, window_accuracy
+from kvlab.tasks.mqar import Mqar, MqarConfig, kept_accuracy, window_accuracy
 
 
 @pytest.mark.parametrize(("length", "pairs"), [(64, 4), (64, 16), (128, 32)])
@@ -29,6 +29,26 @@ def test_every_label_is_the_value_of_the_queried_key(length, pairs):
         assert (places % 2 == 0).all()
         assert [answers[key] for key in tokens[places].tolist()] == batch.labels[row, real].tolist()
         assert sorted(tokens[places]) == sorted(keys)
+
+
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_a_second_turn_is_the_later_half_of_the_places(query_aware):
+    """No token, label or weight changes; where every place has a query, half of the queries are in each turn."""
+    names = ("64:4", "64:16", "128:32", "63:10", "13:3")
+    plain = Mqar(MqarConfig(test=names))
+    task = Mqar(MqarConfig(test=names, num_turns=2, query_aware=query_aware))
+    for old, part in zip(plain.slices("test"), task.slices("test"), strict=True):
+        batches = [which.eval_batch(named_key(0, "eval"), "test", old, 0, 40) for which in (plain, task)]
+        jax.tree.map(np.testing.assert_array_equal, *batches)
+        (turn,), pairs = part.turns, part.knob
+        queries = np.arange(2 * pairs, part.seq_len - 1, 2)
+        early, late = queries[queries < turn], queries[queries >= turn]
+        assert len(early) - len(late) in (0, 1)
+        assert (old.prompt_len, old.compress_at, old.turns) == (2 * pairs, 2 * pairs, ())
+        assert part.compress_at == part.prompt_len == (turn if query_aware else 2 * pairs)
+        if part.seq_len == 4 * pairs:
+            places = np.asarray(batches[0].label_positions)[np.asarray(batches[0].weights) > 0]
+            assert (places >= turn).sum() == 40 * pairs // 2
 
 
 def test_query_places_follow_the_power_law():
@@ -92,3 +112,23 @@ def test_closed_form_describes_the_sampler():
         )
         expected = window_accuracy(task.config, eval_slice.name, 32)
         assert (distance < 32).mean() == pytest.approx(expected, abs=0.02)
+
+
+def test_what_stays_of_the_pairs_is_what_is_recalled():
+    """The closed form of compacted prompts, against drawn sets of slots."""
+    config, rng = MqarConfig(), np.random.default_rng(0)
+    guess = 1 / 256
+    assert kept_accuracy(config, "128:32", 32, 0, 0) == pytest.approx(0.5 + 0.5 * guess)
+    assert kept_accuracy(config, "128:32", 16, 4, 8) == pytest.approx(0.25 + 0.75 * guess), "2 of the sinks, 6 behind"
+    assert kept_accuracy(config, "64:4", 99, 4, 0) == 1
+    drawn = []
+    for _ in range(4000):
+        kept = np.zeros(64, bool)
+        kept[:3] = kept[64 - 5 :] = True
+        kept[rng.choice(np.arange(3, 59), 20 - 8, replace=False)] = True
+        drawn.append(kept[1::2].mean())
+    seen = float(np.mean(drawn))
+    found = kept_accuracy(config, "128:32", 20, 3, 5, by="random")
+    assert found == pytest.approx(seen + (1 - seen) * guess, abs=4 * np.std(drawn) / 4000**0.5)
+    with pytest.raises(ValueError, match="must be recency or random"):
+        kept_accuracy(config, "128:32", 20, 3, 5, by="luck")

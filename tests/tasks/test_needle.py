@@ -34,6 +34,18 @@ def test_every_example_hides_its_answer_once_at_its_depth(tmp_path):
         np.testing.assert_array_equal(again.tokens, batch.tokens[3:5])
 
 
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_a_memory_compresses_before_the_question_or_behind_it(tmp_path, query_aware):
+    path = tmp_path / "hay.txt"
+    path.write_bytes(b"word " * 4000)
+    task = Needle(NeedleConfig(contexts=(100,), depths=(20,), path=str(path), query_aware=query_aware))
+    (part,) = task.slices("test")
+    row = bytes(np.asarray(task.eval_batch(jax.random.key(0), "test", part, 0, 1).tokens)[0].tolist()).decode()
+    asked = row.rindex("\nThe magic number is ")
+    assert row[: part.prompt_len] == row[:asked] + "\nThe magic number is "
+    assert part.compress_at == (part.prompt_len - 1 if query_aware else asked)
+
+
 def test_wrong_grids_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="contexts = 40: must be at least 52"):
         NeedleConfig(contexts=(40, 200))

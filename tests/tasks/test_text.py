@@ -1,5 +1,8 @@
 """The text task: files stay whole, splits stay apart, windows are what the corpus says."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,6 +47,26 @@ def test_evaluation_windows_are_fixed_and_cover_the_split(folder):
     same = task.eval_batch(named_key(9, "b"), "test", eval_slice, 0, 5)
     np.testing.assert_array_equal(batch.tokens, same.tokens)
     assert bytes(np.asarray(batch.tokens[0]).astype(np.uint8)) == bytes(task.corpus["test"][:32])
+
+
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_a_prompt_is_not_scored(folder, in_chunks):
+    """The last labels of the test's windows are all that is left; validation and tokens are as without."""
+    config = TextConfig(path=str(folder), seq_len=32, decode_len=4, num_test=5)
+    plain, task = Text(config), Text(replace(config, num_scored=10, scored_in_chunks=in_chunks))
+    (part,) = task.slices("test")
+    assert (part.prompt_len, part.compress_at, part.turns) == (28 if in_chunks else 22, 22, ())
+    batch = task.eval_batch(named_key(0, "a"), "test", part, 0, 5)
+    data = task.corpus["test"]
+    for row, start in enumerate(np.linspace(0, len(data) - 33, 5).astype(int)):
+        window = data[start : start + 33]
+        assert np.asarray(batch.tokens[row]).tolist() == window[:32].tolist()
+        assert np.asarray(batch.label_positions[row]).tolist() == list(range(22, 32))
+        assert np.asarray(batch.labels[row]).tolist() == window[23:].tolist()
+    assert np.asarray(batch.weights).tolist() == [[1.0] * 10] * 5
+    (validation,) = plain.slices("validation")
+    batches = [which.eval_batch(named_key(0, "a"), "validation", validation, 0, 5) for which in (plain, task)]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
 def test_one_file_is_split_by_position(tmp_path):

@@ -54,8 +54,9 @@ class TokenView(Protocol):
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         """Attention of the step's queries, at token positions [B, T], over what is stored; `state.visible` is the mask.
+        And the memory afterwards, which may have noted who was attended to.
 
         `scale` defaults to D ** -0.5; `soft_cap` c maps a scaled score s to c * tanh(s / c)."""
         ...
@@ -94,7 +95,7 @@ class Planned:
 
     @classmethod
     def check(cls, state: State) -> None:
-        if any(array.per_page for array in state.arrays):
+        if any(array.per_page and array.is_scale for array in state.arrays):
             raise ValueError("a channel's scale is that of a whole page, and pages are filled in steps")
 
     @classmethod

@@ -1,6 +1,7 @@
 """The baseline: one row of max_len slots a sequence. Queries travel to the rows, so that the cache is read in place."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class DenseTokens(PlannedTokens):
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         keys = stored(self.state, self.pool, "keys")
         rows = jnp.asarray(self.plan.pages)[:, 0]
 
@@ -34,7 +35,7 @@ class DenseTokens(PlannedTokens):
         asked = queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries
         values = tile_values(stored(self.state, self.pool, "values"))
         outputs = attend_densely(to_rows(asked), tile_values(keys), values, seen, scale=scale, soft_cap=soft_cap)
-        return outputs.astype(queries.dtype).at[rows].get(mode="fill", fill_value=0)
+        return outputs.astype(queries.dtype).at[rows].get(mode="fill", fill_value=0), self
 
 
 def attend_densely(

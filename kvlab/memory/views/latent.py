@@ -2,6 +2,7 @@
 value."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 
@@ -21,6 +22,10 @@ class PagedLatents(PlannedTokens):
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
-    ) -> HeadOutputs:
-        pages = Pages(stored(self.state, self.pool, "keys"), value_dim=self.state.rank)
-        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap)
+    ) -> tuple[HeadOutputs, Self]:
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+
+    @property
+    def pages(self) -> Pages:
+        """The pool as kernels take it."""
+        return Pages(stored(self.state, self.pool, "keys"), value_dim=self.state.rank)

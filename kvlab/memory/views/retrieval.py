@@ -6,6 +6,7 @@ pages they lie in.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.memory.views.paged import attend_pages, lists_of
 from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries
-from pallas_kernels.pages import NOWHERE, Lists, Pages
+from pallas_kernels.pages import Lists, Pages
+from pallas_kernels.visible import NOWHERE
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +34,7 @@ class PagedRetrieval(PlannedTokens):
         index_queries: IndexQueries,
         scale: float | None = None,
         soft_cap: float | None = None,
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         """As `TokenView.attend`, over what `index_queries` [B, T, index_dim] select."""
         batch, num_tokens, num_heads, dim = queries.shape
         lists = lists_of(self.plan)
@@ -61,7 +63,7 @@ class PagedRetrieval(PlannedTokens):
         pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
         rows = queries.reshape(-1, 1, num_heads, dim)
         outputs = attend_pages(alone, rows, pages, narrow, scale=scale, soft_cap=soft_cap)
-        return outputs.reshape(batch, num_tokens, num_heads, -1)
+        return outputs.reshape(batch, num_tokens, num_heads, -1), self
 
 
 def select(

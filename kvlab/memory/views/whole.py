@@ -61,9 +61,9 @@ class WholeTokens(Appended):
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
-        return flash_attention(queries, self.pool["keys"], self.values, **options)
+        return flash_attention(queries, self.pool["keys"], self.values, **options), self
 
     @property
     def values(self) -> Array:
@@ -94,14 +94,14 @@ class WholeRetrieval(Appended):
         index_queries: IndexQueries,
         scale: float | None = None,
         soft_cap: float | None = None,
-    ) -> HeadOutputs:
+    ) -> tuple[HeadOutputs, Self]:
         keys, values, index = self.pool["keys"], self.pool["values"], self.pool["index"][:, :, 0]
         slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = self.state.visible.sees(slots[None, :, None], slots[None, None, :])
         seen = jnp.broadcast_to(seen, (len(keys), *seen.shape[1:]))
         selected = select(index_queries, index, seen, self.state.num_selected)
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        return attend_densely(queries, keys, values, selected, scale=scale, soft_cap=soft_cap)
+        return attend_densely(queries, keys, values, selected, scale=scale, soft_cap=soft_cap), self
 
 
 @jax.tree_util.register_dataclass

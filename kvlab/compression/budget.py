@@ -1,0 +1,52 @@
+"""How much of a sequence a memory may keep: slots, a fraction of the prompt, or bytes."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from kvlab.schema import ConfigError
+
+LEGAL = "must be slots (256), a fraction of the prompt in (0, 1] (0.25), or bytes a sequence (64KiB)"
+_UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMG]i?B)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of three, the others None: `slots` a (layer, head), a `fraction` of the prompt, `num_bytes` a sequence."""
+
+    slots: int | None = None
+    fraction: float | None = None
+    num_bytes: int | None = None
+
+    @classmethod
+    def of(cls, value: object) -> "Budget":
+        """From a config: 256, 0.25 or "64KiB". Raises ConfigError for anything else."""
+        if isinstance(value, str):
+            if found := _BYTES.fullmatch(value.strip()):
+                num_bytes = math.floor(float(found[1]) * _UNITS[found[2].upper()])
+                if num_bytes > 0:
+                    return cls(num_bytes=num_bytes)
+            try:
+                value = float(value) if "." in value else int(value)
+            except ValueError:
+                raise ConfigError("budget", value, LEGAL) from None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError("budget", value, LEGAL)
+        if isinstance(value, int) and value >= 1:
+            return cls(slots=value)
+        if isinstance(value, float) and 0 < value <= 1:
+            return cls(fraction=value)
+        raise ConfigError("budget", value, LEGAL)
+
+    def scaled(self, factor: float) -> "Budget":
+        """A share of it, for a layer that is given more or less than the others: whole slots, rounded down."""
+        if self.slots is not None:
+            return Budget(slots=max(1, math.floor(self.slots * factor + 1e-9)))
+        assert self.fraction is not None, "bytes are solved for slots first"
+        return Budget(fraction=min(1.0, self.fraction * factor))
+
+    def __str__(self) -> str:
+        if self.num_bytes is not None:
+            return f"{self.num_bytes} bytes"
+        return f"{self.slots} slots" if self.slots is not None else f"{self.fraction:g} of the prompt"

@@ -1,0 +1,24 @@
+"""Compactions and sealings that were dispatched."""
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+from kvlab.ledger.plan import Compaction
+from kvlab.ledger.sealing import Sealed
+from kvlab.memory.compacting import Kept
+
+
+class Compacted(NamedTuple):
+    """Who was compacted, as the host planned it, and which slots stayed, still on the device. A row of the plan is a
+    sequence."""
+
+    sequences: tuple[Hashable, ...]
+    plan: Compaction
+    kept: Kept
+
+
+class SealedPages(NamedTuple):
+    """Pages that were sealed, by sequence."""
+
+    sequences: tuple[Hashable, ...]
+    sealed: list[list[Sealed]]

@@ -1,0 +1,105 @@
+"""Comparisons as text: for a terminal, as JSON, and as tables for Markdown and LaTeX."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from kvlab.lab.ceilings import Ceilings
+from kvlab.lab.choose import Runs
+from kvlab.lab.compare import Cell, Comparison, Scored, compare
+from kvlab.lab.results import labels_of, without_seed
+from kvlab.lab.tables import as_cell, wide_console
+from kvlab.tasks.metrics import metric_label
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+LATEX |= {mark: rf"\{mark}" for mark in "&%$#_{}"}
+
+
+def compare_points(runs: Runs, words: Sequence[str], *, floor: float | None = None) -> list[Comparison]:
+    """The first point that is named with each of the others. Raises ConfigError and `ExamplesError`, as `Runs.point`
+    and `compare` do."""
+    chosen = [runs.point(each) for each in words]
+    names = labels_of([without_seed(point[0].config) for point in chosen])
+    ceilings, first = Ceilings(runs.records), [Scored.of(record) for record in chosen[0]]
+    return [
+        compare(first, [Scored.of(record) for record in point], names=(names[0], name), ceilings=ceilings, floor=floor)
+        for point, name in zip(chosen[1:], names[1:], strict=True)
+    ]
+
+
+def printed(comparisons: Sequence[Comparison], form: str | None) -> str:
+    """Comparisons as "json", "markdown" or "latex", or for people (null)."""
+    if form == "json":
+        return json.dumps([asdict(comparison) for comparison in comparisons], indent=2)
+    how = {"markdown": _markdown, "latex": _latex, None: _plain}[form]
+    return "\n\n".join(how(title(each), [row(cell, each) for cell in each.cells]) for each in comparisons)
+
+
+def title(comparison: Comparison) -> str:
+    """What is compared: both points, task, metric and seeds."""
+    better = "higher" if comparison.higher_is_better else "lower"
+    words = f"{comparison.names[1]} less {comparison.names[0]}, {comparison.task}, "
+    words += f"{metric_label(comparison.metric)} ({better} is better), seeds {_listed(comparison.seeds)}"
+    return words + (f" (without a partner: {_listed(comparison.unpaired)})" if comparison.unpaired else "")
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def row(cell: Cell, comparison: Comparison) -> dict[str, str]:
+    """A cell by heading; the points are A, the first, and B."""
+    first, second = cell.ceilings
+    ceiling = as_cell(first) if first == second else f"{as_cell(first)} / {as_cell(second)}"
+    flips = cell.flips
+    values: dict[str, Any] = {
+        "slice": cell.slice,
+        "turn": "all" if cell.turn is None else cell.turn,
+        "A": cell.first,
+        "B": cell.second,
+        "B less A": f"{cell.difference:+.4f}",
+        "95%": f"[{cell.low:+.4f}, {cell.high:+.4f}]",
+        "right to wrong": flips.lost,
+        "wrong to right": flips.won,
+        "labels": flips.num_labels,
+        "examples lost": flips.lost_examples,
+        "examples won": flips.won_examples,
+        "examples": flips.num_examples,
+        "ceiling": ceiling,
+        "tells": cell.discriminative,
+    }
+    if not any(each.turn is not None for each in comparison.cells):
+        del values["turn"]
+    return {name: as_cell(value) for name, value in values.items()}
+
+
+def _plain(words: str, rows: Sequence[dict[str, str]]) -> str:
+    table = Table(*rows[0], title=escape(words), title_justify="left")
+    for each in rows:
+        table.add_row(*map(escape, each.values()))
+    console = wide_console()
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip()
+
+
+def _markdown(words: str, rows: Sequence[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(each.values()) for each in rows)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return f"{words}\n\n{table}"
+
+
+def _latex(words: str, rows: Sequence[dict[str, str]]) -> str:
+    """A tabular in booktabs' rules, its title as a comment."""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(each.values() for each in rows))]
+    columns = "l" + "r" * (len(rows[0]) - 1)
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return "\n".join([f"% {words}", begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end])
+
+
+def _escaped(text: str) -> str:
+    return "".join(LATEX.get(mark, mark) for mark in text)

@@ -1,0 +1,59 @@
+"""Tokens in pages under a compression that remembers who was attended to: a view of two parts, the tokens and what the
+method noted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from kvlab.compression import Attended
+from kvlab.memory.views.dealt import DealtTokens
+from kvlab.memory.views.sealed import SealedTokens
+from kvlab.memory.views.weights import paged_weights
+from kvlab.typing import HeadOutputs, Positions, Queries
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NotedTokens:
+    """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it. A step
+    of a second pass `listens`: see `Compression.listen`."""
+
+    method: Any = field(metadata={"static": True})
+    tokens: Any
+    noted: Any
+    listens: bool = field(default=False, metadata={"static": True})
+
+    @classmethod
+    def of_parts(cls, method: Any, parts: Mapping[str, Any], *, listens: bool = False) -> Self:
+        """From the views of the parts."""
+        return cls(method, parts[""], parts["noted"], listens)
+
+    def parts(self) -> dict[str, Any]:
+        """The views of the parts, by the names that a compression gives them."""
+        is_joined = isinstance(self.tokens, DealtTokens | SealedTokens)
+        tokens = self.tokens.parts() if is_joined else {"": self.tokens}
+        return {**tokens, "noted": self.noted}
+
+    def append(self, **tokens: Array) -> Self:
+        return replace(self, tokens=self.tokens.append(**tokens))
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> tuple[HeadOutputs, Self]:
+        outputs, tokens = self.tokens.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        num_tokens, dim = queries.shape[1], queries.shape[3]
+        scaled = queries.astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        slots = tokens.query_slots(num_tokens)
+
+        def weigh() -> Float[Array, "B T H S"]:
+            return paged_weights(tokens, scaled, slots, soft_cap)
+
+        seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
+        note = self.method.listen if self.listens else self.method.observe
+        noted = note(self.noted.read(), seen)
+        return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))

@@ -1,0 +1,113 @@
+"""Compressed sequences in the engine: however they run, they are compacted at the same places to the same slots."""
+
+import functools
+import random
+
+import numpy as np
+import pytest
+
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
+from kvlab.engine.sampling import Sampling
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.mask_check import MaskCheck
+from kvlab.evaluation.session import Session
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from tests.engine.families import MAX_LEN, VOCAB, checked, config_of, pretrained
+from tests.weights.random_checkpoint import prompt
+
+SLOW = pytest.mark.slow
+PROMPTS = [prompt(n, VOCAB) for n in (5, 17, 33, 40)]
+SAMPLED = Sampling(max_tokens=20, temperature=0.9, top_k=50, top_p=0.95, seed=3)
+METHODS = {
+    "h2o": {"type": "h2o", "sinks": 1, "recent": 3, "every": 6},
+    "snapkv": {"type": "snapkv", "sinks": 1, "recent": 4, "window": 4, "at": "chunks", "every": 4},
+    "random": {"type": "random", "sinks": 1, "recent": 2},
+}
+WAYS = {
+    "preempted": {"pool_len": MAX_LEN},
+    "swapped": {"pool_len": MAX_LEN, "preemption": "swap", "host_len": 300},
+    "budget of 3": {"token_budget": 3},
+    "no cache": {"prefix_cache": False},
+    "looked up": {"speculation": "ngram", "num_drafts": 2},
+    "page 7": {"page_size": 7},
+}
+
+
+def compressed(method: str, *, page_size: int = 4, **fields) -> Engine:
+    memory = MemoryConfig(page_size=page_size, chunk_len=8, compression=METHODS[method], budget=12)
+    config: EngineConfig = config_of(8, **{"max_batch": 2, **fields})
+    return checked(Engine(pretrained("llama_gqa").model, memory=memory, config=config))
+
+
+@functools.cache
+def alone(method: str) -> list[list[int]]:
+    """What each prompt is answered when nobody else is there and nothing is shared."""
+    engine = compressed(method, max_batch=1, prefix_cache=False)
+    return [answer.tokens for answer in engine.generate(PROMPTS, SAMPLED)]
+
+
+@pytest.mark.parametrize("method", ["h2o", pytest.param("snapkv", marks=SLOW), pytest.param("random", marks=SLOW)])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_way_it_runs_changes_no_token(method, way):
+    order = random.Random(way).sample(range(len(PROMPTS)), len(PROMPTS))
+    engine = compressed(method, **WAYS[way])
+    found = engine.generate([PROMPTS[i] for i in order], SAMPLED)
+    for i, answer in zip(order, found, strict=True):
+        assert answer.tokens == alone(method)[i], f"prompt {i}"
+    assert engine.stats.compacted >= 3
+    assert engine.ledger.counters.dropped_slots > 50
+
+
+def test_answers_are_those_of_the_mask_that_compactions_imply():
+    """Greedy decoding by hand, every logit compared with the parallel form."""
+    model, ids = pretrained("llama_gqa").model, PROMPTS[3]
+    memory = MemoryConfig(page_size=4, chunk_len=8, compression=METHODS["h2o"], budget=12)
+    layout = MemoryLayout.of(model.states, memory, max_sequences=1, max_len=MAX_LEN)
+    session = Session(MemoryStep.of(model.structure, layout), model.params, poisons=True)
+    session.prompt_len = len(ids)
+    tokens, seen = list(ids), {}
+    for start in range(0, len(ids), 8):
+        chunk = ids[start : start + 8]
+        logits = session.advance({0: chunk}, 8)[:, len(chunk) - 1]
+    for _ in range(20):
+        tokens.append(int(np.asarray(logits)[0].argmax()))
+        seen[len(tokens) - 2] = np.asarray(logits)
+        logits = session.advance({0: tokens[-1:]}, 1)[:, 0]
+    check = MaskCheck(model.structure, model.params, layout)
+    check.compare(np.array([tokens], np.int32), session.compacted, seen)
+    assert check.num_compared == 20
+    assert check.num_compactions >= 3
+    assert check.worst < 1e-5
+    engine = compressed("h2o", max_batch=1)
+    assert engine.generate([ids], Sampling(max_tokens=20))[0].tokens == tokens[len(ids) :]
+
+
+def test_samples_share_the_prompt_and_are_compacted_apart():
+    engine = compressed("h2o", max_batch=3)
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=11, num_samples=3)
+    (together,) = engine.generate([PROMPTS[3]], sampling)
+    (alone,) = compressed("h2o", max_batch=1).generate([PROMPTS[3]], Sampling(max_tokens=12, temperature=1.0, seed=11))
+    assert together.tokens == alone.tokens
+    assert engine.stats.compacted >= 3
+
+
+def test_a_prefix_is_found_up_to_the_first_compaction_and_not_behind():
+    engine = compressed("random", max_batch=1)
+    longer = PROMPTS[3] + [7, 9, 11, 13]
+    first = engine.generate([PROMPTS[3]], SAMPLED)[0].tokens
+    before = engine.stats.prefilled_tokens
+    again = engine.generate([longer], SAMPLED)[0].tokens
+    assert engine.stats.prefilled_tokens - before == 4, "40 of 44 tokens are those of the first prompt, exact as cached"
+    assert again == compressed("random", max_batch=1, prefix_cache=False).generate([longer], SAMPLED)[0].tokens
+    assert engine.generate([PROMPTS[3]], SAMPLED)[0].tokens == first
+
+
+def test_more_sequences_fit_where_they_are_compacted():
+    """The pool holds one whole prompt beside what is left of three others."""
+    pool_len = 40 + 3 * 12 + 4 * 20
+    engine = compressed("random", max_batch=4, max_len=60, pool_len=pool_len, prefix_cache=False, token_budget=8)
+    sampling = Sampling(max_tokens=20, seed=1)
+    answers = engine.generate([PROMPTS[3]] * 4, sampling)
+    assert len({tuple(answer.tokens) for answer in answers}) == 1
+    assert engine.scheduler.counters.preempted == 0
