@@ -334,6 +334,9 @@ def weights(options: argparse.Namespace) -> int:
     except WeightsError as error:
         print(f"kvlab: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kvlab: interrupted; no folder was made", file=sys.stderr)
+        return 130
     print(f"{made.folder}{'' if made.is_new else ' was there already'}")
     for path in sorted(made.folder.iterdir()):
         print(f"  {path.name:<22}{human_bytes(path.stat().st_size):>10}")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+import pallas_kernels
 from kvlab.compose import compose
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
@@ -25,8 +26,8 @@ from kvlab.models.transformer import LayerConfig
 from kvlab.tasks import TASKS
 from kvlab.weights.gguf import TYPES
 from kvlab.weights.published import PUBLISHED
+from pallas_kernels import ops
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
-from pallas_kernels.ops import Op
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import golden, write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
@@ -36,12 +37,18 @@ from tests.weights.random_checkpoint import draw
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def module_of(monkeypatch, name, source, page):
+    """The module that a page's source is."""
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(source, page, "exec"), module.__dict__)
+    return module
+
+
 def test_the_recipe_for_a_mixer_meets_the_contract(monkeypatch):
     page = (ROOT / "docs" / "adding-a-mixer.md").read_text()
     source, registry_line, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.mixers.average")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-mixer.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.mixers.average", source, "docs/adding-a-mixer.md")
     assert registry_line.strip() == '"average": Average,'
     monkeypatch.setitem(MIXERS, "average", module.Average)
     monkeypatch.setitem(VARIANTS, "average", [LayerConfig("average", module.AverageConfig(channels=5))])
@@ -72,9 +79,7 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     run`."""
     page = (ROOT / "docs" / "adding-a-task.md").read_text()
     source, registry_line, row = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    module = types.ModuleType("kvlab.tasks.parity")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "docs/adding-a-task.md", "exec"), module.__dict__)
+    module = module_of(monkeypatch, "kvlab.tasks.parity", source, "docs/adding-a-task.md")
     assert registry_line.strip() == '"parity": Parity,'
     monkeypatch.setitem(TASKS, "parity", module.Parity)
     rows: dict = {}
@@ -95,22 +100,24 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     assert execute(tiny) == "done"
 
 
-def test_the_recipe_for_a_kernel_holds(monkeypatch):
-    """docs/adding-a-kernel.md: the op is built from the page itself, registered by its line, and does what it must."""
+def test_the_recipe_for_a_kernel_holds(monkeypatch, tmp_path):
+    """docs/adding-a-kernel.md: the op's three files are found where ops are looked for, and it does what it must."""
     page = (ROOT / "docs" / "adding-a-kernel.md").read_text()
-    api, reference, registry_line, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    modules = {}
-    for name, source in (("", ""), (".reference", reference), (".api", api)):
-        module = modules[name] = types.ModuleType(f"pallas_kernels.page_bounds{name}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(source, "docs/adding-a-kernel.md", "exec"), module.__dict__)
-        modules[""].__dict__[name.removeprefix(".")] = module
-    op = eval(registry_line.strip().rstrip(","), {"Op": Op, "page_bounds": modules[".api"]})
-    assert op.available() == ["reference"]
+    api, reference, exported, demands = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    folder = tmp_path / "page_bounds"
+    folder.mkdir()
+    for name, source in (("api", api), ("reference", reference), ("__init__", exported)):
+        (folder / f"{name}.py").write_text(source)
+    monkeypatch.setattr(pallas_kernels, "__path__", [*pallas_kernels.__path__, str(tmp_path)])
+    found = ops.discovered()
+    assert set(found) == {*ops.OPS, "page_bounds"}
+    assert found["page_bounds"].available() == ["reference"]
     written: dict = {}
     exec(compile(demands, "docs/adding-a-kernel.md", "exec"), written)
     (demand,) = (value for name, value in written.items() if name.startswith("test_"))
     demand()
+    for name in [name for name in sys.modules if name.startswith("pallas_kernels.page_bounds")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_the_ledgers_page_runs():

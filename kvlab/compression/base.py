@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int32
 from kvlab.compression.budget import Budget
 from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
-from kvlab.ledger.retention import AT, Retention
+from kvlab.ledger.retention import AT, Retention, Sealing
 from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 
@@ -39,6 +39,8 @@ class Part(NamedTuple):
     retention: Retention | None = None
     heads: tuple[int, ...] | None = None
     """The KV heads of the mixer's state that it holds; None: all of them."""
+    sealing: Sealing | None = None
+    """When its full pages are sealed; None: never."""
 
 
 class Shape(NamedTuple):

@@ -1,9 +1,10 @@
-"""A compaction that was dispatched."""
+"""Compactions and sealings that were dispatched."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
 
 from kvlab.ledger.plan import Compaction
+from kvlab.ledger.sealing import Sealed
 from kvlab.memory.compacting import Kept
 
 
@@ -14,3 +15,10 @@ class Compacted(NamedTuple):
     sequences: tuple[Hashable, ...]
     plan: Compaction
     kept: Kept
+
+
+class SealedPages(NamedTuple):
+    """Pages that were sealed, by sequence."""
+
+    sequences: tuple[Hashable, ...]
+    sealed: list[list[Sealed]]

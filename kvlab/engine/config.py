@@ -73,6 +73,7 @@ class Stats:
     failed: int = 0
     compacted: int = 0
     """Compactions of a sequence."""
+    sealed_pages: int = 0
     read_bytes: int = 0
     """Bytes that the launches had to read: all weights once each, and the live state of every sequence."""
     host_s: float = 0.0

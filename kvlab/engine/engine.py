@@ -221,6 +221,8 @@ class Engine:
         self.runner.carry(step.moves)
         if step.compaction is not None:
             self.runner.compact(step.compaction)
+        if step.seals is not None:
+            self.runner.seal(step.seals)
         events = [self.book.fail(entry, reason) for entry, reason in step.rejected if isinstance(entry, Sample)]
         # A request that was rejected may have had other sequences.
         work = [part for part in step.work if part.entry.state != "gone"] if events else step.work

@@ -4,7 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.ledger.plan import Compaction, Swap
+from kvlab.ledger.plan import Compaction, Seals, Swap
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +86,8 @@ class Step:
     rejected: list[Rejection] = field(default_factory=list)
     compaction: Compaction | None = None
     """What comes first, behind the moves."""
+    seals: Seals | None = None
+    """What comes behind that."""
 
 
 @dataclass

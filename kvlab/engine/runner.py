@@ -22,7 +22,7 @@ from kvlab.engine.sampling import Choices, Drawn, Mode, draw_tokens
 from kvlab.engine.step import MemoryStep, Pools
 from kvlab.engine.swap import HostTier
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import Compaction, Plan
+from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
 
@@ -113,6 +113,11 @@ class Runner:
         """Dispatches a compaction, which nobody waits for: pages that it frees are written behind it."""
         self.stats.compacted += len(compaction.seeds)
         self.pools, _ = self.step_fn.compact(self.pools, compaction)
+
+    def seal(self, seals: Seals) -> None:
+        """Dispatches a sealing of full pages, which nobody waits for."""
+        self.stats.sealed_pages += sum(len(moves) for moves in seals.classes)
+        self.pools = self.step_fn.seal(self.pools, seals)
 
     def groups(self, work: Sequence[Work], chunk_len: int) -> list[Group]:
         """The programs of a step: parts of equal width, speculative ones apart."""

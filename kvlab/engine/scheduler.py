@@ -14,7 +14,7 @@ from kvlab.engine.entries import Counters, Entry, Move, Rejection, Step, Work
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import Compaction
+from kvlab.ledger.plan import Compaction, Seals
 from kvlab.schema import Schema, choice, flag, integer
 
 UNLIMITED = 1 << 30
@@ -98,11 +98,11 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step, reserved. Without work only when every sequence is paused, has just come back or was just
         rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
-        if self._closed and not self._due() and (steady := self._steady(self.running)) is not None:
+        if self._closed and not self._shortens() and (steady := self._steady(self.running)) is not None:
             return Step(steady)
         config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
         num_swapped = len(self.swapped)
-        compaction = self._compact(step)
+        compaction, seals = self._compact(step), self._seal(step)
         if config.mixed:
             self._decode(step, self._decode_budget())
         budget = config.token_budget - sum(part.num_new + part.lookahead for part in step.work.values())
@@ -115,7 +115,7 @@ class Scheduler:
         if not step.work and not step.rejected and len(self.swapped) == num_swapped:
             self._unblock(step)
         work = [step.work[entry] for entry in self.running if entry in step.work]
-        return Step(work, step.moves, step.rejected, compaction)
+        return Step(work, step.moves, step.rejected, compaction, seals)
 
     def schedule_ahead(self) -> list[Work] | None:
         """The work of the step behind the one that the device works on, whose tokens the counters have already,
@@ -272,6 +272,12 @@ class Scheduler:
             return {}
         return self.ledger.due([entry.name for entry in self.running])
 
+    def _shortens(self) -> bool:
+        """Whether some running sequence is to be compacted, or pages of one to be sealed, before the next step."""
+        if not self.ledger.stores.compresses:
+            return False
+        return bool(self._due()) or any(self.ledger.seals(entry.name) for entry in self.running)
+
     def _compact(self, step: _Unfinished) -> Compaction | None:
         """Compacts whoever is due, together; the last in order makes room where pages are short."""
         while due := self._due():
@@ -283,6 +289,16 @@ class Scheduler:
                 raise RuntimeError(f"compaction: {answer.reason}")
             self._preempt(self.running[-1], step)
         return None
+
+    def _seal(self, step: _Unfinished) -> Seals | None:
+        """Seals the pages that are due; the last in order makes room where sealed ones are short."""
+        if not self.ledger.stores.compresses:
+            return None
+        while isinstance(done := self.ledger.seal([entry.name for entry in self.running]), Wait):
+            if len(self.running) == 1:
+                raise RuntimeError(f"sealing: {done.reason}")
+            self._preempt(self.running[-1], step)
+        return None if done is None else done[0]
 
     # Making room.
 

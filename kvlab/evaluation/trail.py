@@ -2,11 +2,13 @@
 forgets by position."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.engine.compactor import Compacted
+from kvlab.engine.compactor import Compacted, SealedPages
+from kvlab.ledger.sealing import Sealed
 from kvlab.ledger.states import State
 from kvlab.memory.compacting import NOWHERE
 from kvlab.memory.layout import MemoryLayout
@@ -15,7 +17,8 @@ NEVER = 2**30
 """A length that no sequence reaches: a token that is never dropped is gone there."""
 
 type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
-"""For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token."""
+"""For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token; of every state that
+drops tokens, or selects among them."""
 
 
 def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
@@ -36,10 +39,58 @@ def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, n
                 if name in each.kept[layer]:
                     kept = np.asarray(each.kept[layer][name])
                     of_heads = layout.page_size if "dealt" in dict(parts.names) else None
-                    _follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
+                    follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
             mine[name] = gone
+        for name, index in layout.states[layer].items():
+            spec = layout.classes[index].spec
+            if spec.reading is not None and name not in mine:  # nothing is dropped, and not everything read
+                mine[name] = np.full((num_rows, spec.arrays[0].shape[0], num_tokens), NEVER, np.int32)
         gone_at.append(mine)
     return tuple(gone_at)
+
+
+class SealedAt(NamedTuple):
+    """Of one state: [B, K, S] the positions of sealed tokens, page by page, -1 past their end; and [B, K, T] the length
+    at which each token was sealed."""
+
+    order: npt.NDArray[np.int32]
+    sealed_at: npt.NDArray[np.int32]
+
+
+def sealed_trail(
+    layout: MemoryLayout, gone_at: GoneAt, sealed: Sequence[SealedPages]
+) -> tuple[dict[str, SealedAt], ...]:
+    """When tokens were sealed, by layer and the mixer's state: the first slots that a head stored, in their order,
+    page by page."""
+    found = []
+    for layer, joined in enumerate(layout.joined):
+        mine = dict[str, SealedAt]()
+        for name, parts in joined.items():
+            if "sealed" in dict(parts.names):
+                mine[name] = _sealed_at(layout.states[layer][name], layout.page_size, gone_at[layer][name], sealed)
+        found.append(mine)
+    return tuple(found)
+
+
+def _sealed_at(index: int, page_size: int, gone: npt.NDArray[np.int32], sealed: Sequence[SealedPages]) -> SealedAt:
+    num_rows, num_heads, num_tokens = gone.shape
+    events: list[list[Sealed]] = [[] for _ in range(num_rows)]
+    for each in sealed:
+        for sequence, pages in zip(each.sequences, each.sealed, strict=True):
+            assert isinstance(sequence, int)
+            events[sequence] += [page for page in pages if page.state_class == index]
+    most = max((sum(event.num_pages for event in mine) for mine in events), default=0) * page_size
+    order = np.full((num_rows, num_heads, most), -1, np.int32)
+    sealed_at = np.full((num_rows, num_heads, num_tokens), NEVER, np.int32)
+    for row, mine in enumerate(events):
+        for head in range(num_heads):
+            stays, first = np.flatnonzero(gone[row, head] == NEVER), 0
+            for event in mine:
+                positions = stays[first : first + event.num_pages * page_size]
+                order[row, head, first : first + len(positions)] = positions
+                sealed_at[row, head, positions] = event.length
+                first += len(positions)
+    return SealedAt(order, sealed_at)
 
 
 def forgotten_at(state: State, position: int) -> int:
@@ -48,7 +99,7 @@ def forgotten_at(state: State, position: int) -> int:
     return NEVER if length is None else length
 
 
-def _follow(
+def follow(
     compacted: Compacted,
     index: int,
     kept: npt.NDArray[np.int32],

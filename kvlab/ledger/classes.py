@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from kvlab.ledger.retention import Retention
-from kvlab.ledger.states import State, Statistics, max_pages_for_step
+from kvlab.ledger.retention import Retention, Sealing
+from kvlab.ledger.states import SealedState, State, Statistics, max_pages_for_step
 from kvlab.schema import nearest
 
 
@@ -50,6 +50,9 @@ class StateClass:
     reservation: str | None = None
     num_host_pages: int = 0
     retention: Retention | None = None
+    sealing: Sealing | None = None
+    sealed_name: str = ""
+    """The class that takes the pages which this one seals."""
 
     def __post_init__(self) -> None:
         for field, low in (("page_size", 1), ("table_len", 1), ("num_layers", 1), ("num_host_pages", 0)):
@@ -68,6 +71,9 @@ class StateClass:
             )
         if self.reservation is not None and not self.spec.per_token:
             raise ValueError(f"{self.name}: reservation = {self.reservation!r}: recurrent states take none")
+        if self.spec.reading is not None and (not self.paged or self.spec.reading.page_size != self.page_size):
+            legal = f"must be None, or of pages of {self.page_size} slots that are given on demand"
+            raise ValueError(f"{self.name}: reading = {self.spec.reading}: {legal}")
         if self.retention is not None and not self.compactable:
             raise ValueError(f"{self.name}: retention = {self.retention}: must be None for a class that never compacts")
 
@@ -85,7 +91,12 @@ class StateClass:
     def compactable(self) -> bool:
         """Whether a sequence may store fewer slots than it has tokens: pages are given on demand, and none is
         forgotten."""
-        return self.paged and self.spec.span is None
+        return self.paged and self.spec.span is None and not self.is_sealed
+
+    @functools.cached_property
+    def is_sealed(self) -> bool:
+        """Whether pages come full from another class, and steps write none."""
+        return isinstance(self.spec, SealedState)
 
     @functools.cached_property
     def has_null_page(self) -> bool:
@@ -122,7 +133,13 @@ class StateClass:
         fit. With a retention it is compacted on the way; without a `prompt_len` that is the worst of all prompts."""
         if not self.paged:
             return 1
-        if self.retention is not None and prompt_len is not None:
+        if self.is_sealed:
+            return max_len // self.page_size
+        if self.sealing is not None and prompt_len is not None:
+            max_len = self.sealing.most(prompt_len, max_len)
+        elif self.sealing is not None:
+            max_len = self.sealing.most_of_any(max_len)
+        elif self.retention is not None and prompt_len is not None:
             max_len = self.retention.most(prompt_len, max_len, chunk_len)
         elif self.retention is not None:
             max_len = self.retention.most_of_any(max_len, chunk_len)
@@ -130,6 +147,8 @@ class StateClass:
 
     def stored_pages(self, max_len: int, chunk_len: int) -> int:
         """The most pages a sequence holds that grows to max_len stored slots and is compacted by nobody on the way."""
+        if self.is_sealed:
+            return max_len // self.page_size
         return max_pages_for_step(self.spec, max_len, chunk_len, self.page_size) if self.paged else 1
 
     @functools.cached_property
@@ -159,7 +178,7 @@ def checked(classes: Sequence[StateClass], max_len: int, chunk_len: int, page_si
         raise ValueError(f"page_size = {sorted(page_sizes)}: paged classes of one ledger must share one")
     for state in classes:
         needed = min(state.num_usable, state.max_pages(max_len, chunk_len))
-        if state.paged and state.retention is None and state.table_len < needed:
+        if state.paged and not (state.retention or state.sealing) and state.table_len < needed:
             legal = f"must be at least {needed} for max_len = {max_len}"
             raise ValueError(f"{state.name}: table_len = {state.table_len}: {legal}")
     return page_sizes.pop()
@@ -180,6 +199,7 @@ def sized_class(
     spare_states: int = 0,
     retention: Retention | None = None,
     prompt_len: int | None = None,
+    sealing: Sealing | None = None,
 ) -> StateClass:
     """A class whose pool lets `max_sequences` sequences grow to max_len in steps of chunk_len, whatever their order.
 
@@ -198,8 +218,8 @@ def sized_class(
         return StateClass(name, spec, 1, num_states, 1, num_layers, num_host_pages=num_host)
     if contiguous:
         return StateClass(name, spec, max_len, max_sequences, 1, num_layers, reservation="max")
-    state = StateClass(name, spec, page_size, 2, 1, num_layers, retention=retention)
-    table_len = state.max_pages(max_len, chunk_len, prompt_len)
+    state = StateClass(name, spec, page_size, 2, 1, num_layers, retention=retention, sealing=sealing)
+    table_len = max(1, state.max_pages(max_len, chunk_len, prompt_len))
 
     def share(num_tokens: int) -> int:
         return -(-num_tokens * table_len // max_len)
@@ -208,4 +228,7 @@ def sized_class(
     if retention is not None and prompt_len is not None and pool_len is None:
         at_rest = max(retention.stored(prompt_len, n) for n in range(prompt_len, max_len + 1))
         num_pages = table_len + (max_sequences - 1) * -(-at_rest // page_size)
+    if sealing is not None and prompt_len is not None and pool_len is None:
+        at_rest = min(max_len, sealing.residual + page_size)
+        num_pages = table_len + (max_sequences - 1) * (-(-at_rest // page_size) + 1)
     return replace(state, num_pages=1 + num_pages, table_len=table_len, num_host_pages=share(host_len))

@@ -24,16 +24,18 @@ def next_due(classes: tuple[StateClass, ...], held: Tracked) -> int:
     if held.compress_at is None:
         return NEVER_WAKES
     lengths = (
-        state.retention.next_due(held.compress_at, held.length, held.length - holding.dropped)
+        rule.next_due(held.compress_at, held.length, held.length - holding.dropped)
         for state, holding in zip(classes, held.holdings, strict=True)
-        if state.retention is not None
+        for rule in (state.retention, state.sealing)
+        if rule is not None
     )
     return min((length for length in lengths if length is not None), default=NEVER_WAKES)
 
 
 def first_due(classes: tuple[StateClass, ...], prompt_len: int) -> int:
     """The first length at which a sequence with such a prompt is compacted: it can share no longer prefix."""
-    lengths = (state.retention.next_due(prompt_len, 0, 0) for state in classes if state.retention is not None)
+    rules = (rule for state in classes for rule in (state.retention, state.sealing) if rule is not None)
+    lengths = (rule.next_due(prompt_len, 0, 0) for rule in rules)
     return min((length for length in lengths if length is not None), default=NEVER_WAKES)
 
 

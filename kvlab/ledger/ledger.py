@@ -19,16 +19,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from kvlab.ledger import committing, compaction, due, invariants, sharing, swapping
+from kvlab.ledger import committing, compaction, due, invariants, sealing, sharing, swapping
 from kvlab.ledger.accounting import Account
 from kvlab.ledger.answers import READY, Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import Lengths, StateClass, checked
 from kvlab.ledger.compaction import Stored
-from kvlab.ledger.plan import Compaction, Plan, Swap
+from kvlab.ledger.plan import Compaction, Plan, Seals, Swap
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.publisher import Publisher
 from kvlab.ledger.replacement import LRU, Policy
+from kvlab.ledger.sealing import Sealed
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tokens import TokenIds, encode, sha256
 from kvlab.ledger.tracked import Tracked
@@ -79,7 +80,7 @@ class Ledger:
         """Slots that a sequence stores, by class: its committed tokens, less what compactions took."""
         held = self.suspended.get(sequence) or self._get(sequence)
         each = zip(self.classes, held.holdings, strict=True)
-        return {state.name: held.length - holding.dropped for state, holding in each}
+        return {state.name: self.stores[i].num_stored(holding, held.length) for i, (state, holding) in enumerate(each)}
 
     def pages(self, sequence: Hashable, number: int) -> tuple[int, ...]:
         """The pages, or the slot, that a sequence holds of a class, in their order."""
@@ -296,6 +297,18 @@ class Ledger:
                 self._publisher.close(held)
                 self.stores.refresh(held)
         return answer
+
+    def seal(self, sequences: Sequence[Hashable]) -> tuple[Seals, list[list[Sealed]]] | Wait | None:
+        """Seals the pages of these that are due, in one program to run before the next step; the open pages are free
+        at once. With the plan, what each sequence sealed; None: nothing is due. `Wait`, and nothing changed, when
+        sealed pages are short. Nothing of a sequence that has sealed pages is published any more."""
+        self.publish()
+        return sealing.seal(self._publisher, [self._settled(name) for name in sequences])
+
+    def seals(self, sequence: Hashable) -> bool:
+        """Whether pages of a sequence are to be sealed before its next step."""
+        held = self._get(sequence)
+        return any(map(sealing.num_sealable, self.classes, [held] * len(self.classes), held.holdings))
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """`child` continues from where `parent` is and shares every page; the first to write a shared page copies it.

@@ -36,6 +36,9 @@ class ClassPlan(NamedTuple):
     valid: Bools | None = None
     """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks
     allow."""
+    prompts: Ints | None = None
+    """[B] tokens of each sequence's prompt, whose queries read every page of a class that otherwise selects; 0 where
+    nobody said. None: prompts are read as everything else is."""
 
 
 class Plan(NamedTuple):
@@ -52,6 +55,12 @@ class Plan(NamedTuple):
         """Whether pages must be copied before the step."""
         return any(len(plan.copies) for plan in self.classes)
 
+    def with_prompts(self, prompt_len: int) -> "Plan":
+        """The plan of sequences that all have a prompt of so many tokens, where it matters."""
+        lens = np.full(len(self.starts), prompt_len, np.int32)
+        classes = (mine if mine.prompts is None else mine._replace(prompts=lens) for mine in self.classes)
+        return self._replace(classes=tuple(classes))
+
     def without_copies(self) -> "Plan":
         """The plan of the step alone, once its copies are done: its shapes do not depend on them."""
         none = np.zeros((0, 2), np.int32)
@@ -63,6 +72,18 @@ class Swap(NamedTuple):
     step."""
 
     classes: tuple[Ints, ...]
+
+
+class Seals(NamedTuple):
+    """Full pages to seal before the next step: [n, 2] (open page, sealed page) for every class of open pages, none for
+    the others. All are read before the open ones are written again."""
+
+    classes: tuple[Ints, ...]
+
+
+def pairs(pages: Sequence[tuple[int, int]]) -> Ints:
+    """Pairs of pages as an array [n, 2]."""
+    return np.array(pages, np.int32).reshape(-1, 2)
 
 
 class ClassCompaction(NamedTuple):
@@ -142,7 +163,8 @@ def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compacti
     of_rows = fields(str(step), ("seeds", "lengths") if is_compaction else ("starts", "counts"))
     classes = list[Any]()
     while f"{step}/{len(classes)}/pages" in arrays:
-        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid",))))
+        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid", "prompts"))))
     if not classes:
         raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-    return Compaction(tuple(classes), *of_rows) if is_compaction else Plan(*of_rows, tuple(classes))
+    first, second = of_rows
+    return Compaction(tuple(classes), first, second) if is_compaction else Plan(first, second, tuple(classes))

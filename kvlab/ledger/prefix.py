@@ -87,6 +87,8 @@ class PrefixIndex:
 
     def _valid(self, index: int, pages: int, path: Sequence[Node], missing: Sequence[int]) -> bool:
         state = self._classes[index]
+        if state.is_sealed:  # what is sealed is never published
+            return True
         if not state.paged:
             return path[pages - 1].pages[index] is not None
         needed = live_pages(state.spec, pages * self.page_size, self.page_size)
@@ -95,7 +97,8 @@ class PrefixIndex:
     def needed(self, path: Sequence[Node], index: int, pages: int) -> Iterator[tuple[int, CachedPage]]:
         """Logical and cached pages of a class that a hit of `pages` pages reads; a recurrent state is page 0."""
         state = self._classes[index]
-        runs = live_pages(state.spec, pages * self.page_size, self.page_size) if state.paged else ()
+        is_open = state.paged and not state.is_sealed
+        runs = live_pages(state.spec, pages * self.page_size, self.page_size) if is_open else ()
         found = [(page, path[page].pages[index]) for run in runs for page in run]
         if pages and not state.paged:
             found = [(0, path[pages - 1].pages[index])]

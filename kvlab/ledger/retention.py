@@ -10,6 +10,40 @@ AT = ("end", "chunks")
 
 
 @dataclass(frozen=True)
+class Sealing:
+    """When a class's full pages are sealed: once `residual` newer slots are stored. During a prompt only behind each
+    `chunk_len` tokens of it, or with `after_prompt` not at all: then the whole prompt is held open once."""
+
+    residual: int
+    page_size: int
+    chunk_len: int
+    after_prompt: bool = True
+
+    def due(self, prompt_len: int, length: int, num_open: int) -> int:
+        """Pages to seal of a sequence of `length` tokens, of which `num_open` slots are open."""
+        if length < prompt_len and (self.after_prompt or length % self.chunk_len):
+            return 0
+        return max(0, num_open - self.residual) // self.page_size
+
+    def next_due(self, prompt_len: int, length: int, num_open: int) -> int | None:
+        """The next length, beyond `length`, at which some page is to be sealed."""
+        place = length + max(1, self.residual + self.page_size - num_open)
+        if place >= prompt_len:
+            return place
+        return prompt_len if self.after_prompt else min(prompt_len, -(-place // self.chunk_len) * self.chunk_len)
+
+    def most(self, prompt_len: int, final_len: int) -> int:
+        """The most open slots of a sequence on its way to `final_len` tokens."""
+        at_rest = self.residual + self.page_size
+        peak = prompt_len if self.after_prompt else min(prompt_len, at_rest - 1 + self.chunk_len)
+        return min(final_len, max(peak, at_rest))
+
+    def most_of_any(self, max_len: int) -> int:
+        """The most open slots of any sequence of up to `max_len` tokens."""
+        return self.most(max_len, max_len)
+
+
+@dataclass(frozen=True)
 class Retention:
     """What compression leaves of a sequence, in slots a (layer, head): `slots`, or `fraction` of the prompt.
 

@@ -71,7 +71,7 @@ def forked(stores: Stores, held: Tracked) -> Tracked:
     twin, row = Tracked([], list(held.path), ids, held.prompt_len, held.junction, held.length), stores.new_row()
     twin.compress_at = held.compress_at
     for store, holding in zip(stores, held.holdings, strict=True):
-        twin.holdings.append(Holding(dict(holding.pages), row=row, dropped=holding.dropped))
+        twin.holdings.append(Holding(dict(holding.pages), row=row, lengths=holding.lengths, dropped=holding.dropped))
         for page in holding.pages.values():
             store.share(page)
         store.table[row], store.starts[row] = store.table[holding.row], store.starts[holding.row]

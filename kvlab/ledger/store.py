@@ -4,6 +4,7 @@ their own.
 PageStore    (`paged`)       pages on demand, copied before a shared one is written, freed when forgotten
 StateStore   (`recurrent`)   one slot a sequence; what others hold is read from one slot and written to another
 BlockStore   (`contiguous`)  one block a sequence, its size fixed when it begins
+SealedStore  (`sealed`)      pages that come full from another class, and are never written
 """
 
 import abc
@@ -57,6 +58,7 @@ class Store(abc.ABC):
         self.table = np.zeros((0, state.table_len), np.int32)
         self.starts = np.zeros((0, state.table_len), np.int32)
         self.evicted = self.copied = 0
+        self.has_dense_prompts = state.spec.reading is not None and state.spec.reading.dense_prompts
         self.is_exact = True
         """Whether every sequence that was ever here stores all its tokens."""
 
@@ -130,16 +132,35 @@ class Store(abc.ABC):
     def plan(self, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> ClassPlan:
         """One step's arrays for these sequences; starts and counts [B], of which the rest is padding."""
         rows = np.array([holding.row for holding in steps], np.intp)
-        if not self.is_exact:
-            starts = starts.copy()
-            starts[: len(steps)] -= np.array([holding.dropped for holding in steps], np.int32)
+        starts = self._own_starts(steps, starts)
         pages, page_starts = self.table[rows], self.starts[rows]
         if padding := len(starts) - len(rows):
             pages = np.pad(pages, ((0, padding), (0, 0)), constant_values=self.state.unused_page)
             page_starts = np.pad(page_starts, ((0, padding), (0, 0)), constant_values=NOWHERE)
         slots = self._write_slots(pages, steps, starts, counts, width)
         copied = [(source, holding.pages[logical]) for holding in steps for logical, source in holding.copies]
-        return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2), starts)
+        copies = np.array(copied, np.int32).reshape(-1, 2)
+        return ClassPlan(pages, page_starts, slots, copies, starts, prompts=self._prompts(steps, len(starts)))
+
+    def _prompts(self, steps: Sequence[Holding], num_rows: int) -> Ints | None:
+        """`ClassPlan.prompts`."""
+        if not self.has_dense_prompts:
+            return None
+        prompts = np.zeros(num_rows, np.int32)
+        prompts[: len(steps)] = [holding.lengths.prompt_len if holding.lengths else 0 for holding in steps]
+        return prompts
+
+    def num_stored(self, holding: Holding, length: int) -> int:
+        """Slots that a sequence of `length` tokens stores here."""
+        return length - holding.dropped
+
+    def _own_starts(self, steps: Sequence[Holding], starts: Ints) -> Ints:
+        """The class's own starts: tokens, less what compactions took."""
+        if self.is_exact:
+            return starts
+        starts = starts.copy()
+        starts[: len(steps)] -= np.array([holding.dropped for holding in steps], np.int32)
+        return starts
 
     @abc.abstractmethod
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:

@@ -11,6 +11,7 @@ from kvlab.ledger.due import next_due
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.recurrent import StateStore
+from kvlab.ledger.sealed import SealedStore
 from kvlab.ledger.store import NEVER_WAKES, Store
 from kvlab.ledger.tracked import Tracked
 
@@ -38,7 +39,7 @@ class Stores:
         self.each: tuple[Store, ...] = tuple(
             BlockStore(number, state, index, max_len)
             if state.contiguous
-            else (PageStore if state.paged else StateStore)(number, state, index)
+            else (SealedStore if state.is_sealed else PageStore if state.paged else StateStore)(number, state, index)
             for number, state in enumerate(self.classes)
         )
         self.of_states = [store for store in self.each if not store.state.spec.per_token]
@@ -62,8 +63,10 @@ class Stores:
 
     @property
     def compresses(self) -> bool:
-        """Whether sequences are compacted."""
-        return any(state.retention is not None for state in self.classes)
+        """Whether it matters where a sequence's prompt ends: it is compacted, its pages are sealed, or what follows is
+        read in another way."""
+        shortens = any(state.retention or state.sealing for state in self.classes)
+        return shortens or any(store.has_dense_prompts for store in self.each)
 
     def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
@@ -76,7 +79,8 @@ class Stores:
                 needed = state.stored_pages(num_stored, self.chunk_len)
             else:
                 needed = state.max_pages(num_stored, self.chunk_len, prompt_len)
-            room = min(state.num_usable, state.table_len) if state.retention else state.num_usable
+            shortened = state.retention or state.sealing
+            room = min(state.num_usable, state.table_len) if shortened else state.num_usable
             if needed > room:
                 sizes = f"{state.page_size} tokens a page, steps of up to {self.chunk_len}"
                 return Never(f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {room}")

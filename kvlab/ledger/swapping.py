@@ -60,7 +60,8 @@ def swap_in(stores: Stores, held: Tracked) -> Swap | Wait:
 
 def _is_sealed(store: Store, holding: Holding, held: Tracked, logical: int) -> bool:
     """Whether a page is what its tokens' node in the index has or had: full, and never compacted."""
-    return store.state.paged and not holding.dropped and logical + 1 < len(held.path)
+    is_open = store.state.paged and not store.state.is_sealed
+    return is_open and not holding.dropped and logical + 1 < len(held.path)
 
 
 def _resident(store: Store, holding: Holding, held: Tracked) -> dict[int, CachedPage]:

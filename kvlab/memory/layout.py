@@ -20,7 +20,10 @@ from kvlab.memory.pools import Pool, poisoned
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.noted import NotedTokens
+from kvlab.memory.views.sealed import SealedTokens
+from kvlab.memory.views.selected import SelectedTokens
 from kvlab.memory.views.split import SplitTokens
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class MemoryLayout:
     chunk_len: int
     page_size: int
     pass_len: int
+    selection: Selection | None = None
+    """Who chooses what is read of the states that have a `reading`."""
 
     def __hash__(self) -> int:
         return hash((self.classes, self.max_sequences, self.max_len, self.chunk_len))
@@ -84,16 +89,18 @@ class MemoryLayout:
                 spare_states=spare_states,
                 retention=part.retention,
                 prompt_len=prompt_len,
+                sealing=part.sealing,
             )
             for index, (name, part) in enumerate(zip(names, order, strict=True))
         )
         states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
         joined = tuple(layer.joined for layer in parts)
+        classes = _with_targets(classes, states)
         lens = memory.compression.second_pass(max_len, prompt_len) if memory.compression else PassLens(0, max_len)
         if lens.num_read:
             classes = tuple(_with_pass(state, lens, chunk_len) for state in classes)
         sizes = max_sequences, max_len, chunk_len, memory.page_size, max(max_len, lens.total_len)
-        return cls(classes, states, joined, *sizes)
+        return cls(classes, states, joined, *sizes, selection=memory.selection)
 
     def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
         """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
@@ -126,13 +133,14 @@ class MemoryLayout:
             for state, mine, before in zip(self.classes, plan.classes, starts, strict=True)
         ]
 
-        def view(index: int, pool: Pool) -> View:
+        def view(index: int, pool: Pool, layer: int) -> Any:
             state = self.classes[index]
-            return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            made = _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            return made if state.spec.reading is None else SelectedTokens(self.selection, layer, made)
 
         made: list[dict[str, Any]] = []
         for layer, states in enumerate(self.states):
-            views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views = {name: view(index, pools[layer][name], layer) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
                 views[name] = _one_view(joined, parts, listens)
@@ -145,13 +153,24 @@ class MemoryLayout:
         for layer, joined in zip(views, self.joined, strict=True):
             mine = dict[str, Pool]()
             for name, view in layer.items():
-                if isinstance(view, NotedTokens | DealtTokens | SplitTokens):
+                if isinstance(view, NotedTokens | DealtTokens | SplitTokens | SealedTokens):
                     parts = view.parts()
                     mine |= {held: parts[part].pool for part, held in joined[name].names}
                 else:
                     mine[name] = view.pool
             pools.append(mine)
         return tuple(pools)
+
+    def read_by(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+        """Of a step's views, by layer and state: which entries of its list of pages each query read, [B, T, K, N]; only
+        of what selects."""
+        found = ({name: _selected(view) for name, view in layer.items()} for layer in views)
+        return tuple({name: view.is_read for name, view in layer.items() if view is not None} for layer in found)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a step may read less than what is stored."""
+        return any(state.spec.reading is not None for state in self.classes)
 
     @property
     def stored(self) -> tuple[dict[str, State], ...]:
@@ -165,13 +184,14 @@ class MemoryLayout:
 
     @property
     def compresses(self) -> bool:
-        """Whether sequences may store fewer slots than they have tokens."""
-        return any(state.retention is not None for state in self.classes)
+        """Whether sequences may store fewer slots than they have tokens, or fewer in the model's type."""
+        return any(state.retention or state.sealing for state in self.classes)
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped."""
-        return not self.is_quantised and not any(self.joined)
+        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped, nothing
+        passed over."""
+        return not self.is_quantised and not any(self.joined) and not self.selects
 
     @property
     def is_quantised(self) -> bool:
@@ -190,11 +210,24 @@ def _one_view(joined: Joined, parts: Mapping[str, Any], listens: bool) -> Any:
         return parts[""]
     if "dealt" in parts:
         parts = {**parts, "": DealtTokens.of_parts(parts)}
+    if "sealed" in parts:
+        parts = {**parts, "": SealedTokens.of_parts(parts)}
     if "noted" in parts:
         return NotedTokens.of_parts(joined.method, parts, listens=listens)
-    if "dealt" in parts:
+    if "dealt" in parts or "sealed" in parts:
         return parts[""]
     return SplitTokens.of_parts(joined.heads, parts)
+
+
+def _with_targets(classes: tuple[StateClass, ...], states: Sequence[Mapping[str, int]]) -> tuple[StateClass, ...]:
+    """Classes of open pages know which class takes what they seal."""
+    targets = {
+        index: classes[layer[f"{name}.sealed"]].name
+        for layer in states
+        for name, index in layer.items()
+        if f"{name}.sealed" in layer
+    }
+    return tuple(replace(state, sealed_name=targets.get(index, "")) for index, state in enumerate(classes))
 
 
 def _with_pass(state: StateClass, lens: PassLens, chunk_len: int) -> StateClass:
@@ -209,6 +242,12 @@ def _with_pass(state: StateClass, lens: PassLens, chunk_len: int) -> StateClass:
 
 def _view(state: StateClass) -> type[View]:
     return view_of(state.spec, "dense" if state.contiguous else "paged")
+
+
+def _selected(view: Any) -> SelectedTokens | None:
+    """The part of a view that selects; None: it reads everything."""
+    tokens = view.tokens if isinstance(view, NotedTokens) else view
+    return tokens if isinstance(tokens, SelectedTokens) else None
 
 
 def _name(part: Part, layers: Sequence[LayerParts]) -> str:

@@ -2,21 +2,23 @@
 them. The mixer sees one view under its own name; pools, plans and accounts know the parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
-from kvlab.ledger.states import QUANTISED, State, Statistics
-from kvlab.memory.config import MemoryConfig
+from kvlab.ledger.retention import Sealing
+from kvlab.ledger.states import QUANTISED, PerToken, SealedState, State, Statistics, TokenState
+from kvlab.memory.config import SEALED, MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
 class Joined:
     """Parts that are one state of a mixer: by part, the name of the state that holds it. "" is the tokens."""
 
-    method: Compression
+    method: Compression | None
     names: tuple[tuple[str, str], ...]
     layer: int
     """Among the layers that are compressed."""
@@ -38,6 +40,54 @@ def parts_of(
     layers: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
 ) -> list[LayerParts]:
     """Every layer's states as a memory holds them. Raises ConfigError for a state that it cannot hold."""
+    parts = _compressed(layers, memory, max_len, prompt_len)
+    if memory.format not in SEALED:
+        return parts
+    sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
+    if not any(part.sealing for layer in sealed for part in layer.held.values()):
+        legal = "serves no layer of this model: it seals keys and values of full attention"
+        raise ConfigError("memory.format", memory.format, legal)
+    return sealed
+
+
+def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -> LayerParts:
+    """A layer of which keys and values of full attention are sealed page by page. A window forgets before that would
+    save anything, and stays as it is."""
+    held, joined = dict(layer.held), dict(layer.joined)
+    sealing = Sealing(memory.residual, memory.page_size, chunk_len, memory.quantised_prefill == "no")
+    for name, part in layer.held.items():
+        state = part.state
+        if type(state) is not TokenState or state.span is not None:
+            continue
+        if name in joined and len(joined[name].heads) > 1:
+            legal = f"works with no method that parts heads ({memory.compression and memory.compression.name})"
+            raise ConfigError("memory.format", memory.format, legal)
+        bits, everyone = SEALED[memory.format], tuple(range(state.num_kv_heads))
+        group = next(size for size in range(32, 0, -1) if state.value_dim % size == 0)
+        sealed = SealedState(
+            state.num_kv_heads,
+            state.key_dim,
+            state.value_dim,
+            state.dtype,
+            readers=state.readers,
+            key_bits=bits,
+            value_bits=bits,
+            group=group,
+        )
+        try:
+            _ = sealed.arrays
+        except ValueError as error:
+            raise ConfigError("memory.format", memory.format, str(error)) from None
+        held |= {name: part._replace(sealing=sealing), f"{name}.sealed": Part(sealed)}
+        mine = joined.get(name) or Joined(None, (("", name),), 0, state, (("", everyone),))
+        joined[name] = replace(mine, names=(*mine.names, ("sealed", f"{name}.sealed")))
+    return LayerParts(held, joined)
+
+
+def _compressed(
+    layers: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
+) -> list[LayerParts]:
+    """Every layer's states in the parts that a compression makes of them."""
     stored, method = stored_states(layers, memory), memory.compression
     if method is None:
         return [LayerParts({name: Part(state) for name, state in layer.items()}, {}) for layer in stored]
@@ -69,6 +119,7 @@ def _in_parts(
             continue
         assert memory.budget is not None
         shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
+        selected, state = state, _unselected(state)
         retention = method.retention(state, shape)
         if retention is None:
             most = max_len
@@ -78,6 +129,8 @@ def _in_parts(
             most = retention.most(prompt_len, max_len, chunk_len)
         shape = shape._replace(num_slots=-(-most // memory.page_size) * memory.page_size)
         parts = method.parts(state, shape)
+        if selected.reading is not None:
+            parts, state = _with_selection(parts, selected, memory), selected
         names = {part: f"{name}.{part}" if part else name for part in parts}
         held |= {names[part]: value._replace(heads=None) for part, value in parts.items()}
         everyone = tuple(range(state.arrays[0].shape[0]))
@@ -90,10 +143,52 @@ def _in_parts(
     return LayerParts(held, joined)
 
 
+def _unselected(state: State) -> State:
+    """A state as it is where all of it is read."""
+    if state.reading is None:
+        return state
+    assert isinstance(state, PerToken)
+    return replace(state, reading=None, index=())
+
+
+def _with_selection(parts: Mapping[str, Part], selected: State, memory: MemoryConfig) -> Mapping[str, Part]:
+    """The parts that a compression makes of a state, of whose pages some are read. Raises ConfigError where they are
+    not pages that all heads share."""
+    assert memory.selection is not None
+    assert memory.compression is not None
+    if parts.keys() - {"", "noted"} or parts[""].state != _unselected(selected):
+        legal = (
+            f"must be all with compression = {memory.compression.name}, whose heads store different pages or windows"
+        )
+        raise ConfigError("memory.selection", memory.selection.name, legal)
+    return {**parts, "": parts[""]._replace(state=selected)}
+
+
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states in a memory's format. Raises ConfigError for one that such a memory cannot hold, or not in
-    its format."""
-    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    """Every layer's states in a memory's format, and with the pages that it reads. Raises ConfigError for one that
+    such a memory cannot hold, or not in its format, and for a selection that serves no layer."""
+    stored = [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    return stored if memory.selection is None else _selected(stored, memory, memory.selection)
+
+
+def _selected(layers: Sequence[LayerStates], memory: MemoryConfig, method: Selection) -> list[dict[str, State]]:
+    """The states of layers, with the pages that are read of those behind the dense ones."""
+    able = [index for index, layer in enumerate(layers) if any(not method.skips(state) for state in layer.values())]
+    if not able:
+        reasons = sorted({method.skips(state) for layer in layers for state in layer.values()})
+        raise ConfigError("memory.selection", method.name, f"serves no layer of this model: {'; '.join(reasons)}")
+    if method.dense_layers >= len(able):
+        legal = f"must be below {len(able)}, the layers of this model that can select"
+        raise ConfigError("memory.selection.dense_layers", method.dense_layers, legal)
+    return [
+        {
+            name: method.of_state(state, memory.page_size)
+            if index in able[method.dense_layers :] and not method.skips(state)
+            else state
+            for name, state in layer.items()
+        }
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _stored(state: State, memory: MemoryConfig) -> State:
@@ -101,10 +196,10 @@ def _stored(state: State, memory: MemoryConfig) -> State:
         view = view_of(state, memory.name)
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
-    if reason := _refusal(view, state, memory.format):
+    if memory.format not in SEALED and (reason := _refusal(view, state, memory.format)):
         legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
         raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
-    return state.stored(memory.format)
+    return state.stored("model" if memory.format in SEALED else memory.format)
 
 
 def _refusal(view: type[View], state: State, format: str) -> str:

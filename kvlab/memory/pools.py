@@ -27,14 +27,16 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4 and int2, several numbers share a byte. On a CPU numbers of 8 bits
-    lie as plain bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages, or of what a page has once: of int4 and int2, several numbers share a byte.
+    On a CPU numbers of 8 bits lie as plain bytes: XLA there widens or copies a pool of any other type of that size to
+    write into it."""
     heads, *dims = array.shape
     dims[-1:] = [size // SHARED.get(array.dtype, 1) for size in dims[-1:]]
     dtype = FORMATS.get(array.dtype, array.dtype)
     is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
     as_bytes = is_byte and jax.default_backend() == "cpu"
-    return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
+    slots = () if array.per_page else (page_size,)
+    return (num_pages, heads, *slots, *dims), jnp.uint8 if as_bytes else dtype
 
 
 def allocate_slots(state: State, num_slots: int) -> Pool:

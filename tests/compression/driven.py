@@ -21,7 +21,7 @@ def tokens_of(rows: int = ROWS, total: int = TOTAL) -> np.ndarray:
 
 
 def drive(
-    variant: str, method: dict[str, Any], budget: Any, *, page_size: int = 4, chunk_len: int = 5, format: str = "model"
+    variant: str, method: Any, budget: Any, *, page_size: int = 4, chunk_len: int = 5, format: str = "model"
 ) -> tuple[MaskCheck, Session]:
     """Prompts in chunks, then tokens one by one, through pages that begin as NaN and become NaN when they are freed;
     every logit is compared with the parallel form under the memory's mask."""

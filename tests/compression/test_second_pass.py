@@ -129,7 +129,10 @@ def test_a_pass_leaves_nothing_behind_and_its_pages_are_in_the_pool():
     sizes = {"max_sequences": ROWS, "max_len": TOTAL}
 
     def layout_of(compression, **options):
-        memory = MemoryConfig(page_size=4, chunk_len=5, compression=compression, budget=9, **options)
+        method = {"type": compression} if isinstance(compression, str) else compression
+        memory = MemoryConfig(
+            page_size=4, chunk_len=5, compression=method | {"sinks": 2, "recent": 2}, budget=9, **options
+        )
         return MemoryLayout.of(model.states(), memory, **sizes, prompt_len=PROMPT)
 
     plain, zipped, piecewise = map(layout_of, ("h2o", "kvzip", {"type": "kvzip", "repeat_len": 8, "anchor": 2}))

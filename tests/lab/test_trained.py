@@ -22,11 +22,9 @@ from kvlab.lab import execute as executing
 from kvlab.lab import parameters
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.laboratory import Laboratory
-from kvlab.lab.provenance import provenance
-from kvlab.lab.record import TrainingReport
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import Trained, Training, TrainingStatus, point_to, save_params, training_directory
+from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
 from kvlab.training.checkpoint import CheckpointError
 from kvlab.training.loop import params_digest
 from tests.lab.small import MEASURED, TUNED, command, rows, small
@@ -164,24 +162,6 @@ def test_damaged_parameters_are_trained_again(results, trainings, damage):
         assert execute(other) == "done"
     assert len(trainings) == 2  # both trials
     assert Run(other).record.training.params_sha256 == Run(config).record.training.params_sha256
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """A run whose training is finished, with the parameters it began with."""
-    config = small(tmp_path)
-    training, params = Training(config), Laboratory.of(config).model.params
-    training.directory.mkdir(parents=True)
-    report = TrainingReport(
-        learning_rate=0.01, trials=[], num_steps=0, num_tokens=0, params_sha256=params_digest(params), data_sha256=None
-    )
-    training.begin(0)
-    training.finish(Trained(report, 0.5, 1.0), params, 1)
-    run = Run(config)
-    run.directory.mkdir(parents=True)
-    run.begin(provenance())
-    point_to(training, run.directory)
-    return config
 
 
 def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):

@@ -102,7 +102,8 @@ def small(**changes) -> bytes:
 def test_a_file_cut_anywhere_is_refused(tmp_path):
     whole = small()
     read_gguf(file_of(tmp_path, whole))
-    for length in range(len(whole)):
+    header = whole.index(b"w3") + 64
+    for length in (*range(header), *range(header, len(whole), 7), len(whole) - 1):
         with pytest.raises(WeightsError, match=r"x\.gguf: cannot be loaded"):
             read_gguf(file_of(tmp_path, whole[:length]))
 
@@ -110,7 +111,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
 def test_a_flipped_byte_is_an_answer_or_another_file(tmp_path):
     """Never anything but WeightsError, and numbers that are not finite are not handed on."""
     whole, rng, refused = small(), random.Random(0), 0
-    for _ in range(400):
+    for _ in range(250):
         place = rng.randrange(len(whole))
         path = file_of(tmp_path, whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
         try:
@@ -118,7 +119,7 @@ def test_a_flipped_byte_is_an_answer_or_another_file(tmp_path):
             assert all(np.isfinite(found.read(name)).all() for name in found.tensors)
         except WeightsError:
             refused += 1
-    assert refused > 100
+    assert refused > 60
 
 
 HUGE = 2**63

@@ -289,6 +289,14 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     assert jax.tree.leaves(load_source(Path("models/model")).model.params)
     assert "models/model was there already" in call(capsys, monkeypatch, "weights", str(path))[1]
 
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvlab.weights.gguf.GGUF.read", interrupted)
+    status, _, errors = call(capsys, monkeypatch, "weights", str(path), "--out", "other")
+    assert (status, errors) == (130, "kvlab: interrupted; no folder was made\n")
+    assert not Path("other").exists()
+
 
 def test_wrong_commands_are_answered_in_a_sentence(capsys, monkeypatch, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGML")

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, Statistics, TokenState
+from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, SealedState, State, Statistics, TokenState
 from kvlab.memory.views.base import StateView, TokenView, View
 from kvlab.memory.views.dense import DenseTokens
 from kvlab.memory.views.latent import PagedLatents
 from kvlab.memory.views.paged import PagedTokens
 from kvlab.memory.views.retrieval import PagedRetrieval
+from kvlab.memory.views.sealed import SealedPages
 from kvlab.memory.views.slots import StateSlots
 from kvlab.memory.views.whole import WholeLatents, WholeRetrieval, WholeStates, WholeTokens
 
@@ -25,6 +26,7 @@ VIEWS: dict[tuple[type[State], str], type[View]] = {
     (RecurrentState, "paged"): StateSlots,
     (RecurrentState, "dense"): StateSlots,
     (Statistics, "paged"): StateSlots,
+    (SealedState, "paged"): SealedPages,
     (RecurrentState, "whole"): WholeStates,
 }
 

@@ -87,9 +87,9 @@ def parted(lists: Lists, kept: Int32[Array, "B K"], page_size: int) -> tuple[Lis
     in `Pages.by_head`."""
     num_kv_heads, num_entries = kept.shape[1], lists.num_entries
     tiles = tiles_of(kept, page_size)
-    entries = jnp.arange(num_entries, dtype=jnp.int32)
+    entries = jnp.arange(num_entries, dtype=jnp.int32)[None, None, :]
     num_dealt = tiles.sum(axis=1, keepdims=True) // num_kv_heads
-    whole = replace(lists, starts=jnp.where(entries[None] < num_dealt, NOWHERE, lists.starts))
+    whole = replace(lists, starts=jnp.where(entries[0] < num_dealt, NOWHERE, lists.starts))
     numbers = first_tiles(tiles)[:, :, None] + entries  # [B, K, N]
     places = jnp.clip(numbers // num_kv_heads, 0, num_entries - 1).reshape(len(kept), -1)
     pages = jnp.take_along_axis(lists.table, places, axis=1).reshape(numbers.shape)

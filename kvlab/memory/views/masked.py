@@ -1,15 +1,17 @@
-"""Complete sequences of which each head sees only a part: the parallel form under the mask that compactions imply. What
-a compressed memory computes must be this, to rounding."""
+"""Complete sequences of which each head sees only a part: the parallel form under the mask that compactions and
+selections imply. What such a memory computes must be this, to rounding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kvlab.memory.views.sealed import schemes
 from kvlab.memory.views.whole import Appended
 from kvlab.typing import HeadOutputs, Positions, Queries
+from pallas_kernels.formats import quantised
 from pallas_kernels.masking import masked_softmax
 
 
@@ -17,9 +19,11 @@ from pallas_kernels.masking import masked_softmax
 @dataclass(frozen=True)
 class MaskedTokens(Appended):
     """Keys and values, or latent rows, of the call's own tokens. `gone_at` [B, K, T] is the length at which a head
-    dropped a token: queries at positions from there on do not see it."""
+    dropped a token: queries at positions from there on do not see it. `is_read` [B, K, T, T] says which tokens each
+    query read of those that it could see; None: all of them."""
 
     gone_at: Any = None
+    is_read: Any = None
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
@@ -40,4 +44,50 @@ class MaskedTokens(Appended):
     def _seen(self, places: Array) -> Array:
         """[B, K, T, T] which tokens each query sees."""
         causal = self.state.visible.sees(places[:, None], places[None, :])
-        return causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
+        seen = causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
+        return seen if self.is_read is None else seen & self.is_read
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SealedMasked(MaskedTokens):
+    """The same where pages are sealed: from the length `sealed_at` [B, K, T] on, a token is read as it was rounded
+    together with the others of its page. `order` [B, K, S] are the positions of sealed tokens, page by page; past their
+    end -1."""
+
+    order: Any = None
+    sealed_at: Any = None
+    rounding: Any = field(default=None, metadata={"static": True})
+    page_size: int = field(default=1, metadata={"static": True})
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> tuple[HeadOutputs, Self]:
+        exact = {name: self.pool[name].swapaxes(1, 2) for name in ("keys", "values")}  # [B, K, T, D]
+        rounded = self._rounded(exact)
+        num_kv_heads, num_tokens, dim = exact["keys"].shape[1:]
+        grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
+        keys, values = (
+            jnp.concatenate([exact[name].astype(jnp.float32), rounded[name]], axis=2) for name in ("keys", "values")
+        )
+        scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
+        scores = scores * (dim**-0.5 if scale is None else scale)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        places = jnp.arange(num_tokens, dtype=jnp.int32)
+        is_open = self._seen(places) & (places[None, None, :, None] < self.sealed_at[:, :, None, :])
+        since = jnp.take_along_axis(self.sealed_at, jnp.maximum(self.order, 0), axis=2)
+        is_sealed = (self.order >= 0)[:, :, None] & (places[None, None, :, None] >= since[:, :, None, :])
+        weights, _ = masked_softmax(scores, jnp.concatenate([is_open, is_sealed], axis=3)[:, :, None])
+        outputs = jnp.einsum("bkgts,bksd->btkgd", weights, values)
+        return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype), self
+
+    def _rounded(self, exact: dict[str, Array]) -> dict[str, Array]:
+        """Keys and values [B, K, S, D] of sealed tokens as sealed pages give them back."""
+        place = jnp.maximum(self.order, 0)[..., None]
+        found = {}
+        for (name, array), scheme in zip(exact.items(), schemes(self.rounding), strict=True):
+            tiles = jnp.take_along_axis(array, place, axis=2)
+            tiles = tiles.reshape(*tiles.shape[:2], -1, self.page_size, tiles.shape[3])
+            found[name] = quantised(tiles, scheme).values().reshape(*self.order.shape, -1)
+        return found

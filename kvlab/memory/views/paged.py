@@ -32,8 +32,12 @@ class PagedTokens(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> tuple[HeadOutputs, Self]:
-        pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
-        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+
+    @property
+    def pages(self) -> Pages:
+        """The pool as kernels take it."""
+        return Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
 
 
 def lists_of(plan: ClassPlan) -> Lists:
@@ -71,10 +75,11 @@ def attention_plan(
     is_taken: Callable[[Asked], bool] = takes_plan,
 ) -> AttentionPlan | None:
     """What all layers of a class share when they decode: which pages are live and how they are shared out. None where
-    nothing is decoded, or where no kernel that serves such pages here takes one, as `is_taken` says."""
-    if plan.write_slots.shape[1] != 1:
-        return None
+    nothing is decoded, where each layer reads pages of its own choice, or where no kernel that serves such pages here
+    takes one, as `is_taken` says."""
     spec = cast(TokenState, state.spec)
+    if plan.write_slots.shape[1] != 1 or spec.reading is not None:
+        return None
     kind = spec.dtype if spec.format == "model" else spec.format
     if not is_taken(Asked(kind, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
         return None
