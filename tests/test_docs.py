@@ -129,7 +129,7 @@ def test_the_recipe_for_a_compression_meets_the_contract(monkeypatch, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "configs" / "compression" / "loud.yaml").write_text(written)
     monkeypatch.setattr("kvlab.compose.configs_dir", lambda: tmp_path / "configs")
-    config = compose(["compression=loud", "memory.budget=0.5", "memory.compression.attended=false"])
+    config = compose(["compression=loud", "memory.budget=16", "memory.compression.attended=false"])
     assert config.memory.compression == module.Loud(attended=False)
     tiny = ["compression=loud", "memory.budget=0.75", "debug=tiny", f"results_dir={tmp_path}", "mixer=mha"]
     assert execute(compose(tiny)) == "done"
