@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
+from kvlab.ledger.states import SealedState
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.page_index import noted_anew
@@ -236,7 +237,8 @@ def seal_layers(layout: MemoryLayout, pools: Sequence[Any], seals: Seals) -> tup
         for joined in layout.joined[layer].values():
             names = dict(joined.names)
             if "sealed" in names and len(moves := seals.classes[states[names[""]]]):
-                specs = [layout.classes[states[names[part]]].spec for part in ("sealed", "")]
+                state, open_state = (layout.classes[states[names[part]]].spec for part in ("sealed", ""))
+                assert isinstance(state, SealedState)
                 held = names["sealed"]
-                mine[held] = seal(specs[0], mine[held], specs[1], mine[names[""]], jnp.asarray(moves))
+                mine[held] = seal(state, mine[held], open_state, mine[names[""]], jnp.asarray(moves))
     return tuple(after)

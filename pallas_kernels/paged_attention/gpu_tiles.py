@@ -111,8 +111,8 @@ def scratch_for(
     }
     arrivals = [len(gpu_scales.for_copies(pages.pools[-side])) for side in range(2)]
     num_free = depth
-    for side, name in enumerate(("keys", "values") if schemes else ()):
-        width, scheme, pool = pages.head_dims[side], schemes[side], pages.pools[-side]
+    for side, (name, scheme) in enumerate(zip(("keys", "values"), schemes or (), strict=False)):
+        width, pool = pages.head_dims[side], pages.pools[-side]
         ring = (depth, block_len, width // SHARED.get(scheme.format, 1))
         scratch[f"{name}_ring"] = shared(ring, pool.dtype, step_of(pages, side))
         places = tiles.num_stages + tiles.num_staged * (tiles.num_halves == 1)
