@@ -249,6 +249,22 @@ COMPRESSIONS = {
 """Each method through a model compiles its own programs. Scores against float64, and two methods through all of it, are
 fast."""
 
+SELECTED = "tests/memory/test_selected.py"
+SELECTION = {
+    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says": "ci",
+    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says[latent-": "fast",
+    f"{SELECTED}::test_it_composes_with_compressions_and_formats": "ci",
+    f"{SELECTED}::test_a_compaction_that_forgets_the_index_is_caught": "ci",
+    f"{SELECTED}::test_a_wrong_mask_is_caught": "ci",
+    f"{SELECTED}::test_the_index_travels_with_its_pages": "ci",
+    f"{SELECTED}::test_bytes_held_grow": "ci",
+    f"{SELECTED}::test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages[quest]": "fast",
+    "tests/evaluation/test_page_recall.py::test_shares": "ci",
+    f"{ENGINE}/test_selection.py": "ci",
+    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[looked up-dense]": "fast",
+}
+"""Of a memory that selects, a chunk, a draft and the bytes are fast."""
+
 TIER_OF: dict[str, str] = {
     **CHILDREN,
     **SIMULATORS,
@@ -258,6 +274,7 @@ TIER_OF: dict[str, str] = {
     **MANY_PROGRAMS,
     **DOWNLOADS,
     **LOSSY,
+    **SELECTION,
 }
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import SealedState, Statistics
 from kvlab.ledger.retention import Sealing
-from kvlab.ledger.states import QUANTISED, PerToken, SealedState, State, Statistics, TokenState
+from kvlab.ledger.states import QUANTISED, ROTATED, PerToken, State, TokenState
 from kvlab.memory.config import SEALED, MemoryConfig
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
@@ -201,7 +202,7 @@ def _stored(state: State, memory: MemoryConfig) -> State:
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
     if memory.format not in SEALED and (reason := _refusal(view, state, memory.format)):
-        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
+        legal = [format for format in ("model", *QUANTISED, *ROTATED) if not _refusal(view, state, format)]
         raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
     return state.stored("model" if memory.format in SEALED else memory.format)
 
