@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvlab.compose import compose
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
+from kvlab.lab.execute import lossy_report
+from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.answers import Ready
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.plan import Seals, load_plans, save_plans
+from kvlab.memory.formats import skipped
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import ConfigError
@@ -144,3 +148,24 @@ def test_what_forgets_by_itself_is_refused_alone_and_left_beside_others():
         layout_of("window")
     step, _ = layout_of("hybrid")
     assert {state.name for state in step.layout.classes if state.sealing or state.is_sealed} == {"kv", "kv.sealed"}
+
+
+def test_what_is_left_as_it_is_says_why():
+    model = build("hybrid")[0]
+    both = MemoryConfig(
+        page_size=8,
+        format="kivi4",
+        compression={"type": "snapkv", "sinks": 1, "recent": 4, "window": 4},
+        budget=12,
+    )
+    reasons = {name.split(".")[1]: reason for name, reason in skipped(model.states(), both).items()}
+    assert "kv" not in reasons
+    assert reasons["ssm"] == "snapkv: one state a sequence cannot be dropped in part; kivi4: every step rewrites it"
+    window = build("window")[0].states()
+    assert set(skipped(window, KIVI4).values()) >= {"kivi4: a window forgets by itself"}
+    assert "kivi4: a window forgets by itself" not in skipped(window, MemoryConfig(format="int8")).values()
+    assert skipped(window, MemoryConfig()) == {}
+    lab = Laboratory.of(compose(["mixer=hybrid", "format=kivi4", "model.dtype=float32"]), abstract=True)
+    report = lossy_report(lab, MaskCheck(lab.model.structure, {}, lab.layout(64, 2)))
+    assert report.skipped == skipped(lab.model.states, lab.config.memory)
+    assert "kivi4: every step rewrites it" in report.skipped.values()
