@@ -21,6 +21,8 @@ from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import sealed_state
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
@@ -78,6 +80,23 @@ def test_the_recipe_for_a_format_holds(monkeypatch):
     monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
     monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
     exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
+    (choice,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(choice) == {"format": "int16"}
+    assert choice.splitlines()[0] == "# @package memory", "as the group's other files have it"
+    others = [path.read_text().splitlines() for path in (ROOT / "configs" / "format").glob("*.yaml")]
+    assert {(lines[0], len(lines)) for lines in others} == {("# @package memory", len(choice.splitlines()))}
+
+
+def test_the_bytes_of_formats_are_those_of_their_states():
+    """docs/formats.md: every choice of the group has a row, which is computed here."""
+    page = (ROOT / "docs" / "formats.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "configs" / "format").glob("*.yaml")}
+    plain = TokenState(1, 128, 128, "bfloat16")
+    for name, *stated in rows:
+        state = sealed_state(plain, name) if name in SEALED else plain.stored(name)
+        for page_size, num_bytes in zip((16, 32, 64), stated, strict=True):
+            assert state.page_bytes(page_size) == int(num_bytes) * page_size
 
 
 def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):

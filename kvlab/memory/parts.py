@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
-from kvlab.ledger.memory_states import SealedState, Statistics
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.retention import Sealing
 from kvlab.ledger.states import QUANTISED, ROTATED, PerToken, State, TokenState
 from kvlab.memory.config import SEALED, MemoryConfig
+from kvlab.memory.formats import left_in_type, sealed_state
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
 from kvlab.selection import Selection
@@ -62,27 +63,16 @@ def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -
     sealing = Sealing(memory.residual, memory.page_size, chunk_len, memory.quantised_prefill == "no")
     for name, part in layer.held.items():
         state = part.state
-        if type(state) is not TokenState or state.span is not None:
+        if not isinstance(state, TokenState) or left_in_type(state, memory.format):
             continue
         if name in joined and len(joined[name].heads) > 1:
             legal = f"works with no method that parts heads ({memory.compression and memory.compression.name})"
             raise ConfigError("memory.format", memory.format, legal)
-        bits, everyone = SEALED[memory.format], tuple(range(state.num_kv_heads))
-        group = next(size for size in range(32, 0, -1) if state.value_dim % size == 0)
-        sealed = SealedState(
-            state.num_kv_heads,
-            state.key_dim,
-            state.value_dim,
-            state.dtype,
-            readers=state.readers,
-            key_bits=bits,
-            value_bits=bits,
-            group=group,
-        )
         try:
-            _ = sealed.arrays
+            sealed = sealed_state(state, memory.format)
         except ValueError as error:
             raise ConfigError("memory.format", memory.format, str(error)) from None
+        everyone = tuple(range(state.num_kv_heads))
         held |= {name: part._replace(sealing=sealing), f"{name}.sealed": Part(sealed)}
         mine = joined.get(name) or Joined(None, (("", name),), 0, state, (("", everyone),))
         joined[name] = replace(mine, names=(*mine.names, ("sealed", f"{name}.sealed")))
