@@ -20,7 +20,7 @@ from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
-from kvlab.ledger.states import ArraySpec, PerToken, State, TokenState
+from kvlab.ledger.states import ArraySpec, PerToken, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 
 HEADS = ("uniform", "ada")
@@ -178,6 +178,8 @@ class Compression(Schema, abc.ABC):
             return "one state a sequence cannot be dropped in part"
         if state.span is not None:
             return "a window forgets by itself"
+        if isinstance(state, RetrievalState):
+            return "a retrieval memory chooses by its own index"
         return ""
 
     def retention(self, state: State, shape: Shape) -> Retention | None:
