@@ -7,7 +7,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.config import Config
-from kvlab.memory.layout import stored_states
+from kvlab.memory.parts import parts_of
 from kvlab.memory.views import LayerStates
 from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
@@ -24,11 +24,12 @@ def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
 def abstract(config: Config, vocab_size: int) -> Model:
     """The model with shapes in place of parameters, in a second and without memory.
 
-    Raises ConfigError for states that the config's memory cannot hold, or not in its format, and for a published
-    checkpoint whose vocabulary does not hold the task's `vocab_size` tokens.
+    Raises ConfigError for states that the config's memory cannot hold, or not in its format, or not under its
+    compression and budget, and for a published checkpoint whose vocabulary does not hold the task's `vocab_size`
+    tokens.
     """
     shapes = _shapes(config, vocab_size)
-    stored_states(shapes.states, config.memory)
+    parts_of(shapes.states, config.memory, max_len=config.context_len)
     return shapes
 
 
@@ -40,7 +41,7 @@ def check(configs: Iterable[Config]) -> None:
         key = repr((config.mixer, config.model, config.weights, vocab_size))
         if key not in built:
             built[key] = tuple(_shapes(config, vocab_size).states)
-        stored_states(built[key], config.memory)
+        parts_of(built[key], config.memory, max_len=config.context_len)
 
 
 def _shapes(config: Config, vocab_size: int) -> Model:

@@ -16,10 +16,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
-from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics, TokenState
+from kvlab.ledger.states import ArraySpec, PerToken, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 
 HEADS = ("uniform", "ada")

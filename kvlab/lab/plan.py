@@ -1,6 +1,6 @@
 """The dry run: what a config would train, hold and cost, before anything is trained."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ from kvlab.config import Config
 from kvlab.engine.step import MemoryStep
 from kvlab.lab.kernels import Chosen, chosen_kernels
 from kvlab.lab.laboratory import Laboratory
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import skipped
 from kvlab.memory.layout import stored_states
 from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
@@ -23,6 +25,7 @@ class Plan:
     activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those
     of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what
     each op takes on the named hardware. format_is_idle: a format is named, and no state is stored in it.
+    skipped: states that format or compression leave as they are, by "layer.name", with the reason.
     """
 
     num_params: int
@@ -36,6 +39,7 @@ class Plan:
     hardware_bytes: int
     kernels: dict[str, Chosen]
     format_is_idle: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def train_bytes(self) -> int:
@@ -86,12 +90,15 @@ def predict(lab: Laboratory) -> Plan:
         hardware_bytes=config.hardware.memory_bytes(),
         kernels=chosen_kernels(lab, config.hardware.device),
         format_is_idle=_format_is_idle(lab),
+        skipped=skipped(lab.model.states, config.memory),
     )
 
 
 def _format_is_idle(lab: Laboratory) -> bool:
     """Whether the memory's format changes no byte: recurrent states stay in the model's type."""
     memory, states = lab.config.memory, lab.model.states
+    if memory.format in SEALED:
+        return False  # they are refused where no page would be sealed
     as_computed = stored_states(states, replace(memory, format="model"))
     return memory.format != "model" and stored_states(states, memory) == as_computed
 

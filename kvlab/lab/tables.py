@@ -54,6 +54,7 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     console.print(table)
     lines = [_kernels_line(plan) for _, plan in plans]
     lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
+    lines += [line for config, plan in plans if not plan.format_is_idle for line in _skipped_lines(config, plan)]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
 
@@ -62,6 +63,15 @@ def _format_line(config: Config) -> str:
     """Said of a run whose format no state is stored in."""
     repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
     return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
+
+
+def _skipped_lines(config: Config, plan: Plan) -> list[str]:
+    """Said of a run whose memory leaves some states as they are: which, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    run = f"{config.label} [{config.run_id}]"
+    return [f"{run}: {', '.join(names)} left as computed ({reason})" for reason, names in by_reason.items()]
 
 
 def _kernels_line(plan: Plan) -> str:
