@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import SHARED, Scheme
+from pallas_kernels.formats import SHARED, Scheme, arrays_of
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
@@ -109,7 +109,7 @@ def scratch_for(
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
-    arrivals = [len(gpu_scales.for_copies(pages.pools[-side])) for side in range(2)]
+    arrivals = [len(arrays_of(pages.pools[-side])) for side in range(2)]
     num_free = depth
     for side, (name, scheme) in enumerate(zip(("keys", "values"), schemes or (), strict=False)):
         width, pool = pages.head_dims[side], pages.pools[-side]
