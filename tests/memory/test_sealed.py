@@ -121,7 +121,7 @@ def test_a_replay_needs_plans_and_seals_and_nothing_else_of_the_host(tmp_path):
         if done := ledger.seal(["a"]):
             pools = step.seal(pools, done[0])
             said.append((done[0], None, None))
-    assert sum(tokens is None for _, tokens, _ in said) == 2
+    assert sum(tokens is None for _, tokens, _ in said) == 3
     save_plans(tmp_path / "plans.npz", [plan for plan, _, _ in said])
     pools = step.layout.allocate(np.nan)
     for plan, (_, tokens, expected) in zip(load_plans(tmp_path / "plans.npz"), said, strict=True):
@@ -147,7 +147,9 @@ def test_what_forgets_by_itself_is_refused_alone_and_left_beside_others():
     with pytest.raises(ConfigError, match=r"memory.format = 'kivi4': serves no layer of this model"):
         layout_of("window")
     step, _ = layout_of("hybrid")
-    assert {state.name for state in step.layout.classes if state.sealing or state.is_sealed} == {"kv", "kv.sealed"}
+    sealing = [state for state in step.layout.classes if state.sealing]
+    assert [state.spec.span for state in sealing] == [None]
+    assert [state.name for state in step.layout.classes if state.is_sealed] == [sealing[0].sealed_name]
 
 
 def test_what_is_left_as_it_is_says_why():
@@ -158,8 +160,12 @@ def test_what_is_left_as_it_is_says_why():
         compression={"type": "snapkv", "sinks": 1, "recent": 4, "window": 4},
         budget=12,
     )
-    reasons = {name.split(".")[1]: reason for name, reason in skipped(model.states(), both).items()}
-    assert "kv" not in reasons
+    found, states = skipped(model.states(), both), model.states()
+    full = [f"{layer}.kv" for layer, each in enumerate(states) if "kv" in each and each["kv"].span is None]
+    assert full
+    assert not set(full) & set(found)
+    reasons = {name.split(".")[1]: reason for name, reason in found.items()}
+    assert reasons["kv"] == "snapkv: a window forgets by itself; kivi4: a window forgets by itself"
     assert reasons["ssm"] == "snapkv: one state a sequence cannot be dropped in part; kivi4: every step rewrites it"
     window = build("window")[0].states()
     assert set(skipped(window, KIVI4).values()) >= {"kivi4: a window forgets by itself"}
