@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
 from kvlab.ledger.states import QUANTISED
-from kvlab.schema import ConfigError, Schema, added, choice, integer, plain, registered
+from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain, registered
 
 SEALED = {"kivi4": 4, "kivi2": 2}
 """Formats that seal whole pages (KIVI, arXiv 2402.02750), and their bits."""
@@ -19,7 +19,9 @@ class MemoryConfig(Schema):
     or as numbers of 8, 4 or 2 bits with a scale for each token and head. "kivi4" and "kivi2" seal whole pages, keys by
     channel and values by token, once `residual` newer tokens are stored; a prompt's pages at its end, or with
     `quantised_prefill` "chunks" behind each chunk of it. `compression` says which tokens stay, and `budget` how many:
-    slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB")."""
+    slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB"), which are solved for whole pages
+    of slots, or for a knob of the mixer where nothing is compressed, and refused where less than 90% would be held,
+    unless `allow_underfill`."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
@@ -29,6 +31,7 @@ class MemoryConfig(Schema):
     quantised_prefill: str = added(choice("no", ("no", "chunks")))
     compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
+    allow_underfill: bool = added(flag(False))
 
     def cross_check(self) -> None:
         if self.budget is not None:
