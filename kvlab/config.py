@@ -183,9 +183,11 @@ class Config(Schema):
     def _check_budget(self) -> None:
         """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
         method = self.memory.compression
-        if method is None or self.memory.budget is None or Budget.of(self.memory.budget).fraction is None:
+        if method is None or self.memory.budget is None:
             return
         fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
+        if fraction is None:
+            return
         for part in self.make_task().slices("test"):
             prompt_len = part.compress_at or part.prompt_len
             if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:

@@ -11,7 +11,7 @@ from kvlab.compression.budget import Budget
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.growth import bytes_at, stored_at
 from kvlab.ledger.states import State, max_pages_for_step
-from kvlab.memory.budgets import Context, EqualBudget, solve, with_slots
+from kvlab.memory.budgets import Context, EqualBudget, solve, whole_pages, with_slots
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.layout import with_targets
 from kvlab.memory.parts import LayerParts, parts_of_stored
@@ -41,8 +41,6 @@ class Serving:
         budget = memory.budget if memory.compression is not None else None
         if budget is None or Budget.of(budget).num_bytes is None:
             return cls._of(config, memory, max_len)
-        page_size = memory.page_size
-        values = range(page_size, (-(-context.prompt_len // page_size) + 1) * page_size, page_size)
 
         def size(slots: int) -> int | None:
             try:
@@ -53,7 +51,7 @@ class Serving:
                 return None  # fewer than what is protected
             return bytes_at(serving.classes, context.prompt_len, context.context_len)
 
-        found = solve(memory, "memory.budget", values, size, context)
+        found = solve(memory, "memory.budget", whole_pages(memory, context), size, context)
         assert found.solved is not None
         return replace(cls._of(config, with_slots(memory, found.solved), max_len), budget=found)
 

@@ -126,11 +126,11 @@ def filled(layout: MemoryLayout, context: Context) -> tuple[Ledger, int]:
 def _advance(ledger: Ledger, rows: Iterable[int], count: int, start: int, context: Context) -> None:
     """One step of these sequences, and whatever is due after it."""
     lengths = None if start else Lengths(context.prompt_len, context.prompt_len)
-    if not all([ledger.reserve(row, count, lengths=lengths).ready for row in rows]):
+    if not all(ledger.reserve(row, count, lengths=lengths).ready for row in rows):
         raise AssertionError("a layout holds what it is laid out for")
     for row in rows:
         ledger.commit(row, count)
-    if not all([shorten(ledger, row) for row in rows]):
+    if not all(shorten(ledger, row) for row in rows):
         raise AssertionError("a layout has room for what its sequences are shortened to")
 
 

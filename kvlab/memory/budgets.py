@@ -87,9 +87,13 @@ def solve_slots(layers: Sequence[LayerStates], memory: MemoryConfig, context: Co
                 raise
             return None  # fewer than what is protected
 
-    last = -(-context.prompt_len // memory.page_size)
-    values = range(memory.page_size, (last + 1) * memory.page_size, memory.page_size)
-    return solve(memory, "memory.budget", values, size, context)
+    return solve(memory, "memory.budget", whole_pages(memory, context), size, context)
+
+
+def whole_pages(memory: MemoryConfig, context: Context) -> range:
+    """Slots that fill whole pages, up to what a sequence of this context fills."""
+    page_size = memory.page_size
+    return range(page_size, context.context_len + page_size, page_size)
 
 
 def with_slots(memory: MemoryConfig, slots: int) -> MemoryConfig:
