@@ -29,18 +29,19 @@ def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
 def abstract(config: Config, vocab_size: int) -> Model:
     """The model with shapes in place of parameters, in a second and without memory.
 
-    Raises ConfigError for states that the config's memory cannot hold, or not in its format, and for a published
-    checkpoint whose vocabulary does not hold the task's `vocab_size` tokens.
+    Raises ConfigError for states that the config's memory cannot hold, or not in its format, or not under its
+    compression and budget, and for a published checkpoint whose vocabulary does not hold the task's `vocab_size`
+    tokens.
     """
     shapes = _shapes(config, vocab_size)
-    parts_of(shapes.states, config.memory, max_len=config.make_task().context_len)
+    parts_of(shapes.states, config.memory, max_len=config.context_len)
     return shapes
 
 
 def check(configs: Iterable[Config]) -> None:
     """Raises what `abstract` would, of the first config for which it would; equal models are built once."""
     for config in configs:
-        parts_of(_states(config), config.memory, max_len=config.make_task().context_len)
+        parts_of(_states(config), config.memory, max_len=config.context_len)
 
 
 def resolved(config: Config) -> Config:

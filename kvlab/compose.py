@@ -29,6 +29,7 @@ from kvlab.hardware import HardwareConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
+from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
 
@@ -108,6 +109,8 @@ def register() -> None:
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
     for name, method in COMPRESSIONS.items():
         store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
+    for name, method in SELECTIONS.items():
+        store.store(group="selection/type", name=name, node={"type": name, **method.defaults()})
 
 
 def capacity_defaults() -> dict[str, Any]:

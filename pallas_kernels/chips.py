@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored
+from pallas_kernels.formats import FORMATS, SHARED, Quantised, Scheme, Stored
 
 GPU_DESCRIPTION = """
 gpu_device_info {{
@@ -64,8 +64,8 @@ TARGETS = {
 @dataclass(frozen=True)
 class Shape:
     """One compilation of an op, in the sizes that its `shapes` says. `format` is the pages', scaled `per` token or
-    channel where it is quantised; `num_queries` are the new tokens of each sequence; `extra` is what is asked for
-    beside."""
+    channel where it is quantised, or as `KIVI` has it; `num_queries` are the new tokens of each sequence; `extra` is
+    what is asked for beside."""
 
     op: str
     format: str
@@ -86,22 +86,33 @@ class Call(NamedTuple):
 DIMS = (64, 128, 256)
 
 
+KIVI = "kivi"
+"""In place of what scales are of: keys by channel and values by token in groups, as `formats.kivi` has them."""
+
+
 def formats_of(backend: str) -> list[tuple[str, str]]:
-    """The formats of pages that a backend's kernels take, and what their scales are of: nothing, "token" or
-    "channel"."""
+    """The formats of pages that a backend's kernels take, and what their scales are of: nothing, "token" or "channel".
+    A TPU's registers are too wide for rows of 2 bits."""
     plain = {"gpu": ("bfloat16", "float16"), "tpu": ("bfloat16", "float32")}[backend]
-    return [(format, "") for format in plain] + [(format, per) for per in ("token", "channel") for format in FORMATS]
+    quantised = [format for format in FORMATS if backend == "gpu" or format != "int2"]
+    return [(format, "") for format in plain] + [(format, per) for per in ("token", "channel") for format in quantised]
 
 
 def stored_as(format: str, per: str, shape: tuple[int, ...], sharding: Any) -> Stored:
     """The shapes of a pool [P, K, page, D] on an absent device, with its scales if `format` has them."""
+    if format not in FORMATS:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(format), sharding=sharding)
+    return stored_in(Scheme(format, "token" if per == "token" else "channel"), shape, sharding)
+
+
+def stored_in(scheme: Scheme, shape: tuple[int, ...], sharding: Any) -> Quantised:
+    """The shapes of a pool [P, K, page, D] in a scheme on an absent device."""
 
     def array(*dims: int, of: Any) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
     *leading, dim = shape
-    if format not in FORMATS:
-        return array(*shape, of=jnp.dtype(format))
-    payload = array(*leading, dim // SHARED.get(format, 1), of=FORMATS[format])
-    scales = array(*leading[:2], leading[2] if per == "token" else dim, of=jnp.float32)
-    return Quantised(payload, scales, format, "token" if per == "token" else "channel")
+    payload = array(*leading, dim // SHARED.get(scheme.format, 1), of=FORMATS[scheme.format])
+    kept = (*leading[:2], *scheme.scales_shape(leading[2], dim))
+    scales, zeros = (array(*kept, of=jnp.dtype(scheme.scale_dtype)) for _ in range(2))
+    return Quantised(payload, scales, scheme.format, scheme.per, scheme.group, zeros if scheme.has_zeros else None)

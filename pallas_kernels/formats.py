@@ -69,11 +69,14 @@ class Scheme:
             return (dim,)
         return (page_size,) if self.group is None else (dim // self.group, page_size)
 
+    def payload_bytes(self, page_size: int, dim: int) -> int:
+        """Bytes of the numbers in a page of one head."""
+        return page_size * dim * jnp.dtype(FORMATS[self.format]).itemsize // SHARED.get(self.format, 1)
+
     def tile_bytes(self, page_size: int, dim: int) -> int:
         """Bytes of a page of one head: numbers, scales and zeros."""
-        bits = 8 * jnp.dtype(FORMATS[self.format]).itemsize // SHARED.get(self.format, 1)
         num_scales = int(np.prod(self.scales_shape(page_size, dim))) * (1 + self.has_zeros)
-        return page_size * dim * bits // 8 + num_scales * jnp.dtype(self.scale_dtype).itemsize
+        return self.payload_bytes(page_size, dim) + num_scales * jnp.dtype(self.scale_dtype).itemsize
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for what is no scheme, or none for tiles [..., page, D] of this shape."""

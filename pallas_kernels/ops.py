@@ -1,27 +1,27 @@
 """Every operation, and all that is known of it: what the command line, provenance, simulators, compilers and the bench
 iterate over.
 
-To add one: a folder with `api.py` (the contract, and IMPLEMENTATIONS) and `reference.py` (plain XLA), and its line
-below. One with kernels has in its folder beside them
+An op is a folder: `api.py` is the contract and has IMPLEMENTATIONS, `reference.py` is plain XLA, `__init__.py` exports
+the function. To add one, add these three. One with kernels has beside them
 
     gpu.py, tpu.py   the kernels, each with `refusal(asked)`: why it cannot serve such pages
     proof.py         `check(kernel, **case)`: what every implementation must do; `by_api`: the public function, as one
     cases.py         `cases(platform, num_generated)`: what it is checked on; `SIMULATED`: what simulators run
     shapes.py        `shapes`, `call`, `floor_bytes`: what is compiled for absent chips
+
+Of a second function in `api.py`, NAME_IMPLEMENTATIONS makes the op `folder_name`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import pallas_kernels
 from pallas_kernels import selection
 from pallas_kernels.chips import DIMS, Call, Shape, Target
-from pallas_kernels.flash_attention import api as flash_attention
-from pallas_kernels.kv_write import api as kv_write
-from pallas_kernels.paged_attention import api as paged_attention
 from pallas_kernels.selection import Asked
-from pallas_kernels.ssd import api as ssd
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,21 @@ class Op:
         return import_module(f"pallas_kernels.{self.name}.{name}")
 
 
-OPS: dict[str, Op] = {
-    op.name: op
-    for op in (
-        Op("paged_attention", paged_attention.IMPLEMENTATIONS, has_kernels=True),
-        Op("kv_write", kv_write.IMPLEMENTATIONS, has_kernels=True),
-        Op("flash_attention", flash_attention.IMPLEMENTATIONS),
-        Op("ssd", ssd.IMPLEMENTATIONS),
-        Op("ssd_step", ssd.STEP_IMPLEMENTATIONS),
-    )
-}
+def discovered() -> dict[str, Op]:
+    """Every op by its name, those with the most implementations first."""
+    found, mark = [], "IMPLEMENTATIONS"
+    for contract in (path for folder in pallas_kernels.__path__ for path in Path(folder).glob("*/api.py")):
+        folder = contract.parent
+        for name, implementations in vars(import_module(f"pallas_kernels.{folder.name}.api")).items():
+            if name.endswith(mark):
+                second = name.removesuffix(mark).lower().rstrip("_")
+                op_name = f"{folder.name}_{second}" if second else folder.name
+                found.append(Op(op_name, implementations, has_kernels=(folder / "cases.py").exists()))
+    found.sort(key=lambda op: (-len(op.implementations), op.name))
+    return {op.name: op for op in found}
+
+
+OPS = discovered()
 WITH_KERNELS: dict[str, Op] = {name: op for name, op in OPS.items() if op.has_kernels}
 """Those over pages."""
 

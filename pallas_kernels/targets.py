@@ -1,6 +1,6 @@
 """Compiles kernels for chips that are not here, down to machine code, and says what they take.
 
-    python -m pallas_kernels.targets [H200 ...] [--dims 128] [--cases 40] [--json FILE] [--table FILE]
+    python -m pallas_kernels.targets [H200 ...] [--dims 128] [--only TEXT] [--cases 40] [--json FILE] [--table FILE]
 
 `make kernels-check` does. With `--cases`, the cases that the bench would run on such a chip are compiled too, or only
 lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels import lowering
-from pallas_kernels.chips import DIMS, TARGETS, Shape, Target
+from pallas_kernels.chips import DIMS, KIVI, TARGETS, Shape, Target
 from pallas_kernels.compilers import Overheard, compiled_for, estimate_us, resources, sharding_of
 from pallas_kernels.lowering import Lowered
 from pallas_kernels.ops import OPS, shapes
@@ -66,23 +66,34 @@ def missing(target: Target) -> str | None:
     return None if found else f"no compiler ({module} is not installed): {INSTALL}"
 
 
-def compile_for(target: Target, dims: Sequence[int] = DIMS) -> list[Compiled]:
-    """Every shape of the target's backend, in a process of its own. A compiler that is missing is each one's error."""
-    wanted = shapes(target.backend, dims)
+def wanted_shapes(target: Target, dims: Sequence[int], only: str) -> list[Shape]:
+    """Those of the target's backend whose row of the table has a text, in any case."""
+    found = shapes(target.backend, dims)
+    return [shape for shape in found if only.lower() in " ".join(in_words(target.name, shape)).lower()]
+
+
+def wanted_cases(target: Target, num_generated: int, only: str) -> list[lowering.Case]:
+    """The bench's cases whose name has a text, in any case."""
+    return [case for case in lowering.cases(target, num_generated) if only.lower() in case.name.lower()]
+
+
+def compile_for(target: Target, dims: Sequence[int] = DIMS, only: str = "") -> list[Compiled]:
+    """The shapes of the target's backend, in a process of its own. A compiler that is missing is each one's error."""
+    wanted = wanted_shapes(target, dims, only)
     if reason := missing(target):
         return [Compiled(target.name, shape, error=reason) for shape in wanted]
-    said = _ask(target, "--dims", *map(str, dims))
+    said = _ask(target, "--only", only, "--dims", *map(str, dims))
     found = [Compiled(shape=Shape(**own.pop("shape")), **own) for own in _read(said)]
     done = {outcome.shape for outcome in found}
     return found + [Compiled(target.name, shape, error=_last_words(said)) for shape in wanted if shape not in done]
 
 
-def lower_for(target: Target, num_generated: int, *, is_compiled: bool) -> list[Lowered]:
-    """Every case that the bench would run on a target, in a process of its own, as `compile_for`."""
-    wanted = lowering.cases(target, num_generated)
+def lower_for(target: Target, num_generated: int, only: str = "", *, is_compiled: bool) -> list[Lowered]:
+    """The cases that the bench would run on a target, in a process of its own, as `compile_for`."""
+    wanted = wanted_cases(target, num_generated, only)
     if reason := missing(target):
         return [Lowered(target.name, case.op, case.name, error=reason) for case in wanted]
-    said = _ask(target, "--cases", str(num_generated), *([] if is_compiled else ["--lower"]))
+    said = _ask(target, "--only", only, "--cases", str(num_generated), *([] if is_compiled else ["--lower"]))
     found = [Lowered(**own) for own in _read(said)]
     done = {(outcome.op, outcome.name) for outcome in found}
     left = [case for case in wanted if (case.op, case.name) not in done]
@@ -118,10 +129,10 @@ def _last_words(said: str) -> str:
     return (said.strip().splitlines() or ["the compiler's process said nothing"])[-1]
 
 
-def _work(target: Target, dims: Sequence[int]) -> None:
+def _work(target: Target, dims: Sequence[int], only: str) -> None:
     """In the worker: compiles every shape and prints a line for each."""
     sharding = sharding_of(target)
-    for shape in shapes(target.backend, dims):
+    for shape in wanted_shapes(target, dims, only):
         began = time.perf_counter()
         outcome: dict[str, Any] = {"target": target.name, "shape": asdict(shape)}
         with Overheard() as heard:
@@ -138,10 +149,10 @@ def _work(target: Target, dims: Sequence[int]) -> None:
         print(f"{MARK}{json.dumps(outcome)}", flush=True)
 
 
-def _work_cases(target: Target, num_generated: int, *, is_compiled: bool) -> None:
+def _work_cases(target: Target, num_generated: int, only: str, *, is_compiled: bool) -> None:
     """In the worker: lowers every case and prints a line for each; then, for Hopper, counts what a layer launches."""
-    lowered = lowering.lower(target, lowering.cases(target, num_generated), is_compiled=is_compiled)
-    more = [lowering.layers] if target.backend == "gpu" and target.name != "B200" else []
+    lowered = lowering.lower(target, wanted_cases(target, num_generated, only), is_compiled=is_compiled)
+    more = [lowering.layers] if target.backend == "gpu" and target.name != "B200" and not only else []
     for outcome in itertools.chain(lowered, (count(target) for count in more)):
         print(f"{MARK}{json.dumps(asdict(outcome))}", flush=True)
 
@@ -166,15 +177,23 @@ HEADER = (
 )
 
 
-def row(compiled: Compiled) -> tuple[str, ...]:
-    """A compilation in words, in the order of HEADER."""
-    dash, shape = "-", compiled.shape
+def in_words(target: str, shape: Shape) -> tuple[str, ...]:
+    """What is compiled, in words: the first of HEADER."""
+    per = shape.per if shape.per in ("", KIVI) else f"by {shape.per}"
     return (
         shape.op if shape.num_queries == 1 else f"{shape.op}, {shape.num_queries} tokens",
-        compiled.target,
-        f"{shape.format} by {shape.per}" if shape.per else shape.format,
+        target,
+        f"{shape.format} {per}".strip(),
         str(shape.head_dim),
-        shape.extra or dash,
+        shape.extra or "-",
+    )
+
+
+def row(compiled: Compiled) -> tuple[str, ...]:
+    """A compilation in words, in the order of HEADER."""
+    dash = "-"
+    return (
+        *in_words(compiled.target, compiled.shape),
         f"no: {compiled.error}" if compiled.error else f"{compiled.seconds:.1f} s",
         dash if compiled.registers is None else str(compiled.registers),
         dash if compiled.spilled_bytes is None else f"{compiled.spilled_bytes} B",
@@ -214,6 +233,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; all, if none is named")
     parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
     parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dims (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="what has this text in its row, or its case's name")
     parser.add_argument("--cases", type=int, help="the bench's cases as well: named ones, and so many drawn of each op")
     parser.add_argument("--lower", action="store_true", help="lower cases, and do not compile them")
     parser.add_argument("--json", type=Path, help="write every result here")
@@ -228,10 +248,10 @@ def main() -> int:
     """Compiles everything; the status is 1 where `failures` finds any."""
     options = _options()
     if options.worker and options.cases is not None:
-        _work_cases(TARGETS[options.worker], options.cases, is_compiled=not options.lower)
+        _work_cases(TARGETS[options.worker], options.cases, options.only, is_compiled=not options.lower)
         return 0
     if options.worker:
-        _work(TARGETS[options.worker], options.dims)
+        _work(TARGETS[options.worker], options.dims, options.only)
         return 0
     chosen = [TARGETS[name] for name in options.targets or TARGETS]
     with_cases = generations(chosen) if options.cases is not None else []
@@ -240,10 +260,10 @@ def main() -> int:
         compiled, lowered = [], []
         for target in chosen:
             if target.backend == backend:
-                compiled += (now := compile_for(target, options.dims))
+                compiled += (now := compile_for(target, options.dims, options.only))
                 print(markdown(now).split("\n", 2)[2], end="", flush=True)
                 if target in with_cases:
-                    lowered += (these := lower_for(target, options.cases, is_compiled=not options.lower))
+                    lowered += (these := lower_for(target, options.cases, options.only, is_compiled=not options.lower))
                     said = f"{sum(not case.error for case in these)} of {len(these)} cases"
                     print(f"{target.name}: {said} {'lowered' if options.lower else 'compiled'}", flush=True)
         return compiled, lowered

@@ -70,17 +70,16 @@ def test_every_command_prints_its_composed_config(capsys, monkeypatch, tmp_path)
 
 
 def test_short_names_of_fields_work_with_hydras_own_options(capsys, monkeypatch):
-    status, printed = call(
-        capsys, monkeypatch, "run", "--cfg", "job", "compression=snapkv", "budget=0.25", "format=int8"
-    )
+    words = ["compression=snapkv", "budget=0.25", "format=int8"]
+    status, out, _ = call(capsys, monkeypatch, "run", "--cfg", "job", *words)
     assert status == 0
-    memory = yaml.safe_load(printed.out)["memory"]
+    memory = yaml.safe_load(out)["memory"]
     assert (memory["budget"], memory["format"], memory["compression"]["type"]) == (0.25, "int8", "snapkv")
-    status, printed = call(capsys, monkeypatch, "run", "--cfg", "job", "compression=null")
+    status, _, errors = call(capsys, monkeypatch, "run", "--cfg", "job", "compression=null")
     assert status == 2
-    assert "compression = None: did you mean none" in printed.err
-    status, printed = call(capsys, monkeypatch, "capacity", "--cfg", "job", "compression=h2o", "budget=0.5")
-    assert yaml.safe_load(printed.out)["memory"]["compression"]["type"] == "h2o"
+    assert "compression = None: did you mean none" in errors
+    status, out, _ = call(capsys, monkeypatch, "capacity", "--cfg", "job", "compression=h2o", "budget=0.5")
+    assert yaml.safe_load(out)["memory"]["compression"]["type"] == "h2o"
 
 
 def test_help_imports_nothing_heavy():

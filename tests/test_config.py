@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlab.compose import compose, expand
+from kvlab.compose import GENERATE, RUN, compose, compose_generate, expand
 from kvlab.config import Config
 from kvlab.lab.laboratory import Laboratory
+from kvlab.ledger.states import QUANTISED, ROTATED
+from kvlab.memory.config import SEALED
 from kvlab.schema import ConfigError
 
 WRONG = [
@@ -59,6 +61,16 @@ WRONG = [
     ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
     ("memory.format=int3", "memory.format = 'int3': must be one of model, int8, fp8, int4"),
     ("memory.format=int8.channel", "memory.format = 'int8.channel': must be one of model, int8, fp8, int4"),
+    ("format=kivi3", "format = 'kivi3': did you mean kivi"),
+    ("format=kivi4 memory.page_size=4", "memory.page_size = 4: must be at least 8 for kivi4"),
+    ("format=kivi4 memory=dense", "memory.format = 'kivi4': needs memory.name = paged, not dense"),
+    ("format=kivi2 selection=quest", "memory.format = 'kivi2': must be model or by token beside memory.selection"),
+    ("selection=qest", "selection = 'qest': did you mean quest"),
+    ("selection=quest memory=dense", "memory.selection = 'quest': needs memory.name = paged, not dense"),
+    ("selection=quest memory.selection.pages=1", "memory.selection.pages = 1: must be at least 2, which first_pages"),
+    ("selection=quest memory.selection.fraction=2", "memory.selection.fraction = 2"),
+    ("selection=mean_key memory.selection.group=sum", "memory.selection.group = 'sum': must be one of max, mean"),
+    ("selection=recency memory.selection.group=max", "memory.selection.group = 'max': no such field"),
     ("optimizer.learning_rate=0", "optimizer.learning_rate = 0: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=-1e-3", "optimizer.learning_rate = -0.001: must be a finite number in (0, 10]"),
     ("optimizer.learning_rate=nan", "optimizer.learning_rate = nan: must be a finite number"),
@@ -129,7 +141,7 @@ WRONG = [
     ),
     (
         "compression=snapkv budget=0.5",
-        "memory.budget = 0.5: is 4 slots of the 8 tokens before the answers of 64:4, few",
+        "memory.budget = 0.5: is 4 slots of the 8 tokens before the answers of 64:4",
     ),
     ("compression=snapkv budget=1KiB", "memory.budget = '1KiB': must be at least"),
     ("compression=h2o budget=9MiB", "memory.budget = '9MiB': is held to 1% only: "),
@@ -137,11 +149,11 @@ WRONG = [
     ("mixer=swa budget=1KiB", "memory.budget = '1KiB': must be at least"),
     (
         "mixer=mamba2 compression=h2o budget=16",
-        "memory.compression = 'h2o': serves no layer of this model: one state a",
+        "memory.compression = 'h2o': serves no layer of this model: one state",
     ),
     (
         "mixer=swa compression=h2o budget=16",
-        "memory.compression = 'h2o': serves no layer of this model: a window forge",
+        "memory.compression = 'h2o': serves no layer of this model: a window",
     ),
     ("mixer=swa compression=h2o budget=64KiB", "memory.compression = 'h2o': serves no layer of this model: a window"),
     ("memory=dense compression=h2o budget=16", "memory.compression = 'h2o': needs memory.name = paged, not dense"),
@@ -317,6 +329,20 @@ def test_a_format_that_cannot_hold_the_model_is_refused_before_anything_is_compi
     config = compose(["memory.format=int4", "mixer.A.head_dim=15", "mixer.A.rope=false"])
     with pytest.raises(ConfigError, match=r"memory.format = 'int4': .*; legal: model, int8, fp8"):
         Laboratory.of(config)
+
+
+def test_a_format_is_a_group_and_a_field_and_the_same_run():
+    """Every choice of the group is the field's value of that name; without one, a run is what it was."""
+    legal = sorted({"model", *QUANTISED, *ROTATED, *SEALED})
+    assert RUN.options("format") == GENERATE.options("format") == legal
+    for name in legal:
+        by_group, by_field = (compose([word]) for word in (f"format={name}", f"memory.format={name}"))
+        assert by_group == by_field
+        assert by_group.memory.format == name
+        assert by_group.run_id == by_field.run_id
+    assert compose(["format=model"]).run_id == compose([]).run_id
+    assert compose(["format=int8", "memory.format=int4"]).memory.format == "int4"
+    assert compose_generate(["format=kivi4"]).memory.format == "kivi4"
 
 
 ADDED = {

@@ -3,12 +3,17 @@
 from kvlab.compression.base import Attended, Compression, Noted, Part, PassLens, Shape, Slots
 from kvlab.compression.budget import Budget
 from kvlab.compression.duo import Duo
+from kvlab.compression.expected import ExpectedAttention
 from kvlab.compression.h2o import H2O
+from kvlab.compression.keydiff import KeyDiff
 from kvlab.compression.knorm import Knorm
+from kvlab.compression.lagkv import LagKV
+from kvlab.compression.rkv import RKV
 from kvlab.compression.second_pass import KVzip, Oracle, SecondPass
 from kvlab.compression.snapkv import SnapKV
 from kvlab.compression.static import Random, Recency
 from kvlab.compression.streaming import Streaming
+from kvlab.compression.tova import TOVA
 
 COMPRESSIONS: dict[str, type[Compression]] = {
     method.name: method
@@ -18,6 +23,11 @@ COMPRESSIONS: dict[str, type[Compression]] = {
         Knorm,
         SnapKV,
         H2O,
+        TOVA,
+        KeyDiff,
+        LagKV,
+        ExpectedAttention,
+        RKV,
         Streaming,
         Duo,
         KVzip,

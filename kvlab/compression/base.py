@@ -16,13 +16,18 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import Statistics
+from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
-from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics, TokenState
+from kvlab.ledger.states import ArraySpec, PerToken, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 
 HEADS = ("uniform", "ada")
 """How a layer's slots are dealt to its heads."""
+
+LAYERS = ("uniform", "pyramid")
+"""How a budget is dealt to layers."""
 
 type Noted = dict[str, Array]
 """What a method remembers of each sequence beside its tokens: arrays [B, ...] by name."""
@@ -74,6 +79,8 @@ class Attended:
     weigh: Any
     """() -> [B, T, H, S] softmax weights over slots, zero where nothing is seen. Costs another product with all
     keys."""
+    readers: Readers | None = None
+    """How these queries read the state."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,12 @@ class Slots:
     def mean(self, x: Array) -> Array:
         """The mean [B, K, 1, D] of x [B, K, N, D] over the slots that hold a token."""
         total = jnp.where(self.valid[:, None, :, None], x, 0).sum(axis=2, keepdims=True)
-        return total / jnp.maximum(self.stored, 1)[:, None, None, None]
+        return total / self.num_stored[:, None, None, None]
+
+    @property
+    def num_stored(self) -> Float[Array, "B"]:
+        """`stored` as a divisor: at least 1."""
+        return jnp.maximum(self.stored, 1).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,10 @@ class Compression(Schema, abc.ABC):
     """The base of every method. The first `sinks` slots and the last `recent` ones are never dropped; both count as
     part of the budget. `at` "end" compacts a prompt once it is complete, "chunks" after each chunk of it, which bounds
     the peak. Decoding sequences are compacted whenever they store `every` slots more than the budget; 0: never.
+
+    `layers` says how the budget is dealt to layers: "uniform", or as a "pyramid" that falls linearly from the first
+    layer to the last, whose slots beyond those protected are a `beta`-th of the mean's (PyramidKV, arXiv 2406.02069).
+    Both hold the same slots in sum.
 
     `heads` says how the slots of a layer are dealt to its KV heads: "uniform", each as many; or "ada", by their scores
     (AdaKV, arXiv 2407.11550), of which each keeps at least a share of `safeguard` of the mean. Both hold the same
@@ -123,11 +139,15 @@ class Compression(Schema, abc.ABC):
     """Whether `observe` asks for weights over all slots, so that every step reads the keys once more."""
     by_slot: ClassVar[tuple[str, ...]] = ()
     """Names of statistics whose first axis is slots: they move with them."""
+    by_place: ClassVar[bool] = False
+    """Whether a score depends on the place of a slot among the others, rather than on what it holds alone."""
 
     sinks: int = integer(4, 0, 65536)
     recent: int = integer(8, 0, 1 << 20)
     at: str = choice("end", AT)
     every: int = integer(0, 0, 1 << 20)
+    layers: str = choice("uniform", LAYERS)
+    beta: int = integer(20, 1, 1000)
     heads: str = choice("uniform", HEADS)
     safeguard: float = real(0.2, 0.0, 1.0)
 
@@ -175,7 +195,8 @@ class Compression(Schema, abc.ABC):
         if budget.slots is not None and budget.slots < max(1, protected):
             legal = f"must be at least the {protected} slots that sinks = {self.sinks} and recent = {self.recent} keep"
             raise ConfigError("memory.budget", str(budget), legal)
-        return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every, unit)
+        pyramid = Pyramid(shape.layer, shape.num_layers, self.beta) if self.layers == "pyramid" else None
+        return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every, unit, pyramid)
 
     def parts(self, state: State, shape: Shape) -> Mapping[str, Part]:
         """What a memory holds in the place of a state: "" is the tokens themselves. Raises ConfigError for a state that
@@ -205,6 +226,17 @@ class Compression(Schema, abc.ABC):
     def plain(self) -> dict[str, Any]:
         """As YAML has it."""
         return {"type": self.name, **{item.name: getattr(self, item.name) for item in fields(self)}}
+
+
+def unit(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """x with length 1; zero stays zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def by_group(by_query_head: Float[Array, "B H *E"], num_kv_heads: int) -> Float[Array, "B K G *E"]:
+    """What query heads have, in groups that share a KV head."""
+    batch, num_heads, *rest = by_query_head.shape
+    return by_query_head.reshape(batch, num_kv_heads, num_heads // num_kv_heads, *rest)
 
 
 def grouped(by_query_head: Float[Array, "B *T H S"], num_kv_heads: int) -> Float[Array, "B *T K G S"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax import Array
 from jaxtyping import Float
 
 from kvlab.compression.base import Attended, Compression, Noted, PassLens, Shape, Slots, grouped
@@ -50,7 +51,7 @@ class SecondPass(Compression, abc.ABC):
         most = jnp.pad(most, ((0, 0), (0, num_slots - most.shape[1]), (0, 0)))
         return {"attention": jnp.maximum(noted["attention"], most)}
 
-    def score(self, slots: Slots) -> Float[object, "B K N"]:
+    def score(self, slots: Slots) -> Float[Array, "B K N"]:
         num_slots = slots.keys.shape[2]
         most = slots.noted["attention"][:, :num_slots].transpose(0, 2, 1)
         most = jnp.pad(most, ((0, 0), (0, 0), (0, num_slots - most.shape[2])))

@@ -18,6 +18,7 @@ class Random(Compression):
     head do, or the heads of a "layer" together. What heads draw apart covers more of the prompt between them."""
 
     name: ClassVar[str] = "random"
+    by_place: ClassVar[bool] = True
 
     share: str = choice("head", ("head", "layer"))
 
@@ -37,6 +38,7 @@ class Recency(Compression):
     """The newest tokens, behind the sinks: what a window does, once."""
 
     name: ClassVar[str] = "recency"
+    by_place: ClassVar[bool] = True
 
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
         newest = jnp.arange(slots.keys.shape[2], dtype=jnp.float32)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from jax import Array
 from jaxtyping import Float
 
 from kvlab.compression.base import Compression, Part, Shape, Slots
@@ -25,8 +26,9 @@ class Windowed(Compression, abc.ABC):
     at: str = choice("end", ("end",))
     every: int = integer(0, 0, 0)
     heads: str = choice("uniform", ("uniform",))
+    layers: str = choice("uniform", ("uniform",))
 
-    def score(self, slots: Slots) -> Float[object, "B K N"]:
+    def score(self, slots: Slots) -> Float[Array, "B K N"]:
         raise AssertionError("what forgets by position is never compacted")
 
     def retention(self, state: State, shape: Shape) -> None:

@@ -218,11 +218,7 @@ class Engine:
         """The next step, under way, and what became of those who can never take part."""
         self.speculation.ask(self.scheduler.running)
         step = self.scheduler.schedule()
-        self.runner.carry(step.moves)
-        if step.compaction is not None:
-            self.runner.compact(step.compaction)
-        if step.seals is not None:
-            self.runner.seal(step.seals)
+        self.runner.prepare(step.before)
         events = [self.book.fail(entry, reason) for entry, reason in step.rejected if isinstance(entry, Sample)]
         # A request that was rejected may have had other sequences.
         work = [part for part in step.work if part.entry.state != "gone"] if events else step.work

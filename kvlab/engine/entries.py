@@ -69,6 +69,10 @@ class Move(NamedTuple):
     swap: Swap
 
 
+type Before = Move | Compaction | Seals
+"""What the device does before a step. Pages that one of these frees may be filled by the next."""
+
+
 class Rejection(NamedTuple):
     """A sequence that can never fit, with the ledger's reason."""
 
@@ -78,16 +82,12 @@ class Rejection(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What the scheduler says of the next step: first the moves, in order, then the work, which is reserved in the
-    ledger."""
+    """What the scheduler says of the next step: first what comes `before` it, in this order, then the work, which is
+    reserved in the ledger."""
 
     work: list[Work]
-    moves: list[Move] = field(default_factory=list)
+    before: list[Before] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
-    compaction: Compaction | None = None
-    """What comes first, behind the moves."""
-    seals: Seals | None = None
-    """What comes behind that."""
 
 
 @dataclass

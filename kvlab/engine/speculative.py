@@ -137,7 +137,8 @@ class ModelDrafter(Drafter):
         self.num_drafts, self.params, self.buckets = num_drafts, model.params, buckets
         layout = MemoryLayout.of(
             model.states,
-            replace(memory, chunk_len=max(memory.chunk_len, 2 * num_drafts)),
+            # A guess costs nothing but time where it is wrong: a drafter reads all that it stores.
+            replace(memory, chunk_len=max(memory.chunk_len, 2 * num_drafts), selection=None),
             max_sequences=max_sequences,
             max_len=max_len + num_drafts,
             spare_states=max_sequences,  # a step that may be rejected writes beside what it reads

@@ -22,6 +22,8 @@ from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
+type IsRead = tuple[Mapping[str, Any], ...]
+"""By layer and state, for those that select: [B, T, K, N] whether a query read an entry of its list of pages."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,12 @@ class MemoryStep:
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         return model.logits(hidden), pools
 
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def observe(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools, IsRead]:
+        """As a call, and by layer and state which entries of its list of pages each query read: for verification."""
+        model, hidden, views = self._advance(params, pools, plan, tokens)
+        return model.logits(hidden), self.layout.pools(views), self.layout.read_by(views)
+
     @partial(jax.jit, static_argnums=0, static_argnames="everywhere", donate_argnums=2)
     def next_logits(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, everywhere: bool = False
@@ -71,10 +79,17 @@ class MemoryStep:
     ) -> tuple[Transformer, Hidden, Pools]:
         """The model, its final hidden states [B, T, E] of the plan's tokens, and the pools after; traced, not
         compiled. A step of a second pass `listens`."""
+        model, hidden, views = self._advance(params, pools, plan, tokens, listens=listens)
+        return model, hidden, self.layout.pools(views)
+
+    def _advance(
+        self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, listens: bool = False
+    ) -> tuple[Transformer, Hidden, Any]:
+        """The same with the views after the step in place of their pools."""
         model = merge(self.structure, params)
         positions = jnp.asarray(plan.starts)[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
         hidden, views = model.hidden(tokens, positions, self.layout.views(pools, plan, listens=listens))
-        return model, hidden, self.layout.pools(views)
+        return model, hidden, views
 
     def compiled(self, params: Params, pools: Pools, num_tokens: int) -> Any:
         """The compiled step for chunks of `num_tokens`: what `memory_analysis()` is asked of. Nothing runs."""
@@ -134,6 +149,13 @@ class MemoryStep:
         """One planned step, its copies first."""
         plan, pools = self.copied(pools, plan)
         return self(params, pools, plan, jnp.asarray(tokens))
+
+    def run_observed(
+        self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]
+    ) -> tuple[Array, Pools, IsRead]:
+        """The same, and what it read; see `observe`."""
+        plan, pools = self.copied(pools, plan)
+        return self.observe(params, pools, plan, jnp.asarray(tokens))
 
     def read_on(self, params: Params, pools: Pools, steps: Sequence[tuple[Plan, npt.NDArray[np.int32]]]) -> Pools:
         """The pools after the planned steps of a second pass (`Listener.plan`)."""

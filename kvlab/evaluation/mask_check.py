@@ -13,6 +13,8 @@ from flax import nnx
 from jax import Array
 
 from kvlab.engine.compactor import Compacted, SealedPages
+from kvlab.evaluation.read_masks import ReadMasks, what_was_read
+from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import GoneAt, SealedAt, sealed_trail, trail
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates, view_of
@@ -33,7 +35,8 @@ class MaskCheck:
         self.worst = 0.0
         self.num_compared = self.num_compactions = 0
         self.evicted: dict[str, list[int]] = {}
-        """By slice: slots that compactions dropped, and slots that were ever written."""
+        """By slice: tokens that heads dropped before the end of their sequence, by compactions or behind a window, and
+        tokens that these heads were given."""
 
     def compare(
         self,
@@ -41,15 +44,17 @@ class MaskCheck:
         compacted: Sequence[Compacted],
         seen: dict[int, np.ndarray],
         name: str = "",
+        steps: Sequence[ReadStep] = (),
         sealed: Sequence[SealedPages] = (),
     ) -> None:
         """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
-        by position."""
+        by position, and `steps` what was read."""
         if not seen:
             return
         gone_at = trail(self.layout, compacted, *tokens.shape)
+        is_read = what_was_read(self.layout, steps, compacted, *tokens.shape)
         sealed_at = sealed_trail(self.layout, gone_at, sealed)
-        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at, sealed_at)
+        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at, is_read, sealed_at)
         positions = sorted(seen)
         most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
         for position in positions[:: -(-len(positions) // most)]:
@@ -60,13 +65,19 @@ class MaskCheck:
             self.worst = max(self.worst, float(error.max()))
             self.num_compared += error.size
         evicted = self.evicted.setdefault(name, [0, 0])
-        evicted[0] += sum(int((plan.stored - plan.keep).sum()) for each in compacted for plan in each.plan.classes)
-        evicted[1] += tokens.size * sum(state.retention is not None for state in self.layout.classes)
+        dropped = [gone < tokens.shape[1] for layer in gone_at for gone in layer.values()]
+        evicted[0] += sum(int(each.sum()) for each in dropped)
+        evicted[1] += sum(each.size for each in dropped)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
     @partial(jax.jit, static_argnums=0)
     def _hidden(
-        self, params: Params, tokens: Tokens, gone_at: GoneAt, sealed_at: tuple[dict[str, SealedAt], ...]
+        self,
+        params: Params,
+        tokens: Tokens,
+        gone_at: GoneAt,
+        is_read: ReadMasks,
+        sealed_at: tuple[dict[str, SealedAt], ...],
     ) -> Hidden:
         """Final hidden states of the parallel form."""
         sealed = [
@@ -83,7 +94,7 @@ class MaskCheck:
             }
             for states, mine in zip(self.layout.states, sealed_at, strict=True)
         ]
-        return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at, sealed)
+        return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at, is_read, sealed)
 
     @partial(jax.jit, static_argnums=0)
     def _logits(self, params: Params, hidden: Array) -> Array:
@@ -100,19 +111,23 @@ def masked_hidden(
     model: Transformer,
     stored: Sequence[LayerStates],
     tokens: Tokens,
-    gone_at: GoneAt,
+    gone_at: Sequence[Mapping[str, Any]],
+    is_read: ReadMasks | None = None,
     sealed: Sequence[Mapping[str, Any]] = (),
 ) -> Hidden:
     """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,
-    each head sees what it still holds. All are rounded as the `stored` states say. Traced."""
+    each head sees what it still holds, and of these tokens what `is_read` says. All are rounded as the `stored` states
+    say. Traced."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
     memory: list[dict[str, Any]] = []
-    for states, gone, rounded in zip(stored, gone_at, sealed or [{}] * len(stored), strict=True):
+    for layer, (states, gone) in enumerate(zip(stored, gone_at, strict=True)):
         views = dict[str, Any]()
         for name, state in states.items():
             if name in gone:
-                views[name] = rounded.get(name, MaskedTokens)(state, {}, counts, gone[name])
+                read = None if is_read is None else is_read[layer].get(name)
+                make = sealed[layer].get(name, MaskedTokens) if sealed else MaskedTokens
+                views[name] = make(state, {}, counts, gone[name], read)
             else:
                 views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
         memory.append(views)

@@ -97,10 +97,10 @@ def _device_peak_bytes(seen: Observed) -> int | None:
 
 def read_bytes_per_token(seen: Observed) -> int:
     """What is live of a sequence, by the ledger, less what its states select away."""
-    num_tokens, total = seen.layout.max_len, 0
+    total, stored = 0, seen.ledger.stored(seen.ledger.sequences[0])
     for state, account in zip(seen.layout.classes, seen.accounts, strict=True):
-        spec, page_size = state.spec, state.page_size
-        left_out = spec.logical_bytes(num_tokens, page_size) - spec.read_bytes(num_tokens, page_size)
+        spec, page_size, num_stored = state.spec, state.page_size, stored[state.name]
+        left_out = spec.logical_bytes(num_stored, page_size) - spec.read_bytes(num_stored, page_size)
         total += account.logical // seen.layout.max_sequences - left_out * state.num_layers
     return total + sum(_weighed_bytes(seen, layer) for layer in range(len(seen.layout.states)))
 
@@ -122,8 +122,18 @@ def _layers(seen: Observed) -> tuple[dict[str, Any], ...]:
         for name, index in states.items():
             share, account = seen.layout.classes[index].num_layers, seen.accounts[index]
             sizes = {"logical": account.logical, "allocated": account.allocated, "pool": account.pool}
-            rows.append({"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()})
+            row = {"layer": layer, "state": name} | {f"{key}_bytes": n // share for key, n in sizes.items()}
+            rows.append(row | _how_it_is_read(seen.layout, layer, name))
     return tuple(rows)
+
+
+def _how_it_is_read(layout: MemoryLayout, layer: int, name: str) -> dict[str, str]:
+    """Under a selection, what a layer's state is read by, or why all of it is read."""
+    if layout.selection is None:
+        return {}
+    state = layout.classes[layout.states[layer][name]].spec
+    reason = layout.selection.skips(state) or "one of the dense layers"
+    return {"read_by": f"all: {reason}" if state.reading is None else layout.selection.name}
 
 
 @dataclass(frozen=True)
@@ -212,6 +222,7 @@ def measure(
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
     prompt_len = max(1, num_tokens - decode_steps)
     session.prompt_len, session.known, session.times = prompt_len, dict(enumerate(tokens)), True
+    session.decode_from = prompt_len
     # Where prompts are compressed they come one after the other: while one is whole, the others are what is left.
     groups = [[row] for row in rows] if layout.compresses else [list(rows)]
     for group in groups:

@@ -72,7 +72,8 @@ class Scorer:
     ) -> tuple[SliceScore, ...]:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
         every logit that is scored is compared, and freed pages are spoiled."""
-        session = Session(MemoryStep.of(self.structure, layout), params, poisons=check is not None)
+        is_checked = check is not None
+        session = Session(MemoryStep.of(self.structure, layout), params, poisons=is_checked, observes=is_checked)
         scores = []
         for eval_slice in self.task.slices(split):
             tally = _Tally(eval_slice)
@@ -94,6 +95,7 @@ class Scorer:
         tokens, labels, weights = (np.asarray(rows)[real_rows] for rows in (batch.tokens, all_labels, all_weights))
         scored, seen = np.zeros((2, *tokens.shape), np.float32), dict[int, np.ndarray]()
         session.prompt_len, session.known = eval_slice.compress_at or eval_slice.prompt_len, dict(enumerate(tokens))
+        session.decode_from = eval_slice.prompt_len
         for start, end, width in steps(eval_slice, session.layout.chunk_len):
             logits = session.advance({row: tokens[row, start:end] for row in range(len(tokens))}, width)
             if not weights[:, start:end].any():
@@ -108,7 +110,7 @@ class Scorer:
                 labelled = [position for position in range(start, end) if weights[:, position].any()]
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
-            check.compare(tokens, session.compacted, seen, eval_slice.name, session.sealed)
+            check.compare(tokens, session.compacted, seen, eval_slice.name, session.steps, session.sealed)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,20 @@ from jax import Array
 
 from kvlab.engine.compactor import Compacted, SealedPages
 from kvlab.engine.listener import Listener, Slots
-from kvlab.engine.step import MemoryStep, Pools
+from kvlab.engine.step import IsRead, MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.classes import Lengths
+from kvlab.ledger.plan import Plan
 from kvlab.typing import Params
+
+
+class ReadStep(NamedTuple):
+    """A step as the host planned it, a row of the plan for each of its sequences, and what it read, still on the
+    device."""
+
+    sequences: tuple[Hashable, ...]
+    plan: Plan
+    is_read: IsRead
 
 
 class Session:
@@ -24,20 +35,34 @@ class Session:
     sequence's prompt (None: they are not compressed). `compacted` are the compactions so far. `known` are the complete
     tokens of sequences, for a method that must know what follows. With `poisons`, pages that a compaction or a window
     frees are filled with what must not be read.
+
+    A memory that selects may have prompts read all of it: tokens from `decode_from` on are no prompt's. With
+    `observes`, `steps` has what each step so far read.
     """
 
-    def __init__(self, step: MemoryStep, params: Params, pools: Pools | None = None, *, poisons: bool = False):
+    def __init__(
+        self,
+        step: MemoryStep,
+        params: Params,
+        pools: Pools | None = None,
+        *,
+        poisons: bool = False,
+        observes: bool = False,
+    ):
         self.step, self.params, self.poisons = step, params, poisons
+        self.observes = observes and step.layout.selects
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
         self.listener = Listener(self.layout)
         self.forgets = any(state.paged and state.spec.span is not None for state in self.layout.classes)
-        self.known: Mapping[Hashable, Sequence[int] | npt.NDArray[np.int32]] = {}
+        self.known: Mapping[Any, Sequence[int] | npt.NDArray[np.int32]] = {}
         self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
         self.sealed: list[SealedPages] = []
+        self.decode_from = 0
+        self.steps: list[ReadStep] = []
         self.times = False
         """Whether compactions, second passes included, are waited for and timed."""
         self.compaction_s: list[float] = []
@@ -64,7 +89,12 @@ class Session:
                 raise MemoryError(f"sequence {name!r}: {answer.reason}")
             tokens[row, : len(chunks[name])] = chunks[name]
         plan = self.ledger.plan(names, num_rows, width)
-        logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
+        plan = plan.with_prompts(self.decode_from)
+        if self.observes:
+            logits, self.pools, is_read = self.step.run_observed(self.params, self.pools, plan, tokens)
+            self.steps.append(ReadStep(tuple(names), plan, is_read))
+        else:
+            logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
         free = self._free() if self.poisons and self.forgets else []
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
@@ -145,4 +175,5 @@ class Session:
             self.ledger.release(name)
         self.compacted.clear()
         self.sealed.clear()
+        self.steps.clear()
         self.fed.clear()

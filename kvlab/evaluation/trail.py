@@ -17,7 +17,8 @@ NEVER = 2**30
 """A length that no sequence reaches: a token that is never dropped is gone there."""
 
 type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
-"""For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token."""
+"""For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token; of every state that
+drops tokens, or selects among them."""
 
 
 def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, num_tokens: int) -> GoneAt:
@@ -38,8 +39,12 @@ def trail(layout: MemoryLayout, compacted: Sequence[Compacted], num_rows: int, n
                 if name in each.kept[layer]:
                     kept = np.asarray(each.kept[layer][name])
                     of_heads = layout.page_size if "dealt" in dict(parts.names) else None
-                    _follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
+                    follow(each, layout.states[layer][name], kept, gone, held, known, of_heads)
             mine[name] = gone
+        for name, index in layout.states[layer].items():
+            spec = layout.classes[index].spec
+            if spec.reading is not None and name not in mine:  # nothing is dropped, and not everything read
+                mine[name] = np.full((num_rows, spec.arrays[0].shape[0], num_tokens), NEVER, np.int32)
         gone_at.append(mine)
     return tuple(gone_at)
 
@@ -94,7 +99,7 @@ def forgotten_at(state: State, position: int) -> int:
     return NEVER if length is None else length
 
 
-def _follow(
+def follow(
     compacted: Compacted,
     index: int,
     kept: npt.NDArray[np.int32],

@@ -34,8 +34,9 @@ def verify(
     name = EXACT
     if memory.format != "model":
         name += f" with what is stored rounded to {memory.format}"
-    if memory.compression is not None:
-        name += " under the mask of what it kept"
+    masks = {"kept": memory.compression, "read": memory.selection}
+    if applied := [what for what, method in masks.items() if method is not None]:
+        name += f" under the mask of what it {' and '.join(applied)}"
     if not check.worst <= LOGIT_TOLERANCE[dtype]:
         raise RuntimeError(
             f"logits through the memory differ from {name} by {check.worst:.2g} of the largest; they must agree within "

@@ -27,7 +27,7 @@ from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, FailedTraining, Lossy, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
-from kvlab.memory.parts import skipped_states
+from kvlab.memory.formats import skipped
 from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.typing import Params
@@ -124,7 +124,7 @@ def lossy_report(lab: Laboratory, check: MaskCheck) -> Lossy:
         num_logits=check.num_compared,
         num_compactions=check.num_compactions,
         evicted_fraction=evicted,
-        skipped=skipped_states(lab.model.states, lab.config.memory.compression),
+        skipped=skipped(lab.model.states, lab.config.memory),
     )
 
 

@@ -16,8 +16,9 @@ from kvlab.ledger.classes import Lengths
 from kvlab.ledger.growth import shorten
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.budgets import Context
-from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.parts import skipped_states, stored_states
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import skipped
+from kvlab.memory.layout import MemoryLayout, stored_states
 from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
 from kvlab.units import human_bytes
@@ -34,7 +35,8 @@ class Plan:
     held_bytes: pages that a sequence holds at the measured context; peak_bytes: the most that the batch holds on the
     way, divided by its sequences, prompts coming one after the other where they are compressed; read_bytes_per_token:
     what decoding one more token of a sequence reads of its memory. They are the ledger's, run without a device, and
-    what a record of the run will say. skipped: states that a compression leaves as they are, and why.
+    what a record of the run will say.
+    skipped: states that format or compression leave as they are, by "layer.name", with the reason.
     """
 
     num_params: int
@@ -107,8 +109,8 @@ def predict(lab: Laboratory) -> Plan:
         held_bytes=sum(account.allocated for account in seen.accounts) // batch_size,
         peak_bytes=peak_bytes / batch_size,
         read_bytes_per_token=read_bytes_per_token(seen),
-        skipped=skipped_states(lab.model.states, config.memory.compression),
         format_is_idle=_format_is_idle(lab),
+        skipped=skipped(lab.model.states, config.memory),
     )
 
 
@@ -137,6 +139,8 @@ def _advance(ledger: Ledger, rows: Iterable[int], count: int, start: int, contex
 def _format_is_idle(lab: Laboratory) -> bool:
     """Whether the memory's format changes no byte: recurrent states stay in the model's type."""
     memory, states = lab.config.memory, lab.model.states
+    if memory.format in SEALED:
+        return False  # they are refused where no page would be sealed
     as_computed = stored_states(states, replace(memory, format="model"))
     return memory.format != "model" and stored_states(states, memory) == as_computed
 

@@ -133,7 +133,7 @@ class Point:
     slices: dict[str, float]
     learning_rates: list[float]
     num_params: int
-    speeds: dict[str, float]
+    speeds: dict[str, float | None]
     layers: tuple[dict[str, Any], ...]
     run_ids: list[str]
     fidelity: dict[str, Any]
@@ -240,7 +240,7 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         slices={name: statistics.mean(r.quality.slices[name] for r in group) for name in first.quality.slices},
         learning_rates=[record.training.learning_rate for record in group],
         num_params=first.num_params,
-        speeds={name: statistics.median(getattr(r.speed, name) for r in group) for name in asdict(first.speed)},
+        speeds={name: _median([getattr(r.speed, name) for r in group]) for name in asdict(first.speed)},
         layers=first.memory.layers,
         run_ids=[record.run_id for record in group],
         fidelity={
@@ -255,6 +255,12 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         is_discriminative=is_discriminative(first.quality.metric, ceiling, first.quality.chance, None),
         config=without_seed(first.config),
     )
+
+
+def _median(values: list[float | None]) -> float | None:
+    """The median of what is known; None where nothing is, such as compactions of a memory that makes none."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _turns(group: list[Done]) -> list[float | None]:

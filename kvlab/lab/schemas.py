@@ -13,10 +13,12 @@ from typing import Any
 from kvlab.capacity.config import CapacityConfig, ServingMemory
 from kvlab.capacity.presets import Preset
 from kvlab.capacity.workload import WorkloadConfig
+from kvlab.compression import COMPRESSIONS
 from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
-from kvlab.schema import json_schema
+from kvlab.schema import Schema, json_schema
+from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
 type Node = dict[str, Any]
@@ -41,7 +43,9 @@ def all_schemas() -> dict[str, Node]:
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)
-    schemas["generate.memory"] = json_schema(MemoryConfig)
+    schemas["generate.memory"] = schemas["run.format"] = schemas["generate.format"] = json_schema(MemoryConfig)
+    for name, registry in (("compression", COMPRESSIONS), ("selection", SELECTIONS)):
+        schemas[f"run.{name}"] = schemas[f"generate.{name}"] = _method(name, registry)
     return {name: _whole(node) for name, node in schemas.items()}
 
 
@@ -64,9 +68,16 @@ def _by_type(registry: Mapping[str, Any]) -> list[Node]:
     return found
 
 
+def _method(name: str, registry: Mapping[str, type[Schema]]) -> Node:
+    """A choice of how a memory is kept: its fields, or null under the name of the group."""
+    options = [json_schema(kind) for kind in registry.values()]
+    nothing: Node = {"type": "object", "properties": {name: {"type": "null"}}, "additionalProperties": False}
+    return {"anyOf": [*options, nothing]}
+
+
 def _mixer() -> Node:
     """A variant: layers have any name."""
-    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}}
+    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}, "knob": {"type": ["string", "null"]}}
     return {"type": "object", "properties": named, "additionalProperties": {"anyOf": _by_type(MIXERS)}}
 
 

@@ -57,7 +57,8 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     console.print(table)
     lines = [_kernels_line(plan) for _, plan in plans]
     lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
-    lines += [line for config, plan in plans for line in _compression_lines(config, plan)]
+    lines += [line for config, _ in plans for line in _budget_lines(config)]
+    lines += [line for config, plan in plans if not plan.format_is_idle for line in _skipped_lines(config, plan)]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
 
@@ -71,25 +72,30 @@ def label_of(config: Config) -> str:
     return " ".join(words if memory.format == "model" else [*words, memory.format])
 
 
-def _compression_lines(config: Config, plan: Plan) -> list[str]:
-    """Said of what a budget was solved for, and of what a compression leaves as it is."""
-    lines, budget, name = list[str](), config.equal_budget, f"{label_of(config)} [{config.run_id}]"
-    if budget is not None and budget.is_ceiling:
-        lines.append(f"{name}: budget = {budget.asked} has nothing to solve here: the run holds everything, a ceiling")
-    elif budget is not None:
-        held = f"which holds {budget.held_bytes:,} bytes a sequence"
-        lines.append(f"{name}: budget = {budget.asked} is {budget.knob} = {budget.solved}, {held}")
-    by_reason: dict[str, list[str]] = {}
-    for state, reason in plan.skipped.items():
-        by_reason.setdefault(reason, []).append(state)
-    lines += [f"{name}: left as they are: {', '.join(states)}: {reason}" for reason, states in by_reason.items()]
-    return lines
+def _budget_lines(config: Config) -> list[str]:
+    """Said of what a budget was solved for."""
+    budget, name = config.equal_budget, f"{label_of(config)} [{config.run_id}]"
+    if budget is None:
+        return []
+    if budget.is_ceiling:
+        return [f"{name}: budget = {budget.asked} has nothing to solve here: the run holds everything, a ceiling"]
+    held = f"which holds {budget.held_bytes:,} bytes a sequence"
+    return [f"{name}: budget = {budget.asked} is {budget.knob} = {budget.solved}, {held}"]
 
 
 def _format_line(config: Config) -> str:
     """Said of a run whose format no state is stored in."""
     repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
     return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
+
+
+def _skipped_lines(config: Config, plan: Plan) -> list[str]:
+    """Said of a run whose memory leaves some states as they are: which, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    run = f"{config.label} [{config.run_id}]"
+    return [f"{run}: {', '.join(names)} left as computed ({reason})" for reason, names in by_reason.items()]
 
 
 def _kernels_line(plan: Plan) -> str:

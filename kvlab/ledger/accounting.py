@@ -1,6 +1,6 @@
 """Where every byte is: one account for each state class, in integers that sum to the pool after every step.
 
-pool = free + null + live + cached + tail + dead + duplicate + lookahead + reserved + scale + padding
+pool = free + null + live + cached + tail + dead + duplicate + lookahead + reserved + scale + statistics + padding
 """
 
 from collections.abc import Collection, Sequence
@@ -14,7 +14,10 @@ from kvlab.ledger.states import live_pages
 from kvlab.ledger.store import Holding
 
 SLOTS = ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding", "cached", "shared", "live_pages")
-PARTS = ("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "padding")
+PARTS = (
+    *("free", "null", "live", "cached", "tail", "dead", "duplicate", "lookahead", "reserved", "scale", "statistics"),
+    "padding",
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,12 @@ class Account:
     lookahead: speculative slots of steps in flight
     reserved: the part of a contiguous reservation that its sequence will still use
     scale: quantisation scales of held pages
+    statistics: what is noted of held pages, to choose which are read
     padding: the part of a contiguous block that was not asked for
 
-    Beside the sum: `live_scale`, the part of `scale` that belongs to what is live; `shared`, bytes that sharing saves
-    (further holders of a page); and `stranded`, free bytes that no request can use because another class of the same
-    ledger has none left.
+    Beside the sum: `live_scale` and `live_statistics`, the parts of `scale` and `statistics` that belong to what is
+    live; `shared`, bytes that sharing saves (further holders of a page); and `stranded`, free bytes that no request can
+    use because another class of the same ledger has none left.
     """
 
     name: str
@@ -48,8 +52,10 @@ class Account:
     lookahead: int
     reserved: int
     scale: int
+    statistics: int
     padding: int
     live_scale: int
+    live_statistics: int
     shared: int
     stranded: int
 
@@ -60,8 +66,9 @@ class Account:
 
     @property
     def logical(self) -> int:
-        """Bytes of what is live, its scales included: what `State.logical_bytes` states of each sequence."""
-        return self.live + self.live_scale
+        """Bytes of what is live, its scales and statistics included: what `State.logical_bytes` states of each
+        sequence."""
+        return self.live + self.live_scale + self.live_statistics
 
     @property
     def balanced(self) -> bool:
@@ -108,8 +115,9 @@ def account(
     slots = _blocks(state, sequences) if state.contiguous else _pages(state, sequences, indexed)
     scale = state.spec.scale_bytes * state.num_layers
     payload = state.spec.unit_bytes * state.num_layers - scale
-    page_scale = state.spec.per_page_bytes * state.num_layers
-    live_scale = slots["live"] * scale + slots.pop("live_pages") * page_scale
+    of_page = state.spec.index_bytes * state.num_layers
+    page_scale = state.spec.per_page_bytes * state.num_layers - of_page
+    live_pages = slots.pop("live_pages")
     num_held = sum(slots[name] for name in ("live", "tail", "dead", "duplicate", "lookahead", "reserved", "padding"))
     return Account(
         name=state.name,
@@ -117,9 +125,11 @@ def account(
         free=num_free * state.page_bytes,
         null=state.has_null_page * state.page_bytes,
         cached=slots.pop("cached") * state.page_bytes,
-        live_scale=live_scale,
+        live_scale=slots["live"] * scale + live_pages * page_scale,
+        live_statistics=live_pages * of_page,
         shared=slots.pop("shared") * state.page_bytes,
         scale=num_held * scale + num_held // state.page_size * page_scale,
+        statistics=num_held // state.page_size * of_page,
         stranded=stranded,
         **{name: count * payload for name, count in slots.items()},
     )

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kvlab.ledger.memory_states import SealedState, Statistics
 from kvlab.ledger.retention import Retention, Sealing
-from kvlab.ledger.states import SealedState, State, Statistics, max_pages_for_step
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.schema import nearest
 
 
@@ -71,6 +72,9 @@ class StateClass:
             )
         if self.reservation is not None and not self.spec.per_token:
             raise ValueError(f"{self.name}: reservation = {self.reservation!r}: recurrent states take none")
+        if self.spec.reading is not None and (not self.paged or self.spec.reading.page_size != self.page_size):
+            legal = f"must be None, or of pages of {self.page_size} slots that are given on demand"
+            raise ValueError(f"{self.name}: reading = {self.spec.reading}: {legal}")
         if self.retention is not None and not self.compactable:
             raise ValueError(f"{self.name}: retention = {self.retention}: must be None for a class that never compacts")
 

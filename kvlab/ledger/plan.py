@@ -1,6 +1,7 @@
 """The only channel from host to device: what one step reads, writes and copies, as a pytree of integer arrays.
 
-A saved list of plans, and of the compactions between them, replays a run: the device needs nothing else of the host.
+A saved list of plans, and of the compactions and sealings between them, replays a run: the device needs
+nothing else of the host.
 """
 
 import zipfile
@@ -36,6 +37,9 @@ class ClassPlan(NamedTuple):
     valid: Bools | None = None
     """[B, table_len, page_size] which slots of the listed pages may be read; None: all that `starts` and masks
     allow."""
+    prompts: Ints | None = None
+    """[B] tokens of each sequence's prompt, whose queries read every page of a class that otherwise selects; 0 where
+    nobody said. None: prompts are read as everything else is."""
 
 
 class Plan(NamedTuple):
@@ -51,6 +55,12 @@ class Plan(NamedTuple):
     def has_copies(self) -> bool:
         """Whether pages must be copied before the step."""
         return any(len(plan.copies) for plan in self.classes)
+
+    def with_prompts(self, prompt_len: int) -> "Plan":
+        """The plan of sequences that all have a prompt of so many tokens, where it matters."""
+        lens = np.full(len(self.starts), prompt_len, np.int32)
+        classes = (mine if mine.prompts is None else mine._replace(prompts=lens) for mine in self.classes)
+        return self._replace(classes=tuple(classes))
 
     def without_copies(self) -> "Plan":
         """The plan of the step alone, once its copies are done: its shapes do not depend on them."""
@@ -69,7 +79,7 @@ class Seals(NamedTuple):
     """Full pages to seal before the next step: [n, 2] (open page, sealed page) for every class of open pages, none for
     the others. All are read before the open ones are written again."""
 
-    classes: tuple[Ints, ...]
+    classes: tuple[Any, ...]
 
 
 def pairs(pages: Sequence[tuple[int, int]]) -> Ints:
@@ -106,8 +116,12 @@ class Compaction(NamedTuple):
     """[B] tokens of each sequence."""
 
 
-def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
-    """Writes plans and compactions, in their order, as one compressed npz file of integer arrays."""
+type Saved = Plan | Compaction | Seals
+"""What a replay needs, in the order in which the device did it."""
+
+
+def save_plans(path: Path, plans: Sequence[Saved]) -> None:
+    """Writes plans, compactions and sealings, in their order, as one compressed npz file of integer arrays."""
     if not plans:
         raise ValueError("plans = []: there is nothing to save")
     arrays: dict[str, Any] = {}
@@ -116,13 +130,13 @@ def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
             if name != "classes":
                 arrays[f"{step}/{name}"] = getattr(plan, name)
         for index, of_class in enumerate(plan.classes):
-            fields = of_class._asdict().items()
+            fields = (("moves", of_class),) if isinstance(plan, Seals) else of_class._asdict().items()
             arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def load_plans(path: Path) -> list[Plan | Compaction]:
+def load_plans(path: Path) -> list[Saved]:
     """Reads what `save_plans` wrote. Raises ValueError for a file that holds anything else."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -133,7 +147,7 @@ def load_plans(path: Path) -> list[Plan | Compaction]:
         wanted = np.bool_ if name.endswith("/valid") else np.int32
         if array.dtype != wanted:
             raise ValueError(f"{path}: {name} is {array.dtype}, not {np.dtype(wanted).name}: not a file of plans")
-    plans = list[Plan | Compaction]()
+    plans = list[Saved]()
     while any(name.startswith(f"{len(plans)}/") for name in arrays):
         plans.append(_taken_out(path, arrays, len(plans)))
     if arrays or not plans:
@@ -141,8 +155,11 @@ def load_plans(path: Path) -> list[Plan | Compaction]:
     return plans
 
 
-def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compaction:
-    """One plan or compaction, whose arrays are taken out of `arrays`."""
+def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Saved:
+    """One plan, compaction or sealing, whose arrays are taken out of `arrays`."""
+    if f"{step}/0/moves" in arrays:
+        numbers = range(sum(name.startswith(f"{step}/") for name in arrays))
+        return Seals(tuple(arrays.pop(f"{step}/{number}/moves", pairs([])) for number in numbers))
 
     def fields(prefix: str, names: Sequence[str], optional: Sequence[str] = ()) -> list[Any]:
         if missing := [name for name in names if f"{prefix}/{name}" not in arrays and name not in optional]:
@@ -154,7 +171,8 @@ def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compacti
     of_rows = fields(str(step), ("seeds", "lengths") if is_compaction else ("starts", "counts"))
     classes = list[Any]()
     while f"{step}/{len(classes)}/pages" in arrays:
-        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid",))))
+        classes.append(of_class(*fields(f"{step}/{len(classes)}", of_class._fields, ("valid", "prompts"))))
     if not classes:
         raise ValueError(f"{path}: step {step} has no class: not a file of plans")
-    return Compaction(tuple(classes), *of_rows) if is_compaction else Plan(*of_rows, tuple(classes))
+    first, second = of_rows
+    return Compaction(tuple(classes), first, second) if is_compaction else Plan(first, second, tuple(classes))

@@ -51,7 +51,7 @@ class Publisher:
         """Publishes full pages whose ids are known, and the recurrent states that are to be kept."""
         assert held.ids is not None
         page_size, page_bytes, tip = self.index.page_size, self.index.page_size * ITEM, held.path[-1]
-        num_sealed = min(held.length, len(held.ids) // ITEM) // page_size
+        num_sealed = min(held.length, len(held.ids) // ITEM, self._most(held)) // page_size
         while (logical := len(held.path) - 1) < num_sealed:
             ids = bytes(held.ids[logical * page_bytes : (logical + 1) * page_bytes])
             node = self.index.find(held.path[-1], ids, grow=True)
@@ -65,6 +65,13 @@ class Publisher:
         if held.path[-1] is not tip:
             held.path[-1].locks += 1
             self.index.unlock(tip)
+
+    def _most(self, held: Tracked) -> int:
+        """Tokens of a sequence that others may read. Where prompts are read in another way than what follows them,
+        nothing of an answer: to others it would be part of a prompt."""
+        if not any(store.has_dense_prompts for store in self.stores):
+            return held.length
+        return held.prompt_len if held.compress_at is None else held.compress_at
 
     def _offer(self, store: Store, holding: Holding, node: Node, logical: int) -> None:
         """Publishes a sequence's page, or gives it up for the identical one that the index has."""

@@ -4,6 +4,8 @@ that admission, capacity and a replay know them beforehand."""
 import math
 from dataclasses import dataclass
 
+from kvlab.ledger.pyramid import Pyramid
+
 AT = ("end", "chunks")
 
 
@@ -48,7 +50,7 @@ class Retention:
     A prompt is compacted at its end ("end": all of it is held once), or after every `chunk_len` of its tokens
     ("chunks"). While decoding, a sequence is compacted whenever it stores `every` slots more than it keeps; 0: never.
     `protected` slots are never dropped, so that at least as many are kept. Counts are multiples of `unit`,
-    rounded down.
+    rounded down. With a `pyramid` that is the mean of several layers, of which this class is one.
     """
 
     slots: int | None = None
@@ -58,6 +60,7 @@ class Retention:
     chunk_len: int = 0
     every: int = 0
     unit: int = 1
+    pyramid: Pyramid | None = None
 
     def __post_init__(self) -> None:
         if (self.slots is None) == (self.fraction is None):
@@ -75,12 +78,28 @@ class Retention:
 
     def keep(self, prompt_len: int) -> int:
         """Slots that a compaction leaves of a sequence with such a prompt; it may have fewer."""
-        keep = self.slots
-        if keep is None:
+        mean, least = self._mean(prompt_len), self._least
+        if self.pyramid is None:
+            return mean * self.unit
+        return (least + self.pyramid.slots(mean - least, -(-prompt_len // self.unit) - least)) * self.unit
+
+    @property
+    def _least(self) -> int:
+        """Units that hold the protected slots, and at least one of them."""
+        return -(-max(1, self.protected) // self.unit)
+
+    def _mean(self, prompt_len: int) -> int:
+        """Units that a compaction leaves of a sequence, on average over the layers that share a budget."""
+        slots = self.slots
+        if slots is None:
             assert self.fraction is not None
-            keep = max(1, self.protected, math.floor(self.fraction * prompt_len + 1e-9))
-        least = -(-max(1, self.protected) // self.unit) * self.unit
-        return max(keep // self.unit * self.unit, least)
+            slots = math.floor(self.fraction * prompt_len + 1e-9)
+        return max(slots // self.unit, self._least)
+
+    def _most_kept(self, max_len: int) -> int:
+        """The most slots that a compaction leaves of any prompt of up to `max_len` tokens."""
+        mean, least = self._mean(max_len), self._least
+        return (mean if self.pyramid is None else least + self.pyramid.most_slots(mean - least)) * self.unit
 
     def due(self, prompt_len: int, length: int, stored: int) -> int | None:
         """Slots to keep if a sequence of `length` tokens, of which `stored` slots are stored, is to be compacted before
@@ -133,4 +152,4 @@ class Retention:
         """The most slots of any sequence of up to `max_len` tokens, whatever its prompt."""
         if self.at == "end" or not self.every:
             return max_len
-        return min(max_len, self.keep(max_len) + max(self.chunk_len, self.every))
+        return min(max_len, self._most_kept(max_len) + max(self.chunk_len, self.every))

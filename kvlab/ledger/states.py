@@ -18,11 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from kvlab.ledger.readers import Readers
+from kvlab.ledger.reading import Reading
 from pallas_kernels.visible import Visible
 
 ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
 QUANTISED = ("int8", "fp8", "int4", "int2")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
+ROTATED = {"rotated8": "int8", "rotated4": "int4"}
+"""Formats of keys and values that are turned before they are quantised (`kvlab.memory.rotation`), and what to."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
 """How a memory can store a state: as declared, or quantised with a scale for each token, or for each channel of a
@@ -35,14 +38,15 @@ EVERYTHING = Visible()
 @dataclass(frozen=True)
 class ArraySpec:
     """Name, shape and dtype of one stored array. The shape is of one token, of one sequence, or, with `per_page`, of
-    one page whatever its size. `is_scale` marks quantisation scales. An axis of int4 or int2 counts numbers, two or
-    four of which share a byte."""
+    one page whatever its size. `is_scale` marks quantisation scales, `is_statistics` what a memory notes of its pages,
+    to choose which are read. An axis of int4 or int2 counts numbers, two or four of which share a byte."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     is_scale: bool = False
     per_page: bool = False
+    is_statistics: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BITS:
@@ -69,10 +73,12 @@ class ArraySpec:
 class State(abc.ABC):
     """The state of one layer, as integers and dtypes. Abstract: a mixer that does not state its bytes cannot be built.
 
-    `visible` is what a token sees; None: there is one state a sequence, and it is not addressed by token.
+    `visible` is what a token sees; None: there is one state a sequence, and it is not addressed by token. `reading`
+    says how many pages of it a step reads; None: all that are live. A memory sets it, no mixer does.
     """
 
     visible: Visible | None
+    reading: Reading | None = None
 
     @property
     @abc.abstractmethod
@@ -121,8 +127,13 @@ class State(abc.ABC):
 
     @property
     def per_page_bytes(self) -> int:
-        """Bytes that a page has once, whatever its size: scales by channel."""
+        """Bytes that a page has once, whatever its size: scales by channel, and what is noted of it."""
         return sum(array.num_bytes for array in self.arrays if array.per_page)
+
+    @property
+    def index_bytes(self) -> int:
+        """How many of `per_page_bytes` are statistics, from which a step chooses what it reads."""
+        return sum(array.num_bytes for array in self.arrays if array.is_statistics)
 
     def page_bytes(self, page_size: int) -> int:
         """Bytes of one page."""
@@ -134,19 +145,22 @@ class State(abc.ABC):
 
     def logical_bytes(self, n: int, page_size: int | None = None) -> int:
         """Bytes that must be held for one sequence of n tokens: what the published formulas count. Raises ValueError
-        without a page size where every page has scales of its own."""
-        return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._scales_of_pages(n, page_size)
+        without a page size where every page has bytes of its own."""
+        return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._bytes_of_pages(n, page_size)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
         """Bytes that computing token n reads: all that is live, unless the state selects."""
         return self.logical_bytes(n, page_size)
 
-    def _scales_of_pages(self, n: int, page_size: int | None) -> int:
+    def _bytes_of_pages(self, n: int, page_size: int | None) -> int:
         """What the pages with a token of live(n) have once each."""
         if not self.per_page_bytes:
             return 0
+        if page_size is None and self.reading is not None:
+            page_size = self.reading.page_size
         if page_size is None:
-            raise ValueError(f"page_size = None: must be given, since a page has {self.per_page_bytes} bytes of scales")
+            legal = f"must be given, since a page has {self.per_page_bytes} bytes of its own"
+            raise ValueError(f"page_size = None: {legal}")
         return self.per_page_bytes * sum(len(pages) for pages in live_pages(self, n, page_size))
 
 
@@ -164,17 +178,35 @@ def _check_format(format: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class PerToken(State):
     """A state of which every token has its own; `format`, one of `FORMATS`, is what the memory makes of it. `readers`
-    are the queries that read it; None: nobody said, so that a memory cannot weigh tokens by them."""
+    are the queries that read it; None: nobody said, so that a memory cannot weigh tokens by them. `index` is what a
+    memory notes of every page, beside the tokens."""
 
     visible: Visible = EVERYTHING
     format: str = "model"
     readers: Readers | None = None
+    index: tuple[ArraySpec, ...] = ()
 
     def __post_init__(self) -> None:
         _check_format(self.format)
+        if not all(array.per_page and array.is_statistics for array in self.index):
+            raise ValueError(f"index = {self.index}: must be statistics of pages")
+        if self.reading is not None and self.span is not None:
+            raise ValueError(f"reading = {self.reading}: must be None for a state that forgets by itself")
 
     def stored(self, format: str) -> Self:
+        if format in ROTATED:
+            raise ValueError(f"{type(self).__name__} is not rotated: only keys and values of attention are")
         return replace(self, format=format)
+
+    def read_bytes(self, n: int, page_size: int | None = None) -> int:
+        reading = self.reading
+        if reading is None:
+            return super().read_bytes(n, page_size)
+        num_pages, num_slots = -(-n // reading.page_size), reading.slots_read(n)
+        keys = [array for array in self.arrays if array.name in ("keys", "keys_scale") and not array.per_page]
+        looked_at = (n - num_slots) * sum(array.num_bytes for array in keys) if reading.reads_keys else 0
+        of_pages = min(num_pages, -(-num_slots // reading.page_size)) * (self.per_page_bytes - self.index_bytes)
+        return num_pages * self.index_bytes + looked_at + num_slots * self.unit_bytes + of_pages
 
 
 def _in_format(arrays: tuple[ArraySpec, ...], format: str, scale_dtype: str) -> tuple[ArraySpec, ...]:
@@ -189,7 +221,8 @@ def _in_format(arrays: tuple[ArraySpec, ...], format: str, scale_dtype: str) -> 
 class TokenState(PerToken):
     """Keys and values of every visible token: full attention, a sliding window with sinks, or chunked local attention.
 
-    `dtype` is the model's. What is quantised has scales of `scale_dtype`; our kernels take float32.
+    `dtype` is the model's. What is quantised has scales of `scale_dtype`; our kernels take float32. With `is_rotated`
+    what is stored are keys and values that were turned (QuaRot, arXiv 2404.00456).
     """
 
     num_kv_heads: int
@@ -197,16 +230,23 @@ class TokenState(PerToken):
     value_dim: int
     dtype: str = "float32"
     scale_dtype: str = "float32"
+    is_rotated: bool = False
 
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
+        if self.is_rotated and (self.key_dim % 2 or self.value_dim % 2):
+            dims = f"key_dim = {self.key_dim}, value_dim = {self.value_dim}"
+            raise ValueError(f"{dims}: must be even to be rotated, by blocks of the largest power of two in them")
         super().__post_init__()
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
         keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
-        return _in_format((keys, values), self.format, self.scale_dtype)
+        return (*_in_format((keys, values), self.format, self.scale_dtype), *self.index)
+
+    def stored(self, format: str) -> Self:
+        return replace(self, format=ROTATED.get(format, format), is_rotated=format in ROTATED)
 
     def of_heads(self, count: int) -> Self:
         """The state of as many of its KV heads, with their share of the query heads."""
@@ -231,7 +271,8 @@ class LatentState(PerToken):
 
     @property
     def arrays(self) -> tuple[ArraySpec, ...]:
-        return _in_format((ArraySpec("keys", (1, self.rank + self.rope_dim), self.dtype),), self.format, "float32")
+        rows = ArraySpec("keys", (1, self.rank + self.rope_dim), self.dtype)
+        return (*_in_format((rows,), self.format, "float32"), *self.index)
 
 
 @dataclass(frozen=True)
@@ -249,6 +290,8 @@ class RetrievalState(PerToken):
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
         _positive(index_dim=self.index_dim, num_selected=self.num_selected)
+        if self.reading is not None or self.index:
+            raise ValueError(f"reading = {self.reading}: must be None for a state that selects by itself")
         super().__post_init__()
 
     @property
@@ -266,7 +309,7 @@ class RetrievalState(PerToken):
         selected = min(num_live, self.num_selected)
         index_bytes = self._index.num_bytes
         selected_bytes = selected * (self.unit_bytes - index_bytes)
-        return num_live * index_bytes + selected_bytes + self._scales_of_pages(n, page_size)
+        return num_live * index_bytes + selected_bytes + self._bytes_of_pages(n, page_size)
 
 
 @dataclass(frozen=True)
@@ -275,6 +318,7 @@ class RecurrentState(State):
 
     parts: tuple[ArraySpec, ...]
     visible: None = field(default=None, init=False)
+    reading: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -286,35 +330,8 @@ class RecurrentState(State):
 
     def stored(self, format: str) -> Self:
         """Itself: what every step rewrites stays in the model's type, whatever the format."""
-        _check_format(format)
+        _check_format(ROTATED.get(format, format))
         return self
-
-
-@dataclass(frozen=True)
-class SealedState(TokenState):
-    """Keys and values in whole pages that were sealed: numbers of `key_bits` and `value_bits` bits with zero points and
-    scales of bfloat16, of keys for each channel of a page, of values for each `group` channels of a token (KIVI, arXiv
-    2402.02750)."""
-
-    key_bits: int = 4
-    value_bits: int = 4
-    group: int = 32
-
-    @property
-    def arrays(self) -> tuple[ArraySpec, ...]:
-        keys, values = (self.num_kv_heads, self.key_dim), (self.num_kv_heads, self.value_dim)
-        groups = (self.num_kv_heads, self.value_dim // self.group)
-        arrays = [ArraySpec("keys", keys, f"int{self.key_bits}")]
-        arrays += [ArraySpec(f"keys_{n}", keys, "bfloat16", is_scale=True, per_page=True) for n in ("scale", "zero")]
-        arrays += [ArraySpec("values", values, f"int{self.value_bits}")]
-        arrays += [ArraySpec(f"values_{n}", groups, "bfloat16", is_scale=True) for n in ("scale", "zero")]
-        return tuple(arrays)
-
-
-@dataclass(frozen=True)
-class Statistics(RecurrentState):
-    """What a memory itself remembers of each sequence beside a state, to choose what of that stays: counted like any
-    other state. No mixer declares one."""
 
 
 def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:

@@ -58,6 +58,7 @@ class Store(abc.ABC):
         self.table = np.zeros((0, state.table_len), np.int32)
         self.starts = np.zeros((0, state.table_len), np.int32)
         self.evicted = self.copied = 0
+        self.has_dense_prompts = state.spec.reading is not None and state.spec.reading.dense_prompts
         self.is_exact = True
         """Whether every sequence that was ever here stores all its tokens."""
 
@@ -101,6 +102,8 @@ class Store(abc.ABC):
 
     def evict(self) -> None:
         """Frees the cached page that the policy would miss least. Raises MemoryError when every page is pinned."""
+        for cached in self.index.in_the_way(self.number):
+            self.withdraw(cached)
         victim = self.index.victim(self.number)
         self.withdraw(victim)
         self.index.policies[self.number].evicted(victim)
@@ -138,7 +141,16 @@ class Store(abc.ABC):
             page_starts = np.pad(page_starts, ((0, padding), (0, 0)), constant_values=NOWHERE)
         slots = self._write_slots(pages, steps, starts, counts, width)
         copied = [(source, holding.pages[logical]) for holding in steps for logical, source in holding.copies]
-        return ClassPlan(pages, page_starts, slots, np.array(copied, np.int32).reshape(-1, 2), starts)
+        copies = np.array(copied, np.int32).reshape(-1, 2)
+        return ClassPlan(pages, page_starts, slots, copies, starts, prompts=self._prompts(steps, len(starts)))
+
+    def _prompts(self, steps: Sequence[Holding], num_rows: int) -> Ints | None:
+        """`ClassPlan.prompts`."""
+        if not self.has_dense_prompts:
+            return None
+        prompts = np.zeros(num_rows, np.int32)
+        prompts[: len(steps)] = [holding.lengths.prompt_len if holding.lengths else 0 for holding in steps]
+        return prompts
 
     def num_stored(self, holding: Holding, length: int) -> int:
         """Slots that a sequence of `length` tokens stores here."""

@@ -63,8 +63,10 @@ class Stores:
 
     @property
     def compresses(self) -> bool:
-        """Whether sequences are compacted, or their pages sealed."""
-        return any(state.retention or state.sealing for state in self.classes)
+        """Whether it matters where a sequence's prompt ends: it is compacted, its pages are sealed, or what follows is
+        read in another way."""
+        shortens = any(state.retention or state.sealing for state in self.classes)
+        return shortens or any(store.has_dense_prompts for store in self.each)
 
     def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,

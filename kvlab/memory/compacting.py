@@ -11,13 +11,15 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
-from kvlab.ledger.plan import ClassCompaction, Compaction, Seals
+from kvlab.ledger.memory_states import SealedState
+from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.page_index import noted_anew
 from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
-from kvlab.memory.views.noted import gathered
 from kvlab.memory.views.sealed import seal
+from kvlab.memory.views.weights import gathered
 
 type Kept = tuple[dict[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, M] the slots that each head kept, ascending; past its count `NOWHERE`.
@@ -81,6 +83,7 @@ def _compact_state(
     noted = {} if statistics is None else read_slots(pools[names["noted"]], statistics.pages[:, 0])
     slots = slots_of(state, pool, tokens, compaction, noted, joined.layer)
     method = joined.method
+    assert method is not None
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
     scores, width = method.score(slots), tokens.destinations.shape[1] * page_size
@@ -96,11 +99,24 @@ def _compact_state(
         )
     else:
         kept = select(scores, slots.valid, protected, jnp.asarray(tokens.keep), width)
-        pools[names[""]] = pack(pool, tokens.pages, tokens.destinations, kept)
+        pools[names[""]] = _packed(layout, state, pool, tokens, kept)
     if statistics is not None:
         moved = {name: _moved(array, kept) if name in method.by_slot else array for name, array in noted.items()}
         pools[names["noted"]] = write_slots(pools[names["noted"]], statistics.destinations[:, 0], moved)
     return kept
+
+
+def _packed(layout: MemoryLayout, state: Any, pool: Pool, tokens: ClassCompaction, kept: Int32[Array, "B K M"]) -> Pool:
+    """A pool after a compaction: its tokens packed, and what is noted of the pages that they fill noted anew."""
+    index = {array.name for array in state.index}
+    by_token = {name: array for name, array in pool.items() if name not in index}
+    destinations = jnp.asarray(tokens.destinations)
+    pool = pool | pack(by_token, jnp.asarray(tokens.pages), destinations, kept)
+    if layout.selection is None or state.reading is None:
+        return pool
+    begins = jnp.arange(destinations.shape[1], dtype=jnp.int32)[None, :] * layout.page_size
+    num_slots = jnp.clip(jnp.asarray(tokens.keep)[:, None] - begins, 0, layout.page_size)
+    return noted_anew(layout.selection, state, pool, destinations, num_slots)
 
 
 def _dealt(
@@ -129,7 +145,9 @@ def slots_of(
     state: Any, pool: Pool, tokens: ClassCompaction, compaction: Compaction, noted: dict[str, Array], layer: int
 ) -> Slots:
     """What the sequences of a compaction store of one state, unused slots zero."""
-    arrays = {name: gathered(state, pool, name, tokens.pages) for name in ("keys", "values") if name in pool}
+    arrays = {
+        name: gathered(state, pool, name, jnp.asarray(tokens.pages)) for name in ("keys", "values") if name in pool
+    }
     stored = jnp.asarray(tokens.stored)
     used = jnp.arange(arrays["keys"].shape[2], dtype=jnp.int32)[None, None, :, None] < stored[:, None, None, None]
     arrays = {name: jnp.where(used, array, 0) for name, array in arrays.items()}
@@ -169,7 +187,7 @@ def select(
     return jnp.sort(jnp.where(is_kept, chosen, NOWHERE), axis=2)
 
 
-def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K M"]) -> Pool:
+def pack(pool: Pool, pages: Array | Ints, destinations: Array | Ints, kept: Int32[Array, "B K M"]) -> Pool:
     """A pool [P, K, page, ...] in which the kept slots of the pages [B, N] lie at the front of the destinations [B, M],
     bit for bit, and zeros behind them. Everything is read first; a destination out of range drops the write."""
     pages, destinations = jnp.asarray(pages), jnp.asarray(destinations)
@@ -188,12 +206,12 @@ def pack(pool: Pool, pages: Array, destinations: Array, kept: Int32[Array, "B K 
     return {name: packed(array) for name, array in pool.items()}
 
 
-def read_slots(pool: Pool, slots: Array) -> dict[str, Array]:
+def read_slots(pool: Pool, slots: Array | Ints) -> dict[str, Array]:
     """Statistics [B, ...] of slots [B]; zeros where a slot is out of range."""
     return {name: array.at[jnp.asarray(slots)].get(mode="fill", fill_value=0) for name, array in pool.items()}
 
 
-def write_slots(pool: Pool, slots: Array, values: dict[str, Array]) -> Pool:
+def write_slots(pool: Pool, slots: Array | Ints, values: dict[str, Array]) -> Pool:
     """A pool with statistics [B, ...] written; a slot out of range drops the write."""
     return {name: array.at[jnp.asarray(slots)].set(values[name], mode="drop") for name, array in pool.items()}
 
@@ -219,7 +237,8 @@ def seal_layers(layout: MemoryLayout, pools: Sequence[Any], seals: Seals) -> tup
         for joined in layout.joined[layer].values():
             names = dict(joined.names)
             if "sealed" in names and len(moves := seals.classes[states[names[""]]]):
-                specs = [layout.classes[states[names[part]]].spec for part in ("sealed", "")]
+                state, open_state = (layout.classes[states[names[part]]].spec for part in ("sealed", ""))
+                assert isinstance(state, SealedState)
                 held = names["sealed"]
-                mine[held] = seal(specs[0], mine[held], specs[1], mine[names[""]], jnp.asarray(moves))
+                mine[held] = seal(state, mine[held], open_state, mine[names[""]], jnp.asarray(moves))
     return tuple(after)

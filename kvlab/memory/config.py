@@ -1,11 +1,12 @@
-"""How a model's memory is chosen: its kind, the format of what is stored, and which tokens stay."""
+"""How a model's memory is chosen: its kind, the format of what is stored, which tokens stay, and which are read."""
 
 from dataclasses import dataclass
 
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
-from kvlab.ledger.states import QUANTISED
+from kvlab.ledger.states import QUANTISED, ROTATED
 from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain, registered
+from kvlab.selection import SELECTIONS, Selection
 
 SEALED = {"kivi4": 4, "kivi2": 2}
 """Formats that seal whole pages (KIVI, arXiv 2402.02750), and their bits."""
@@ -15,28 +16,32 @@ SCALE_BITS = 32
 
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
-    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them,
-    or as numbers of 8, 4 or 2 bits with a scale for each token and head. "kivi4" and "kivi2" seal whole pages, keys by
-    channel and values by token, once `residual` newer tokens are stored; a prompt's pages at its end, or with
-    `quantised_prefill` "chunks" behind each chunk of it. `compression` says which tokens stay, and `budget` how many:
-    slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB"), which are solved for whole pages
-    of slots, or for a knob of the mixer where nothing is compressed, and refused where less than 90% would be held,
-    unless `allow_underfill`."""
+    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes
+    them, or as numbers of 8, 4 or 2 bits with a scale for each token and head; "rotated8" and "rotated4" turn keys
+    and values before. "kivi4" and "kivi2" seal whole pages, keys by channel and values by token, once `residual`
+    newer tokens are stored; a prompt's pages at its end, or with `quantised_prefill` "chunks" behind each chunk of
+    it. `compression` says which tokens stay, and `budget` how many: slots a head (256), a fraction of the prompt
+    (0.25), or bytes a sequence ("64KiB"), which are solved for whole pages of slots, or for a knob of the mixer where
+    nothing is compressed, and refused where less than 90% would be held, unless `allow_underfill`. `selection` says
+    which of the pages that stay a step reads."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
-    format: str = added(choice("model", ("model", *QUANTISED, *SEALED)))
+    format: str = added(choice("model", ("model", *QUANTISED, *ROTATED, *SEALED)))
     residual: int = added(integer(32, 0, 1 << 20))
     quantised_prefill: str = added(choice("no", ("no", "chunks")))
     compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
     allow_underfill: bool = added(flag(False))
+    selection: Selection | None = added(registered(SELECTIONS, "a selection"))  # noqa: RUF009
 
     def cross_check(self) -> None:
         if self.budget is not None:
             Budget.of(self.budget)
         self._check_sealing()
+        if self.selection is not None and self.name != "paged":
+            raise ConfigError("selection", self.selection.name, f"needs memory.name = paged, not {self.name}")
         if self.compression is None:
             return
         if self.name != "paged":
@@ -56,6 +61,9 @@ class MemoryConfig(Schema):
                 f"must be at least {least} for {self.format}: below, a channel's scales take more bits than its numbers"
             )
             raise ConfigError("page_size", self.page_size, legal)
+        if self.selection is not None:
+            legal = f"must be model or by token beside memory.selection = {self.selection.name}: it indexes open pages"
+            raise ConfigError("format", self.format, legal)
         method = self.compression
         if method is None:
             return

@@ -33,14 +33,14 @@ def deal(
     places = jnp.broadcast_to(jnp.arange(num_slots, dtype=jnp.int32), scores.shape)
     _, by_score, newest = jax.lax.sort((-rank, -scores, -places), dimension=2, num_keys=3)
     least = max(1, -(-num_protected // page_size)) * page_size
-    certain = jnp.maximum(least, jnp.floor(safeguard * keep + 1e-6).astype(jnp.int32))
+    certain = jnp.maximum(least, jnp.floor(safeguard * keep.astype(jnp.float32) + 1e-6).astype(jnp.int32))
     is_certain = (places < certain[:, None, None]).astype(jnp.int32)
     num_valid = valid.sum(axis=1).astype(jnp.int32)
     is_there = (places < num_valid[:, None, None]).astype(jnp.int32)
     heads = jnp.broadcast_to(jnp.arange(num_heads, dtype=jnp.int32)[:, None], scores.shape)
     keys = (1 - is_there, 1 - is_certain, by_score, newest, heads)
     order = jax.lax.sort(tuple(key.reshape(batch, -1) for key in keys), dimension=1, num_keys=5)[4]
-    is_kept = jnp.arange(order.shape[1], dtype=jnp.int32) < num_heads * keep[:, None]
+    is_kept = jnp.arange(order.shape[1], dtype=jnp.int32)[None, :] < num_heads * keep[:, None]
     counts = jnp.stack([((order == head) & is_kept).sum(axis=1) for head in range(num_heads)], axis=1)
     return jnp.minimum(in_tiles(counts.astype(jnp.int32), page_size) * page_size, num_valid[:, None])
 
@@ -72,7 +72,7 @@ def pack_tiles(
         taken = jnp.where(is_real.reshape(shape), taken, jnp.zeros((), array.dtype))
         taken = taken.reshape(*taken.shape[:2], -1, page_size, *taken.shape[3:])
         tiles = tiles_of(counts, page_size)
-        mine = jnp.arange(taken.shape[2], dtype=jnp.int32)
+        mine = jnp.arange(taken.shape[2], dtype=jnp.int32)[None, None, :]
         numbers = first_tiles(tiles)[:, :, None] + mine
         places = jnp.clip(numbers // heads, 0, destinations.shape[1] - 1).reshape(len(kept), -1)
         found = jnp.take_along_axis(destinations, places, axis=1).reshape(numbers.shape)

@@ -21,7 +21,9 @@ from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.noted import NotedTokens
 from kvlab.memory.views.sealed import SealedTokens
+from kvlab.memory.views.selected import SelectedTokens
 from kvlab.memory.views.split import SplitTokens
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class MemoryLayout:
     chunk_len: int
     page_size: int
     pass_len: int
+    selection: Selection | None = None
+    """Who chooses what is read of the states that have a `reading`."""
 
     def __hash__(self) -> int:
         return hash((self.classes, self.max_sequences, self.max_len, self.chunk_len))
@@ -96,7 +100,7 @@ class MemoryLayout:
         if lens.num_read:
             classes = tuple(_with_pass(state, lens, chunk_len) for state in classes)
         sizes = max_sequences, max_len, chunk_len, memory.page_size, max(max_len, lens.total_len)
-        return cls(classes, states, joined, *sizes)
+        return cls(classes, states, joined, *sizes, selection=memory.selection)
 
     def ledger(self, policy: str = "lru", checkpoints: str = "junctions") -> Ledger:
         """An empty ledger over these classes, evicting by `policy` and keeping recurrent states by `checkpoints`."""
@@ -129,13 +133,14 @@ class MemoryLayout:
             for state, mine, before in zip(self.classes, plan.classes, starts, strict=True)
         ]
 
-        def view(index: int, pool: Pool) -> View:
+        def view(index: int, pool: Pool, layer: int) -> Any:
             state = self.classes[index]
-            return _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            made = _view(state).of(state.spec, pool, plan.classes[index], starts[index], counts, shared[index])
+            return made if state.spec.reading is None else SelectedTokens(self.selection, layer, made)
 
         made: list[dict[str, Any]] = []
         for layer, states in enumerate(self.states):
-            views: dict[str, Any] = {name: view(index, pools[layer][name]) for name, index in states.items()}
+            views = {name: view(index, pools[layer][name], layer) for name, index in states.items()}
             for name, joined in self.joined[layer].items():
                 parts = {part: views.pop(held) for part, held in joined.names}
                 views[name] = _one_view(joined, parts, listens)
@@ -156,6 +161,17 @@ class MemoryLayout:
             pools.append(mine)
         return tuple(pools)
 
+    def read_by(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+        """Of a step's views, by layer and state: which entries of its list of pages each query read, [B, T, K, N]; only
+        of what selects."""
+        found = ({name: _selected(view) for name, view in layer.items()} for layer in views)
+        return tuple({name: view.is_read for name, view in layer.items() if view is not None} for layer in found)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a step may read less than what is stored."""
+        return any(state.spec.reading is not None for state in self.classes)
+
     @property
     def stored(self) -> tuple[dict[str, State], ...]:
         """Every layer's states as the mixer names them, in the memory's format; what is held in parts, as one."""
@@ -173,8 +189,9 @@ class MemoryLayout:
 
     @property
     def is_exact(self) -> bool:
-        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped."""
-        return not self.is_quantised and not any(self.joined)
+        """Whether what is read is what was written, and all of it: nothing is quantised, nothing dropped, nothing
+        passed over."""
+        return not self.is_quantised and not any(self.joined) and not self.selects
 
     @property
     def is_quantised(self) -> bool:
@@ -225,6 +242,12 @@ def _with_pass(state: StateClass, lens: PassLens, chunk_len: int) -> StateClass:
 
 def _view(state: StateClass) -> type[View]:
     return view_of(state.spec, "dense" if state.contiguous else "paged")
+
+
+def _selected(view: Any) -> SelectedTokens | None:
+    """The part of a view that selects; None: it reads everything."""
+    tokens = view.tokens if isinstance(view, NotedTokens) else view
+    return tokens if isinstance(tokens, SelectedTokens) else None
 
 
 def _name(part: Part, layers: Sequence[LayerParts]) -> str:

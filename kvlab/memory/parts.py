@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.retention import Sealing
-from kvlab.ledger.states import QUANTISED, SealedState, State, Statistics, TokenState
+from kvlab.ledger.states import QUANTISED, ROTATED, PerToken, State, TokenState
 from kvlab.memory.config import SEALED, MemoryConfig
+from kvlab.memory.formats import left_in_type, sealed_state
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
+from kvlab.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def parts_of_stored(
     parts = _compressed(stored, memory, max_len, prompt_len)
     if memory.format not in SEALED:
         return parts
+    method = memory.compression
+    if method is not None and (method.heads == "ada" or method.second_pass(max_len).num_read):
+        what = "deals slots to heads" if method.heads == "ada" else "reads on behind a prompt"
+        raise ConfigError("memory.format", memory.format, f"works with no compression that {what} ({method.name})")
     sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
     if not any(part.sealing for layer in sealed for part in layer.held.values()):
         legal = "serves no layer of this model: it seals keys and values of full attention"
@@ -63,27 +70,16 @@ def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -
     sealing = Sealing(memory.residual, memory.page_size, chunk_len, memory.quantised_prefill == "no")
     for name, part in layer.held.items():
         state = part.state
-        if type(state) is not TokenState or state.span is not None:
+        if not isinstance(state, TokenState) or left_in_type(state, memory.format):
             continue
         if name in joined and len(joined[name].heads) > 1:
             legal = f"works with no method that parts heads ({memory.compression and memory.compression.name})"
             raise ConfigError("memory.format", memory.format, legal)
-        bits, everyone = SEALED[memory.format], tuple(range(state.num_kv_heads))
-        group = next(size for size in range(32, 0, -1) if state.value_dim % size == 0)
-        sealed = SealedState(
-            state.num_kv_heads,
-            state.key_dim,
-            state.value_dim,
-            state.dtype,
-            readers=state.readers,
-            key_bits=bits,
-            value_bits=bits,
-            group=group,
-        )
         try:
-            _ = sealed.arrays
+            sealed = sealed_state(state, memory.format)
         except ValueError as error:
             raise ConfigError("memory.format", memory.format, str(error)) from None
+        everyone = tuple(range(state.num_kv_heads))
         held |= {name: part._replace(sealing=sealing), f"{name}.sealed": Part(sealed)}
         mine = joined.get(name) or Joined(None, (("", name),), 0, state, (("", everyone),))
         joined[name] = replace(mine, names=(*mine.names, ("sealed", f"{name}.sealed")))
@@ -125,6 +121,7 @@ def _in_parts(
             continue
         assert memory.budget is not None
         shape = Shape(Budget.of(memory.budget), max_len, chunk_len, *place, memory.page_size)
+        selected, state = state, _unselected(state)
         retention = method.retention(state, shape)
         if retention is None:
             most = max_len
@@ -134,6 +131,8 @@ def _in_parts(
             most = retention.most(prompt_len, max_len, chunk_len)
         shape = shape._replace(num_slots=-(-most // memory.page_size) * memory.page_size)
         parts = method.parts(state, shape)
+        if selected.reading is not None:
+            parts, state = _with_selection(parts, selected, memory), selected
         names = {part: f"{name}.{part}" if part else name for part in parts}
         held |= {names[part]: value._replace(heads=None) for part, value in parts.items()}
         everyone = tuple(range(state.arrays[0].shape[0]))
@@ -146,22 +145,52 @@ def _in_parts(
     return LayerParts(held, joined)
 
 
-def skipped_states(layers: Sequence[LayerStates], method: Compression | None) -> dict[str, str]:
-    """States that a compression leaves as they are, as layer.name, and why."""
-    if method is None:
-        return {}
-    return {
-        f"{layer}.{name}": reason
-        for layer, states in enumerate(layers)
-        for name, state in states.items()
-        if (reason := method.skips(state))
-    }
+def _unselected(state: State) -> State:
+    """A state as it is where all of it is read."""
+    if state.reading is None:
+        return state
+    assert isinstance(state, PerToken)
+    return replace(state, reading=None, index=())
+
+
+def _with_selection(parts: Mapping[str, Part], selected: State, memory: MemoryConfig) -> Mapping[str, Part]:
+    """The parts that a compression makes of a state, of whose pages some are read. Raises ConfigError where they are
+    not pages that all heads share."""
+    assert memory.selection is not None
+    assert memory.compression is not None
+    if parts.keys() - {"", "noted"} or parts[""].state != _unselected(selected):
+        legal = (
+            f"must be all with compression = {memory.compression.name}, whose heads store different pages or windows"
+        )
+        raise ConfigError("memory.selection", memory.selection.name, legal)
+    return {**parts, "": parts[""]._replace(state=selected)}
 
 
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
-    """Every layer's states in a memory's format. Raises ConfigError for one that such a memory cannot hold, or not in
-    its format."""
-    return [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    """Every layer's states in a memory's format, and with the pages that it reads. Raises ConfigError for one that
+    such a memory cannot hold, or not in its format, and for a selection that serves no layer."""
+    stored = [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    return stored if memory.selection is None else _selected(stored, memory, memory.selection)
+
+
+def _selected(layers: Sequence[LayerStates], memory: MemoryConfig, method: Selection) -> list[dict[str, State]]:
+    """The states of layers, with the pages that are read of those behind the dense ones."""
+    able = [index for index, layer in enumerate(layers) if any(not method.skips(state) for state in layer.values())]
+    if not able:
+        reasons = sorted({method.skips(state) for layer in layers for state in layer.values()})
+        raise ConfigError("memory.selection", method.name, f"serves no layer of this model: {'; '.join(reasons)}")
+    if method.dense_layers >= len(able):
+        legal = f"must be below {len(able)}, the layers of this model that can select"
+        raise ConfigError("memory.selection.dense_layers", method.dense_layers, legal)
+    return [
+        {
+            name: method.of_state(state, memory.page_size)
+            if index in able[method.dense_layers :] and not method.skips(state)
+            else state
+            for name, state in layer.items()
+        }
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _stored(state: State, memory: MemoryConfig) -> State:
@@ -170,7 +199,7 @@ def _stored(state: State, memory: MemoryConfig) -> State:
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
     if memory.format not in SEALED and (reason := _refusal(view, state, memory.format)):
-        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
+        legal = [format for format in ("model", *QUANTISED, *ROTATED) if not _refusal(view, state, format)]
         raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
     return state.stored("model" if memory.format in SEALED else memory.format)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
+from kvlab.memory.rotation import turned, turned_back
 from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
@@ -27,14 +28,16 @@ def allocate_pages(state: State, num_pages: int, page_size: int) -> Pool:
 
 
 def _layout(array: ArraySpec, num_pages: int, page_size: int) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of an array in pages: of int4 and int2, several numbers share a byte. On a CPU numbers of 8 bits
-    lie as plain bytes: XLA there widens or copies a pool of any other type of that size to write into it."""
+    """Shape and type of an array in pages, or of what a page has once: of int4 and int2, several numbers share a byte.
+    On a CPU numbers of 8 bits lie as plain bytes: XLA there widens or copies a pool of any other type of that size to
+    write into it."""
     heads, *dims = array.shape
     dims[-1:] = [size // SHARED.get(array.dtype, 1) for size in dims[-1:]]
     dtype = FORMATS.get(array.dtype, array.dtype)
     is_byte = array.dtype in FORMATS and jnp.dtype(dtype).itemsize == 1
     as_bytes = is_byte and jax.default_backend() == "cpu"
-    return (num_pages, heads, page_size, *dims), jnp.uint8 if as_bytes else dtype
+    slots = () if array.per_page else (page_size,)
+    return (num_pages, heads, *slots, *dims), jnp.uint8 if as_bytes else dtype
 
 
 def allocate_slots(state: State, num_slots: int) -> Pool:
@@ -77,7 +80,8 @@ def as_stored(state: Any, name: str, tokens: Array) -> Array:
     array is in it, in their own type."""
     if not any(array.name == f"{name}_scale" for array in state.arrays):
         return tokens
-    return quantised(tokens, state.format).values().astype(tokens.dtype)
+    rounded = quantised(turned(state, tokens), state.format).values()
+    return turned_back(state, rounded).astype(tokens.dtype)
 
 
 def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
@@ -85,6 +89,7 @@ def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Arra
     offset); an index past the pool drops the write. Keys and values are written together, any other array by
     itself."""
     written = dict(pool)
+    tokens = {name: turned(state, array) for name, array in tokens.items()}
     for name in tokens:
         if name == "values":
             continue

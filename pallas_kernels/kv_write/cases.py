@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.kv_write.reference import KERNEL_FORMATS
 from pallas_kernels.paged_attention.cases import PLATFORMS, fitted
 
 CASES: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def generated(
     def one_of(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(len(options)))]
 
-    format = one_of((None, *FORMATS))
+    format = one_of((None, *KERNEL_FORMATS))
     page_size = one_of(quantised_page_sizes if format and quantised_page_sizes else page_sizes)
     dims = (quantised_dims if format else None) or dims
     longest = one_of((1, 1, page_size, 2 * page_size + 3))
@@ -105,7 +105,7 @@ def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
         narrow = {"dims": (64, 64)} if platform == "gpu" and case.get("format") else {}
         found[name] = fitted(case, platform) | narrow
     for number in range(num_generated):
-        case = generated(number, **PLATFORMS[platform])
+        case = generated(number, **{name: of for name, of in PLATFORMS[platform].items() if name != "schemes"})
         is_wide = platform == "tpu" and case["format"] == "int4"
         found[f"generated {number}"] = case | ({"dims": (256, 256)} if is_wide else {})
     return found

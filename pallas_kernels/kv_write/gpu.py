@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import Quantised, Stored, arrays_of, numbers
 from pallas_kernels.kv_write import gpu_single
 from pallas_kernels.kv_write.gpu_tile import STEP, Tile, stored
-from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.kv_write.reference import KERNEL_FORMATS, channel_scales, places
 from pallas_kernels.pages import Pages
 from pallas_kernels.rounding import inverses
 from pallas_kernels.selection import Asked
@@ -30,19 +30,15 @@ ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
 
 
-FORMATS = ("int8", "fp8", "int4")
-"""What this kernel, and that for TPUs, quantise to."""
-
-
 def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot write into such pages; None: it can."""
     format, page_size, head_dims, token_type = asked.format, asked.page_size, asked.head_dims, jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float16):
         return f"tokens of {token_type.name}: must be bfloat16 or float16"
-    if asked.schemes is not None or (format not in FORMATS and format != token_type.name):
-        said = f"must be of the tokens' type {token_type.name}, or {', '.join(FORMATS)} with scales of float32"
+    if asked.schemes is not None or (format not in KERNEL_FORMATS and format != token_type.name):
+        said = f"must be of the tokens' type {token_type.name}, or {', '.join(KERNEL_FORMATS)} with scales of float32"
         return f"pages of {asked.stored_as}: {said}"
-    sizes = (32,) if format in FORMATS else (8, 16, 32)
+    sizes = (32,) if format in KERNEL_FORMATS else (8, 16, 32)
     if page_size not in sizes and page_size % ROWS:
         legal = ", ".join(map(str, sizes))
         return f"page_size = {page_size}: must be {legal} or a multiple of {ROWS} for pages of {format}"

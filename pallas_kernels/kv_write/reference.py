@@ -11,6 +11,9 @@ from pallas_kernels.formats import Quantised, Stored, encoded, quantised, scales
 from pallas_kernels.pages import Pages
 from pallas_kernels.typing import Float, Int32
 
+KERNEL_FORMATS = ("int8", "fp8", "int4")
+"""What the kernels for chips quantise to, with scales of float32; anything else is written by this file."""
+
 
 def kv_write(
     pages: Pages,

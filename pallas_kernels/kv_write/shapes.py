@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.chips import Call, Shape, Target, formats_of, stored_as
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.kv_write.reference import KERNEL_FORMATS
 from pallas_kernels.pages import Pages
 
 BATCH, CONTEXT, KV_HEADS, CHUNK = 32, 4096, 8, 256
@@ -20,6 +21,7 @@ def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
         *(
             Shape("kv_write", format, dim, per, num_queries=CHUNK)
             for format, per in formats_of(backend)
+            if format not in FORMATS or format in KERNEL_FORMATS
             for dim in dims
         ),
         Shape("kv_write", "bfloat16", 128, extra="decode"),

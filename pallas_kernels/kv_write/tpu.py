@@ -23,7 +23,7 @@ from pallas_kernels.formats import (
     scales_for,
     scales_of,
 )
-from pallas_kernels.kv_write.reference import channel_scales, places
+from pallas_kernels.kv_write.reference import KERNEL_FORMATS, channel_scales, places
 from pallas_kernels.paged_attention import tpu as paged
 from pallas_kernels.pages import Pages
 from pallas_kernels.rounding import in_bytes, inverses
@@ -124,8 +124,9 @@ def refusal(asked: Asked) -> str | None:
     token_type = jnp.dtype(asked.dtype)
     if token_type not in (jnp.bfloat16, jnp.float32):
         return f"tokens of {token_type.name}: must be bfloat16 or float32"
-    if asked.schemes is not None or asked.format == "int2":
-        return f"pages of {asked.stored_as}: must be int8, fp8 or int4, with scales of float32"
+    if asked.schemes is not None or asked.format not in ("bfloat16", "float32", *KERNEL_FORMATS):
+        said = f"must be bfloat16 or float32, or {', '.join(KERNEL_FORMATS)} with scales of float32"
+        return f"pages of {asked.stored_as}: {said}"
     return paged.refusal(asked)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.paged_attention.kivi_cases import KIVI
 
 PLATFORMS: dict[str, dict[str, Any]] = {
     "gpu": {
@@ -14,12 +15,14 @@ PLATFORMS: dict[str, dict[str, Any]] = {
         "page_sizes": (16, 64),
         "quantised_page_sizes": (32, 64),
         "dims": (64, 128, 256),
+        "schemes": (("int4", "int4"), ("int2", "int2"), ("int4", "int2")),
     },
     "tpu": {
         "dtypes": ("bfloat16", "float32"),
         "page_sizes": (16, 64),
         "quantised_page_sizes": (32, 64),
         "dims": (256, 128),
+        "schemes": (("int4", "int4"),),
     },
     "cpu": {
         "dtypes": ("bfloat16", "float32"),
@@ -247,53 +250,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-KIVI: dict[str, dict[str, Any]] = {
-    "KIVI of 4 bits": {"lengths": [130, 64, 1], "num_queries": 1, "group": 4},
-    "KIVI of 4 bits, all far off zero, window, sinks, lists of each head": {
-        "lengths": [150, 40],
-        "num_queries": 2,
-        "group": 2,
-        "lists": "heads",
-        "offset": 30.0,
-        "window": 50,
-        "sinks": 3,
-    },
-    "KIVI of 4 bits, valid slots, soft cap": {
-        "lengths": [100, 33],
-        "num_queries": 1,
-        "group": 2,
-        "kept": 0.6,
-        "cap": 20.0,
-        "offset": -3.0,
-    },
-    "KIVI of 4 bits, large logits": {"lengths": [70, 9], "num_queries": 1, "group": 8, "magnitude": 40.0},
-    "KIVI of 4 bits, channels of many sizes": {
-        "lengths": [70],
-        "num_queries": 1,
-        "group": 2,
-        "magnitude": tuple(0.5**channel for channel in range(32)),
-        "of_keys": tuple(2.0**channel for channel in range(32)),
-    },
-    "KIVI of 4 bits, tiny values": {"lengths": [70], "num_queries": 1, "group": 2, "of_values": 1e-6},
-    "KIVI of 2 bits": {"lengths": [130, 0, 31], "num_queries": 2, "group": 4, "schemes": ("int2", "int2")},
-    "KIVI, keys of 4 bits and values of 2": {
-        "lengths": [70, 40],
-        "num_queries": 1,
-        "group": 4,
-        "schemes": ("int4", "int2"),
-        "offset": 3.0,
-    },
-    "KIVI, keys of 2 bits and values of 4, its own chunk": {
-        "lengths": [200, 90],
-        "num_queries": 3,
-        "group": 2,
-        "schemes": ("int2", "int4"),
-        "chunk": 48,
-    },
-}
-"""Keys by channel and values by token in groups, both with zero points, in pages of 32 and 64 dims unless said."""
-KIVI = {name: {"schemes": ("int4", "int4"), "page_size": 32, "dims": (64, 64)} | case for name, case in KIVI.items()}
-
 CHUNKS: dict[str, dict[str, Any]] = {
     "a chunk of several tiles": {"lengths": [300, 70, 0], "num_queries": 100, "group": 2, "page_size": 64},
     "a chunk, window, sinks, soft cap": {
@@ -345,15 +301,19 @@ def generated(
     dims: Sequence[int],
     formats: Sequence[str] = (),
     quantised_page_sizes: Sequence[int] | None = None,
+    schemes: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any."""
+    """A case drawn from the option space, the same for the same number: one in three in one of `formats`, if any, and
+    one in four of the others in one of KIVI's `schemes`, if any."""
     rng = np.random.default_rng(number)
 
     def one_of(options: Sequence[Any]) -> Any:
         return options[int(rng.integers(len(options)))]
 
     format = one_of((None, None, *formats[:1])) and one_of(formats)
-    sizes = quantised_page_sizes if format and quantised_page_sizes else page_sizes
+    kinds = [*[None] * 3 * len(schemes), *schemes] if not format and schemes else [None]
+    scheme = kinds[int(np.random.default_rng((number, 2)).integers(len(kinds)))]
+    sizes = quantised_page_sizes if (format or scheme) and quantised_page_sizes else page_sizes
     page_size, num_queries = one_of(sizes), one_of((1, 1, 2, 5))
     window = one_of((None, None, 1, page_size, 13))
     chunks = (None, 1, page_size, 13, 40)
@@ -379,20 +339,22 @@ def generated(
         "per": one_of(("token", "token", "channel")),
         "with_mass": one_of((False, False, True)),
         "seed": number,
-    }
+    } | ({"schemes": scheme, "offset": (number % 3 - 1) * 4.0} if scheme else {})
 
 
 def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
     """By name, in sizes that the kernels of a platform ("gpu", "tpu", "cpu") take: the named cases, then generated
     ones. What has several queries is asked as a chunk as well."""
     small = {"lengths": [130, 64, 1], "num_queries": 2, "group": 4}
+    kinds = [kind for kind in FORMATS if platform != "tpu" or kind != "int2"]  # whose registers are too wide for it
     formats = {
-        f"{kind} by {per}": {**small, "format": kind, "per": per} for kind in FORMATS for per in ("token", "channel")
+        f"{kind} by {per}": {**small, "format": kind, "per": per} for kind in kinds for per in ("token", "channel")
     }
-    found = {name: fitted(case, platform) for name, case in (CASES | formats).items()}
+    served = {name: case for name, case in KIVI.items() if platform != "tpu" or "int2" not in case["schemes"]}
+    found = {name: fitted(case, platform) for name, case in (CASES | formats | served).items()}
     for number in range(num_generated):
-        case = generated(number, formats=tuple(FORMATS), **PLATFORMS[platform])
-        is_wide = platform == "tpu" and case["format"] == "int4"
+        case = generated(number, formats=kinds, **PLATFORMS[platform])
+        is_wide = platform == "tpu" and (case["format"] == "int4" or "schemes" in case)
         found[f"generated {number}"] = case | ({"dims": (256, 256)} if is_wide else {})
     chunks = {f"{name}, as a chunk": case for name, case in found.items() if case["num_queries"] > 1}
     chunks |= {name: fitted(case, platform) for name, case in CHUNKS.items()}
@@ -401,7 +363,7 @@ def cases(platform: str, num_generated: int) -> dict[str, dict[str, Any]]:
 
 def fitted(case: dict[str, Any], platform: str) -> dict[str, Any]:
     """A case in whole rows of a platform's tensor cores or registers."""
-    is_int4, is_quantised = case.get("format") == "int4", bool(case.get("format"))
+    is_int4, is_quantised = case.get("format") == "int4" or "schemes" in case, bool(case.get("format"))
     case = {"dtype": "bfloat16", "page_size": 32 if is_quantised else 16, **case}
     if platform == "tpu":
         dims = (256, 256) if is_int4 else (256, 128) if case.get("is_latent") else (128, 128)

@@ -8,9 +8,9 @@ from typing import Any
 
 from jax import Array
 
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats import FORMATS, SHARED
 from pallas_kernels.masking import Scoring
-from pallas_kernels.paged_attention import gpu_decode
+from pallas_kernels.paged_attention import gpu_decode, gpu_scales
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import COLUMNS, MAX_STAGES, fit
@@ -24,26 +24,30 @@ from pallas_kernels.typing import Float, Int32
 
 def refusal(asked: Asked) -> str | None:
     """Why this kernel cannot serve such pages; None: it can."""
-    format, page_size, head_dims = asked.format, asked.page_size, asked.head_dims
-    if asked.schemes is not None or format == "int2":
-        return f"pages of {asked.stored_as}: not yet"
+    format, page_size, head_dims, schemes = asked.format, asked.page_size, asked.head_dims, asked.pools
     if format not in ("bfloat16", "float16", *FORMATS):
         return (
             f"pages of {format}: the tensor cores take bfloat16 and float16 here, or {', '.join(FORMATS)} with scales"
         )
-    sizes = (32,) if format in FORMATS else (8, 16, 32)
+    sizes = (32,) if schemes else (8, 16, 32)
     if page_size not in sizes and page_size % BLOCK_LEN:
         legal = ", ".join(map(str, sizes))
         return f"page_size = {page_size}: must be {legal} or a multiple of {BLOCK_LEN} for pages of {format}"
-    if asked.is_latent and format == "int4":
-        return "pages of int4 whose values are columns of the keys: a byte's two numbers are half the columns apart"
-    step = 32 if format in FORMATS else 16
-    if any(dim % step or not step <= dim <= 256 for dim in head_dims):
-        return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {format}"
+    if asked.is_latent and format in SHARED:
+        return f"pages of {format} whose values are columns of the keys: the numbers of a byte are far apart"
+    for dim, scheme in zip(head_dims, schemes or (None, None), strict=True):
+        step = 16 if scheme is None else 64 if scheme.format == "int2" else 32
+        if dim % step or not step <= dim <= 256:
+            kept = format if scheme is None else scheme.format
+            return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {kept}"
+    if asked.schemes is not None:
+        reason = "values are columns of the keys" if asked.is_latent else None
+        if reason := reason or gpu_scales.refusal(asked.schemes, head_dims, page_size):
+            return f"pages of {asked.stored_as}: {reason}"
     if asked.group > ROWS:
         return f"group size = {asked.group}: must be at most {ROWS} query heads for a KV head"
-    if not fit(*head_dims, format, asked.per, page_size=page_size).num_stages:
-        return f"head dims = {head_dims}: shared memory does not hold a block of {format} scaled by {asked.per}"
+    if not fit(head_dims, schemes, page_size=page_size).num_stages:
+        return f"head dims = {head_dims}: shared memory does not hold a block of {asked.stored_as}"
     return None
 
 
@@ -61,7 +65,7 @@ def is_wide(
     max_stages: int | None = None,
 ) -> bool:
     """Whether a tile of these queries [B, T, H, D] has 128 rows, for two warpgroups."""
-    dim, value_dim = pages.head_dims
+    value_dim = pages.head_dims[1]
     if chip != "hopper" or queries[1] * queries[2] // pages.num_kv_heads <= ROWS or pages.per is not None:
         return False
     # The first silences what nobody sees of the values, and the second may be reading them as keys.
@@ -71,9 +75,8 @@ def is_wide(
     if value_dim > (NARROW if with_page_mass or lists.valid is not None else COLUMNS):
         return False
     tiles = fit(
-        dim,
-        value_dim,
-        pages.format,
+        pages.head_dims,
+        None,
         num_consumers=2,
         page_size=pages.page_size,
         max_stages=max_stages or MAX_STAGES,
@@ -100,7 +103,7 @@ def paged_attention(
     chip = chip or this_chip()
     num_queries, num_heads = queries.shape[1:3]
     num_columns = gpu_decode.columns_for(num_queries, num_heads // pages.num_kv_heads)
-    asked = pages.head_dims, pages.format, pages.per or "token", num_columns, pages.page_size, chip
+    asked = pages.head_dims, pages.schemes, num_columns, pages.page_size, chip
     if gpu_decode.refusal(*asked):
         return in_tiles(
             queries,

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Scaling, arrays_of
+from pallas_kernels.formats import Scheme
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
-from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for, step_of
+from pallas_kernels.paged_attention.gpu_decode_tiles import fit, groups_of, scratch_for, step_of
 from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
+from pallas_kernels.paged_attention.gpu_scales import for_copies
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 from pallas_kernels.pages import Pages
@@ -37,7 +38,11 @@ def columns_for(num_queries: int, group: int) -> int:
 
 
 def refusal(
-    dims: tuple[int, int], format: str, per: Scaling, num_columns: int, page_size: int, chip: Chip = "hopper"
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    num_columns: int,
+    page_size: int,
+    chip: Chip = "hopper",
 ) -> str | None:
     """Why this kernel cannot serve what `gpu.refusal` lets pass; None: it can."""
     page_size = min(page_size, BLOCK_LEN)
@@ -47,13 +52,16 @@ def refusal(
         return f"columns = {num_columns}: must be at most {MAX_COLUMNS}, queries times query heads of a KV head"
     if dims[1] % 64:
         return f"head dim of values = {dims[1]}: must be a multiple of 64, the rows of a product"
-    if format in FORMATS and per == "channel":
+    if schemes and schemes[0].per == "channel":
         if dims[0] % 64:
             return f"head dim of keys = {dims[0]}: must be a multiple of 64, where their channels have scales"
         if num_columns * BLOCK_LEN // page_size > MAX_COLUMNS:
             return f"columns = {num_columns}: too many for pages of {page_size} slots whose channels have scales"
-    if not fit(dims, format, per, num_columns, page_size).num_stages:
-        return f"head dims = {dims}: shared memory does not hold a block of {format} for {num_columns} columns"
+    num_groups = groups_of(dims[1], schemes)
+    if num_groups * num_columns > MAX_COLUMNS:
+        return f"columns = {num_columns}: too many for values of {num_groups} groups of channels"
+    if not fit(dims, schemes, num_columns, page_size).num_stages:
+        return f"head dims = {dims}: shared memory does not hold a block for {num_columns} columns"
     return None
 
 
@@ -73,11 +81,10 @@ def decode(
     num_kv_heads, value_dim = pages.num_kv_heads, pages.head_dims[1]
     group = num_heads // num_kv_heads
     num_columns, block_pages = columns_for(num_queries, group), BLOCK_LEN // plan.page_size
-    per, with_page_mass = pages.per, scoring.with_page_mass
+    schemes, with_page_mass = pages.schemes, scoring.with_page_mass
     tiles = fit(
         pages.head_dims,
-        pages.format,
-        per or "token",
+        schemes,
         num_columns,
         plan.page_size,
         max_stages or MAX_STAGES,
@@ -89,10 +96,10 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, num_columns - num_queries * group), (0, 0)))
     arrays = {
         name: getattr(plan, name) for name in ("pieces", "launch", "pages", "starts", "whole", "first", "last")
-    } | {"key_pages": arrays_of(pages.keys), "value_pages": arrays_of(pages.pools[-1])}
+    } | {"key_pages": for_copies(pages.keys), "value_pages": for_copies(pages.pools[-1])}
     if plan.words is not None:
         arrays["words"] = plan.words
-    if per == "channel":
+    if pages.per == "channel":
         is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
         arrays["rows"] = rows.astype(rows.dtype if is_half else jnp.bfloat16).swapaxes(2, 3)
     else:
@@ -120,8 +127,8 @@ def decode(
         block = lax.axis_index("block")
         part = Part(
             given(Listed, named),
-            Side.of(named, "keys", step_of(dim, pages)),
-            Side.of(named, "values", step_of(value_dim, pages)),
+            Side.of(named, "keys", step_of(pages, 0), schemes and schemes[0]),
+            Side.of(named, "values", step_of(pages, 1), schemes and schemes[1]),
             named["free"],
             piece=named["launch"][lax.div(block, num_kv_heads)],
             head=lax.rem(block, num_kv_heads),
@@ -129,7 +136,6 @@ def decode(
             num_staged=tiles.num_staged,
             num_scale_places=tiles.num_stages + tiles.num_staged,
             page_size=plan.page_size,
-            per=per,
             scoring=scoring,
         )
         Columns(part, given(Queries, named, group=group, num_columns=num_columns)).run()

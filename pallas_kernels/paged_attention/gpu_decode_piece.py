@@ -1,5 +1,6 @@
 """Decoding on GPUs: the warpgroup that attends to one piece of a list of pages, with queries in columns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS
+from pallas_kernels.paged_attention import gpu_scales
+from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS, ROW_BLOCK, groups_at_once
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
@@ -41,6 +43,10 @@ class Columns:
 
     def __init__(self, part: Part, queries: Queries) -> None:
         self.part, self.tile, self.scoring = part, queries, part.scoring
+        self.num_groups = 0
+        """Groups of the values' channels that have weights of their own."""
+        if queries.weights.shape[0] > 2 * queries.num_columns or part.values.zeros is not None:
+            self.num_groups = queries.weights.shape[0] // (2 * queries.num_columns)
 
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
@@ -62,7 +68,7 @@ class Columns:
             factors = factors * plgpu.load(theirs, layout=self.part.across, optimized=False)
         plgpu.barrier_wait(self.tile.queries_arrived)
         queries = None
-        if self.part.per == "channel":
+        if self.part.keys.per == "channel":
             queries = plgpu.load(self.tile.queries, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
         value_dim, stripe = self.tile.outputs.shape[2], self.tile.sums_out.shape[0]
@@ -71,13 +77,20 @@ class Columns:
             tuple(filled((stripe, self.tile.num_columns), 0, plgpu.Layout.WGMMA) for _ in stripes),
             filled((self.tile.num_columns,), -jnp.inf, self.part.across),
             filled((BLOCK_LEN, self.tile.num_columns), 0, plgpu.Layout.WGMMA),
+            tuple(
+                filled((BLOCK_LEN, self.tile.num_columns), 0, plgpu.Layout.WGMMA)
+                for _ in range(self.num_groups if self.part.values.zeros is not None else 0)
+            ),
         )
         block = partial(self.attend_block, bounds=bounds, factors=factors, queries=queries, stripes=stripes)
-        sums, highest, total = lax.fori_loop(0, self.part.num_blocks, block, state)
-        total = total.sum(axis=0)
+        sums, highest, total, zeros = lax.fori_loop(0, self.part.num_blocks, block, state)
+        total, zeros = total.sum(axis=0), [share.sum(axis=0) for share in zeros]
         divisor = jnp.where(total == 0, 1.0, total)
         self.tile.lse_out[...] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         for columns, stripe_sums in zip(stripes, sums, strict=True):
+            if zeros:
+                shares = [lax.broadcast_in_dim(share, stripe_sums.shape, [1]) for share in zeros]
+                stripe_sums = stripe_sums + self.by_group(columns, lambda group, shares=shares: shares[group])
             plgpu.wait_smem_to_gmem(0)
             self.tile.sums_out[...] = stripe_sums / lax.broadcast_in_dim(divisor, stripe_sums.shape, [1])
             plgpu.commit_smem()
@@ -86,15 +99,15 @@ class Columns:
         plgpu.wait_smem_to_gmem(0)
 
     def attend_block(self, number, state, *, bounds, factors, queries, stripes):
-        """The state after one more block: sums of each stripe of dims, the highest score of each column, and sums of
-        weights."""
-        sums, highest, total = state
+        """The state after one more block: sums of each stripe of dims, the highest score of each column, sums of
+        weights, and of weights times the zeros of each group."""
+        sums, highest, total, zeros = state
         place = lax.rem(number, self.part.num_staged or self.part.num_stages)
         starts, bits = self.part.listed(number)
         scores = self.scores(number, place, queries)
         shape = scores.shape
         scores = scores * (factors if isinstance(factors, float) else lax.broadcast_in_dim(factors, shape, [1]))
-        if self.part.per == "token":
+        if self.part.keys.per == "token":
             scores = scores * lax.broadcast_in_dim(self.token_scales(self.part.keys, number), shape, [0])
         if self.scoring.soft_cap is not None:
             scores = self.scoring.soft_cap * LOG2_E * jnp.tanh(scores / self.scoring.soft_cap)
@@ -106,19 +119,13 @@ class Columns:
         total = total * lax.broadcast_in_dim(keep, shape, [1]) + exact
         if self.tile.pages_out is not None:
             self.leave_page_sums(number, exact, shift)
-        if self.part.per is not None:
+        if self.part.is_quantised:
             self.part.wait_to_multiply(self.part.values, number, place)
-        if self.part.per == "token":
-            weighed = exact * lax.broadcast_in_dim(self.token_scales(self.part.values, number), shape, [0])
-            exact = jnp.where(exact > 0, weighed, 0.0)  # the scale of what nobody sees may be anything
-        for half, weights in enumerate(halves(exact, self.tile.weights.dtype)):
-            self.store_across(self.tile.weights.at[pl.ds(half * self.tile.num_columns, self.tile.num_columns)], weights)
-        if self.part.per is None:
+        zeros = self.store_weights(number, exact, keep, zeros)
+        if not self.part.is_quantised:
             self.part.wait_to_multiply(self.part.values, number, place)
         values = self.part.values.blocks.at[place]
-        if not (
-            self.part.per is not None and self.part.values.ring.dtype != jnp.float8_e4m3fn
-        ):  # whole numbers are never NaN
+        if self.part.values.may_be_nan:
             pl.when(jnp.logical_not(self.part.is_whole(starts, bits)))(
                 lambda: self.part.silence([values], self.part.values.step, starts, bits)
             )
@@ -128,7 +135,39 @@ class Columns:
             part = self.weighed(values.at[:, columns], columns, number)
             scaled.append(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [1]) + part)
         plgpu.barrier_arrive(self.part.free.at[place])
-        return tuple(scaled), new, total
+        return tuple(scaled), new, total, zeros
+
+    def store_weights(self, number: Any, exact: Array, keep: Array, zeros: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Leaves a block's weights for the products of values, times the scales of tokens, those of each group of their
+        channels apart. Returns the sums of weights times zeros."""
+        size, values = self.tile.num_columns, self.part.values
+
+        def of_tokens(scales: Any, group: int) -> Array:
+            """Weights times what tokens have: what nobody sees may have anything."""
+            kept = scales.at[self.part.place_of_scales(number)]
+            found = gpu_scales.of_tokens(values.scheme, kept, group, self.part.page_size, self.part.down)
+            return jnp.where(exact > 0, exact * lax.broadcast_in_dim(found, exact.shape, [0]), 0.0)
+
+        for group in range(max(1, self.num_groups)):
+            weights = of_tokens(values.scales, group) if values.per == "token" else exact
+            for half, share in enumerate(halves(weights, self.tile.weights.dtype)):
+                self.store_across(self.tile.weights.at[pl.ds((2 * group + half) * size, size)], share)
+        keep = lax.broadcast_in_dim(keep, exact.shape, [1])
+        return tuple(share * keep + of_tokens(values.zeros, group) for group, share in enumerate(zeros))
+
+    def by_group(self, channels: Any, of: Callable[[int], Array]) -> Array:
+        """[64, columns]: of every channel among 64 what `of` says of its group."""
+        num_groups = groups_at_once(self.tile.outputs.shape[2], self.num_groups)
+        first, found = channels.start * self.num_groups // self.tile.outputs.shape[2], None
+        for number in range(num_groups):
+            mine = of(first + number)
+            if found is None:
+                found = mine
+            else:
+                rows = plgpu.broadcasted_iota(jnp.int32, mine.shape, 0, layout=plgpu.Layout.WGMMA)
+                found = jnp.where(rows >= number * (ROW_BLOCK // num_groups), mine, found)
+        assert found is not None
+        return found
 
     def store_across(self, into: Any, value: Array) -> None:
         """Columns as rows: numbers of 16 bits."""
@@ -167,27 +206,27 @@ class Columns:
 
     def token_scales(self, side: Side, number: Any) -> Array:
         """[block]."""
-        scales = side.scales.at[self.part.place_of_scales(number)]
-        return plgpu.load(scales, layout=self.part.down)
+        kept = side.scales.at[self.part.place_of_scales(number)]
+        return gpu_scales.of_tokens(side.scheme, kept, 0, self.part.page_size, self.part.down)
 
-    def channel_scales(self, side: Side, number: Any, entry: int, channels: Any) -> Array:
-        """[channels] of one of a block's pages; 0 for a page that is none."""
-        scales = side.scales.at[self.part.place_of_scales(number), entry, channels]
-        found = plgpu.load(scales, layout=self.part.down)
+    def of_channels(self, scales: Any, number: Any, entry: int, channels: Any) -> Array:
+        """[channels] of the scales, or zeros, of one of a block's pages; 0 for a page that is none."""
+        kept = scales.at[self.part.place_of_scales(number), entry, channels]
+        found = plgpu.load(kept, layout=self.part.down).astype(jnp.float32)
         numbers = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=self.part.down)
         is_there = number * self.part.block_pages + entry < self.part.count
         return jnp.where(numbers < jnp.where(is_there, found.size, 0), found, 0.0)
 
     def scores(self, number: Any, place: Any, queries: Any) -> Array:
         """[block, columns]: products of keys and queries, without the scales of tokens."""
-        if self.part.per != "channel":
+        if self.part.keys.per != "channel":
             self.part.wait_to_multiply(self.part.keys, number, place)
             return self.product(self.part.keys.blocks.at[place], self.tile.queries)
         # Their scales multiply the queries, which are fewer, and in float32: the sum of three numbers of 16 bits.
         self.part.wait_to_multiply(self.part.keys, number, place)
         size, width = self.tile.num_columns, PARTS * self.tile.num_columns
         for entry in range(self.part.block_pages):
-            scales = self.channel_scales(self.part.keys, number, entry, pl.ds(0, queries.shape[0]))
+            scales = self.of_channels(self.part.keys.scales, number, entry, pl.ds(0, queries.shape[0]))
             rest = queries * lax.broadcast_in_dim(scales, queries.shape, [0])
             for part in range(PARTS):
                 rounded = rest.astype(self.tile.scaled.dtype)
@@ -201,6 +240,10 @@ class Columns:
             at = entry * width
             parts = [found[:, at + part * size : at + (part + 1) * size] for part in range(PARTS)]
             mine = sum(parts[1:], parts[0])
+            if self.part.keys.zeros is not None:  # of a page they are the same for all tokens
+                zeros = self.of_channels(self.part.keys.zeros, number, entry, pl.ds(0, queries.shape[0]))
+                dots = (queries * lax.broadcast_in_dim(zeros, queries.shape, [0])).sum(axis=0)
+                mine = mine + lax.broadcast_in_dim(dots, mine.shape, [1])
             scores = mine if scores is None else jnp.where(slots >= entry * self.part.page_size, mine, scores)
         assert scores is not None
         return scores
@@ -208,14 +251,25 @@ class Columns:
     def weighed(self, values: Any, channels: Any, number: Any) -> Array:
         """[dims, columns]: the sum of a block's values times their weights."""
         size, shape = self.tile.num_columns, (values.shape[1], self.tile.num_columns)
-        if self.part.per != "channel":
+        if self.num_groups:
+            num_groups = groups_at_once(self.tile.outputs.shape[2], self.num_groups)
+            first = channels.start * self.num_groups // self.tile.outputs.shape[2]
+            weights = self.tile.weights.at[pl.ds(2 * first * size, 2 * num_groups * size)]
+            all_groups = self.product(values.transpose((1, 0)), weights)
+
+            def of_group(group: int) -> Array:
+                at = 2 * (group - first) * size
+                return all_groups[:, at : at + size] + all_groups[:, at + size : at + 2 * size]
+
+            return self.by_group(channels, of_group)
+        if self.part.values.per != "channel":
             both = self.product(values.transpose((1, 0)), self.tile.weights)
             return both[:, :size] + both[:, size:]
         total = None
         for entry in range(self.part.block_pages):
             tokens = pl.ds(entry * self.part.page_size, self.part.page_size)
             both = self.product(values.at[tokens].transpose((1, 0)), self.tile.weights.at[:, tokens])
-            scales = self.channel_scales(self.part.values, number, entry, channels)
+            scales = self.of_channels(self.part.values.scales, number, entry, channels)
             part = both[:, :size] + both[:, size:]
             # Of a page of which nothing is seen the scale may be anything.
             part = jnp.where(part == 0, 0.0, part * lax.broadcast_in_dim(scales, shape, [0]))

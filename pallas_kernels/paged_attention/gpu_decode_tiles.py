@@ -7,7 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Scaling
+from pallas_kernels.formats import SHARED, Scheme
+from pallas_kernels.paged_attention import gpu_scales
+from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
 from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.pages import Pages
@@ -40,8 +42,27 @@ def aligned(num_columns: int) -> int:
     return -(-num_columns // 32) * 32
 
 
-def stripe_of(value_dim: int, num_columns: int) -> int:
+ROW_BLOCK = 64
+"""Dims of values whose groups' weights are multiplied at once."""
+
+
+def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
+    """Groups of the channels of values that have weights of their own; 0: scales are of whole tokens or of channels,
+    and there are no zeros."""
+    if schemes is None or schemes[1].per == "channel" or (schemes[1].group is None and not schemes[1].has_zeros):
+        return 0
+    return value_dim // (schemes[1].group or value_dim)
+
+
+def groups_at_once(value_dim: int, num_groups: int) -> int:
+    """Groups in 64 dims of values."""
+    return max(1, num_groups * ROW_BLOCK // value_dim)
+
+
+def stripe_of(value_dim: int, num_columns: int, num_groups: int = 0) -> int:
     """Dims of values that are multiplied at once: a multiple of 64."""
+    if num_groups:
+        return ROW_BLOCK
     return next(
         width
         for width in range(value_dim, 0, -64)
@@ -51,8 +72,7 @@ def stripe_of(value_dim: int, num_columns: int) -> int:
 
 def fit(
     dims: tuple[int, int],
-    format: str,
-    per: Scaling,
+    schemes: tuple[Scheme, Scheme] | None,
     num_columns: int,
     page_size: int,
     max_stages: int = MAX_STAGES,
@@ -63,10 +83,10 @@ def fit(
     block_pages = max(1, BLOCK_LEN // page_size)
     most = min(max_stages, MAX_BARRIERS // block_pages)  # a page has a barrier of its own
     for limit, least in ((HALF_BYTES, min(most, LEAST_STAGES)), (SHARED_BYTES, 1)):
-        for num_staged in (2, 1) if format in FORMATS else (0,):
+        for num_staged in (2, 1) if schemes else (0,):
             for num_stages in range(most, least - 1, -1):
                 sizes = scratch_bytes(
-                    dims, format, per, num_columns, block_pages, num_stages, num_staged, with_page_mass=with_page_mass
+                    dims, schemes, num_columns, block_pages, num_stages, num_staged, with_page_mass=with_page_mass
                 )
                 if sizes <= limit:
                     return Tiles(num_stages, num_staged, sizes)
@@ -75,8 +95,7 @@ def fit(
 
 def scratch_bytes(
     dims: tuple[int, int],
-    format: str,
-    per: Scaling,
+    schemes: tuple[Scheme, Scheme] | None,
     num_columns: int,
     block_pages: int,
     num_stages: int,
@@ -85,20 +104,20 @@ def scratch_bytes(
     with_page_mass: bool,
 ) -> int:
     """Bytes of all that `scratch_for` asks for, each in whole KiB."""
-    bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
-    sizes = [num_stages * BLOCK_LEN * width * bits // 8 for width in dims]
-    sizes += [2 * num_columns * BLOCK_LEN * 2, stripe_of(dims[1], num_columns) * num_columns * 4, num_columns * 4]
+    num_groups = groups_of(dims[1], schemes)
+    stripe, num_weights = stripe_of(dims[1], num_columns, num_groups), 2 * max(1, num_groups) * num_columns
+    sizes = [num_weights * BLOCK_LEN * 2, stripe * num_columns * 4, num_columns * 4]
     if with_page_mass:
         sizes.append(block_pages * aligned(num_columns) * 4)
-    if format in FORMATS:
-        sizes += [num_staged * BLOCK_LEN * width * 2 for width in dims]
-    if format in FORMATS and per == "channel":
-        sizes += [(num_stages + num_staged) * block_pages * width * 4 for width in dims]
-        sizes += [dims[0] * num_columns * 2, block_pages * PARTS * num_columns * dims[0] * 2]
-    else:
-        sizes.append(num_columns * dims[0] * 2)
-        if format in FORMATS:
-            sizes += 2 * [(num_stages + num_staged) * BLOCK_LEN * 4]
+    if schemes is None:
+        sizes += [num_stages * BLOCK_LEN * width * 2 for width in dims]
+    for width, scheme in zip(dims, schemes or (), strict=False):
+        sizes += [num_stages * scheme.payload_bytes(BLOCK_LEN, width), num_staged * BLOCK_LEN * width * 2]
+        of_scales = (num_stages + num_staged) * place_bytes(scheme, width, block_pages)
+        sizes += (1 + scheme.has_zeros) * [of_scales]
+    sizes.append(dims[0] * num_columns * 2)
+    if schemes and schemes[0].per == "channel":
+        sizes.append(block_pages * PARTS * num_columns * dims[0] * 2)
     return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
@@ -115,44 +134,49 @@ def scratch_for(
     """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in
     `of_rows`."""
     dims, depth, staged = pages.head_dims, tiles.num_stages, tiles.num_staged
-    is_quantised, stripe = pages.per is not None, stripe_of(dims[1], num_columns)
+    schemes, num_groups = pages.schemes, groups_of(dims[1], pages.schemes)
+    stripe = stripe_of(dims[1], num_columns, num_groups)
+    steps = [step_of(pages, side) for side in range(2)]
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
-    of_weights = jnp.dtype(jnp.bfloat16) if is_quantised else dtype
+    of_weights = jnp.dtype(jnp.bfloat16) if schemes else dtype
     scratch = {
-        "weights": shared((2 * num_columns, BLOCK_LEN), of_weights, step_of(dims[1], pages)),
+        "weights": shared((2 * max(1, num_groups) * num_columns, BLOCK_LEN), of_weights, steps[1]),
         "sums_out": shared((stripe, num_columns), jnp.float32, num_columns),
         "lse_out": plgpu.SMEM((num_columns,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
-    num_arrivals = 2 if is_quantised else 1
-    payload = pages.keys.dtype
-    for name, width, of in (("keys", dims[0], dtype), ("values", dims[1], of_weights)):
-        step = step_of(width, pages)
-        ring = f"{name}_ring" if is_quantised else name
-        halved = 2 if pages.format == "int4" else 1
-        scratch[ring] = shared((depth, BLOCK_LEN, width // halved), payload, step)
+    for side, (name, of) in enumerate((("keys", dtype), ("values", of_weights))):
+        width, step, pool = dims[side], steps[side], pages.pools[-side]
+        num_arrivals = len(gpu_scales.for_copies(pool))
         arrived = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=depth * block_pages)
         scratch[f"{name}_arrived"] = arrived
-        if is_quantised:
-            of_scales = (BLOCK_LEN,) if pages.per == "token" else (block_pages, width)
-            scratch[f"{name}_scales"] = plgpu.SMEM((depth + staged, *of_scales), jnp.float32)
-            scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=staged)
-            scratch[name] = shared((staged, BLOCK_LEN, width), of, step)
+        if schemes is None:
+            scratch[name] = shared((depth, BLOCK_LEN, width), pool.dtype, step)
+            continue
+        scheme = schemes[side]
+        ring = (depth, BLOCK_LEN, width // SHARED.get(scheme.format, 1))
+        scratch[f"{name}_ring"] = shared(ring, pool.dtype, step)
+        kept = (depth + staged, *place_shape(scheme, width, block_pages))
+        for part in ("scales", "zeros")[: 1 + scheme.has_zeros]:
+            scratch[f"{name}_{part}"] = plgpu.SMEM(kept, jnp.dtype(scheme.scale_dtype))
+        scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=staged)
+        scratch[name] = shared((staged, BLOCK_LEN, width), of, step)
     scratch["free"] = plgpu.Barrier(num_barriers=staged or depth)
-    if pages.per == "channel":
+    if schemes and schemes[0].per == "channel":
         scratch["queries"] = plgpu.SMEM((dims[0], num_columns), of_rows)
-        scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, step_of(dims[0], pages))
+        scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, steps[0])
     else:
-        scratch["queries"] = shared((num_columns, dims[0]), dtype, step_of(dims[0], pages))
+        scratch["queries"] = shared((num_columns, dims[0]), dtype, steps[0])
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((block_pages, aligned(num_columns)), jnp.float32)
     return scratch
 
 
-def step_of(width: int, pages: Pages) -> int:
-    """Columns that are laid out together, in both factors of a product; of quantised pages, as many as are turned into
-    16 bits at once, and no more than a page has slots where each page is multiplied apart."""
-    if pages.per is None:
+def step_of(pages: Pages, side: int) -> int:
+    """Columns of keys (0) or values (1) that are laid out together, in both factors of a product; of quantised pages,
+    as many as are turned into 16 bits at once, and no more than a page has slots where each page is multiplied
+    apart."""
+    width, schemes = pages.head_dims[side], pages.schemes
+    if schemes is None:
         return math.gcd(width, 64)
-    most = min(pages.page_size, 64) if pages.per == "channel" else 64
-    return math.gcd(width // 2 if pages.format == "int4" else width, min(most, 32 if width > 128 else 64))
+    return gpu_scales.step_of(width, schemes[side], min(pages.page_size, 64) if schemes[side].per == "channel" else 64)

@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
 from pallas_kernels.paged_attention.gpu_tiles import stripes
@@ -69,11 +70,11 @@ class Piece:
 
         def block(number, state):
             sums, highest, total = state
-            place = lax.rem(number, self.part.num_stages if self.part.per is None else self.part.num_staged)
+            place = lax.rem(number, self.part.num_staged if self.part.is_quantised else self.part.num_stages)
             starts, bits = self.part.listed(number)
             self.part.wait_to_multiply(self.part.keys, number, place)
             scores = self.scored(mine, place)
-            if self.part.per is not None:
+            if self.part.is_quantised:
                 scores = scores * lax.broadcast_in_dim(self.key_scales(number, place), scores.shape, [1])
             scores = self.scoring.capped(scores)
             seen = self.seen(starts, bits, lows, highs)
@@ -85,15 +86,15 @@ class Piece:
             total = total * keep + exact.sum(axis=1)
             if self.tile.pages_out is not None:
                 self.leave_page_sums(number, consumer, exact, shift)
-            if self.part.per is not None:
+            if self.part.is_quantised:
                 self.part.wait_to_multiply(self.part.values, number, place)
-            if self.part.per == "token":
+            if self.part.is_quantised and self.tile.num_halves == 1:
                 weighed = exact * lax.broadcast_in_dim(self.token_scales(self.part.values, number), scores.shape, [1])
                 exact = jnp.where(exact > 0, weighed, 0.0)  # the scale of what nobody sees may be anything
             self.tile.weights[0, mine], self.tile.weights[1, mine] = halves(exact, self.tile.weights.dtype)
-            if self.part.per is None:
+            if not self.part.is_quantised:
                 self.part.wait_to_multiply(self.part.values, number, place)
-            if not (self.part.per == "token" and self.part.values.ring.dtype != jnp.float8_e4m3fn):
+            if self.part.values.may_be_nan or self.tile.num_halves == 2:  # scales may be, which they have in them
                 pl.when(jnp.logical_not(self.part.is_whole(starts, bits)))(
                     lambda: self.silence_block(place, starts, bits)
                 )
@@ -167,14 +168,14 @@ class Piece:
 
     def key_scales(self, number: Any, place: Any) -> Array:
         """[block]: what products with keys were left to be multiplied with."""
-        if self.part.per == "token":
+        if self.tile.num_halves == 1:
             return self.token_scales(self.part.keys, number)
         return plgpu.load(self.tile.key_factors.at[place], layout=plgpu.Layout.WGMMA.reduce(0))
 
     def token_scales(self, side: Side, number: Any) -> Array:
         """[block]."""
-        place = self.part.place_of_scales(number)
-        return plgpu.load(side.scales.at[place], layout=plgpu.Layout.WGMMA.reduce(0))
+        kept = side.scales.at[self.part.place_of_scales(number)]
+        return gpu_scales.of_tokens(side.scheme, kept, 0, self.part.page_size, plgpu.Layout.WGMMA.reduce(0))
 
     def scored(self, mine: Any, place: Any) -> Array:
         """Scaled products of rows with a block's keys."""

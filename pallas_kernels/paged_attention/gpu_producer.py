@@ -9,8 +9,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.formats import INVERSE_STEPS, SHARED
+from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_ring import Part, Side
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.rounding import parts_of
 
 HEADROOM = 6
 """Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16
@@ -25,7 +28,7 @@ class Producer:
 
     def run(self) -> None:
         """All of the piece's pages."""
-        self.produce() if self.part.per is None else self.produce_and_convert()
+        self.produce_and_convert() if self.part.is_quantised else self.produce()
 
     def fetch(self, number: Any) -> None:
         """Asks for a block's pages."""
@@ -42,19 +45,15 @@ class Producer:
                 page = lax.div(page, num_parts)
                 target = pl.ds(entry * self.part.page_size, self.part.page_size)
                 for side in (self.part.keys, self.part.values):
-                    (payload, *scales), ring = side.pages, side.ring
+                    (payload, *pools), ring = side.pages, side.ring
                     barrier = side.arrived.at[arrived]
                     source = payload.at[page, self.part.head, slots]
                     if ring.shape[2] < payload.shape[3]:  # values are the first columns of the keys
                         source = payload.at[page, self.part.head, slots, pl.ds(0, ring.shape[2])]
                     plgpu.copy_gmem_to_smem(source, ring.at[stage, target], barrier)
-                    for pool in scales:
-                        kept = side.scales.at[self.part.place_of_scales(number)]
-                        if self.part.per == "token":
-                            mine, into = pool.at[page, self.part.head, slots], kept.at[target]
-                        else:
-                            mine, into = pool.at[page, self.part.head, pl.ds(0, kept.shape[1])], kept.at[entry]
-                        plgpu.copy_gmem_to_smem(mine, into, barrier)
+                    for pool, kept in zip(pools, (side.scales, side.zeros), strict=False):
+                        here = kept.at[self.part.place_of_scales(number)]
+                        gpu_scales.copy(side.scheme, pool, here, page, self.part.head, slots, entry, barrier)
 
     def drain(self, num_slots: int) -> None:
         """A barrier must not end with a phase that its waiter has not seen."""
@@ -102,18 +101,18 @@ class Producer:
             into[slot, :, columns] = wide.astype(into.dtype)
 
     def unpacked(self, side: Side, stage: Any) -> Iterator[tuple[Any, Array]]:
-        """The columns of a stage, some at a time, and what they hold in registers: two halves of them where a byte
-        holds two."""
-        ring = side.ring
+        """The columns of a stage, some at a time, and what they hold in registers: several parts of them where a byte
+        holds as many."""
+        ring, shared = side.ring, SHARED.get(side.scheme.format, 1)
         width, step = ring.shape[2], side.step
         for at in range(0, width, step):
             raw = plgpu.load(ring.at[stage, :, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
-            if ring.dtype != jnp.uint8:
+            if shared == 1:
                 yield pl.ds(at, step), raw
                 continue
-            whole = raw.astype(jnp.int32)
-            for begin, place in ((at, 28), (at + width, 24)):
-                yield pl.ds(begin, step), lax.shift_right_arithmetic(lax.shift_left(whole, place), 28)
+            parts = parts_of(raw.astype(jnp.int32), shared, is_signed=side.zeros is None)
+            for number, part in enumerate(parts):
+                yield pl.ds(at + number * width, step), part
 
 
 @dataclass
@@ -128,7 +127,7 @@ class Scaled:
 
 
 class ScalingProducer(Producer):
-    """Multiplies the scales of channels into keys and values, which become two halves of 16 bits."""
+    """Multiplies scales into keys and values, and adds zeros: they become two halves of 16 bits."""
 
     def __init__(self, part: Part, scaled: Scaled) -> None:
         super().__init__(part)
@@ -146,7 +145,9 @@ class ScalingProducer(Producer):
         each page."""
         into, fitting = side.blocks, self.fit_keys(stage, slot) if side is self.part.keys else None
         for columns, numbers in self.unpacked(side, stage):
-            exact = numbers.astype(jnp.float32) * self.channel_scales(side, stage, columns)
+            exact = numbers.astype(jnp.float32) * self.factors(side, side.scales, stage, columns)
+            if side.zeros is not None:
+                exact = exact + self.factors(side, side.zeros, stage, columns)
             if fitting is not None:
                 exact = exact * lax.broadcast_in_dim(fitting, exact.shape, [0])
             high = exact.astype(into.dtype)
@@ -156,10 +157,13 @@ class ScalingProducer(Producer):
     def fit_keys(self, stage: Any, slot: Any) -> Array:
         """[block]: what each token's keys are multiplied with to fit float16. What that is of scores is left to whoever
         multiplies."""
-        largest, step = None, self.part.keys.step
-        for at in range(0, self.part.keys.blocks.shape[2], step):
-            scales = jnp.abs(self.channel_scales(self.part.keys, stage, pl.ds(at, step))).max(axis=1)
+        largest, keys = None, self.part.keys
+        for at in range(0, keys.blocks.shape[2], keys.step):
+            scales = jnp.abs(self.factors(keys, keys.scales, stage, pl.ds(at, keys.step))).max(axis=1)
             largest = scales if largest is None else jnp.maximum(largest, scales)
+            if keys.zeros is not None:
+                zeros = jnp.abs(self.factors(keys, keys.zeros, stage, pl.ds(at, keys.step))).max(axis=1)
+                largest = jnp.maximum(largest, zeros * INVERSE_STEPS[keys.scheme.format])
         assert largest is not None
         exponents = lax.shift_right_logical(lax.bitcast_convert_type(largest, jnp.int32), 23)
         exponents = jnp.minimum(jnp.maximum(exponents, 1 + HEADROOM), 253)
@@ -170,15 +174,22 @@ class ScalingProducer(Producer):
         self.scaled.key_factors[slot] = power_of_two(exponents - HEADROOM)
         return power_of_two(254 + HEADROOM - exponents)
 
-    def channel_scales(self, side: Side, stage: Any, columns: Any) -> Array:
-        """[block, columns]: those of each token's page; for keys, with what the queries' columns were divided by."""
-        scales, shape = side.scales, (BLOCK_LEN, columns.size)
+    def factors(self, side: Side, scales: Any, stage: Any, columns: Any) -> Array:
+        """[block, columns]: scales, or zeros, of tokens and of channels of each token's page; for keys, with what the
+        queries' columns were divided by."""
+        shape, across = (BLOCK_LEN, columns.size), plgpu.Layout.WGMMA.reduce(0)
+        if side.scheme.per == "token":
+            group = columns.start // side.scheme.group if side.scheme.group else 0
+            of_tokens = gpu_scales.of_tokens(
+                side.scheme, scales.at[stage], group, self.part.page_size, plgpu.Layout.WGMMA.reduce(1)
+            )
+            return lax.broadcast_in_dim(of_tokens, shape, [0])
         tokens = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         factors = None
         for entry in range(self.part.block_pages):
-            of_page = plgpu.load(scales.at[stage, entry, columns], layout=plgpu.Layout.WGMMA.reduce(0))
+            of_page = plgpu.load(scales.at[stage, entry, columns], layout=across).astype(jnp.float32)
             if side is self.part.keys:
-                of_page = of_page * plgpu.load(self.scaled.columns.at[columns], layout=plgpu.Layout.WGMMA.reduce(0))
+                of_page = of_page * plgpu.load(self.scaled.columns.at[columns], layout=across)
             of_page = lax.broadcast_in_dim(of_page, shape, [1])
             factors = of_page if factors is None else jnp.where(tokens >= entry * self.part.page_size, of_page, factors)
         assert factors is not None

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.formats import Scheme
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.paged_attention.sharing import WORD
@@ -60,7 +61,7 @@ class Side:
     """Keys or values: the pool in global memory, and where its pages lie in shared memory."""
 
     pages: list[Any]
-    """The payload [P, K, page, D], and its scales if it has some."""
+    """The payload [P, K, page, D], and its scales and zeros if it has some."""
     ring: Any
     """[stages, 64, D] what pages are copied into."""
     blocks: Any
@@ -68,19 +69,35 @@ class Side:
     arrived: Any
     """A barrier for each page of each stage."""
     scales: Any
-    """[places, 64] by token, [places, pages, D] by channel."""
+    """Of each place: see `gpu_scales`."""
+    zeros: Any
+    """As the scales; None: there are none."""
     staged: Any
     """A barrier for each staged block."""
     step: int
     """Columns that are laid out together, and turned into 16 bits at once."""
+    scheme: Any
+    """A `Scheme`; None: it is not quantised."""
+
+    @property
+    def per(self) -> str | None:
+        """What has a scale of its own."""
+        return None if self.scheme is None else self.scheme.per
+
+    @property
+    def may_be_nan(self) -> bool:
+        """Whether what is multiplied may be NaN: whole numbers never are."""
+        return self.scheme is None or self.scheme.format == "fp8"
 
     @staticmethod
-    def of(named: dict[str, Any], name: str, step: int) -> "Side":
+    def of(named: dict[str, Any], name: str, step: int, scheme: Scheme | None) -> "Side":
         """That of "keys" or "values" in a kernel's refs by name."""
         blocks = named[name]
-        ring, scales, staged = (named.get(f"{name}_{part}") for part in ("ring", "scales", "staged"))
+        parts = ("ring", "scales", "zeros", "staged")
+        ring, scales, zeros, staged = (named.get(f"{name}_{part}") for part in parts)
         pages = named["key_pages" if name == "keys" else "value_pages"]
-        return Side(pages, blocks if ring is None else ring, blocks, named[f"{name}_arrived"], scales, staged, step)
+        ring, arrived = blocks if ring is None else ring, named[f"{name}_arrived"]
+        return Side(pages, ring, blocks, arrived, scales, zeros, staged, step, scheme)
 
 
 @dataclass
@@ -100,13 +117,13 @@ class Part:
     num_scale_places: int
     """How many blocks keep their scales: they may be needed longer than the stage is."""
     page_size: int
-    per: str | None
     scoring: Scoring
 
     def __post_init__(self) -> None:
         self.item, self.begin, self.count = (self.listed_pages.pieces[self.piece, place] for place in range(3))
         self.block_pages = BLOCK_LEN // self.page_size
         self.num_blocks = pl.cdiv(self.count, self.block_pages)
+        self.is_quantised = self.keys.scheme is not None
         self.down, self.across = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def place_of_scales(self, number: Any) -> Any:
@@ -124,10 +141,10 @@ class Part:
 
     def wait_to_multiply(self, side: Side, number: Any, place: Any) -> None:
         """Until a block of keys or values is in its place of the ring, or of the staged blocks."""
-        if self.per is None:
-            self.wait_for(side.arrived, number)
-        else:
+        if self.is_quantised:
             plgpu.barrier_wait(side.staged.at[place])
+        else:
+            self.wait_for(side.arrived, number)
 
     # What is seen of a block: tokens lie along `axis` of an array, or alone.
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import Scaling, arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
 from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
 from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
+from pallas_kernels.paged_attention.gpu_scales import for_copies
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
 from pallas_kernels.paged_attention.sharing import (
@@ -169,8 +169,8 @@ def _arrays(
         "row_first": layout.per_row(first, NOWHERE),
         "row_last": layout.per_row(last, -1),
         "rows": rows,
-        "key_pages": arrays_of(pages.keys),
-        "value_pages": arrays_of(pages.pools[-1]),
+        "key_pages": for_copies(pages.keys),
+        "value_pages": for_copies(pages.pools[-1]),
     }
     if live.words is not None:
         arrays["words"] = live.words
@@ -196,10 +196,10 @@ def _attend(
 ) -> list[Array]:
     """Attention of every piece: outputs [pieces, K, rows, Dv], log-sum-exp [pieces, K, rows], and with page mass that
     of each entry."""
-    num_pieces, num_kv_heads, (dim, value_dim) = len(arrays["pieces"]), pages.num_kv_heads, pages.head_dims
+    num_pieces, num_kv_heads, value_dim = len(arrays["pieces"]), pages.num_kv_heads, pages.head_dims[1]
     num_consumers, with_mass = layout.tile_rows // ROWS, scoring.with_page_mass
-    per: Scaling = pages.per or "token"
-    tiles = fit(dim, value_dim, pages.format, per, num_consumers, page_size, max_stages, with_mass)
+    schemes = pages.schemes
+    tiles = fit(pages.head_dims, schemes, num_consumers, page_size, max_stages, with_mass)
     # What is merged is cast afterwards.
     out_dtype = query_type if num_pieces == layout.items else jnp.dtype(jnp.float32)
     out_type = {
@@ -223,16 +223,15 @@ def _attend(
         named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
         part = Part(
             given(Listed, named),
-            Side.of(named, "keys", step_of(dim, pages)),
-            Side.of(named, "values", step_of(value_dim, pages)),
+            Side.of(named, "keys", step_of(pages, 0), schemes and schemes[0]),
+            Side.of(named, "values", step_of(pages, 1), schemes and schemes[1]),
             named["free"],
             piece=lax.div(lax.axis_index("block"), num_kv_heads),
             head=lax.rem(lax.axis_index("block"), num_kv_heads),
             num_stages=tiles.num_stages,
             num_staged=tiles.num_staged,
-            num_scale_places=tiles.num_stages + (0 if per == "channel" else tiles.num_staged),
+            num_scale_places=tiles.num_stages + (0 if tiles.num_halves == 2 else tiles.num_staged),
             page_size=page_size,
-            per=pages.per,
             scoring=scoring,
         )
         rows = given(

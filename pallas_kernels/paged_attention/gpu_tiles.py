@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, Scaling
+from pallas_kernels.formats import SHARED, Scheme
+from pallas_kernels.paged_attention import gpu_scales
+from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import ROWS, Chip, shared
@@ -37,10 +39,8 @@ class Tiles:
 
 
 def fit(
-    dim: int,
-    value_dim: int,
-    format: str,
-    per: Scaling = "token",
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
     num_consumers: int = 1,
     page_size: int = BLOCK_LEN,
     max_stages: int = MAX_STAGES,
@@ -48,25 +48,24 @@ def fit(
 ) -> Tiles:
     """The deepest ring of at most `max_stages` that shared memory holds, and two staged blocks where it can be. No
     stages: it does not hold any."""
-    rows, is_quantised = ROWS * num_consumers, format in FORMATS
+    (dim, value_dim), rows = dims, ROWS * num_consumers
     block_pages = max(1, BLOCK_LEN // page_size)
-    bits = {"int4": 4, "int8": 8, "fp8": 8}.get(format, 16)
-    num_halves = 2 if is_quantised and per == "channel" else 1
+    num_halves = 2 if schemes and schemes[0].per == "channel" else 1
     fixed = [rows * dim * 2, 2 * num_consumers * rows * BLOCK_LEN * 2, rows * out_step(value_dim) * 4, rows * 4]
     if with_page_mass:
         fixed.append(num_consumers * block_pages * ROWS * 4)
 
     def num_bytes(num_stages: int, num_staged: int) -> int:
         """Of all that `scratch_for` asks for, each in whole KiB."""
-        sizes = fixed + [num_stages * BLOCK_LEN * width * bits // 8 for width in (dim, value_dim)]
-        if is_quantised:
-            sizes += [num_staged * num_halves * BLOCK_LEN * width * 2 for width in (dim, value_dim)]
-        if is_quantised and per == "token":
-            sizes += 2 * [(num_stages + num_staged) * BLOCK_LEN * 4]
-        elif is_quantised:
-            sizes += [num_stages * block_pages * width * 4 for width in (dim, value_dim)]
+        if schemes is None:
+            return whole_kib(fixed + [num_stages * BLOCK_LEN * width * 2 for width in dims])
+        sizes = fixed + [num_staged * num_halves * BLOCK_LEN * width * 2 for width in dims]
+        for width, scheme in zip(dims, schemes, strict=True):
+            of_scales = place_bytes(scheme, width, block_pages) * (num_stages + num_staged * (num_halves == 1))
+            sizes += [num_stages * scheme.payload_bytes(BLOCK_LEN, width), *[of_scales] * (1 + scheme.has_zeros)]
+        if num_halves == 2:
             sizes += [num_staged * BLOCK_LEN * 4, dim * 4]
-        return sum(-(-size // 1024) * 1024 for size in sizes)
+        return whole_kib(sizes)
 
     def with_staged(num_staged: int) -> Tiles:
         most = min(max_stages, MAX_BARRIERS // block_pages)  # a page has a barrier of its own
@@ -74,10 +73,15 @@ def fit(
         num_stages = next(fitting, 0)
         return Tiles(num_stages, num_staged, num_halves, num_bytes(num_stages, num_staged))
 
-    if not is_quantised:
+    if schemes is None:
         return with_staged(0)
     two = with_staged(2)
     return two if two.num_stages >= 2 else with_staged(1)  # a ring of one hides little
+
+
+def whole_kib(sizes: list[int]) -> int:
+    """The sum of sizes, each in whole KiB."""
+    return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
 def scratch_for(
@@ -94,8 +98,9 @@ def scratch_for(
     dim, value_dim = pages.head_dims
     rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
-    of_weights = jnp.dtype(jnp.bfloat16) if pages.per is not None else dtype
-    of_keys, of_values = step_of(dim, pages), step_of(value_dim, pages)
+    schemes = pages.schemes
+    of_weights = jnp.dtype(jnp.bfloat16) if schemes else dtype
+    of_keys, of_values = (step_of(pages, side) for side in range(2))
     scratch = {
         "queries": shared((rows, dim), dtype, of_keys),
         # Of two that attend, the weights of one block are multiplied while those of the next are written.
@@ -104,29 +109,27 @@ def scratch_for(
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
-    num_arrivals = 1
-    if pages.per is not None:
-        payload, staged = pages.keys.dtype, tiles.num_staged * tiles.num_halves
-        halved = 2 if pages.format == "int4" else 1
-        num_arrivals = 2
-        for name, width in (("keys", dim), ("values", value_dim)):
-            ring = (depth, block_len, width // halved)
-            scratch[f"{name}_ring"] = shared(ring, payload, step_of(width, pages))
-            by_token = (depth + tiles.num_staged, block_len)
-            of_scales = by_token if pages.per == "token" else (depth, block_pages, width)
-            scratch[f"{name}_scales"] = plgpu.SMEM(of_scales, jnp.float32)
-            scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
-        if pages.per == "channel":
-            scratch["key_factors"] = plgpu.SMEM((tiles.num_staged, block_len), jnp.float32)
-            scratch |= {"columns": plgpu.SMEM((dim,), jnp.float32), "columns_arrived": plgpu.Barrier()}
-        depth, num_free = staged, tiles.num_staged
-    else:
-        num_free = depth
+    arrivals = [len(gpu_scales.for_copies(pages.pools[-side])) for side in range(2)]
+    num_free = depth
+    for side, (name, scheme) in enumerate(zip(("keys", "values"), schemes or (), strict=False)):
+        width, pool = pages.head_dims[side], pages.pools[-side]
+        ring = (depth, block_len, width // SHARED.get(scheme.format, 1))
+        scratch[f"{name}_ring"] = shared(ring, pool.dtype, step_of(pages, side))
+        places = tiles.num_stages + tiles.num_staged * (tiles.num_halves == 1)
+        for part in ("scales", "zeros")[: 1 + scheme.has_zeros]:
+            kept = (places, *place_shape(scheme, width, block_pages))
+            scratch[f"{name}_{part}"] = plgpu.SMEM(kept, jnp.dtype(scheme.scale_dtype))
+        scratch[f"{name}_staged"] = plgpu.Barrier(num_barriers=tiles.num_staged)
+    if schemes:
+        depth, num_free = tiles.num_staged * tiles.num_halves, tiles.num_staged
+    if tiles.num_halves == 2:
+        scratch["key_factors"] = plgpu.SMEM((tiles.num_staged, block_len), jnp.float32)
+        scratch |= {"columns": plgpu.SMEM((dim,), jnp.float32), "columns_arrived": plgpu.Barrier()}
     scratch |= {
         "keys": shared((depth, block_len, dim), dtype, of_keys, block_len if chip == "blackwell" else None),
         "values": shared((depth, block_len, value_dim), of_weights, of_values, stripe if chip == "blackwell" else None),
-        "keys_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
-        "values_arrived": plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=tiles.num_stages * block_pages),
+        "keys_arrived": plgpu.Barrier(num_arrivals=arrivals[0], num_barriers=tiles.num_stages * block_pages),
+        "values_arrived": plgpu.Barrier(num_arrivals=arrivals[1], num_barriers=tiles.num_stages * block_pages),
         "free": plgpu.Barrier(num_arrivals=num_consumers, num_barriers=num_free),
     }
     if num_consumers > 1:
@@ -136,11 +139,11 @@ def scratch_for(
     return scratch
 
 
-def step_of(width: int, pages: Pages) -> int:
-    """Columns that are laid out together, and turned into 16 bits at once: more would not fit into registers."""
-    if pages.per is None:
-        return math.gcd(width, 64)
-    return math.gcd(width // 2 if pages.format == "int4" else width, 32 if width > 128 else 64)
+def step_of(pages: Pages, side: int) -> int:
+    """Columns of keys (0) or values (1) that are laid out together, and turned into 16 bits at once: more would not fit
+    into registers."""
+    width, schemes = pages.head_dims[side], pages.schemes
+    return math.gcd(width, 64) if schemes is None else gpu_scales.step_of(width, schemes[side])
 
 
 def out_step(value_dim: int) -> int:

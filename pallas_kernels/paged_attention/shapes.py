@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Call, Shape, Target, formats_of, stored_as
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.chips import KIVI, Call, Shape, Target, formats_of, stored_as, stored_in
+from pallas_kernels.formats import FORMATS, kivi
 from pallas_kernels.masking import Scoring
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.visible import Visible
 
 BATCH, CONTEXT, HEADS, KV_HEADS, CHUNK = 32, 4096, 32, 8, 256
+PAGE_SIZES = {"gpu": 64, "tpu": 128}
+
+KIVIS = {"gpu": (("int4", KIVI), ("int2", KIVI)), "tpu": (("int4", KIVI),)}
 
 
 def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
@@ -28,8 +31,9 @@ def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
         *(
             Shape("paged_attention", format, dim, per, num_queries=num_queries)
             for num_queries in (1, CHUNK)
-            for format, per in formats_of(backend)
+            for format, per in (*formats_of(backend), *KIVIS[backend])
             for dim in dims
+            if backend == "gpu" or per != KIVI or dim == 256  # rows of 4 bits that fill a TPU's registers
         ),
         *(more(extra) for extra in ("lists", "mass", "options", "chunk")),
         *(more(extra, "int8", per) for per in ("token", "channel") for extra in ("mass", "options")),
@@ -39,20 +43,28 @@ def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
 
 def floor_bytes(shape: Shape) -> int:
     """Keys and values that must move: live bytes once, with their scales."""
-    bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4}.get(shape.format, 16)
-    a_token = 2 * shape.head_dim * bits // 8 + (2 * 4 if shape.per == "token" else 0)
+    dim, page_size = shape.head_dim, PAGE_SIZES["gpu"]
+    if shape.per == KIVI:
+        a_page = sum(scheme.tile_bytes(page_size, dim) for scheme in kivi(shape.format, shape.format))
+        return BATCH * CONTEXT * KV_HEADS * a_page // page_size
+    bits = {"float32": 32, "int8": 8, "fp8": 8, "int4": 4, "int2": 2}.get(shape.format, 16)
+    a_token = 2 * dim * bits // 8 + (2 * 4 if shape.per == "token" else 0)
     return BATCH * CONTEXT * KV_HEADS * a_token
 
 
 def call(shape: Shape, target: Target, sharding: Any) -> Call:
     """The kernel of a target on arrays of a shape."""
-    page_size = 64 if target.backend == "gpu" else 128
+    page_size = PAGE_SIZES[target.backend]
     table_len = CONTEXT // page_size
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(dims, of, sharding=sharding)
 
-    pool = stored_as(shape.format, shape.per, (BATCH * table_len + 1, KV_HEADS, page_size, shape.head_dim), sharding)
+    tiles = (BATCH * table_len + 1, KV_HEADS, page_size, shape.head_dim)
+    if shape.per == KIVI:
+        of_keys, of_values = (stored_in(scheme, tiles, sharding) for scheme in kivi(shape.format, shape.format))
+    else:
+        of_keys = of_values = stored_as(shape.format, shape.per, tiles, sharding)
     visible = {"options": Visible(1024, 4), "chunk": Visible(chunk=1024)}.get(shape.extra, Visible())
     soft_cap = 30.0 if shape.extra == "options" else None
     scoring = Scoring(shape.head_dim**-0.5, soft_cap, visible, shape.extra == "mass")
@@ -61,7 +73,7 @@ def call(shape: Shape, target: Target, sharding: Any) -> Call:
     dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
     arrays = (
         array(BATCH, shape.num_queries, HEADS, shape.head_dim, of=dtype),
-        Pages(pool, pool),
+        Pages(of_keys, of_values),
         Lists(array(*lists), array(*lists), valid),
         array(BATCH, shape.num_queries),
         array(BATCH),

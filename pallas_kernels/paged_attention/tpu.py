@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.formats import FORMATS, arrays_of, unpacked
+from pallas_kernels.formats import SHARED, Scheme, arrays_of, unpacked
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.sharing import WORD, any_lists, bounds, cost, live_pages, page_mass, tiled
 from pallas_kernels.pages import Lists, Pages
@@ -38,11 +38,11 @@ def refusal(asked: Asked) -> str | None:
     query_type = jnp.dtype(asked.dtype)
     if query_type not in (jnp.bfloat16, jnp.float32):
         return f"queries of {query_type.name}: must be bfloat16 or float32"
-    if asked.schemes is not None or asked.format == "int2":
-        return f"pages of {asked.stored_as}: not yet"
+    if asked.schemes is not None and (reason := _cannot_read(asked.schemes)):
+        return f"pages of {asked.stored_as}: {reason}"
     rows = {"bfloat16": 16, "float32": 8, "int8": 32, "fp8": 32, "int4": 32}.get(asked.format)
     if rows is None:
-        return f"pages of {asked.format}: must be bfloat16, float32, or {', '.join(FORMATS)} with scales"
+        return f"pages of {asked.format}: must be bfloat16, float32, or int8, fp8, int4 with scales"
     if asked.page_size % rows:
         return f"page_size = {asked.page_size}: must be a multiple of {rows}, the rows of a register of {asked.format}"
     lanes = 2 * LANES if asked.format == "int4" else LANES
@@ -52,6 +52,18 @@ def refusal(asked: Asked) -> str | None:
     if any(dim > MAX_DIM for dim in asked.head_dims):
         return f"head dims = {asked.head_dims}: must be at most {MAX_DIM}, for which there is VMEM on every TPU"
     return None
+
+
+def _cannot_read(schemes: tuple[Scheme, Scheme]) -> str | None:
+    """Why pages in such schemes, of which format and `per` do not say all, cannot be read; None: they can."""
+    keys, values = schemes
+    if "int2" in (keys.format, values.format):
+        return "rows of 2 bits are too narrow for a TPU's registers"
+    if keys.format != values.format:
+        return "keys and values must be of one format"
+    if keys.per != "channel" or values.per != "token" or values.group is None:
+        return "must be keys by channel and values by token in groups, or both plain and alike"
+    return None if keys.has_zeros == values.has_zeros else "keys and values must both have zeros, or neither"
 
 
 @any_lists
@@ -118,7 +130,7 @@ def paged_attention(
             num_tiles=num_tiles,
             num_pools=len(pools),
             num_sides=len(pages.pools),
-            per=pages.per,
+            schemes=pages.schemes,
             scoring=scoring,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -174,12 +186,12 @@ def _kernel(
     num_tiles: int,
     num_pools: int,
     num_sides: int,
-    per: str | None,
+    schemes: tuple[Scheme, Scheme] | None,
     scoring: Scoring,
 ) -> None:
     """One item. `half` is the half of the buffers that holds, or will hold, its first block; `arrived` counts their
-    copies. Of `num_sides` 2, pools are keys and values, then scales of both; of 1 values are the first columns of the
-    keys."""
+    copies. Of `num_sides` 2, pools are keys and values, then scales of both, then zeros of both; of 1 values are the
+    first columns of the keys."""
     pools, refs = refs[:num_pools], refs[num_pools:]
     *answers, arrived, half = refs[: len(refs) - num_pools - 2] + refs[-2:]
     buffers = refs[len(refs) - num_pools - 2 : -2]
@@ -223,14 +235,41 @@ def _kernel(
         page_log[...] = jnp.full(page_log.shape, -jnp.inf)
 
     def numbers(which, here):
-        """[slots, dims] of keys or values, in a type that products take; scales of channels multiplied in."""
+        """[slots, dims] of keys or values, in a type that products take; scales multiplied in, and zeros added, but for
+        scales of whole tokens."""
         found = buffers[which][here]
-        if per is None:
+        if schemes is None:
             return found.reshape(num_slots, -1)
-        exact = unpacked(found) if found.dtype == jnp.uint8 else found.astype(jnp.float32)
-        # Without scales they are exact in the queries' type.
-        exact = exact * buffers[which + num_sides][here] if per == "channel" else exact.astype(rows.dtype)
+        scheme = schemes[which]
+        shared = SHARED.get(scheme.format, 1)
+        exact = found.astype(jnp.float32)
+        if shared > 1:
+            exact = unpacked(found, shared, is_signed=not scheme.has_zeros)
+        if has_token_scales(which):  # without them they are exact in the queries' type
+            return exact.astype(rows.dtype).reshape(num_slots, -1)
+        exact = exact * spread(scheme.group, which + num_sides, here)
+        if scheme.has_zeros:
+            exact = exact + spread(scheme.group, which + 2 * num_sides, here)
         return exact.reshape(num_slots, -1)
+
+    def has_token_scales(which):
+        """Whether keys or values have a scale for each token, which multiplies scores or weights."""
+        return schemes is not None and schemes[which].per == "token" and schemes[which].group is None
+
+    def spread(group, of, here):
+        """[pages, slots or 1, dims]: scales or zeros, for every number."""
+        kept = buffers[of][here].astype(jnp.float32)
+        if group is None:
+            return kept
+        num_groups = kept.shape[1]
+        groups = lax.broadcasted_iota(jnp.int32, (num_groups, num_groups * group), 0)
+        channels = lax.broadcasted_iota(jnp.int32, groups.shape, 1)
+        belongs = jnp.where(lax.div(channels, group) == groups, 1.0, 0.0)
+        of_slots = jnp.concatenate([kept[entry] for entry in range(block_pages)], axis=1)
+        contracted = (((0,), (0,)), ((), ()))
+        precision = lax.Precision.HIGHEST
+        found = lax.dot_general(of_slots, belongs, contracted, precision, jnp.float32)
+        return found.reshape(block_pages, page_size, -1)
 
     def token_scales(which, here):
         """[1, slots]."""
@@ -275,7 +314,7 @@ def _kernel(
         seen = visible(1, ends_down[0, :, 0:1], ends_down[0, :, 1:2])
         keys = numbers(0, here)
         scores = _dot(rows[0].astype(keys.dtype), keys, 1) * scoring.scale
-        if per == "token":
+        if has_token_scales(0):
             scores = scores * token_scales(0, here)
         scores = jnp.where(seen, scoring.capped(scores), -jnp.inf)
         new = jnp.maximum(highest, scores.max(axis=1, keepdims=True))
@@ -284,7 +323,7 @@ def _kernel(
         total = total * keep + weights.sum(axis=1, keepdims=True)
         for page_log in page_logs:
             leave_page_logs(page_log, block, weights, shift)
-        if per == "token":  # the scale of what nobody sees may be anything
+        if has_token_scales(num_sides - 1):  # the scale of what nobody sees may be anything
             weights = jnp.where(weights > 0, weights * token_scales(num_sides - 1, here), 0)
         # A weight of zero does not silence a NaN: what no row sees is replaced.
         readable = visible(0, ends_across[0, 0:1], ends_across[0, 1:2]).astype(jnp.float32).max(axis=1, keepdims=True)

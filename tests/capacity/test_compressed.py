@@ -58,13 +58,11 @@ def test_reads_and_users_by_hand():
     stored, noted = 250 + 500, 32 * (32 * 32 * 128 * 4 + 4)
     assert serving.logical_bytes(Context(1500, 1000)) == stored * 131_072 + noted
     assert serving.read_bytes(Context(1500, 1000)) == stored * 131_072 + 2 * noted
-    assert serving.read_bytes(Context(900, 900)) == 900 * 131_072 * 0 + serving.read_bytes(Context(900, 900))
     assert serving.mixing_flops(Context(1500, 1000)) == 32 * 4 * 32 * 128 * (stored + 1)
     roof = decode_roofline(config, [Context(1500, 1000)] * 7, serving)
-    weights = config.model.weight_bytes / config.hardware.bandwidth
-    assert roof["seconds"] == pytest.approx(
-        weights + 7 * serving.read_bytes(Context(1500, 1000)) / config.hardware.bandwidth
-    )
+    bandwidth = config.hardware.bandwidth
+    weights = config.model.weight_bytes / bandwidth
+    assert roof["seconds"] == pytest.approx(weights + 7 * (stored * 131_072 + 2 * noted) / bandwidth)
     h2o = config_of("h2o chunks")
     weighed = Serving.of(h2o, 2048, Context(1500, 1000))
     (kv,) = (state for state in weighed.classes if state.paged)
@@ -130,10 +128,8 @@ def test_answers_say_what_is_dropped_and_what_is_left():
         ["model=gpt-oss-20b", "hardware=h100", "compression=h2o", "budget=0.5", "workload.num_requests=20"]
     )
     answer = estimate(config)
-    told = {
-        str(name): str(value)
-        for name, value in zip(*(one_answer(config, answer).columns[i].cells for i in (0, 1)), strict=True)
-    }
+    names, values = (column.cells for column in one_answer(config, answer).columns)
+    told = dict(zip(map(str, names), map(str, values), strict=True))
     assert told["left as they are"] == "local128: a window forgets by itself"
     assert "compactions dropped" in told["compressed"]
     assert any("at most on the way" in value for value in told.values())

@@ -1,10 +1,14 @@
 """Slots dealt to heads by their scores, in whole tiles: AdaKV against its definition, and attention over what was
 dealt."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvlab.compression import Compression
 from kvlab.ledger.retention import Retention
 from kvlab.ledger.states import LatentState, TokenState
 from kvlab.memory.compacting import NOWHERE, select
@@ -13,7 +17,7 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views.dealt import attend_tiles, merged, parted
 from kvlab.schema import ConfigError
 from pallas_kernels.paged_attention import Lists, Pages, paged_attention
-from tests.compression.driven import PROMPT, ROWS, drive
+from tests.compression.driven import PROMPT, ROWS, TOTAL, drive
 
 PAGE = 4
 
@@ -132,17 +136,35 @@ def test_counts_of_whole_pages():
     assert Retention(slots=10, unit=4).keep(99) == 8
 
 
-@pytest.mark.parametrize(("variant", "format"), [("gqa", "int8"), ("mha", "model")])
-def test_a_run_equals_the_parallel_form_under_each_heads_own_mask(variant, format):
-    method = {"type": "knorm", "sinks": 1, "recent": 2, "heads": "ada", "safeguard": 0.0}
+@dataclass(frozen=True)
+class Skewed(Compression):
+    """Later heads are worth more, later slots a little."""
+
+    name: ClassVar[str] = "skewed"
+
+    def score(self, slots):
+        heads, places = (jnp.arange(size, dtype=jnp.float32) for size in slots.keys.shape[1:3])
+        return jnp.broadcast_to(100 * heads[None, :, None] + places[None, None, :], slots.keys.shape[:3])
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "format", "counts"),
+    [
+        ("gqa", {"type": "knorm", "sinks": 1, "recent": 2, "heads": "ada", "safeguard": 0.0}, "int8", None),
+        ("mha", Skewed(sinks=1, recent=2, heads="ada", safeguard=0.0), "model", [4, 4, 4, 20]),
+        ("mha", Skewed(sinks=0, recent=0, heads="ada", safeguard=1.0), "model", [8, 8, 8, 8]),
+    ],
+)
+def test_a_run_equals_the_parallel_form_under_each_heads_own_mask(variant, method, format, counts):
+    """Of 9 slots asked 8 are held, two pages of 4, whatever each head has of them."""
     check, session = drive(variant, method, 9, format=format)
     assert check.worst < 1e-5
     (compacted,) = session.compacted
-    counts = (np.asarray(compacted.kept[0]["kv"])[:ROWS] < NOWHERE).sum(axis=2)
-    assert len(np.unique(counts)) > 1
-    num_heads = counts.shape[1]
-    assert ((-(-counts // 4)).sum(axis=1) == num_heads * 2).all()
-    assert (counts <= PROMPT).all()
+    found = (np.asarray(compacted.kept[0]["kv"])[:ROWS] < NOWHERE).sum(axis=2)
+    assert (found == counts).all() if counts else len(np.unique(found)) > 1
+    assert ((-(-found // 4)).sum(axis=1) == 2 * found.shape[1]).all()
+    account = session.ledger.audit()[0]
+    assert account.allocated == ROWS * (2 + -(-(TOTAL - PROMPT) // 4)) * session.layout.classes[0].page_bytes
 
 
 def refused(given, state=None, budget=64):

@@ -9,6 +9,7 @@ import pytest
 from kvlab.compression import COMPRESSIONS
 from kvlab.compression.base import Attended, Slots
 from kvlab.compression.second_pass import KVzip, Oracle
+from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.schema import ConfigError
 from tests.compression.driven import PROMPT, ROWS, TOTAL, drive, kept_by, tokens_of, true_weights
@@ -76,6 +77,16 @@ def test_what_has_no_meaning_cannot_be_asked(name, field):
         COMPRESSIONS[name].build({field: wrong} | given)
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [({"type": "kvzip"}, "reads on behind a prompt"), ({"type": "knorm", "heads": "ada"}, "deals slots to heads")],
+)
+def test_sealed_pages_are_refused(method, words):
+    memory = MemoryConfig(compression=method, budget=64, format="kivi4")
+    with pytest.raises(ConfigError, match=words):
+        MemoryLayout.of([{"kv": TokenState(2, 32, 32)}], memory, max_sequences=1, max_len=256)
+
+
 def expected_sets(weights: np.ndarray, budget: int, sinks: int, recent: int, *, shared: bool = False) -> np.ndarray:
     """[B, K, budget] the protected slots, and the best of the others by the largest weight [B, K, G, pass, prompt]."""
     scores = weights.max(axis=(2, 3))
@@ -129,7 +140,10 @@ def test_a_pass_leaves_nothing_behind_and_its_pages_are_in_the_pool():
     sizes = {"max_sequences": ROWS, "max_len": TOTAL}
 
     def layout_of(compression, **options):
-        memory = MemoryConfig(page_size=4, chunk_len=5, compression=compression, budget=9, **options)
+        method = {"type": compression} if isinstance(compression, str) else compression
+        memory = MemoryConfig(
+            page_size=4, chunk_len=5, compression=method | {"sinks": 2, "recent": 2}, budget=9, **options
+        )
         return MemoryLayout.of(model.states(), memory, **sizes, prompt_len=PROMPT)
 
     plain, zipped, piecewise = map(layout_of, ("h2o", "kvzip", {"type": "kvzip", "repeat_len": 8, "anchor": 2}))

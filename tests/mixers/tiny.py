@@ -5,11 +5,14 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import LatentState, RetrievalState, State
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear
 from kvlab.schema import integer
 from kvlab.typing import Hidden, Positions
+
+SCALE = 0.4
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,13 @@ class TinyLatent(Mixer):
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
-        return {"latents": LatentState(self.config.rank, self.config.rope_dim, self.dtype)}
+        readers = Readers(self.config.num_heads, scale=SCALE)
+        return {"latents": LatentState(self.config.rank, self.config.rope_dim, self.dtype, readers=readers)}
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         queries = self.query(x).reshape(*x.shape[:2], self.config.num_heads, -1)
         latents = memory["latents"].append(keys=self.row(x)[:, :, None])
-        outputs, latents = latents.attend(queries, positions, scale=0.4)
+        outputs, latents = latents.attend(queries, positions, scale=SCALE)
         return self.out(outputs.reshape(*x.shape[:2], -1)), {"latents": latents}
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.bench.goals import Goals, Result, Timing, verdicts
 from pallas_kernels.bench.others import Mixed, Step, Write
 from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, planned
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS, SWEEPS, TINY
+from pallas_kernels.formats import kivi
 from pallas_kernels.paged_attention import Lists, api
 from pallas_kernels.selection import Asked
 
@@ -33,11 +34,15 @@ def test_what_is_checked_on_a_chip_reaches_its_kernels(platform):
         refusal = importlib.import_module(f"pallas_kernels.{op}.{platform}").refusal
         format, per, dtype = case.get("format"), case.get("per", "token"), case.get("dtype")
         is_latent = case.get("is_latent", False)
-        asked = Asked(format or dtype, case["page_size"], case["dims"], case.get("group", 1), per, dtype, is_latent)
+        schemes = kivi(*case["schemes"]) if case.get("schemes") else None
+        format = schemes[0].format if schemes else format
+        group = case.get("group", 1)
+        asked = Asked(format or dtype, case["page_size"], case["dims"], group, per, dtype, is_latent, schemes)
         assert refusal(asked) is None, (op, name, refusal(asked))
-        seen.add((op, format, per if format else ""))
+        seen.add((op, format, "kivi" if schemes else per if format else ""))
     formats = {(None, "")} | {(name, per) for name in ("int8", "fp8", "int4") for per in ("token", "channel")}
     assert seen >= {(op, *format_and_per) for op in ("paged_attention", "kv_write") for format_and_per in formats}
+    assert ("paged_attention", "int4", "kivi") in seen
 
 
 def test_floors_count_live_bytes_once_and_the_products():

@@ -13,10 +13,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import FORMATS, SHARED, Quantised
+from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
-from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_producer import Producer
@@ -36,7 +36,7 @@ def simulated(*arrays: Any, **options: Any) -> Any:
     """`gpu.paged_attention`, which must not fall back."""
     queries, pages, *_ = arrays
     columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
-    asked = pages.head_dims, pages.format, pages.per or "token", columns, pages.page_size
+    asked = pages.head_dims, pages.schemes, columns, pages.page_size
     assert gpu_decode.refusal(*asked) is None
     return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
 
@@ -79,6 +79,34 @@ MORE: dict[str, dict[str, Any]] = {
         "magnitude": tuple(0.5**channel for channel in range(25)),
         "of_keys": tuple(2.0**channel for channel in range(9)),
     },
+    "int2 by token": {"lengths": [70], "num_queries": 1, "group": 2, "format": "int2", "page_size": 32},
+    "int2 by channel": {
+        "lengths": [70],
+        "num_queries": 1,
+        "group": 2,
+        "format": "int2",
+        "per": "channel",
+        "page_size": 64,
+    },
+    "KIVI of 4 bits, 256 dims, long pages": {
+        "lengths": [300],
+        "num_queries": 1,
+        "group": 4,
+        "kv_heads": 1,
+        "dims": (256, 256),
+        "schemes": ("int4", "int4"),
+        "page_size": 128,
+        "offset": 5.0,
+    },
+    "KIVI in groups of 64, keys of 128 dims": {
+        "lengths": [100],
+        "num_queries": 1,
+        "group": 3,
+        "dims": (128, 192),
+        "schemes": ("int2", "int4", 64),
+        "page_size": 64,
+        "offset": 5.0,
+    },
     "int4 by channel, two queries of 16 heads": {
         "lengths": [100],
         "num_queries": 2,
@@ -109,13 +137,18 @@ SLOW = (
     "values in several products",
     "long pages",
     "int4 by channel, two queries of 16 heads",
+    "int2 by token",
+    "int2 by channel",
+    "KIVI of 4 bits, 256 dims, long pages",
+    "KIVI in groups of 64, keys of 128 dims",
     "8 queries of 5 heads, window, sinks",
     "int8 by token, its own chunk, lists of each head",
     "int8 by channel, values are the first columns of the keys",
+    *(name for name in KIVI if name not in ("KIVI of 4 bits, valid slots, soft cap", "KIVI of 2 bits")),
 )
 
 
-@named(CASES | MORE, *SLOW)
+@named(CASES | MORE | KIVI, *SLOW)
 def test_equals_float64_without_a_race(case, capfd):
     dims = case.get("dims", (64, 64))  # where it names some that this kernel takes
     check(simulated, **{"dtype": "bfloat16", **case, "dims": dims if dims[1] % 64 == 0 and dims[0] >= 64 else (64, 64)})
@@ -157,7 +190,11 @@ def test_a_wrong_page_is_caught():
 
 @pytest.mark.parametrize(
     ("format", "skipped"),
-    [(None, "arrived"), (None, "free"), ("int8", "arrived"), ("int8", "free"), ("int8", "staged")],
+    [
+        (None, "arrived"),
+        (None, "free"),
+        *((format, skipped) for format in ("int8", "KIVI") for skipped in ("arrived", "free", "staged")),
+    ],
 )
 def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
     """Who reads and does not wait for the copy or the conversion; who writes and does not wait for the reader."""
@@ -179,7 +216,8 @@ def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
             real(barrier)
 
     monkeypatch.setattr(plgpu, "barrier_wait", wait)
-    case = LONG | ({"format": format, "page_size": 32, "lengths": [900]} if format else {})
+    quantised = {"schemes": ("int4", "int4")} if format == "KIVI" else {"format": format}
+    case = LONG | ({**quantised, "page_size": 32, "lengths": [900]} if format else {})
     said = ""
     try:
         check(simulated, **case)
@@ -305,20 +343,31 @@ def test_pieces_merge_to_float64s_answer(cuts, num_queries, group):
 # Shared memory.
 
 
-@pytest.mark.parametrize("format", ["bfloat16", *FORMATS])
-@pytest.mark.parametrize("per", ["token", "channel"])
-def test_what_fits_is_what_the_scratch_takes(format, per):
+def said(schemes: tuple[Scheme, Scheme] | None) -> str:
+    """As the name of a case."""
+    return "16 bits" if schemes is None else " and ".join(f"{scheme.format} by {scheme.per}" for scheme in schemes)
+
+
+PLAIN: list[tuple[Scheme, Scheme]] = [
+    (scheme, scheme) for format in FORMATS for scheme in (Scheme(format), Scheme(format, "channel"))
+]
+
+
+@pytest.mark.parametrize("schemes", [None, *PLAIN, kivi("int4", "int2"), kivi("int2", "int4", 64)], ids=said)
+def test_what_fits_is_what_the_scratch_takes(schemes):
     """Of every shape that is not refused: in whole KiB, below the limit, and at most 32 barriers together."""
     seen = 0
     for dims in ((64, 64), (128, 128), (256, 256), (80, 128)):
         for columns in (8, 24, 64):
             for page_size in (8, 32, 64):
-                if (format in FORMATS and (page_size < 32 or dims[0] % 32)) or gpu_decode.refusal(
-                    dims, format, per, columns, page_size
+                if (schemes and (page_size < 32 or dims[0] % 32)) or gpu_decode.refusal(
+                    dims, schemes, columns, page_size
                 ):
                     continue
-                pages = Pages(*(_pool(format, per, page_size, dim) for dim in dims))
-                tiles = fit(dims, format, per, columns, page_size)
+                pages = Pages(
+                    *(_pool(scheme, page_size, dim) for scheme, dim in zip(schemes or (None,) * 2, dims, strict=True))
+                )
+                tiles = fit(dims, schemes, columns, page_size)
                 dtype = jnp.dtype(jnp.bfloat16)
                 scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True)
                 sizes = [
@@ -329,14 +378,13 @@ def test_what_fits_is_what_the_scratch_takes(format, per):
                 assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
                 barriers = [int(np.prod(ref.num_barriers)) for ref in scratch.values() if hasattr(ref, "num_barriers")]
                 assert max(barriers) <= 32
-                in_rows = [ref for name, ref in scratch.items() if name.endswith("_scales") or name == "pages_out"]
-                assert all(ref.shape[-1] * 4 % 128 == 0 for ref in in_rows), "rows that are copied alone are aligned"
+                in_rows = [ref for name, ref in scratch.items() if name.endswith(("_scales", "_zeros", "pages_out"))]
+                row_bytes = [ref.shape[-1] * jnp.dtype(ref.dtype).itemsize for ref in in_rows]
+                assert all(size % 128 == 0 for size in row_bytes), "rows that are copied alone are aligned"
                 seen += 1
     assert seen > 3
 
 
-def _pool(format: str, per: Any, page_size: int, dim: int) -> Any:
-    if format not in FORMATS:
-        return jnp.zeros((1, 1, page_size, dim), format)
-    payload = jnp.zeros((1, 1, page_size, dim // SHARED.get(format, 1)), FORMATS[format])
-    return Quantised(payload, jnp.zeros((1, 1, page_size if per == "token" else dim)), format, per)
+def _pool(scheme: Scheme | None, page_size: int, dim: int) -> Any:
+    tile = jnp.zeros((1, 1, page_size, dim), jnp.bfloat16)
+    return tile if scheme is None else quantised(tile, scheme)

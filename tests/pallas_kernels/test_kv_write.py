@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.debug import debugging
-from pallas_kernels.formats import Quantised, quantised
+from pallas_kernels.formats import Quantised, Scheme, kivi, quantised
 from pallas_kernels.kv_write import api, gpu, kv_write, proof, tpu
 from pallas_kernels.kv_write.cases import CASES, generated
 from pallas_kernels.pages import Pages
@@ -266,6 +266,39 @@ def test_whole_pages_by_channel_hold_what_quantising_them_gives():
     later = kv_write(written, 100 * tokens[:, :1], tokens[:, :1], jnp.array([[9]])).keys
     np.testing.assert_array_equal(later.scales, keys.scales)
     assert set(np.abs(np.asarray(later.payload[1, :, 1])).flatten().tolist()) <= {127}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme("int2"),
+        Scheme("int4", "token", 8, has_zeros=True, scale_dtype="bfloat16"),
+        Scheme("int2", "token", has_zeros=True),
+        Scheme("int8", scale_dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_tokens_are_written_in_every_scheme_by_token(scheme):
+    """As quantising them gives, one after the other; every other bit stays."""
+    tokens = jnp.asarray(3 + np.random.default_rng(0).standard_normal((2, 3, 2, 16)), jnp.float32)
+    pool = quantised(jnp.ones((4, 2, 8, 16)), scheme)
+    slots = jnp.asarray([[6, 7, 16], [25, 26, 99]], jnp.int32)  # page 0 and then page 2; page 3, and one dropped
+    written = jax.jit(kv_write)(Pages(pool, pool), tokens, -tokens, slots)
+    for found, given in ((written.keys, tokens), (written.values, -tokens)):
+        found.check("pages")
+        held = np.asarray(found.values()).swapaxes(1, 2).reshape(32, 2, 16)
+        wanted = np.asarray(pool.values()).swapaxes(1, 2).reshape(32, 2, 16).copy()
+        exact = np.asarray(quantised(given, scheme).values())
+        for row, place in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
+            wanted[slots[row, place]] = exact[row, place]
+        np.testing.assert_array_equal(held, wanted)
+
+
+def test_by_channel_with_zeros_pages_are_only_sealed():
+    pool = quantised(jnp.zeros((3, 2, 8, 32)), kivi()[0])
+    tokens = jnp.zeros((1, 1, 2, 32))
+    with pytest.raises(ValueError, match=r"pages.keys of int4 by channel with zeros.*: must be sealed whole"):
+        kv_write(Pages(pool, pool), tokens, tokens, jnp.zeros((1, 1), jnp.int32))
 
 
 POOL = jnp.zeros((3, 2, 8, 16))

@@ -1,5 +1,6 @@
 """Paged attention against a float64 brute force, over its option space, with NaN in all that must not be read."""
 
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 
 from pallas_kernels.debug import debugging
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.formats import Quantised, quantised
+from pallas_kernels.formats import Quantised, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import NOWHERE, Lists, Pages, api, blocked, paged_attention
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
@@ -243,6 +244,9 @@ class Chip(NamedTuple):
     compute_capability: str = ""
 
 
+H200, V5E = Chip("gpu", "NVIDIA H200", "9.0"), Chip("tpu", "TPU v5 lite")
+
+
 @pytest.mark.parametrize(
     ("chip", "pages", "chosen"),
     [
@@ -273,6 +277,43 @@ def test_the_chip_and_the_pages_choose(monkeypatch, chip, pages, chosen):
     assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == chosen
     if chosen == "blocked" and pages:
         assert all(str(value) in refused[f"mosaic_{chip.platform}"] for value in pages.values())
+
+
+TOKENS = Scheme("int4", "token", 32, has_zeros=True, scale_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("chip", "schemes", "dims", "said"),
+    [
+        (H200, kivi(), (128, 128), None),
+        (H200, kivi("int2", "int4", 64), (64, 256), None),
+        (H200, kivi("int4", "int4", 16), (128, 128), "group = 16: must be a multiple of 32 channels"),
+        (H200, kivi(), (64, 32), "page_size = 32: scales of a token in bfloat16 are no 128 bytes"),
+        (
+            H200,
+            kivi("int2", "int4"),
+            (96, 64),
+            r"head dims = \(96, 64\): must be multiples of 64 in .* for pages of int2",
+        ),
+        (H200, (TOKENS, TOKENS), (128, 128), "keys by token, values by token: must be by channel and by token"),
+        (V5E, kivi(), (256, 256), None),
+        (V5E, kivi(), (128, 128), "must be multiples of 256 for pages of int4"),
+        (V5E, kivi("int2", "int2"), (256, 256), "rows of 2 bits are too narrow"),
+        (V5E, kivi("int4", "int2"), (256, 256), "rows of 2 bits are too narrow"),
+        (V5E, (TOKENS, TOKENS), (256, 256), "must be keys by channel and values by token in groups"),
+    ],
+)
+def test_the_chip_and_the_schemes_choose(monkeypatch, chip, schemes, dims, said):
+    """What a kernel does not read is said, and read by XLA."""
+    monkeypatch.setattr(jax, "devices", lambda: [chip])
+    tiles = [jax.ShapeDtypeStruct((3, 2, 32, dim), jnp.bfloat16) for dim in dims]
+    of_keys, of_values = (
+        jax.eval_shape(partial(quantised, scheme=scheme), tile) for scheme, tile in zip(schemes, tiles, strict=True)
+    )
+    refused = api.refusals(Asked.of(Pages(of_keys, of_values), 4, jnp.bfloat16))
+    kernel = f"mosaic_{chip.platform}"
+    assert next(name for name in api.IMPLEMENTATIONS if name not in refused) == (kernel if said is None else "blocked")
+    assert said is None or re.search(said, refused[kernel]), refused[kernel]
 
 
 def test_what_was_taken_is_recorded():

@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import proof, sharing
-from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
@@ -29,7 +29,8 @@ def clean():
 
 
 @named(
-    CASES,
+    CASES | KIVI,
+    *KIVI,
     "one head each",
     "a chunk in two tiles, window, sinks, soft cap",
     "large logits",
@@ -45,11 +46,17 @@ def test_equals_float64_without_a_race(case, capfd):
 
 
 @pytest.mark.parametrize(
-    "name", ["lengths 0, 1, page, page + 1; an empty one first and last", "several blocks, odd head dims", *FORMATS[:1]]
+    "name",
+    [
+        "lengths 0, 1, page, page + 1; an empty one first and last",
+        "several blocks, odd head dims",
+        "KIVI of 2 bits",
+        *FORMATS[:1],
+    ],
 )
 def test_blackwell_equals_float64_without_a_race(name, capfd):
     """The other chip's products; everything else is the same code."""
-    check(partial(simulated, chip="blackwell"), **CASES[name], dtype=jnp.bfloat16)
+    check(partial(simulated, chip="blackwell"), **(CASES | KIVI)[name], dtype=jnp.bfloat16)
     assert "RACE" not in capfd.readouterr().out
 
 

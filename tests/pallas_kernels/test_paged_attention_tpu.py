@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu
-from pallas_kernels.paged_attention.cases import CASES, generated
+from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.proof import check
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
@@ -32,7 +32,7 @@ def small(monkeypatch):
 
 IN_BOTH_MODES = [
     pytest.param(case, mode, id=f"{name}-{mode}", marks=() if number % 2 == (mode == "eager") else pytest.mark.slow)
-    for number, (name, case) in enumerate(CASES.items())
+    for number, (name, case) in enumerate((CASES | KIVI).items())
     for mode in ("on_wait", "eager")
 ]
 """Copies that arrive at the wait and those that arrive at once take turns; the other of each case is slow."""

@@ -6,10 +6,12 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -20,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from kvlab.hardware import CHIPS
 from pallas_kernels import compilers, lowering, ops, targets
 from pallas_kernels.chips import TARGETS, Shape
-from pallas_kernels.formats import FORMATS, SHARED, Quantised
+from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
 from pallas_kernels.lowering import Lowered
 from pallas_kernels.ops import OPS
 from pallas_kernels.paged_attention import proof
@@ -75,10 +77,13 @@ def test_every_op_format_and_head_dim_is_compiled():
         found = {
             (shape.op, shape.format, shape.per, shape.head_dim, shape.num_queries) for shape in ops.shapes(backend)
         }
-        scaled = {(format, per) for format in FORMATS for per in ("token", "channel")}
         for op, tokens in (("paged_attention", 1), ("paged_attention", 256), ("kv_write", 256)):
+            served = [format for format in FORMATS if format != "int2" or (op, backend) == ("paged_attention", "gpu")]
+            scaled = {(format, per) for format in served for per in ("token", "channel")}
             for format, per in scaled | {(format, "") for format in plain}:
                 assert {(op, format, per, dim, tokens) for dim in (64, 128, 256)} <= found
+        for tokens in (1, 256):
+            assert ("paged_attention", "int4", "kivi", 256, tokens) in found
         assert {shape.head_dim for shape in ops.shapes(backend, (64,)) if not shape.extra} == {64}
 
 
@@ -168,11 +173,9 @@ def test_a_case_that_does_not_lower_for_a_chip_is_named(monkeypatch, name, platf
 
 def test_a_case_that_does_not_lower_fails_the_command(monkeypatch, capsys, tmp_path):
     """And stands in the JSON; the table has the shapes."""
+    monkeypatch.setattr(targets, "compile_for", lambda target, *_: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)])
     monkeypatch.setattr(
-        targets, "compile_for", lambda target, dims: [Compiled(target.name, SHAPE, 1.0, 194, 0, 196608)]
-    )
-    monkeypatch.setattr(
-        targets, "lower_for", lambda target, number, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
+        targets, "lower_for", lambda target, *_, is_compiled: [Lowered(target.name, "kv_write", "one", error="no")]
     )
     command = [
         "targets",
@@ -215,30 +218,48 @@ def test_the_rows_on_the_page_are_those_of_the_results():
     assert "| " + " | ".join(targets.HEADER) + " |" == rows[0]
 
 
-KEPT = [(format, per) for format in FORMATS for per in ("token", "channel")] + [("bfloat16", "token")]
+def _zeros(scheme: Scheme | None, page_size: int, dim: int) -> Any:
+    tile = jnp.zeros((1, 1, page_size, dim), jnp.bfloat16)
+    if scheme is None:
+        return tile
+    shapes = jax.eval_shape(lambda tile: quantised(tile, scheme), tile)
+    return jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), shapes)
 
 
-@pytest.mark.parametrize(("format", "per"), KEPT)
+def said(schemes: tuple[Scheme, Scheme] | None) -> str:
+    """As the name of a case."""
+    return "16 bits" if schemes is None else " and ".join(f"{scheme.format} by {scheme.per}" for scheme in schemes)
+
+
+KEPT: list[tuple[Scheme, Scheme] | None] = [
+    *((scheme, scheme) for format in FORMATS for scheme in (Scheme(format), Scheme(format, "channel"))),
+    kivi("int4", "int2"),
+    kivi("int2", "int4", 64),
+    None,
+]
+
+
+@pytest.mark.parametrize("schemes", KEPT, ids=said)
 @pytest.mark.parametrize("with_page_mass", [False, True])
-def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
+def test_shared_memory_is_counted_as_mosaic_does(schemes, with_page_mass, monkeypatch):
     """Each ref in whole KiB, 2 KiB for sums over a warpgroup, 8 bytes a barrier, of which a group has 32 at most: 227
     KiB hold whatever `refusal` lets pass."""
-    of_type = jnp.dtype(FORMATS.get(format, "bfloat16"))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # shapes stand for arrays
     sizes = range(32, 257, 32)
     num_held = 0
     for dim, value_dim, page_size, num_consumers in itertools.product(sizes, sizes, (8, 32, 64), (1, 2)):
-        if gpu_refusal(Asked(format, page_size, (dim, value_dim), 1, per)) or (
-            num_consumers == 2 and format in FORMATS
-        ):
+        if schemes and (num_consumers == 2 or page_size == 8 or any(width % 64 for width in (dim, value_dim))):
+            continue
+        of_keys, of_values = schemes or (None, None)
+        pages = Pages(_zeros(of_keys, page_size, dim), _zeros(of_values, page_size, value_dim))
+        if gpu_refusal(Asked.of(pages, 1, "bfloat16")):
             continue
         block_pages = 64 // page_size
-        tiles = fit(dim, value_dim, format, per, num_consumers, page_size, with_page_mass=with_page_mass)
+        tiles = fit((dim, value_dim), schemes, num_consumers, page_size, with_page_mass=with_page_mass)
         if not tiles.num_stages:
             assert num_consumers == 2, "refusal lets pass what is not held"  # of a chunk's two warpgroups one attends
             continue
         dtype = jnp.dtype(jnp.bfloat16)
-        pools = [jax.ShapeDtypeStruct((1, 1, 1, width // SHARED.get(format, 1)), of_type) for width in (dim, value_dim)]
-        pages = Pages(*(Quantised(pool, None, format, per) if format in FORMATS else pool for pool in pools))
         scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_page_mass, "hopper")
         refs = [ref for ref in scratch.values() if hasattr(ref, "dtype")]
         num_bytes = sum(-(-math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024 for ref in refs)
@@ -247,4 +268,4 @@ def test_shared_memory_is_counted_as_mosaic_does(format, per, with_page_mass):
         assert num_bytes + 2048 + 8 * sum(int(np.prod(barrier.num_barriers)) for barrier in barriers) <= 227 * 1024
         assert all(np.prod(barrier.num_barriers) <= 32 for barrier in barriers)
         num_held += 1
-    assert num_held >= 64
+    assert num_held >= 16

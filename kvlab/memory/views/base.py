@@ -95,7 +95,7 @@ class Planned:
 
     @classmethod
     def check(cls, state: State) -> None:
-        if any(array.per_page for array in state.arrays):
+        if any(array.per_page and array.is_scale for array in state.arrays):
             raise ValueError("a channel's scale is that of a whole page, and pages are filled in steps")
 
     @classmethod

@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention
@@ -76,9 +77,10 @@ class DealtTokens:
             places = chunk_positions(tokens.starts, tokens.counts, num_tokens)
         else:
             places = tokens.query_slots(1), tokens.slot_lens
-        newer = paged_attention(queries, pages, whole, *places, **options)
-        older = attend_tiles(queries, pages, tiles, noted["kept"], tokens.counts, options)
-        outputs = merged(newer, older).astype(queries.dtype)
+        asked = turned(tokens.state, queries)
+        newer = paged_attention(asked, pages, whole, *places, **options)
+        older = attend_tiles(asked, pages, tiles, noted["kept"], tokens.counts, options)
+        outputs = turned_back(tokens.state, merged(newer, older)).astype(queries.dtype)
         return outputs, replace(self, dealt=self.dealt.write(noted))
 
 
@@ -87,9 +89,9 @@ def parted(lists: Lists, kept: Int32[Array, "B K"], page_size: int) -> tuple[Lis
     in `Pages.by_head`."""
     num_kv_heads, num_entries = kept.shape[1], lists.num_entries
     tiles = tiles_of(kept, page_size)
-    entries = jnp.arange(num_entries, dtype=jnp.int32)
+    entries = jnp.arange(num_entries, dtype=jnp.int32)[None, None, :]
     num_dealt = tiles.sum(axis=1, keepdims=True) // num_kv_heads
-    whole = replace(lists, starts=jnp.where(entries[None] < num_dealt, NOWHERE, lists.starts))
+    whole = replace(lists, starts=jnp.where(entries[0] < num_dealt, NOWHERE, lists.starts))
     numbers = first_tiles(tiles)[:, :, None] + entries  # [B, K, N]
     places = jnp.clip(numbers // num_kv_heads, 0, num_entries - 1).reshape(len(kept), -1)
     pages = jnp.take_along_axis(lists.table, places, axis=1).reshape(numbers.shape)

@@ -23,5 +23,9 @@ class PagedLatents(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> tuple[HeadOutputs, Self]:
-        pages = Pages(stored(self.state, self.pool, "keys"), value_dim=self.state.rank)
-        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+
+    @property
+    def pages(self) -> Pages:
+        """The pool as kernels take it."""
+        return Pages(stored(self.state, self.pool, "keys"), value_dim=self.state.rank)

@@ -1,5 +1,5 @@
-"""Complete sequences of which each head sees only a part: the parallel form under the mask that compactions imply. What
-a compressed memory computes must be this, to rounding."""
+"""Complete sequences of which each head sees only a part: the parallel form under the mask that compactions and
+selections imply. What such a memory computes must be this, to rounding."""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -19,9 +19,11 @@ from pallas_kernels.masking import masked_softmax
 @dataclass(frozen=True)
 class MaskedTokens(Appended):
     """Keys and values, or latent rows, of the call's own tokens. `gone_at` [B, K, T] is the length at which a head
-    dropped a token: queries at positions from there on do not see it."""
+    dropped a token: queries at positions from there on do not see it. `is_read` [B, K, T, T] says which tokens each
+    query read of those that it could see; None: all of them."""
 
     gone_at: Any = None
+    is_read: Any = None
 
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
@@ -42,7 +44,8 @@ class MaskedTokens(Appended):
     def _seen(self, places: Array) -> Array:
         """[B, K, T, T] which tokens each query sees."""
         causal = self.state.visible.sees(places[:, None], places[None, :])
-        return causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
+        seen = causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
+        return seen if self.is_read is None else seen & self.is_read
 
 
 @jax.tree_util.register_dataclass

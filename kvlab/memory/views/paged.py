@@ -11,6 +11,7 @@ from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import TokenState
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import Counts, HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention, plan_attention, takes_plan
@@ -32,8 +33,12 @@ class PagedTokens(PlannedTokens):
     def attend(
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> tuple[HeadOutputs, Self]:
-        pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
-        return attend_pages(self, queries, pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+
+    @property
+    def pages(self) -> Pages:
+        """The pool as kernels take it."""
+        return Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
 
 
 def lists_of(plan: ClassPlan) -> Lists:
@@ -60,7 +65,13 @@ def attend_pages(
         places = view.query_slots(1), view.slot_lens
     options: dict[str, Any] = {"visible": view.state.visible, "scale": scale, "soft_cap": soft_cap}
     plan = view.shared if num_tokens == 1 else None
-    return paged_attention(queries, pages, lists, *places, plan=plan, **options)[0]
+    return attended(view.state, queries, pages, lists, *places, plan=plan, **options)[0]
+
+
+def attended(state: Any, queries: Queries, pages: Pages, lists: Lists, *places: Any, **options: Any) -> tuple[Any, ...]:
+    """`paged_attention` over what a state stores: outputs [B, T, H, Dv], log-sum-exps [B, T, H] and the rest."""
+    outputs, *rest = paged_attention(turned(state, queries), pages, lists, *places, **options)
+    return turned_back(state, outputs), *rest
 
 
 def attention_plan(
@@ -71,10 +82,11 @@ def attention_plan(
     is_taken: Callable[[Asked], bool] = takes_plan,
 ) -> AttentionPlan | None:
     """What all layers of a class share when they decode: which pages are live and how they are shared out. None where
-    nothing is decoded, or where no kernel that serves such pages here takes one, as `is_taken` says."""
-    if plan.write_slots.shape[1] != 1:
-        return None
+    nothing is decoded, where each layer reads pages of its own choice, or where no kernel that serves such pages here
+    takes one, as `is_taken` says."""
     spec = cast(TokenState, state.spec)
+    if plan.write_slots.shape[1] != 1 or spec.reading is not None:
+        return None
     kind = spec.dtype if spec.format == "model" else spec.format
     if not is_taken(Asked(kind, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
         return None

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvlab.ledger.states import SealedState, State
+from kvlab.ledger.memory_states import SealedState
+from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, stored
 from kvlab.memory.views.base import Planned
 from kvlab.memory.views.dealt import merged
@@ -44,7 +45,8 @@ class SealedPages(Planned):
 
 def pages_of(state: SealedState, pool: Pool) -> Pages:
     """A pool of sealed pages as kernels take it."""
-    return Pages(*(_quantised(pool, name, scheme) for name, scheme in zip(_NAMES, schemes(state), strict=True)))
+    of_keys, of_values = schemes(state)
+    return Pages(_quantised(pool, "keys", of_keys), _quantised(pool, "values", of_values))
 
 
 _NAMES = ("keys", "values")
@@ -67,7 +69,7 @@ def _as_pool(pages: Pages) -> Pool:
 def seal(state: SealedState, pool: Pool, open_state: Any, open_pool: Pool, moves: Array) -> Pool:
     """A pool of sealed pages with the open ones of moves [n, 2] (open page, sealed page) in it; a sealed page out of
     range drops the move."""
-    full = Pages(*(stored(open_state, open_pool, name) for name in _NAMES))
+    full = Pages(stored(open_state, open_pool, "keys"), stored(open_state, open_pool, "values"))
     return _as_pool(seal_into(pages_of(state, pool), full, moves[:, 0], moves[:, 1]))
 
 
@@ -88,6 +90,23 @@ class SealedTokens:
         """The views of the parts, by name."""
         return {"": self.tokens, "sealed": self.sealed}
 
+    @property
+    def state(self) -> Any:
+        return self.tokens.state
+
+    @property
+    def pool(self) -> Any:
+        return self.tokens.pool
+
+    @property
+    def plan(self) -> Any:
+        return self.tokens.plan
+
+    @property
+    def slot_lens(self) -> Array:
+        """[B] open slots after the step."""
+        return self.tokens.slot_lens
+
     def query_slots(self, num_tokens: int) -> Positions:
         """[B, T] the open slot of each of the step's own tokens."""
         return self.tokens.query_slots(num_tokens)
@@ -100,7 +119,7 @@ class SealedTokens:
     ) -> tuple[HeadOutputs, Self]:
         options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
         tokens, sealed = self.tokens, self.sealed
-        open_pages = Pages(*(stored(tokens.state, tokens.pool, name) for name in _NAMES))
+        open_pages = Pages(stored(tokens.state, tokens.pool, "keys"), stored(tokens.state, tokens.pool, "values"))
         newer = _attend(queries, open_pages, tokens, options)
         older = _attend(queries, pages_of(sealed.state, sealed.pool), sealed, options)
         return merged(newer, older).astype(queries.dtype), self

@@ -1,0 +1,153 @@
+"""How much of the true attention lies in the pages that a selection would read: a measure that no task takes part in.
+
+The model runs in its parallel form and reads everything; beside it each method says what it would have read. Of the
+pages that are full when a query comes, a method chooses as many as it reads of so many pages; the query's own page,
+which all of them read, is left out on both sides. The share is that of the attention to full pages.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from kvlab.memory.views import view_of
+from kvlab.models.transformer import Transformer, merge
+from kvlab.schema import ConfigError
+from kvlab.selection import Candidates, Selection, choose
+from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
+from pallas_kernels.masking import masked_softmax
+
+
+class Recall(NamedTuple):
+    """Of one method, for each layer that can select: the mean over sequences, queries and query heads of the share of
+    attention in the pages chosen, of that to all full pages; and the same without the first page, the sinks."""
+
+    share: np.ndarray
+    """[L]"""
+    rest: np.ndarray
+    """[L]"""
+
+
+def page_recall(
+    structure: nnx.GraphDef[Transformer],
+    params: Params,
+    tokens: Tokens,
+    methods: Mapping[str, Selection],
+    *,
+    page_size: int,
+    positions: Sequence[int],
+) -> dict[str, Recall]:
+    """What each method would have found of the attention that the queries at `positions` of the sequences [B, T] pay.
+    `dense_layers` is ignored: every layer that can select is told of. Raises ConfigError for positions without a full
+    page before them, and for a model of which no layer can select."""
+    num_tokens = tokens.shape[1]
+    for position in positions:
+        if not 2 * page_size <= position < num_tokens:
+            legal = f"must be in [{2 * page_size}, {num_tokens - 1}]: two full pages before it, and a token there"
+            raise ConfigError("positions", position, legal)
+    asked = _Asked(tuple(methods.items()), page_size, tuple(positions))
+    found = _run(structure, asked, params, jnp.asarray(tokens))
+    if not found:
+        raise ConfigError("methods", list(methods), "serve no layer of this model")
+    shares = jax.device_get(found)
+    return {
+        name: Recall(*(np.array([layer[name][part] for layer in shares]) for part in range(2)))
+        for name, _ in asked.methods
+    }
+
+
+class _Asked(NamedTuple):
+    methods: tuple[tuple[str, Selection], ...]
+    page_size: int
+    positions: tuple[int, ...]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(structure: Any, asked: _Asked, params: Params, tokens: Tokens) -> list[dict[str, tuple[Array, Array]]]:
+    """By layer, then by method, what `Recall` has."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
+    model = merge(structure, params)
+    skips = asked.methods[0][1].skips
+    memory: list[dict[str, Any]] = []
+    for number, states in enumerate(model.states()):
+        views = {name: view_of(state, "whole").of(state, {}, None, starts, counts) for name, state in states.items()}
+        able = {name: _Recalling(asked, number, views[name]) for name, state in states.items() if not skips(state)}
+        memory.append(views | able)
+    _, after = model.hidden(tokens, positions, memory)
+    return [view.shares for layer in after for view in layer.values() if isinstance(view, _Recalling)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Recalling:
+    """A complete sequence that is attended to as ever, and what methods would have read of it."""
+
+    asked: _Asked = field(metadata={"static": True})
+    layer: int = field(metadata={"static": True})
+    whole: Any
+    shares: Any = None
+
+    def append(self, **tokens: Array) -> Self:
+        return replace(self, whole=self.whole.append(**tokens))
+
+    def attend(
+        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+    ) -> tuple[HeadOutputs, Self]:
+        outputs, whole = self.whole.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        places, size = np.array(self.asked.positions), self.asked.page_size
+        keys = whole.pool["keys"].astype(jnp.float32)
+        batch, num_tokens, num_kv_heads, dim = keys.shape
+        keys = jnp.pad(keys, ((0, 0), (0, -num_tokens % size), (0, 0), (0, 0)))
+        scaled = queries[:, places].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        grouped = scaled.reshape(batch, len(places), num_kv_heads, -1, dim)
+        scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        seen = jnp.asarray(np.arange(keys.shape[1])[None, :] <= places[:, None])[None, :, None, None]
+        weights, _ = masked_softmax(scores, jnp.broadcast_to(seen, (1, *seen.shape[1:3], *scores.shape[3:])))
+        mass = weights.reshape(*weights.shape[:4], -1, size).sum(axis=-1)
+        pages = keys.reshape(batch, -1, size, num_kv_heads, dim).swapaxes(2, 3)
+        shares = {
+            name: self._shares(method, grouped, positions[:, places], pages, mass)
+            for name, method in self.asked.methods
+        }
+        return outputs, replace(self, whole=whole, shares=shares)
+
+    def _shares(
+        self,
+        method: Selection,
+        queries: Float[Array, "B T K G D"],
+        positions: Positions,
+        pages: Float[Array, "B N K S D"],
+        mass: Float[Array, "B T K G N"],
+    ) -> tuple[Array, Array]:
+        """`Recall` of one method in this layer."""
+        size, num_tokens = self.asked.page_size, self.whole.pool["keys"].shape[1]
+        batch, num_pages = pages.shape[:2]
+        used = jnp.arange(num_pages * size).reshape(num_pages, size) < num_tokens
+        used = jnp.broadcast_to(used[None], (batch, num_pages, size))
+        dtype = self.whole.pool["keys"].dtype
+        has_index = method.arrays(pages.shape[2], pages.shape[4], dtype.name)
+        index = method.note(pages, used, dtype) if has_index else {}
+        index = {name: array.astype(jnp.float32) for name, array in index.items()}
+        numbers = jnp.broadcast_to(jnp.arange(num_pages, dtype=jnp.int32)[None, :], (batch, num_pages))
+        scores = method.score(Candidates(queries, positions, index, numbers, self.layer, lambda: mass))
+        num_full, reading = positions // size, method.reading(size)
+        counts = jnp.asarray(np.array([reading.num_read(count) for count in range(num_pages + 1)], np.int32))[num_full]
+        chosen = choose(scores, numbers, num_full - 1, counts, first=reading.first, last=reading.last - 1)
+        is_full = (numbers[:, None] < num_full[:, :, None])[:, :, None, None]
+        rest = is_full & (numbers > 0)[:, None, None, None]
+        taken = chosen.is_read[:, :, :, None]
+
+        def share(of: Array) -> Array:
+            return (jnp.where(of & taken, mass, 0).sum(axis=-1) / jnp.where(of, mass, 0).sum(axis=-1)).mean()
+
+        return share(is_full), share(rest)

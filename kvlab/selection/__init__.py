@@ -1,0 +1,20 @@
+"""Selections by name. A new one is a file and its line here; no mixer and no kernel knows of it."""
+
+from kvlab.selection.base import Candidates, Selection
+from kvlab.selection.choose import choose
+from kvlab.selection.controls import Oracle, Random, Recency
+from kvlab.selection.mean_key import MeanKey
+from kvlab.selection.quest import Quest
+
+SELECTIONS: dict[str, type[Selection]] = {
+    method.name: method
+    for method in (
+        Quest,
+        MeanKey,
+        Recency,
+        Random,
+        Oracle,
+    )
+}
+
+__all__ = ["SELECTIONS", "Candidates", "Selection", "choose"]
