@@ -186,6 +186,9 @@ class Compression(Schema, abc.ABC):
         """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget
         below what is protected."""
         budget, protected = shape.budget, self.sinks + self.recent
+        if budget.num_bytes is not None:
+            legal = "must be slots or a fraction here: bytes are solved before (kvlab.memory.budgets)"
+            raise ConfigError("memory.compression.budget", str(budget), legal)
         unit = shape.page_size if self.heads == "ada" else 1
         if unit > 1 and budget.slots is not None and budget.slots // unit * unit < max(1, protected):
             least = max(1, -(-protected // unit)) * unit
