@@ -1,5 +1,5 @@
-"""What a plan says of a memory is what a measurement finds, for memories that drop tokens or seal pages; what it says of
-budgets."""
+"""What a plan says of a memory is what a measurement finds, for memories that drop tokens or seal pages; and what it
+says of budgets."""
 
 import pytest
 
