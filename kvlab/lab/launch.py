@@ -20,7 +20,6 @@ from kvlab.lab.execute import execute
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
 
-
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
 
