@@ -252,7 +252,14 @@ def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]
         try:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             given = parser.parse_overrides(overrides)
-            fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+            # Of a swept group the first choice stands in: fields of what it chooses may be given beside it.
+            fixed = [
+                f"{override.key_or_group}={_values(override)[0]}"
+                if override.is_sweep_override()
+                else str(override.input_line)
+                for override in given
+                if override.key_or_group in RUN.groups or not override.is_sweep_override()
+            ]
             hydra_config = hydra_compose(RUN.file, overrides=fixed, return_hydra_config=True).hydra
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(overrides, error, RUN) from None

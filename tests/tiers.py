@@ -198,6 +198,8 @@ MANY_PROGRAMS = {
     "tests/lab/test_execute.py::test_a_run_leaves_a_complete_record": "ci",
     "tests/lab/test_execute.py::test_the_dense_baseline_and_text_run_too": "ci",
     "tests/lab/test_execute.py::test_a_tuned_run_cut_in_its_second_trial_resumes": "ci",
+    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds": "ci",
+    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds[snapkv]": "fast",
 }
 """What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
 

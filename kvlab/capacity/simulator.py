@@ -13,6 +13,7 @@ from kvlab.engine.entries import Entry, Work
 from kvlab.engine.scheduler import Schedule, Scheduler
 from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Compaction, Seals
 from kvlab.memory.budgets import Context
 
 type StepTime = Callable[[Sequence[Context], Sequence[int]], float]
@@ -104,10 +105,11 @@ class Simulator:
         step = self.scheduler.schedule()
         work = step.work
         self.outcome.rejected += [reason for _, reason in step.rejected]
-        if step.compaction is not None:
-            self.outcome.compacted += len(step.compaction.lengths)
-        if step.seals is not None:
-            self.outcome.sealed_pages += sum(len(moves) for moves in step.seals.classes)
+        for each in step.before:
+            if isinstance(each, Compaction):
+                self.outcome.compacted += len(each.lengths)
+            elif isinstance(each, Seals):
+                self.outcome.sealed_pages += sum(len(moves) for moves in each.classes)
         if not work:
             return
         decoding = [item.entry for item in work if item.entry.num_computed >= item.entry.prefill_len]

@@ -57,7 +57,7 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     console.print(table)
     lines = [_kernels_line(plan) for _, plan in plans]
     lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
-    lines += [line for config, _ in plans for line in _budget_lines(config)]
+    lines += [line for config, _ in plans for line in budget_lines(config)]
     lines += [line for config, plan in plans if not plan.format_is_idle for line in _skipped_lines(config, plan)]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
@@ -72,7 +72,7 @@ def label_of(config: Config) -> str:
     return " ".join(words if memory.format == "model" else [*words, memory.format])
 
 
-def _budget_lines(config: Config) -> list[str]:
+def budget_lines(config: Config) -> list[str]:
     """Said of what a budget was solved for."""
     budget, name = config.equal_budget, f"{label_of(config)} [{config.run_id}]"
     if budget is None:

@@ -100,19 +100,19 @@ def test_slots_are_those_that_brute_force_finds(method, format):
 
 
 def test_sealed_pages_and_their_scales_count():
-    memory = memory_of("snapkv", "16KiB", "kivi4", page_size=8, residual=6, allow_underfill=True)
+    memory = memory_of("snapkv", "32KiB", "kivi4", page_size=8, residual=6, allow_underfill=True)
     found = solve_slots(LAYERS, memory, Context(200, 180))
-    sizes = {slots: held_bytes(LAYERS, with_slots(memory, slots), Context(200, 180)) for slots in range(8, 185, 8)}
-    assert found.solved == max(slots for slots, size in sizes.items() if size <= 16384)
-    plain = solve_slots(LAYERS, memory_of("snapkv", "16KiB", page_size=8, allow_underfill=True), Context(200, 180))
+    sizes = {slots: held_bytes(LAYERS, with_slots(memory, slots), Context(200, 180)) for slots in range(8, 208, 8)}
+    assert found.solved == max(slots for slots, size in sizes.items() if size <= 32768)
+    plain = solve_slots(LAYERS, memory_of("snapkv", "32KiB", page_size=8, allow_underfill=True), Context(200, 180))
     assert found.solved > 2 * plain.solved
 
 
 def test_for_prompts_that_nobody_knows_it_is_what_a_compaction_leaves():
-    memory = in_slots(LAYERS, memory_of("h2o", "12KiB", allow_underfill=True), 400)
+    memory = in_slots(LAYERS, memory_of("h2o", "24KiB", allow_underfill=True), 400)
     assert (
         held_bytes(LAYERS, memory, Context(400, 400))
-        <= 12 * 1024
+        <= 24 * 1024
         < held_bytes(LAYERS, with_slots(memory, memory.budget + 4), Context(400, 400))
     )
     exact = memory_of()
