@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
+from kvlab.ledger.memory_states import SealedState
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
@@ -82,6 +83,7 @@ def _compact_state(
     noted = {} if statistics is None else read_slots(pools[names["noted"]], statistics.pages[:, 0])
     slots = slots_of(state, pool, tokens, compaction, noted, joined.layer)
     method = joined.method
+    assert method is not None
     protected = protected_slots(slots.valid, slots.stored, method)
     page_size = layout.page_size
     scores, width = method.score(slots), tokens.destinations.shape[1] * page_size
@@ -235,7 +237,8 @@ def seal_layers(layout: MemoryLayout, pools: Sequence[Any], seals: Seals) -> tup
         for joined in layout.joined[layer].values():
             names = dict(joined.names)
             if "sealed" in names and len(moves := seals.classes[states[names[""]]]):
-                specs = [layout.classes[states[names[part]]].spec for part in ("sealed", "")]
+                sealed, tokens = (layout.classes[states[names[part]]].spec for part in ("sealed", ""))
+                assert isinstance(sealed, SealedState)
                 held = names["sealed"]
-                mine[held] = seal(specs[0], mine[held], specs[1], mine[names[""]], jnp.asarray(moves))
+                mine[held] = seal(sealed, mine[held], tokens, mine[names[""]], jnp.asarray(moves))
     return tuple(after)

@@ -45,7 +45,8 @@ class SealedPages(Planned):
 
 def pages_of(state: SealedState, pool: Pool) -> Pages:
     """A pool of sealed pages as kernels take it."""
-    return Pages(*(_quantised(pool, name, scheme) for name, scheme in zip(_NAMES, schemes(state), strict=True)))
+    of_keys, of_values = schemes(state)
+    return Pages(_quantised(pool, "keys", of_keys), _quantised(pool, "values", of_values))
 
 
 _NAMES = ("keys", "values")
@@ -68,7 +69,7 @@ def _as_pool(pages: Pages) -> Pool:
 def seal(state: SealedState, pool: Pool, open_state: Any, open_pool: Pool, moves: Array) -> Pool:
     """A pool of sealed pages with the open ones of moves [n, 2] (open page, sealed page) in it; a sealed page out of
     range drops the move."""
-    full = Pages(*(stored(open_state, open_pool, name) for name in _NAMES))
+    full = Pages(stored(open_state, open_pool, "keys"), stored(open_state, open_pool, "values"))
     return _as_pool(seal_into(pages_of(state, pool), full, moves[:, 0], moves[:, 1]))
 
 
@@ -101,8 +102,7 @@ class SealedTokens:
     ) -> tuple[HeadOutputs, Self]:
         options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
         tokens, sealed = self.tokens, self.sealed
-        open_pages = Pages(*(stored(tokens.state, tokens.pool, name) for name in _NAMES))
-        newer = _attend(queries, open_pages, tokens, options)
+        newer = _attend(queries, tokens.pages, tokens, options)
         older = _attend(queries, pages_of(sealed.state, sealed.pool), sealed, options)
         return merged(newer, older).astype(queries.dtype), self
 
