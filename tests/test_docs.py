@@ -15,6 +15,7 @@ import yaml
 
 import pallas_kernels
 from kvlab.compose import compose
+from kvlab.compression import COMPRESSIONS
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
@@ -30,6 +31,11 @@ from kvlab.weights.gguf import TYPES
 from kvlab.weights.published import PUBLISHED
 from pallas_kernels import ops
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
+from tests.compression.harness import assert_equivalent, memory_of, packed, run
+from tests.compression.test_contract import (
+    test_as_many_slots_stay_as_were_told_and_the_protected_ones_among_them as keeps_the_budget,
+)
+from tests.compression.test_contract import test_permuting_slots_permutes_scores as permutes
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import golden, write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
@@ -117,6 +123,35 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     assert compose(["task=parity", "model=mqar"]).model.num_layers == 2
     tiny = compose(["task=parity", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=12", "task.test_len=20"])
     assert execute(tiny) == "done"
+
+
+def test_the_recipe_for_a_compression_meets_the_contract(monkeypatch, tmp_path):
+    """docs/adding-a-compression.md: the file, its line and its YAML, as the page says; its score against float64, the
+    contract of every method, and a run through `kvlab run`."""
+    page = (ROOT / "docs" / "adding-a-compression.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("kvlab.compression.loud")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/adding-a-compression.md", "exec"), module.__dict__)
+    assert re.findall(r"```diff\n\+ +(.*?)\n```", page) == ["Loud,"]
+    monkeypatch.setitem(COMPRESSIONS, "loud", module.Loud)
+    keeps_the_budget("loud")
+    permutes("loud")
+    done = packed(memory_of("loud", 9))
+    largest = done.before[0]["kv.noted"]["largest"][done.plan.classes[1].pages[0, 0]]
+    loudness = np.linalg.norm(done.slots("values", 0, after=False)[:, :22], axis=-1) * largest[:22].T
+    for head in range(2):
+        inside = sorted(range(2, 20), key=lambda slot: -loudness[head, slot])[:5]
+        assert done.kept[0, head].tolist() == sorted([0, 1, *inside, 20, 21])
+    assert_equivalent(run("gqa", memory_of("loud", at="chunks", every=3)))
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "compression" / "loud.yaml").write_text(written)
+    monkeypatch.setattr("kvlab.compose.configs_dir", lambda: tmp_path / "configs")
+    config = compose(["compression=loud", "memory.budget=16", "memory.compression.attended=false"])
+    assert config.memory.compression == module.Loud(attended=False)
+    tiny = ["compression=loud", "memory.budget=0.75", "debug=tiny", f"results_dir={tmp_path}", "mixer=mha"]
+    assert execute(compose(tiny)) == "done"
 
 
 def test_the_recipe_for_a_kernel_holds(monkeypatch, tmp_path):

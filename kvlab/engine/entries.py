@@ -1,10 +1,16 @@
 """The nouns of scheduling: a sequence as the scheduler sees it, and the step that it makes of many."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.ledger.plan import Compaction, Seals, Swap
+import numpy as np
+import numpy.typing as npt
+
+from kvlab.ledger.plan import Compaction, Plan, Seals, Swap
+
+type Slots = Mapping[int, int]
+"""Where the statistics of a sequence lie: by class, a slot."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,7 +75,23 @@ class Move(NamedTuple):
     swap: Swap
 
 
-type Before = Move | Compaction | Seals
+class Planned(NamedTuple):
+    """A second pass of one sequence: steps of one row with their tokens, to run in this order, and where its statistics
+    lie then. These slots are free already: whatever is reserved next may take them, so that the sequence is to be
+    compacted at once, by `MemoryStep.compact`."""
+
+    steps: tuple[tuple[Plan, npt.NDArray[np.int32]], ...]
+    slots: Slots
+
+
+class Heard(NamedTuple):
+    """A second pass behind a sequence's prompt, and the compaction of that sequence by what it noted."""
+
+    heard: Planned
+    compaction: Compaction
+
+
+type Before = Move | Compaction | Seals | Heard
 """What the device does before a step. Pages that one of these frees may be filled by the next."""
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Int32
 
 from kvlab.engine.config import EngineConfig, Stats
-from kvlab.engine.entries import Before, Move, Work
+from kvlab.engine.entries import Before, Heard, Move, Work
 from kvlab.engine.requests import Sample
 from kvlab.engine.sampling import Choices, Drawn, Mode, draw_tokens
 from kvlab.engine.step import MemoryStep, Pools
@@ -111,6 +111,8 @@ class Runner:
                     self._compact(each)
                 case Seals():
                     self._seal(each)
+                case Heard():
+                    self._compact_behind(each)
 
     def _carry(self, move: Move) -> None:
         """Copies pages to the host or back."""
@@ -123,6 +125,12 @@ class Runner:
         """Dispatches a compaction, which nobody waits for: pages that it frees are written behind it."""
         self.stats.compacted += len(compaction.seeds)
         self.pools, _ = self.step_fn.compact(self.pools, compaction)
+
+    def _compact_behind(self, each: Heard) -> None:
+        """Dispatches a second pass and the compaction that needs it."""
+        self.stats.compacted += 1
+        self.pools = self.step_fn.read_on(self.params, self.pools, each.heard.steps)
+        self.pools, _ = self.step_fn.compact(self.pools, each.compaction, each.heard.slots)
 
     def _seal(self, seals: Seals) -> None:
         """Dispatches a sealing of full pages, which nobody waits for."""

@@ -7,9 +7,10 @@ speculation threw away.
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvlab.engine.entries import Before, Counters, Entry, Move, Rejection, Step, Work
+from kvlab.engine.entries import Before, Counters, Entry, Move, Planned, Rejection, Step, Work
 from kvlab.engine.shortening import is_due, shorten
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import Lengths
@@ -57,6 +58,8 @@ class Scheduler:
     waiting: list[Entry] = field(default_factory=list)
     swapped: list[Entry] = field(default_factory=list)
     """Who was swapped out: their pages are on the host."""
+    listen: Callable[[Entry], Planned | Wait] | None = None
+    """Plans a sequence's second pass, of a memory that needs one."""
     _arrived: int = 0
 
     def submit(self, entry: Entry) -> None:
@@ -103,7 +106,7 @@ class Scheduler:
                 return Step(steady)
         config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
         num_swapped = len(self.swapped)
-        shorten(self.ledger, self.running, step.before, lambda: self._preempt(self.running[-1], step))
+        shorten(self.ledger, self.running, step.before, lambda: self._preempt(self.running[-1], step), self.listen)
         if config.mixed:
             self._decode(step, self._decode_budget())
         budget = config.token_budget - sum(part.num_new + part.lookahead for part in step.work.values())

@@ -11,6 +11,7 @@ import hydra
 import jax
 from omegaconf import OmegaConf
 
+from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
 from kvlab.files import cache_folder
@@ -52,7 +53,8 @@ def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
 
 
 def _job(composed: Any) -> None:
-    if execute_one(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
+    config = blueprint.resolved(Config.build(OmegaConf.to_container(composed, resolve=True)))
+    if execute_one(config) == "interrupted":
         stop_sweep()
 
 

@@ -185,7 +185,7 @@ def _point_rows(found: list[Point], protocol: list[dict[str, Any]]) -> list[dict
         row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
         row |= {_heading(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"context": point.context_len, "parameters": point.num_params}
-        row |= {measure.column: point.speeds[name] for name, measure in measures(SpeedReport).items()}
+        row |= {each.column: point.speeds[name] for name, each in measures(SpeedReport).items() if each.column}
         rows.append(row | added)
     return rows
 

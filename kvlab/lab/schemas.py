@@ -77,7 +77,7 @@ def _method(name: str, registry: Mapping[str, type[Schema]]) -> Node:
 
 def _mixer() -> Node:
     """A variant: layers have any name."""
-    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}}
+    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}, "knob": {"type": ["string", "null"]}}
     return {"type": "object", "properties": named, "additionalProperties": {"anyOf": _by_type(MIXERS)}}
 
 

@@ -79,7 +79,7 @@ class Seals(NamedTuple):
     """Full pages to seal before the next step: [n, 2] (open page, sealed page) for every class of open pages, none for
     the others. All are read before the open ones are written again."""
 
-    classes: tuple[Ints, ...]
+    classes: tuple[Any, ...]
 
 
 def pairs(pages: Sequence[tuple[int, int]]) -> Ints:

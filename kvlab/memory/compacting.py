@@ -237,8 +237,8 @@ def seal_layers(layout: MemoryLayout, pools: Sequence[Any], seals: Seals) -> tup
         for joined in layout.joined[layer].values():
             names = dict(joined.names)
             if "sealed" in names and len(moves := seals.classes[states[names[""]]]):
-                sealed, tokens = (layout.classes[states[names[part]]].spec for part in ("sealed", ""))
-                assert isinstance(sealed, SealedState)
+                state, open_state = (layout.classes[states[names[part]]].spec for part in ("sealed", ""))
+                assert isinstance(state, SealedState)
                 held = names["sealed"]
-                mine[held] = seal(sealed, mine[held], tokens, mine[names[""]], jnp.asarray(moves))
+                mine[held] = seal(state, mine[held], open_state, mine[names[""]], jnp.asarray(moves))
     return tuple(after)

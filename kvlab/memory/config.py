@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
 from kvlab.ledger.states import QUANTISED, ROTATED
-from kvlab.schema import ConfigError, Schema, added, choice, integer, plain, registered
+from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain, registered
 from kvlab.selection import SELECTIONS, Selection
 
 SEALED = {"kivi4": 4, "kivi2": 2}
@@ -21,7 +21,9 @@ class MemoryConfig(Schema):
     and values before. "kivi4" and "kivi2" seal whole pages, keys by channel and values by token, once `residual`
     newer tokens are stored; a prompt's pages at its end, or with `quantised_prefill` "chunks" behind each chunk of
     it. `compression` says which tokens stay, and `budget` how many: slots a head (256), a fraction of the prompt
-    (0.25), or bytes a sequence ("64KiB"). `selection` says which of the pages that stay a step reads."""
+    (0.25), or bytes a sequence ("64KiB"), which are solved for whole pages of slots, or for a knob of the mixer where
+    nothing is compressed, and refused where less than 90% would be held, unless `allow_underfill`. `selection` says
+    which of the pages that stay a step reads."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
@@ -31,6 +33,7 @@ class MemoryConfig(Schema):
     quantised_prefill: str = added(choice("no", ("no", "chunks")))
     compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
+    allow_underfill: bool = added(flag(False))
     selection: Selection | None = added(registered(SELECTIONS, "a selection"))  # noqa: RUF009
 
     def cross_check(self) -> None:

@@ -42,9 +42,20 @@ def parts_of(
     layers: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
 ) -> list[LayerParts]:
     """Every layer's states as a memory holds them. Raises ConfigError for a state that it cannot hold."""
-    parts = _compressed(layers, memory, max_len, prompt_len)
+    return parts_of_stored(stored_states(layers, memory), memory, max_len=max_len, prompt_len=prompt_len)
+
+
+def parts_of_stored(
+    stored: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
+) -> list[LayerParts]:
+    """The same for states that are in the memory's format already."""
+    parts = _compressed(stored, memory, max_len, prompt_len)
     if memory.format not in SEALED:
         return parts
+    method = memory.compression
+    if method is not None and (method.heads == "ada" or method.second_pass(max_len).num_read):
+        what = "deals slots to heads" if method.heads == "ada" else "reads on behind a prompt"
+        raise ConfigError("memory.format", memory.format, f"works with no compression that {what} ({method.name})")
     sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
     if not any(part.sealing for layer in sealed for part in layer.held.values()):
         legal = "serves no layer of this model: it seals keys and values of full attention"
@@ -76,10 +87,10 @@ def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -
 
 
 def _compressed(
-    layers: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
+    stored: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
 ) -> list[LayerParts]:
     """Every layer's states in the parts that a compression makes of them."""
-    stored, method = stored_states(layers, memory), memory.compression
+    method = memory.compression
     if method is None:
         return [LayerParts({name: Part(state) for name, state in layer.items()}, {}) for layer in stored]
     compressed = [index for index, layer in enumerate(stored) if any(not method.skips(s) for s in layer.values())]

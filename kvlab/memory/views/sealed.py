@@ -90,6 +90,23 @@ class SealedTokens:
         """The views of the parts, by name."""
         return {"": self.tokens, "sealed": self.sealed}
 
+    @property
+    def state(self) -> Any:
+        return self.tokens.state
+
+    @property
+    def pool(self) -> Any:
+        return self.tokens.pool
+
+    @property
+    def plan(self) -> Any:
+        return self.tokens.plan
+
+    @property
+    def slot_lens(self) -> Array:
+        """[B] open slots after the step."""
+        return self.tokens.slot_lens
+
     def query_slots(self, num_tokens: int) -> Positions:
         """[B, T] the open slot of each of the step's own tokens."""
         return self.tokens.query_slots(num_tokens)
@@ -102,7 +119,8 @@ class SealedTokens:
     ) -> tuple[HeadOutputs, Self]:
         options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
         tokens, sealed = self.tokens, self.sealed
-        newer = _attend(queries, tokens.pages, tokens, options)
+        open_pages = Pages(stored(tokens.state, tokens.pool, "keys"), stored(tokens.state, tokens.pool, "values"))
+        newer = _attend(queries, open_pages, tokens, options)
         older = _attend(queries, pages_of(sealed.state, sealed.pool), sealed, options)
         return merged(newer, older).astype(queries.dtype), self
 
