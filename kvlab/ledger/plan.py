@@ -130,8 +130,8 @@ def save_plans(path: Path, plans: Sequence[Saved]) -> None:
             if name != "classes":
                 arrays[f"{step}/{name}"] = getattr(plan, name)
         for index, of_class in enumerate(plan.classes):
-            fields = (("moves", of_class),) if isinstance(plan, Seals) else of_class._asdict().items()
-            arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
+            fields: dict[str, Any] = {"moves": of_class} if isinstance(of_class, np.ndarray) else of_class._asdict()
+            arrays |= {f"{step}/{index}/{name}": array for name, array in fields.items() if array is not None}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
