@@ -14,7 +14,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -305,7 +305,8 @@ def _unknown_choice(overrides: Sequence[str], root: Root) -> ConfigError | None:
     except HydraException:
         return None
     for override in given:
-        for value in _values(override) if override.key_or_group in root.groups else ():
+        is_glob = override.value_type is ValueType.GLOB_CHOICE_SWEEP  # matches what there is
+        for value in _values(override) if override.key_or_group in root.groups and not is_glob else ():
             if value not in root.options(override.key_or_group):
                 return _no_such_choice(override.key_or_group, value, root)
     return None

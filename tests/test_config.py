@@ -61,7 +61,7 @@ WRONG = [
     ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
     ("memory.format=int3", "memory.format = 'int3': must be one of model, int8, fp8, int4"),
     ("memory.format=int8.channel", "memory.format = 'int8.channel': must be one of model, int8, fp8, int4"),
-    ("format=kivi3", "format = 'kivi3': did you mean kivi"),
+    ("format=kivi3", "memory.format = 'kivi3': must be one of model, int8"),
     ("format=kivi4 memory.page_size=4", "memory.page_size = 4: must be at least 8 for kivi4"),
     ("format=kivi4 memory=dense", "memory.format = 'kivi4': needs memory.name = paged, not dense"),
     ("format=kivi2 selection=quest", "memory.format = 'kivi2': must be model or by token beside memory.selection"),
@@ -141,12 +141,11 @@ WRONG = [
     ),
     (
         "compression=snapkv budget=0.5",
-        "memory.budget = 0.5: is 4 slots of the 8 tokens before the answers of 64:4",
+        "memory.budget = 0.5: is 32 slots of the 64 tokens before the answers of 128:32",
     ),
     ("compression=snapkv budget=1KiB", "memory.budget = '1KiB': must be at least"),
     ("compression=h2o budget=9MiB", "memory.budget = '9MiB': is held to 1% only: "),
-    ("mixer=swa budget=35KiB", "memory.budget = '35KiB': is held to "),
-    ("mixer=swa budget=1KiB", "memory.budget = '1KiB': must be at least"),
+    ("mixer=swa budget=1KiB", "memory.budget = '1KiB': is held to 50% only: 512 of 1,024 bytes"),
     (
         "mixer=mamba2 compression=h2o budget=16",
         "memory.compression = 'h2o': serves no layer of this model: one state",
@@ -176,7 +175,7 @@ def test_wrong_config_is_answered_by_a_sentence(overrides, sentence, monkeypatch
 
     monkeypatch.setattr(jax, "jit", None)  # nothing may be compiled on the way to the answer
     with pytest.raises(ConfigError) as caught:
-        compose(overrides.split(" ") if "=" in overrides.rsplit(" ", 1)[-1] else [overrides])
+        expand(overrides.split(" ") if "=" in overrides.rsplit(" ", 1)[-1] else [overrides], multirun=False)
     assert str(caught.value).startswith(sentence)
 
 
@@ -346,7 +345,7 @@ def test_a_format_is_a_group_and_a_field_and_the_same_run():
 
 
 ADDED = {
-    "memory": {"format", "compression", "budget"},
+    "memory": {"format", "residual", "quantised_prefill", "compression", "budget", "selection", "allow_underfill"},
     "task": {"num_turns", "num_scored", "scored_in_chunks", "query_aware"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""

@@ -226,14 +226,14 @@ def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
 def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded(tmp_path, monkeypatch, abstract):
     config = compose(["task=perplexity", f"weights.path={write_folder('llama_gqa', tmp_path)}"])
 
-    def refuse(states, memory):
+    def refuse(states, memory, **_):
         assert len(states) == 2
         raise ConfigError("memory.format", memory.format, "must be another")
 
     def load(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(blueprint, "stored_states", refuse)
+    monkeypatch.setattr(blueprint, "parts_of", refuse)
     monkeypatch.setattr(laboratory, "load_checkpoint", load)
     with pytest.raises(ConfigError, match="must be another"):
         laboratory.Laboratory.of(config, abstract=abstract)
