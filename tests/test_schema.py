@@ -164,6 +164,8 @@ def matches(node, value, whole):
         return False
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool}
     kind = node.get("type")
+    if isinstance(kind, list):
+        return any(matches(node | {"type": each}, value, whole) for each in kind)
     if kind == "null":
         return value is None
     if kind and (not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "boolean")):

@@ -85,5 +85,5 @@ def test_the_standard_library_is_the_default_corpus():
 
 def test_too_short_a_corpus_is_refused(tmp_path):
     (tmp_path / "small.txt").write_text("hello")
-    with pytest.raises(ConfigError, match=r"task\.seq_len = 32: the train split of .*small\.txt has 4 tokens"):
+    with pytest.raises(ConfigError, match=r"task\.seq_len = 32: the validation split of .*small\.txt has 0 tokens"):
         _ = Text(TextConfig(path=str(tmp_path / "small.txt"), seq_len=32, decode_len=4)).corpus
