@@ -8,6 +8,7 @@ the prompt is enough, and a perfect method scores at least 2f of a fraction f be
 """
 
 import importlib.util
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -82,8 +83,7 @@ def table(records: list[Done]) -> pd.DataFrame:
             groups.setdefault((name, record.config["memory"].get("budget")), []).append(record)
     rows = []
     for (name, budget), group in groups.items():
-        for slice_name in group[0].quality.slices:
-            rows.append(_row(name, budget, slice_name, group, ceilings))
+        rows += [_row(name, budget, slice_name, group, ceilings) for slice_name in group[0].quality.slices]
     order = ["full", *methods.NAMED]
     frame = pd.DataFrame(rows).sort_values(
         ["method", "budget", "slice"], key=lambda column: column.map(order.index) if column.name == "method" else column
@@ -212,7 +212,7 @@ def _order(found: Found) -> list[Claim]:
     if len(known) < len(values):
         rows = [not_run(what, ">")]
     else:
-        falls = all(high > low for high, low in zip(known, known[1:], strict=False))
+        falls = all(high > low for high, low in itertools.pairwise(known))
         rows = [Claim(what, ">", " ".join(f"{value:.2f}" for value in known), falls)]
     ours, raw = found("H2O, by readers", 0.5), found("H2O, raw sums", 0.5)
     what = "4. H2O by readers less raw sums, f = 0.5"
@@ -241,7 +241,9 @@ def _turns(turns: pd.DataFrame) -> list[Claim]:
         if pd.isna(before) or pd.isna(after):
             rows.append(not_run(what, expected))
             continue
-        rows.append(Claim(what, expected, f"{before:.3f}, {after:.3f}", bool((abs(after - before) <= 0.02) == agnostic)))
+        rows.append(
+            Claim(what, expected, f"{before:.3f}, {after:.3f}", bool((abs(after - before) <= 0.02) == agnostic))
+        )
     return rows
 
 

@@ -3,8 +3,8 @@
 kvlab reproduce frontier_memory
 python experiments/frontier_memory/figure.py [results/frontier_memory]
 
-A windowed layer, a grouped-query layer, a state of 4 bits and an evicting one are points of the same kind here: each was
-scored through its memory, and has the bytes that it held.
+A window, grouped queries, pages of 4 bits and an eviction are points of the same kind here: each was scored through its
+memory, and has the bytes that it held.
 """
 
 import sys
@@ -115,8 +115,8 @@ class Cell:
 
 
 def frame_of(found: list[Point], records: list[AnyRecord]) -> pd.DataFrame:
-    """A row a point: architecture, cache method, budget, quality with its interval, bytes held, at their most, and read,
-    and whether another point has better quality with no more bytes."""
+    """A row a point: architecture, cache method, budget, quality with its interval, bytes held, at their most, and
+    read, and whether no other point has better quality with no more bytes."""
     best = {
         axis: {id(point) for members in by_task(found).values() for point in non_dominated(members, axis)}
         for axis in ("allocated_bytes", "read_bytes_per_token")
@@ -190,9 +190,7 @@ def draw(found: list[Point], path: Path) -> None:
     """A row a task. Left: quality against bytes held at the sequence's end; right: against bytes that decoding a token
     reads. Dashed: what no other point beats."""
     tasks = by_task(found)
-    figure, panels = plt.subplots(
-        len(tasks), 2, figsize=(12.5, 4.6 * len(tasks)), squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(len(tasks), 2, figsize=(12.5, 4.6 * len(tasks)), squeeze=False, layout="constrained")
     axes = {
         "allocated_bytes": "bytes of the pages and states held a sequence",
         "read_bytes_per_token": "bytes of memory read for a decoded token",

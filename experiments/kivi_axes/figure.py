@@ -6,6 +6,7 @@ Synthetic keys here, sealed as pages and read by paged attention; published weig
 """
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,7 +164,9 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
         rows.append(Claim(what, "within 10%", f"within {spread:.1%}", bool(spread <= 0.1)))
     for name in ("token, groups of 32", "token"):
         line = [found[name, 4, ratio] for ratio in RATIOS]
-        rows.append(Claim(f"int4 by {name}: error grows with outliers", "1 < 4 < 10 < 30", _ordered(line), _rises(line)))
+        rows.append(
+            Claim(f"int4 by {name}: error grows with outliers", "1 < 4 < 10 < 30", _ordered(line), _rises(line))
+        )
     for ratio in (10, 30):
         line = [found[name, 4, ratio] for name in ("channel, page 32", "token, rotated", "token")]
         rows.append(Claim(f"int4, ratio {ratio}: channel < rotated < token", "<", _ordered(line), _rises(line)))
@@ -182,7 +185,7 @@ def _ordered(line: Sequence[float]) -> str:
 
 
 def _rises(line: Sequence[float]) -> bool:
-    return all(low < high for low, high in zip(line, line[1:], strict=False))
+    return all(low < high for low, high in itertools.pairwise(line))
 
 
 def draw_figure(frame: pd.DataFrame, path: Path) -> None:
