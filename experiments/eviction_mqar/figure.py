@@ -146,10 +146,9 @@ class Found:
     """Accuracies on 128:32 by method and budget, some of which may not have been run."""
 
     def __init__(self, frame: pd.DataFrame):
-        rows = frame[frame.slice == LONG]
-        full = rows[rows.method == "full"].accuracy
-        self.full = float(full.iloc[0]) if len(full) else None
-        self._cells = {(row.method, row.budget): float(row.accuracy) for row in rows.itertuples() if row.budget}
+        rows: list[Any] = [row for row in frame.to_dict("records") if row["slice"] == LONG]
+        self.full = next((float(row["accuracy"]) for row in rows if row["method"] == "full"), None)
+        self._cells = {(row["method"], row["budget"]): float(row["accuracy"]) for row in rows}
 
     def __call__(self, name: str, budget: float) -> float | None:
         return self._cells.get((name, budget))
@@ -256,9 +255,10 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     )
     for panel, name in zip(panels[0], slices, strict=True):
         for method in methods.METHODS:
-            rows = frame[(frame.slice == name) & (frame.method == method.name)].sort_values("held_bytes")
+            rows: Any = frame[(frame.slice == name) & (frame.method == method.name)]
             if rows.empty or (method.budgets != methods.BUDGETS and name != LONG):
                 continue
+            rows = rows.sort_values("held_bytes")
             style = {"color": method.colour, "marker": method.marker, "ms": 6, "lw": 1, "capsize": 2}
             panel.errorbar(rows.held_bytes, rows.accuracy, yerr=rows.half_width, label=method.name, **style)
         full = frame[(frame.slice == name) & (frame.method == "full")]

@@ -10,7 +10,8 @@ from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 
 table = pd.read_csv(EXPERIMENTS_DIR / "eviction_mqar" / "eviction.csv")
 half = table[(table.slice == "128:32") & (table.budget == 0.5)]
-print(half[["method", "accuracy", "found_before", "num_seeds", "held_bytes", "right_to_wrong"]].to_string(index=False))
+columns = ["method", "accuracy", "found_before", "num_seeds", "held_bytes", "right_to_wrong"]
+print(half.filter(columns).to_string(index=False))
 
 # %% [markdown]
 # What a method holds is the ledger's to say, before anything is trained. The state that a method notes is counted.

@@ -239,8 +239,8 @@ def main(output: Path = HERE, results: Path = Path("results/frontier_memory")) -
     frame = frame_of(found, records)
     frame.to_csv(output / "frontier.csv", index=False, float_format="%.6g")
     draw(found, output / "frontier.png")
-    best = frame[frame.best_by_held][["task", "architecture", "method", "budget", "value", "held_bytes", "read_bytes"]]
-    print(best.to_string(index=False))
+    columns = ["task", "architecture", "method", "budget", "value", "held_bytes", "read_bytes"]
+    print(frame[frame.best_by_held].filter(columns).to_string(index=False))
     return verdict(claims(frame), "Architectures and cache methods")
 
 
