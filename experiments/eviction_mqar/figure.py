@@ -20,7 +20,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from kvlab.config import Config
 from kvlab.lab.ceilings import Ceilings
@@ -264,6 +264,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         full = frame[(frame.slice == name) & (frame.method == "full")]
         panel.plot(full.held_bytes, full.accuracy, "P", color="black", ms=10, label="full")
         panel.set(ylim=(-0.03, 1.05), title=f"{name} (length:pairs)", xlabel="bytes of the pages held at the end")
+        panel.xaxis.set_major_locator(MultipleLocator(4096 if name == LONG else 2048))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size)))
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("accuracy of recall")
