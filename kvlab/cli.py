@@ -366,8 +366,8 @@ def reproduce(options: argparse.Namespace) -> int:
     if options.experiment not in names():
         raise ConfigError("experiment", options.experiment, nearest(options.experiment, names()))
     figure = load_figure(options.experiment)
-    if hasattr(figure, "RUNS"):
-        status = _run([f"experiment={options.experiment}", f"results_dir={options.results}"], multirun=True)
+    for words in getattr(figure, "RUNS", ()):
+        status = _run([f"experiment={options.experiment}", f"results_dir={options.results}", *words], multirun=True)
         if status:
             return status
     output = options.output or EXPERIMENTS_DIR / options.experiment

@@ -6,7 +6,7 @@ from pathlib import Path
 from kvlab.lab.plots import draw_frontier
 from kvlab.lab.results import points, read_records
 
-RUNS = True  # a sweep of this name comes first
+RUNS = ((),)  # the sweep of the configuration of this name comes first
 
 
 def main(output: Path, results: Path) -> int:

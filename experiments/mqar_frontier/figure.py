@@ -14,7 +14,7 @@ from kvlab.lab.results import Point, points, read_records
 from kvlab.tasks.mqar import MqarConfig, window_accuracy
 
 HERE = Path(__file__).resolve().parent
-RUNS = True  # a sweep of this name comes first
+RUNS = ((),)  # the sweep of the configuration of this name comes first
 MAMBA2_FIGURES = {"mamba2_n16": 0.789, "mamba2_n64": 0.838}
 """Scalar-decay SSD with output norm, one seed, the better of two learning rates: ours must not be below."""
 

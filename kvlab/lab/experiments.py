@@ -16,7 +16,8 @@ def names() -> list[str]:
 
 
 def load_figure(name: str) -> ModuleType:
-    """An experiment's module: `main(output, results) -> exit status`, and `RUNS` where a sweep comes first."""
+    """An experiment's module: `main(output, results) -> exit status`, and `RUNS` where sweeps of the configuration of
+    its name come first: the words of each, beside what that configuration sweeps over."""
     spec = importlib.util.spec_from_file_location(f"experiments.{name}.figure", EXPERIMENTS_DIR / name / "figure.py")
     assert spec is not None
     assert spec.loader is not None
