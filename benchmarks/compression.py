@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Hashable
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -93,7 +94,10 @@ class Decoding:
         """Decodes a token of every sequence, so many times."""
         for _ in range(num_steps):
             began = time.perf_counter()
-            fed = {row: tokens[self.length : self.length + 1] for row, tokens in enumerate(self.tokens)}
+            at = slice(self.length, self.length + 1)
+            fed: dict[Hashable, np.ndarray] = {row: tokens[at] for row, tokens in enumerate(self.tokens)}
+                row: tokens[self.length : self.length + 1] for row, tokens in enumerate(self.tokens)
+            }
             jax.block_until_ready(self.session.advance(fed, 1))
             self.times.append(time.perf_counter() - began)
             self.length += 1

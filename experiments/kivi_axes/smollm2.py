@@ -214,9 +214,9 @@ def draw(cells: pd.DataFrame, pages: pd.DataFrame, path: Path) -> None:
     for name, rows in pages.groupby("format", sort=False):
         marker = "o-" if str(name).startswith("kivi") else "s"
         right.plot(rows.pool_bytes / 2**20, rows.perplexity, marker, label=str(name))
-        for each in rows.itertuples():
+        for residual, held, value in zip(rows.residual, rows.pool_bytes, rows.perplexity, strict=True):
             if str(name).startswith("kivi"):
-                right.annotate(f"R {each.residual}", (each.pool_bytes / 2**20, each.perplexity), fontsize=6)
+                right.annotate(f"R {residual}", (held / 2**20, value), fontsize=6)
     right.set_xscale("log")
     right.set(xlabel="MiB of the memory's arrays", title="Through pages, residual R")
     right.legend(fontsize=8)

@@ -170,9 +170,9 @@ def draw(found: pd.DataFrame, path: Path) -> None:
         for column, budget in enumerate(BUDGETS):
             axes = panels[row, column]
             for turn, colour, shift in ((1, "#0072b2", -0.12), (2, "#d55e00", 0.12)):
-                of = found[(found.query_aware == aware) & (found.turn == turn)]
-                full = of[of.method == "full"].right.iloc[0]
-                cells = of[of.budget == budget].set_index("method").reindex(names)
+                of = found.set_index(["query_aware", "turn", "budget", "method"]).loc[aware, turn]
+                full = of.loc[1.0, "full"].right
+                cells = of.loc[budget].reindex(names)
                 label = "first question" if turn == 1 else "second, of another form"
                 axes.errorbar(
                     cells.right, places + shift, xerr=cells.standard_error.fillna(0), fmt="o", color=colour, label=label

@@ -23,5 +23,6 @@ with tempfile.TemporaryDirectory() as folder:
         for part in task.slices("test"):
             batch = task.eval_batch(jax.random.key(0), "test", part, 0, 1)
             row = bytes(np.asarray(batch.tokens[0]).astype(np.uint8)).decode()
-            print(f"query_aware={aware}, {part.name}: ...{row[part.compress_at - 12 : part.compress_at]!r}", end=" ")
-            print(f"| compressed here | {row[part.compress_at :]!r}")
+            place = part.compress_at or part.prompt_len
+            print(f"query_aware={aware}, {part.name}: ...{row[place - 12 : place]!r}", end=" ")
+            print(f"| compressed here | {row[place:]!r}")

@@ -123,7 +123,7 @@ def draw(found: pd.DataFrame, path: Path) -> None:
     figure, panels = plt.subplots(1, len(FRACTIONS), figsize=(9, 3.4), layout="constrained", sharey=True)
     places = np.arange(len(NAMES))
     for axes, fraction in zip(panels, FRACTIONS, strict=True):
-        of = found[found.fraction == fraction].set_index(["first_page_forced", "method"]).share
+        of = found.set_index(["fraction", "first_page_forced", "method"]).share[fraction]
         free, forced = (np.array([of[is_forced, name] for name in NAMES]) for is_forced in (False, True))
         axes.barh(places + 0.2, free, 0.4, color="#0072b2", label="pages by score")
         axes.barh(places - 0.2, forced, 0.4, color="#e69f00", label="first page forced")

@@ -39,6 +39,7 @@ class Blockwise:
 
     def __init__(self, model: Model):
         built = model.merge()
+        self.structure, self.params = model.structure, model.params
         self.blocks = [nnx.split(block) for block in built.blocks]
         self.rest, self._states = nnx.split(_Ends(built)), built.states()
 
@@ -138,21 +139,28 @@ class LayerwiseStep(MemoryStep):
 
     model: Blockwise
 
-    def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
-        hidden, views = self._run(pools, plan, tokens)
+    def run(self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]) -> tuple[Logits, Pools]:
+        plan, pools = self.copied(pools, plan)
+        hidden, views = self._run(pools, plan, jnp.asarray(tokens))
         return self.model.logits(hidden), self.layout.pools(views)
 
-    def observe(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools, IsRead]:
-        hidden, views = self._run(pools, plan, tokens)
+    def run_observed(
+        self, params: Params, pools: Pools, plan: Plan, tokens: npt.NDArray[np.int32]
+    ) -> tuple[Logits, Pools, IsRead]:
+        plan, pools = self.copied(pools, plan)
+        hidden, views = self._run(pools, plan, jnp.asarray(tokens))
         return self.model.logits(hidden), self.layout.pools(views), self.layout.read_by(views)
 
-    def listen(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> Pools:
-        return self.layout.pools(self._run(pools, plan, tokens, listens=True)[1])
+    def read_on(self, params: Params, pools: Pools, steps: Sequence[tuple[Plan, npt.NDArray[np.int32]]]) -> Pools:
+        for step_plan, tokens in steps:
+            plan, pools = self.copied(pools, step_plan)
+            pools = self.layout.pools(self._run(pools, plan, jnp.asarray(tokens), listens=True)[1])
+        return pools
 
-    def _compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+    def compact_padded(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
         return compact(self.layout, pools, compaction)
 
-    def _seal(self, pools: Pools, seals: Seals) -> Pools:
+    def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
         return seal_layers(self.layout, pools, seals)
 
     def _run(self, pools: Pools, plan: Plan, tokens: Tokens, *, listens: bool = False) -> tuple[Hidden, Any]:
@@ -164,19 +172,14 @@ class LayerwiseCheck(MaskCheck):
     """The check of a lossy memory by a model that runs layer by layer."""
 
     def __init__(self, model: Blockwise, layout: MemoryLayout):
+        super().__init__(model.structure, model.params, layout)
         self.model = model
-        super().__init__(None, None, layout)
 
-    def _hidden(
-        self,
-        params: Params,
-        tokens: Tokens,
-        gone_at: GoneAt,
-        is_read: ReadMasks,
-        sealed_at: tuple[dict[str, SealedAt], ...],
+    def hidden_of(
+        self, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks, sealed_at: tuple[dict[str, SealedAt], ...]
     ) -> Hidden:
         sealed = roundings_of(self.layout, sealed_at)
         return masked_hidden(self.model, self.layout.stored, tokens, gone_at, is_read, sealed)
 
-    def _logits(self, params: Params, hidden: Array) -> Array:
+    def logits_of(self, hidden: Array) -> Array:
         return self.model.logits(hidden[:, None])[:, 0]

@@ -55,11 +55,11 @@ class MaskCheck:
         gone_at = trail(self.layout, compacted, *tokens.shape)
         is_read = what_was_read(self.layout, steps, compacted, *tokens.shape)
         sealed_at = sealed_trail(self.layout, gone_at, sealed)
-        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at, is_read, sealed_at)
+        hidden = self.hidden_of(jnp.asarray(tokens), gone_at, is_read, sealed_at)
         positions = sorted(seen)
         most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
         for position in positions[:: -(-len(positions) // most)]:
-            expected = np.asarray(self._logits(self.params, hidden[:, position]))
+            expected = np.asarray(self.logits_of(hidden[:, position]))
             found = seen[position]
             error = np.abs(found - expected).max(axis=1) / np.maximum(np.abs(expected).max(axis=1), 1e-30)
             error = np.where(np.isfinite(found).all(axis=1), error, np.inf)
@@ -70,6 +70,16 @@ class MaskCheck:
         evicted[0] += sum(int(each.sum()) for each in dropped)
         evicted[1] += sum(each.size for each in dropped)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
+
+    def hidden_of(
+        self, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks, sealed_at: tuple[dict[str, SealedAt], ...]
+    ) -> Hidden:
+        """Final hidden states of the parallel form: a program."""
+        return self._hidden(self.params, tokens, gone_at, is_read, sealed_at)
+
+    def logits_of(self, hidden: Array) -> Array:
+        """Logits [B, V] of final hidden states [B, E]: a program."""
+        return self._logits(self.params, hidden)
 
     @partial(jax.jit, static_argnums=0)
     def _hidden(

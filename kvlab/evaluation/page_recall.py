@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
@@ -39,7 +40,7 @@ class Recall(NamedTuple):
 def page_recall(
     structure: nnx.GraphDef[Transformer],
     params: Params,
-    tokens: Tokens,
+    tokens: Tokens | npt.NDArray[np.int32],
     methods: Mapping[str, Selection],
     *,
     page_size: int,
