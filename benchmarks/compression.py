@@ -96,8 +96,6 @@ class Decoding:
             began = time.perf_counter()
             at = slice(self.length, self.length + 1)
             fed: dict[Hashable, np.ndarray] = {row: tokens[at] for row, tokens in enumerate(self.tokens)}
-                row: tokens[self.length : self.length + 1] for row, tokens in enumerate(self.tokens)
-            }
             jax.block_until_ready(self.session.advance(fed, 1))
             self.times.append(time.perf_counter() - began)
             self.length += 1
