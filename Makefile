@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger kernels-check kernels-check-newest kernels-check-oldest wheels gpu
+.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger peers-kvpress kernels-check kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -46,6 +46,14 @@ peers: .peers/.installed
 .peers/.installed: benchmarks/peers.txt
 	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers
 	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+# kvpress, for tests/compression/golden: it wants a transformers older than that of the other peers.
+peers-kvpress: .peers-kvpress/.installed
+
+.peers-kvpress/.installed: benchmarks/peers_kvpress.txt
+	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers-kvpress
+	.peers-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers_kvpress.txt
 	@touch $@
 
 # vLLM's block manager, for benchmarks/ledger.py: beside PyTorch's CPU build, without its own dependencies.
@@ -105,5 +113,5 @@ wheels: $(VENV)/.installed
 	@du -sh wheels
 
 clean:
-	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger .peers-kvpress build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -175,9 +175,10 @@ def _hydras_own(arguments: Sequence[str]) -> int | None:
     any."""
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
-    from kvlab.compose import check_choices
+    from kvlab.compose import RUN, check_choices, spelled_out
     from kvlab.lab.launch import through_hydra
 
+    arguments = spelled_out(arguments, RUN)
     check_choices([word for word in arguments if "=" in word])
     through_hydra(arguments)
     return 0
@@ -217,6 +218,7 @@ def plan(options: argparse.Namespace) -> int:
 
     use_compilation_cache()
     configs, _ = expand(options.overrides, options.multirun, planned=True)
+    configs = list({config.run_dir: config for config in configs}.values())
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:

@@ -48,6 +48,13 @@ class Root:
     file: str
     folder: str
     commands: str
+    more_short: tuple[str, ...] = ()
+    """Fields of the memory that have a group elsewhere: they are chosen by their name alone here, too."""
+
+    @property
+    def short(self) -> dict[str, str]:
+        """Short names of fields, and what they stand for."""
+        return SHORT | {name: f"memory.{name}" for name in self.more_short}
 
     @property
     def path(self) -> Path:
@@ -71,8 +78,22 @@ class Root:
         return sorted(path.stem for path in (self.path / group).glob("*.yaml"))
 
 
+SHORT = {"budget": "memory.budget", "format": "memory.format"}
+"""Fields with a name of their own on the command line, beside the groups."""
+
+
+def spelled_out(words: Sequence[str], root: Root) -> list[str]:
+    """Overrides in which short names of fields are whole: budget=0.25 is memory.budget=0.25."""
+    names = root.short
+    heads = [word.split("=", 1)[0] for word in words]
+    return [
+        names[head] + word[len(head) :] if head in names and "=" in word else word
+        for head, word in zip(heads, words, strict=True)
+    ]
+
+
 RUN = Root("config", ".", "kvlab run and kvlab plan")
-CAPACITY = Root("capacity", "capacity", "kvlab capacity")
+CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression",))
 GENERATE = Root("generate", ".", "kvlab generate")
 ROOTS = (RUN, CAPACITY, GENERATE)
 
@@ -108,7 +129,7 @@ def _hydra(root: Root) -> Iterator[None]:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The config that `kvlab run <overrides>` would run; for notebooks and tests. Raises ConfigError."""
-    return Config.build(_composed(overrides, RUN))
+    return blueprint.resolved(Config.build(_composed(overrides, RUN)))
 
 
 def compose_generate(overrides: Sequence[str] = ()) -> GenerateConfig:
@@ -127,6 +148,7 @@ def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
 
 
 def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
+    overrides = spelled_out(overrides, root)
     check_choices(overrides, root)
     with _hydra(root):
         try:
@@ -139,6 +161,7 @@ def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
 
 def _jobs(overrides: Sequence[str], root: Root) -> list[list[str]]:
     """The overrides of every job of a sweep. Raises ConfigError for what cannot be swept."""
+    overrides = spelled_out(overrides, root)
     with _hydra(root):
         try:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -158,6 +181,8 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
     # Hydra's habit +group=choice is for groups without a default; ours all have one, so both spellings are accepted.
     groups = [*RUN.groups, "hardware"]
     overrides = [word[1:] if word.startswith("+") and word[1:].split("=")[0] in groups else word for word in overrides]
+    overrides = spelled_out(overrides, RUN)
+    check_choices(overrides)
     given, axes = _sweep(overrides)
     if axes is None and not multirun:
         if swept := [str(override.input_line) for override in given if override.is_sweep_override()]:
@@ -182,7 +207,7 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
 
 def _checked(composed: Sequence[dict[str, Any]], planned: bool) -> list[Config]:
     """The configs of composed values, with whatever could be found wrong before a run begins."""
-    configs = [Config.build(_for_hardware(values) if planned else values) for values in composed]
+    configs = [blueprint.resolved(Config.build(_for_hardware(values) if planned else values)) for values in composed]
     for config in configs:
         _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
     blueprint.check(configs)
@@ -227,7 +252,14 @@ def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]
         try:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             given = parser.parse_overrides(overrides)
-            fixed = [str(override.input_line) for override in given if not override.is_sweep_override()]
+            # Of a swept group the first choice stands in: fields of what it chooses may be given beside it.
+            fixed = [
+                f"{override.key_or_group}={_values(override)[0]}"
+                if override.is_sweep_override()
+                else str(override.input_line)
+                for override in given
+                if override.key_or_group in RUN.groups or not override.is_sweep_override()
+            ]
             hydra_config = hydra_compose(RUN.file, overrides=fixed, return_hydra_config=True).hydra
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(overrides, error, RUN) from None

@@ -22,6 +22,7 @@ from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
 from kvlab.hardware import HardwareConfig
+from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
@@ -32,8 +33,8 @@ from kvlab.training.optimizer import OptimizerConfig
 from kvlab.weights.section import WeightsConfig, with_pretrained
 
 SCHEMA_VERSION = 1
-NOT_IDENTITY = ("hardware", "results_dir")
-"""Sections that say where a run happens, not what it is."""
+NOT_IDENTITY = ("hardware", "results_dir", "equal_budget")
+"""Sections that say where a run happens, or what it was asked for, not what it is."""
 TRAINING = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
 """Sections that determine the trained parameters; the others choose how these are evaluated."""
 
@@ -75,30 +76,44 @@ SECTIONS: dict[str, type[Schema]] = {
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """A named variant: a pattern over named layers, such as pattern "M A" with layers M and A."""
+    """A named variant: a pattern over named layers, such as pattern "M A" with layers M and A. `knob`, such as
+    "M.state_dim", says what a budget of bytes is solved for where several layers have a knob."""
 
     name: str
     pattern: str
     layers: dict[str, LayerConfig]
+    knob: str | None = None
 
     @classmethod
     def build(cls, values: object) -> "MixerConfig":
-        """From {name, pattern, A: {type: attention, ...}, M: {...}}."""
+        """From {name, pattern, A: {type: attention, ...}, M: {...}}, and knob where it is named."""
         if not isinstance(values, Mapping):
             raise ConfigError("mixer", values, "must be a mapping with name, pattern and layers")
         fields = dict(cast(Mapping[str, object], values))
         name, pattern = fields.pop("name", None), fields.pop("pattern", None)
+        knob = fields.pop("knob", None)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+", name):
             raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
         if not isinstance(pattern, str):
             raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
         layers = {layer: LayerConfig(*_typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
-        return cls(name, pattern, layers)
+        if knob is not None and not (isinstance(knob, str) and knob.partition(".")[0] in layers):
+            legal = f"must be null, or a layer's field such as {next(iter(layers), 'A')}.window"
+            raise ConfigError("mixer.knob", knob, legal)
+        return cls(name, pattern, layers, knob)
 
     def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
-        """The mapping that `build` takes; `plain` makes it of each section."""
+        """The mapping that `build` takes; `plain` makes it of each section. The knob is no part of an identity."""
         layers = {name: {"type": layer.mixer, **plain(layer.config)} for name, layer in self.layers.items()}
-        return {"name": self.name, "pattern": self.pattern, **layers}
+        knob = {"knob": self.knob} if self.knob is not None and plain is not identity else {}
+        return {"name": self.name, "pattern": self.pattern, **knob, **layers}
+
+    def with_knob(self, place: str, value: int) -> "MixerConfig":
+        """The same variant with another value of a layer's field. Raises ConfigError for one that it cannot have."""
+        name, _, field = place.partition(".")
+        layer = self.layers[name]
+        config = dataclasses.replace(layer.config, **{field: value})
+        return dataclasses.replace(self, layers={**self.layers, name: dataclasses.replace(layer, config=config)})
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,7 @@ class Config(Schema):
     tune: TuneConfig = field(default_factory=TuneConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    equal_budget: EqualBudget | None = None
     experiment: str = text("default")
     seed: int = integer(0, 0)
     results_dir: str = text("results")
@@ -134,7 +150,11 @@ class Config(Schema):
             fields = with_pretrained(fields, weights)
         mixer = MixerConfig.build(fields.pop("mixer"))
         task_name, task = _typed(fields.pop("task"), "task", TASKS)
+        if fields.get("equal_budget") is not None:
+            fields["equal_budget"] = EqualBudget.build(fields["equal_budget"], "equal_budget")
         for name in fields:
+            if name == "equal_budget":
+                continue
             if name not in SECTIONS and name not in ("experiment", "seed", "results_dir"):
                 legal = ["mixer", "task", *SECTIONS, "experiment", "seed", "results_dir"]
                 raise ConfigError(str(name), fields[name], f"no such section; {nearest(str(name), legal)}")
@@ -163,9 +183,11 @@ class Config(Schema):
     def _check_budget(self) -> None:
         """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
         method = self.memory.compression
-        if method is None or self.memory.budget is None or Budget.of(self.memory.budget).fraction is None:
+        if method is None or self.memory.budget is None:
             return
         fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
+        if fraction is None:
+            return
         for part in self.make_task().slices("test"):
             prompt_len = part.compress_at or part.prompt_len
             if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:
@@ -179,6 +201,11 @@ class Config(Schema):
     def context_len(self) -> int:
         """Tokens at which memory is measured."""
         return self.measure.context_len or self.make_task().context_len
+
+    @property
+    def context(self) -> Context:
+        """The sequence that is measured: its prompt, and behind that what is decoded."""
+        return Context(self.context_len, max(1, self.context_len - self.measure.decode_steps))
 
     def layers(self) -> list[LayerConfig]:
         """Every layer's mixer, by tiling the pattern. Raises ValueError for a pattern that cannot."""
@@ -196,7 +223,7 @@ class Config(Schema):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["task_name"]
         task = {"type": self.task_name, **plain(self.task)}
-        sections = {name: plain(value) for name, value in fields.items()}
+        sections = {name: plain(value) for name, value in fields.items() if name != "equal_budget" or value}
         return sections | {"mixer": self.mixer.as_dict(plain), "task": task}
 
     @property

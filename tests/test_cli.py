@@ -69,6 +69,19 @@ def test_every_command_prints_its_composed_config(capsys, monkeypatch, tmp_path)
     assert str(tmp_path / "run.mixer.json") in out.split()
 
 
+def test_short_names_of_fields_work_with_hydras_own_options(capsys, monkeypatch):
+    words = ["compression=snapkv", "budget=0.25", "format=int8"]
+    status, out, _ = call(capsys, monkeypatch, "run", "--cfg", "job", *words)
+    assert status == 0
+    memory = yaml.safe_load(out)["memory"]
+    assert (memory["budget"], memory["format"], memory["compression"]["type"]) == (0.25, "int8", "snapkv")
+    status, _, errors = call(capsys, monkeypatch, "run", "--cfg", "job", "compression=null")
+    assert status == 2
+    assert "compression = None: did you mean none" in errors
+    status, out, _ = call(capsys, monkeypatch, "capacity", "--cfg", "job", "compression=h2o", "budget=0.5")
+    assert yaml.safe_load(out)["memory"]["compression"]["type"] == "h2o"
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; sys.argv = ['kvlab', '--help']; from kvlab.cli import main; main(); "
     code += "print(*sorted({'jax', 'pydantic', 'rich', 'hydra', 'numpy'} & set(sys.modules)), file=sys.stderr)"

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlab.compose import compose, expand
+from kvlab.compose import GENERATE, RUN, compose, compose_generate, expand
 from kvlab.config import Config
 from kvlab.lab.laboratory import Laboratory
+from kvlab.ledger.states import QUANTISED, ROTATED
+from kvlab.memory.config import SEALED
 from kvlab.schema import ConfigError
 
 WRONG = [
@@ -59,6 +61,10 @@ WRONG = [
     ("memory.name=virtual", "memory.name = 'virtual': must be one of paged, dense"),
     ("memory.format=int3", "memory.format = 'int3': must be one of model, int8, fp8, int4"),
     ("memory.format=int8.channel", "memory.format = 'int8.channel': must be one of model, int8, fp8, int4"),
+    ("format=kivi3", "format = 'kivi3': did you mean kivi"),
+    ("format=kivi4 memory.page_size=4", "memory.page_size = 4: must be at least 8 for kivi4"),
+    ("format=kivi4 memory=dense", "memory.format = 'kivi4': needs memory.name = paged, not dense"),
+    ("format=kivi2 selection=quest", "memory.format = 'kivi2': must be model or by token beside memory.selection"),
     ("selection=qest", "selection = 'qest': did you mean quest"),
     ("selection=quest memory=dense", "memory.selection = 'quest': needs memory.name = paged, not dense"),
     ("selection=quest memory.selection.pages=1", "memory.selection.pages = 1: must be at least 2, which first_pages"),
@@ -124,6 +130,42 @@ WRONG = [
     ("task.query_aware=true", "task.query_aware = True: must be false with num_turns = 1"),
     ("task.num_turns=2 task.test=['4:1']", "task.test = '4:1': has no places for the queries of a second turn"),
     ("mixer=mamba2 mixer.M.num_groups=3", "mixer.M.num_groups = 3: must divide num_heads: one of [1, 2]"),
+    ("compression=snapkv", "memory.budget = None: must be slots (256), a fraction of the prompt in (0, 1] (0.25), or"),
+    ("compression=snapkv budget=null", "memory.budget = None: must be slots (256), a fraction"),
+    ("compression=snapkv budget=64KiX", "memory.budget = '64KiX': must be slots (256), a fraction"),
+    ("compression=snapkv budget=1.5", "memory.budget = 1.5: must be slots (256), a fraction"),
+    ("compression=snapkv budget=0", "memory.budget = 0: must be slots (256), a fraction"),
+    (
+        "compression=snapkv budget=10",
+        "memory.budget = '10 slots': must be at least the 36 slots that sinks = 4 and rec",
+    ),
+    (
+        "compression=snapkv budget=0.5",
+        "memory.budget = 0.5: is 4 slots of the 8 tokens before the answers of 64:4",
+    ),
+    ("compression=snapkv budget=1KiB", "memory.budget = '1KiB': must be at least"),
+    ("compression=h2o budget=9MiB", "memory.budget = '9MiB': is held to 1% only: "),
+    ("mixer=swa budget=35KiB", "memory.budget = '35KiB': is held to "),
+    ("mixer=swa budget=1KiB", "memory.budget = '1KiB': must be at least"),
+    (
+        "mixer=mamba2 compression=h2o budget=16",
+        "memory.compression = 'h2o': serves no layer of this model: one state",
+    ),
+    (
+        "mixer=swa compression=h2o budget=16",
+        "memory.compression = 'h2o': serves no layer of this model: a window",
+    ),
+    ("mixer=swa compression=h2o budget=64KiB", "memory.compression = 'h2o': serves no layer of this model: a window"),
+    ("memory=dense compression=h2o budget=16", "memory.compression = 'h2o': needs memory.name = paged, not dense"),
+    ("compression=streaming budget=3", "memory.budget = '3 slots': must be at least 4 slots, with sinks = 4"),
+    ("compression=null", "compression = None: did you mean none? legal:"),
+    ("memory=null", "memory = None: legal: dense, paged"),
+    ("task=null", "task = None: legal: mqar"),
+    ("memory.compression=5", "memory.compression = 5: must be null, or a mapping with the type of a compression"),
+    ("memory.compression=snapkw", "memory.compression.type = 'snapkw': did you mean snapkv"),
+    ("+mixer.knob=A.window budget=64KiB", "mixer.knob = 'A.window': must be one of none"),
+    ("+mixer.knob=B", "mixer.knob = 'B': must be null, or a layer's field such as A.window"),
+    ("mixer=hybrid mixer.knob=null budget=40KiB", "mixer.knob = None: must name what a budget of bytes is solved for"),
     ("mixer=hybrid model.num_layers=3", "mixer.pattern = 'M A': has 2 layers, which must divide model.num_layers = 3"),
 ]
 
@@ -136,6 +178,13 @@ def test_wrong_config_is_answered_by_a_sentence(overrides, sentence, monkeypatch
     with pytest.raises(ConfigError) as caught:
         compose(overrides.split(" ") if "=" in overrides.rsplit(" ", 1)[-1] else [overrides])
     assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("word", ["compression=null", "memory=null", "task=null", "mixer=null", "experiment=null"])
+def test_a_group_that_is_null_is_answered_by_every_command(word):
+    for multirun in (False, True):
+        with pytest.raises(ConfigError, match=f"{word.split('=')[0]} = None: "):
+            expand([word], multirun)
 
 
 def test_there_are_enough_wrong_configs():
@@ -280,6 +329,20 @@ def test_a_format_that_cannot_hold_the_model_is_refused_before_anything_is_compi
     config = compose(["memory.format=int4", "mixer.A.head_dim=15", "mixer.A.rope=false"])
     with pytest.raises(ConfigError, match=r"memory.format = 'int4': .*; legal: model, int8, fp8"):
         Laboratory.of(config)
+
+
+def test_a_format_is_a_group_and_a_field_and_the_same_run():
+    """Every choice of the group is the field's value of that name; without one, a run is what it was."""
+    legal = sorted({"model", *QUANTISED, *ROTATED, *SEALED})
+    assert RUN.options("format") == GENERATE.options("format") == legal
+    for name in legal:
+        by_group, by_field = (compose([word]) for word in (f"format={name}", f"memory.format={name}"))
+        assert by_group == by_field
+        assert by_group.memory.format == name
+        assert by_group.run_id == by_field.run_id
+    assert compose(["format=model"]).run_id == compose([]).run_id
+    assert compose(["format=int8", "memory.format=int4"]).memory.format == "int4"
+    assert compose_generate(["format=kivi4"]).memory.format == "kivi4"
 
 
 ADDED = {

@@ -15,11 +15,14 @@ import yaml
 
 import pallas_kernels
 from kvlab.compose import compose
+from kvlab.compression import COMPRESSIONS
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import sealed_state
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
@@ -28,6 +31,11 @@ from kvlab.weights.gguf import TYPES
 from kvlab.weights.published import PUBLISHED
 from pallas_kernels import ops
 from pallas_kernels.formats import FORMATS, INVERSE, LARGEST
+from tests.compression.harness import assert_equivalent, memory_of, packed, run
+from tests.compression.test_contract import (
+    test_as_many_slots_stay_as_were_told_and_the_protected_ones_among_them as keeps_the_budget,
+)
+from tests.compression.test_contract import test_permuting_slots_permutes_scores as permutes
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import golden, write_folder
 from tests.tasks.contracts import CONTRACT, SMALL
@@ -72,6 +80,23 @@ def test_the_recipe_for_a_format_holds(monkeypatch):
     monkeypatch.setitem(states.ITEM_BITS, "int16", 16)
     monkeypatch.setattr(states, "FORMATS", (*states.FORMATS, "int16"))
     exec(compile(demands, "docs/adding-a-format.md", "exec"), {})
+    (choice,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(choice) == {"format": "int16"}
+    assert choice.splitlines()[0] == "# @package memory", "as the group's other files have it"
+    others = [path.read_text().splitlines() for path in (ROOT / "configs" / "format").glob("*.yaml")]
+    assert {(lines[0], len(lines)) for lines in others} == {("# @package memory", len(choice.splitlines()))}
+
+
+def test_the_bytes_of_formats_are_those_of_their_states():
+    """docs/formats.md: every choice of the group has a row, which is computed here."""
+    page = (ROOT / "docs" / "formats.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "configs" / "format").glob("*.yaml")}
+    plain = TokenState(1, 128, 128, "bfloat16")
+    for name, *stated in rows:
+        state = sealed_state(plain, name) if name in SEALED else plain.stored(name)
+        for page_size, num_bytes in zip((16, 32, 64), stated, strict=True):
+            assert state.page_bytes(page_size) == int(num_bytes) * page_size
 
 
 def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
@@ -98,6 +123,35 @@ def test_the_recipe_for_a_task_meets_the_contract(monkeypatch, tmp_path):
     assert compose(["task=parity", "model=mqar"]).model.num_layers == 2
     tiny = compose(["task=parity", "debug=tiny", f"results_dir={tmp_path}", "task.seq_len=12", "task.test_len=20"])
     assert execute(tiny) == "done"
+
+
+def test_the_recipe_for_a_compression_meets_the_contract(monkeypatch, tmp_path):
+    """docs/adding-a-compression.md: the file, its line and its YAML, as the page says; its score against float64, the
+    contract of every method, and a run through `kvlab run`."""
+    page = (ROOT / "docs" / "adding-a-compression.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    module = types.ModuleType("kvlab.compression.loud")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "docs/adding-a-compression.md", "exec"), module.__dict__)
+    assert re.findall(r"```diff\n\+ +(.*?)\n```", page) == ["Loud,"]
+    monkeypatch.setitem(COMPRESSIONS, "loud", module.Loud)
+    keeps_the_budget("loud")
+    permutes("loud")
+    done = packed(memory_of("loud", 9))
+    largest = done.before[0]["kv.noted"]["largest"][done.plan.classes[1].pages[0, 0]]
+    loudness = np.linalg.norm(done.slots("values", 0, after=False)[:, :22], axis=-1) * largest[:22].T
+    for head in range(2):
+        inside = sorted(range(2, 20), key=lambda slot: -loudness[head, slot])[:5]
+        assert done.kept[0, head].tolist() == sorted([0, 1, *inside, 20, 21])
+    assert_equivalent(run("gqa", memory_of("loud", at="chunks", every=3)))
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs" / "compression" / "loud.yaml").write_text(written)
+    monkeypatch.setattr("kvlab.compose.configs_dir", lambda: tmp_path / "configs")
+    config = compose(["compression=loud", "memory.budget=16", "memory.compression.attended=false"])
+    assert config.memory.compression == module.Loud(attended=False)
+    tiny = ["compression=loud", "memory.budget=0.75", "debug=tiny", f"results_dir={tmp_path}", "mixer=mha"]
+    assert execute(compose(tiny)) == "done"
 
 
 def test_the_recipe_for_a_kernel_holds(monkeypatch, tmp_path):

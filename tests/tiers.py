@@ -115,6 +115,11 @@ REFERENCES = {
     f"{ON_HOST}::test_equals_float64[blocked-fp8": "ci",
     f"{ON_HOST}::test_equals_float64[blocked-int4": "ci",
     f"{ON_HOST}::test_equals_float64[blocked-int8": "ci",
+    f"{ON_HOST}::test_equals_float64[blocked-KIVI": "ci",
+    f"{ON_HOST}::test_equals_float64[blocked-KIVI of 4 bits, valid slots, soft cap]": "fast",
+    f"{KERNELS}/test_zero_points.py::test_a_value_is_off_by_half_a_scale": "ci",
+    f"{KERNELS}/test_zero_points.py::test_a_value_is_off_by_half_a_scale_and_scales_are_tight[int4-channel-bf": "fast",
+    f"{KERNELS}/test_zero_points.py::test_slots_that_do_not_count": "ci",
     f"{ON_HOST}::test_equals_float64[blocked-int8 by token, window, soft cap]": "fast",
     f"{ON_HOST}::test_equals_float64[blocked-int4 by token, lists of each head]": "fast",
     f"{ON_HOST}::test_equals_float64[blocked-fp8 by channel, large logits]": "fast",
@@ -199,6 +204,8 @@ MANY_PROGRAMS = {
     "tests/lab/test_execute.py::test_a_run_leaves_a_complete_record": "ci",
     "tests/lab/test_execute.py::test_the_dense_baseline_and_text_run_too": "ci",
     "tests/lab/test_execute.py::test_a_tuned_run_cut_in_its_second_trial_resumes": "ci",
+    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds": "ci",
+    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds[snapkv]": "fast",
 }
 """What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
 
@@ -218,7 +225,65 @@ LOSSY = {
 }
 """Whole runs through compressed memories: each method has a fast one."""
 
-TIER_OF: dict[str, str] = {**CHILDREN, **SIMULATORS, **REFERENCES, **SWEEPS, **MANY_PROGRAMS, **DOWNLOADS, **LOSSY}
+METHODS = "tests/compression/test_contract.py"
+BUDGET = f"{METHODS}::test_as_many_slots_stay_as_were_told_and_the_protected_ones_among_them"
+PERMUTED = f"{METHODS}::test_permuting_slots_permutes_scores"
+MIXERS = f"{METHODS}::test_every_mixer_gets_every_method"
+WAYS = f"{METHODS}::test_every_way_of_storing_and_every_time"
+CUTS = f"{METHODS}::test_the_same_tokens_stay_however_the_prompt_is_cut_and_where_pages_end"
+
+COMPRESSIONS = {
+    f"{METHODS}::test_logits_are_those_of_the_mask_while_prefilling_and_decoding": "ci",
+    f"{BUDGET}[": "ci",
+    f"{BUDGET}[h2o]": "fast",
+    f"{BUDGET}[keydiff]": "fast",
+    f"{PERMUTED}[": "ci",
+    f"{PERMUTED}[h2o]": "fast",
+    f"{PERMUTED}[keydiff]": "fast",
+    f"{MIXERS}[": "slow",
+    f"{MIXERS}[hybrid-h2o]": "ci",
+    f"{MIXERS}[latent-expected]": "ci",
+    f"{MIXERS}[mqa-rkv]": "ci",
+    f"{MIXERS}[stacked-snapkv]": "ci",
+    f"{WAYS}[": "slow",
+    f"{WAYS}[*-h2o]": "ci",
+    f"{CUTS}[": "slow",
+    f"{CUTS}[h2o]": "ci",
+    "tests/compression/test_compacting.py::test_a_planted_error_is_seen[*-equivalence": "ci",
+    "tests/compression/test_kvpress.py": "ci",
+    "tests/compression/test_scores.py::test_a_score_is_the_papers[cap without rotary-": "ci",
+    "tests/test_docs.py::test_the_recipe_for_a_compression_meets_the_contract": "ci",
+}
+"""Each method through a model compiles its own programs. Scores against float64, and two methods through all of it, are
+fast."""
+
+SELECTED = "tests/memory/test_selected.py"
+SELECTION = {
+    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says": "ci",
+    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says[latent-": "fast",
+    f"{SELECTED}::test_it_composes_with_compressions_and_formats": "ci",
+    f"{SELECTED}::test_a_compaction_that_forgets_the_index_is_caught": "ci",
+    f"{SELECTED}::test_a_wrong_mask_is_caught": "ci",
+    f"{SELECTED}::test_the_index_travels_with_its_pages": "ci",
+    f"{SELECTED}::test_bytes_held_grow": "ci",
+    f"{SELECTED}::test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages[quest]": "fast",
+    "tests/evaluation/test_page_recall.py::test_shares": "ci",
+    f"{ENGINE}/test_selection.py": "ci",
+    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[looked up-dense]": "fast",
+}
+"""Of a memory that selects, a chunk, a draft and the bytes are fast."""
+
+TIER_OF: dict[str, str] = {
+    **CHILDREN,
+    **SIMULATORS,
+    **REFERENCES,
+    **SWEEPS,
+    **COMPRESSIONS,
+    **MANY_PROGRAMS,
+    **DOWNLOADS,
+    **LOSSY,
+    **SELECTION,
+}
 
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:

@@ -47,7 +47,7 @@ FOUND_BEFORE = {
 }
 """(axes, bits, residual) of the same weights and text in another implementation, scales in float32: not published."""
 THROUGH_PAGES = (("kivi4", 0), ("kivi4", 32), ("kivi4", 128), ("kivi2", 0), ("kivi2", 32), ("kivi2", 128))
-BY_TOKEN = ("int8", "int4", "int2")
+BY_TOKEN = ("int8", "int4", "int2", "rotated8", "rotated4")
 WINDOW = Window(30_000, 1024, 768)
 
 
@@ -110,14 +110,12 @@ def in_parallel(bench: Bench, material: Material, sizes: Sizes) -> pd.DataFrame:
 
 
 def formats() -> dict[tuple[str, int], dict[str, Any]]:
-    """Memories by format and residual. Those by token round a token when it is stored and have no residual; of them
-    those are run that the memory has."""
-    from kvlab.memory.config import QUANTISED
-
+    """Memories by format and residual. Those by token round a token when it is stored and have no residual; of them there
+    is a plain and a rotated kind."""
     found: dict[tuple[str, int], dict[str, Any]] = {("model", 0): {}}
     for name, residual in THROUGH_PAGES:
         found[name, residual] = {"format": name, "residual": residual, "quantised_prefill": "chunks"}
-    return found | {(name, 0): {"format": name} for name in BY_TOKEN if name in QUANTISED}
+    return found | {(name, 0): {"format": name} for name in BY_TOKEN}
 
 
 def through_pages(bench: Bench) -> pd.DataFrame:

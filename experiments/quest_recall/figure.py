@@ -114,7 +114,7 @@ def claims(found: pd.DataFrame) -> list[Claim]:
             ),
         ]
         for method, before in FOUND_BEFORE[fraction].items():
-            rows.append(Claim.near(f"{title}: {NAMES[method]}, as found before", before, float(free[method]), 0.04))
+            rows.append(Claim.near(f"{title}: {NAMES[method]}, as found before", before, free.to_dict()[method], 0.04))
     return rows
 
 

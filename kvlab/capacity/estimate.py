@@ -7,12 +7,15 @@ from typing import Any
 
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.roofline import decode_roofline, intensity
-from kvlab.capacity.room import make_ledger, users_that_fit
+from kvlab.capacity.room import room_for, users_that_fit
+from kvlab.capacity.serving import Serving
 from kvlab.capacity.simulator import Outcome, Simulator
 from kvlab.capacity.traces import Request
 from kvlab.capacity.workload import requests
 from kvlab.engine.scheduler import Schedule
+from kvlab.ledger.growth import bytes_at
 from kvlab.ledger.ledger import Ledger
+from kvlab.memory.budgets import Context
 from kvlab.schema import ConfigError
 
 
@@ -44,6 +47,14 @@ class Answer:
     moved_bytes_per_token: float
     cost_per_million: float | None
     simulated: dict[str, float]
+    prompt_len: int
+    """Tokens of the prompt among `context_len`; below, pages that such a sequence holds at rest, and at most."""
+    held_bytes: int
+    peak_bytes: int
+    solved: str
+    """What a budget of bytes was solved for; empty: it was not."""
+    skipped: str
+    """States that a compression leaves as they are, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """One row of a frame."""
@@ -53,43 +64,62 @@ class Answer:
 
 def estimate(config: CapacityConfig) -> Answer:
     """Answers for one config. Raises ConfigError when the weights, or one sequence beside them, do not fit."""
-    model, dtype = config.model, config.memory.kv_dtype
+    model, dtype = config.model, config.memory.dtype
     budget = _budget(config)
     asked = requests(config.workload)
-    ledger, context, users = _room(config, budget, asked)
-    batch = min(users, config.max_batch)
-    roof = decode_roofline(config, [context] * batch)
+    room = _room(config, budget, asked)
+    shortened = room.serving if config.memory.shortens else None
+    batch, context = min(room.users, config.max_batch), room.context
+    roof = decode_roofline(config, [context] * batch, shortened)
     tokens_per_s = batch / roof["seconds"]
-    chips = config.hardware.total_chips
+    chips, classes, solved = config.hardware.total_chips, room.serving.classes, room.serving.budget
     return Answer(
         model=model.name,
         variant=model.variant,
         hardware=config.hardware.label,
-        memory=config.memory.name,
+        memory=config.memory.label,
         workload=config.workload.name,
         weight_bytes=model.weight_bytes,
         budget_bytes=budget,
         bytes_per_token=sum(n * spec.unit_bytes for spec, n in model.specs(dtype).items() if spec.per_token),
-        context_len=context,
-        sequence_bytes=model.logical_bytes(context, dtype),
-        users=users,
+        context_len=context.context_len,
+        sequence_bytes=shortened.logical_bytes(context)
+        if shortened
+        else model.logical_bytes(context.context_len, dtype),
+        users=room.users,
         decode_ms=roof["seconds"] * 1e3,
         decode_tokens_per_s=tokens_per_s,
         bound=max(("weights", "state", "compute"), key=lambda name: roof[name]),
         weight_share=roof["weights"] / roof["seconds"],
         state_share=roof["state"] / roof["seconds"],
         compute_share=roof["compute"] / roof["seconds"],
-        intensity=intensity(model, context, dtype),
+        intensity=intensity(model, context, dtype, shortened),
         moved_bytes_per_token=roof["bytes"] / batch,
         cost_per_million=None if config.price is None else config.price * chips / 3600 / tokens_per_s * 1e6,
-        simulated=_simulate(config, ledger, asked) if config.simulate else {},
+        prompt_len=context.prompt_len,
+        held_bytes=room.peak_bytes if config.memory.reservation else bytes_at(classes, *context[::-1]),
+        peak_bytes=room.peak_bytes,
+        solved=f"{solved.asked}: {solved.knob} = {solved.solved}" if solved else "",
+        skipped="; ".join(f"{name}: {reason}" for name, reason in room.serving.skipped.items()),
+        simulated=_simulate(config, room.ledger, asked, shortened) if config.simulate else {},
     )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """The ledger, the context at which users are counted, the users, and the most bytes that one of them held."""
+
+    ledger: Ledger
+    serving: Serving
+    context: Context
+    users: int
+    peak_bytes: int
 
 
 def _budget(config: CapacityConfig) -> int:
     """Bytes that the weights leave. Raises ConfigError for the host, for a dtype that fills no bytes, and when
     nothing is left."""
-    model, dtype, hardware = config.model, config.memory.kv_dtype, config.hardware
+    model, dtype, hardware = config.model, config.memory.dtype, config.hardware
     _ = hardware.chip  # of the host no datasheet is known: that is the first error to make
     try:
         _ = model.logical_bytes(1, dtype)
@@ -105,30 +135,38 @@ def _budget(config: CapacityConfig) -> int:
     return budget
 
 
-def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> tuple[Ledger, int, int]:
-    """The ledger, the context at which users are counted, and the users. Raises ConfigError when not one fits."""
+def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> _Room:
+    """Raises ConfigError when not one sequence fits."""
     mean_total = sum(request.prompt_len + request.output_len for request in asked) / len(asked)
-    context = config.context_len or max(1, round(mean_total))
+    context_len = config.context_len or max(1, round(mean_total))
     longest = max(request.prompt_len + request.output_len for request in asked)
-    max_len = max(longest, context) if config.workload.path else config.workload.max_total
-    ledger = make_ledger(config, budget, context, max_len)
+    max_len = max(longest, context_len) if config.workload.path else config.workload.max_total
     prompt_share = sum(request.prompt_len for request in asked) / (mean_total * len(asked))
-    users = users_that_fit(ledger, context, max(1, round(context * prompt_share)))
+    context = Context(context_len, max(1, round(context_len * prompt_share)))
+    serving = Serving.of(config, max_len, context)
+    ledger = room_for(config, serving, budget, context, max_len)
+    users = users_that_fit(ledger, *context)
     if users < 1:
         model = config.model
-        state = f"{model.logical_bytes(context, config.memory.kv_dtype) / 1e9:,.2f} GB"
+        state = f"{model.logical_bytes(context_len, config.memory.dtype) / 1e9:,.2f} GB"
         sizes = f"{state} beside {model.weight_bytes / 1e9:,.1f} GB of weights"
         legal = f"one sequence does not fit: {sizes} on {config.hardware.label}"
-        raise ConfigError("context_len", context, legal)
-    return ledger, context, users
+        raise ConfigError("context_len", context_len, legal)
+    peak_bytes = ledger.counters.peak_bytes
+    if config.memory.reservation is not None:  # users' blocks were all given out, and a block never changes
+        peak_bytes //= users
+    return _Room(ledger, serving, context, users, peak_bytes)
 
 
-def _simulate(config: CapacityConfig, ledger: Ledger, asked: list[Request]) -> dict[str, float]:
+def _simulate(
+    config: CapacityConfig, ledger: Ledger, asked: list[Request], serving: Serving | None
+) -> dict[str, float]:
     """The workload through the ledger, timed by the roofline."""
     hardware, model = config.hardware, config.model
 
-    def step_time(lengths: Sequence[int], chunks: Sequence[int]) -> float:
-        decode = decode_roofline(config, lengths)["seconds"] if lengths else model.weight_bytes / hardware.bandwidth
+    def step_time(contexts: Sequence[Context], chunks: Sequence[int]) -> float:
+        roof = decode_roofline(config, contexts, serving) if contexts else None
+        decode = roof["seconds"] if roof else model.weight_bytes / hardware.bandwidth
         return decode + 2.0 * (model.num_active_params or model.num_params) * sum(chunks) / hardware.peak_flops
 
     memory = config.memory
@@ -155,6 +193,9 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
         "unified_saving": 1 - counters.peak_bytes / max(1, split),
         "preempted": float(outcome.preempted),
         "recomputed_tokens": float(outcome.recomputed_tokens),
+        "compacted": float(outcome.compacted),
+        "sealed_pages": float(outcome.sealed_pages),
+        "dropped_slots": float(outcome.dropped_slots),
         "rejected": float(len(outcome.rejected)),
         "finished": float(outcome.finished),
         "tokens_per_s": outcome.decoded_tokens / max(outcome.seconds, 1e-12),

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 from pydantic import Field
 
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
 from pallas_kernels.visible import Visible
@@ -67,7 +68,8 @@ class LayerGroup(Schema):
             visible = Visible(self.window, self.num_sinks)
         elif self.kind == "chunked":
             visible = Visible(chunk=self.chunk)
-        state = TokenState(*heads, _wide(dtype), visible=visible, scale_dtype="float16")
+        readers = Readers(self.num_heads)
+        state = TokenState(*heads, _wide(dtype), visible=visible, scale_dtype="float16", readers=readers)
         return state.stored(dtype) if dtype in ("int8", "int4") else state
 
     def decode_flops(self, n: int) -> int:

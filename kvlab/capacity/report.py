@@ -8,6 +8,8 @@ from rich.table import Table
 
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.estimate import Answer
+from kvlab.capacity.serving import Serving
+from kvlab.memory.budgets import Context
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -38,6 +40,7 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
             both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow",
         ),
         (f"state of {answer.context_len:,} tokens", both_units(answer.sequence_bytes)),
+        *_shortened(config, answer),
         (f"sequences of {answer.context_len:,} tokens that fit", f"{answer.users:,}"),
         (
             "decode roofline",
@@ -63,11 +66,30 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
                 "prefix hits",
                 f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes",
             ),
+            *_shortened_on_the_way(found),
             ("typed pools", f"{found['stranded']:.1%} stranded; {saving}"),
         ]
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _shortened(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
+    """What there is to say of a memory that drops tokens or seals pages."""
+    if not config.memory.shortens:
+        return []
+    rows = [("budget", answer.solved)] if answer.solved else []
+    held = f"{both_units(answer.held_bytes)} at rest, {both_units(answer.peak_bytes)} at most on the way"
+    rows.append((f"pages of a prompt of {answer.prompt_len:,} and its answer", held))
+    return rows + ([("left as they are", answer.skipped)] if answer.skipped else [])
+
+
+def _shortened_on_the_way(found: dict[str, float]) -> list[tuple[str, str]]:
+    """What a simulation compacted and sealed."""
+    if not (found["compacted"] or found["sealed_pages"]):
+        return []
+    words = f"{found['compacted']:,.0f} compactions dropped {found['dropped_slots']:,.0f} slots"
+    return [("compressed", f"{words}, {found['sealed_pages']:,.0f} pages were sealed")]
 
 
 def many_answers(answers: Sequence[Answer]) -> Table:
@@ -109,8 +131,8 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
     colours = [plt.get_cmap("tab10")(index) for index in range(10)]
     labels = _labels(answers)
     lengths = [2**power for power in range(7, 21)]
-    for index, (config, label) in enumerate(zip(configs, labels, strict=True)):
-        sizes = [config.model.logical_bytes(n, config.memory.kv_dtype) for n in lengths]
+    for index, (config, answer, label) in enumerate(zip(configs, answers, labels, strict=True)):
+        sizes = [_state_bytes(config, answer, n) for n in lengths]
         grows.loglog(lengths, sizes, color=colours[index % 10], label=label, linewidth=2)
     grows.set(xlabel="context, tokens", ylabel="state of one sequence, bytes", title="What a sequence holds")
     grows.legend(fontsize=8)
@@ -129,6 +151,15 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
     figure.savefig(paths[1], dpi=130)
     plt.close(figure)
     return paths
+
+
+def _state_bytes(config: CapacityConfig, answer: Answer, num_tokens: int) -> int:
+    """What stays of one sequence, whose prompt has its share of these tokens."""
+    if not config.memory.shortens:
+        return config.model.logical_bytes(num_tokens, config.memory.dtype)
+    context = Context(num_tokens, max(1, round(num_tokens * answer.prompt_len / answer.context_len)))
+    counted = Context(answer.context_len, answer.prompt_len)
+    return Serving.of(config, max(num_tokens, answer.context_len), counted).logical_bytes(context)
 
 
 def _title(answer: Answer) -> str:

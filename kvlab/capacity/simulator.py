@@ -13,10 +13,12 @@ from kvlab.engine.entries import Entry, Work
 from kvlab.engine.scheduler import Schedule, Scheduler
 from kvlab.ledger.accounting import PARTS
 from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.plan import Compaction, Seals
+from kvlab.memory.budgets import Context
 
-type StepTime = Callable[[Sequence[int], Sequence[int]], float]
-"""Seconds of a step, from the lengths of the sequences that decode and the number of new tokens of each prompt
-chunk."""
+type StepTime = Callable[[Sequence[Context], Sequence[int]], float]
+"""Seconds of a step, from the tokens, and the prompts among them, of the sequences that decode, and the number of new
+tokens of each prompt chunk."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,6 +38,10 @@ class Outcome:
     rejected: list[str] = field(default_factory=list)
     preempted: int = 0
     recomputed_tokens: int = 0
+    compacted: int = 0
+    """Compactions of a sequence, and below the pages that were sealed."""
+    sealed_pages: int = 0
+    dropped_slots: int = 0
     decoded_tokens: int = 0
     prefilled_tokens: int = 0
     seconds: float = 0.0
@@ -85,6 +91,7 @@ class Simulator:
             self.step()
         self.outcome.preempted = scheduler.counters.preempted
         self.outcome.recomputed_tokens = scheduler.counters.recomputed_tokens
+        self.outcome.dropped_slots = self.ledger.counters.dropped_slots
         self.outcome.seconds = self.clock
         return self.outcome
 
@@ -98,11 +105,16 @@ class Simulator:
         step = self.scheduler.schedule()
         work = step.work
         self.outcome.rejected += [reason for _, reason in step.rejected]
+        for each in step.before:
+            if isinstance(each, Compaction):
+                self.outcome.compacted += len(each.lengths)
+            elif isinstance(each, Seals):
+                self.outcome.sealed_pages += sum(len(moves) for moves in each.classes)
         if not work:
             return
         decoding = [item.entry for item in work if item.entry.num_computed >= item.entry.prefill_len]
         chunks = [item.num_new for item in work if item.entry.num_computed < item.entry.prefill_len]
-        seconds = self.step_time([sequence.num_computed for sequence in decoding], chunks)
+        seconds = self.step_time([Context(entry.num_computed, entry.prompt_len) for entry in decoding], chunks)
         if self.outcome.steps % self.sample_every == 0:
             self._sample(seconds)
         self.clock += seconds

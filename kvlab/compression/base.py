@@ -16,10 +16,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
-from kvlab.ledger.states import ArraySpec, PerToken, State, Statistics, TokenState
+from kvlab.ledger.states import ArraySpec, PerToken, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 
 HEADS = ("uniform", "ada")
@@ -177,12 +178,17 @@ class Compression(Schema, abc.ABC):
             return "one state a sequence cannot be dropped in part"
         if state.span is not None:
             return "a window forgets by itself"
+        if isinstance(state, RetrievalState):
+            return "a retrieval memory chooses by its own index"
         return ""
 
     def retention(self, state: State, shape: Shape) -> Retention | None:
         """How many slots are kept of a state, and when; None: it is never compacted. Raises ConfigError for a budget
         below what is protected."""
         budget, protected = shape.budget, self.sinks + self.recent
+        if budget.num_bytes is not None:
+            legal = "must be slots or a fraction here: bytes are solved before (kvlab.memory.budgets)"
+            raise ConfigError("memory.compression.budget", str(budget), legal)
         unit = shape.page_size if self.heads == "ada" else 1
         if unit > 1 and budget.slots is not None and budget.slots // unit * unit < max(1, protected):
             least = max(1, -(-protected // unit)) * unit

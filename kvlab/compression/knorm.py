@@ -14,7 +14,8 @@ from kvlab.schema import choice
 @dataclass(frozen=True)
 class Knorm(Compression):
     """Keeps the tokens with the shortest keys, as published for large pretrained models. Which end of the order is
-    attended to is a property of the model: `keep` "long" reverses it, and small models trained here want that."""
+    attended to is a property of the model: `keep` "long" reverses it, and small models trained here want that.
+    `kvlab.evaluation.key_lengths` measures which. With query-key norm all keys of a head are about as long."""
 
     name: ClassVar[str] = "knorm"
 

@@ -10,12 +10,14 @@ what they mean is settled: tokens accepted, pages published, sequences ended. Wh
 launched before this one is settled, so that the device never waits for the host."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kvlab.engine.book import Book
 from kvlab.engine.config import EngineConfig, Stats
+from kvlab.engine.entries import Entry, Planned
 from kvlab.engine.intake import Intake, each_sampling
+from kvlab.engine.listener import Listener
 from kvlab.engine.requests import Answer, Event, GenerationError, Request, Sample
 from kvlab.engine.runner import Group, Launched, Runner
 from kvlab.engine.sampling import Sampling
@@ -23,9 +25,11 @@ from kvlab.engine.scheduler import Schedule, Scheduler
 from kvlab.engine.settle import Settler
 from kvlab.engine.speculative import Speculation
 from kvlab.engine.stream import Stream
+from kvlab.ledger.answers import Wait
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.models.model import Model
+from kvlab.schema import ConfigError
 from kvlab.tokenizers import Tokenizer
 
 
@@ -62,6 +66,7 @@ class Engine:
         shares = memory.name == "paged"
         schedule = Schedule(config.max_batch, config.token_budget, config.mixed, config.preemption)
         self.scheduler = Scheduler(layout.ledger(config.policy, config.checkpoints), schedule)
+        self.scheduler.listen = self._listener()
         self.runner = Runner(model, layout, config, self.stats)
         self.speculation = Speculation.of(config, memory, draft, self.vocab_size)
         self.intake = Intake(config, self.vocab_size, tokenizer, shares=shares)
@@ -73,6 +78,15 @@ class Engine:
         self._flight: list[Launched] = []
         """The next step, where it is under way already."""
         self._stepping, self._unheard = False, list[str]()
+
+    def _listener(self) -> Callable[[Entry], Planned | Wait] | None:
+        """What plans second passes behind prompts; None: this memory needs none."""
+        listener = Listener(self.layout)
+        if not listener:
+            return None
+        if listener.knows_future:
+            raise ConfigError("memory.compression", listener.name, "must know what follows, which no engine does")
+        return lambda entry: listener.plan(self.ledger, entry.name, entry.ids[: entry.prompt_len])
 
     @property
     def ledger(self) -> Ledger:
@@ -218,11 +232,7 @@ class Engine:
         """The next step, under way, and what became of those who can never take part."""
         self.speculation.ask(self.scheduler.running)
         step = self.scheduler.schedule()
-        self.runner.carry(step.moves)
-        if step.compaction is not None:
-            self.runner.compact(step.compaction)
-        if step.seals is not None:
-            self.runner.seal(step.seals)
+        self.runner.prepare(step.before)
         events = [self.book.fail(entry, reason) for entry, reason in step.rejected if isinstance(entry, Sample)]
         # A request that was rejected may have had other sequences.
         work = [part for part in step.work if part.entry.state != "gone"] if events else step.work

@@ -1,10 +1,16 @@
 """The nouns of scheduling: a sequence as the scheduler sees it, and the step that it makes of many."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from kvlab.ledger.plan import Compaction, Seals, Swap
+import numpy as np
+import numpy.typing as npt
+
+from kvlab.ledger.plan import Compaction, Plan, Seals, Swap
+
+type Slots = Mapping[int, int]
+"""Where the statistics of a sequence lie: by class, a slot."""
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +75,26 @@ class Move(NamedTuple):
     swap: Swap
 
 
+class Planned(NamedTuple):
+    """A second pass of one sequence: steps of one row with their tokens, to run in this order, and where its statistics
+    lie then. These slots are free already: whatever is reserved next may take them, so that the sequence is to be
+    compacted at once, by `MemoryStep.compact`."""
+
+    steps: tuple[tuple[Plan, npt.NDArray[np.int32]], ...]
+    slots: Slots
+
+
+class Heard(NamedTuple):
+    """A second pass behind a sequence's prompt, and the compaction of that sequence by what it noted."""
+
+    heard: Planned
+    compaction: Compaction
+
+
+type Before = Move | Compaction | Seals | Heard
+"""What the device does before a step. Pages that one of these frees may be filled by the next."""
+
+
 class Rejection(NamedTuple):
     """A sequence that can never fit, with the ledger's reason."""
 
@@ -78,16 +104,12 @@ class Rejection(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What the scheduler says of the next step: first the moves, in order, then the work, which is reserved in the
-    ledger."""
+    """What the scheduler says of the next step: first what comes `before` it, in this order, then the work, which is
+    reserved in the ledger."""
 
     work: list[Work]
-    moves: list[Move] = field(default_factory=list)
+    before: list[Before] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
-    compaction: Compaction | None = None
-    """What comes first, behind the moves."""
-    seals: Seals | None = None
-    """What comes behind that."""
 
 
 @dataclass

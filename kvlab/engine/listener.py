@@ -1,35 +1,24 @@
 """The second pass, planned: what a prompt's sequence would attend to if it read on is noted on a fork, which is thrown
 away. Host only; `MemoryStep.read_on` runs it."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.compression import SecondPass
+from kvlab.compression import Oracle, SecondPass
+from kvlab.engine.entries import Planned, Slots
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Compaction, Plan
 from kvlab.memory.layout import MemoryLayout
-
-type Slots = Mapping[int, int]
-"""Where the statistics of a sequence lie: by class, a slot."""
 
 
 class Fork(NamedTuple):
     """The name of a fork that reads on."""
 
     of: Hashable
-
-
-class Planned(NamedTuple):
-    """A second pass of one sequence: steps of one row with their tokens, to run in this order, and where its statistics
-    lie then. These slots are free already: whatever is reserved next may take them, so that the sequence is to be
-    compacted at once, by `MemoryStep.compact`."""
-
-    steps: tuple[tuple[Plan, npt.NDArray[np.int32]], ...]
-    slots: Slots
 
 
 class Listener:
@@ -43,6 +32,11 @@ class Listener:
 
     def __bool__(self) -> bool:
         return self.method is not None
+
+    @property
+    def knows_future(self) -> bool:
+        """Whether the pass reads what will follow, as only an evaluation can."""
+        return isinstance(self.method, Oracle)
 
     @property
     def name(self) -> str:

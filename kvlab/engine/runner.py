@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Int32
 
 from kvlab.engine.config import EngineConfig, Stats
-from kvlab.engine.entries import Move, Work
+from kvlab.engine.entries import Before, Heard, Move, Work
 from kvlab.engine.requests import Sample
 from kvlab.engine.sampling import Choices, Drawn, Mode, draw_tokens
 from kvlab.engine.step import MemoryStep, Pools
@@ -91,7 +91,7 @@ class Runner:
         self.host = HostTier(layout)
         self._batches: dict[tuple[int, bool], Batch] = {}
         self._read_bytes = [
-            np.array([state.spec.read_bytes(n) * state.num_layers for n in range(config.max_len + 1)])
+            np.array([state.spec.read_bytes(n, state.page_size) * state.num_layers for n in range(config.max_len + 1)])
             for state in layout.classes
         ]
         self._weight_bytes = model.num_bytes
@@ -101,20 +101,38 @@ class Runner:
         self.pools = ()  # first, so that there is room
         self.pools, self.host = self.layout.allocate(), HostTier(self.layout)
 
-    def carry(self, moves: Sequence[Move]) -> None:
-        """Copies pages to the host and back."""
-        for move in moves:
-            if move.direction == "out":
-                self.host.take(self.pools, move.swap)
-            else:
-                self.pools = self.host.give_back(self.pools, move.swap)
+    def prepare(self, before: Sequence[Before]) -> None:
+        """Does what comes before a step, in its order: what one frees, the next may fill."""
+        for each in before:
+            match each:
+                case Move():
+                    self._carry(each)
+                case Compaction():
+                    self._compact(each)
+                case Seals():
+                    self._seal(each)
+                case Heard():
+                    self._compact_behind(each)
 
-    def compact(self, compaction: Compaction) -> None:
+    def _carry(self, move: Move) -> None:
+        """Copies pages to the host or back."""
+        if move.direction == "out":
+            self.host.take(self.pools, move.swap)
+        else:
+            self.pools = self.host.give_back(self.pools, move.swap)
+
+    def _compact(self, compaction: Compaction) -> None:
         """Dispatches a compaction, which nobody waits for: pages that it frees are written behind it."""
         self.stats.compacted += len(compaction.seeds)
         self.pools, _ = self.step_fn.compact(self.pools, compaction)
 
-    def seal(self, seals: Seals) -> None:
+    def _compact_behind(self, each: Heard) -> None:
+        """Dispatches a second pass and the compaction that needs it."""
+        self.stats.compacted += 1
+        self.pools = self.step_fn.read_on(self.params, self.pools, each.heard.steps)
+        self.pools, _ = self.step_fn.compact(self.pools, each.compaction, each.heard.slots)
+
+    def _seal(self, seals: Seals) -> None:
         """Dispatches a sealing of full pages, which nobody waits for."""
         self.stats.sealed_pages += sum(len(moves) for moves in seals.classes)
         self.pools = self.step_fn.seal(self.pools, seals)
@@ -156,7 +174,8 @@ class Runner:
         return [Fetched(*each) for each in fetched]
 
     def _count(self, plan: Plan, num_rows: int, shape: tuple[int, int, bool]) -> None:
-        ends = ((mine.starts + plan.counts)[:num_rows] for mine in plan.classes)
+        each = zip(self.layout.classes, plan.classes, strict=True)
+        ends = ((mine.starts + plan.counts * (not state.is_sealed))[:num_rows] for state, mine in each)
         tables = zip(self._read_bytes, ends, strict=True)
         self.stats.read_bytes += self._weight_bytes + sum(int(table[mine].sum()) for table, mine in tables)
         self.stats.launches += 1

@@ -3,18 +3,18 @@ computes some of the difference, be it a prompt's chunk, one decoded token, or w
 speculation threw away.
 
     sequence.num_known - sequence.num_computed      what is left to compute; 1 while decoding
-    scheduler.schedule() -> Step(work, moves, rejected)     work: (sequence, num_new, lookahead), reserved in the ledger
+    scheduler.schedule() -> Step(work, before, rejected)    work: (sequence, num_new, lookahead), reserved in the ledger
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvlab.engine.entries import Counters, Entry, Move, Rejection, Step, Work
+from kvlab.engine.entries import Before, Counters, Entry, Move, Planned, Rejection, Step, Work
+from kvlab.engine.shortening import is_due, shorten
 from kvlab.ledger.answers import Never, Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.plan import Compaction, Seals
 from kvlab.schema import Schema, choice, flag, integer
 
 UNLIMITED = 1 << 30
@@ -38,7 +38,7 @@ class _Unfinished:
     """A step while it is made: its work by sequence, in any order."""
 
     work: dict[Entry, Work] = field(default_factory=dict)
-    moves: list[Move] = field(default_factory=list)
+    before: list[Before] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
 
 
@@ -58,6 +58,8 @@ class Scheduler:
     waiting: list[Entry] = field(default_factory=list)
     swapped: list[Entry] = field(default_factory=list)
     """Who was swapped out: their pages are on the host."""
+    listen: Callable[[Entry], Planned | Wait] | None = None
+    """Plans a sequence's second pass, of a memory that needs one."""
     _arrived: int = 0
 
     def submit(self, entry: Entry) -> None:
@@ -98,11 +100,13 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step, reserved. Without work only when every sequence is paused, has just come back or was just
         rejected, or there is none. Raises RuntimeError when sequences could go on and none does."""
-        if self._closed and not self._shortens() and (steady := self._steady(self.running)) is not None:
-            return Step(steady)
+        if self._closed and not is_due(self.ledger, self.running):
+            steady = self._steady(self.running)
+            if steady is not None:
+                return Step(steady)
         config, preempted, step = self.schedule_config, self.counters.preempted, _Unfinished()
         num_swapped = len(self.swapped)
-        compaction, seals = self._compact(step), self._seal(step)
+        shorten(self.ledger, self.running, step.before, lambda: self._preempt(self.running[-1], step), self.listen)
         if config.mixed:
             self._decode(step, self._decode_budget())
         budget = config.token_budget - sum(part.num_new + part.lookahead for part in step.work.values())
@@ -115,7 +119,7 @@ class Scheduler:
         if not step.work and not step.rejected and len(self.swapped) == num_swapped:
             self._unblock(step)
         work = [step.work[entry] for entry in self.running if entry in step.work]
-        return Step(work, step.moves, step.rejected, compaction, seals)
+        return Step(work, step.before, step.rejected)
 
     def schedule_ahead(self) -> list[Work] | None:
         """The work of the step behind the one that the device works on, whose tokens the counters have already,
@@ -227,7 +231,7 @@ class Scheduler:
                 swap = self.ledger.swap_in(entry.name)
                 if isinstance(swap, Wait):
                     return
-                step.moves.append(Move("in", swap))
+                step.before.append(Move("in", swap))
                 self.swapped.remove(entry)
                 self._run(entry)
                 continue
@@ -264,42 +268,6 @@ class Scheduler:
         step.rejected.append(Rejection(entry, answer.reason))
         return 0
 
-    # Compaction.
-
-    def _due(self) -> dict[Hashable, dict[str | int, int]]:
-        """Which of the running sequences are to be compacted before they go on."""
-        if not self.ledger.stores.compresses:
-            return {}
-        return self.ledger.due([entry.name for entry in self.running])
-
-    def _shortens(self) -> bool:
-        """Whether some running sequence is to be compacted, or pages of one to be sealed, before the next step."""
-        if not self.ledger.stores.compresses:
-            return False
-        return bool(self._due()) or any(self.ledger.seals(entry.name) for entry in self.running)
-
-    def _compact(self, step: _Unfinished) -> Compaction | None:
-        """Compacts whoever is due, together; the last in order makes room where pages are short."""
-        while due := self._due():
-            seeds = {entry.name: entry.seed for entry in self.running}
-            answer = self.ledger.compact(due, seeds)
-            if not isinstance(answer, Wait):
-                return answer
-            if len(self.running) == 1:
-                raise RuntimeError(f"compaction: {answer.reason}")
-            self._preempt(self.running[-1], step)
-        return None
-
-    def _seal(self, step: _Unfinished) -> Seals | None:
-        """Seals the pages that are due; the last in order makes room where sealed ones are short."""
-        if not self.ledger.stores.compresses:
-            return None
-        while isinstance(done := self.ledger.seal([entry.name for entry in self.running]), Wait):
-            if len(self.running) == 1:
-                raise RuntimeError(f"sealing: {done.reason}")
-            self._preempt(self.running[-1], step)
-        return None if done is None else done[0]
-
     # Making room.
 
     def _reserve(self, entry: Entry, count: int, step: _Unfinished) -> bool:
@@ -324,7 +292,7 @@ class Scheduler:
             if self.schedule_config.preemption == "swap":
                 swap = self.ledger.swap_out(entry.name)
                 if not isinstance(swap, Wait):
-                    step.moves.append(Move("out", swap))
+                    step.before.append(Move("out", swap))
                     self._insert(self.swapped, entry)
                     entry.state = "swapped"
                     return

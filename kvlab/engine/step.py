@@ -136,9 +136,8 @@ class MemoryStep:
         """The pools with full pages sealed, dispatched and not waited for; pages are padded to powers of two."""
         classes = zip(self.layout.classes, seals.classes, strict=True)
         beyond = {state.name: state.num_pages for state in self.layout.classes}
-        return self.seal_padded(
-            pools, Seals(tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes))
-        )
+        moves: Any = tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes)
+        return self.seal_padded(pools, Seals(moves))
 
     def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
         """The sealing itself: a program."""

@@ -95,7 +95,7 @@ def _device_peak_bytes(seen: Observed) -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _read_bytes_per_token(seen: Observed) -> int:
+def read_bytes_per_token(seen: Observed) -> int:
     """What is live of a sequence, by the ledger, less what its states select away."""
     total, stored = 0, seen.ledger.stored(seen.ledger.sequences[0])
     for state, account in zip(seen.layout.classes, seen.accounts, strict=True):
@@ -170,7 +170,7 @@ class MemoryReport:
         lambda seen: tuple(account.as_dict() for account in seen.accounts)
     )
     read_bytes_per_token: int | None = measured(
-        _read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
+        read_bytes_per_token, axis="bytes of memory read for a decoded token", of_batch=False, default=None
     )
     held_peak_bytes: int | None = measured(
         lambda seen: seen.ledger.counters.peak_bytes,

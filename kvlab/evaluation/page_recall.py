@@ -103,8 +103,8 @@ class _Recalling:
         scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        seen = jnp.arange(keys.shape[1])[None, :] <= places[:, None]
-        weights, _ = masked_softmax(scores, jnp.broadcast_to(seen[None, :, None, None], (1, *scores.shape[1:])))
+        seen = jnp.asarray(np.arange(keys.shape[1])[None, :] <= places[:, None])[None, :, None, None]
+        weights, _ = masked_softmax(scores, jnp.broadcast_to(seen, (1, *seen.shape[1:3], *scores.shape[3:])))
         mass = weights.reshape(*weights.shape[:4], -1, size).sum(axis=-1)
         pages = keys.reshape(batch, -1, size, num_kv_heads, dim).swapaxes(2, 3)
         shares = {

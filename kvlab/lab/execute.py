@@ -27,6 +27,7 @@ from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, FailedTraining, Lossy, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
+from kvlab.memory.formats import skipped
 from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.typing import Params
@@ -118,16 +119,12 @@ def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken:
 def lossy_report(lab: Laboratory, check: MaskCheck) -> Lossy:
     """What a record says of a lossy memory."""
     evicted = {name: dropped / max(1, num_slots) for name, (dropped, num_slots) in check.evicted.items()}
-    method, skipped = lab.config.memory.compression, dict[str, str]()
-    for layer, states in enumerate(lab.model.states if method is not None else ()):
-        assert method is not None
-        skipped |= {f"{layer}.{name}": reason for name, state in states.items() if (reason := method.skips(state))}
     return Lossy(
         logit_error=check.worst,
         num_logits=check.num_compared,
         num_compactions=check.num_compactions,
         evicted_fraction=evicted,
-        skipped=skipped,
+        skipped=skipped(lab.model.states, lab.config.memory),
     )
 
 

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import jax
 
 from kvlab.lab.laboratory import Laboratory
-from kvlab.ledger.states import TokenState
+from kvlab.ledger.states import ROTATED, TokenState
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import left_in_type, sealed_state
+from kvlab.memory.views.sealed import schemes
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
 from pallas_kernels.ops import OPS, WITH_KERNELS
@@ -30,7 +33,7 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
         for spec in states.values():
             if not isinstance(spec, TokenState):
                 continue
-            for op, asked in _asked(lab, layer, spec).items():
+            for op, asked in _asked(lab, layer, spec):
                 name = OPS[op].available(asked, device)[0]
                 reason = passed_over(name, OPS[op].refusals(asked, device), device.platform)
                 taken.setdefault(op, {}).setdefault(name, set()).update([reason] if reason else [])
@@ -43,16 +46,23 @@ def _of_whole_sequences(layer: LayerConfig) -> Taken:
     return {op: {OPS[op].available()[0]: set()}} if op else {}
 
 
-def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> dict[str, Asked]:
-    """What a layer asks of each op on its pages. The dense baseline writes through an op, and attends without one."""
+def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> list[tuple[str, Asked]]:
+    """What a layer asks of each op on its pages. The dense baseline writes through an op, and attends without one.
+    Where pages are sealed, those that are open are of the model's type, and attention is asked for both kinds."""
     memory = lab.config.memory
-    kind = spec.dtype if memory.format == "model" else memory.format
+    kind = ROTATED.get(memory.format, memory.format)
+    if memory.format == "model" or memory.format in SEALED:
+        kind = spec.dtype
     options: dict[str, Any] = {"format": kind, "head_dims": (spec.key_dim, spec.value_dim), "dtype": spec.dtype}
     if memory.name == "dense":
-        return {"kv_write": Asked(**options, page_size=lab.config.context_len)}
+        return [("kv_write", Asked(**options, page_size=lab.config.context_len))]
     group = getattr(layer.config, "num_heads", spec.num_kv_heads) // spec.num_kv_heads
     asked = Asked(**options, page_size=memory.page_size)
-    return {op: replace(asked, group=group) if op == "paged_attention" else asked for op in WITH_KERNELS}
+    every = [(op, replace(asked, group=group) if op == "paged_attention" else asked) for op in WITH_KERNELS]
+    if memory.format in SEALED and not left_in_type(spec, memory.format):
+        both = schemes(sealed_state(spec, memory.format))
+        every.append(("paged_attention", replace(asked, group=group, format=both[0].format, schemes=both)))
+    return every
 
 
 def summary(taken: Taken) -> dict[str, Chosen]:

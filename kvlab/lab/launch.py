@@ -11,6 +11,7 @@ import hydra
 import jax
 from omegaconf import OmegaConf
 
+from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
 from kvlab.files import cache_folder
@@ -19,10 +20,14 @@ from kvlab.lab.execute import execute
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
 
+_BEGUN: set[Path] = set()
+"""Runs that jobs of a sweep in this process have begun."""
+
 
 def run_sweep(configs: list[Config], handed: list[str]) -> None:
     """All of them, by Hydra's launcher. The runs' states tell what happened."""
     print(sweep_summary(configs), file=sys.stderr)
+    _BEGUN.clear()
     stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
     with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):
         through_hydra(["--multirun", *handed])
@@ -52,7 +57,11 @@ def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
 
 
 def _job(composed: Any) -> None:
-    if execute_one(Config.build(OmegaConf.to_container(composed, resolve=True))) == "interrupted":
+    config = blueprint.resolved(Config.build(OmegaConf.to_container(composed, resolve=True)))
+    if config.run_dir in _BEGUN:  # another job of this sweep that came out equal, whatever became of it
+        return
+    _BEGUN.add(config.run_dir)
+    if execute_one(config) == "interrupted":
         stop_sweep()
 
 

@@ -43,6 +43,10 @@ def summary(engine: Engine, seconds: float) -> str:
         f"{stats.read_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s read",
         f"{counters.preempted} preempted",
     ]
+    if stats.compacted:
+        words.append(f"{stats.compacted} compacted, {engine.ledger.counters.dropped_slots:,} slots dropped")
+    if stats.sealed_pages:
+        words.append(f"{stats.sealed_pages} pages sealed")
     if stats.drafted_tokens:
         words.append(f"{100 * stats.acceptance_rate:.0f}% of {stats.drafted_tokens} drafts accepted")
     return ", ".join(words)

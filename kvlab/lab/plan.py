@@ -1,6 +1,7 @@
 """The dry run: what a config would train, hold and cost, before anything is trained."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -8,9 +9,16 @@ import jax.numpy as jnp
 
 from kvlab.config import Config
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.measure import Observed, read_bytes_per_token
 from kvlab.lab.kernels import Chosen, chosen_kernels
 from kvlab.lab.laboratory import Laboratory
-from kvlab.memory.layout import stored_states
+from kvlab.ledger.classes import Lengths
+from kvlab.ledger.growth import shorten
+from kvlab.ledger.ledger import Ledger
+from kvlab.memory.budgets import Context
+from kvlab.memory.config import SEALED
+from kvlab.memory.formats import skipped
+from kvlab.memory.layout import MemoryLayout, stored_states
 from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
 from kvlab.units import human_bytes
@@ -23,6 +31,12 @@ class Plan:
     activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those
     of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what
     each op takes on the named hardware. format_is_idle: a format is named, and no state is stored in it.
+
+    held_bytes: pages that a sequence holds at the measured context; peak_bytes: the most that the batch holds on the
+    way, divided by its sequences, prompts coming one after the other where they are compressed; read_bytes_per_token:
+    what decoding one more token of a sequence reads of its memory. They are the ledger's, run without a device, and
+    what a record of the run will say.
+    skipped: states that format or compression leave as they are, by "layer.name", with the reason.
     """
 
     num_params: int
@@ -35,7 +49,11 @@ class Plan:
     hardware: str
     hardware_bytes: int
     kernels: dict[str, Chosen]
+    held_bytes: int
+    peak_bytes: float
+    read_bytes_per_token: int
     format_is_idle: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def train_bytes(self) -> int:
@@ -70,7 +88,10 @@ def predict(lab: Laboratory) -> Plan:
         flops_of[seq_len] = _flops(compiled) * config.train.accumulation
     num_calls = config.train.num_steps // num_steps
     flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
-    layout = lab.layout(config.context_len, config.measure.batch_size)
+    context, batch_size = config.context, config.measure.batch_size
+    layout = lab.layout(context.context_len, batch_size, prompt_len=context.prompt_len)
+    ledger, peak_bytes = filled(layout, context)
+    seen = Observed(layout, ledger.audit(), None, 0.0, 0.0, ledger, None)
     step = MemoryStep.of(lab.model.structure, layout)
     decode = step.compiled(lab.model.params, jax.eval_shape(layout.allocate), 1)
     weights = num_bytes(lab.model.params)
@@ -85,13 +106,41 @@ def predict(lab: Laboratory) -> Plan:
         hardware=config.hardware.label,
         hardware_bytes=config.hardware.memory_bytes(),
         kernels=chosen_kernels(lab, config.hardware.device),
+        held_bytes=sum(account.allocated for account in seen.accounts) // batch_size,
+        peak_bytes=peak_bytes / batch_size,
+        read_bytes_per_token=read_bytes_per_token(seen),
         format_is_idle=_format_is_idle(lab),
+        skipped=skipped(lab.model.states, config.memory),
     )
+
+
+def filled(layout: MemoryLayout, context: Context) -> tuple[Ledger, int]:
+    """A ledger whose sequences are filled as a measurement fills them, without a device, and the most bytes held."""
+    ledger, rows = layout.ledger(), range(layout.max_sequences)
+    for group in [[row] for row in rows] if layout.compresses else [list(rows)]:
+        for start in range(0, context.prompt_len, layout.chunk_len):
+            _advance(ledger, group, min(layout.chunk_len, context.prompt_len - start), start, context)
+    for place in range(context.prompt_len, context.context_len):
+        _advance(ledger, rows, 1, place, context)
+    return ledger, ledger.counters.peak_bytes
+
+
+def _advance(ledger: Ledger, rows: Iterable[int], count: int, start: int, context: Context) -> None:
+    """One step of these sequences, and whatever is due after it."""
+    lengths = None if start else Lengths(context.prompt_len, context.prompt_len)
+    if not all(ledger.reserve(row, count, lengths=lengths).ready for row in rows):
+        raise AssertionError("a layout holds what it is laid out for")
+    for row in rows:
+        ledger.commit(row, count)
+    if not all(shorten(ledger, row) for row in rows):
+        raise AssertionError("a layout has room for what its sequences are shortened to")
 
 
 def _format_is_idle(lab: Laboratory) -> bool:
     """Whether the memory's format changes no byte: recurrent states stay in the model's type."""
     memory, states = lab.config.memory, lab.model.states
+    if memory.format in SEALED:
+        return False  # they are refused where no page would be sealed
     as_computed = stored_states(states, replace(memory, format="model"))
     return memory.format != "model" and stored_states(states, memory) == as_computed
 

@@ -71,7 +71,7 @@ class Lossy:
     """What a lossy memory did to the test slices: the largest difference of a logit from the parallel form under its
     own mask, relative to the largest logit of its position, over `num_logits` positions; how often a sequence was
     compacted; by slice, the fraction of all slots that was dropped (0: the compression never acted); and the states
-    that were left as they are, with the reason."""
+    that a compression, or a format, left as they are, with the reason."""
 
     logit_error: float
     num_logits: int

@@ -160,23 +160,54 @@ def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> li
 
 
 def without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """What the seeds of a point have in common: neither their number nor where they ran."""
-    return {name: value for name, value in config.items() if name not in ("seed", "results_dir", "hardware")}
+    """What the seeds of a point have in common: neither their number, nor where they ran, nor what was asked for."""
+    apart = ("seed", "results_dir", "hardware", "equal_budget")
+    return {name: value for name, value in config.items() if name not in apart}
 
 
 def labels_of(configs: list[dict[str, Any]]) -> list[str]:
-    """The variant's name, with what tells points of one variant and task apart where there are several."""
+    """The variant's name, with what tells points of one variant and task apart where there are several. Where methods
+    of compression vary, the method and its budget say that, and of its fields those in which it varies itself."""
     named: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for config in configs:
-        named.setdefault((config["mixer"]["name"], config["task"]["type"]), []).append(flatten(config, ""))
+        named.setdefault((config["mixer"]["name"], config["task"]["type"]), []).append(config)
     labels = []
     for config in configs:
-        alike, own = named[config["mixer"]["name"], config["task"]["type"]], flatten(config, "")
-        keys = {key for fields in alike for key in fields}
-        differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
-        details = [f"{_short(key, keys)}={own.get(key)}" for key in differing]
-        labels.append(" ".join([config["mixer"]["name"], *details]))
+        alike = named[config["mixer"]["name"], config["task"]["type"]]
+        by_method = len({_method(each) for each in alike}) > 1
+        words = _in_words(config) if by_method else []
+        fields = [flatten(_without_method(each) if by_method else each, "") for each in alike]
+        own = flatten(_without_method(config) if by_method else config, "")
+        details = _details(own, fields)
+        if by_method and _method(config):
+            mine = [flatten(each["memory"]["compression"], "") for each in alike if _method(each) == _method(config)]
+            words += _details(flatten(config["memory"]["compression"], ""), mine)
+        labels.append(" ".join([config["mixer"]["name"], *words, *details]))
     return labels
+
+
+def _details(own: dict[str, Any], alike: list[dict[str, Any]]) -> list[str]:
+    """The fields of flat configurations that differ, as field=value of one of them."""
+    keys = {key for fields in alike for key in fields}
+    differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
+    return [f"{_short(key, keys)}={own.get(key)}" for key in differing]
+
+
+def _method(config: dict[str, Any]) -> str:
+    """The name of a configuration's compression; empty: none."""
+    compression = (config.get("memory") or {}).get("compression")
+    return str(compression["type"]) if isinstance(compression, dict) and "type" in compression else ""
+
+
+def _in_words(config: dict[str, Any]) -> list[str]:
+    """A method and its budget; nothing where all tokens stay."""
+    return [_method(config), str(config["memory"].get("budget"))] if _method(config) else []
+
+
+def _without_method(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what the words of its method say."""
+    memory = {name: value for name, value in config.get("memory", {}).items() if name not in ("compression", "budget")}
+    return {**config, "memory": memory}
 
 
 def _short(key: str, keys: set[str]) -> str:

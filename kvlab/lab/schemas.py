@@ -43,7 +43,7 @@ def all_schemas() -> dict[str, Node]:
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)
-    schemas["generate.memory"] = json_schema(MemoryConfig)
+    schemas["generate.memory"] = schemas["run.format"] = schemas["generate.format"] = json_schema(MemoryConfig)
     for name, registry in (("compression", COMPRESSIONS), ("selection", SELECTIONS)):
         schemas[f"run.{name}"] = schemas[f"generate.{name}"] = _method(name, registry)
     return {name: _whole(node) for name, node in schemas.items()}
@@ -77,7 +77,7 @@ def _method(name: str, registry: Mapping[str, type[Schema]]) -> Node:
 
 def _mixer() -> Node:
     """A variant: layers have any name."""
-    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}}
+    named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}, "knob": {"type": ["string", "null"]}}
     return {"type": "object", "properties": named, "additionalProperties": {"anyOf": _by_type(MIXERS)}}
 
 

@@ -8,6 +8,7 @@ import yaml
 from kvlab.config import Config, GenerateConfig
 from kvlab.engine.engine import Engine
 from kvlab.lab.execute import load_params
+from kvlab.memory.budgets import in_slots
 from kvlab.models.model import Model
 from kvlab.schema import ConfigError
 from kvlab.tasks import Text
@@ -53,7 +54,7 @@ def make_engine(source: Source, config: GenerateConfig) -> Engine:
         draft = load_source(Path(config.draft), config.dtype).model
     return Engine(
         source.model,
-        memory=config.memory,
+        memory=in_slots(source.model.states, config.memory, config.engine.max_len),
         config=config.engine,
         tokenizer=source.tokenizer,
         draft=draft,

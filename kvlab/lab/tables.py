@@ -17,6 +17,8 @@ from kvlab.units import human_bytes
 
 SIZES = {"logical_bytes": "logical/seq", "allocated_bytes": "allocated/seq", "read_bytes_per_token": "read/token"}
 """The bytes that tables show, and their headings."""
+PLANNED = ("held/seq", "most held/seq", "read/token")
+"""Headings of what a plan says of one sequence's memory."""
 
 
 def as_cell(value: Any) -> str:
@@ -37,31 +39,63 @@ def wide_console() -> Console:
 def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     """A row for each run: what it would hold and cost, and whether that fits. FLOPs stand at the first run of each
     training. Below are the kernels that runs would take, and which formats change nothing."""
-    names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory")
+    names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory", *PLANNED)
     trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
     total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
     title = f"{len(plans)} runs of {len(trainings)} trainings, {total:.2e} FLOPs"
     table = Table(*names, "temporaries", "FLOPs", "fits", title=title, title_justify="left")
     for config, plan in plans:
         sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
-        sizes = (*sizes, plan.state_bytes, plan.temporaries_bytes)
+        sizes = (*sizes, plan.state_bytes, plan.held_bytes, plan.peak_bytes, plan.read_bytes_per_token)
+        sizes = (*sizes, plan.temporaries_bytes)
         fits = f"{'yes' if plan.fits else 'NO'}: {human_bytes(max(plan.train_bytes, plan.decode_bytes))}"
         fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
         flops = f"{plan.train_flops:.2e}" if trainings[config.training_id] == config.run_id else "shared"
-        cells = [config.run_id, config.training_id, config.label, Run(config).state, f"{plan.num_params:,}"]
+        cells = [config.run_id, config.training_id, label_of(config), Run(config).state, f"{plan.num_params:,}"]
         table.add_row(*cells, *(human_bytes(size) for size in sizes), flops, fits)
     console = wide_console()
     console.print(table)
     lines = [_kernels_line(plan) for _, plan in plans]
     lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
+    lines += [line for config, _ in plans for line in budget_lines(config)]
+    lines += [line for config, plan in plans if not plan.format_is_idle for line in _skipped_lines(config, plan)]
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
+
+
+def label_of(config: Config) -> str:
+    """How people call a run, with what its memory drops or stores in fewer bits."""
+    memory = config.memory
+    words = [config.label]
+    if memory.compression is not None:
+        words += [memory.compression.name, str(memory.budget)]
+    return " ".join(words if memory.format == "model" else [*words, memory.format])
+
+
+def budget_lines(config: Config) -> list[str]:
+    """Said of what a budget was solved for."""
+    budget, name = config.equal_budget, f"{label_of(config)} [{config.run_id}]"
+    if budget is None:
+        return []
+    if budget.is_ceiling:
+        return [f"{name}: budget = {budget.asked} has nothing to solve here: the run holds everything, a ceiling"]
+    held = f"which holds {budget.held_bytes:,} bytes a sequence"
+    return [f"{name}: budget = {budget.asked} is {budget.knob} = {budget.solved}, {held}"]
 
 
 def _format_line(config: Config) -> str:
     """Said of a run whose format no state is stored in."""
     repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
     return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
+
+
+def _skipped_lines(config: Config, plan: Plan) -> list[str]:
+    """Said of a run whose memory leaves some states as they are: which, and why."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in plan.skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    run = f"{config.label} [{config.run_id}]"
+    return [f"{run}: {', '.join(names)} left as computed ({reason})" for reason, names in by_reason.items()]
 
 
 def _kernels_line(plan: Plan) -> str:

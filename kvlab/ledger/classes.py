@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from kvlab.ledger.memory_states import SealedState, Statistics
 from kvlab.ledger.retention import Retention, Sealing
-from kvlab.ledger.states import SealedState, State, Statistics, max_pages_for_step
+from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.schema import nearest
 
 

@@ -34,7 +34,9 @@ def check(
     6. what the index alone holds, and nothing else, can be evicted, descendants first;
     7. host pages are free or held, exactly once;
     8. a class that forgets nothing holds the pages of the slots it stores and of the step in flight;
-    9. no page of what was compacted is published.
+    9. no page of what was compacted is published;
+    10. sealed pages are full ones that nothing writes or publishes; their slots are no open ones any more, and whoever
+        has some publishes nothing.
     """
     holders = Holders(running, suspended, hits)
     for store in stores:
@@ -48,6 +50,7 @@ def check(
         )
     for account in stores.audit(list(running.values())):
         assert account.balanced, f"{account.name}: the parts do not sum to the pool:\n{account}"
+    _check_sealed(holders, stores)
     _check_nodes(holders, stores)
 
 
@@ -134,6 +137,22 @@ def _check_slots(holders: Holders, store: Store) -> None:
             assert held.ids is None, f"{name}: a compacted sequence goes on publishing"
             published = [] if held in holders.suspended.values() else set(holding.pages.values()) & set(cached)
             assert not published, f"{name}: pages {published} of a compacted sequence are published"
+
+
+def _check_sealed(holders: Holders, stores: Stores) -> None:
+    numbers = {store.state.name: store.number for store in stores}
+    for store in stores:
+        name, page_size, sealed_name = store.state.name, store.state.page_size, store.state.sealed_name
+        if store.state.is_sealed:
+            assert not store.index.cached[store.number], f"{name}: sealed pages are published"
+        for held in (*holders.running.values(), *holders.suspended.values()) if sealed_name else ():
+            open_pages, sealed = held.holdings[store.number], held.holdings[numbers[sealed_name]]
+            count = len(sealed.pages)
+            assert list(sealed.pages) == list(range(count)), f"{sealed_name}: pages {list(sealed.pages)}"
+            assert not sealed.copies, f"{sealed_name}: sealed pages are copied"
+            assert sealed.writing is None, f"{sealed_name}: sealed pages are written"
+            assert count * page_size <= open_pages.dropped, f"{name}: {count} pages are sealed and open"
+            assert not count or held.ids is None, f"{name}: a sequence with sealed pages goes on publishing"
 
 
 def _check_nodes(holders: Holders, stores: Stores) -> None:

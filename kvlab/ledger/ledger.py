@@ -17,9 +17,7 @@ import bisect
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import numpy as np
-
-from kvlab.ledger import committing, compaction, due, invariants, sealing, sharing, swapping
+from kvlab.ledger import committing, compaction, due, invariants, planning, sealing, sharing, swapping
 from kvlab.ledger.accounting import Account
 from kvlab.ledger.answers import READY, Never, Ready, Wait
 from kvlab.ledger.checkpoints import Checkpoints
@@ -214,20 +212,8 @@ class Ledger:
     def plan(self, sequences: Sequence[Hashable], batch_size: int, num_tokens: int) -> Plan:
         """The arrays of one step of [batch_size, num_tokens] for sequences with a reservation, in this order; the rest
         is padding that reads the null page and writes nowhere. Raises ValueError when they do not fit the shape."""
-        if len(set(sequences)) < len(sequences):
-            raise ValueError(f"sequences = {list(sequences)}: each may be in a step once")
         steps = [self.running.get(sequence) or self._get(sequence) for sequence in sequences]
-        starts, counts = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
-        new = [held.num_new for held in steps]
-        if not all(new):
-            raise ValueError(f"sequence {sequences[new.index(0)]!r}: no step is reserved")
-        sizes = [held.num_new + held.lookahead for held in steps]
-        if len(steps) > batch_size or max(sizes, default=0) > num_tokens:
-            shape = f"{len(steps)} steps of {max(sizes, default=0)} tokens"
-            raise ValueError(f"{shape} do not fit [{batch_size}, {num_tokens}]")
-        starts[: len(steps)], counts[: len(steps)] = [held.length for held in steps], sizes
-        by_class = ((store, [held.holdings[store.number] for held in steps]) for store in self.stores.each)
-        return Plan(starts, counts, tuple(store.plan(mine, starts, counts, num_tokens) for store, mine in by_class))
+        return planning.plan(self.stores, sequences, steps, batch_size, num_tokens)
 
     def commit(
         self, sequence: Hashable, num_accepted: int, tokens: TokenIds = (), stored: Stored | None = None

@@ -1,6 +1,7 @@
 """The only channel from host to device: what one step reads, writes and copies, as a pytree of integer arrays.
 
-A saved list of plans, and of the compactions between them, replays a run: the device needs nothing else of the host.
+A saved list of plans, and of the compactions and sealings between them, replays a run: the device needs
+nothing else of the host.
 """
 
 import zipfile
@@ -115,8 +116,12 @@ class Compaction(NamedTuple):
     """[B] tokens of each sequence."""
 
 
-def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
-    """Writes plans and compactions, in their order, as one compressed npz file of integer arrays."""
+type Saved = Plan | Compaction | Seals
+"""What a replay needs, in the order in which the device did it."""
+
+
+def save_plans(path: Path, plans: Sequence[Saved]) -> None:
+    """Writes plans, compactions and sealings, in their order, as one compressed npz file of integer arrays."""
     if not plans:
         raise ValueError("plans = []: there is nothing to save")
     arrays: dict[str, Any] = {}
@@ -125,13 +130,13 @@ def save_plans(path: Path, plans: Sequence[Plan | Compaction]) -> None:
             if name != "classes":
                 arrays[f"{step}/{name}"] = getattr(plan, name)
         for index, of_class in enumerate(plan.classes):
-            fields = of_class._asdict().items()
-            arrays |= {f"{step}/{index}/{name}": array for name, array in fields if array is not None}
+            fields: dict[str, Any] = {"moves": of_class} if isinstance(of_class, np.ndarray) else of_class._asdict()
+            arrays |= {f"{step}/{index}/{name}": array for name, array in fields.items() if array is not None}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
-def load_plans(path: Path) -> list[Plan | Compaction]:
+def load_plans(path: Path) -> list[Saved]:
     """Reads what `save_plans` wrote. Raises ValueError for a file that holds anything else."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
@@ -142,7 +147,7 @@ def load_plans(path: Path) -> list[Plan | Compaction]:
         wanted = np.bool_ if name.endswith("/valid") else np.int32
         if array.dtype != wanted:
             raise ValueError(f"{path}: {name} is {array.dtype}, not {np.dtype(wanted).name}: not a file of plans")
-    plans = list[Plan | Compaction]()
+    plans = list[Saved]()
     while any(name.startswith(f"{len(plans)}/") for name in arrays):
         plans.append(_taken_out(path, arrays, len(plans)))
     if arrays or not plans:
@@ -150,8 +155,11 @@ def load_plans(path: Path) -> list[Plan | Compaction]:
     return plans
 
 
-def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Plan | Compaction:
-    """One plan or compaction, whose arrays are taken out of `arrays`."""
+def _taken_out(path: Path, arrays: dict[str, Any], step: int) -> Saved:
+    """One plan, compaction or sealing, whose arrays are taken out of `arrays`."""
+    if f"{step}/0/moves" in arrays:
+        numbers = range(sum(name.startswith(f"{step}/") for name in arrays))
+        return Seals(tuple(arrays.pop(f"{step}/{number}/moves", pairs([])) for number in numbers))
 
     def fields(prefix: str, names: Sequence[str], optional: Sequence[str] = ()) -> list[Any]:
         if missing := [name for name in names if f"{prefix}/{name}" not in arrays and name not in optional]:

@@ -165,6 +165,16 @@ class PrefixIndex:
             self._queue(cached)
         raise MemoryError(f"{self._classes[index].name}: no page can be evicted")
 
+    def in_the_way(self, index: int) -> list[CachedPage]:
+        """Pages that sequences hold behind one that the index alone holds, deepest first, where nothing could be
+        evicted before they are withdrawn: a sequence whose first pages are sealed holds those behind them only."""
+        if any(self._evictable[index]) or not self.num_loose[index]:
+            return []
+        loose = [cached for cached in self.cached[index].values() if cached.loose]
+        first = min(loose, key=lambda cached: (-cached.node.depth, cached.last_used, cached.page))
+        found = [cached for cached in self.cached[index].values() if _is_behind(cached.node, first.node)]
+        return sorted(found, key=lambda cached: -cached.node.depth)
+
     def withdraw(self, cached: CachedPage) -> None:
         """The index lets go of a page; the caller drops the reference."""
         node, index = cached.node, cached.state_class
@@ -224,3 +234,12 @@ class PrefixIndex:
             node = node.parent
         if node.parent is None and not (node.locks or node.children):
             self.roots = {name: root for name, root in self.roots.items() if root is not node}
+
+
+def _is_behind(node: Node, other: Node) -> bool:
+    """Whether a node lies behind another, on the same path."""
+    while node.depth > other.depth and node.parent is not None:
+        node = node.parent
+        if node is other:
+            return True
+    return False

@@ -7,11 +7,14 @@ from kvlab.ledger.classes import Lengths
 from kvlab.ledger.due import first_due
 from kvlab.ledger.store import Holding
 from kvlab.ledger.stores import Stores
+from kvlab.ledger.tokens import ITEM
 from kvlab.ledger.tracked import Tracked
 
 
 def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str, prompt_len: int) -> Tracked:
     """See `Ledger.lookup`: a hit that holds its pages and the end of its path."""
+    if any(store.has_dense_prompts for store in stores):  # nothing behind a prompt is found, or published
+        ids, num_tokens = ids[: prompt_len * ITEM], min(num_tokens, prompt_len)
     index, most = stores.index, first_due(stores.classes, prompt_len)
     path, num_pages = index.match(namespace, ids, min(num_tokens, most)) if stores.can_share else ([], 0)
     holdings = [Holding() for _ in stores]

@@ -24,6 +24,8 @@ from pallas_kernels.visible import Visible
 ITEM_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int32": 32, "fp8": 8, "int8": 8, "int4": 4, "int2": 2}
 QUANTISED = ("int8", "fp8", "int4", "int2")
 """The formats of `pallas_kernels.formats`: numbers that stand beside scales."""
+ROTATED = {"rotated8": "int8", "rotated4": "int4"}
+"""Formats of keys and values that are turned before they are quantised (`kvlab.memory.rotation`), and what to."""
 BY_CHANNEL = ".channel"
 FORMATS = ("model", *QUANTISED, *(name + BY_CHANNEL for name in QUANTISED))
 """How a memory can store a state: as declared, or quantised with a scale for each token, or for each channel of a
@@ -192,6 +194,8 @@ class PerToken(State):
             raise ValueError(f"reading = {self.reading}: must be None for a state that forgets by itself")
 
     def stored(self, format: str) -> Self:
+        if format in ROTATED:
+            raise ValueError(f"{type(self).__name__} is not rotated: only keys and values of attention are")
         return replace(self, format=format)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
@@ -217,7 +221,8 @@ def _in_format(arrays: tuple[ArraySpec, ...], format: str, scale_dtype: str) -> 
 class TokenState(PerToken):
     """Keys and values of every visible token: full attention, a sliding window with sinks, or chunked local attention.
 
-    `dtype` is the model's. What is quantised has scales of `scale_dtype`; our kernels take float32.
+    `dtype` is the model's. What is quantised has scales of `scale_dtype`; our kernels take float32. With `is_rotated`
+    what is stored are keys and values that were turned (QuaRot, arXiv 2404.00456).
     """
 
     num_kv_heads: int
@@ -225,9 +230,13 @@ class TokenState(PerToken):
     value_dim: int
     dtype: str = "float32"
     scale_dtype: str = "float32"
+    is_rotated: bool = False
 
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
+        if self.is_rotated and (self.key_dim % 2 or self.value_dim % 2):
+            dims = f"key_dim = {self.key_dim}, value_dim = {self.value_dim}"
+            raise ValueError(f"{dims}: must be even to be rotated, by blocks of the largest power of two in them")
         super().__post_init__()
 
     @property
@@ -235,6 +244,9 @@ class TokenState(PerToken):
         keys = ArraySpec("keys", (self.num_kv_heads, self.key_dim), self.dtype)
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return (*_in_format((keys, values), self.format, self.scale_dtype), *self.index)
+
+    def stored(self, format: str) -> Self:
+        return replace(self, format=ROTATED.get(format, format), is_rotated=format in ROTATED)
 
     def of_heads(self, count: int) -> Self:
         """The state of as many of its KV heads, with their share of the query heads."""
@@ -318,35 +330,8 @@ class RecurrentState(State):
 
     def stored(self, format: str) -> Self:
         """Itself: what every step rewrites stays in the model's type, whatever the format."""
-        _check_format(format)
+        _check_format(ROTATED.get(format, format))
         return self
-
-
-@dataclass(frozen=True)
-class SealedState(TokenState):
-    """Keys and values in whole pages that were sealed: numbers of `key_bits` and `value_bits` bits with zero points and
-    scales of bfloat16, of keys for each channel of a page, of values for each `group` channels of a token (KIVI, arXiv
-    2402.02750)."""
-
-    key_bits: int = 4
-    value_bits: int = 4
-    group: int = 32
-
-    @property
-    def arrays(self) -> tuple[ArraySpec, ...]:
-        keys, values = (self.num_kv_heads, self.key_dim), (self.num_kv_heads, self.value_dim)
-        groups = (self.num_kv_heads, self.value_dim // self.group)
-        arrays = [ArraySpec("keys", keys, f"int{self.key_bits}")]
-        arrays += [ArraySpec(f"keys_{n}", keys, "bfloat16", is_scale=True, per_page=True) for n in ("scale", "zero")]
-        arrays += [ArraySpec("values", values, f"int{self.value_bits}")]
-        arrays += [ArraySpec(f"values_{n}", groups, "bfloat16", is_scale=True) for n in ("scale", "zero")]
-        return tuple(arrays)
-
-
-@dataclass(frozen=True)
-class Statistics(RecurrentState):
-    """What a memory itself remembers of each sequence beside a state, to choose what of that stays: counted like any
-    other state. No mixer declares one."""
 
 
 def live_pages(spec: State, n: int, page_size: int) -> tuple[range, ...]:

@@ -102,6 +102,8 @@ class Store(abc.ABC):
 
     def evict(self) -> None:
         """Frees the cached page that the policy would miss least. Raises MemoryError when every page is pinned."""
+        for cached in self.index.in_the_way(self.number):
+            self.withdraw(cached)
         victim = self.index.victim(self.number)
         self.withdraw(victim)
         self.index.policies[self.number].evicted(victim)

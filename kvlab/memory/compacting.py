@@ -11,8 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.compression import Compression, Slots
+from kvlab.ledger.memory_states import SealedState
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints, Seals
-from kvlab.ledger.states import SealedState
 from kvlab.memory.dealing import deal, pack_tiles
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.page_index import noted_anew

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
-from kvlab.ledger.states import QUANTISED
-from kvlab.schema import ConfigError, Schema, added, choice, integer, plain, registered
+from kvlab.ledger.states import QUANTISED, ROTATED
+from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain, registered
 from kvlab.selection import SELECTIONS, Selection
 
 SEALED = {"kivi4": 4, "kivi2": 2}
@@ -16,21 +16,24 @@ SCALE_BITS = 32
 
 @dataclass(frozen=True)
 class MemoryConfig(Schema):
-    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes them,
-    or as numbers of 8, 4 or 2 bits with a scale for each token and head. "kivi4" and "kivi2" seal whole pages, keys by
-    channel and values by token, once `residual` newer tokens are stored; a prompt's pages at its end, or with
-    `quantised_prefill` "chunks" behind each chunk of it. `compression` says which tokens stay, and `budget` how many:
-    slots a head (256), a fraction of the prompt (0.25), or bytes a sequence ("64KiB"). `selection` says which of the
-    pages that stay a step reads."""
+    """The memory a model is evaluated through, and the format in which it stores tokens: as the model computes
+    them, or as numbers of 8, 4 or 2 bits with a scale for each token and head; "rotated8" and "rotated4" turn keys
+    and values before. "kivi4" and "kivi2" seal whole pages, keys by channel and values by token, once `residual`
+    newer tokens are stored; a prompt's pages at its end, or with `quantised_prefill` "chunks" behind each chunk of
+    it. `compression` says which tokens stay, and `budget` how many: slots a head (256), a fraction of the prompt
+    (0.25), or bytes a sequence ("64KiB"), which are solved for whole pages of slots, or for a knob of the mixer where
+    nothing is compressed, and refused where less than 90% would be held, unless `allow_underfill`. `selection` says
+    which of the pages that stay a step reads."""
 
     name: str = choice("paged", ("paged", "dense"))
     page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(16, 1, 65536)
-    format: str = added(choice("model", ("model", *QUANTISED, *SEALED)))
+    format: str = added(choice("model", ("model", *QUANTISED, *ROTATED, *SEALED)))
     residual: int = added(integer(32, 0, 1 << 20))
     quantised_prefill: str = added(choice("no", ("no", "chunks")))
     compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
+    allow_underfill: bool = added(flag(False))
     selection: Selection | None = added(registered(SELECTIONS, "a selection"))  # noqa: RUF009
 
     def cross_check(self) -> None:

@@ -95,7 +95,7 @@ class MemoryLayout:
         )
         states = tuple({name: order.index(part) for name, part in layer.held.items()} for layer in parts)
         joined = tuple(layer.joined for layer in parts)
-        classes = _with_targets(classes, states)
+        classes = with_targets(classes, states)
         lens = memory.compression.second_pass(max_len, prompt_len) if memory.compression else PassLens(0, max_len)
         if lens.num_read:
             classes = tuple(_with_pass(state, lens, chunk_len) for state in classes)
@@ -219,7 +219,7 @@ def _one_view(joined: Joined, parts: Mapping[str, Any], listens: bool) -> Any:
     return SplitTokens.of_parts(joined.heads, parts)
 
 
-def _with_targets(classes: tuple[StateClass, ...], states: Sequence[Mapping[str, int]]) -> tuple[StateClass, ...]:
+def with_targets(classes: tuple[StateClass, ...], states: Sequence[Mapping[str, int]]) -> tuple[StateClass, ...]:
     """Classes of open pages know which class takes what they seal."""
     targets = {
         index: classes[layer[f"{name}.sealed"]].name

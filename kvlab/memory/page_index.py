@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from kvlab.memory.pools import Pool, stored
+from kvlab.memory.rotation import turned_back
 from kvlab.selection import Selection
 from pallas_kernels.formats import each_array, tile_values
 
@@ -30,4 +31,4 @@ def noted_anew(
 def page_keys(state: Any, pool: Pool, pages: Int32[Array, "B W"]) -> Float[Array, "B W K S D"]:
     """The keys of pages as they are read: float32, whatever they are stored as."""
     tiles = each_array(stored(state, pool, "keys"), lambda array: array.at[pages].get(mode="clip"))
-    return tile_values(tiles).astype(jnp.float32)
+    return turned_back(state, tile_values(tiles).astype(jnp.float32))

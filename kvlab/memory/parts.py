@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 from kvlab.compression import Compression, Part, Shape
 from kvlab.compression.budget import Budget
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.retention import Sealing
-from kvlab.ledger.states import QUANTISED, PerToken, SealedState, State, Statistics, TokenState
+from kvlab.ledger.states import QUANTISED, ROTATED, PerToken, State, TokenState
 from kvlab.memory.config import SEALED, MemoryConfig
+from kvlab.memory.formats import left_in_type, sealed_state
 from kvlab.memory.views import LayerStates, View, view_of
 from kvlab.schema import ConfigError
 from kvlab.selection import Selection
@@ -40,9 +42,20 @@ def parts_of(
     layers: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
 ) -> list[LayerParts]:
     """Every layer's states as a memory holds them. Raises ConfigError for a state that it cannot hold."""
-    parts = _compressed(layers, memory, max_len, prompt_len)
+    return parts_of_stored(stored_states(layers, memory), memory, max_len=max_len, prompt_len=prompt_len)
+
+
+def parts_of_stored(
+    stored: Sequence[LayerStates], memory: MemoryConfig, *, max_len: int, prompt_len: int | None = None
+) -> list[LayerParts]:
+    """The same for states that are in the memory's format already."""
+    parts = _compressed(stored, memory, max_len, prompt_len)
     if memory.format not in SEALED:
         return parts
+    method = memory.compression
+    if method is not None and (method.heads == "ada" or method.second_pass(max_len).num_read):
+        what = "deals slots to heads" if method.heads == "ada" else "reads on behind a prompt"
+        raise ConfigError("memory.format", memory.format, f"works with no compression that {what} ({method.name})")
     sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
     if not any(part.sealing for layer in sealed for part in layer.held.values()):
         legal = "serves no layer of this model: it seals keys and values of full attention"
@@ -57,27 +70,16 @@ def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -
     sealing = Sealing(memory.residual, memory.page_size, chunk_len, memory.quantised_prefill == "no")
     for name, part in layer.held.items():
         state = part.state
-        if type(state) is not TokenState or state.span is not None:
+        if not isinstance(state, TokenState) or left_in_type(state, memory.format):
             continue
         if name in joined and len(joined[name].heads) > 1:
             legal = f"works with no method that parts heads ({memory.compression and memory.compression.name})"
             raise ConfigError("memory.format", memory.format, legal)
-        bits, everyone = SEALED[memory.format], tuple(range(state.num_kv_heads))
-        group = next(size for size in range(32, 0, -1) if state.value_dim % size == 0)
-        sealed = SealedState(
-            state.num_kv_heads,
-            state.key_dim,
-            state.value_dim,
-            state.dtype,
-            readers=state.readers,
-            key_bits=bits,
-            value_bits=bits,
-            group=group,
-        )
         try:
-            _ = sealed.arrays
+            sealed = sealed_state(state, memory.format)
         except ValueError as error:
             raise ConfigError("memory.format", memory.format, str(error)) from None
+        everyone = tuple(range(state.num_kv_heads))
         held |= {name: part._replace(sealing=sealing), f"{name}.sealed": Part(sealed)}
         mine = joined.get(name) or Joined(None, (("", name),), 0, state, (("", everyone),))
         joined[name] = replace(mine, names=(*mine.names, ("sealed", f"{name}.sealed")))
@@ -85,10 +87,10 @@ def with_sealed_pages(layer: LayerParts, memory: MemoryConfig, chunk_len: int) -
 
 
 def _compressed(
-    layers: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
+    stored: Sequence[LayerStates], memory: MemoryConfig, max_len: int, prompt_len: int | None
 ) -> list[LayerParts]:
     """Every layer's states in the parts that a compression makes of them."""
-    stored, method = stored_states(layers, memory), memory.compression
+    method = memory.compression
     if method is None:
         return [LayerParts({name: Part(state) for name, state in layer.items()}, {}) for layer in stored]
     compressed = [index for index, layer in enumerate(stored) if any(not method.skips(s) for s in layer.values())]
@@ -197,7 +199,7 @@ def _stored(state: State, memory: MemoryConfig) -> State:
     except ValueError as error:
         raise ConfigError("memory.name", memory.name, str(error)) from None
     if memory.format not in SEALED and (reason := _refusal(view, state, memory.format)):
-        legal = [format for format in ("model", *QUANTISED) if not _refusal(view, state, format)]
+        legal = [format for format in ("model", *QUANTISED, *ROTATED) if not _refusal(view, state, format)]
         raise ConfigError("memory.format", memory.format, f"{reason}; legal: {', '.join(legal)}")
     return state.stored("model" if memory.format in SEALED else memory.format)
 

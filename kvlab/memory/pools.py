@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
+from kvlab.memory.rotation import turned, turned_back
 from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
@@ -79,7 +80,8 @@ def as_stored(state: Any, name: str, tokens: Array) -> Array:
     array is in it, in their own type."""
     if not any(array.name == f"{name}_scale" for array in state.arrays):
         return tokens
-    return quantised(tokens, state.format).values().astype(tokens.dtype)
+    rounded = quantised(turned(state, tokens), state.format).values()
+    return turned_back(state, rounded).astype(tokens.dtype)
 
 
 def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Array]) -> Pool:
@@ -87,6 +89,7 @@ def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Arra
     offset); an index past the pool drops the write. Keys and values are written together, any other array by
     itself."""
     written = dict(pool)
+    tokens = {name: turned(state, array) for name, array in tokens.items()}
     for name in tokens:
         if name == "values":
             continue

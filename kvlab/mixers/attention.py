@@ -9,7 +9,7 @@ from jax import Array
 from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import State, TokenState
 from kvlab.memory.views import TokenView
-from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import rotary_angles, rotate
 from kvlab.schema import ConfigError, flag, integer, real, reals
@@ -54,6 +54,14 @@ class AttentionConfig(MixerConfig):
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
+
+    def knob(self, context_len: int) -> Knob | None:
+        """The window, where there is one; of grouped queries the KV heads; full heads have none."""
+        if self.window is not None:
+            return Knob("window", range(1, context_len + 2))
+        if self.num_kv_heads < self.num_heads:
+            return Knob("num_kv_heads", [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0])
+        return None
 
     @property
     def rotary_dim(self) -> int:

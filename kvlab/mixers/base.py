@@ -2,9 +2,9 @@
 built."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from flax import nnx
 
@@ -20,6 +20,13 @@ type LayerMemory = Mapping[str, Any]
 """Views of one layer's named states (`kvlab.memory.views`), keyed as `Mixer.states`: `TokenView` or `StateView`."""
 
 
+class Knob(NamedTuple):
+    """The integer field by which a variant holds more or fewer bytes: its legal values ascend, and bytes with them."""
+
+    field: str
+    values: Sequence[int]
+
+
 @dataclass(frozen=True)
 class MixerConfig(Schema):
     """What every mixer can be asked for: `short_conv` puts a causal convolution of that width in front of it (0: none);
@@ -31,6 +38,10 @@ class MixerConfig(Schema):
     def cross_check(self) -> None:
         if self.short_conv == 1:
             raise ConfigError("short_conv", 1, "must be 0 (none) or a width in [2, 64]")
+
+    def knob(self, context_len: int) -> Knob | None:
+        """What a budget of bytes is solved for, in contexts of `context_len` tokens; None: it holds what it holds."""
+        return None
 
 
 class Mixer(nnx.Module):

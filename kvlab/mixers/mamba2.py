@@ -9,7 +9,7 @@ from flax import nnx
 
 from kvlab.ledger.states import ArraySpec, RecurrentState, State
 from kvlab.memory.views import StateView
-from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, integer, reals
@@ -43,6 +43,9 @@ class Mamba2Config(MixerConfig):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1]:
                 raise ConfigError(name, list(ends), "must be two numbers [low, high] with low <= high")
+
+    def knob(self, context_len: int) -> Knob:
+        return Knob("state_dim", range(1, 4097))
 
 
 class Mamba2(Mixer):

@@ -314,6 +314,8 @@ def generated(
     kinds = [*[None] * 3 * len(schemes), *schemes] if not format and schemes else [None]
     scheme = kinds[int(np.random.default_rng((number, 2)).integers(len(kinds)))]
     sizes = quantised_page_sizes if (format or scheme) and quantised_page_sizes else page_sizes
+    if scheme:  # kernels read groups of channels in pages of 64
+        sizes = [size for size in sizes if size % 64 == 0] or sizes
     page_size, num_queries = one_of(sizes), one_of((1, 1, 2, 5))
     window = one_of((None, None, 1, page_size, 13))
     chunks = (None, 1, page_size, 13, 40)

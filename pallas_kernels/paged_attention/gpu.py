@@ -42,7 +42,7 @@ def refusal(asked: Asked) -> str | None:
             return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {kept}"
     if asked.schemes is not None:
         reason = "values are columns of the keys" if asked.is_latent else None
-        if reason := reason or gpu_scales.refusal(asked.schemes, head_dims, page_size):
+        if reason := reason or gpu_scales.refusal(asked.schemes, page_size):
             return f"pages of {asked.stored_as}: {reason}"
     if asked.group > ROWS:
         return f"group size = {asked.group}: must be at most {ROWS} query heads for a KV head"

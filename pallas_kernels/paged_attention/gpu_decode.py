@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import Scheme
+from pallas_kernels.formats import Scheme, arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, groups_of, scratch_for, step_of
 from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
-from pallas_kernels.paged_attention.gpu_scales import for_copies
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 from pallas_kernels.pages import Pages
@@ -96,7 +95,7 @@ def decode(
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, num_columns - num_queries * group), (0, 0)))
     arrays = {
         name: getattr(plan, name) for name in ("pieces", "launch", "pages", "starts", "whole", "first", "last")
-    } | {"key_pages": for_copies(pages.keys), "value_pages": for_copies(pages.pools[-1])}
+    } | {"key_pages": arrays_of(pages.keys), "value_pages": arrays_of(pages.pools[-1])}
     if plan.words is not None:
         arrays["words"] = plan.words
     if pages.per == "channel":

@@ -145,7 +145,7 @@ class Columns:
         def of_tokens(scales: Any, group: int) -> Array:
             """Weights times what tokens have: what nobody sees may have anything."""
             kept = scales.at[self.part.place_of_scales(number)]
-            found = gpu_scales.of_tokens(values.scheme, kept, group, self.part.page_size, self.part.down)
+            found = gpu_scales.of_tokens(values.scheme, kept, group, self.part.down)
             return jnp.where(exact > 0, exact * lax.broadcast_in_dim(found, exact.shape, [0]), 0.0)
 
         for group in range(max(1, self.num_groups)):
@@ -207,7 +207,7 @@ class Columns:
     def token_scales(self, side: Side, number: Any) -> Array:
         """[block]."""
         kept = side.scales.at[self.part.place_of_scales(number)]
-        return gpu_scales.of_tokens(side.scheme, kept, 0, self.part.page_size, self.part.down)
+        return gpu_scales.of_tokens(side.scheme, kept, 0, self.part.down)
 
     def of_channels(self, scales: Any, number: Any, entry: int, channels: Any) -> Array:
         """[channels] of the scales, or zeros, of one of a block's pages; 0 for a page that is none."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import SHARED, Scheme
+from pallas_kernels.formats import SHARED, Scheme, arrays_of
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
 from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES
@@ -147,7 +147,7 @@ def scratch_for(
     }
     for side, (name, of) in enumerate((("keys", dtype), ("values", of_weights))):
         width, step, pool = dims[side], steps[side], pages.pools[-side]
-        num_arrivals = len(gpu_scales.for_copies(pool))
+        num_arrivals = len(arrays_of(pool))
         arrived = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=depth * block_pages)
         scratch[f"{name}_arrived"] = arrived
         if schemes is None:

@@ -175,7 +175,7 @@ class Piece:
     def token_scales(self, side: Side, number: Any) -> Array:
         """[block]."""
         kept = side.scales.at[self.part.place_of_scales(number)]
-        return gpu_scales.of_tokens(side.scheme, kept, 0, self.part.page_size, plgpu.Layout.WGMMA.reduce(0))
+        return gpu_scales.of_tokens(side.scheme, kept, 0, plgpu.Layout.WGMMA.reduce(0))
 
     def scored(self, mine: Any, place: Any) -> Array:
         """Scaled products of rows with a block's keys."""

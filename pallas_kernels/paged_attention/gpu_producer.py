@@ -180,9 +180,7 @@ class ScalingProducer(Producer):
         shape, across = (BLOCK_LEN, columns.size), plgpu.Layout.WGMMA.reduce(0)
         if side.scheme.per == "token":
             group = columns.start // side.scheme.group if side.scheme.group else 0
-            of_tokens = gpu_scales.of_tokens(
-                side.scheme, scales.at[stage], group, self.part.page_size, plgpu.Layout.WGMMA.reduce(1)
-            )
+            of_tokens = gpu_scales.of_tokens(side.scheme, scales.at[stage], group, plgpu.Layout.WGMMA.reduce(1))
             return lax.broadcast_in_dim(of_tokens, shape, [0])
         tokens = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
         factors = None

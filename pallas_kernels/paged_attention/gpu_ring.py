@@ -76,8 +76,8 @@ class Side:
     """A barrier for each staged block."""
     step: int
     """Columns that are laid out together, and turned into 16 bits at once."""
-    scheme: Scheme | None
-    """None: it is not quantised."""
+    scheme: Any
+    """A `Scheme`; None: it is not quantised."""
 
     @property
     def per(self) -> str | None:

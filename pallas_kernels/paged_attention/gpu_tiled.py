@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.formats import arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
 from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
 from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
-from pallas_kernels.paged_attention.gpu_scales import for_copies
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
 from pallas_kernels.paged_attention.sharing import (
@@ -169,8 +169,8 @@ def _arrays(
         "row_first": layout.per_row(first, NOWHERE),
         "row_last": layout.per_row(last, -1),
         "rows": rows,
-        "key_pages": for_copies(pages.keys),
-        "value_pages": for_copies(pages.pools[-1]),
+        "key_pages": arrays_of(pages.keys),
+        "value_pages": arrays_of(pages.pools[-1]),
     }
     if live.words is not None:
         arrays["words"] = live.words

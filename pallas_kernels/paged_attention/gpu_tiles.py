@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats import SHARED, Scheme
+from pallas_kernels.formats import SHARED, Scheme, arrays_of
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
@@ -109,10 +109,10 @@ def scratch_for(
         "lse_out": plgpu.SMEM((rows,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
     }
-    arrivals = [len(gpu_scales.for_copies(pages.pools[-side])) for side in range(2)]
+    arrivals = [len(arrays_of(pages.pools[-side])) for side in range(2)]
     num_free = depth
-    for side, name in enumerate(("keys", "values") if schemes else ()):
-        width, scheme, pool = pages.head_dims[side], schemes[side], pages.pools[-side]
+    for side, (name, scheme) in enumerate(zip(("keys", "values"), schemes or (), strict=False)):
+        width, pool = pages.head_dims[side], pages.pools[-side]
         ring = (depth, block_len, width // SHARED.get(scheme.format, 1))
         scratch[f"{name}_ring"] = shared(ring, pool.dtype, step_of(pages, side))
         places = tiles.num_stages + tiles.num_staged * (tiles.num_halves == 1)

@@ -46,5 +46,5 @@ _CASES: dict[str, dict[str, Any]] = {
         "chunk": 48,
     },
 }
-KIVI = {name: {"schemes": ("int4", "int4"), "page_size": 32, "dims": (64, 64)} | case for name, case in _CASES.items()}
-"""In pages of 32 and 64 dims unless said. `schemes` are what `formats.kivi` is called with."""
+KIVI = {name: {"schemes": ("int4", "int4"), "page_size": 64, "dims": (64, 64)} | case for name, case in _CASES.items()}
+"""In pages of 64 and 64 dims unless said. `schemes` are what `formats.kivi` is called with."""

@@ -62,9 +62,9 @@ def call(shape: Shape, target: Target, sharding: Any) -> Call:
 
     tiles = (BATCH * table_len + 1, KV_HEADS, page_size, shape.head_dim)
     if shape.per == KIVI:
-        pages = Pages(*(stored_in(scheme, tiles, sharding) for scheme in kivi(shape.format, shape.format)))
+        of_keys, of_values = (stored_in(scheme, tiles, sharding) for scheme in kivi(shape.format, shape.format))
     else:
-        pages = Pages(*2 * [stored_as(shape.format, shape.per, tiles, sharding)])
+        of_keys = of_values = stored_as(shape.format, shape.per, tiles, sharding)
     visible = {"options": Visible(1024, 4), "chunk": Visible(chunk=1024)}.get(shape.extra, Visible())
     soft_cap = 30.0 if shape.extra == "options" else None
     scoring = Scoring(shape.head_dim**-0.5, soft_cap, visible, shape.extra == "mass")
@@ -73,7 +73,7 @@ def call(shape: Shape, target: Target, sharding: Any) -> Call:
     dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
     arrays = (
         array(BATCH, shape.num_queries, HEADS, shape.head_dim, of=dtype),
-        pages,
+        Pages(of_keys, of_values),
         Lists(array(*lists), array(*lists), valid),
         array(BATCH, shape.num_queries),
         array(BATCH),

@@ -247,18 +247,18 @@ def _kernel(
             exact = unpacked(found, shared, is_signed=not scheme.has_zeros)
         if has_token_scales(which):  # without them they are exact in the queries' type
             return exact.astype(rows.dtype).reshape(num_slots, -1)
-        exact = exact * spread(which, which + num_sides, here)
+        exact = exact * spread(scheme.group, which + num_sides, here)
         if scheme.has_zeros:
-            exact = exact + spread(which, which + 2 * num_sides, here)
+            exact = exact + spread(scheme.group, which + 2 * num_sides, here)
         return exact.reshape(num_slots, -1)
 
     def has_token_scales(which):
         """Whether keys or values have a scale for each token, which multiplies scores or weights."""
         return schemes is not None and schemes[which].per == "token" and schemes[which].group is None
 
-    def spread(which, of, here):
+    def spread(group, of, here):
         """[pages, slots or 1, dims]: scales or zeros, for every number."""
-        kept, group = buffers[of][here].astype(jnp.float32), schemes[which].group
+        kept = buffers[of][here].astype(jnp.float32)
         if group is None:
             return kept
         num_groups = kept.shape[1]

@@ -60,11 +60,11 @@ class Recorder:
         return self.view.attend(queries, positions, **options)
 
 
-def true_weights(variant: str, tokens: np.ndarray) -> list[np.ndarray]:
+def true_weights(variant: str, tokens: np.ndarray, log: list[dict[str, Any]] | None = None) -> list[np.ndarray]:
     """Of every attention layer the softmax weights [B, K, G, T, T] of a causal pass over tokens [B, T], in float64 from
-    its float32 queries and keys."""
+    its float32 queries and keys, which are left in `log`."""
     _, structure, params, _ = build(variant)
-    model, log = merge(structure, params), list[dict[str, Any]]()
+    model, log = merge(structure, params), [] if log is None else log
     memory = [
         {name: Recorder(view, log) if view.state.per_token else view for name, view in layer.items()}
         for layer in whole(model.states(), *tokens.shape)

@@ -1,4 +1,5 @@
-"""Heads are ranked by what the model loses when each alone streams: the same as through pages in which it does."""
+"""Whole runs: their records say what was held and dropped. And heads are ranked by what the model loses when each alone
+streams, the same as through pages in which it does."""
 
 import json
 
@@ -9,10 +10,34 @@ from kvlab.compression.duo import Duo
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.heads import rank_heads, write_ranking
 from kvlab.evaluation.score import Scorer
+from kvlab.lab.execute import execute
 from kvlab.lab.laboratory import Laboratory
+from kvlab.lab.runs import Run
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.random import named_key
 from tests.lab.test_execute import small
+
+NOTHING_PROTECTED = ["memory.compression.sinks=0", "memory.compression.recent=0"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["compression=streaming", "memory.budget=5", "memory.compression.sinks=1"],
+        ["compression=duo", "memory.budget=4", "memory.compression.sinks=0", "memory.compression.streaming=[[1,2]]"],
+        ["compression=kvzip", "memory.budget=2", *NOTHING_PROTECTED],
+        ["compression=oracle", "memory.budget=0.5", *NOTHING_PROTECTED],
+        ["compression=h2o", "memory.budget=4", "memory.compression.heads=ada", *NOTHING_PROTECTED],
+    ],
+)
+def test_a_run_is_verified_and_recorded(tmp_path, overrides):
+    config = small(tmp_path, *overrides)
+    assert execute(config) == "done"
+    record = Run(config).record
+    assert record.lossy.logit_error < 1e-5
+    assert record.lossy.num_logits > 0
+    assert max(record.lossy.evicted_fraction.values()) > 0
+    assert record.memory.held_peak_bytes >= record.memory.allocated_bytes
 
 
 def test_a_rank_is_what_is_lost_through_pages(tmp_path):

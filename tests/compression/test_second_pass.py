@@ -9,6 +9,7 @@ import pytest
 from kvlab.compression import COMPRESSIONS
 from kvlab.compression.base import Attended, Slots
 from kvlab.compression.second_pass import KVzip, Oracle
+from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.schema import ConfigError
 from tests.compression.driven import PROMPT, ROWS, TOTAL, drive, kept_by, tokens_of, true_weights
@@ -74,6 +75,16 @@ def test_what_has_no_meaning_cannot_be_asked(name, field):
     given = {"streaming": [[0]]} if name == "duo" else {}
     with pytest.raises(ConfigError, match=field):
         COMPRESSIONS[name].build({field: wrong} | given)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [({"type": "kvzip"}, "reads on behind a prompt"), ({"type": "knorm", "heads": "ada"}, "deals slots to heads")],
+)
+def test_sealed_pages_are_refused(method, words):
+    memory = MemoryConfig(compression=method, budget=64, format="kivi4")
+    with pytest.raises(ConfigError, match=words):
+        MemoryLayout.of([{"kv": TokenState(2, 32, 32)}], memory, max_sequences=1, max_len=256)
 
 
 def expected_sets(weights: np.ndarray, budget: int, sinks: int, recent: int, *, shared: bool = False) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 
 from kvlab.compression.duo import Duo
 from kvlab.compression.streaming import Streaming
+from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.states import LatentState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views.split import SplitTokens
@@ -18,6 +19,7 @@ from kvlab.schema import ConfigError
 from pallas_kernels.visible import Visible
 from tests.compression.driven import ROWS, TOTAL, drive
 from tests.contracts import build
+from tests.lab.test_execute import small
 
 STREAMING = {"type": "streaming", "sinks": 3}
 
@@ -47,6 +49,16 @@ def test_a_budget_that_cannot_be_meant_is_refused(budget, words, method):
     memory = MemoryConfig(compression=method, budget=budget)
     with pytest.raises(ConfigError, match=rf"memory\.budget.*{words}"):
         MemoryLayout.of(model.states(), memory, max_sequences=1, max_len=TOTAL)
+
+
+def test_a_run_that_cannot_be_is_refused_before_it_is_trained(tmp_path):
+    for overrides, words in (
+        (["compression=streaming", "memory.budget=0.9"], "must be slots for streaming"),
+        (["compression=duo", "memory.budget=9", "memory.compression.streaming=[[7]]"], "below the 4 KV heads"),
+    ):
+        config = small(tmp_path, "memory.compression.sinks=0", *overrides)
+        with pytest.raises(ConfigError, match=words):
+            Laboratory.of(config, abstract=True)
 
 
 @pytest.mark.parametrize("variant", ["window", "mamba2"])

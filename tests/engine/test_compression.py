@@ -13,6 +13,7 @@ from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.schema import ConfigError
 from tests.engine.families import MAX_LEN, VOCAB, checked, config_of, pretrained
 from tests.weights.random_checkpoint import prompt
 
@@ -111,3 +112,20 @@ def test_more_sequences_fit_where_they_are_compacted():
     answers = engine.generate([PROMPTS[3]] * 4, sampling)
     assert len({tuple(answer.tokens) for answer in answers}) == 1
     assert engine.scheduler.counters.preempted == 0
+
+
+def test_a_second_pass_reads_on_behind_each_prompt():
+    """KVzip: every sequence is compacted behind a pass of its own, and the oracle, which knows the future, is
+    refused."""
+    memory = MemoryConfig(page_size=4, chunk_len=8, compression={"type": "kvzip", "sinks": 1, "recent": 2}, budget=12)
+    model = pretrained("llama_gqa").model
+
+    def answers(**fields) -> list[list[int]]:
+        engine = checked(Engine(model, memory=memory, config=config_of(8, **fields)))
+        found = [answer.tokens for answer in engine.generate(PROMPTS[1:], SAMPLED)]
+        assert engine.stats.compacted >= 3
+        return found
+
+    assert answers(max_batch=2) == answers(max_batch=1, prefix_cache=False)
+    with pytest.raises(ConfigError, match="must know what follows"):
+        Engine(model, memory=MemoryConfig(page_size=4, compression="oracle", budget=12), config=config_of(8))

@@ -70,7 +70,7 @@ def test_who_is_rejected_and_who_moves_is_part_of_the_step():
     step = scheduler.schedule()
     assert [part.entry.name for part in step.work] == ["fits"]
     assert [(entry.name, reason) for entry, reason in step.rejected] == [("never", "13 tokens exceed max_len = 12")]
-    assert not step.moves
+    assert not step.before
     ledger.commit("fits", 3)
     step.work[0].entry.num_computed, step.work[0].entry.num_known = 3, 4
     assert scheduler.schedule() == Step([Work(step.work[0].entry, 1, 0)]), "a step says what happened in it alone"

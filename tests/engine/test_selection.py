@@ -10,15 +10,15 @@ from kvlab.engine.sampling import Sampling
 from kvlab.memory.layout import MemoryConfig, stored_states
 from kvlab.models.transformer import merge
 from kvlab.selection.quest import Quest
-from tests.engine.families import MAX_LEN, VOCAB, Oracle, checked, config_of, pretrained
+from tests.engine.families import VOCAB, Oracle, checked, config_of, pretrained
 from tests.selection.brute_force import logits_of
 from tests.weights.random_checkpoint import prompt
 
-PAGE, NUM_NEW = 4, 12
+PAGE, NUM_NEW = 4, 24
 PROMPTS = [prompt(n, VOCAB) for n in (5, 17, 33)]
 PROMPTS.append(PROMPTS[2][:21] + PROMPTS[1])
 """The last shares pages with the one before it."""
-TIGHT = {"max_batch": 2, "pool_len": MAX_LEN, "host_len": 300}
+TIGHT = {"max_len": 64, "pool_len": 64, "host_len": 300}
 WAYS = {
     "preempted": TIGHT,
     "swapped": TIGHT | {"preemption": "swap"},
@@ -83,7 +83,7 @@ def test_an_answer_in_a_later_prompt_is_read_as_a_prompt(prefill):
     before = engine.stats.prefilled_tokens
     again = engine.generate(longer, sampling)[0].tokens
     assert again == engine_of(prefill, prefix_cache=False).generate(longer, sampling)[0].tokens
-    shared = 32 if prefill == "dense" else 44  # of 33 tokens of the prompt and 12 of the answer, less the newest
+    shared = 32 if prefill == "dense" else 56  # of 33 tokens of the prompt and 24 of the answer, less the newest
     assert engine.stats.prefilled_tokens - before == len(longer[0]) - shared
 
 

@@ -84,6 +84,41 @@ def test_a_name_keeps_its_section_where_its_last_word_is_ambiguous(sections, nam
     assert sorted(point.name for point in points([record(**section) for section in sections])) == names
 
 
+def held(compression=None, budget=None, **memory):
+    return {"memory": {"format": "model", "compression": compression, "budget": budget, **memory}}
+
+
+SNAPKV, H2O = {"type": "snapkv", "recent": 32, "window": 32, "sinks": 4}, {"type": "h2o", "recent": 8, "sinks": 4}
+
+
+@pytest.mark.parametrize(
+    ("sections", "names"),
+    [
+        (
+            [held(), held(SNAPKV, 0.25), held(SNAPKV, 0.5), held(H2O, 0.25)],
+            ["mha", "mha h2o 0.25", "mha snapkv 0.25", "mha snapkv 0.5"],
+        ),
+        (
+            [held(), held(format="int8"), held(H2O, 96), held(H2O, 96, format="int8")],
+            ["mha format=int8", "mha format=model", "mha h2o 96 format=int8", "mha h2o 96 format=model"],
+        ),
+        (
+            [held(H2O, 64), held(SNAPKV, 64), held({**SNAPKV, "window": 16}, 64)],
+            ["mha h2o 64", "mha snapkv 64 window=16", "mha snapkv 64 window=32"],
+        ),
+        ([held(H2O, 64), held(H2O, 96)], ["mha budget=64", "mha budget=96"]),
+    ],
+)
+def test_a_method_is_named_with_its_budget_where_methods_vary(sections, names):
+    assert sorted(point.name for point in points([record(**section) for section in sections])) == names
+
+
+def test_what_was_asked_for_parts_no_points():
+    asked = [{"asked": "64KiB", "knob": "memory.budget", "solved": 96}, {"asked": "65KiB", "solved": 96}]
+    (point,) = points([record(seed=seed, **held(H2O, 96), equal_budget=said) for seed, said in enumerate(asked)])
+    assert point.num_seeds == 2
+
+
 @pytest.mark.parametrize(("metric", "sign"), [("accuracy", 1), ("bits_per_byte", -1)])
 def test_non_dominated_against_brute_force(metric, sign):
     rng = np.random.default_rng(0)

@@ -38,8 +38,11 @@ class CheckedLedger:
             policy=POLICIES[self.policy],
             checkpoints=checkpoints,
             **digest,
+            **({"sealing": (draw(7), draw(2) == 0)} if shadows.SEALED in shadows.MODELS[self.model] else {}),
         )
         self.options = (self.model, self.page_size, self.policy, checkpoints, collide)
+        self.sealed = next((i for i, state in enumerate(self.ledger.classes) if state.is_sealed), None)
+        self.num_sealed = 0
         self.live: dict[int, Shadow] = {}
         self.away: dict[int, Shadow] = {}
         self.hits: list[tuple[Tracked, Shadow]] = []
@@ -79,7 +82,7 @@ class CheckedLedger:
         for number, (state, step) in enumerate(zip(self.ledger.classes, plan.classes, strict=True)):
             tags, refs = self.tags[number], self.ledger.stores[number].refs
             assert step.valid is None
-            assert all(array.dtype == np.int32 for array in step[:-1])
+            assert all(array is None or array.dtype == np.int32 for array in step)
             positions = shadow.slots(number)
             assert step.starts.tolist() == [len(positions), 0]
             if not state.spec.per_token:
@@ -99,6 +102,12 @@ class CheckedLedger:
                 if page:
                     readable |= {first + o: page * state.page_size + o for o in range(state.page_size)}
             assert set(step.write_slots[1].tolist()) == {state.num_pages * state.page_size}
+            if number == self.sealed:
+                assert set(step.write_slots[0].tolist()) == {state.num_pages * state.page_size}, "sealed, and written"
+                found = [tags[readable[place]] for place in range(len(positions))]
+                assert found == [("rounded", shadow.tag(position)) for position in positions]
+                assert len(readable) == len(positions), "a sealed page is full"
+                continue
             self.readable[number], first = readable, len(positions)
             positions = positions + list(range(start, start + width))
             for n in range(width):
@@ -168,7 +177,7 @@ class CheckedLedger:
         held = {page for page, _ in kind}
         scale = state.spec.scale_bytes * state.num_layers
         sizes = {part: count * (state.spec.unit_bytes * state.num_layers - scale) for part, count in slots.items()}
-        sizes["scale"] = len(held) * state.page_size * scale
+        sizes["scale"] = len(held) * (state.page_size * scale + state.spec.per_page_bytes * state.num_layers)
         sizes["cached"] = len(cached) * state.page_bytes
         sizes["null"] = state.has_null_page * state.page_bytes
         sizes["free"] = sum(refs == 0 for refs in store.refs[int(state.has_null_page) :]) * state.page_bytes
@@ -187,10 +196,13 @@ class CheckedLedger:
                 for number, cached in enumerate(node.pages):
                     if cached is not None:
                         tries[number][tuple(ids)] = cached.page
-        for length in range((len(shadow.prompt) - 1) // self.page_size * self.page_size, 0, -self.page_size):
+        most = min(len(shadow.prompt), self._first_sealing(len(shadow.prompt))) - 1
+        for length in range(most // self.page_size * self.page_size, 0, -self.page_size):
             ends = {p // self.page_size * self.page_size + self.page_size for p in range(length)}
             whole = True
             for state, known in zip(self.ledger.classes, tries, strict=True):
+                if state.is_sealed:
+                    continue
                 if state.spec.per_token:
                     ends = {
                         p // self.page_size * self.page_size + self.page_size
@@ -203,9 +215,17 @@ class CheckedLedger:
                 return length
         return 0
 
+    def _first_sealing(self, prompt_len: int) -> int:
+        """The first length at which pages of a sequence with such a prompt are sealed, by trying them all."""
+        rule = self.ledger.classes[0].sealing
+        if rule is None:
+            return 10**6
+        return next(n for n in range(1, 10**6) if rule.due(prompt_len, n, n))
+
     def _watch_evictions(self) -> None:
         """Every victim is the first of a sort of all pages that may go: held by the index alone, with nothing built on
-        them."""
+        them. Where only such pages are left behind which sequences hold some, having sealed the first, those leave the
+        index as well."""
         for store in self.ledger.stores:
             policy, evict = self.ledger.index.policies[store.number], store.evict
             plain = self.policy not in ("slru", "s3fifo")
@@ -222,9 +242,17 @@ class CheckedLedger:
                     )
                 ]
                 order = sorted(eligible, key=lambda cached: (policy.order(cached), -cached.node.depth, cached.page))
-                before = set(index.cached[number])
+                before, loose = set(index.cached[number]), {p for p in index.cached[number] if store.refs[p] == 1}
                 evict()
-                (gone,) = before - set(index.cached[number])
+                withdrawn = before - set(index.cached[number])
+                (gone,) = [page for page in withdrawn if store.refs[page] == 0]
+                if not eligible:
+                    assert number == 0, "only pages that are sealed are given up from the front"
+                    assert self.sealed is not None
+                    assert gone in loose
+                    assert withdrawn & loose == {gone}
+                    return
+                assert withdrawn == {gone}
                 assert gone in {cached.page for cached in eligible}, "a pinned page was evicted"
                 assert not plain or gone == order[0].page, "not the policy's first"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvlab.ledger.answers import Never, Ready, Wait
+from kvlab.ledger.classes import Lengths
 from kvlab.ledger.tracked import Tracked
 from tests.ledger.checks import CheckedLedger
 from tests.ledger.shadows import CHUNK_LEN, MAX_LEN, Shadow
@@ -40,6 +41,7 @@ class Exerciser(CheckedLedger):
             self.evict,
             self.look,
             self.compact,
+            self.seal,
         ]
         action = self.pick(actions)
         action()
@@ -65,7 +67,7 @@ class Exerciser(CheckedLedger):
             hit, _ = self.hits.pop(self.draw(len(self.hits)))
             self.ledger.unpin(hit)
         else:
-            shadow = Shadow(self.pick(["x", "y"]), self._prompt())
+            shadow = Shadow(self.pick(["x", "y"]), self._prompt(), sealed=self.sealed)
             self.hits.append((self._lookup(shadow), shadow))
 
     def _lookup(self, shadow: Shadow) -> Tracked:
@@ -82,7 +84,7 @@ class Exerciser(CheckedLedger):
         if self.hits and self.draw(2):
             hit, shadow = self.hits.pop(self.draw(len(self.hits)))
         else:
-            shadow = Shadow(self.pick(["x", "x", "y", None]), self._prompt())
+            shadow = Shadow(self.pick(["x", "x", "y", None]), self._prompt(), sealed=self.sealed)
             hit = self._lookup(shadow) if shadow.space else None
         shadow.ids = shadow.prompt[: hit.length] if hit else []
         self.live[name] = shadow
@@ -105,27 +107,36 @@ class Exerciser(CheckedLedger):
         shadow = self.live[name]
         known = len(shadow.prompt) - len(shadow.ids)
         num_new = 1 if lookahead or known <= 0 else 1 + self.draw(min(known, CHUNK_LEN))
-        if hit is None and name in self.ledger.running:
+        lengths = None
+        if name in self.ledger.running:
+            if not self._seal([name]):
+                return False
             num_new = self.ledger.clip(name, num_new)
+            lookahead = min(lookahead, self.ledger.room_ahead(name) - num_new)
+        elif self.sealed is not None:
+            lengths = Lengths(len(shadow.prompt), len(shadow.prompt))
+            num_new = self.ledger.clip(hit, num_new) if hit else self.ledger.clip_first(len(shadow.prompt), num_new)
         if all_published := name % 2 == 0:
             self.ledger.publish()
         before = self.state()
-        answer = self.ledger.reserve(name, num_new, lookahead, hit=hit)
+        answer = self.ledger.reserve(name, num_new, lookahead, hit=hit, lengths=lengths)
         if not isinstance(answer, Ready):
             assert not all_published or self.state() == before, "a refusal changed something"
-            self._refusal_is_right(shadow, num_new + lookahead, answer)
+            self._refusal_is_right(shadow, num_new + lookahead, answer, lengths is not None)
             return False
         following = shadow.prompt[len(shadow.ids) :][: num_new + lookahead]
         shadow.drafts = following + [self.draw(2) for _ in range(num_new + lookahead - len(following))]
         shadow.lookahead = lookahead
         return True
 
-    def _refusal_is_right(self, shadow: Shadow, count: int, answer: Wait | Never) -> None:
+    def _refusal_is_right(self, shadow: Shadow, count: int, answer: Wait | Never, lengths_known: bool) -> None:
         end = len(shadow.ids) + count
         if isinstance(answer, Never):
+            begins = self.sealed is not None and lengths_known
             ends = [len(shadow.slots(number)) + count for number in range(len(self.ledger.classes))]
             alone = [
-                state.max_pages(min(end_slot, MAX_LEN), CHUNK_LEN) > state.num_usable
+                state.stored_pages(min(end_slot, MAX_LEN), CHUNK_LEN) > state.num_usable
+                or (begins and state.max_pages(len(shadow.prompt), CHUNK_LEN, len(shadow.prompt)) > state.num_usable)
                 for state, end_slot in zip(self.ledger.classes, ends, strict=True)
             ]
             slots = [state.num_usable < 2 for state in self.ledger.classes if not state.spec.per_token]
@@ -150,8 +161,9 @@ class Exerciser(CheckedLedger):
         start = len(shadow.ids)
         new = shadow.drafts[:accepted]
         shadow.ids += new
-        for positions in shadow.kept.values():
-            positions += range(start, start + accepted)
+        for number, positions in shadow.kept.items():
+            if number != self.sealed:
+                positions += range(start, start + accepted)
         unknown = (
             shadow.ids[max(len(shadow.prompt), start) :] if len(shadow.ids) > max(len(shadow.prompt), start) else []
         )
@@ -228,7 +240,7 @@ class Exerciser(CheckedLedger):
         chosen = {}
         for number, state in enumerate(self.ledger.classes):
             count = len(shadow.slots(number))
-            if state.spec.per_token and state.spec.span is None and count and self.draw(4):
+            if state.compactable and count and self.draw(4):
                 keep = 1 + self.draw(max(1, count // 2) if self.draw(2) else count)
                 first = self.draw(count - keep + 1)
                 chosen[number] = sorted((first + place * (1 + self.draw(2))) % count for place in range(keep))
@@ -274,6 +286,62 @@ class Exerciser(CheckedLedger):
             for end in range(self.page_size, len(shadow.ids) + 1, self.page_size):
                 self.published.add((shadow.space, tuple(shadow.ids[:end])))
         return True
+
+    def seal(self) -> None:
+        """Between steps: some sequences have their oldest full pages rounded, and stored elsewhere."""
+        idle = self._idle()
+        self._seal(sorted({self.pick(idle) for _ in range(1 + self.draw(3))}) if idle else [])
+
+    def _seal(self, names: list[int]) -> bool:
+        """Whether nothing of these is left to be sealed; False: pages are short."""
+        self.ledger.publish()
+        before = self.state()
+        counts = {name: self._num_due(name) for name in names}
+        answer = self.ledger.seal(names)
+        if isinstance(answer, Wait):
+            assert self.state() == before
+            assert len(self.live) + len(self.hits) > 1
+            return False
+        assert (answer is None) == (not any(counts.values()))
+        if answer is None:
+            return True
+        assert self.sealed is not None
+        seals, said = answer
+        moves = iter(seals.classes[0].tolist())
+        assert not any(len(each) for each in seals.classes[1:])
+        content = {page: self._page_tags(self.tags[0], page) for page, _ in seals.classes[0].tolist()}
+        for name, events in zip(names, said, strict=True):
+            shadow, count = self.live[name], counts[name]
+            assert [(each.state_class, each.length, each.num_pages) for each in events] == (
+                [(0, len(shadow.ids), count)] if count else []
+            )
+            positions, num_slots = shadow.slots(0), count * self.page_size
+            for first in range(0, num_slots, self.page_size):
+                page, sealed = next(moves)
+                assert self.ledger.stores[self.sealed].refs[sealed] == 1, "a sealed page that others hold is written"
+                mine = [content[page][offset] for offset in range(self.page_size)]
+                assert mine == [shadow.tag(position) for position in positions[first : first + self.page_size]]
+                rounded = {offset: ("rounded", tag) for offset, tag in enumerate(mine)}
+                self._write_page(self.ledger.classes[self.sealed], self.tags[self.sealed], sealed, rounded)
+            if count:
+                shadow.kept[self.sealed] = [*shadow.slots(self.sealed), *positions[:num_slots]]
+                shadow.kept[0] = positions[num_slots:]
+                shadow.losses.append((len(shadow.ids), next(self.losses)))
+                self.num_sealed += count
+        assert next(moves, None) is None
+        return True
+
+    def _num_due(self, name: int) -> int:
+        """Pages to seal, by definition: those that are full and have `residual` newer slots behind them."""
+        rule, shadow = self.ledger.classes[0].sealing, self.live[name]
+        if rule is None or (
+            len(shadow.ids) < len(shadow.prompt) and (rule.after_prompt or len(shadow.ids) % CHUNK_LEN)
+        ):
+            return 0
+        num_open = len(shadow.slots(0))
+        return sum(
+            num_open - (page + 1) * self.page_size >= rule.residual for page in range(num_open // self.page_size)
+        )
 
     def compact(self) -> None:
         """Between steps: some sequences keep some of their slots, in pages that nobody else reads."""

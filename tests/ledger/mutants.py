@@ -1,7 +1,5 @@
 """The planted bugs: what is wrong, where, and the named test that must notice."""
 
-from typing import NamedTuple
-
 from kvlab.ledger import (
     accounting,
     committing,
@@ -30,19 +28,7 @@ from tests.ledger import (
     test_replacement,
     test_states,
 )
-
-
-class Mutant(NamedTuple):
-    """What is wrong, where, the text replaced, and the test that must notice."""
-
-    bug: str
-    owner: object
-    method: str
-    old: str
-    new: str
-    caught_by: object
-    arguments: tuple = ()
-
+from tests.ledger.mutant import Mutant
 
 RANDOM = (test_machine.test_random_operations_keep_every_invariant, (0,))
 MUTANTS = [
@@ -263,7 +249,7 @@ MUTANTS = [
     Mutant(
         "a compacted class starts one slot late",
         store.Store,
-        "plan",
+        "_own_starts",
         "starts[: len(steps)] -= np.array([holding.dropped",
         "starts[: len(steps)] -= np.array([holding.dropped - (holding.dropped > 0)",
         test_compaction.test_what_is_behind_the_kept_slots_is_free_at_once_and_tokens_go_on_from_there,

@@ -62,9 +62,10 @@ def test_random_operations_keep_every_invariant(start):
 def test_same_seed_same_plans_byte_for_byte():
     def digest(seed):
         plans = exercise(seed).plans
+        arrays = [[array for step in plan.classes for array in step if array is not None] for plan in plans]
         leaves = [
-            plan.starts.tobytes() + b"".join(array.tobytes() for step in plan.classes for array in step[:-1])
-            for plan in plans
+            plan.starts.tobytes() + b"".join(array.tobytes() for array in mine)
+            for plan, mine in zip(plans, arrays, strict=True)
         ]
         return hashlib.sha256(b"".join(leaves)).hexdigest()
 
@@ -77,8 +78,9 @@ COUNTED = ("hit_tokens", "deduplicated_pages", "swapped_pages", "dropped_slots")
 
 
 def test_the_operations_reach_every_corner():
-    """Anti-vacuity: over some seeds there are hits, evictions, copies, swaps, deduplications and compactions."""
-    seen = dict.fromkeys((*COUNTED, "evicted", "copied", "plans"), 0)
+    """Anti-vacuity: over some seeds there are hits, evictions, copies, swaps, deduplications, compactions and
+    sealings."""
+    seen = dict.fromkeys((*COUNTED, "evicted", "copied", "plans", "sealed"), 0)
     for seed in range(60):
         exerciser = exercise(seed)
         for name in COUNTED:
@@ -86,6 +88,7 @@ def test_the_operations_reach_every_corner():
         seen["evicted"] += sum(store.evicted for store in exerciser.ledger.stores)
         seen["copied"] += sum(store.copied for store in exerciser.ledger.stores)
         seen["plans"] += len(exerciser.plans)
+        seen["sealed"] += exerciser.num_sealed
     assert min(seen.values()) > 10, seen
 
 

@@ -10,9 +10,12 @@ import textwrap
 import pytest
 
 from tests.ledger.mutants import MUTANTS
+from tests.ledger.sealing_mutants import SEALING
+
+PLANTED = [*MUTANTS, *SEALING]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+@pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: mutant.bug)
 def test_the_named_test_catches(mutant, monkeypatch, tmp_path):
     function = getattr(mutant.owner, mutant.method)
     source = textwrap.dedent(inspect.getsource(function))
@@ -36,6 +39,6 @@ def test_the_named_test_catches(mutant, monkeypatch, tmp_path):
 
 def test_the_tests_pass_without_mutants():
     """The same calls, on the code as it is: a named test that fails anyway proves nothing."""
-    for mutant in {(mutant.caught_by, mutant.arguments): mutant for mutant in MUTANTS}.values():
+    for mutant in {(mutant.caught_by, mutant.arguments): mutant for mutant in PLANTED}.values():
         if not {"monkeypatch", "tmp_path"} & set(inspect.signature(mutant.caught_by).parameters):
             mutant.caught_by(*mutant.arguments)

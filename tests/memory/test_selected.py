@@ -157,7 +157,7 @@ def test_the_index_travels_with_its_pages():
 def compacted(method, format):
     """Sequences that were compacted at their prompt's end and while decoding, every step observed, and their logits."""
     compression = COMPRESSIONS[method](sinks=1, recent=3, every=4, **({"window": 3} if method == "snapkv" else {}))
-    memory = memory_of(compression=compression, budget=9, format=format)
+    memory = memory_of(compression=compression, budget=9, format=format, page_size=2, fraction=0.7)
     session = session_of("attention", memory, poisons=True, observes=True)
     session.prompt_len = PROMPT
     tokens, seen = np.stack(list(sequences(24, 24, 24).values())), {}
@@ -171,11 +171,11 @@ def compacted(method, format):
 @pytest.mark.parametrize(("method", "format"), [("snapkv", "int8"), ("h2o", "model"), ("knorm", "int4")])
 def test_it_composes_with_compressions_and_formats(method, format):
     session, tokens, seen = compacted(method, format)
-    assert len(session.compacted) == 3
+    assert len(session.compacted) == 4
     assert_index_is_what_keys_say(session)
     session.ledger.check()
     check = MaskCheck(build("attention")[1], session.params, session.layout)
-    check.compare(tokens, session.compacted, seen, session.steps)
+    check.compare(tokens, session.compacted, seen, steps=session.steps)
     assert check.worst < 1e-5
     assert check.num_compared == 24 * 3
 
@@ -194,22 +194,23 @@ def test_a_wrong_mask_is_caught():
     """What was read is checked against what is stated, and the logits against what was read."""
     session, tokens, seen = compacted("snapkv", "int8")
     check = MaskCheck(build("attention")[1], session.params, session.layout)
-    check.compare(tokens, session.compacted, seen, [*session.steps[:-1], swapped(session.steps[-1])])
+    check.compare(tokens, session.compacted, seen, steps=[*session.steps[:-1], swapped(session.steps[-1])])
     assert check.worst > 1e-3
     last = session.steps[-1]
     for spoil, reason in ((jnp.ones_like, "pages of"), (jnp.zeros_like, "read 0 pages")):
         wrong = last._replace(is_read=jax.tree.map(spoil, last.is_read))
         with pytest.raises(AssertionError, match=reason):
-            check.compare(tokens, session.compacted, seen, [*session.steps[:-1], wrong])
+            check.compare(tokens, session.compacted, seen, steps=[*session.steps[:-1], wrong])
 
 
 def swapped(step):
-    """A step that says of one page that was read that it was not, and of one that was not that it was."""
+    """A step that says of each page that was chosen that it was the next one."""
 
     def wrong(is_read):
         is_read = np.array(is_read)
         for row in is_read.reshape(-1, is_read.shape[-1]):
-            row[1:3] = row[2:0:-1]
+            newest = np.flatnonzero(row).max()
+            row[1:newest] = np.roll(row[1:newest], 1)
         return is_read
 
     return step._replace(is_read=jax.tree.map(wrong, step.is_read))
@@ -230,14 +231,18 @@ def test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages(meth
         build("attention")[0].states(), replace(memory, selection=None), max_sequences=3, max_len=24
     )
     index = {"quest": 2 * 8 * 4, "mean_key": 8 * 4}.get(method, 0) * 2  # channels of 4 bytes, of 2 heads
-    of_pages = sum(2 * state.num_pages for state in layout.classes if state.spec.reading) * index
+    of_pages = sum(state.num_layers * state.num_pages for state in layout.classes if state.spec.reading) * index
     assert layout.pool_bytes - plain.pool_bytes == of_pages
     for state, account in zip(layout.classes, session.ledger.audit(), strict=True):
         assert account.balanced
         assert account.logical == 3 * state.num_layers * state.spec.logical_bytes(23, 4)
-        assert account.statistics == account.live_statistics == (3 * 6 * 2 * index if state.spec.reading else 0)
+        assert (
+            account.statistics
+            == account.live_statistics
+            == (3 * 6 * state.num_layers * index if state.spec.reading else 0)
+        )
     session.advance({name: each[:1] for name, each in tokens.items()}, 1)
-    (state,) = (state for state in layout.classes if state.spec.reading)
+    state = layout.classes[layout.states[0]["kv"]]
     is_read = np.asarray(session.steps[-1].is_read[0]["kv"])[
         0, 0
     ]  # of 6 pages, the last with 3 slots before this token

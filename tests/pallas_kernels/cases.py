@@ -35,7 +35,7 @@ LEDGER_CASES = {
     "lists of each head": ({"lengths": [320, 256], "lists": "heads"}, None),
     "int8": ({"lengths": [640, 64, 32, 0], "format": "int8", "page_size": 32}, 640 + 64 + 32),
     "int4 by channel": ({"lengths": [960, 64], "format": "int4", "per": "channel", "page_size": 32}, 960 + 64),
-    "KIVI": ({"lengths": [960, 64], "schemes": ("int4", "int2"), "page_size": 32}, 960 + 64),
+    "KIVI": ({"lengths": [960, 64], "schemes": ("int4", "int2"), "page_size": 64}, 960 + 64),
 }
 """Cases in pages of 16, where they name no other, and the tokens of the pages that somebody sees."""
 

@@ -217,7 +217,8 @@ def test_a_missing_barrier_is_caught(format, skipped, monkeypatch, capfd):
 
     monkeypatch.setattr(plgpu, "barrier_wait", wait)
     quantised = {"schemes": ("int4", "int4")} if format == "KIVI" else {"format": format}
-    case = LONG | ({**quantised, "page_size": 32, "lengths": [900]} if format else {})
+    page_size = 64 if format == "KIVI" else 32
+    case = LONG | ({**quantised, "page_size": page_size, "lengths": [900]} if format else {})
     said = ""
     try:
         check(simulated, **case)
@@ -360,7 +361,8 @@ def test_what_fits_is_what_the_scratch_takes(schemes):
     for dims in ((64, 64), (128, 128), (256, 256), (80, 128)):
         for columns in (8, 24, 64):
             for page_size in (8, 32, 64):
-                if (schemes and (page_size < 32 or dims[0] % 32)) or gpu_decode.refusal(
+                least = 32 if schemes and schemes[1].group is None else 64
+                if (schemes and (page_size < least or dims[0] % 32)) or gpu_decode.refusal(
                     dims, schemes, columns, page_size
                 ):
                     continue

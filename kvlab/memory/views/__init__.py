@@ -5,7 +5,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, SealedState, State, Statistics, TokenState
+from kvlab.ledger.memory_states import SealedState, Statistics
+from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, TokenState
 from kvlab.memory.views.base import StateView, TokenView, View
 from kvlab.memory.views.dense import DenseTokens
 from kvlab.memory.views.latent import PagedLatents

@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention
@@ -76,9 +77,10 @@ class DealtTokens:
             places = chunk_positions(tokens.starts, tokens.counts, num_tokens)
         else:
             places = tokens.query_slots(1), tokens.slot_lens
-        newer = paged_attention(queries, pages, whole, *places, **options)
-        older = attend_tiles(queries, pages, tiles, noted["kept"], tokens.counts, options)
-        outputs = merged(newer, older).astype(queries.dtype)
+        asked = turned(tokens.state, queries)
+        newer = paged_attention(asked, pages, whole, *places, **options)
+        older = attend_tiles(asked, pages, tiles, noted["kept"], tokens.counts, options)
+        outputs = turned_back(tokens.state, merged(newer, older)).astype(queries.dtype)
         return outputs, replace(self, dealt=self.dealt.write(noted))
 
 

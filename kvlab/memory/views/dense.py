@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Quantised, tile_values
@@ -32,10 +33,11 @@ class DenseTokens(PlannedTokens):
         slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None, None, :]
         seen = self.state.visible.sees(to_rows(self.query_slots(queries.shape[1]))[:, :, None], slots)
         seen = seen & (slots < to_rows(self.slot_lens)[:, None, None])
-        asked = queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries
+        asked = turned(self.state, queries.astype(jnp.float32) if isinstance(keys, Quantised) else queries)
         values = tile_values(stored(self.state, self.pool, "values"))
         outputs = attend_densely(to_rows(asked), tile_values(keys), values, seen, scale=scale, soft_cap=soft_cap)
-        return outputs.astype(queries.dtype).at[rows].get(mode="fill", fill_value=0), self
+        outputs = turned_back(self.state, outputs).astype(queries.dtype)
+        return outputs.at[rows].get(mode="fill", fill_value=0), self
 
 
 def attend_densely(

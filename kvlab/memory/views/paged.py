@@ -11,6 +11,7 @@ from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import TokenState
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import Counts, HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention, plan_attention, takes_plan
@@ -64,7 +65,13 @@ def attend_pages(
         places = view.query_slots(1), view.slot_lens
     options: dict[str, Any] = {"visible": view.state.visible, "scale": scale, "soft_cap": soft_cap}
     plan = view.shared if num_tokens == 1 else None
-    return paged_attention(queries, pages, lists, *places, plan=plan, **options)[0]
+    return attended(view.state, queries, pages, lists, *places, plan=plan, **options)[0]
+
+
+def attended(state: Any, queries: Queries, pages: Pages, lists: Lists, *places: Any, **options: Any) -> tuple[Any, ...]:
+    """`paged_attention` over what a state stores: outputs [B, T, H, Dv], log-sum-exps [B, T, H] and the rest."""
+    outputs, *rest = paged_attention(turned(state, queries), pages, lists, *places, **options)
+    return turned_back(state, outputs), *rest
 
 
 def attention_plan(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvlab.ledger.states import SealedState, State
+from kvlab.ledger.memory_states import SealedState
+from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, stored
 from kvlab.memory.views.base import Planned
 from kvlab.memory.views.dealt import merged

@@ -16,12 +16,11 @@ from jaxtyping import Float
 
 from kvlab.memory.page_index import noted_anew
 from kvlab.memory.pools import Pool
-from kvlab.memory.views.paged import attend_pages, lists_of
+from kvlab.memory.views.paged import attend_pages, attended, lists_of
 from kvlab.memory.views.weights import paged_weights
 from kvlab.selection import Candidates, choose
 from kvlab.selection.choose import Chosen
 from kvlab.typing import HeadOutputs, Positions, Queries
-from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.pages import Lists
 from pallas_kernels.visible import NOWHERE
 
@@ -148,5 +147,5 @@ class SelectedTokens:
         slots = jnp.where(is_real, self.query_slots(num_tokens), -1).reshape(-1, 1)
         rows, lens = queries.reshape(-1, 1, num_heads, dim), jnp.repeat(self.slot_lens, num_tokens)
         options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
-        outputs = paged_attention(rows, self.tokens.pages, narrow, slots, lens, **options)[0]
+        outputs = attended(self.state, rows, self.tokens.pages, narrow, slots, lens, **options)[0]
         return outputs.reshape(batch, num_tokens, num_heads, -1)

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kvlab.memory.pools import stored
+from kvlab.memory.rotation import turned_back
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import Positions, Queries
 from pallas_kernels.formats import Quantised
@@ -19,7 +20,8 @@ def gathered(state: Any, pool: Any, name: str, pages: Array) -> Float[Array, "B 
     tiles = jax.tree.map(lambda array: array[pages], stored(state, pool, name))
     tiles = tiles.values() if isinstance(tiles, Quantised) else tiles
     batch, _, heads = tiles.shape[:3]
-    return tiles.astype(jnp.float32).transpose(0, 2, 1, 3, 4).reshape(batch, heads, -1, tiles.shape[-1])
+    tiles = turned_back(state, tiles.astype(jnp.float32))
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(batch, heads, -1, tiles.shape[-1])
 
 
 def paged_weights(tokens: Any, queries: Queries, slots: Positions, soft_cap: float | None) -> Float[Array, "B T H S"]:

@@ -1,0 +1,158 @@
+"""The classes that a deployment's memory is made of, compressed or sealed as in the laboratory, and what one sequence
+stores and reads of them."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from kvlab.capacity.config import CapacityConfig, ServingMemory
+from kvlab.capacity.presets import LayerGroup
+from kvlab.compression.budget import Budget
+from kvlab.ledger.classes import StateClass
+from kvlab.ledger.growth import bytes_at, stored_at
+from kvlab.ledger.states import State, max_pages_for_step
+from kvlab.memory.budgets import Context, EqualBudget, solve, whole_pages, with_slots
+from kvlab.memory.config import MemoryConfig
+from kvlab.memory.layout import with_targets
+from kvlab.memory.parts import LayerParts, parts_of_stored
+from kvlab.schema import ConfigError
+
+type Share = tuple[tuple[int, float], ...]
+"""The classes of a layer's tokens, each with its share of the heads."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """State classes of one deployment, without room yet; `layers` counts layers by their group and the classes of
+    their tokens; `budget` is what was solved, where bytes were asked for."""
+
+    classes: tuple[StateClass, ...]
+    layers: dict[tuple[LayerGroup, Share], int]
+    memory: ServingMemory
+    skipped: dict[str, str]
+    """States that a compression leaves as they are, and why."""
+    budget: EqualBudget | None = None
+
+    @classmethod
+    def of(cls, config: CapacityConfig, max_len: int, context: Context) -> "Serving":
+        """The classes in which sequences of up to `max_len` tokens are served. Raises ConfigError for a memory that
+        these states cannot be held in, and for a budget of bytes that cannot be solved at `context`."""
+        memory = config.memory.held
+        budget = memory.budget if memory.compression is not None else None
+        if budget is None or Budget.of(budget).num_bytes is None:
+            return cls._of(config, memory, max_len)
+
+        def size(slots: int) -> int | None:
+            try:
+                serving = cls._of(config, with_slots(memory, slots), max_len)
+            except ConfigError as error:
+                if error.name != "memory.budget":
+                    raise
+                return None  # fewer than what is protected
+            return bytes_at(serving.classes, context.prompt_len, context.context_len)
+
+        found = solve(memory, "memory.budget", whole_pages(memory, context), size, context)
+        assert found.solved is not None
+        return replace(cls._of(config, with_slots(memory, found.solved), max_len), budget=found)
+
+    @classmethod
+    def _of(cls, config: CapacityConfig, memory: MemoryConfig, max_len: int) -> "Serving":
+        groups = [group for group in config.model.groups() for _ in range(group.count)]
+        specs = [group.spec(config.memory.dtype) for group in groups]
+        stored = [{_kind(spec): spec} for spec in specs]
+        chunk_len = min(config.memory.chunk_len, max_len)
+        if config.memory.reservation is None:
+            layers = parts_of_stored(stored, memory, max_len=max_len)
+        else:
+            layers = parts_of_stored(stored, MemoryConfig(), max_len=max_len)
+        counts = Counter(part for layer in layers for part in layer.held.values())
+        order, classes = list(counts), list[StateClass]()
+        for number, part in enumerate(order):
+            name = next(name for layer in layers for name, held in layer.held.items() if held == part)
+            paged = part.state.per_token and config.memory.reservation is None
+            page_size = config.memory.page_size if paged else 1
+            rules = {"retention": part.retention, "sealing": part.sealing}
+            reservation = config.memory.reservation if part.state.per_token else None
+            name = f"{number}.{name}" if len(order) > 1 else name
+            state = StateClass(name, part.state, page_size, 2, 1, counts[part], reservation, **rules)
+            classes.append(replace(state, table_len=max(1, state.max_pages(max_len, chunk_len)) if paged else 1))
+        places = [{name: order.index(part) for name, part in layer.held.items()} for layer in layers]
+        targeted = with_targets(tuple(classes), places)
+        shares = [_share(layer, held) for layer, held in zip(layers, places, strict=True)]
+        method, skipped = memory.compression, dict[str, str]()
+        if method is not None and config.memory.reservation is None:
+            skipped = {_kind(spec): reason for spec in dict.fromkeys(specs) if (reason := method.skips(spec))}
+        return cls(targeted, dict(Counter(zip(groups, shares, strict=True))), config.memory, skipped)
+
+    def logical_bytes(self, context: Context) -> int:
+        """Bytes of one sequence's tokens and states that stay."""
+        return sum(
+            state.spec.logical_bytes(count, state.page_size) * state.num_layers
+            for state, count in zip(self.classes, self._lengths(context), strict=True)
+        )
+
+    def read_bytes(self, context: Context) -> int:
+        """Bytes that decoding the next token reads; states and statistics are written back as well."""
+        total = 0
+        for state, count in zip(self.classes, self._lengths(context), strict=True):
+            read = state.spec.read_bytes(count, state.page_size) * (1 if state.spec.per_token else 2)
+            if self._weighs and state.retention is not None:  # keys once more, for the weights of all slots
+                read += state.spec.arrays[0].num_bytes * count
+            total += read * state.num_layers
+        return total
+
+    def mixing_flops(self, context: Context) -> float:
+        """FLOPs of mixing for the next token, over what is stored."""
+        lengths, total = self._lengths(context), 0.0
+        for (group, share), count in self.layers.items():
+            shortened = [(number, weight) for number, weight in share if self._is_changed(group, number)]
+            seen = context.context_len
+            if shortened:
+                slots = stored_at(self.classes, context.prompt_len, context.context_len)
+                seen = round(sum(slots[number] * weight for number, weight in share))
+            elif share:
+                seen = lengths[share[0][0]]
+            total += count * group.decode_flops(seen)
+        return total
+
+    def _is_changed(self, group: LayerGroup, number: int) -> bool:
+        state = self.classes[number]
+        return bool(state.retention or state.sealing) or state.spec != group.spec(self.memory.dtype)
+
+    @cached_property
+    def _weighs(self) -> bool:
+        return self.memory.compression is not None and self.memory.compression.weighs
+
+    def _lengths(self, context: Context) -> list[int]:
+        """What each class's state is asked at: stored slots, or, where a window forgets, the tokens."""
+        slots = stored_at(self.classes, context.prompt_len, context.context_len)
+        windowed = [state.spec.span is not None for state in self.classes]
+        return [context.context_len if is_window else n for is_window, n in zip(windowed, slots, strict=True)]
+
+
+def _share(layer: LayerParts, places: dict[str, int]) -> Share:
+    """The token parts of a layer; open and sealed pages of the same heads are two of them."""
+    (name, part), *_ = layer.held.items()
+    if not layer.joined:
+        return ((places[name], 1.0),) if part.state.per_token else ()
+    (joined,) = layer.joined.values()
+    whole = sum(len(heads) for _, heads in joined.heads)
+    weights = {part: len(heads) / whole for part, heads in joined.heads}
+    return tuple(
+        (places[held], weights.get(part, 1.0)) for part, held in joined.names if part in weights or part == "sealed"
+    )
+
+
+def _kind(spec: State) -> str:
+    if not spec.per_token:
+        return "recurrent"
+    return "full" if spec.span is None else f"local{spec.span + 1}"
+
+
+def most_pages(state: StateClass, context: Context, chunk_len: int) -> int:
+    """The most pages that one sequence ever holds of a class; a contiguous block is of the whole context."""
+    if state.contiguous:
+        return context.context_len
+    if not state.paged or state.is_sealed or state.retention or state.sealing:
+        return state.max_pages(context.context_len, chunk_len, context.prompt_len)
+    return max_pages_for_step(state.spec, context.context_len, chunk_len, state.page_size)

@@ -1,0 +1,49 @@
+"""What a plan says of a memory is what a measurement finds, for memories that drop tokens or seal pages; and what it
+says of budgets."""
+
+import pytest
+
+from kvlab.evaluation.measure import Observed, per_sequence, read_bytes_per_token
+from kvlab.lab.execute import measure_memory
+from kvlab.lab.laboratory import Laboratory
+from kvlab.lab.plan import filled
+from kvlab.lab.tables import budget_lines
+from tests.lab.small import small
+
+MEMORIES = {
+    "full": [],
+    "h2o, chunks": ["memory.compression={type:h2o,sinks:1,recent:3,at:chunks,every:3}", "budget=8"],
+    "snapkv": ["memory.compression={type:snapkv,sinks:1,recent:3,window:2}", "budget=10"],
+    "streaming": ["memory.compression={type:streaming,sinks:1}", "budget=9"],
+    "kivi": ["format=kivi4", "memory.page_size=8", "memory.residual=3"],
+    "bytes": ["memory.compression={type:knorm,sinks:1,recent:3}", "budget=2200B", "memory.allow_underfill=true"],
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_plan_says_what_a_measurement_finds(memory, tmp_path):
+    config = small(tmp_path, *MEMORIES[memory])
+    lab = Laboratory.of(config)
+    found, _ = measure_memory(lab, lab.model.params, config.context_len, 0.0)
+    layout = lab.layout(config.context_len, config.measure.batch_size, prompt_len=config.context.prompt_len)
+    ledger, peak_bytes = filled(layout, config.context)
+    accounts = ledger.audit()
+    assert sum(account.allocated for account in accounts) == found.allocated_bytes
+    assert sum(account.logical for account in accounts) == found.logical_bytes
+    assert peak_bytes == found.held_peak_bytes
+    seen = Observed(layout, accounts, None, 0.0, 0.0, ledger, None)
+    assert read_bytes_per_token(seen) == found.read_bytes_per_token
+    if config.equal_budget is not None:
+        assert per_sequence(found)["allocated_bytes"] == config.equal_budget.held_bytes
+        assert found.pool_bytes >= found.held_peak_bytes >= found.allocated_bytes
+
+
+def test_what_a_budget_became_is_said(tmp_path):
+    (line,) = budget_lines(small(tmp_path, "budget=64KiB"))
+    assert "budget = 64KiB has nothing to solve here: the run holds everything, a ceiling" in line
+    config = small(tmp_path, *MEMORIES["bytes"])
+    (line,) = budget_lines(config)
+    said = config.equal_budget
+    assert f"budget = 2200B is memory.budget = {said.solved}, which holds {said.held_bytes:,} bytes a sequence" in line
+    assert line.startswith(f"mha/mqar/seed0 knorm {said.solved} [{config.run_id}]")
+    assert not budget_lines(small(tmp_path))
