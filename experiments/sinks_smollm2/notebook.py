@@ -1,16 +1,15 @@
 # %% [markdown]
 # # A window needs its sinks
-# The committed table of SmolLM2, and the measure of attention on a small model with random weights.
+# What was found before of SmolLM2, and the measure of attention on a small model with random weights.
 
 # %%
 import numpy as np
-import pandas as pd
 
-from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
+from kvlab.lab.experiments import load_figure
 
 sinks_smollm2 = load_figure("sinks_smollm2")
-found = pd.read_csv(EXPERIMENTS_DIR / "sinks_smollm2" / "sinks.csv")
-print(found[["sinks", "slots", "perplexity"]])
+for sinks, perplexity in sinks_smollm2.FOUND_BEFORE.items():
+    print(f"{sinks} sinks: perplexity {perplexity}, in another implementation")
 
 # %% [markdown]
 # What a streaming memory sees: the first tokens, and a window that ends with the query's own.

@@ -2,10 +2,12 @@
 the two through a memory. Everything comes from package registries or their caches; without them there is a sentence."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,18 +111,18 @@ class Bench:
         self.blockwise = Blockwise(self.model)
         key = named_key(self.laboratory.config.seed, "eval")
         self.scorer = Scorer(self.model.structure, self.laboratory.task, key, batch_size)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
     def of_text(cls, material: Material, window: "Window", overrides: Sequence[str] = ()) -> "Bench":
         """On the perplexity of a window of the text."""
-        folder = tempfile.TemporaryDirectory(prefix="kvlab-text-")
-        path = Path(folder.name) / "text.txt"
+        folder = tempfile.mkdtemp(prefix="kvlab-text-")
+        path = Path(folder) / "text.txt"
         path.write_text(material.text[window.start : window.start + CHARACTERS * window.seq_len])
         asked = [f"task.path={path}", f"task.seq_len={window.seq_len}", f"task.num_scored={window.num_scored}"]
         fixed = ["task=perplexity", "task.scored_in_chunks=true", "task.decode_len=1", "task.num_test=1"]
         bench = cls(material, [*fixed, "task.num_validation=1", *asked, *overrides])
-        bench._folder = folder  # configs that follow from this name the file, so it stays as long as the bench
+        # Configs that follow from this one name the file, so it stays as long as the bench.
+        weakref.finalize(bench, shutil.rmtree, folder, ignore_errors=True)
         return bench
 
     def layout(self, memory: Mapping[str, Any]) -> MemoryLayout:

@@ -72,21 +72,16 @@ def test_axes_and_sealed_pages(tiny, tmp_path):
     assert (errors["K channel, V token", 2, 0] > errors["K channel, V token", 4, 0]).all()
 
 
-def test_passkeys(tiny, tmp_path, monkeypatch):
+def test_passkeys(tmp_path):
+    """Bytes are the tokens here, since the folder has no tokenizer."""
+    (tmp_path / "hay.txt").write_text("abcdefgh" * 2000)
+    material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
     figure = load_figure("passkey_smollm2")
-    monkeypatch.setattr(figure, "bench_of", _tiny_passkeys)
-    figure.reproduce(tiny, tmp_path, figure.Sizes())
+    figure.reproduce(material, tmp_path, figure.Sizes(330, 2, 2, 64, text=str(tmp_path / "hay.txt")))
     found = pd.read_csv(tmp_path / "passkey.csv")
     assert len(found) == 2 * 2 * (1 + 2 * 7)
     assert found.right.between(0, 1).all()
-
-
-def _tiny_passkeys(material, sizes, *, query_aware, num_contexts):
-    folder = material.folder.parent
-    (folder / "hay.txt").write_text("abcdefgh" * 2000)
-    words = ["task=passkey", f"task.path={folder / 'hay.txt'}", "task.contexts=[330]", "task.num_test=2"]
-    aware = f"task.query_aware={str(query_aware).lower()}"
-    return Bench(material, [*words, aware, "task.tokenizer=null", "memory.chunk_len=64"], 2)
+    assert (tmp_path / "passkey.png").is_file()
 
 
 def test_what_is_not_here_is_a_sentence_and_a_status(tmp_path, monkeypatch, capsys):
