@@ -9,6 +9,7 @@ import pytest
 from kvlab.compression import COMPRESSIONS
 from kvlab.compression.base import Attended, Slots
 from kvlab.compression.second_pass import KVzip, Oracle
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.schema import ConfigError
@@ -79,12 +80,16 @@ def test_what_has_no_meaning_cannot_be_asked(name, field):
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [({"type": "kvzip"}, "reads on behind a prompt"), ({"type": "knorm", "heads": "ada"}, "deals slots to heads")],
+    [({"type": "kvzip"}, "reads on behind a prompt"), ({"type": "knorm", "heads": "ada"}, "must compact once")],
 )
 def test_sealed_pages_are_refused(method, words):
-    memory = MemoryConfig(compression=method, budget=64, format="kivi4")
+    def layout() -> MemoryLayout:
+        memory = MemoryConfig(compression=method, budget=64, format="kivi4")
+        state = TokenState(2, 32, 32, readers=Readers(4))
+        return MemoryLayout.of([{"kv": state}], memory, max_sequences=1, max_len=256)
+
     with pytest.raises(ConfigError, match=words):
-        MemoryLayout.of([{"kv": TokenState(2, 32, 32)}], memory, max_sequences=1, max_len=256)
+        layout()
 
 
 def expected_sets(weights: np.ndarray, budget: int, sinks: int, recent: int, *, shared: bool = False) -> np.ndarray:
