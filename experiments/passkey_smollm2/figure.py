@@ -52,7 +52,7 @@ FOUND_BEFORE = {
     ("recency", True): ((0.28, 0.67), (0.03, 0.06)),
 }
 """(method, query_aware): (first, second turn) at each budget, of 6 other contexts in another implementation, standard
-error near 0.1; there both questions were of one form. Not published."""
+error near 0.1. Not published."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def bench_of(material: Material, sizes: Sizes, *, query_aware: bool, num_context
         f"task.contexts=[{sizes.context}]",
         f"task.num_test={num_contexts}",
         "task.num_validation=1",
+        "task.second_form=same",
         f"task.query_aware={str(query_aware).lower()}",
         f"memory.chunk_len={sizes.chunk_len}",
     ]
@@ -173,7 +174,7 @@ def draw(found: pd.DataFrame, path: Path) -> None:
                 of = found.set_index(["query_aware", "turn", "budget", "method"]).loc[aware, turn]
                 full = of.loc[1.0, "full"].right
                 cells = of.loc[budget].reindex(names)
-                label = "first question" if turn == 1 else "second, of another form"
+                label = "first question" if turn == 1 else "second question"
                 axes.errorbar(
                     cells.right, places + shift, xerr=cells.standard_error.fillna(0), fmt="o", color=colour, label=label
                 )

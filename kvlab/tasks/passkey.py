@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.schema import ConfigError
+from kvlab.schema import ConfigError, added, choice
 from kvlab.tasks.base import Batch, EvalSlice
 from kvlab.tasks.haystack import Haystack, HaystackConfig
 
@@ -30,7 +30,10 @@ LEFT_OPEN = 2
 class PasskeyConfig(HaystackConfig):
     """As `HaystackConfig`: `num_test` examples for each length of `contexts`. The keys lie in [10%, 80%) of the text.
     No memory has seen the second question when it compresses, which is of another form; with `query_aware` it has seen
-    the first one, whose words are then part of the context, but for the last two tokens."""
+    the first one, whose words are then part of the context, but for the last two tokens. `second_form` "same" asks as
+    the first question does: small published models understand no other."""
+
+    second_form: str = added(choice("other", ("other", "same")))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -49,9 +52,10 @@ class Passkey(Haystack[PasskeyConfig]):
     def __init__(self, config: PasskeyConfig):
         """Raises ConfigError for a tokenizer that cuts no two names alike."""
         super().__init__(config)
+        questions = FIRST_QUESTION, FIRST_QUESTION if config.second_form == "same" else SECOND_QUESTION
         cut = {}  # names that this tokenizer does not know may be the same to it
         for name in NAMES:
-            parts = [self.ids(words.format(name=name)) for words in (*STATED, FIRST_QUESTION, SECOND_QUESTION)]
+            parts = [self.ids(words.format(name=name)) for words in (*STATED, *questions)]
             cut[np.concatenate(parts).tobytes()] = parts
         lengths = {key: tuple(map(len, parts)) for key, parts in cut.items()}
         ((common, count),) = Counter(lengths.values()).most_common(1)
