@@ -122,7 +122,11 @@ class MemoryStep:
             if slots is None:
                 raise ValueError(f"compression = {listener.name}: its second pass was not run (Listener.plan)")
             compaction = heard(compaction, slots)
-        return self._compact(pools, padded(compaction, self.layout))
+        return self.compact_padded(pools, padded(compaction, self.layout))
+
+    def compact_padded(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+        """The compaction itself: a program."""
+        return self._compact(pools, compaction)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _seal(self, pools: Pools, seals: Seals) -> Pools:
@@ -133,7 +137,11 @@ class MemoryStep:
         classes = zip(self.layout.classes, seals.classes, strict=True)
         beyond = {state.name: state.num_pages for state in self.layout.classes}
         moves: Any = tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes)
-        return self._seal(pools, Seals(moves))
+        return self.seal_padded(pools, Seals(moves))
+
+    def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
+        """The sealing itself: a program."""
+        return self._seal(pools, seals)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def poison(self, pools: Pools, pages: tuple[Array, ...]) -> Pools:

@@ -2,9 +2,9 @@
 rounds it, and under the mask that its compactions and windows imply. What a compression costs is then its own; no error
 of the memory hides in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from kvlab.evaluation.trail import GoneAt, SealedAt, sealed_trail, trail
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates, view_of
 from kvlab.memory.views.masked import MaskedTokens, SealedMasked
+from kvlab.mixers import LayerMemory
 from kvlab.models.transformer import Transformer, merge
-from kvlab.typing import Hidden, Params, Tokens
+from kvlab.typing import Hidden, Params, Positions, Tokens
 
 MOST_LOGITS = 1 << 27
 """Numbers of a batch that are compared; beyond, at evenly spaced positions."""
@@ -54,11 +55,11 @@ class MaskCheck:
         gone_at = trail(self.layout, compacted, *tokens.shape)
         is_read = what_was_read(self.layout, steps, compacted, *tokens.shape)
         sealed_at = sealed_trail(self.layout, gone_at, sealed)
-        hidden = self._hidden(self.params, jnp.asarray(tokens), gone_at, is_read, sealed_at)
+        hidden = self.hidden_of(jnp.asarray(tokens), gone_at, is_read, sealed_at)
         positions = sorted(seen)
         most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
         for position in positions[:: -(-len(positions) // most)]:
-            expected = np.asarray(self._logits(self.params, hidden[:, position]))
+            expected = np.asarray(self.logits_of(hidden[:, position]))
             found = seen[position]
             error = np.abs(found - expected).max(axis=1) / np.maximum(np.abs(expected).max(axis=1), 1e-30)
             error = np.where(np.isfinite(found).all(axis=1), error, np.inf)
@@ -70,6 +71,16 @@ class MaskCheck:
         evicted[1] += sum(each.size for each in dropped)
         self.num_compactions += sum(len(each.sequences) for each in compacted)
 
+    def hidden_of(
+        self, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks, sealed_at: tuple[dict[str, SealedAt], ...]
+    ) -> Hidden:
+        """Final hidden states of the parallel form: a program."""
+        return self._hidden(self.params, tokens, gone_at, is_read, sealed_at)
+
+    def logits_of(self, hidden: Array) -> Array:
+        """Logits [B, V] of final hidden states [B, E]: a program."""
+        return self._logits(self.params, hidden)
+
     @partial(jax.jit, static_argnums=0)
     def _hidden(
         self,
@@ -80,20 +91,7 @@ class MaskCheck:
         sealed_at: tuple[dict[str, SealedAt], ...],
     ) -> Hidden:
         """Final hidden states of the parallel form."""
-        sealed = [
-            {
-                name: partial(
-                    SealedMasked,
-                    order=at.order,
-                    sealed_at=at.sealed_at,
-                    rounding=self.layout.classes[states[f"{name}.sealed"]].spec,
-                    page_size=self.layout.page_size,
-                )
-                for name, at in mine.items()
-                if at.order.shape[2]
-            }
-            for states, mine in zip(self.layout.states, sealed_at, strict=True)
-        ]
+        sealed = roundings_of(self.layout, sealed_at)
         return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at, is_read, sealed)
 
     @partial(jax.jit, static_argnums=0)
@@ -107,8 +105,38 @@ class MaskCheck:
         return self is other
 
 
+def roundings_of(
+    layout: MemoryLayout, sealed_at: Sequence[Mapping[str, SealedAt]]
+) -> list[dict[str, Callable[..., SealedMasked]]]:
+    """How the views of sealed states are made, by layer and the mixer's state."""
+    return [
+        {
+            name: partial(
+                SealedMasked,
+                order=at.order,
+                sealed_at=at.sealed_at,
+                rounding=layout.classes[states[f"{name}.sealed"]].spec,
+                page_size=layout.page_size,
+            )
+            for name, at in mine.items()
+            if at.order.shape[2]
+        }
+        for states, mine in zip(layout.states, sealed_at, strict=True)
+    ]
+
+
+class Runs(Protocol):
+    """What runs complete sequences: a `Transformer`, or what takes its place."""
+
+    def hidden(
+        self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
+    ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
+        """As `Transformer.hidden`."""
+        ...
+
+
 def masked_hidden(
-    model: Transformer,
+    model: Runs,
     stored: Sequence[LayerStates],
     tokens: Tokens,
     gone_at: Sequence[Mapping[str, Any]],

@@ -7,18 +7,20 @@ which all of them read, is left out on both sides. The share is that of the atte
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from kvlab.memory.views import view_of
-from kvlab.models.transformer import Transformer, merge
+from kvlab.evaluation.layerwise import Blockwise, layers_of
+from kvlab.ledger.states import State
+from kvlab.models.model import Model
+from kvlab.models.transformer import Transformer
 from kvlab.schema import ConfigError
 from kvlab.selection import Candidates, Selection, choose
 from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
@@ -38,7 +40,7 @@ class Recall(NamedTuple):
 def page_recall(
     structure: nnx.GraphDef[Transformer],
     params: Params,
-    tokens: Tokens,
+    tokens: Tokens | npt.NDArray[np.int32],
     methods: Mapping[str, Selection],
     *,
     page_size: int,
@@ -53,7 +55,13 @@ def page_recall(
             legal = f"must be in [{2 * page_size}, {num_tokens - 1}]: two full pages before it, and a token there"
             raise ConfigError("positions", position, legal)
     asked = _Asked(tuple(methods.items()), page_size, tuple(positions))
-    found = _run(structure, asked, params, jnp.asarray(tokens))
+    skips = asked.methods[0][1].skips
+
+    def watched(layer: int, state: State, whole: Any) -> Any:
+        return whole if skips(state) else _Recalling(asked, jnp.asarray(layer, jnp.int32), whole)
+
+    _, after = layers_of(Blockwise(Model(structure, params)), tokens, watched)
+    found = [view.shares for layer in after for view in layer.values() if isinstance(view, _Recalling)]
     if not found:
         raise ConfigError("methods", list(methods), "serve no layer of this model")
     shares = jax.device_get(found)
@@ -69,29 +77,13 @@ class _Asked(NamedTuple):
     positions: tuple[int, ...]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(structure: Any, asked: _Asked, params: Params, tokens: Tokens) -> list[dict[str, tuple[Array, Array]]]:
-    """By layer, then by method, what `Recall` has."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
-    model = merge(structure, params)
-    skips = asked.methods[0][1].skips
-    memory: list[dict[str, Any]] = []
-    for number, states in enumerate(model.states()):
-        views = {name: view_of(state, "whole").of(state, {}, None, starts, counts) for name, state in states.items()}
-        able = {name: _Recalling(asked, number, views[name]) for name, state in states.items() if not skips(state)}
-        memory.append(views | able)
-    _, after = model.hidden(tokens, positions, memory)
-    return [view.shares for layer in after for view in layer.values() if isinstance(view, _Recalling)]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Recalling:
     """A complete sequence that is attended to as ever, and what methods would have read of it."""
 
     asked: _Asked = field(metadata={"static": True})
-    layer: int = field(metadata={"static": True})
+    layer: Any  # [], traced: layers that are alike share a program
     whole: Any
     shares: Any = None
 

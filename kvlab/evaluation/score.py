@@ -68,12 +68,19 @@ class Scorer:
         return tuple(scores)
 
     def through_memory(
-        self, params: Params, split: str, layout: MemoryLayout, check: MaskCheck | None = None
+        self,
+        params: Params,
+        split: str,
+        layout: MemoryLayout,
+        check: MaskCheck | None = None,
+        *,
+        step: MemoryStep | None = None,
     ) -> tuple[SliceScore, ...]:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
-        every logit that is scored is compared, and freed pages are spoiled."""
+        every logit that is scored is compared, and freed pages are spoiled. Another `step` of that layout may run."""
         is_checked = check is not None
-        session = Session(MemoryStep.of(self.structure, layout), params, poisons=is_checked, observes=is_checked)
+        step = step or MemoryStep.of(self.structure, layout)
+        session = Session(step, params, poisons=is_checked, observes=is_checked)
         scores = []
         for eval_slice in self.task.slices(split):
             tally = _Tally(eval_slice)

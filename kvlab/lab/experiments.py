@@ -18,7 +18,12 @@ def names() -> list[str]:
 def load_figure(name: str) -> ModuleType:
     """An experiment's module: `main(output, results) -> exit status`, and `RUNS` where sweeps of the configuration of
     its name come first: the words of each, beside what that configuration sweeps over."""
-    spec = importlib.util.spec_from_file_location(f"experiments.{name}.figure", EXPERIMENTS_DIR / name / "figure.py")
+    return load_part(name, "figure")
+
+
+def load_part(name: str, part: str) -> ModuleType:
+    """A module of an experiment's folder: its figure, or a half of it."""
+    spec = importlib.util.spec_from_file_location(f"experiments.{name}.{part}", EXPERIMENTS_DIR / name / f"{part}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

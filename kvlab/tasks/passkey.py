@@ -1,15 +1,15 @@
-"""Two pass keys in a long text, and two questions about them: a second turn finds what a memory kept for the first
-alone (SCBench, arXiv 2412.10319)."""
+"""Two pass keys in a long text, and two questions about them, each asked of the text alone: the second finds what a
+memory kept for the first alone (SCBench, arXiv 2412.10319)."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.schema import ConfigError
+from kvlab.schema import ConfigError, added, choice
 from kvlab.tasks.base import Batch, EvalSlice
 from kvlab.tasks.haystack import Haystack, HaystackConfig
 
@@ -22,11 +22,18 @@ FIRST_QUESTION = "\nThe pass key of {name} is "
 SECOND_QUESTION = "\nWhich number was {name} told to remember? It was "
 """In another form: a question like the first would find what the first one's words made a method keep."""
 
+LEFT_OPEN = 2
+"""Tokens of the first question's end (its verb and a space) that do not stand before the second one."""
+
 
 @dataclass(frozen=True)
 class PasskeyConfig(HaystackConfig):
     """As `HaystackConfig`: `num_test` examples for each length of `contexts`. The keys lie in [10%, 80%) of the text.
-    The second question, in another form, follows the first one's answer: no memory has seen it when it compresses."""
+    No memory has seen the second question when it compresses, which is of another form; with `query_aware` it has seen
+    the first one, whose words are then part of the context, but for the last two tokens. `second_form` "same" asks as
+    the first question does: small published models understand no other."""
+
+    second_form: str = added(choice("other", ("other", "same")))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -37,17 +44,18 @@ class PasskeyConfig(HaystackConfig):
 
 
 class Passkey(Haystack[PasskeyConfig]):
-    """Accuracy of the keys' digits, each predicted behind the true ones before it, averaged over contexts. A slice is a
-    context; its second turn asks for the other key."""
+    """Accuracy of the keys' digits, each predicted behind the true ones before it, averaged over slices. A context
+    has two of them, of the same examples: the second asks for the other key."""
 
     Config = PasskeyConfig
 
     def __init__(self, config: PasskeyConfig):
         """Raises ConfigError for a tokenizer that cuts no two names alike."""
         super().__init__(config)
+        questions = FIRST_QUESTION, FIRST_QUESTION if config.second_form == "same" else SECOND_QUESTION
         cut = {}  # names that this tokenizer does not know may be the same to it
         for name in NAMES:
-            parts = [self.ids(words.format(name=name)) for words in (*STATED, FIRST_QUESTION, SECOND_QUESTION)]
+            parts = [self.ids(words.format(name=name)) for words in (*STATED, *questions)]
             cut[np.concatenate(parts).tobytes()] = parts
         lengths = {key: tuple(map(len, parts)) for key, parts in cut.items()}
         ((common, count),) = Counter(lengths.values()).most_common(1)
@@ -74,18 +82,46 @@ class Passkey(Haystack[PasskeyConfig]):
     def knobs(self, key: Array, batch_size: int) -> Array:
         return jnp.zeros((batch_size,), jnp.int32)
 
+    @property
+    def _asked_before(self) -> int:
+        """Tokens of the first question that stand before the second: none, or with `query_aware` all but the last two.
+        Were it whole, a small model would answer it."""
+        return self._first.shape[1] - LEFT_OPEN if self.config.query_aware else 0
+
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
-        found = []
+        """For each context its first turn and then its second, of the same examples."""
+        found, (first, second) = [], self._turns_len
+        asked, num = self._first.shape[1], self.num_examples(split)
         for context in self.config.contexts:
-            second = context - self._turns_len[1]
-            prompt_len = second - NUM_DIGITS
-            compress_at = prompt_len - (1 if self.config.query_aware else self._first.shape[1])
-            num = self.num_examples(split)
-            found.append(EvalSlice(str(context), context, prompt_len, num, 0, compress_at, (second,)))
+            text_len = context - first - second
+            compress_at = text_len + (asked - 1 if self.config.query_aware else 0)
+            found.append(EvalSlice(str(context), text_len + first, text_len + asked, num, 0, compress_at))
+            turn = text_len + self._asked_before
+            sizes = turn + second, turn + second - NUM_DIGITS
+            found.append(EvalSlice(f"{context} second", *sizes, num, 1, turn, (turn,)))
         return tuple(found)
 
+    def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
+        """A turn of the examples: the other turn's answer does not stand in it."""
+        first, second = self._turns_len
+        left_out = first - self._asked_before if part.knob else second
+        context = part.seq_len + left_out
+        whole = super().eval_batch(key, split, replace(part, seq_len=context, knob=0), index, batch_size)
+        labels = slice(NUM_DIGITS, None) if part.knob else slice(NUM_DIGITS)
+        tokens = whole.tokens[:, :-second]
+        if part.knob:
+            before = context - second - left_out
+            tokens = jnp.concatenate([whole.tokens[:, :before], whole.tokens[:, -second:]], axis=1)
+        return Batch(
+            tokens,
+            whole.label_positions[:, labels] - (left_out if part.knob else 0),
+            whole.labels[:, labels],
+            whole.weights[:, labels],
+        )
+
     def example(self, haystack: Array, key: Array, seq_len: int, knob: Array) -> Batch:
-        """[text, key, text, other key, text, question, answer, other question, answer]: one row, answers labelled."""
+        """[text, key, text, other key, text, question, answer, other question, answer]: one row, answers labelled. What
+        training sees; an evaluation takes one turn of it."""
         key_start, key_names, key_numbers, key_places, key_order = jax.random.split(key, 5)
         names = jax.random.permutation(key_names, len(self._opening))[:2].astype(jnp.int32)
         lowest = jnp.asarray([1, *[0] * (NUM_DIGITS - 1)], jnp.int32)  # a number has no leading zero

@@ -29,59 +29,74 @@ def rows_of(batch):
     return [bytes(row.tolist()).decode() for row in np.asarray(batch.tokens)]
 
 
-def test_a_row_is_text_with_two_keys_and_two_questions(hay):
+def examples(task):
+    """Every example of a task: its two rows, their labels, and the positions before them."""
+    parts = iter(task.slices("test"))
+    for first, second in zip(parts, parts, strict=True):
+        batches = [task.eval_batch(jax.random.key(0), "test", part, 0, part.num_examples) for part in (first, second)]
+        of_turns = [
+            zip(rows_of(batch), *map(np.asarray, (batch.labels, batch.label_positions)), strict=True)
+            for batch in batches
+        ]
+        for turns in zip(*of_turns, strict=True):
+            yield (first, second), turns
+
+
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_each_question_is_asked_of_the_text_and_no_answer_stands_in_it(hay, query_aware):
     """Every row is taken apart, and put together again from its parts with Python's own strings."""
-    task = Passkey(PasskeyConfig(contexts=(300, 400), path=hay, num_test=40))
+    task = Passkey(PasskeyConfig(contexts=(300, 400), path=hay, num_test=40, query_aware=query_aware))
     test_text = bytes(TEXT[28_500:]).decode()
-    asked_first, names, places = 0, set(), []
-    for part in task.slices("test"):
-        batch = task.eval_batch(jax.random.key(0), "test", part, 0, 40)
-        for row, labels, before in zip(
-            rows_of(batch), *map(np.asarray, (batch.labels, batch.label_positions)), strict=True
-        ):
-            assert len(row) == part.seq_len
-            keys = {}
-            for found in NEEDLE.finditer(row):
-                name, key, again, name_again = found.groups()
-                assert (name, key) == (name_again, again)
-                keys[name] = key
-            (first, first_at), (second, second_at) = [
-                (name, found.start()) for name, found in zip(keys, NEEDLE.finditer(row), strict=True)
-            ]
-            answers = "".join(map(chr, labels))
-            asked = next(name for name in keys if keys[name] == answers[:5])
-            other = second if asked == first else first
-            assert answers[5:] == keys[other]
-            turns = FIRST.format(asked) + keys[asked], SECOND.format(other) + keys[other]
-            assert row.endswith("".join(turns))
-            assert part.turns == (part.seq_len - len(turns[1]),)
-            body = NEEDLE.sub("", row)[: -len("".join(turns))]
-            assert body in test_text
-            statement = next(NEEDLE.finditer(row)).group()
-            rebuilt = body[:first_at] + statement + body[first_at : second_at - len(statement)]
-            assert row.startswith(rebuilt + row[second_at : second_at + len(statement)])
-            assert [row[place + 1] for place in before] == list(answers)
-            assert "0" not in (answers[0], answers[5])
-            asked_first += asked == first
-            names |= set(keys)
-            places += [first_at / len(body), (second_at - len(statement)) / len(body)]
-        assert (np.asarray(batch.label_positions) < part.turns[0]).sum(axis=1).tolist() == [5] * 40
-        assert len(set(rows_of(batch))) == 40
+    asked_first, names, places, rows = 0, set(), [], set()
+    for parts, turns in examples(task):
+        (row, *_), (second_row, *_) = turns
+        keys = {}
+        for found in NEEDLE.finditer(row):
+            name, key, again, name_again = found.groups()
+            assert (name, key) == (name_again, again)
+            keys[name] = key
+        (first, first_at), (second, second_at) = [
+            (name, found.start()) for name, found in zip(keys, NEEDLE.finditer(row), strict=True)
+        ]
+        answers = ["".join(map(chr, labels)) for _, labels, _ in turns]
+        asked = next(name for name in keys if keys[name] == answers[0])
+        other = second if asked == first else first
+        assert answers[1] == keys[other]
+        questions = FIRST.format(asked), SECOND.format(other)
+        text = row.removesuffix(questions[0] + keys[asked])
+        between = questions[0][:-2] if query_aware else ""
+        assert second_row == text + between + questions[1] + keys[other]
+        for part, (whole, _, before), answer in zip(parts, turns, answers, strict=True):
+            assert len(whole) == part.seq_len
+            assert [whole[place + 1] for place in before] == list(answer)
+        assert parts[0].turns == ()
+        assert parts[1].turns == (len(text + between),)
+        compressed = [len(text + (questions[0][:-1] if query_aware else "")), len(text + between)]
+        assert [part.compress_at for part in parts] == compressed
+        assert [part.prompt_len for part in parts] == [len(text + questions[0]), len(second_row) - 5]
+        body = NEEDLE.sub("", text)
+        assert body in test_text
+        statement = next(NEEDLE.finditer(row)).group()
+        rebuilt = body[:first_at] + statement + body[first_at : second_at - len(statement)]
+        assert row.startswith(rebuilt + row[second_at : second_at + len(statement)])
+        assert "0" not in (answers[0][0], answers[1][0])
+        asked_first += asked == first
+        names |= set(keys)
+        rows.add(row)
+        places += [first_at / len(body), (second_at - len(statement)) / len(body)]
+    assert len(rows) == 80
     assert 20 < asked_first < 60  # a coin, of 80
     assert names == set(NAMES)
     assert 0.08 < min(places) < 0.2 < 0.7 < max(places) <= 0.8  # [10%, 80%), rounded down to a token
 
 
-@pytest.mark.parametrize("query_aware", [False, True])
-def test_a_memory_compresses_before_the_question_or_behind_it(hay, query_aware):
-    task = Passkey(PasskeyConfig(contexts=(320,), path=hay, query_aware=query_aware))
-    (part,) = task.slices("test")
-    (row,) = rows_of(task.eval_batch(jax.random.key(1), "test", part, 0, 1))
-    question = row[: part.prompt_len].rindex("\nThe pass key of ")
-    assert row[: part.prompt_len].endswith(" is ")
-    assert part.compress_at == (part.prompt_len - 1 if query_aware else question)
-    assert part.prompt_len < part.turns[0]
-    assert row[part.turns[0] :].startswith("\nWhich number was ")
+def test_training_has_both_questions_in_a_row(hay):
+    task = Passkey(PasskeyConfig(contexts=(320,), path=hay))
+    batch = task.train_batch(task.train_data(), jax.random.key(0), 3, 320, task.knobs(jax.random.key(1), 3))
+    for row, labels in zip(rows_of(batch), np.asarray(batch.labels), strict=True):
+        answers = "".join(map(chr, labels))
+        assert len(row) == 320
+        assert re.search(rf"\nThe pass key of \w+ is {answers[:5]}\nWhich number .* It was {answers[5:]}$", row)
 
 
 def words_tokenizer(path, known):
@@ -147,7 +162,7 @@ def test_contexts_that_hold_no_questions_are_refused(hay):
         PasskeyConfig(contexts=(512, 512), path=hay)
 
 
-def test_when_a_memory_compresses_changes_no_token_and_no_training(hay):
+def test_when_a_memory_compresses_changes_no_training_and_no_first_turn(hay):
     before, behind = (
         compose(["task=passkey", f"task.path={hay}", f"task.query_aware={word}"]) for word in ("false", "true")
     )
@@ -157,6 +172,6 @@ def test_when_a_memory_compresses_changes_no_token_and_no_training(hay):
     batches = []
     for config in (before, behind):
         task = config.make_task()
-        (part,) = task.slices("test")
+        part = task.slices("test")[0]
         batches.append(task.eval_batch(jax.random.key(2), "test", part, 0, 3))
     jax.tree.map(np.testing.assert_array_equal, *batches)
