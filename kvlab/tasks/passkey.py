@@ -48,6 +48,7 @@ class Passkey(Haystack[PasskeyConfig]):
     has two of them, of the same examples: the second asks for the other key."""
 
     Config = PasskeyConfig
+    evaluation_fields = ("num_test",)  # with `query_aware` validation asks in another way too
 
     def __init__(self, config: PasskeyConfig):
         """Raises ConfigError for a tokenizer that cuts no two names alike."""
@@ -81,6 +82,10 @@ class Passkey(Haystack[PasskeyConfig]):
 
     def knobs(self, key: Array, batch_size: int) -> Array:
         return jnp.zeros((batch_size,), jnp.int32)
+
+    @property
+    def context_len(self) -> int:
+        return max(part.seq_len for part in self.slices("test"))
 
     @property
     def _asked_before(self) -> int:
