@@ -101,7 +101,7 @@ def formats_of(backend: str) -> list[tuple[str, str]]:
 def stored_as(format: str, per: str, shape: tuple[int, ...], sharding: Any) -> Stored:
     """The shapes of a pool [P, K, page, D] on an absent device, with its scales if `format` has them."""
     if format not in FORMATS:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(format), sharding=sharding)
+        return cast(Any, jax.ShapeDtypeStruct(shape, jnp.dtype(format), sharding=sharding))
     return stored_in(Scheme(format, "token" if per == "token" else "channel"), shape, sharding)
 
 
