@@ -39,13 +39,6 @@ class Budget:
             return cls(fraction=value)
         raise ConfigError("budget", value, LEGAL)
 
-    def scaled(self, factor: float) -> "Budget":
-        """A share of it, for a layer that is given more or less than the others: whole slots, rounded down."""
-        if self.slots is not None:
-            return Budget(slots=max(1, math.floor(self.slots * factor + 1e-9)))
-        assert self.fraction is not None, "bytes are solved for slots first"
-        return Budget(fraction=min(1.0, self.fraction * factor))
-
     def __str__(self) -> str:
         if self.num_bytes is not None:
             return f"{self.num_bytes} bytes"
