@@ -20,12 +20,11 @@ from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
 from kvlab.memory.views.sealed import seal
 from kvlab.memory.views.weights import gathered
+from pallas_kernels.visible import NOWHERE
 
 type Kept = tuple[dict[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, M] the slots that each head kept, ascending; past its count `NOWHERE`.
 Of layers that are not compacted there is nothing."""
-
-NOWHERE = 2**30
 
 
 def compact(layout: MemoryLayout, pools: Sequence[Any], compaction: Compaction) -> tuple[tuple[Any, ...], Kept]:
