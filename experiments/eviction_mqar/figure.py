@@ -224,8 +224,8 @@ def _signs(found: Found) -> list[Claim]:
     """5: the published sign of Knorm is backwards in this model."""
     value, what = found("Knorm, short keys", 0.5), "5. Knorm as published, f = 0.5: worse than anything"
     if value is None:
-        return [not_run(what, "<= 0.1")]
-    return [Claim(what, "<= 0.1 (0.007 before)", f"{value:.3f}", value <= 0.1)]
+        return [not_run(what, "<= 0.05")]
+    return [Claim(what, "<= 0.05 (0.007 before)", f"{value:.3f}", value <= 0.05)]
 
 
 def _turns(turns: pd.DataFrame) -> list[Claim]:
