@@ -127,3 +127,33 @@ class PlannedTokens(Planned):
     def query_slots(self, num_tokens: int) -> Positions:
         """[B, T] the slot of each of the step's own tokens, which its query may see as the last."""
         return self.starts[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
+
+
+class OverTokens:
+    """What a view over another view of tokens, its field `tokens`, passes on: where tokens lie, and how many."""
+
+    tokens: Any
+
+    @property
+    def state(self) -> Any:
+        """What is stored."""
+        return self.tokens.state
+
+    @property
+    def pool(self) -> Pool:
+        """The arrays of the tokens after all that was written."""
+        return self.tokens.pool
+
+    @property
+    def plan(self) -> Any:
+        """The class's part of the step's plan."""
+        return self.tokens.plan
+
+    @property
+    def slot_lens(self) -> Array:
+        """[B] slots stored after the step, as the host counts them."""
+        return self.tokens.slot_lens
+
+    def query_slots(self, num_tokens: int) -> Positions:
+        """[B, T] the slot of each of the step's own tokens, as the host counts them."""
+        return self.tokens.query_slots(num_tokens)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int32
 
 from kvlab.memory.pools import stored
 from kvlab.memory.rotation import turned, turned_back
+from kvlab.memory.views.base import OverTokens
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention
@@ -26,7 +27,7 @@ from pallas_kernels.visible import NOWHERE
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DealtTokens:
+class DealtTokens(OverTokens):
     """`tokens` are the pages; `dealt` is how many slots each head kept of those that were dealt."""
 
     tokens: Any
@@ -40,27 +41,6 @@ class DealtTokens:
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by the names that a compression gives them."""
         return {"": self.tokens, "dealt": self.dealt}
-
-    @property
-    def state(self) -> Any:
-        return self.tokens.state
-
-    @property
-    def pool(self) -> Any:
-        return self.tokens.pool
-
-    @property
-    def plan(self) -> Any:
-        return self.tokens.plan
-
-    @property
-    def slot_lens(self) -> Array:
-        """[B] slots stored after the step, as the host counts them: the mean of the heads."""
-        return self.tokens.slot_lens
-
-    def query_slots(self, num_tokens: int) -> Positions:
-        """[B, T] the slot of each of the step's own tokens, as the host counts them."""
-        return self.tokens.query_slots(num_tokens)
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, tokens=self.tokens.append(**tokens))

@@ -12,7 +12,7 @@ from jax import Array
 from kvlab.ledger.memory_states import SealedState
 from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, stored
-from kvlab.memory.views.base import Planned
+from kvlab.memory.views.base import OverTokens, Planned
 from kvlab.memory.views.dealt import merged
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import HeadOutputs, Positions, Queries
@@ -75,7 +75,7 @@ def seal(state: SealedState, pool: Pool, open_state: Any, open_pool: Pool, moves
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SealedTokens:
+class SealedTokens(OverTokens):
     """One state of a mixer in two parts: `tokens`, the open pages, and `sealed`."""
 
     tokens: Any
@@ -89,27 +89,6 @@ class SealedTokens:
     def parts(self) -> dict[str, Any]:
         """The views of the parts, by name."""
         return {"": self.tokens, "sealed": self.sealed}
-
-    @property
-    def state(self) -> Any:
-        return self.tokens.state
-
-    @property
-    def pool(self) -> Any:
-        return self.tokens.pool
-
-    @property
-    def plan(self) -> Any:
-        return self.tokens.plan
-
-    @property
-    def slot_lens(self) -> Array:
-        """[B] open slots after the step."""
-        return self.tokens.slot_lens
-
-    def query_slots(self, num_tokens: int) -> Positions:
-        """[B, T] the open slot of each of the step's own tokens."""
-        return self.tokens.query_slots(num_tokens)
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, tokens=self.tokens.append(**tokens))

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kvlab.memory.page_index import noted_anew
-from kvlab.memory.pools import Pool
+from kvlab.memory.views.base import OverTokens
 from kvlab.memory.views.paged import attend_pages, attended, lists_of
 from kvlab.memory.views.weights import paged_weights
 from kvlab.selection import Candidates, choose
@@ -27,7 +27,7 @@ from pallas_kernels.visible import NOWHERE
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SelectedTokens:
+class SelectedTokens(OverTokens):
     """`tokens` as they are without a method, and the number of their layer. After `attend`, `is_read` [B, T, K, N] says
     which entries of its list of pages each query read."""
 
@@ -35,30 +35,6 @@ class SelectedTokens:
     layer: int = field(metadata={"static": True})
     tokens: Any
     is_read: Any = None
-
-    @property
-    def state(self) -> Any:
-        """What is stored."""
-        return self.tokens.state
-
-    @property
-    def pool(self) -> Pool:
-        """The arrays after all that was written."""
-        return self.tokens.pool
-
-    @property
-    def plan(self) -> Any:
-        """The class's part of the step's plan."""
-        return self.tokens.plan
-
-    @property
-    def slot_lens(self) -> Array:
-        """[B] slots stored after the step."""
-        return self.tokens.slot_lens
-
-    def query_slots(self, num_tokens: int) -> Positions:
-        """[B, T] the slot of each of the step's own tokens."""
-        return self.tokens.query_slots(num_tokens)
 
     def append(self, **tokens: Array) -> Self:
         after = self.tokens.append(**tokens)
