@@ -7,24 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from kvlab import arguments
+from kvlab.arguments import Parser, UsageError
 
 # Whatever a command needs it imports itself, so that help, completion and wrong commands are answered at once.
 EPILOG = """Groups: mixer model memory task optimizer train launcher experiment debug, and hardware=h100x2 for chips;
 of capacity: model memory workload; of generate: memory. --cfg job prints the composed config, also of capacity and
 generate; `kvlab run --help` prints Hydra's own options.
 """
-
-
-class UsageError(Exception):
-    """A command line that cannot be parsed."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers in one sentence instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def main() -> int:
@@ -88,86 +80,31 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         (run, "train, evaluate and record; -m sweeps over comma lists"),
         (plan, "the dry run: identity, state, bytes, FLOPs, fits or not"),
     ):
-        _add_overrides(add(command, f"{composed}: {summary}"))
-    _add_results(add(show, "RESULTS: a table in the terminal"))
-    _add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
-    _add_compare(
+        arguments.add_overrides(add(command, f"{composed}: {summary}"))
+    arguments.add_results(add(show, "RESULTS: a table in the terminal"))
+    arguments.add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
+    arguments.add_compare(
         add(compare, "A B ...: paired differences on the same examples; run folders, run ids or field=value,...")
     )
-    _add_best(add(best, "budget=64KiB task=mqar [RESULTS]: the best quality that fits, or with floor= the least bytes"))
-    _add_results(add(track, "RESULTS: TensorBoard event files"), "RESULTS/tensorboard")
-    _add_capacity(add(capacity, f"{composed}: what a published model's memory holds, for whom, how fast; -m compares"))
-    _add_generate(add(generate, f"FOLDER {composed}: a run's directory or a published checkpoint answers prompts"))
-    _add_weights(add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read"))
-    _add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
+    arguments.add_best(
+        add(best, "budget=64KiB task=mqar [RESULTS]: the best quality that fits, or with floor= the least bytes")
+    )
+    arguments.add_results(add(track, "RESULTS: TensorBoard event files"), "RESULTS/tensorboard")
+    arguments.add_capacity(
+        add(capacity, f"{composed}: what a published model's memory holds, for whom, how fast; -m compares")
+    )
+    arguments.add_generate(
+        add(generate, f"FOLDER {composed}: a run's directory or a published checkpoint answers prompts")
+    )
+    arguments.add_weights(
+        add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read")
+    )
+    arguments.add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
     target = "[TARGET ...]: simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x"
     add(kernels, target).add_argument("targets", nargs="*", metavar="TARGET")
     output = add(schema, "the JSON schemas that editors complete YAML with")
     output.add_argument("--out", type=Path, default=Path("schemas"), help="where to write; default: schemas")
     return parser, dict(commands.choices)
-
-
-def _add_overrides(parser: Parser) -> None:
-    parser.add_argument("-m", "--multirun", action="store_true", help="sweep over comma lists")
-    parser.add_argument("overrides", nargs="*", metavar="group=choice | field=value")
-
-
-def _add_results(parser: Parser, default: str | None = None) -> None:
-    parser.add_argument("results", type=Path)
-    if default:
-        parser.add_argument("--output", type=Path, help=f"where to write; default: {default}")
-
-
-def _add_compare(parser: Parser) -> None:
-    which = "a run's folder, a run id or its beginning, or conditions such as mixer=gqa,format=int8,seed=0,1"
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{which}; each is compared with the first")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are looked for; results")
-    parser.add_argument("--floor", type=float, help="what a ceiling must reach for a difference to tell something")
-    _add_forms(parser, ("json", "markdown", "latex"))
-
-
-def _add_best(parser: Parser) -> None:
-    words = "budget=64KiB | floor=0.95 | axis=allocated_bytes | field=value | RESULTS"
-    parser.add_argument("words", nargs="+", metavar=words, help="what is asked, and of which runs; RESULTS: results")
-    _add_forms(parser, ("json",))
-
-
-def _add_forms(parser: Parser, forms: Sequence[str]) -> None:
-    group = parser.add_mutually_exclusive_group()
-    for form in forms:
-        group.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=f"print {form}")
-
-
-def _add_capacity(parser: Parser) -> None:
-    _add_overrides(parser)
-    parser.add_argument("--cfg", choices=["job"], help="print the composed config, answer nothing")
-    parser.add_argument("--output", type=Path, help="a folder for a picture and a CSV; with -m results/capacity")
-
-
-def _add_generate(parser: Parser) -> None:
-    words = "FOLDER [group=choice] [field=value]"
-    folder = "a run's directory, or a folder with config.json and safetensors; then fields"
-    parser.add_argument("words", nargs="*", metavar=words, help=folder)
-    parser.add_argument("--cfg", choices=["job"], help="print the composed config, answer nothing")
-    parser.add_argument("--prompt", action="append", default=[], help="text, or token ids 1,2,3; may be given again")
-    parser.add_argument("--input", type=Path, help='JSONL of {"prompt": ..., "sampling": {...}}; - is standard input')
-    parser.add_argument("--output", type=Path, help="write the answers as JSONL")
-    jsonl = "JSONL on standard input and output; answers come as they are done"
-    parser.add_argument("--jsonl", action="store_true", help=jsonl)
-
-
-def _add_weights(parser: Parser) -> None:
-    parser.add_argument("source", metavar="smollm2 | PATH.gguf", help="a model by name, or a Llama GGUF")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: models/ and its name")
-    kinds = "float32 (exact) or bfloat16 (half the size), what matrices are stored and computed in; default: float32"
-    parser.add_argument("--dtype", default="float32", help=kinds)
-    parser.add_argument("--no-tokenizer", action="store_true", help="the weights alone; prompts are token ids then")
-
-
-def _add_reproduce(parser: Parser) -> None:
-    parser.add_argument("experiment", help="a folder of experiments/")
-    parser.add_argument("--output", type=Path, help="where figures are written; default: the experiment's own folder")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where runs are kept; default: results")
 
 
 def _hydras_own(arguments: Sequence[str]) -> int | None:
