@@ -38,7 +38,7 @@ class CheckedLedger:
             policy=POLICIES[self.policy],
             checkpoints=checkpoints,
             **digest,
-            **({"sealing": (draw(7), draw(2) == 0)} if shadows.SEALED in shadows.MODELS[self.model] else {}),
+            **({"sealing": (draw(4), draw(2) == 0)} if shadows.SEALED in shadows.MODELS[self.model] else {}),
         )
         self.options = (self.model, self.page_size, self.policy, checkpoints, collide)
         self.sealed = next((i for i, state in enumerate(self.ledger.classes) if state.is_sealed), None)

@@ -81,7 +81,7 @@ def test_the_operations_reach_every_corner():
     """Anti-vacuity: over some seeds there are hits, evictions, copies, swaps, deduplications, compactions and
     sealings."""
     seen = dict.fromkeys((*COUNTED, "evicted", "copied", "plans", "sealed"), 0)
-    for seed in range(80):
+    for seed in range(160):
         exerciser = exercise(seed)
         for name in COUNTED:
             seen[name] += getattr(exerciser.ledger.counters, name)
