@@ -11,6 +11,6 @@ frontier, eviction = load_figure("frontier_memory"), load_figure("eviction_mqar"
 print(f"{len(frontier.RUNS)} sweeps over {', '.join(frontier.ARCHITECTURES)}")
 for mixer in ("mha", "mqa", "hybrid"):
     for words in ([], ["memory.format=int4"], ["compression=expected", "memory.budget=0.5"]):
-        config = compose(["experiment=frontier_memory", f"mixer={mixer}", *words])
+        config = compose(["experiment=frontier_memory", "task.test=['128:32']", f"mixer={mixer}", *words])
         size = human_bytes(eviction.held_bytes(config, 128, 64))
         print(f"{mixer} {' '.join(words) or 'as computed'}: {size}")

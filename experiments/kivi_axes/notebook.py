@@ -3,6 +3,7 @@
 # A page of keys is sealed, and read back: by channel, outlier channels cost nothing.
 
 # %%
+import jax.numpy as jnp
 import numpy as np
 
 from kvlab.lab.experiments import load_figure
@@ -13,7 +14,7 @@ queries, keys, rotation = kivi.draw(ratio=30, num_draws=1)
 page = keys[0, :32].astype(np.float32)
 for name in ("channel, page 32", "token, groups of 32", "token"):
     axis = kivi.NAMED[name]
-    held = quantised(page, axis.scheme(4))
+    held = quantised(jnp.asarray(page), axis.scheme(4))
     off = np.abs(np.asarray(held.values()) - page).mean()
     print(f"{name}: a number is off by {off:.3f} on average, in {axis.bits_held(4):.3g} bits")
 

@@ -165,13 +165,14 @@ def claims(found: pd.DataFrame, worst: float) -> list[Claim]:
 def draw(found: pd.DataFrame, path: Path) -> None:
     """Dots by method, a panel for each budget and time of compression; whiskers are standard errors."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True, sharey=True)
+    by_cell = found.set_index(["query_aware", "turn", "budget", "method"]).sort_index()
     names = list(dict.fromkeys(name for name in found.method if name != "full"))
     places = np.arange(len(names))
     for row, aware in enumerate((False, True)):
         for column, budget in enumerate(BUDGETS):
             axes = panels[row, column]
             for turn, colour, shift in ((1, "#0072b2", -0.12), (2, "#d55e00", 0.12)):
-                of = found.set_index(["query_aware", "turn", "budget", "method"]).loc[aware, turn]
+                of = by_cell.loc[aware, turn]
                 full = of.loc[1.0, "full"].right
                 cells = of.loc[budget].reindex(names)
                 label = "first question" if turn == 1 else "second question"
