@@ -18,6 +18,7 @@ from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.compacting import Kept, compact, padded, seal_layers
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import copy_pages, poison_pages
+from kvlab.memory.reading_back import Given, read_back, read_sealed
 from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
@@ -134,14 +135,29 @@ class MemoryStep:
 
     def seal(self, pools: Pools, seals: Seals) -> Pools:
         """The pools with full pages sealed, dispatched and not waited for; pages are padded to powers of two."""
+        return self.seal_padded(pools, self._padded_seals(seals))
+
+    def _padded_seals(self, seals: Seals) -> Seals:
         classes = zip(self.layout.classes, seals.classes, strict=True)
         beyond = {state.name: state.num_pages for state in self.layout.classes}
-        moves: Any = tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes)
-        return self.seal_padded(pools, Seals(moves))
+        return Seals(tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes))
 
     def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
         """The sealing itself: a program."""
         return self._seal(pools, seals)
+
+    @partial(jax.jit, static_argnums=0)
+    def read_back(self, pools: Pools, plan: Plan) -> Given:
+        """What a step's tokens are as they are stored, where that is in a format: for verification."""
+        return read_back(self.layout, pools, plan)
+
+    def read_sealed(self, pools: Pools, seals: Seals) -> Given:
+        """What these pages are once sealed, the padded ones of `seal` behind them: for verification."""
+        return self._read_sealed(pools, self._padded_seals(seals))
+
+    @partial(jax.jit, static_argnums=0)
+    def _read_sealed(self, pools: Pools, seals: Seals) -> Given:
+        return read_sealed(self.layout, pools, seals)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def poison(self, pools: Pools, pages: tuple[Array, ...]) -> Pools:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from kvlab.evaluation.mask_check import masked_hidden
+from kvlab.evaluation.mask_check import Implied, masked_hidden
 from kvlab.evaluation.score import Scorer
 from kvlab.evaluation.trail import NEVER
 from kvlab.files import write_atomic
@@ -87,7 +87,7 @@ def _streaming_nll(
     for place, (layer, name, state) in enumerate(places):
         mine = jnp.where(streams[place, : state.num_kv_heads, None], forgotten, NEVER)
         gone_at[layer][name] = jnp.broadcast_to(mine, (len(tokens), *mine.shape))
-    hidden = masked_hidden(model, model.states(), tokens, tuple(gone_at))
+    hidden, _ = masked_hidden(model, model.states(), tokens, Implied(tuple(gone_at)))
     return score(logits_at(model, hidden, batch.label_positions), batch.labels, batch.weights)
 
 

@@ -14,9 +14,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.engine.step import IsRead, MemoryStep, Pools
-from kvlab.evaluation.mask_check import MaskCheck, masked_hidden, roundings_of
-from kvlab.evaluation.read_masks import ReadMasks
-from kvlab.evaluation.trail import GoneAt, SealedAt
+from kvlab.evaluation.mask_check import Implied, MaskCheck, masked_hidden, sealings_of
 from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.ledger.states import State
 from kvlab.memory.compacting import Kept, compact, seal_layers
@@ -175,11 +173,8 @@ class LayerwiseCheck(MaskCheck):
         super().__init__(model.structure, model.params, layout)
         self.model = model
 
-    def hidden_of(
-        self, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks, sealed_at: tuple[dict[str, SealedAt], ...]
-    ) -> Hidden:
-        sealed = roundings_of(self.layout, sealed_at)
-        return masked_hidden(self.model, self.layout.stored, tokens, gone_at, is_read, sealed)
+    def hidden_of(self, tokens: Tokens, implied: Implied) -> tuple[Hidden, Array]:
+        return masked_hidden(self.model, self.layout.stored, tokens, implied, sealings_of(self.layout))
 
     def logits_of(self, hidden: Array) -> Array:
         return self.model.logits(hidden[:, None])[:, 0]

@@ -1,10 +1,15 @@
 """The parallel form of what a lossy memory computes: the same examples, with what is stored rounded as the memory
 rounds it, and under the mask that its compactions and windows imply. What a compression costs is then its own; no error
-of the memory hides in it."""
+of the memory hides in it.
 
-from collections.abc import Callable, Mapping, Sequence
+Of what was read back of a memory in a format, every number is compared with what rounding gives, and then taken: a
+number beside a tie may be rounded either way, and one such number moves every logit behind it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +17,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, SealedPages
 from kvlab.evaluation.read_masks import ReadMasks, what_was_read
-from kvlab.evaluation.session import ReadStep
+from kvlab.evaluation.session import Observed
+from kvlab.evaluation.stored import Stored, what_was_sealed, what_was_stored
 from kvlab.evaluation.trail import GoneAt, SealedAt, sealed_trail, trail
+from kvlab.ledger.states import State
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates, view_of
 from kvlab.memory.views.masked import MaskedTokens, SealedMasked
@@ -27,13 +33,24 @@ MOST_LOGITS = 1 << 27
 """Numbers of a batch that are compared; beyond, at evenly spaced positions."""
 
 
+class Implied(NamedTuple):
+    """What a run through a memory implies of the parallel form, by layer and the mixer's state; see `masked_hidden`."""
+
+    gone_at: GoneAt
+    is_read: ReadMasks | None = None
+    sealed_at: tuple[dict[str, SealedAt], ...] = ()
+    stored: Stored = ()
+    sealed: Stored = ()
+
+
 class MaskCheck:
     """Compares logits through a lossy memory with those of the parallel form; `worst` is the largest difference so far,
-    relative to the largest logit of its position."""
+    relative to the largest logit of its position. `worst_stored` is by how much a number that was read back lies
+    further from the exact one than rounding does, relative to the largest that shares its scale."""
 
     def __init__(self, structure: nnx.GraphDef[Transformer], params: Params, layout: MemoryLayout):
         self.structure, self.params, self.layout = structure, params, layout
-        self.worst = 0.0
+        self.worst = self.worst_stored = 0.0
         self.num_compared = self.num_compactions = 0
         self.evicted: dict[str, list[int]] = {}
         """By slice: tokens that heads dropped before the end of their sequence, by compactions or behind a window, and
@@ -42,20 +59,17 @@ class MaskCheck:
     def compare(
         self,
         tokens: np.ndarray,
-        compacted: Sequence[Compacted],
         seen: dict[int, np.ndarray],
+        observed: Observed,
         name: str = "",
-        steps: Sequence[ReadStep] = (),
-        sealed: Sequence[SealedPages] = (),
     ) -> None:
         """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
-        by position, and `steps` what was read."""
+        by position."""
         if not seen:
             return
-        gone_at = trail(self.layout, compacted, *tokens.shape)
-        is_read = what_was_read(self.layout, steps, compacted, *tokens.shape)
-        sealed_at = sealed_trail(self.layout, gone_at, sealed)
-        hidden = self.hidden_of(jnp.asarray(tokens), gone_at, is_read, sealed_at)
+        implied = self._implied(observed, *tokens.shape)
+        hidden, excess = self.hidden_of(jnp.asarray(tokens), implied)
+        self.worst_stored = max(self.worst_stored, float(excess))
         positions = sorted(seen)
         most = max(1, MOST_LOGITS // next(iter(seen.values())).size)
         for position in positions[:: -(-len(positions) // most)]:
@@ -66,33 +80,35 @@ class MaskCheck:
             self.worst = max(self.worst, float(error.max()))
             self.num_compared += error.size
         evicted = self.evicted.setdefault(name, [0, 0])
-        dropped = [gone < tokens.shape[1] for layer in gone_at for gone in layer.values()]
+        dropped = [gone < tokens.shape[1] for layer in implied.gone_at for gone in layer.values()]
         evicted[0] += sum(int(each.sum()) for each in dropped)
         evicted[1] += sum(each.size for each in dropped)
-        self.num_compactions += sum(len(each.sequences) for each in compacted)
+        self.num_compactions += sum(len(each.sequences) for each in observed.compacted)
 
-    def hidden_of(
-        self, tokens: Tokens, gone_at: GoneAt, is_read: ReadMasks, sealed_at: tuple[dict[str, SealedAt], ...]
-    ) -> Hidden:
-        """Final hidden states of the parallel form: a program."""
-        return self._hidden(self.params, tokens, gone_at, is_read, sealed_at)
+    def _implied(self, observed: Observed, num_rows: int, num_tokens: int) -> Implied:
+        sizes = num_rows, num_tokens
+        gone_at = trail(self.layout, observed.compacted, *sizes)
+        return Implied(
+            gone_at,
+            what_was_read(self.layout, observed.steps, observed.compacted, *sizes),
+            sealed_trail(self.layout, gone_at, observed.sealed),
+            what_was_stored(self.layout, observed.written, *sizes),
+            what_was_sealed(self.layout, observed.sealed, observed.given, num_rows) if observed.given else (),
+        )
+
+    def hidden_of(self, tokens: Tokens, implied: Implied) -> tuple[Hidden, Array]:
+        """Final hidden states of the parallel form, and by how much what was stored exceeds rounding: a program."""
+        return self._hidden(self.params, tokens, implied)
 
     def logits_of(self, hidden: Array) -> Array:
         """Logits [B, V] of final hidden states [B, E]: a program."""
         return self._logits(self.params, hidden)
 
     @partial(jax.jit, static_argnums=0)
-    def _hidden(
-        self,
-        params: Params,
-        tokens: Tokens,
-        gone_at: GoneAt,
-        is_read: ReadMasks,
-        sealed_at: tuple[dict[str, SealedAt], ...],
-    ) -> Hidden:
-        """Final hidden states of the parallel form."""
-        sealed = roundings_of(self.layout, sealed_at)
-        return masked_hidden(merge(self.structure, params), self.layout.stored, tokens, gone_at, is_read, sealed)
+    def _hidden(self, params: Params, tokens: Tokens, implied: Implied) -> tuple[Hidden, Array]:
+        return masked_hidden(
+            merge(self.structure, params), self.layout.stored, tokens, implied, sealings_of(self.layout)
+        )
 
     @partial(jax.jit, static_argnums=0)
     def _logits(self, params: Params, hidden: Array) -> Array:
@@ -105,23 +121,22 @@ class MaskCheck:
         return self is other
 
 
-def roundings_of(
-    layout: MemoryLayout, sealed_at: Sequence[Mapping[str, SealedAt]]
-) -> list[dict[str, Callable[..., SealedMasked]]]:
-    """How the views of sealed states are made, by layer and the mixer's state."""
+class SealedPart(NamedTuple):
+    """What the sealed pages of a state are."""
+
+    state: State
+    page_size: int
+
+
+def sealings_of(layout: MemoryLayout) -> list[dict[str, SealedPart]]:
+    """By layer and the mixer's state, of those whose pages are sealed."""
     return [
         {
-            name: partial(
-                SealedMasked,
-                order=at.order,
-                sealed_at=at.sealed_at,
-                rounding=layout.classes[states[f"{name}.sealed"]].spec,
-                page_size=layout.page_size,
-            )
-            for name, at in mine.items()
-            if at.order.shape[2]
+            name: SealedPart(layout.classes[states[names["sealed"]]].spec, layout.page_size)
+            for name, each in joined.items()
+            if "sealed" in (names := dict(each.names))
         }
-        for states, mine in zip(layout.states, sealed_at, strict=True)
+        for states, joined in zip(layout.states, layout.joined, strict=True)
     ]
 
 
@@ -139,24 +154,49 @@ def masked_hidden(
     model: Runs,
     stored: Sequence[LayerStates],
     tokens: Tokens,
-    gone_at: Sequence[Mapping[str, Any]],
-    is_read: ReadMasks | None = None,
-    sealed: Sequence[Mapping[str, Any]] = (),
-) -> Hidden:
-    """Final hidden states [B, T, E] of complete sequences in the parallel form: of the states that `gone_at` names,
-    each head sees what it still holds, and of these tokens what `is_read` says. All are rounded as the `stored` states
-    say. Traced."""
+    implied: Implied,
+    sealings: Sequence[Mapping[str, SealedPart]] = (),
+) -> tuple[Hidden, Array]:
+    """Final hidden states [B, T, E] of complete sequences in the parallel form, as a run through a memory implies them:
+    of the states that `gone_at` names, each head sees what it still holds, and of these tokens what `is_read` says. All
+    are rounded as the `stored` states say, and what was read back is taken. And the largest excess of that. `sealings`
+    are the sealed states of those that are sealed. Traced."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     starts, counts = jnp.zeros(len(tokens), jnp.int32), jnp.full(len(tokens), tokens.shape[1], jnp.int32)
     memory: list[dict[str, Any]] = []
-    for layer, (states, gone) in enumerate(zip(stored, gone_at, strict=True)):
+    for layer, states in enumerate(stored):
         views = dict[str, Any]()
         for name, state in states.items():
-            if name in gone:
-                read = None if is_read is None else is_read[layer].get(name)
-                make = sealed[layer].get(name, MaskedTokens) if sealed else MaskedTokens
-                views[name] = make(state, {}, counts, gone[name], read)
+            view: Any
+            if name in implied.gone_at[layer]:
+                view = _masked(state, counts, implied, layer, name, sealings[layer].get(name) if sealings else None)
             else:
-                views[name] = view_of(state, "whole").of(state, {}, None, starts, counts)
+                view = view_of(state, "whole").of(state, {}, None, starts, counts)
+            given = implied.stored[layer].get(name) if implied.stored else None
+            views[name] = view if given is None else replace(view, given=given)
         memory.append(views)
-    return model.hidden(tokens, positions, memory)[0]
+    hidden, after = model.hidden(tokens, positions, memory)
+    excess = [getattr(view, "excess", None) for layer in after for view in layer.values()]
+    return hidden, jnp.stack([jnp.zeros(()), *(each for each in excess if each is not None)]).max()
+
+
+def _masked(
+    state: State, counts: Array, implied: Implied, layer: int, name: str, part: SealedPart | None
+) -> MaskedTokens:
+    """The view of a state that drops tokens, or selects among them, or seals them."""
+    read = None if implied.is_read is None else implied.is_read[layer].get(name)
+    masks: dict[str, Any] = {"gone_at": implied.gone_at[layer][name], "is_read": read}
+    at = implied.sealed_at[layer].get(name) if implied.sealed_at else None
+    if at is None or part is None or not at.order.shape[2]:
+        return MaskedTokens(state, {}, counts, **masks)
+    return SealedMasked(
+        state,
+        {},
+        counts,
+        **masks,
+        order=at.order,
+        sealed_at=at.sealed_at,
+        sealed=implied.sealed[layer].get(name) if implied.sealed else None,
+        rounding=part.state,
+        page_size=part.page_size,
+    )

@@ -16,6 +16,7 @@ from kvlab.engine.step import IsRead, MemoryStep, Pools
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.plan import Plan
+from kvlab.memory.reading_back import Given
 from kvlab.typing import Params
 
 
@@ -28,6 +29,27 @@ class ReadStep(NamedTuple):
     is_read: IsRead
 
 
+class WrittenStep(NamedTuple):
+    """What a step wrote, as it is read: a row for each of its sequences, which had `starts` tokens before it and have
+    `counts` more behind it."""
+
+    sequences: tuple[Hashable, ...]
+    starts: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+    given: Given
+
+
+class Observed(NamedTuple):
+    """What was done to the sequences of a memory, for its check: compactions, what steps read, sealings, and what was
+    read back of the tokens written and of the pages sealed."""
+
+    compacted: Sequence[Compacted] = ()
+    steps: Sequence[ReadStep] = ()
+    sealed: Sequence[SealedPages] = ()
+    written: Sequence[WrittenStep] = ()
+    given: Sequence[Given] = ()
+
+
 class Session:
     """Sequences that live in one memory. The batch is `layout.max_sequences` rows; fewer leave rows padded.
 
@@ -37,7 +59,8 @@ class Session:
     frees are filled with what must not be read.
 
     A memory that selects may have prompts read all of it: tokens from `decode_from` on are no prompt's. With
-    `observes`, `steps` has what each step so far read.
+    `observes`, `steps` has what each step so far read; `written` what each stored, if in a format, and `given` the same
+    for each of `sealed`.
     """
 
     def __init__(
@@ -51,6 +74,7 @@ class Session:
     ):
         self.step, self.params, self.poisons = step, params, poisons
         self.observes = observes and step.layout.selects
+        self.reads_back = observes and step.layout.is_quantised
         self.layout = step.layout
         self.ledger = self.layout.ledger()
         self.pools: Pools = self.layout.allocate() if pools is None else pools
@@ -61,11 +85,18 @@ class Session:
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
         self.sealed: list[SealedPages] = []
+        self.written: list[WrittenStep] = []
+        self.given: list[Given] = []
         self.decode_from = 0
         self.steps: list[ReadStep] = []
         self.times = False
         """Whether compactions, second passes included, are waited for and timed."""
         self.compaction_s: list[float] = []
+
+    @property
+    def observed(self) -> Observed:
+        """All that happened since sequences were last released."""
+        return Observed(self.compacted, self.steps, self.sealed, self.written, self.given)
 
     def advance(
         self,
@@ -95,6 +126,9 @@ class Session:
             self.steps.append(ReadStep(tuple(names), plan, is_read))
         else:
             logits, self.pools = self.step.run(self.params, self.pools, plan, tokens)
+        if self.reads_back:
+            given = self.step.read_back(self.pools, plan.without_copies())
+            self.written.append(WrittenStep(tuple(names), plan.starts, plan.counts, given))
         free = self._free() if self.poisons and self.forgets else []
         for name in names:
             self.ledger.commit(name, len(chunks[name]))
@@ -142,6 +176,8 @@ class Session:
         seals, sealed = done
         self.pools = self.step.seal(self.pools, seals)
         self.sealed.append(SealedPages(tuple(names), sealed))
+        if self.reads_back:
+            self.given.append(self.step.read_sealed(self.pools, seals))
         if self.poisons:
             self._poison(free)
 
@@ -175,5 +211,7 @@ class Session:
             self.ledger.release(name)
         self.compacted.clear()
         self.sealed.clear()
+        self.written.clear()
+        self.given.clear()
         self.steps.clear()
         self.fed.clear()

@@ -1,8 +1,8 @@
 """Which tokens each head still held at each position, from what the device said it kept, and from the windows of what
 forgets by position."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from kvlab.memory.layout import MemoryLayout
 NEVER = 2**30
 """A length that no sequence reaches: a token that is never dropped is gone there."""
 
-type GoneAt = tuple[dict[str, npt.NDArray[np.int32]], ...]
+type GoneAt = tuple[Mapping[str, Any], ...]
 """For each layer, by the mixer's state: [B, K, T] the length at which a head dropped each token; of every state that
 drops tokens, or selects among them."""
 

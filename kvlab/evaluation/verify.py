@@ -14,7 +14,9 @@ from kvlab.tasks.metrics import Metric
 
 EXACT = "the parallel form"
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""The largest difference of a logit, relative to the largest of its position."""
+"""The largest difference of a logit, relative to the largest of its position; and of a number before it is stored."""
+SCALE_TOLERANCE = 2.0**-7
+"""Scales and zero points in bfloat16 may be rounded either way as well, by 2^-8 of either."""
 
 
 def verify(
@@ -37,6 +39,12 @@ def verify(
     masks = {"kept": memory.compression, "read": memory.selection}
     if applied := [what for what, method in masks.items() if method is not None]:
         name += f" under the mask of what it {' and '.join(applied)}"
+    ties = LOGIT_TOLERANCE[dtype] + (SCALE_TOLERANCE if check.layout.has_short_scales else 0)
+    if not check.worst_stored <= ties:
+        raise RuntimeError(
+            f"what memory.format = {memory.format} stores lies further from what was computed than rounding does, by "
+            f"{check.worst_stored:.2g} of the largest number of its scale; ties explain {ties:.2g}"
+        )
     if not check.worst <= LOGIT_TOLERANCE[dtype]:
         raise RuntimeError(
             f"logits through the memory differ from {name} by {check.worst:.2g} of the largest; they must agree within "

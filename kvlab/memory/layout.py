@@ -199,6 +199,11 @@ class MemoryLayout:
         return any(array.is_scale for state in self.classes for array in state.spec.arrays)
 
     @property
+    def has_short_scales(self) -> bool:
+        """Whether a scale is itself rounded to fewer bits than float32."""
+        return any(array.is_scale and array.dtype != "float32" for state in self.classes for array in state.spec.arrays)
+
+    @property
     def pool_bytes(self) -> int:
         """Stated bytes of all pools; equals the bytes of `allocate()`'s arrays."""
         return sum(state.pool_bytes for state in self.classes)

@@ -75,10 +75,16 @@ def stored(state: Any, pool: Pool, name: str) -> Stored:
     return Quantised(pool[name], scales, state.format)
 
 
+def rounded_arrays(state: State) -> list[str]:
+    """The arrays of a state in pages that are in its format, each with a scale for every token."""
+    scaled = {array.name for array in state.arrays if array.is_scale and not array.per_page}
+    return [array.name for array in state.arrays if f"{array.name}_scale" in scaled]
+
+
 def as_stored(state: Any, name: str, tokens: Array) -> Array:
     """Tokens [B, T, K, D] of an array as they are read once they were stored: rounded to the state's format, where that
     array is in it, in their own type."""
-    if not any(array.name == f"{name}_scale" for array in state.arrays):
+    if name not in rounded_arrays(state):
         return tokens
     rounded = quantised(turned(state, tokens), state.format).values()
     return turned_back(state, rounded).astype(tokens.dtype)

@@ -28,7 +28,7 @@ def drive(
     model, structure, params, _ = build(variant)
     memory = MemoryConfig(page_size=page_size, chunk_len=chunk_len, compression=method, budget=budget, format=format)
     layout = MemoryLayout.of(model.states(), memory, max_sequences=ROWS, max_len=TOTAL)
-    session = Session(MemoryStep.of(structure, layout), params, layout.allocate(np.nan), poisons=True)
+    session = Session(MemoryStep.of(structure, layout), params, layout.allocate(np.nan), poisons=True, observes=True)
     tokens, seen = tokens_of(), dict[int, np.ndarray]()
     session.prompt_len, session.known = PROMPT, dict(enumerate(tokens))
     position = 0
@@ -40,7 +40,7 @@ def drive(
         seen |= {position + place: np.asarray(logits[:ROWS, place]) for place in range(count)}
         position += count
     check = MaskCheck(structure, params, layout)
-    check.compare(tokens, session.compacted, seen)
+    check.compare(tokens, seen, session.observed)
     return check, session
 
 

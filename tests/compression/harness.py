@@ -134,7 +134,9 @@ def run(
     _, structure, params = model_of(model)
     tokens = tokens_of() if tokens is None else tokens
     layout = layout_of(model, memory, max_len=tokens.shape[1], **options)
-    session = Session(MemoryStep.of(structure, layout), params, layout.allocate(float("nan")), poisons=True)
+    session = Session(
+        MemoryStep.of(structure, layout), params, layout.allocate(float("nan")), poisons=True, observes=True
+    )
     session.prompt_len, session.known = prompt_len, dict(enumerate(tokens))
     seen = dict[int, np.ndarray]()
     for start, end in chunks_of(prompt_len, tokens.shape[1], layout.chunk_len):
@@ -145,7 +147,7 @@ def run(
         seen |= {place: logits[: len(tokens), place - start] for place in range(start, end)}
     check = _check_of(model, memory.format)
     check.layout, check.worst, check.num_compactions = layout, 0.0, 0
-    check.compare(tokens, session.compacted, seen)
+    check.compare(tokens, seen, session.observed)
     stacked = np.stack([seen[place] for place in sorted(seen)], axis=1)
     return Ran(session, stacked, check.worst, check.num_compactions, layout)
 

@@ -1,7 +1,7 @@
 """Complete sequences of which each head sees only a part: the parallel form under the mask that compactions and
 selections imply. What such a memory computes must be this, to rounding."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvlab.memory.views.sealed import schemes
-from kvlab.memory.views.whole import Appended
+from kvlab.memory.views.whole import Appended, taken
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import quantised
 from pallas_kernels.masking import masked_softmax
@@ -53,10 +53,12 @@ class MaskedTokens(Appended):
 class SealedMasked(MaskedTokens):
     """The same where pages are sealed: from the length `sealed_at` [B, K, T] on, a token is read as it was rounded
     together with the others of its page. `order` [B, K, S] are the positions of sealed tokens, page by page; past their
-    end -1."""
+    end -1. `sealed` are what sealed pages gave back in that order, by array [B, K, S, D], as `given` is of what is not
+    sealed."""
 
     order: Any = None
     sealed_at: Any = None
+    sealed: Any = None
     rounding: Any = field(default=None, metadata={"static": True})
     page_size: int = field(default=1, metadata={"static": True})
 
@@ -64,7 +66,7 @@ class SealedMasked(MaskedTokens):
         self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
     ) -> tuple[HeadOutputs, Self]:
         exact = {name: self.pool[name].swapaxes(1, 2) for name in ("keys", "values")}  # [B, K, T, D]
-        rounded = self._rounded(exact)
+        rounded, excess = self._rounded(exact)
         num_kv_heads, num_tokens, dim = exact["keys"].shape[1:]
         grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
         keys, values = (
@@ -80,14 +82,20 @@ class SealedMasked(MaskedTokens):
         is_sealed = (self.order >= 0)[:, :, None] & (places[None, None, :, None] >= since[:, :, None, :])
         weights, _ = masked_softmax(scores, jnp.concatenate([is_open, is_sealed], axis=3)[:, :, None])
         outputs = jnp.einsum("bkgts,bksd->btkgd", weights, values)
-        return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype), self
+        outputs = outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype)
+        return outputs, replace(self, excess=excess)
 
-    def _rounded(self, exact: dict[str, Array]) -> dict[str, Array]:
-        """Keys and values [B, K, S, D] of sealed tokens as sealed pages give them back."""
+    def _rounded(self, exact: dict[str, Array]) -> tuple[dict[str, Array], Array]:
+        """Keys and values [B, K, S, D] of sealed tokens as sealed pages give them back; and as `taken` has it."""
         place = jnp.maximum(self.order, 0)[..., None]
-        found = {}
+        found, excess = {}, jnp.zeros(())
         for (name, array), scheme in zip(exact.items(), schemes(self.rounding), strict=True):
             tiles = jnp.take_along_axis(array, place, axis=2)
             tiles = tiles.reshape(*tiles.shape[:2], -1, self.page_size, tiles.shape[3])
-            found[name] = quantised(tiles, scheme).values().reshape(*self.order.shape, -1)
-        return found
+            rounded = quantised(tiles, scheme).values()
+            if self.sealed is not None:
+                axis = -2 if scheme.per == "channel" else -1
+                rounded, further = taken(tiles, rounded, self.sealed[name].reshape(tiles.shape), axis)
+                excess = jnp.maximum(excess, further)
+            found[name] = rounded.reshape(*self.order.shape, -1)
+        return found, excess
