@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from kvlab.evaluation.read_masks import ReadMasks, what_was_read
-from kvlab.evaluation.session import Observed
+from kvlab.evaluation.session import Events
 from kvlab.evaluation.stored import Stored, what_was_sealed, what_was_stored
 from kvlab.evaluation.trail import GoneAt, SealedAt, sealed_trail, trail
 from kvlab.ledger.states import State
@@ -60,14 +60,14 @@ class MaskCheck:
         self,
         tokens: np.ndarray,
         seen: dict[int, np.ndarray],
-        observed: Observed,
+        events: Events,
         name: str = "",
     ) -> None:
         """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
         by position."""
         if not seen:
             return
-        implied = self._implied(observed, *tokens.shape)
+        implied = self._implied(events, *tokens.shape)
         hidden, excess = self.hidden_of(jnp.asarray(tokens), implied)
         self.worst_stored = max(self.worst_stored, float(excess))
         positions = sorted(seen)
@@ -83,17 +83,17 @@ class MaskCheck:
         dropped = [gone < tokens.shape[1] for layer in implied.gone_at for gone in layer.values()]
         evicted[0] += sum(int(each.sum()) for each in dropped)
         evicted[1] += sum(each.size for each in dropped)
-        self.num_compactions += sum(len(each.sequences) for each in observed.compacted)
+        self.num_compactions += sum(len(each.sequences) for each in events.compacted)
 
-    def _implied(self, observed: Observed, num_rows: int, num_tokens: int) -> Implied:
+    def _implied(self, events: Events, num_rows: int, num_tokens: int) -> Implied:
         sizes = num_rows, num_tokens
-        gone_at = trail(self.layout, observed.compacted, *sizes)
+        gone_at = trail(self.layout, events.compacted, *sizes)
         return Implied(
             gone_at,
-            what_was_read(self.layout, observed.steps, observed.compacted, *sizes),
-            sealed_trail(self.layout, gone_at, observed.sealed),
-            what_was_stored(self.layout, observed.written, *sizes),
-            what_was_sealed(self.layout, observed.sealed, observed.given, num_rows) if observed.given else (),
+            what_was_read(self.layout, events.steps, events.compacted, *sizes),
+            sealed_trail(self.layout, gone_at, events.sealed),
+            what_was_stored(self.layout, events.written, *sizes),
+            what_was_sealed(self.layout, events.sealed, events.given, num_rows) if events.given else (),
         )
 
     def hidden_of(self, tokens: Tokens, implied: Implied) -> tuple[Hidden, Array]:

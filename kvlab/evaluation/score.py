@@ -117,7 +117,7 @@ class Scorer:
                 labelled = [position for position in range(start, end) if weights[:, position].any()]
                 seen |= {position: np.asarray(logits[: len(tokens), position - start]) for position in labelled}
         if check is not None:
-            check.compare(tokens, seen, session.observed, eval_slice.name)
+            check.compare(tokens, seen, session.events, eval_slice.name)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
 

@@ -39,7 +39,7 @@ class WrittenStep(NamedTuple):
     given: Given
 
 
-class Observed(NamedTuple):
+class Events(NamedTuple):
     """What was done to the sequences of a memory, for its check: compactions, what steps read, sealings, and what was
     read back of the tokens written and of the pages sealed."""
 
@@ -94,9 +94,9 @@ class Session:
         self.compaction_s: list[float] = []
 
     @property
-    def observed(self) -> Observed:
+    def events(self) -> Events:
         """All that happened since sequences were last released."""
-        return Observed(self.compacted, self.steps, self.sealed, self.written, self.given)
+        return Events(self.compacted, self.steps, self.sealed, self.written, self.given)
 
     def advance(
         self,

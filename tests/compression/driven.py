@@ -40,7 +40,7 @@ def drive(
         seen |= {position + place: np.asarray(logits[:ROWS, place]) for place in range(count)}
         position += count
     check = MaskCheck(structure, params, layout)
-    check.compare(tokens, seen, session.observed)
+    check.compare(tokens, seen, session.events)
     return check, session
 
 

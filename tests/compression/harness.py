@@ -147,7 +147,7 @@ def run(
         seen |= {place: logits[: len(tokens), place - start] for place in range(start, end)}
     check = _check_of(model, memory.format)
     check.layout, check.worst, check.num_compactions = layout, 0.0, 0
-    check.compare(tokens, seen, session.observed)
+    check.compare(tokens, seen, session.events)
     stacked = np.stack([seen[place] for place in sorted(seen)], axis=1)
     return Ran(session, stacked, check.worst, check.num_compactions, layout)
 

@@ -11,7 +11,7 @@ from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
-from kvlab.evaluation.session import Observed, Session
+from kvlab.evaluation.session import Events, Session
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.schema import ConfigError
 from tests.engine.families import MAX_LEN, VOCAB, checked, config_of, pretrained
@@ -76,7 +76,7 @@ def test_answers_are_those_of_the_mask_that_compactions_imply():
         seen[len(tokens) - 2] = np.asarray(logits)
         logits = session.advance({0: tokens[-1:]}, 1)[:, 0]
     check = MaskCheck(model.structure, model.params, layout)
-    check.compare(np.array([tokens], np.int32), seen, Observed(session.compacted))
+    check.compare(np.array([tokens], np.int32), seen, Events(session.compacted))
     assert check.num_compared == 20
     assert check.num_compactions >= 3
     assert check.worst < 1e-5

@@ -11,7 +11,7 @@ from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.mask_check import MaskCheck
-from kvlab.evaluation.session import Observed, Session
+from kvlab.evaluation.session import Events, Session
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from tests.engine.families import MAX_LEN, VOCAB, checked, config_of, pretrained
 from tests.weights.random_checkpoint import prompt
@@ -82,11 +82,11 @@ def test_answers_are_those_of_the_parallel_form_rounded_by_the_same_schedule():
         seen[len(tokens) - 2] = np.asarray(logits)
         logits = session.advance({0: tokens[-1:]}, 1)[:, 0]
     check = MaskCheck(model.structure, model.params, layout)
-    check.compare(np.array([tokens], np.int32), seen, session.observed)
+    check.compare(np.array([tokens], np.int32), seen, session.events)
     assert check.num_compared == 20
     assert check.worst < 1e-5
     unsealed = MaskCheck(model.structure, model.params, layout)
-    unsealed.compare(np.array([tokens], np.int32), seen, Observed(session.compacted))
+    unsealed.compare(np.array([tokens], np.int32), seen, Events(session.compacted))
     assert unsealed.worst > 1e-3, "rounding is seen"
     engine = engine_of("after the prompt", max_batch=1)
     assert engine.generate([ids], Sampling(max_tokens=20))[0].tokens == tokens[len(ids) :]

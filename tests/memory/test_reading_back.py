@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvlab.evaluation.session import Observed
+from kvlab.evaluation.session import Events
 from kvlab.evaluation.stored import what_was_stored
 from kvlab.evaluation.verify import verify
 from kvlab.memory.config import MemoryConfig
@@ -50,29 +50,29 @@ def test_every_token_is_read_back(variant, memory):
     arrays = [array for layer in stored for state in layer.values() for array in state.values()]
     assert arrays
     assert all(np.isfinite(array).all() for array in arrays)
-    check.compare(tokens, seen, session.observed)
+    check.compare(tokens, seen, session.events)
     assert check.worst < 1e-5
     assert check.worst_stored < 1e-5
 
 
-def moved(observed: Observed, factor: float) -> Observed:
+def moved(events: Events, factor: float) -> Events:
     """With one number of the first step, or of the first pages sealed, moved by a share of the largest of its layer."""
-    first = observed.given[0] if observed.given else observed.written[0].given
+    first = events.given[0] if events.given else events.written[0].given
     (name,) = first[LAYER]
     numbers = np.array(first[LAYER][name][ARRAY])
     numbers[0, 0, 0, 0] += factor * np.nanmax(np.abs(numbers))
     layers = [dict(layer) for layer in first]
     layers[LAYER][name] = {**layers[LAYER][name], ARRAY: numbers}
-    if observed.given:
-        return observed._replace(given=[tuple(layers), *observed.given[1:]])
-    written = observed.written[0]._replace(given=tuple(layers))
-    return observed._replace(written=[written, *observed.written[1:]])
+    if events.given:
+        return events._replace(given=[tuple(layers), *events.given[1:]])
+    written = events.written[0]._replace(given=tuple(layers))
+    return events._replace(written=[written, *events.written[1:]])
 
 
 @pytest.mark.parametrize("name", ["rotated8", pytest.param("kivi4", marks=pytest.mark.ci)])
 def test_a_number_off_by_a_step_fails_the_run(name):
     check, session, tokens, seen = drive("gqa", MEMORIES[name])
-    check.compare(tokens, seen, moved(session.observed, 0.1))
+    check.compare(tokens, seen, moved(session.events, 0.1))
     assert check.worst_stored > 0.05
     memory = replace(MemoryConfig(), format=MEMORIES[name].format)
     with pytest.raises(RuntimeError, match=rf"what memory\.format = {name} stores lies further"):
@@ -82,5 +82,5 @@ def test_a_number_off_by_a_step_fails_the_run(name):
 def test_logits_follow_what_is_stored():
     """The parallel form takes the number that was read back: what is not in the pages shows in the logits."""
     check, session, tokens, seen = drive("gqa", MEMORIES["rotated8"])
-    check.compare(tokens, seen, moved(session.observed, 0.5))
+    check.compare(tokens, seen, moved(session.events, 0.5))
     assert check.worst > 1e-4

@@ -101,7 +101,7 @@ def drive(variant, memory) -> tuple[MaskCheck, Session, np.ndarray, dict]:
 )
 def test_every_logit_is_that_of_the_parallel_form_rounded_alike(variant, name):
     check, session, tokens, seen = drive(variant, MEMORIES[name])
-    check.compare(tokens, seen, session.observed)
+    check.compare(tokens, seen, session.events)
     assert check.num_compared == ROWS * TOTAL
     assert check.worst < 1e-5
     assert bool(session.sealed) == (MEMORIES[name].format.startswith("kivi"))

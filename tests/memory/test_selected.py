@@ -175,7 +175,7 @@ def test_it_composes_with_compressions_and_formats(method, format):
     assert_index_is_what_keys_say(session)
     session.ledger.check()
     check = MaskCheck(build("attention")[1], session.params, session.layout)
-    check.compare(tokens, seen, session.observed)
+    check.compare(tokens, seen, session.events)
     assert check.worst < 1e-5
     assert check.num_compared == 24 * 3
 
@@ -195,13 +195,13 @@ def test_a_wrong_mask_is_caught():
     session, tokens, seen = compacted("snapkv", "int8")
     check = MaskCheck(build("attention")[1], session.params, session.layout)
     steps = [*session.steps[:-1], swapped(session.steps[-1])]
-    check.compare(tokens, seen, session.observed._replace(steps=steps))
+    check.compare(tokens, seen, session.events._replace(steps=steps))
     assert check.worst > 1e-3
     last = session.steps[-1]
     for spoil, reason in ((jnp.ones_like, "pages of"), (jnp.zeros_like, "read 0 pages")):
         wrong = last._replace(is_read=jax.tree.map(spoil, last.is_read))
         with pytest.raises(AssertionError, match=reason):
-            check.compare(tokens, seen, session.observed._replace(steps=[*session.steps[:-1], wrong]))
+            check.compare(tokens, seen, session.events._replace(steps=[*session.steps[:-1], wrong]))
 
 
 def swapped(step):
