@@ -5,10 +5,13 @@ takes a few items of it, gathers their tiles, attends, and merges the partial re
 cost follows the sum of the live lengths, not the width of the page table nor the longest sequence, and the temporaries
 are one turn's."""
 
+from functools import reduce
+from operator import add
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.formats import Quantised, Stored, each_array, tile_values
+from pallas_kernels.formats import Quantised, Stored, column_parts, each_array
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.sharing import any_lists
 from pallas_kernels.pages import Lists, Pages
@@ -135,23 +138,26 @@ def _attend(
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)[None, :, None]
     tiles = listed[:, None, :] * num_kv_heads + heads
 
-    def gather(pool: Stored) -> Array:
-        """[I, K, c, page * D]."""
+    def gather(pool: Stored) -> list[Array]:
+        """[I, K, c, page * D / n] for each of the n parts of its columns."""
 
         def gathered(x: Array) -> Array:
             rows = x.reshape(num_pages * num_kv_heads, -1).at[tiles].get(mode="clip")
             return rows.reshape(*tiles.shape, *x.shape[2:]) if isinstance(pool, Quantised) else rows
 
-        return tile_values(each_array(pool, gathered)).reshape(*tiles.shape, -1)
+        return [part.reshape(*tiles.shape, -1) for part in column_parts(each_array(pool, gathered))]
 
     # Barriers keep XLA from computing the mask anew in each consumer, and from gathering into layouts of its own.
     seen = lax.optimization_barrier(seen)
-    keys = lax.optimization_barrier(gather(pages.keys)).reshape(num_items, num_kv_heads, num_slots, -1)
+    keys = [part.reshape(*tiles.shape[:2], num_slots, -1) for part in lax.optimization_barrier(gather(pages.keys))]
     batched = ((0, 1), (0, 1))
     if pages.per is not None:
         queries = queries.astype(jnp.float32)
-    products = lax.dot_general(queries, keys, (((3,), (3,)), batched), preferred_element_type=jnp.float32)
-    scores = scoring.capped(products * scoring.scale)
+    products = [
+        lax.dot_general(rows, part, (((3,), (3,)), batched), preferred_element_type=jnp.float32)
+        for rows, part in zip(jnp.split(queries, len(keys), axis=3), keys, strict=True)
+    ]
+    scores = scoring.capped(reduce(add, products) * scoring.scale)
     scores = scores.reshape(num_items, num_kv_heads, -1, seen.shape[1], num_slots)
     scores = jnp.where(seen[:, None, None], scores, -jnp.inf).reshape(num_items, num_kv_heads, num_rows, num_slots)
     highest = scores.max(axis=-1)
@@ -160,19 +166,20 @@ def _attend(
     # A weight of zero does not silence a NaN. Most items are seen whole and need no silencing.
     readable = seen.any(axis=1)
 
-    def gathered_values() -> Array:
+    def gathered_values() -> list[Array]:
         if not pages.is_latent:
             return gather(pages.values)
-        return keys[..., :value_dim].reshape(num_items, num_kv_heads, -1, page_size * value_dim)
+        values = jnp.concatenate(keys, axis=-1)[..., :value_dim]
+        return [values.reshape(num_items, num_kv_heads, -1, page_size * value_dim)]
 
-    def silenced() -> Array:
-        values = gathered_values().reshape(num_items, num_kv_heads, -1, page_size, value_dim)
-        values = jnp.where(readable.reshape(num_items, 1, -1, page_size, 1), values, 0)
-        return values.reshape(num_items, num_kv_heads, -1, page_size * value_dim)
+    def silenced() -> list[Array]:
+        parts = [part.reshape(*tiles.shape, page_size, -1) for part in gathered_values()]
+        parts = [jnp.where(readable.reshape(num_items, 1, -1, page_size, 1), part, 0) for part in parts]
+        return [part.reshape(*tiles.shape, -1) for part in parts]
 
-    values = lax.cond(readable.all(), gathered_values, silenced)
-    values = lax.optimization_barrier(values).reshape(num_items, num_kv_heads, num_slots, value_dim)
-    outputs = lax.dot_general(weights, values.astype(jnp.float32), (((3,), (2,)), batched))
+    values = lax.optimization_barrier(lax.cond(readable.all(), gathered_values, silenced))
+    values = [part.reshape(num_items, num_kv_heads, num_slots, -1).astype(jnp.float32) for part in values]
+    outputs = jnp.concatenate([lax.dot_general(weights, part, (((3,), (2,)), batched)) for part in values], axis=3)
     return outputs, highest, weights.reshape(*highest.shape, -1, page_size).sum(axis=-1)
 
 

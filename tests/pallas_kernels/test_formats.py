@@ -6,7 +6,17 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from pallas_kernels.formats import FAINT, Quantised, Scheme, format_of, packed, quantised, scales_for, unpacked
+from pallas_kernels.formats import (
+    FAINT,
+    Quantised,
+    Scheme,
+    column_parts,
+    format_of,
+    packed,
+    quantised,
+    scales_for,
+    unpacked,
+)
 from pallas_kernels.rounding import inverses
 
 
@@ -123,3 +133,24 @@ def test_arrays_that_do_not_fit_together_are_refused(changes, message):
     arrays = {"payload": jnp.zeros((4, 8), jnp.int8), "scales": jnp.zeros(4), "format": "int8"}
     with pytest.raises(ValueError, match=message):
         Quantised(**arrays | changes).check("pages")
+
+
+def test_every_code_of_fp8_is_its_number():
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    numbers = np.asarray(codes.view(jnp.float8_e4m3fn)).astype(np.float32)
+    assert np.isnan(numbers).sum() == 2
+    tiles = Quantised(codes[None], jnp.full((1,), 2.0), "fp8")
+    np.testing.assert_array_equal(np.asarray(column_parts(tiles)[0])[0], 2 * numbers)
+
+
+@pytest.mark.parametrize(
+    ("format", "has_zeros", "num_parts"),
+    [("int8", False, 1), ("int4", False, 2), ("int4", True, 2), ("int2", False, 4), ("int2", True, 4)],
+)
+@pytest.mark.parametrize(("per", "group"), [("token", None), ("token", 4), ("channel", None)])
+def test_parts_of_columns_are_the_values(format, has_zeros, num_parts, per, group):
+    tokens = jax.random.normal(jax.random.key(0), (3, 4, 16))
+    tiles = quantised(tokens, Scheme(format, per, group, has_zeros))
+    parts = column_parts(tiles)
+    assert len(parts) == num_parts
+    np.testing.assert_array_equal(jnp.concatenate(parts, axis=-1), tiles.values())
