@@ -99,6 +99,7 @@ def draw(found: pd.DataFrame, shares: npt.NDArray[np.float64], path: Path) -> No
     colours = ["#555555", "#d55e00", "#0072b2", "#0072b2"]
     bars = left.bar(names, found.perplexity, color=colours)
     left.bar_label(bars, fmt="%.0f")
+    left.margins(y=0.12)
     left.set(ylabel="perplexity", title="The newest tokens alone do not suffice")
     left.tick_params(axis="x", labelsize=8)
     layers = np.arange(len(shares))
