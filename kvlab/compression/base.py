@@ -247,6 +247,18 @@ def grouped(by_query_head: Float[Array, "B *T H S"], num_kv_heads: int) -> Float
     return by_query_head.reshape(*front, num_kv_heads, num_heads // num_kv_heads, num_slots)
 
 
+def as_noted(by_head: Float[Array, "B K S"], num_slots: int) -> Float[Array, "B N K"]:
+    """What heads have of each slot, as it is remembered: of `num_slots`, with zeros behind what there is."""
+    found = by_head[:, :, :num_slots].transpose(0, 2, 1)
+    return jnp.pad(found, ((0, 0), (0, num_slots - found.shape[1]), (0, 0)))
+
+
+def as_scored(noted: Float[Array, "B S K"], num_slots: int) -> Float[Array, "B K N"]:
+    """The reverse: what is remembered of each slot, by head."""
+    found = noted[:, :num_slots].transpose(0, 2, 1)
+    return jnp.pad(found, ((0, 0), (0, 0), (0, num_slots - found.shape[2])))
+
+
 def weights_of(queries: Float[Array, "B T H D"], slots: Slots, seen: Bool[Array, "B #T N"]) -> Float[Array, "B T H N"]:
     """Softmax weights of scaled queries over the slots that each sees; a query that sees none has zeros."""
     num_kv_heads, cap = slots.keys.shape[1], slots.readers.soft_cap if slots.readers else None
