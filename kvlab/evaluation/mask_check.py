@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, SealedPages
+from kvlab.evaluation.lossy import Compacted, SealedTogether
 from kvlab.evaluation.read_masks import ReadMasks, what_was_read
 from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import GoneAt, SealedAt, sealed_trail, trail
@@ -46,7 +46,7 @@ class MaskCheck:
         seen: dict[int, np.ndarray],
         name: str = "",
         steps: Sequence[ReadStep] = (),
-        sealed: Sequence[SealedPages] = (),
+        sealed: Sequence[SealedTogether] = (),
     ) -> None:
         """One batch of sequences [B, T] of a slice, named by their rows; `seen` are logits [B, V] through the memory,
         by position, and `steps` what was read."""
