@@ -15,17 +15,15 @@ from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
 
 
 def simulated(mode: str) -> partial:
+    """Blocks of 16 tokens and items of few rows, so that short sequences have several."""
     how = pltpu.InterpretParams(
         detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
     )
-    return partial(tpu.paged_attention, interpret=how)
+    return partial(tpu.paged_attention, block_len=16, max_rows=8, interpret=how)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of 16 tokens and items of few rows, so that short sequences have several; a clean simulator afterwards."""
-    monkeypatch.setattr(tpu, "BLOCK_LEN", 16)
-    monkeypatch.setattr(tpu, "ROWS", 8)
+def clean():
     yield
     pltpu.reset_tpu_interpret_mode_state()
 
