@@ -22,6 +22,7 @@ from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
 from kvlab.ledger.states import ArraySpec, PerToken, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
+from pallas_kernels.masking import soft_capped
 
 HEADS = ("uniform", "ada")
 """How a layer's slots are dealt to its heads."""
@@ -101,6 +102,10 @@ class Slots:
     def valid(self) -> Bool[Array, "B N"]:
         """Which slots hold a token."""
         return jnp.arange(self.keys.shape[2], dtype=jnp.int32)[None, :] < self.stored[:, None]
+
+    def capped(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Scores of queries under the soft cap of those who read the state, if there is one."""
+        return soft_capped(scores, None if self.readers is None else self.readers.soft_cap)
 
     def everywhere(self, by_slot: Float[Array, "B N"]) -> Float[Array, "B K N"]:
         """The same score for every head."""
@@ -261,12 +266,11 @@ def as_scored(noted: Float[Array, "B S K"], num_slots: int) -> Float[Array, "B K
 
 def weights_of(queries: Float[Array, "B T H D"], slots: Slots, seen: Bool[Array, "B #T N"]) -> Float[Array, "B T H N"]:
     """Softmax weights of scaled queries over the slots that each sees; a query that sees none has zeros."""
-    num_kv_heads, cap = slots.keys.shape[1], slots.readers.soft_cap if slots.readers else None
+    num_kv_heads = slots.keys.shape[1]
     batch, num_tokens, num_heads, dim = queries.shape
     asked = queries.reshape(batch, num_tokens, num_kv_heads, -1, dim)
     scores = jnp.einsum("btkgd,bknd->btkgn", asked, slots.keys, preferred_element_type=jnp.float32)
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    scores = slots.capped(scores)
     scores = jnp.where(seen[:, :, None, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     weights = jnp.where(seen[:, :, None, None, :] & jnp.isfinite(weights), weights, 0)

@@ -41,10 +41,7 @@ class RKV(ByLastQueries):
 def _importance(slots: Slots) -> Float[Array, "B K N"]:
     """Weights of the last queries over what came before them, of each group's largest scores."""
     asked = by_group(slots.noted["queries"].swapaxes(1, 2), slots.keys.shape[1])
-    scores = jnp.einsum("bkgwd,bknd->bkgwn", asked, slots.keys)
-    cap = slots.readers.soft_cap if slots.readers is not None else None
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    scores = slots.capped(jnp.einsum("bkgwd,bknd->bkgwn", asked, slots.keys))
     seen = reaching(slots) & before_window(slots)[:, None, :]
     weights, _ = masked_softmax(scores.max(axis=2), seen[:, None])
     return weights.sum(axis=2) / num_queries(slots)[:, None, None]

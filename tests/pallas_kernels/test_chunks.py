@@ -17,7 +17,7 @@ from pallas_kernels.debug import debugging
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, gpu, proof, sharing, tpu
 from pallas_kernels.paged_attention.cases import generated
-from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers
+from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers, on_tpu
 
 CASES: dict[str, dict[str, Any]] = {
     "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
@@ -209,13 +209,9 @@ class TestTPU(Contract):
         assert "RACE" not in capfd.readouterr().out
 
     def prefill(self, number=0, max_rows=8):
-        how = pltpu.InterpretParams(
-            detect_races=True,
-            dma_execution_mode="on_wait" if number % 2 else "eager",
-            uninitialized_memory="nan",
-            out_of_bounds_reads="raise",
+        return partial(
+            tpu.paged_attention, block_len=16, max_rows=max_rows, interpret=on_tpu("on_wait" if number % 2 else "eager")
         )
-        return partial(tpu.paged_attention, block_len=16, max_rows=max_rows, interpret=how)
 
 
 @pytest.mark.parametrize(

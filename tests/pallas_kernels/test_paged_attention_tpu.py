@@ -11,15 +11,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention import tpu
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.proof import check
-from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers, on_tpu
 
 
 def simulated(mode: str) -> partial:
     """Blocks of 16 tokens and items of few rows, so that short sequences have several."""
-    how = pltpu.InterpretParams(
-        detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
-    )
-    return partial(tpu.paged_attention, block_len=16, max_rows=8, interpret=how)
+    return partial(tpu.paged_attention, block_len=16, max_rows=8, interpret=on_tpu(mode))
 
 
 @pytest.fixture(autouse=True)
