@@ -1,4 +1,4 @@
-"""Numbers with their units, as people read them."""
+"""Numbers with their units, as people read them; and the sizes that they are rounded up to."""
 
 
 def human_bytes(count: int | float) -> str:
@@ -8,3 +8,9 @@ def human_bytes(count: int | float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def power_of_two(least: int) -> int:
+    """The least power of two that is not below `least`, and at least 1: what sizes are padded to, so that few shapes
+    are compiled."""
+    return 1 << max(0, least - 1).bit_length()

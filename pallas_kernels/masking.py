@@ -36,7 +36,12 @@ class Scoring:
 
     def capped(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Scaled scores under the soft cap, if there is one."""
-        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+        return soft_capped(scores, self.soft_cap)
+
+
+def soft_capped(scores: Float[Array, "*shape"], soft_cap: float | None) -> Float[Array, "*shape"]:
+    """Scaled scores s as c * tanh(s / c), for a soft cap c; None: as they are."""
+    return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
 def masked_softmax(

@@ -37,7 +37,7 @@ CHILDREN = {
     "tests/test_walls.py": "ci",
     "tests/test_wheel.py": "ci",
     "tests/test_on_gpu.py::test_a_window_leaves_lines_and_goes_on_where_it_stopped": "ci",
-    "tests/test_config.py::test_the_command_line_answers_in_one_line": "ci",
+    "tests/test_wrong_config.py::test_the_command_line_answers_in_one_line": "ci",
     "tests/ledger/test_ledger.py::test_the_ledger_imports_no_jax": "ci",
     "tests/test_cli.py::test_hydra_options_still_work": "ci",
     "tests/test_cli.py::test_tab_completion": "ci",

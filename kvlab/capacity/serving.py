@@ -11,11 +11,10 @@ from kvlab.compression.budget import Budget
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.growth import bytes_at, stored_at
 from kvlab.ledger.states import State, max_pages_for_step
-from kvlab.memory.budgets import Context, EqualBudget, solve, whole_pages, with_slots
+from kvlab.memory.budgets import Context, EqualBudget, solve, unless_protected, whole_pages, with_slots
 from kvlab.memory.config import MemoryConfig
 from kvlab.memory.layout import with_targets
 from kvlab.memory.parts import LayerParts, parts_of_stored
-from kvlab.schema import ConfigError
 
 type Share = tuple[tuple[int, float], ...]
 """The classes of a layer's tokens, each with its share of the heads."""
@@ -42,16 +41,11 @@ class Serving:
         if budget is None or Budget.of(budget).num_bytes is None:
             return cls._of(config, memory, max_len)
 
-        def size(slots: int) -> int | None:
-            try:
-                serving = cls._of(config, with_slots(memory, slots), max_len)
-            except ConfigError as error:
-                if error.name != "memory.budget":
-                    raise
-                return None  # fewer than what is protected
+        def size(slots: int) -> int:
+            serving = cls._of(config, with_slots(memory, slots), max_len)
             return bytes_at(serving.classes, context.prompt_len, context.context_len)
 
-        found = solve(memory, "memory.budget", whole_pages(memory, context), size, context)
+        found = solve(memory, "memory.budget", whole_pages(memory, context), unless_protected(size), context)
         assert found.solved is not None
         return replace(cls._of(config, with_slots(memory, found.solved), max_len), budget=found)
 

@@ -22,6 +22,7 @@ from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
 from kvlab.ledger.states import ArraySpec, PerToken, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
+from pallas_kernels.masking import soft_capped
 
 HEADS = ("uniform", "ada")
 """How a layer's slots are dealt to its heads."""
@@ -101,6 +102,10 @@ class Slots:
     def valid(self) -> Bool[Array, "B N"]:
         """Which slots hold a token."""
         return jnp.arange(self.keys.shape[2], dtype=jnp.int32)[None, :] < self.stored[:, None]
+
+    def capped(self, scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Scores of queries under the soft cap of those who read the state, if there is one."""
+        return soft_capped(scores, None if self.readers is None else self.readers.soft_cap)
 
     def everywhere(self, by_slot: Float[Array, "B N"]) -> Float[Array, "B K N"]:
         """The same score for every head."""
@@ -247,14 +252,25 @@ def grouped(by_query_head: Float[Array, "B *T H S"], num_kv_heads: int) -> Float
     return by_query_head.reshape(*front, num_kv_heads, num_heads // num_kv_heads, num_slots)
 
 
+def as_noted(by_head: Float[Array, "B K S"], num_slots: int) -> Float[Array, "B N K"]:
+    """What heads have of each slot, as it is remembered: of `num_slots`, with zeros behind what there is."""
+    found = by_head[:, :, :num_slots].transpose(0, 2, 1)
+    return jnp.pad(found, ((0, 0), (0, num_slots - found.shape[1]), (0, 0)))
+
+
+def as_scored(noted: Float[Array, "B S K"], num_slots: int) -> Float[Array, "B K N"]:
+    """The reverse: what is remembered of each slot, by head."""
+    found = noted[:, :num_slots].transpose(0, 2, 1)
+    return jnp.pad(found, ((0, 0), (0, 0), (0, num_slots - found.shape[2])))
+
+
 def weights_of(queries: Float[Array, "B T H D"], slots: Slots, seen: Bool[Array, "B #T N"]) -> Float[Array, "B T H N"]:
     """Softmax weights of scaled queries over the slots that each sees; a query that sees none has zeros."""
-    num_kv_heads, cap = slots.keys.shape[1], slots.readers.soft_cap if slots.readers else None
+    num_kv_heads = slots.keys.shape[1]
     batch, num_tokens, num_heads, dim = queries.shape
     asked = queries.reshape(batch, num_tokens, num_kv_heads, -1, dim)
     scores = jnp.einsum("btkgd,bknd->btkgn", asked, slots.keys, preferred_element_type=jnp.float32)
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    scores = slots.capped(scores)
     scores = jnp.where(seen[:, :, None, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1)
     weights = jnp.where(seen[:, :, None, None, :] & jnp.isfinite(weights), weights, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from kvlab.compression.base import Attended, Compression, Noted, Shape, Slots, grouped
+from kvlab.compression.base import Attended, Compression, Noted, Shape, Slots, as_noted, as_scored, grouped
 from kvlab.ledger.states import ArraySpec, PerToken
 from kvlab.schema import flag
 
@@ -32,18 +32,11 @@ class H2O(Compression):
     def observe(self, noted: Noted, seen: Attended) -> Noted:
         num_kv_heads, num_slots = noted["mass"].shape[2], noted["mass"].shape[1]
         weights = jnp.where(seen.real[:, :, None, None], seen.weigh(), 0)
-        mass = grouped(weights, num_kv_heads).mean(axis=3).sum(axis=1)[:, :, :num_slots].transpose(0, 2, 1)
+        mass = as_noted(grouped(weights, num_kv_heads).mean(axis=3).sum(axis=1), num_slots)
         places = jnp.arange(num_slots, dtype=jnp.int32)[None, None, :]
         readers = ((places <= seen.slots[:, :, None]) & seen.real[:, :, None]).sum(axis=1)
-        mass = jnp.pad(mass, ((0, 0), (0, num_slots - mass.shape[1]), (0, 0)))
         return {"mass": noted["mass"] + mass, "readers": noted["readers"] + readers[:, :, None].astype(jnp.float32)}
 
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
-        num_slots = slots.keys.shape[2]
-
-        def by_head(name: str):
-            array = slots.noted[name][:, :num_slots].transpose(0, 2, 1)
-            return jnp.pad(array, ((0, 0), (0, 0), (0, num_slots - array.shape[2])))
-
-        mass = by_head("mass")
-        return mass / jnp.maximum(by_head("readers"), 1) if self.by_readers else mass
+        mass, readers = (as_scored(slots.noted[name], slots.keys.shape[2]) for name in self.by_slot)
+        return mass / jnp.maximum(readers, 1) if self.by_readers else mass

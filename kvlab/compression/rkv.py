@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from kvlab.compression.base import Attended, Compression, Noted, Shape, Slots, by_group, unit
-from kvlab.compression.snapkv import before_window, last_queries, num_queries, query_statistics, reaching
-from kvlab.ledger.states import ArraySpec, PerToken
-from kvlab.schema import ConfigError, integer, real
+from kvlab.compression.base import Slots, by_group, unit
+from kvlab.compression.last_queries import ByLastQueries, before_window, num_queries, reaching
+from kvlab.schema import integer, real
 from pallas_kernels.masking import masked_softmax
 
 ROWS = 128
@@ -19,7 +18,7 @@ ROWS = 128
 
 
 @dataclass(frozen=True)
-class RKV(Compression):
+class RKV(ByLastQueries):
     """`weight` * importance - (1 - `weight`) * redundancy, published for decoding (`every=128`).
 
     Importance is that of SnapKV with its two averages replaced: queries of a group take their largest score, and
@@ -28,24 +27,11 @@ class RKV(Compression):
     one stays. N * N cosines a head are computed; 128 rows of them are held at a time."""
 
     name: ClassVar[str] = "rkv"
-    uses_readers: ClassVar[bool] = True
-    by_place: ClassVar[bool] = True
 
     window: int = integer(8, 1, 4096)
     pool: int = integer(7, 1, 255)
     weight: float = real(0.1, 0.0, 1.0)
     threshold: float = real(0.5, -1.0, 1.0)
-
-    def cross_check(self) -> None:
-        if self.recent < self.window:
-            legal = f"must be at least window = {self.window}: the slots of the queries that choose are kept"
-            raise ConfigError("recent", self.recent, legal)
-
-    def statistics(self, state: PerToken, shape: Shape) -> tuple[ArraySpec, ...]:
-        return query_statistics(state, self.window)
-
-    def observe(self, noted: Noted, seen: Attended) -> Noted:
-        return last_queries(noted, seen, self.window)
 
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
         importance = _largest(_importance(slots), self.pool)
@@ -55,10 +41,7 @@ class RKV(Compression):
 def _importance(slots: Slots) -> Float[Array, "B K N"]:
     """Weights of the last queries over what came before them, of each group's largest scores."""
     asked = by_group(slots.noted["queries"].swapaxes(1, 2), slots.keys.shape[1])
-    scores = jnp.einsum("bkgwd,bknd->bkgwn", asked, slots.keys)
-    cap = slots.readers.soft_cap if slots.readers is not None else None
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    scores = slots.capped(jnp.einsum("bkgwd,bknd->bkgwn", asked, slots.keys))
     seen = reaching(slots) & before_window(slots)[:, None, :]
     weights, _ = masked_softmax(scores.max(axis=2), seen[:, None])
     return weights.sum(axis=2) / num_queries(slots)[:, None, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from kvlab.compression.base import Attended, Compression, Noted, PassLens, Shape, Slots, grouped
+from kvlab.compression.base import Attended, Compression, Noted, PassLens, Shape, Slots, as_noted, as_scored, grouped
 from kvlab.ledger.states import ArraySpec, PerToken
 from kvlab.schema import choice, integer, integers
 
@@ -47,14 +47,11 @@ class SecondPass(Compression, abc.ABC):
     def listen(self, noted: Noted, seen: Attended) -> Noted:
         num_slots, num_kv_heads = noted["attention"].shape[1:]
         weights = jnp.where(seen.real[:, :, None, None], seen.weigh(), 0)
-        most = grouped(weights, num_kv_heads).max(axis=(1, 3))[:, :, :num_slots].transpose(0, 2, 1)
-        most = jnp.pad(most, ((0, 0), (0, num_slots - most.shape[1]), (0, 0)))
+        most = as_noted(grouped(weights, num_kv_heads).max(axis=(1, 3)), num_slots)
         return {"attention": jnp.maximum(noted["attention"], most)}
 
     def score(self, slots: Slots) -> Float[Array, "B K N"]:
-        num_slots = slots.keys.shape[2]
-        most = slots.noted["attention"][:, :num_slots].transpose(0, 2, 1)
-        most = jnp.pad(most, ((0, 0), (0, 0), (0, num_slots - most.shape[2])))
+        most = as_scored(slots.noted["attention"], slots.keys.shape[2])
         return most if self.share == "head" else slots.everywhere(most.mean(axis=1))
 
 

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kvlab.compression.base import Attended, Compression, Noted, Shape, Slots
-from kvlab.compression.snapkv import last_queries, query_statistics, window_weights
+from kvlab.compression.last_queries import last_queries, query_statistics, window_weights
 from kvlab.ledger.states import ArraySpec, PerToken
 from kvlab.schema import integer
 

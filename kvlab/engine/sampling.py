@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32
 
 from kvlab.schema import ConfigError, Schema, integer, integers, real, texts
+from kvlab.units import power_of_two
 
 COLD = 1e-5
 """A temperature below this is greedy."""
@@ -110,7 +111,7 @@ class Mode(NamedTuple):
             any(sampling.temperature > 0 for sampling in samplings),
             any(sampling.filters for sampling in samplings),
             any(sampling.repetition_penalty != 1 for sampling in samplings),
-            1 << (most - 1).bit_length() if most else 0,
+            power_of_two(most) if most else 0,
         )
 
 

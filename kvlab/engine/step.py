@@ -17,7 +17,7 @@ from kvlab.engine.listener import Listener, Slots, heard
 from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.compacting import Kept, compact, padded, seal_layers
 from kvlab.memory.layout import MemoryLayout
-from kvlab.memory.pools import copy_pages, poison_pages
+from kvlab.memory.pools import copy_pages, padded_pages, poison_pages
 from kvlab.memory.reading_back import Given, read_back, read_sealed
 from kvlab.models.transformer import Transformer, logits_at, merge
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
@@ -140,7 +140,12 @@ class MemoryStep:
     def _padded_seals(self, seals: Seals) -> Seals:
         classes = zip(self.layout.classes, seals.classes, strict=True)
         beyond = {state.name: state.num_pages for state in self.layout.classes}
-        return Seals(tuple(_grown(mine, beyond.get(state.sealed_name, 0)) for state, mine in classes))
+        return Seals(
+            tuple(
+                jnp.asarray(padded_pages(mine, (0, beyond[state.sealed_name])) if len(mine) else mine)
+                for state, mine in classes
+            )
+        )
 
     def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
         """The sealing itself: a program."""
@@ -188,20 +193,9 @@ class MemoryStep:
         return pools
 
     def copied(self, pools: Pools, plan: Plan) -> tuple[Plan, Pools]:
-        """The plan without its copies, and the pools with them done, padded to powers of two, so that few shapes are
-        compiled."""
+        """The plan without its copies, and the pools with them done."""
         if plan.has_copies:
-            padded = []
-            for planned, state in zip(plan.classes, self.layout.classes, strict=True):
-                size = 1 << max(0, len(planned.copies) - 1).bit_length()
-                nothing = np.full((size - len(planned.copies), 2), [0, state.num_pages], np.int32)
-                padded.append(jnp.asarray(np.concatenate([planned.copies, nothing])))
-            pools = self.copy(pools, tuple(padded))
+            classes = zip(plan.classes, self.layout.classes, strict=True)
+            copies = (padded_pages(planned.copies, (0, state.num_pages)) for planned, state in classes)
+            pools = self.copy(pools, tuple(map(jnp.asarray, copies)))
         return plan.without_copies(), pools
-
-
-def _grown(moves: npt.NDArray[np.int32], beyond: int) -> Array:
-    """Moves [n, 2] of pages, padded to a power of two with ones that go nowhere."""
-    size = (1 << (len(moves) - 1).bit_length()) if len(moves) else 0
-    nothing = np.full((size - len(moves), 2), [0, beyond], np.int32)
-    return jnp.asarray(np.concatenate([moves, nothing]))

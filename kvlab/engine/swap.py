@@ -11,6 +11,7 @@ from jax import Array
 from kvlab.engine.step import Pools
 from kvlab.ledger.plan import Swap
 from kvlab.memory.layout import MemoryLayout
+from kvlab.memory.pools import padded_pages
 
 
 class HostTier:
@@ -28,7 +29,7 @@ class HostTier:
                 if not len(moves):
                     continue
                 for field, array in pools[layer][name].items():
-                    pages = np.asarray(_gather(array, _padded(moves[:, 0], 0)))[: len(moves)]
+                    pages = np.asarray(_gather(array, padded_pages(moves[:, 0], 0)))[: len(moves)]
                     host = self._arrays.get((layer, name, field))
                     if host is None:
                         num_pages = self.layout.classes[index].num_host_pages
@@ -48,19 +49,13 @@ class HostTier:
                 after[name] = {
                     field: _scatter(
                         array,
-                        _padded(moves[:, 0], beyond),
-                        jnp.asarray(self._arrays[layer, name, field][_padded(moves[:, 1], 0)]),
+                        padded_pages(moves[:, 0], beyond),
+                        jnp.asarray(self._arrays[layer, name, field][padded_pages(moves[:, 1], 0)]),
                     )
                     for field, array in pools[layer][name].items()
                 }
             layers.append(after)
         return tuple(layers)
-
-
-def _padded(pages: npt.NDArray[np.int32], fill: int) -> npt.NDArray[np.int32]:
-    """Page ids up to the next power of two, so that few shapes are compiled."""
-    size = 1 << (len(pages) - 1).bit_length()
-    return np.concatenate([pages, np.full(size - len(pages), fill, np.int32)])
 
 
 @jax.jit

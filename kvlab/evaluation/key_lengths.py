@@ -16,6 +16,7 @@ from jaxtyping import Float
 from kvlab.memory.views import whole
 from kvlab.models.transformer import Transformer, merge
 from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
+from pallas_kernels.masking import soft_capped
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def correlation_of(
     half = num_tokens // 2
     asked = queries[:, half:].reshape(len(queries), num_tokens - half, num_kv_heads, -1, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", asked, keys) * (dim**-0.5 if scale is None else scale)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = soft_capped(scores, soft_cap)
     places = jnp.arange(num_tokens, dtype=jnp.int32)
     seen = (places[None, :] <= places[half:, None])[None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)

@@ -24,7 +24,7 @@ from kvlab.models.transformer import Transformer
 from kvlab.schema import ConfigError
 from kvlab.selection import Candidates, Selection, choose
 from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 class Recall(NamedTuple):
@@ -101,8 +101,7 @@ class _Recalling:
         scaled = queries[:, places].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
         grouped = scaled.reshape(batch, len(places), num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = soft_capped(scores, soft_cap)
         seen = jnp.asarray(np.arange(keys.shape[1])[None, :] <= places[:, None])[None, :, None, None]
         weights, _ = masked_softmax(scores, jnp.broadcast_to(seen, (1, *seen.shape[1:3], *scores.shape[3:])))
         mass = weights.reshape(*weights.shape[:4], -1, size).sum(axis=-1)

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.engine.compactor import Compacted
+from kvlab.evaluation.lossy import Compacted
 from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import NEVER, follow
 from kvlab.ledger.reading import Reading

@@ -15,7 +15,7 @@ from kvlab.ledger.states import State, TokenState
 from kvlab.schema import ConfigError
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Scheme, quantised
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ class _RoundedTokens:
         is_near = age < self.rounding.residual
         near, far = (jnp.einsum("btkgd,bksd->bkgts", grouped, each) for each in (near_keys, far_keys))
         scores = jnp.where(is_near, near, far)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = soft_capped(scores, soft_cap)
         weights, _ = masked_softmax(scores, self.whole.state.visible.sees(places[:, None], places[None, :]))
         outputs = jnp.einsum("bkgts,bksd->btkgd", jnp.where(is_near, 0, weights), far_values)
         outputs = outputs + jnp.einsum("bkgts,bksd->btkgd", jnp.where(is_near, weights, 0), near_values)

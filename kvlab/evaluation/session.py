@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from jax import Array
 
-from kvlab.engine.compactor import Compacted, SealedPages
 from kvlab.engine.listener import Listener, Slots
 from kvlab.engine.step import IsRead, MemoryStep, Pools
+from kvlab.evaluation.lossy import Compacted, SealedTogether
 from kvlab.ledger.answers import Ready, Wait
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.plan import Plan
+from kvlab.memory.pools import padded_pages
 from kvlab.memory.reading_back import Given
 from kvlab.typing import Params
 
@@ -45,7 +46,7 @@ class Events(NamedTuple):
 
     compacted: Sequence[Compacted] = ()
     steps: Sequence[ReadStep] = ()
-    sealed: Sequence[SealedPages] = ()
+    sealed: Sequence[SealedTogether] = ()
     written: Sequence[WrittenStep] = ()
     given: Sequence[Given] = ()
 
@@ -84,7 +85,7 @@ class Session:
         self.fed: dict[Hashable, list[int]] = {}
         self.prompt_len: int | None = None
         self.compacted: list[Compacted] = []
-        self.sealed: list[SealedPages] = []
+        self.sealed: list[SealedTogether] = []
         self.written: list[WrittenStep] = []
         self.given: list[Given] = []
         self.decode_from = 0
@@ -175,7 +176,7 @@ class Session:
             raise MemoryError(f"sealing: {done.reason}")
         seals, sealed = done
         self.pools = self.step.seal(self.pools, seals)
-        self.sealed.append(SealedPages(tuple(names), sealed))
+        self.sealed.append(SealedTogether(tuple(names), sealed))
         if self.reads_back:
             self.given.append(self.step.read_sealed(self.pools, seals))
         if self.poisons:
@@ -199,11 +200,9 @@ class Session:
         freed = [now - then for now, then in zip(self._free(), before, strict=True)]
         if not any(freed):
             return
-        pages = []
-        for state, mine in zip(self.layout.classes, freed, strict=True):
-            size = 1 << max(0, len(mine) - 1).bit_length()
-            pages.append(jnp.asarray(sorted(mine) + [state.num_pages] * (size - len(mine)), jnp.int32))
-        self.pools = self.step.poison(self.pools, tuple(pages))
+        classes = zip(self.layout.classes, freed, strict=True)
+        pages = (padded_pages(np.array(sorted(mine), np.int32), state.num_pages) for state, mine in classes)
+        self.pools = self.step.poison(self.pools, tuple(map(jnp.asarray, pages)))
 
     def release_all(self) -> None:
         """Ends every sequence; their pages are free, their contents stay until overwritten."""

@@ -13,7 +13,7 @@ from kvlab.evaluation.layerwise import Blockwise, layers_of
 from kvlab.ledger.states import State, TokenState
 from kvlab.schema import ConfigError
 from kvlab.typing import HeadOutputs, Positions, Queries, Tokens
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first: int = 64) -> npt.NDArray[np.float64]:
@@ -54,8 +54,7 @@ class _Watched:
         asked = queries[:, self.first :].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
         grouped = asked.reshape(*asked.shape[:2], num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = soft_capped(scores, soft_cap)
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = whole.state.visible.sees(places[self.first :, None], places[None, :])
         weights, _ = masked_softmax(scores, seen)

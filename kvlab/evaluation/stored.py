@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.engine.compactor import SealedPages
+from kvlab.evaluation.lossy import SealedTogether
 from kvlab.evaluation.session import WrittenStep
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.reading_back import Given
@@ -44,7 +44,7 @@ def _places(layout: MemoryLayout, layer: int):
 
 
 def what_was_sealed(
-    layout: MemoryLayout, sealed: Sequence[SealedPages], given: Sequence[Given], num_rows: int
+    layout: MemoryLayout, sealed: Sequence[SealedTogether], given: Sequence[Given], num_rows: int
 ) -> Stored:
     """[B, K, S, D] of the sequences 0 to num_rows - 1, of every state whose pages are sealed: page by page, in the
     order in which a sequence sealed them."""
@@ -62,7 +62,7 @@ def what_was_sealed(
 
 
 def _take_in(
-    event: SealedPages, index: int, pages: npt.NDArray[np.float32], rows: list[list[npt.NDArray[np.float32]]]
+    event: SealedTogether, index: int, pages: npt.NDArray[np.float32], rows: list[list[npt.NDArray[np.float32]]]
 ) -> None:
     """Gives each sequence its pages [n, K, page, D] of one sealing, which lie in the order of the sequences."""
     first = 0

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.engine.compactor import Compacted, SealedPages
+from kvlab.evaluation.lossy import Compacted, SealedTogether
 from kvlab.ledger.sealing import Sealed
 from kvlab.ledger.states import State
-from kvlab.memory.compacting import NOWHERE
 from kvlab.memory.layout import MemoryLayout
+from pallas_kernels.visible import NOWHERE
 
 NEVER = 2**30
 """A length that no sequence reaches: a token that is never dropped is gone there."""
@@ -58,7 +58,7 @@ class SealedAt(NamedTuple):
 
 
 def sealed_trail(
-    layout: MemoryLayout, gone_at: GoneAt, sealed: Sequence[SealedPages]
+    layout: MemoryLayout, gone_at: GoneAt, sealed: Sequence[SealedTogether]
 ) -> tuple[dict[str, SealedAt], ...]:
     """When tokens were sealed, by layer and the mixer's state: the first slots that a head stored, in their order,
     page by page."""
@@ -72,7 +72,7 @@ def sealed_trail(
     return tuple(found)
 
 
-def _sealed_at(index: int, page_size: int, gone: npt.NDArray[np.int32], sealed: Sequence[SealedPages]) -> SealedAt:
+def _sealed_at(index: int, page_size: int, gone: npt.NDArray[np.int32], sealed: Sequence[SealedTogether]) -> SealedAt:
     num_rows, num_heads, num_tokens = gone.shape
     events: list[list[Sealed]] = [[] for _ in range(num_rows)]
     for each in sealed:

@@ -9,6 +9,7 @@ from kvlab.ledger.memory_states import SealedState, Statistics
 from kvlab.ledger.retention import Retention, Sealing
 from kvlab.ledger.states import State, max_pages_for_step
 from kvlab.schema import nearest
+from kvlab.units import power_of_two
 
 
 class Lengths(NamedTuple):
@@ -20,7 +21,7 @@ class Lengths(NamedTuple):
 
 def _pow2(lengths: Lengths, max_len: int) -> int:
     output_len = lengths.final_len - lengths.prompt_len
-    return min(max_len, lengths.prompt_len + (1 << max(0, output_len - 1).bit_length()))
+    return min(max_len, lengths.prompt_len + power_of_two(output_len))
 
 
 RESERVATIONS: dict[str, Callable[[Lengths, int], int]] = {

@@ -78,16 +78,22 @@ def solve(
 
 def solve_slots(layers: Sequence[LayerStates], memory: MemoryConfig, context: Context) -> EqualBudget:
     """The slots, whole pages of them, that a compression may keep within a budget of bytes. Raises as `solve` does."""
+    size = unless_protected(lambda slots: held_bytes(layers, with_slots(memory, slots), context))
+    return solve(memory, "memory.budget", whole_pages(memory, context), size, context)
 
-    def size(slots: int) -> int | None:
+
+def unless_protected(size: Callable[[int], int]) -> Callable[[int], int | None]:
+    """A size in bytes by slots; None for fewer slots than what is protected."""
+
+    def found(slots: int) -> int | None:
         try:
-            return held_bytes(layers, with_slots(memory, slots), context)
+            return size(slots)
         except ConfigError as error:
             if error.name != "memory.budget":
                 raise
-            return None  # fewer than what is protected
+            return None
 
-    return solve(memory, "memory.budget", whole_pages(memory, context), size, context)
+    return found
 
 
 def whole_pages(memory: MemoryConfig, context: Context) -> range:

@@ -20,6 +20,7 @@ from kvlab.memory.parts import Joined
 from kvlab.memory.pools import Pool
 from kvlab.memory.views.sealed import seal
 from kvlab.memory.views.weights import gathered
+from kvlab.units import power_of_two
 from pallas_kernels.visible import NOWHERE
 
 type Kept = tuple[dict[str, Any], ...]
@@ -54,10 +55,10 @@ def padded(compaction: Compaction, layout: MemoryLayout) -> Compaction:
         widths = [(0, rows - array.shape[0])]
         if array.ndim == 2:
             width = array.shape[1]
-            widths.append((0, (1 << max(0, width - 1).bit_length() if width else 0) - width))
+            widths.append((0, (power_of_two(width) if width else 0) - width))
         return np.pad(array, widths, constant_values=filler)
 
-    rows = 1 << max(0, len(compaction.seeds) - 1).bit_length()
+    rows = power_of_two(len(compaction.seeds))
     classes = []
     for state, mine in zip(layout.classes, compaction.classes, strict=True):
         pages = grown(mine.pages, state.unused_page, rows=rows)

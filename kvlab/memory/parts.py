@@ -53,9 +53,9 @@ def parts_of_stored(
     if memory.format not in SEALED:
         return parts
     method = memory.compression
-    if method is not None and (method.heads == "ada" or method.second_pass(max_len).num_read):
-        what = "deals slots to heads" if method.heads == "ada" else "reads on behind a prompt"
-        raise ConfigError("memory.format", memory.format, f"works with no compression that {what} ({method.name})")
+    if method is not None and method.second_pass(max_len).num_read:
+        legal = f"works with no compression that reads on behind a prompt ({method.name})"
+        raise ConfigError("memory.format", memory.format, legal)
     sealed = [with_sealed_pages(layer, memory, min(memory.chunk_len, max_len)) for layer in parts]
     if not any(part.sealing for layer in sealed for part in layer.held.values()):
         legal = "serves no layer of this model: it seals keys and values of full attention"

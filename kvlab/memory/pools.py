@@ -5,15 +5,18 @@ head-major, [P, K, page, D], with scales [P, K, page] where they are quantised b
 ...].
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax import Array
 
 from kvlab.ledger.states import ArraySpec, State
 from kvlab.memory.rotation import turned, turned_back
+from kvlab.units import power_of_two
 from pallas_kernels.formats import FORMATS, SHARED, Quantised, Stored, quantised
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.pages import Pages
@@ -111,6 +114,12 @@ def write_tokens(state: Any, pool: Pool, slots: Array, tokens: Mapping[str, Arra
             else:
                 written[array] = held
     return written
+
+
+def padded_pages(pages: npt.NDArray[np.int32], filler: int | Sequence[int]) -> npt.NDArray[np.int32]:
+    """Pages [n], or moves of pages [n, 2], padded with `filler` to a power of two; of none there is one."""
+    missing = power_of_two(len(pages)) - len(pages)
+    return np.concatenate([pages, np.full((missing, *pages.shape[1:]), filler, np.int32)])
 
 
 def copy_pages(pool: Pool, sources: Array, destinations: Array) -> Pool:

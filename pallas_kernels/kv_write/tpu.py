@@ -77,22 +77,12 @@ def kv_write(
         tiles = tokens.reshape(-1, *tokens.shape[2:])[found.tokens].swapaxes(1, 2)  # [N, K, g, D]
         arrays.append(tiles)
         specs.append(listed(1, *tiles.shape[1:]))
-        payload = arrays_of(pool)[0]
-        payload = payload.reshape(num_pages, num_kv_heads, page_size // size, size, -1)
-        targets.append(payload)
-        if not isinstance(pool, Quantised):
-            continue
-        if pool.per == "token":
-            listed_pages, offsets = page_and_offset
-            kept.append(
-                pool.scales.at[listed_pages, :, offsets].set(scales_for(tokens, pool.format, "token"), mode="drop")
-            )
-        else:
-            kept.append(channel_scales(pool, tokens, *page_and_offset))
+        targets.append(arrays_of(pool)[0].reshape(num_pages, num_kv_heads, page_size // size, size, -1))
+        kept.append(_scales(pool, tokens, *page_and_offset) if isinstance(pool, Quantised) else None)
+        if per == "channel":
             arrays.append(kept[-1][:, :, None])
-            specs.append(
-                pl.BlockSpec((1, num_kv_heads, 1, tiles.shape[3]), lambda i, _, places, __: (places[0, i], 0, 0, 0))
-            )
+            dims = (1, num_kv_heads, 1, tiles.shape[3])
+            specs.append(pl.BlockSpec(dims, lambda i, _, places, __: (places[0, i], 0, 0, 0)))
     arrays.append(found.mine[:, :, None])
     specs.append(listed(1, size, 1))
     written = pl.pallas_call(
@@ -109,14 +99,24 @@ def kv_write(
         interpret=interpret,
         name="kv_write",
     )(found.num_written[None], found.places, found.needed, *arrays, *targets)
+    made = list(map(_held, pools, written, kept))
+    return replace(pages, keys=made[0], values=None if pages.is_latent else made[1])
 
-    def done(at: int) -> Stored:
-        pool, payload = pools[at], written[at].reshape(arrays_of(pools[at])[0].shape)
-        if not isinstance(pool, Quantised):
-            return payload
-        return replace(pool, payload=payload, scales=kept[at])
 
-    return replace(pages, keys=done(0), values=None if pages.is_latent else done(1))
+def _held(pool: Stored, payload: Array, scales: Array | None) -> Stored:
+    """A pool of what the kernel wrote, with its scales if it has some."""
+    if isinstance(pool, Quantised):
+        return replace(pool, payload=payload.reshape(pool.payload.shape), scales=scales)
+    return payload.reshape(pool.shape)
+
+
+def _scales(
+    pool: Quantised, tokens: Float[Array, "B T K D"], listed: Int32[Array, "B T"], offsets: Int32[Array, "B T"]
+) -> Array:
+    """A pool's scales with those of the tokens that are written."""
+    if pool.per == "token":
+        return pool.scales.at[listed, :, offsets].set(scales_for(tokens, pool.format, "token"), mode="drop")
+    return channel_scales(pool, tokens, listed, offsets)
 
 
 def refusal(asked: Asked) -> str | None:

@@ -82,8 +82,15 @@ def paged_attention(
     if not scoring.with_page_mass:
         return outputs, log_sum_exp
     logs = of_pages[0][:-1].reshape(batch, -1, *shape[1:], block_pages)
-    logs = logs.transpose(0, 4, 2, 3, 1, 5).reshape(batch, num_queries, num_heads, -1)[..., : lists.num_entries]
-    return outputs, log_sum_exp, jnp.exp(logs - _finite(log_sum_exp)[..., None])
+    return outputs, log_sum_exp, _page_mass(logs, log_sum_exp)[..., : lists.num_entries]
+
+
+def _page_mass(
+    logs: Float[Array, "B blocks K G T pages"], log_sum_exp: Float[Array, "B T H"]
+) -> Float[Array, "B T H entries"]:
+    """What each entry's share of the whole is, from the log-sum-exp of both."""
+    logs = logs.transpose(0, 4, 2, 3, 1, 5).reshape(*log_sum_exp.shape, -1)
+    return jnp.exp(logs - _finite(log_sum_exp)[..., None])
 
 
 def _work_list(

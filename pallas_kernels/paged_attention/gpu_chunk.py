@@ -46,35 +46,11 @@ class Chunk(Piece):
         self.begin_rows(mine)
         pl.when(consumer == 1)(lambda: plgpu.barrier_arrive(self.tile.turns.at[0]))
 
-        def softmax(number, scores, highest):
-            """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums,
-            the new highest score, and what the old sums are worth."""
-            starts, bits = self.part.listed(number)
-            scores, factor = self.capped(mine, scores)
-            scores = self.masked(mine, scores, starts, bits)
-            new = jnp.maximum(highest, scores.max(axis=1) * factor)
-            exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
-            if self.tile.pages_out is not None:
-                self.leave_page_sums(number, consumer, exact, new)
-            total = exact.sum(axis=1)
-            for half, weights in enumerate(halves(exact, self.tile.weights.dtype)):
-                self.tile.weights[(number & 1) * 2 + half, mine] = weights
-            return total, new, jnp.exp2(highest - new)
-
-        def ready(number):
-            """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its
-            turn."""
-            starts, bits = self.part.listed(number)
-            self.part.wait_for(self.part.values.arrived, number)
-            pl.when((consumer == 0) & jnp.logical_not(self.part.is_whole(starts, bits)))(
-                lambda: self.silence_block(lax.rem(number, self.part.num_stages), starts, bits)
-            )
-            plgpu.commit_smem()
-
         def first(scores):
             self.part.wait_for(self.part.keys.arrived, 0)
             self.in_turn(consumer, lambda: self.multiply_keys(scores, mine, 0))
-            return softmax(0, plgpu.wgmma_accumulator_load(scores), filled((ROWS,), LOWEST, self.part.down))
+            scores = plgpu.wgmma_accumulator_load(scores)
+            return self.softmax(consumer, mine, 0, scores, filled((ROWS,), LOWEST, self.part.down))
 
         def block(number, state):
             sums, highest, total = state
@@ -89,11 +65,11 @@ class Chunk(Piece):
 
                 self.in_turn(consumer, multiply)
                 scores = plgpu.wgmma_accumulator_load(scores, wait_n=2 * len(parts))
-                return softmax(number, scores, highest), self.summed(parts, sums)
+                return self.softmax(consumer, mine, number, scores, highest), self.summed(parts, sums)
 
             (added, new, keep), sums = pl.run_scoped(multiplied, accumulator(BLOCK_LEN), *map(accumulator, widths))
             plgpu.barrier_arrive(self.part.free.at[lax.rem(number - 1, self.part.num_stages)])
-            ready(number)
+            self.ready(consumer, number)
             sums = tuple(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [0]) for stripe_sums in sums)
             return sums, new, total * keep + added
 
@@ -104,13 +80,40 @@ class Chunk(Piece):
 
         widths = [stripe.size for stripe in value_stripes]
         total, highest, _ = pl.run_scoped(first, accumulator(BLOCK_LEN))
-        ready(0)
+        self.ready(consumer, 0)
         sums = tuple(filled((ROWS, width), 0, plgpu.Layout.WGMMA) for width in widths)
         sums, highest, total = lax.fori_loop(1, self.part.num_blocks, block, (sums, highest, total))
         sums = pl.run_scoped(last, *map(accumulator, widths))
         plgpu.barrier_arrive(self.part.free.at[lax.rem(self.part.num_blocks - 1, self.part.num_stages)])
         pl.when(consumer == 0)(lambda: plgpu.barrier_wait(self.tile.turns.at[0]))
         self.leave(consumer, sums, highest, total)
+
+    def softmax(
+        self, consumer: Any, mine: Any, number: Any, scores: Array, highest: Array
+    ) -> tuple[Array, Array, Array]:
+        """Leaves the weights of a block, while the values of the block before are multiplied; returns their sums, the
+        new highest score, and what the old sums are worth."""
+        starts, bits = self.part.listed(number)
+        scores, factor = self.capped(mine, scores)
+        scores = self.masked(mine, scores, starts, bits)
+        new = jnp.maximum(highest, scores.max(axis=1) * factor)
+        exact = jnp.exp2(scores * factor - lax.broadcast_in_dim(new, scores.shape, [0]))
+        if self.tile.pages_out is not None:
+            self.leave_page_sums(number, consumer, exact, new)
+        total = exact.sum(axis=1)
+        for half, weights in enumerate(halves(exact, self.tile.weights.dtype)):
+            self.tile.weights[(number & 1) * 2 + half, mine] = weights
+        return total, new, jnp.exp2(highest - new)
+
+    def ready(self, consumer: Any, number: Any) -> None:
+        """What weights are multiplied with, without what nobody may read: the first of the two sees to that in its
+        turn."""
+        starts, bits = self.part.listed(number)
+        self.part.wait_for(self.part.values.arrived, number)
+        pl.when((consumer == 0) & jnp.logical_not(self.part.is_whole(starts, bits)))(
+            lambda: self.silence_block(lax.rem(number, self.part.num_stages), starts, bits)
+        )
+        plgpu.commit_smem()
 
     def in_turn(self, consumer: Any, multiply: Any) -> None:
         """Asks for products, once the other has asked for its own."""

@@ -20,7 +20,7 @@ from pallas_kernels.formats import Scheme, arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
 from pallas_kernels.paged_attention.gpu_decode_tiles import fit, groups_of, scratch_for, step_of
-from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
+from pallas_kernels.paged_attention.gpu_ring import Part, by_name, given
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 from pallas_kernels.pages import Pages
@@ -76,59 +76,31 @@ def decode(
     """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns]
     (natural log), both float32; a column is (query, head of the group). With page mass, the log-sum-exp of each entry
     [items, K, N, columns] as well. What empty pieces and unlisted entries hold is anything."""
-    items, num_queries, num_heads, dim = queries.shape
-    num_kv_heads, value_dim = pages.num_kv_heads, pages.head_dims[1]
-    group = num_heads // num_kv_heads
+    items, num_queries, num_heads, _ = queries.shape
+    num_kv_heads, group = pages.num_kv_heads, num_heads // pages.num_kv_heads
     num_columns, block_pages = columns_for(num_queries, group), BLOCK_LEN // plan.page_size
-    schemes, with_page_mass = pages.schemes, scoring.with_page_mass
-    tiles = fit(
-        pages.head_dims,
-        schemes,
-        num_columns,
-        plan.page_size,
-        max_stages or MAX_STAGES,
-        with_page_mass=with_page_mass,
-    )
+    num_pieces, with_page_mass, most = len(plan.pieces), scoring.with_page_mass, max_stages or MAX_STAGES
+    tiles = fit(pages.head_dims, pages.schemes, num_columns, plan.page_size, most, with_page_mass=with_page_mass)
     dtype = worked_in(pages, queries.dtype)
-    rows = queries.reshape(items, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
-    rows = rows.reshape(items, num_kv_heads, num_queries * group, dim)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, num_columns - num_queries * group), (0, 0)))
-    arrays = {
-        name: getattr(plan, name) for name in ("pieces", "launch", "pages", "starts", "whole", "first", "last")
-    } | {"key_pages": arrays_of(pages.keys), "value_pages": arrays_of(pages.pools[-1])}
-    if plan.words is not None:
-        arrays["words"] = plan.words
-    if pages.per == "channel":
-        is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
-        arrays["rows"] = rows.astype(rows.dtype if is_half else jnp.bfloat16).swapaxes(2, 3)
-    else:
-        arrays["rows"], factors = fitted(rows, dtype)
-        if factors is not None:
-            arrays["column_factors"] = factors
-    num_pieces = len(plan.pieces)
-    out_type = {
-        "outputs": jax.ShapeDtypeStruct((num_pieces, num_kv_heads, value_dim, num_columns), jnp.float32),
-        "log_sum_exp": jax.ShapeDtypeStruct((num_pieces, num_kv_heads, num_columns), jnp.float32),
+    arrays = _arrays(queries, pages, plan, num_columns, dtype)
+    sizes = {
+        "outputs": (num_pieces, num_kv_heads, pages.head_dims[1], num_columns),
+        "log_sum_exp": (num_pieces, num_kv_heads, num_columns),
+        "page_log_sum_exp": (items, num_kv_heads, plan.pages.shape[1], num_columns),
     }
-    if with_page_mass:
-        of_pages = (items, num_kv_heads, plan.pages.shape[1], num_columns)
-        out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
-    flat, structure = jax.tree.flatten(list(arrays.values()))
+    wanted = ("outputs", "log_sum_exp", *(["page_log_sum_exp"] if with_page_mass else []))
+    out_type = {name: jax.ShapeDtypeStruct(sizes[name], jnp.float32) for name in wanted}
     of_rows = arrays["rows"].dtype
     scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
-        inputs, refs = refs[: len(flat)], refs[len(flat) :]
-        outputs, mine = refs[: len(out_type)], refs[len(out_type) :]
-        named = dict(zip(arrays, jax.tree.unflatten(structure, inputs), strict=True))
-        named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
+        named = by_name(refs, arrays, out_type, scratch)
         block = lax.axis_index("block")
-        part = Part(
-            given(Listed, named),
-            Side.of(named, "keys", step_of(pages, 0), schemes and schemes[0]),
-            Side.of(named, "values", step_of(pages, 1), schemes and schemes[1]),
-            named["free"],
+        part = Part.of(
+            named,
+            (step_of(pages, 0), step_of(pages, 1)),
+            pages.schemes,
             piece=named["launch"][lax.div(block, num_kv_heads)],
             head=lax.rem(block, num_kv_heads),
             num_stages=tiles.num_stages,
@@ -149,8 +121,34 @@ def decode(
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),
-    )(*flat)
+    )(*jax.tree.leaves(list(arrays.values())))
     return tuple(made)
+
+
+def _arrays(
+    queries: Float[Array, "items T H D"], pages: Pages, plan: Plan, num_columns: int, dtype: Any
+) -> dict[str, Any]:
+    """What the kernel is given, by name. Queries are rows [items, K, columns, D], or their transpose where keys have
+    scales by channel."""
+    items, num_queries, num_heads, dim = queries.shape
+    num_kv_heads = pages.num_kv_heads
+    group = num_heads // num_kv_heads
+    rows = queries.reshape(items, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
+    rows = rows.reshape(items, num_kv_heads, num_queries * group, dim)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, num_columns - num_queries * group), (0, 0)))
+    arrays = {
+        name: getattr(plan, name) for name in ("pieces", "launch", "pages", "starts", "whole", "first", "last")
+    } | {"key_pages": arrays_of(pages.keys), "value_pages": arrays_of(pages.pools[-1])}
+    if plan.words is not None:
+        arrays["words"] = plan.words
+    if pages.per == "channel":
+        is_half = rows.dtype in (jnp.bfloat16, jnp.float16)
+        arrays["rows"] = rows.astype(rows.dtype if is_half else jnp.bfloat16).swapaxes(2, 3)
+    else:
+        arrays["rows"], factors = fitted(rows, dtype)
+        if factors is not None:
+            arrays["column_factors"] = factors
+    return arrays
 
 
 def worked_in(pages: Pages, queries: Any) -> Any:

@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.paged_attention.gpu_ring import LOG2_E
+from pallas_kernels.paged_attention.gpu_ring import LOG2_E, filled
 from pallas_kernels.tensor_cores import store_plainly
 from pallas_kernels.typing import Float, Int32
 
@@ -17,6 +17,8 @@ AT_ONCE = 8
 """Pieces that are read side by side: copies from the cache of the second level take their time."""
 REGISTERS = 64
 """Most registers of a thread for the outputs that are read side by side."""
+STRIPE = 64
+"""Dims that are put together at once."""
 
 
 def merge(
@@ -37,47 +39,9 @@ def merge(
         block = lax.axis_index("block")
         item, head = lax.div(block, num_kv_heads), lax.rem(block, num_kv_heads)
         begin, end = shares[item, 0], shares[item, 1]
-        across = plgpu.Layout.WGMMA.reduce(0)
-        stripe = 64
-        most = max(1, min(AT_ONCE, REGISTERS * 128 // (stripe * num_columns)))
-
-        def read(ref, layout):
-            return plgpu.load(ref, layout=layout, optimized=False)
-
-        def of_stripe(columns):
-            def some(number, state):
-                merged, highest, total = state
-                pieces = [begin + number * most + place for place in range(most)]
-                logs, parts = [], []
-                for piece in pieces:
-                    there = jnp.minimum(piece, end - 1)
-                    theirs = read(log_sum_exp.at[there, head], across) * LOG2_E
-                    logs.append(theirs + jnp.where(piece < end, 0.0, -jnp.inf))
-                    parts.append(read(outputs.at[there, head, columns], plgpu.Layout.WGMMA))
-                new = highest
-                for log in logs:
-                    new = jnp.maximum(new, log)
-                shift = jnp.where(new == -jnp.inf, 0.0, new)
-                keep = jnp.exp2(highest - shift)
-                merged, total = merged * lax.broadcast_in_dim(keep, merged.shape, [1]), total * keep
-                for log, part in zip(logs, parts, strict=True):
-                    weight = jnp.exp2(log - shift)
-                    merged, total = merged + part * lax.broadcast_in_dim(weight, part.shape, [1]), total + weight
-                return merged, new, total
-
-            def filled(shape, value, layout):
-                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-            state = (
-                filled((columns.size, num_columns), 0, plgpu.Layout.WGMMA),
-                filled((num_columns,), -jnp.inf, across),
-                filled((num_columns,), 0, across),
-            )
-            return lax.fori_loop(0, pl.cdiv(end - begin, most), some, state)
-
-        for at in range(0, value_dim, stripe):
-            columns = pl.ds(at, stripe)
-            found, highest, total = of_stripe(columns)
+        for at in range(0, value_dim, STRIPE):
+            columns = pl.ds(at, STRIPE)
+            found, highest, total = _of_stripe(outputs, log_sum_exp, (begin, end), head, columns)
             divisor = jnp.where(total == 0, 1.0, total)
             found = (found / lax.broadcast_in_dim(divisor, found.shape, [1])).astype(dtype)
             turned = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -104,3 +68,40 @@ def merge(
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(outputs, log_sum_exp, shares)
     return merged, merged_sums
+
+
+def _of_stripe(outputs: Any, log_sum_exp: Any, pieces: tuple[Any, Any], head: Any, columns: Any) -> tuple[Array, ...]:
+    """The sums of an item's pieces [begin, end) for a stripe of dims, their highest log-sum-exp, and what all of them
+    weigh beside it."""
+    begin, end = pieces
+    num_columns, across = outputs.shape[3], plgpu.Layout.WGMMA.reduce(0)
+    most = max(1, min(AT_ONCE, REGISTERS * 128 // (STRIPE * num_columns)))
+
+    def read(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def some(number, state):
+        merged, highest, total = state
+        logs, parts = [], []
+        for piece in [begin + number * most + place for place in range(most)]:
+            there = jnp.minimum(piece, end - 1)
+            theirs = read(log_sum_exp.at[there, head], across) * LOG2_E
+            logs.append(theirs + jnp.where(piece < end, 0.0, -jnp.inf))
+            parts.append(read(outputs.at[there, head, columns], plgpu.Layout.WGMMA))
+        new = highest
+        for log in logs:
+            new = jnp.maximum(new, log)
+        shift = jnp.where(new == -jnp.inf, 0.0, new)
+        keep = jnp.exp2(highest - shift)
+        merged, total = merged * lax.broadcast_in_dim(keep, merged.shape, [1]), total * keep
+        for log, part in zip(logs, parts, strict=True):
+            weight = jnp.exp2(log - shift)
+            merged, total = merged + part * lax.broadcast_in_dim(weight, part.shape, [1]), total + weight
+        return merged, new, total
+
+    state = (
+        filled((columns.size, num_columns), 0, plgpu.Layout.WGMMA),
+        filled((num_columns,), -jnp.inf, across),
+        filled((num_columns,), 0, across),
+    )
+    return lax.fori_loop(0, pl.cdiv(end - begin, most), some, state)

@@ -99,23 +99,9 @@ class Piece:
                     lambda: self.silence_block(place, starts, bits)
                 )
             plgpu.commit_smem()
-
             scaled = []
             for columns, stripe_sums in zip(value_stripes, sums, strict=True):
-
-                def terms(add, columns=columns):
-                    def of_halves(number, _):
-                        half, part = number // self.tile.num_halves, number % self.tile.num_halves
-                        values = self.part.values.blocks.at[place * self.tile.num_halves + part, :, columns]
-                        add(self.tile.weights.at[half, mine], values, first=number == 0)
-
-                    if self.tile.num_halves == 2:  # unrolled they spill, as do two in a loop
-                        lax.fori_loop(0, 4, of_halves, None)
-                    else:
-                        of_halves(0, None)
-                        of_halves(1, None)
-
-                part = product(self.tile.memory, columns.size, terms)
+                part = self.weighed(mine, place, columns)
                 scaled.append(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [0]) + part)
             plgpu.barrier_arrive(self.part.free.at[place])
             return tuple(scaled), new, total
@@ -126,6 +112,23 @@ class Piece:
             filled((ROWS,), 0, self.part.down),
         )
         self.leave(consumer, *lax.fori_loop(0, self.part.num_blocks, block, state))
+
+    def weighed(self, mine: Any, place: Any, columns: Any) -> Array:
+        """A stripe of a block's values, times the weights of rows."""
+
+        def terms(add):
+            def of_halves(number, _):
+                half, part = number // self.tile.num_halves, number % self.tile.num_halves
+                values = self.part.values.blocks.at[place * self.tile.num_halves + part, :, columns]
+                add(self.tile.weights.at[half, mine], values, first=number == 0)
+
+            if self.tile.num_halves == 2:  # unrolled they spill, as do two in a loop
+                lax.fori_loop(0, 4, of_halves, None)
+            else:
+                of_halves(0, None)
+                of_halves(1, None)
+
+        return product(self.tile.memory, columns.size, terms)
 
     def of_rows(self, numbers: Any) -> Array:
         """Of 64 rows. jax 0.11 takes loads of global memory only if they may be slow."""

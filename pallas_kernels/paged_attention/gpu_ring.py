@@ -6,11 +6,14 @@ a barrier of its own. Pages of 16 bits are multiplied in the ring. Quantised one
 exactly, in staged blocks: their scales are left to whoever multiplies. One warpgroup asks for pages and converts them
 (`gpu_producer`), others attend."""
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -36,6 +39,15 @@ def halves(exact: Array, dtype: Any) -> tuple[Array, Array]:
     bits = lax.bitcast_convert_type(exact, jnp.int32) & (-1 << (23 - jnp.finfo(dtype).nmant))
     high = lax.bitcast_convert_type(bits, jnp.float32)
     return high.astype(dtype), (exact - high).astype(dtype)
+
+
+def by_name(refs: Sequence[Any], arrays: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, Any]:
+    """A kernel's refs by name, in the order of the arrays that it is given, then of its outputs and its scratch; those
+    behind them have none."""
+    flat, structure = jax.tree.flatten(list(arrays.values()))
+    named = dict(zip(arrays, jax.tree.unflatten(structure, refs[: len(flat)]), strict=True))
+    names = itertools.chain.from_iterable(others)
+    return named | dict(zip(names, refs[len(flat) :], strict=False))
 
 
 def given(kind: Any, named: dict[str, Any], **more: Any) -> Any:
@@ -118,6 +130,15 @@ class Part:
     """How many blocks keep their scales: they may be needed longer than the stage is."""
     page_size: int
     scoring: Scoring
+
+    @classmethod
+    def of(
+        cls, named: dict[str, Any], steps: tuple[int, int], schemes: tuple[Scheme, Scheme] | None, **more: Any
+    ) -> "Part":
+        """That of a kernel's refs by name, and more."""
+        keys = Side.of(named, "keys", steps[0], schemes and schemes[0])
+        values = Side.of(named, "values", steps[1], schemes and schemes[1])
+        return cls(given(Listed, named), keys, values, named["free"], **more)
 
     def __post_init__(self) -> None:
         self.item, self.begin, self.count = (self.listed_pages.pieces[self.piece, place] for place in range(3))

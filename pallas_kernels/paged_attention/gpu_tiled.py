@@ -11,6 +11,7 @@ thread block takes a piece of one KV head. Of its warpgroups
 Every piece leaves normalised outputs and their log-sum-exp, which XLA merges where a list is cut: in float32 then.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
 from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
-from pallas_kernels.paged_attention.gpu_ring import Listed, Part, Side, given
-from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, fit, scratch_for, step_of, stripes
+from pallas_kernels.paged_attention.gpu_ring import Part, by_name, given
+from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, Tiles, fit, scratch_for, step_of, stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
 from pallas_kernels.paged_attention.sharing import (
     Live,
@@ -198,8 +199,7 @@ def _attend(
     of each entry."""
     num_pieces, num_kv_heads, value_dim = len(arrays["pieces"]), pages.num_kv_heads, pages.head_dims[1]
     num_consumers, with_mass = layout.tile_rows // ROWS, scoring.with_page_mass
-    schemes = pages.schemes
-    tiles = fit(pages.head_dims, schemes, num_consumers, page_size, max_stages, with_mass)
+    tiles = fit(pages.head_dims, pages.schemes, num_consumers, page_size, max_stages, with_mass)
     # What is merged is cast afterwards.
     out_dtype = query_type if num_pieces == layout.items else jnp.dtype(jnp.float32)
     out_type = {
@@ -209,23 +209,18 @@ def _attend(
     if with_mass:
         of_pages = (layout.items, num_kv_heads, arrays["pages"].shape[1], layout.padded_rows)
         out_type["page_log_sum_exp"] = jax.ShapeDtypeStruct(of_pages, jnp.float32)
-    flat, structure = jax.tree.flatten(list(arrays.values()))
+    flat = jax.tree.leaves(list(arrays.values()))
     dtype, block_pages = _worked_in(pages, query_type), BLOCK_LEN // page_size
     scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_mass, chip, out_dtype)
     accumulating = accumulators(chip, BLOCK_LEN, *(columns.size for columns in stripes(value_dim)))
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
-        inputs, refs = refs[: len(flat)], refs[len(flat) :]
-        outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
-        mine, memory = refs[: len(scratch)], refs[len(scratch) :]
-        named = dict(zip(arrays, jax.tree.unflatten(structure, inputs), strict=True))
-        named |= dict(zip(out_type, outputs, strict=True)) | dict(zip(scratch, mine, strict=True))
-        part = Part(
-            given(Listed, named),
-            Side.of(named, "keys", step_of(pages, 0), schemes and schemes[0]),
-            Side.of(named, "values", step_of(pages, 1), schemes and schemes[1]),
-            named["free"],
+        named = by_name(refs, arrays, out_type, scratch)
+        part = Part.of(
+            named,
+            (step_of(pages, 0), step_of(pages, 1)),
+            pages.schemes,
             piece=lax.div(lax.axis_index("block"), num_kv_heads),
             head=lax.rem(lax.axis_index("block"), num_kv_heads),
             num_stages=tiles.num_stages,
@@ -234,17 +229,8 @@ def _attend(
             page_size=page_size,
             scoring=scoring,
         )
-        rows = given(
-            Rows,
-            named,
-            memory=memory,
-            num_halves=tiles.num_halves,
-            num_consumers=num_consumers,
-            padded_rows=min(layout.padded_rows, ROWS),
-            is_simulated=bool(interpret),
-        )
-        producer = Producer(part) if tiles.num_halves == 1 else ScalingProducer(part, given(Scaled, named))
-        (Chunk if num_consumers == 2 else Piece)(part, rows, producer).run()
+        memory = refs[len(flat) + len(out_type) + len(scratch) :]
+        _attending(part, named, memory, tiles, layout, is_simulated=bool(interpret)).run()
 
     return plgpu.kernel(
         kernel,
@@ -257,6 +243,24 @@ def _attend(
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=num_consumers == 2 and scoring.soft_cap is None),
     )(*flat)
+
+
+def _attending(
+    part: Part, named: dict[str, Any], memory: Sequence[Any], tiles: Tiles, layout: Layout, *, is_simulated: bool
+) -> Piece:
+    """What a thread block does: with one warpgroup that attends, or two."""
+    num_consumers = layout.tile_rows // ROWS
+    rows = given(
+        Rows,
+        named,
+        memory=memory,
+        num_halves=tiles.num_halves,
+        num_consumers=num_consumers,
+        padded_rows=min(layout.padded_rows, ROWS),
+        is_simulated=is_simulated,
+    )
+    producer = Producer(part) if tiles.num_halves == 1 else ScalingProducer(part, given(Scaled, named))
+    return (Chunk if num_consumers == 2 else Piece)(part, rows, producer)
 
 
 def _worked_in(pages: Pages, queries: Any) -> Any:

@@ -13,8 +13,8 @@ from jax import Array
 
 from kvlab.compression import COMPRESSIONS, SecondPass
 from kvlab.compression.streaming import Windowed
-from kvlab.engine.compactor import Compacted
 from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.lossy import Compacted
 from kvlab.evaluation.mask_check import MaskCheck
 from kvlab.evaluation.session import Session
 from kvlab.evaluation.trail import trail

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kvlab.memory import compacting
-from kvlab.memory.compacting import NOWHERE, select
+from kvlab.memory.compacting import select
+from pallas_kernels.visible import NOWHERE
 from tests.compression.harness import TOLERANCE, memory_of, packed, run
 
 

@@ -11,12 +11,13 @@ import pytest
 from kvlab.compression import Compression
 from kvlab.ledger.retention import Retention
 from kvlab.ledger.states import LatentState, TokenState
-from kvlab.memory.compacting import NOWHERE, select
+from kvlab.memory.compacting import select
 from kvlab.memory.dealing import deal, in_tiles, pack_tiles
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views.dealt import attend_tiles, merged, parted
 from kvlab.schema import ConfigError
 from pallas_kernels.paged_attention import Lists, Pages, paged_attention
+from pallas_kernels.visible import NOWHERE
 from tests.compression.driven import PROMPT, ROWS, TOTAL, drive
 
 PAGE = 4

@@ -1,44 +1,32 @@
 """Compressed sequences in the engine: however they run, they are compacted at the same places to the same slots."""
 
 import functools
-import random
 
-import numpy as np
 import pytest
 
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
-from kvlab.engine.step import MemoryStep
-from kvlab.evaluation.mask_check import MaskCheck
-from kvlab.evaluation.session import Events, Session
-from kvlab.memory.layout import MemoryConfig, MemoryLayout
+from kvlab.memory.layout import MemoryConfig
 from kvlab.schema import ConfigError
-from tests.engine.families import MAX_LEN, VOCAB, checked, config_of, pretrained
-from tests.weights.random_checkpoint import prompt
+from tests.engine.families import SAMPLED, checked, config_of, pretrained
+from tests.engine.ways import EVERYWHERE, PROMPTS, WAYS, answers, by_hand
 
 SLOW = pytest.mark.slow
-PROMPTS = [prompt(n, VOCAB) for n in (5, 17, 33, 40)]
-SAMPLED = Sampling(max_tokens=20, temperature=0.9, top_k=50, top_p=0.95, seed=3)
 METHODS = {
     "h2o": {"type": "h2o", "sinks": 1, "recent": 3, "every": 6},
     "snapkv": {"type": "snapkv", "sinks": 1, "recent": 4, "window": 4, "at": "chunks", "every": 4},
     "random": {"type": "random", "sinks": 1, "recent": 2},
 }
-WAYS = {
-    "preempted": {"pool_len": MAX_LEN},
-    "swapped": {"pool_len": MAX_LEN, "preemption": "swap", "host_len": 300},
-    "budget of 3": {"token_budget": 3},
-    "no cache": {"prefix_cache": False},
-    "looked up": {"speculation": "ngram", "num_drafts": 2},
-    "page 7": {"page_size": 7},
-}
+
+
+def memory_of(method: str, page_size: int = 4) -> MemoryConfig:
+    return MemoryConfig(page_size=page_size, chunk_len=8, compression=METHODS[method], budget=12)
 
 
 def compressed(method: str, *, page_size: int = 4, **fields) -> Engine:
-    memory = MemoryConfig(page_size=page_size, chunk_len=8, compression=METHODS[method], budget=12)
     config: EngineConfig = config_of(8, **{"max_batch": 2, **fields})
-    return checked(Engine(pretrained("llama_gqa").model, memory=memory, config=config))
+    return checked(Engine(pretrained("llama_gqa").model, memory=memory_of(method, page_size), config=config))
 
 
 @functools.cache
@@ -49,39 +37,23 @@ def alone(method: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("method", ["h2o", pytest.param("snapkv", marks=SLOW), pytest.param("random", marks=SLOW)])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*EVERYWHERE, "page 7"])
 def test_the_way_it_runs_changes_no_token(method, way):
-    order = random.Random(way).sample(range(len(PROMPTS)), len(PROMPTS))
     engine = compressed(method, **WAYS[way])
-    found = engine.generate([PROMPTS[i] for i in order], SAMPLED)
-    for i, answer in zip(order, found, strict=True):
-        assert answer.tokens == alone(method)[i], f"prompt {i}"
+    assert answers(engine, SAMPLED, way) == alone(method)
     assert engine.stats.compacted >= 3
     assert engine.ledger.counters.dropped_slots > 50
 
 
 def test_answers_are_those_of_the_mask_that_compactions_imply():
     """Greedy decoding by hand, every logit compared with the parallel form."""
-    model, ids = pretrained("llama_gqa").model, PROMPTS[3]
-    memory = MemoryConfig(page_size=4, chunk_len=8, compression=METHODS["h2o"], budget=12)
-    layout = MemoryLayout.of(model.states, memory, max_sequences=1, max_len=MAX_LEN)
-    session = Session(MemoryStep.of(model.structure, layout), model.params, poisons=True)
-    session.prompt_len = len(ids)
-    tokens, seen = list(ids), {}
-    for start in range(0, len(ids), 8):
-        chunk = ids[start : start + 8]
-        logits = session.advance({0: chunk}, 8)[:, len(chunk) - 1]
-    for _ in range(20):
-        tokens.append(int(np.asarray(logits)[0].argmax()))
-        seen[len(tokens) - 2] = np.asarray(logits)
-        logits = session.advance({0: tokens[-1:]}, 1)[:, 0]
-    check = MaskCheck(model.structure, model.params, layout)
-    check.compare(np.array([tokens], np.int32), seen, Events(session.compacted))
+    done = by_hand(memory_of("h2o"), PROMPTS[3])
+    check = done.check()
     assert check.num_compared == 20
     assert check.num_compactions >= 3
     assert check.worst < 1e-5
     engine = compressed("h2o", max_batch=1)
-    assert engine.generate([ids], Sampling(max_tokens=20))[0].tokens == tokens[len(ids) :]
+    assert engine.generate(PROMPTS[3:], Sampling(max_tokens=20))[0].tokens == done.tokens[len(PROMPTS[3]) :]
 
 
 def test_samples_share_the_prompt_and_are_compacted_apart():
@@ -120,12 +92,12 @@ def test_a_second_pass_reads_on_behind_each_prompt():
     memory = MemoryConfig(page_size=4, chunk_len=8, compression={"type": "kvzip", "sinks": 1, "recent": 2}, budget=12)
     model = pretrained("llama_gqa").model
 
-    def answers(**fields) -> list[list[int]]:
+    def answered(**fields) -> list[list[int]]:
         engine = checked(Engine(model, memory=memory, config=config_of(8, **fields)))
         found = [answer.tokens for answer in engine.generate(PROMPTS[1:], SAMPLED)]
         assert engine.stats.compacted >= 3
         return found
 
-    assert answers(max_batch=2) == answers(max_batch=1, prefix_cache=False)
+    assert answered(max_batch=2) == answered(max_batch=1, prefix_cache=False)
     with pytest.raises(ConfigError, match="must know what follows"):
         Engine(model, memory=MemoryConfig(page_size=4, compression="oracle", budget=12), config=config_of(8))

@@ -10,6 +10,7 @@ from kvlab.engine.sampling import Sampling
 from kvlab.memory.layout import MemoryConfig
 from kvlab.models.model import Model
 from tests.contracts import build as build_variant
+from tests.engine import ways
 from tests.engine.families import (
     MAX_LEN,
     PROMPTS,
@@ -22,33 +23,17 @@ from tests.engine.families import (
     shared,
 )
 
-WAYS = {
-    "preempted": {},
-    "swapped": {"preemption": "swap"},
-    "budget of 3": {"token_budget": 3},
-    "no cache": {"prefix_cache": False},
-    "prompts first": {"mixed": False},
-    "looked up": {"speculation": "ngram", "num_drafts": 2},
-    "page 7": {"page_size": 7, "chunk_len": 5},
-    "one by one": {"max_batch": 1},
-}
-
 
 @pytest.mark.parametrize(
     "family", ["llama_gqa", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "mamba2"))]
 )
 def test_the_way_it_runs_changes_no_token(family):
     """Sampled and penalised requests, too: noise belongs to (seed, sample, position)."""
-    prompts = [PROMPTS[i] for i in (1, 3, 4, 5)]
     samplings = [SAMPLED, Sampling(max_tokens=20), Sampling(max_tokens=20, repetition_penalty=1.3), SAMPLED]
-    expected = shared(family).generate(prompts, samplings)
-    assert len({tuple(answer.tokens) for answer in expected}) == len(prompts)
-    for name, way in WAYS.items():
-        order = random.Random(name).sample(range(len(prompts)), len(prompts))
-        engine = engine_of(family, **{**TIGHT, **way})
-        found = engine.generate([prompts[i] for i in order], [samplings[i] for i in order])
-        for i, answer in zip(order, found, strict=True):
-            assert answer.tokens == expected[i].tokens, f"{name}, prompt {i}"
+    expected = [answer.tokens for answer in shared(family).generate(ways.PROMPTS, samplings)]
+    assert len(set(map(tuple, expected))) == len(expected)
+    for name, way in ways.WAYS.items():
+        assert ways.answers(engine_of(family, **{**TIGHT, **way}), samplings, name) == expected, name
 
 
 def test_the_place_of_pages_changes_no_token():

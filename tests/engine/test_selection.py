@@ -11,6 +11,7 @@ from kvlab.memory.layout import MemoryConfig, stored_states
 from kvlab.models.transformer import merge
 from kvlab.selection.quest import Quest
 from tests.engine.families import VOCAB, Oracle, checked, config_of, pretrained
+from tests.engine.ways import EVERYWHERE, WAYS
 from tests.selection.brute_force import logits_of
 from tests.weights.random_checkpoint import prompt
 
@@ -18,15 +19,6 @@ PAGE, NUM_NEW = 4, 24
 PROMPTS = [prompt(n, VOCAB) for n in (5, 17, 33)]
 PROMPTS.append(PROMPTS[2][:21] + PROMPTS[1])
 """The last shares pages with the one before it."""
-TIGHT = {"max_len": 64, "pool_len": 64, "host_len": 300}
-WAYS = {
-    "preempted": TIGHT,
-    "swapped": TIGHT | {"preemption": "swap"},
-    "budget of 3": {"token_budget": 3},
-    "no cache": {"prefix_cache": False},
-    "looked up": {"speculation": "ngram", "num_drafts": 3},
-    "chunks of 5": {"chunk_len": 5},
-}
 
 
 def memory_of(prefill, chunk_len=8):
@@ -56,7 +48,7 @@ def test_answers_are_what_brute_force_says(prefill):
 
 
 @pytest.mark.parametrize("prefill", ["dense", "sparse"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*EVERYWHERE, "chunks of 5"])
 def test_the_way_it_runs_changes_no_token(prefill, way):
     engine = engine_of(prefill, **WAYS[way])
     found = engine.generate(PROMPTS, Sampling(max_tokens=NUM_NEW))

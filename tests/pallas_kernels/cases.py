@@ -151,3 +151,10 @@ class Fetched:
         jax.effects_barrier()
         tiles = listed[0] if live is None else live // page_size * kv_heads
         return self.num_bytes / (tiles * of_tile[0])
+
+
+def on_tpu(mode: str = "eager") -> pltpu.InterpretParams:
+    """The simulator of TPUs, with all that it can see; of `mode` "on_wait" copies arrive when they are waited for."""
+    return pltpu.InterpretParams(
+        detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
+    )

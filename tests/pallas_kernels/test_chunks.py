@@ -15,9 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.debug import debugging
 from pallas_kernels.masking import Scoring
-from pallas_kernels.paged_attention import Lists, Pages, blocked, chunk_positions, gpu, proof, sharing, tpu
+from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, gpu, proof, sharing, tpu
 from pallas_kernels.paged_attention.cases import generated
-from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers
+from tests.pallas_kernels.cases import CHUNK_CASES, Fetched, named, numbers, on_tpu
 
 CASES: dict[str, dict[str, Any]] = {
     "ragged, two tiles, an empty sequence": {"lengths": [70, 3, 0, 9], "num_queries": 40, "group": 2},
@@ -80,12 +80,8 @@ class TestBlocked(Contract):
         "dims": (2, 8, 16, 80),
     }
 
-    @pytest.fixture(autouse=True)
-    def small(self, monkeypatch):
-        monkeypatch.setattr(blocked, "BLOCK_LEN", 16)
-
     def prefill(self, number=0):
-        return proof.by_api(implementation="blocked")
+        return proof.by_api(implementation="blocked", tiles={"block_len": 16})
 
 
 class TestReference(TestBlocked):
@@ -195,19 +191,16 @@ class TestTPU(Contract):
     }
 
     @pytest.fixture(autouse=True)
-    def small(self, monkeypatch):
-        monkeypatch.setattr(tpu, "BLOCK_LEN", 16)
-        monkeypatch.setattr(tpu, "ROWS", 8)
+    def clean(self):
         yield
         pltpu.reset_tpu_interpret_mode_state()
 
     @named(CHUNK_CASES, "one tile", "int8")
     def test_every_tile_fetches_its_live_pages_once(self, case, monkeypatch):
         """And nothing else: queries come through the grid."""
-        monkeypatch.setattr(tpu, "ROWS", 64)
         ledger = Fetched()
         ledger.count_copies(monkeypatch)
-        assert ledger.of_chunk(self.check, self.prefill(), case, 64 // case["group"]) == 0
+        assert ledger.of_chunk(self.check, self.prefill(max_rows=64), case, 64 // case["group"]) == 0
 
     @named(CASES, "ragged, two tiles, an empty sequence", "window, sinks, soft cap")
     def test_copies_that_arrive_at_the_wait(self, case, capfd):
@@ -215,14 +208,10 @@ class TestTPU(Contract):
         self.check(self.prefill(1), prefill=True, **{"dtype": self.dtype, **case})
         assert "RACE" not in capfd.readouterr().out
 
-    def prefill(self, number=0):
-        how = pltpu.InterpretParams(
-            detect_races=True,
-            dma_execution_mode="on_wait" if number % 2 else "eager",
-            uninitialized_memory="nan",
-            out_of_bounds_reads="raise",
+    def prefill(self, number=0, max_rows=8):
+        return partial(
+            tpu.paged_attention, block_len=16, max_rows=max_rows, interpret=on_tpu("on_wait" if number % 2 else "eager")
         )
-        return partial(tpu.paged_attention, interpret=how)
 
 
 @pytest.mark.parametrize(

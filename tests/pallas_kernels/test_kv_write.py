@@ -18,7 +18,7 @@ from pallas_kernels.kv_write import api, gpu, kv_write, proof, tpu
 from pallas_kernels.kv_write.cases import CASES, generated
 from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
-from tests.pallas_kernels.cases import Fetched, numbers
+from tests.pallas_kernels.cases import Fetched, numbers, on_tpu
 
 
 class Contract:
@@ -177,13 +177,7 @@ class TestTPU(Contract):
             assert (ledger.num_bytes - old) / tokens <= 1.05
 
     def write(self, number=0):
-        how = pltpu.InterpretParams(
-            detect_races=True,
-            dma_execution_mode="on_wait" if number % 2 else "eager",
-            uninitialized_memory="nan",
-            out_of_bounds_reads="raise",
-        )
-        return partial(tpu.kv_write, interpret=how)
+        return partial(tpu.kv_write, interpret=on_tpu("on_wait" if number % 2 else "eager"))
 
 
 def kernel_calls(program: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from pallas_kernels.debug import debugging
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.formats import Quantised, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
-from pallas_kernels.paged_attention import NOWHERE, Lists, Pages, api, blocked, paged_attention
+from pallas_kernels.paged_attention import NOWHERE, Lists, Pages, api, paged_attention
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.proof import brute_force, by_api, check
 from pallas_kernels.selection import Asked, recording
@@ -23,10 +23,9 @@ from tests.pallas_kernels.cases import numbers
 
 
 @pytest.fixture(params=["blocked", "reference"])
-def implementation(request, monkeypatch):
+def how(request):
     """Every implementation; blocks so short that even short sequences have several."""
-    monkeypatch.setattr(blocked, "BLOCK_LEN", 16)
-    return request.param
+    return {"implementation": request.param, "tiles": {"block_len": 16} if request.param == "blocked" else {}}
 
 
 SPACE = {
@@ -38,18 +37,18 @@ SPACE = {
 
 
 @pytest.mark.parametrize("case", (CASES | KIVI).values(), ids=CASES | KIVI)
-def test_equals_float64(implementation, case):
-    check(by_api(implementation=implementation), **case)
+def test_equals_float64(how, case):
+    check(by_api(**how), **case)
 
 
 @pytest.mark.parametrize("number", numbers(5))
-def test_equals_float64_over_the_option_space(implementation, number):
-    check(by_api(implementation=implementation), **generated(number, **SPACE))
+def test_equals_float64_over_the_option_space(how, number):
+    check(by_api(**how), **generated(number, **SPACE))
 
 
-def test_a_wrong_page_is_caught(implementation):
+def test_a_wrong_page_is_caught(how):
     with pytest.raises(AssertionError):
-        check(by_api(implementation=implementation), **CASES["one head each"], misread=1)
+        check(by_api(**how), **CASES["one head each"], misread=1)
 
 
 MASKS = [
@@ -176,11 +175,11 @@ def test_tables_that_cannot_be_right_are_refused_while_debugging(changes, messag
         paged_attention(**_arguments(table=jnp.array([[9, -9]]), starts=unused))
 
 
-def test_pages_outside_the_pool_are_harmless(implementation):
+def test_pages_outside_the_pool_are_harmless(how):
     """The nearest one is read, whatever reads it."""
     pool = jnp.arange(3 * 2 * 4 * 8, dtype=jnp.float32).reshape(3, 2, 4, 8)
     pools = {"keys": pool, "values": pool, "kv_lens": jnp.array([5]), "query_positions": jnp.array([[4]])}
-    starts = {"starts": jnp.array([[0, 4]]), "implementation": implementation}
+    starts = {"starts": jnp.array([[0, 4]]), **how}
     found, _ = paged_attention(**_arguments(**pools, **starts, table=jnp.array([[-7, 99]])))
     nearest, _ = paged_attention(**_arguments(**pools, **starts, table=jnp.array([[0, 2]])))
     np.testing.assert_array_equal(found, nearest)
@@ -209,11 +208,11 @@ def test_a_named_implementation_is_honoured():
 
 
 @pytest.mark.parametrize("empty", ["sequences", "queries", "entries"])
-def test_nothing_is_answered_with_nothing(implementation, empty):
+def test_nothing_is_answered_with_nothing(how, empty):
     batch, tokens, entries = (0 if empty == axis else 2 for axis in ("sequences", "queries", "entries"))
     tables = dict.fromkeys(("table", "starts"), jnp.zeros((batch, entries), jnp.int32))
     shapes = {"queries": jnp.ones((batch, tokens, 4, 8)), "query_positions": jnp.zeros((batch, tokens), jnp.int32)}
-    arguments = _arguments(**tables, **shapes, kv_lens=jnp.ones(batch, jnp.int32), implementation=implementation)
+    arguments = _arguments(**tables, **shapes, kv_lens=jnp.ones(batch, jnp.int32), **how)
     outputs, log_sum_exp, mass = paged_attention(**arguments, with_page_mass=True)
     assert outputs.shape == (batch, tokens, 4, 8)
     assert mass.shape == (batch, tokens, 4, entries)
@@ -221,7 +220,7 @@ def test_nothing_is_answered_with_nothing(implementation, empty):
     assert (log_sum_exp == -jnp.inf).all()
 
 
-def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
+def test_what_is_not_finite_in_one_sequence_stays_there(how):
     rng = np.random.default_rng(0)
     queries, keys = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 1, 4, 8), (5, 2, 4, 8)))
     table, starts = jnp.asarray([[1, 2], [3, 4]], jnp.int32), jnp.asarray([[0, 4], [0, 4]], jnp.int32)
@@ -231,7 +230,7 @@ def test_what_is_not_finite_in_one_sequence_stays_there(implementation):
         Lists(table, starts),
         jnp.full((2, 1), 7, jnp.int32),
         jnp.full(2, 8, jnp.int32),
-        implementation=implementation,
+        **how,
     )[0]
     clean, spoiled = run(keys), run(keys.at[3, :, 1].set(jnp.nan))
     np.testing.assert_array_equal(clean[0], spoiled[0])

@@ -11,21 +11,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention import tpu
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
 from pallas_kernels.paged_attention.proof import check
-from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers
+from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, numbers, on_tpu
 
 
 def simulated(mode: str) -> partial:
-    how = pltpu.InterpretParams(
-        detect_races=True, dma_execution_mode=mode, uninitialized_memory="nan", out_of_bounds_reads="raise"
-    )
-    return partial(tpu.paged_attention, interpret=how)
+    """Blocks of 16 tokens and items of few rows, so that short sequences have several."""
+    return partial(tpu.paged_attention, block_len=16, max_rows=8, interpret=on_tpu(mode))
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Blocks of 16 tokens and items of few rows, so that short sequences have several; a clean simulator afterwards."""
-    monkeypatch.setattr(tpu, "BLOCK_LEN", 16)
-    monkeypatch.setattr(tpu, "ROWS", 8)
+def clean():
     yield
     pltpu.reset_tpu_interpret_mode_state()
 

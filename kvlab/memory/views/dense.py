@@ -13,7 +13,7 @@ from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import Quantised, tile_values
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 @jax.tree_util.register_dataclass
@@ -54,8 +54,7 @@ def attend_densely(
     grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * (dim**-0.5 if scale is None else scale)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = soft_capped(scores, soft_cap)
     weights, _ = masked_softmax(scores, seen[:, None, None])
     readable = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0).astype(jnp.float32)
     outputs = jnp.einsum("bkgts,bksd->btkgd", weights, readable)

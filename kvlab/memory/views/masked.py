@@ -12,7 +12,7 @@ from kvlab.memory.views.sealed import schemes
 from kvlab.memory.views.whole import Appended, taken
 from kvlab.typing import HeadOutputs, Positions, Queries
 from pallas_kernels.formats import quantised
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +34,7 @@ class MaskedTokens(Appended):
         grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
         scores = scores * (dim**-0.5 if scale is None else scale)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = soft_capped(scores, soft_cap)
         places = jnp.arange(num_tokens, dtype=jnp.int32)
         weights, _ = masked_softmax(scores, self._seen(places)[:, :, None])
         outputs = jnp.einsum("bkgts,bskd->btkgd", weights, values.astype(jnp.float32))
@@ -74,8 +73,7 @@ class SealedMasked(MaskedTokens):
         )
         scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
         scores = scores * (dim**-0.5 if scale is None else scale)
-        if soft_cap is not None:
-            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        scores = soft_capped(scores, soft_cap)
         places = jnp.arange(num_tokens, dtype=jnp.int32)
         is_open = self._seen(places) & (places[None, None, :, None] < self.sealed_at[:, :, None, :])
         since = jnp.take_along_axis(self.sealed_at, jnp.maximum(self.order, 0), axis=2)

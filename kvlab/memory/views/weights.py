@@ -12,7 +12,7 @@ from kvlab.memory.rotation import turned_back
 from kvlab.memory.views.paged import lists_of
 from kvlab.typing import Positions, Queries
 from pallas_kernels.formats import Quantised
-from pallas_kernels.masking import masked_softmax
+from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 def gathered(state: Any, pool: Any, name: str, pages: Array) -> Float[Array, "B K S D"]:
@@ -35,7 +35,6 @@ def paged_weights(tokens: Any, queries: Queries, slots: Positions, soft_cap: flo
     seen = tokens.state.visible.sees(slots[:, :, None], places) & (places < tokens.slot_lens[:, None, None])
     keys = jnp.where(seen.any(axis=1)[:, None, :, None], keys, 0)
     scores = jnp.einsum("btkgd,bksd->bkgts", asked, keys, preferred_element_type=jnp.float32)
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = soft_capped(scores, soft_cap)
     weights, _ = masked_softmax(scores, seen[:, None, None])
     return weights.transpose(0, 3, 1, 2, 4).reshape(batch, num_tokens, num_heads, -1)

@@ -1,4 +1,4 @@
-"""Compactions and sealings that were dispatched."""
+"""What a lossy memory did to sequences: compactions and sealings that were dispatched."""
 
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Compacted(NamedTuple):
     kept: Kept
 
 
-class SealedPages(NamedTuple):
-    """Pages that were sealed, by sequence."""
+class SealedTogether(NamedTuple):
+    """Whose pages were sealed behind one step, and which."""
 
     sequences: tuple[Hashable, ...]
     sealed: list[list[Sealed]]
