@@ -26,7 +26,19 @@ from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
-from kvlab.schema import ConfigError, Schema, choice, flag, identity, integer, nearest, reals, text, to_plain
+from kvlab.schema import (
+    ConfigError,
+    Schema,
+    choice,
+    flag,
+    identity,
+    integer,
+    nearest,
+    reals,
+    text,
+    to_plain,
+    with_added,
+)
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -272,6 +284,27 @@ class Config(Schema):
     def label(self) -> str:
         """How people call this run: variant, task, seed."""
         return f"{self.mixer.name}/{self.task_name}/seed{self.seed}"
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as it was once written, with the fields that were added since at their defaults: runs that
+    are alike then read alike, whenever they were made. What is not known here stays as it is."""
+    complete = dict(config)
+    for name, section in config.items():
+        kind: Any = SECTIONS.get(name)
+        if name == "task" and isinstance(section, Mapping) and (task := TASKS.get(section.get("type", ""))):
+            kind = task.Config
+        if kind is not None and isinstance(section, Mapping):
+            complete[name] = with_added(kind, section)
+        if name == "mixer" and isinstance(section, Mapping):
+            complete[name] = {layer: _completed_layer(value) for layer, value in section.items()}
+    return complete
+
+
+def _completed_layer(value: Any) -> Any:
+    """A layer of a variant; its name and its pattern as they are."""
+    mixer = MIXERS.get(value.get("type", "")) if isinstance(value, Mapping) else None
+    return value if mixer is None else with_added(mixer.Config, value)
 
 
 @dataclass(frozen=True)

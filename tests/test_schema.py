@@ -15,7 +15,20 @@ from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.lab.schemas import all_schemas, write_schemas
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
-from kvlab.schema import ConfigError, Schema, added, choice, identity, integer, real, reals, to_plain, validated
+from kvlab.schema import (
+    ConfigError,
+    Schema,
+    added,
+    choice,
+    identity,
+    integer,
+    real,
+    reals,
+    registered,
+    to_plain,
+    validated,
+    with_added,
+)
 from kvlab.tasks import TASKS
 
 
@@ -111,6 +124,21 @@ def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
     assert to_plain(values[1]) == {**old, "since": None, "size": 4}
     with pytest.raises(ConfigError, match=r"size = 10: must be an integer in \[1, 9\]"):
         Younger(size=10)
+
+
+@dataclass(frozen=True)
+class Chooses(Schema):
+    """A section with a choice of a registry."""
+
+    rate: float = real(0.5, 0.0, 1.0)
+    chosen: Younger | None = added(registered({"young": Younger}, "a kind"))  # noqa: RUF009
+
+
+def test_a_section_from_before_a_field_was_added_gets_its_default():
+    assert with_added(Chooses, {"rate": 0.1}) == {"rate": 0.1, "chosen": None}
+    inner = {"type": "young", "rate": 0.2, "size": 5}
+    assert with_added(Chooses, {"chosen": inner}) == {"chosen": {**inner, "since": None}}
+    assert with_added(Chooses, {"chosen": {"type": "gone"}}) == {"chosen": {"type": "gone"}}
 
 
 SECTION_KINDS = [*SECTIONS.values(), *(kind.Config for kind in (MIXERS | TASKS).values()), GenerateConfig, MemoryConfig]
