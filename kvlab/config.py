@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvlab.compression import Budget
+from kvlab.compression.budget import share_that_fits, slots_of
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
@@ -193,21 +194,29 @@ class Config(Schema):
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
 
     def _check_budget(self) -> None:
-        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
+        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected, with what would
+        fit all of them."""
         method = self.memory.compression
         if method is None or self.memory.budget is None:
             return
         fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
         if fraction is None:
             return
-        for part in self.make_task().slices("test"):
-            prompt_len = part.compress_at or part.prompt_len
-            if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:
-                least = f"{keep} slots of the {prompt_len} tokens before the answers of {part.name}"
-                protects = f"memory.compression.sinks = {method.sinks} and recent = {method.recent} protect"
-                raise ConfigError(
-                    "memory.budget", self.memory.budget, f"is {least}, fewer than the {protected} that {protects}"
-                )
+        lengths = {part.name: part.compress_at or part.prompt_len for part in self.make_task().slices("test")}
+        too_short = {
+            name: length for name, length in lengths.items() if slots_of(fraction, length) < protected < length
+        }
+        if too_short:
+            name, length = min(too_short.items(), key=lambda item: item[1])
+            legal = f"is {slots_of(fraction, length)} slots of the {length} tokens before the answers of {name}, fewer "
+            legal += f"than the {protected} that memory.compression.sinks = {method.sinks} and recent = {method.recent}"
+            legal += f" protect; give budget={math.ceil(100 * protected / length) / 100:g}"
+            if share := share_that_fits(fraction, length, lengths.values()):
+                given = {"sinks": min(method.sinks, share), "recent": min(method.recent, share)}
+                if (window := getattr(method, "window", 0)) > given["recent"]:
+                    given["window"] = given["recent"]
+                legal += f", or {' '.join(f'memory.compression.{field}={value}' for field, value in given.items())}"
+            raise ConfigError("memory.budget", self.memory.budget, legal)
 
     @property
     def context_len(self) -> int:

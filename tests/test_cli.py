@@ -121,6 +121,18 @@ def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
     assert not os.path.exists("/nonexistent/never")
 
 
+def test_readmes_words_on_a_tiny_run_are_answered_with_what_fits(capsys, monkeypatch):
+    """A task's prompts of 16 tokens have no room for what a method protects: either remedy may be typed as it stands."""
+    words = ["plan", "debug=tiny", "compression=h2o"]
+    status, _, errors = call(capsys, monkeypatch, *words, "budget=0.5")
+    assert status == 2
+    remedies = errors.strip().rpartition("; give ")[2].split(", or ")
+    assert remedies == ["budget=0.75", "memory.compression.sinks=2 memory.compression.recent=2"]
+    status, out, _ = call(capsys, monkeypatch, *words, "budget=0.5", *remedies[1].split())
+    assert status == 0
+    assert "mha/mqar/seed0 h2o 0.5" in out
+
+
 def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, monkeypatch):
     overrides = [*TINY, "mixer=mamba2", "memory.format=model,int8"]
     status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides)
