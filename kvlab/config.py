@@ -213,7 +213,7 @@ class Config(Schema):
             legal += f" protect; give budget={math.ceil(100 * protected / length) / 100:g}"
             if share := share_that_fits(fraction, length, lengths.values()):
                 given = {"sinks": min(method.sinks, share), "recent": min(method.recent, share)}
-                if (window := getattr(method, "window", 0)) > given["recent"]:
+                if getattr(method, "window", 0) > given["recent"]:
                     given["window"] = given["recent"]
                 legal += f", or {' '.join(f'memory.compression.{field}={value}' for field, value in given.items())}"
             raise ConfigError("memory.budget", self.memory.budget, legal)

@@ -167,11 +167,14 @@ def plain(default: int | float | str | None, legal: str) -> Any:
 
 
 def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
-    """A section {type: name, ...} whose `type` is one of a registry's names, or null."""
+    """A section {type: name, ...} whose `type` is one of a registry's names, such a name alone, or null, which "none"
+    says as well."""
 
     def chosen(value: object) -> object:
         if value is None or isinstance(value, Schema):
             return value
+        if value == "none":
+            return None
         values: Any = {"type": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
             raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
@@ -187,7 +190,11 @@ def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
             option = json_schema(kind)
             option["properties"] = {"type": {"const": name}} | option["properties"]
             options.append(option | {"required": ["type"]})
-        return {"anyOf": [*options, {"type": "null"}], "description": f"null, or a mapping with the type of {noun}"}
+        names = {"type": "string", "enum": ["none", *registry]}
+        return {
+            "anyOf": [*options, names, {"type": "null"}],
+            "description": f"null, or a mapping with the type of {noun}",
+        }
 
     kind: Any = Annotated[Any, BeforeValidator(chosen), _LazySchema(schema)]
     return field(default=None, metadata={"type": kind, "registry": registry})

@@ -122,7 +122,7 @@ def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
 
 
 def test_readmes_words_on_a_tiny_run_are_answered_with_what_fits(capsys, monkeypatch):
-    """A task's prompts of 16 tokens have no room for what a method protects: either remedy may be typed as it stands."""
+    """A task's prompts of 16 tokens have no room for what a method protects: either remedy may be typed as it is."""
     words = ["plan", "debug=tiny", "compression=h2o"]
     status, _, errors = call(capsys, monkeypatch, *words, "budget=0.5")
     assert status == 2
@@ -162,6 +162,34 @@ def test_tab_completion():
     done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
     assert done.stdout.split() == ["mixer=mqa"]
     assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("run compress", ["compression="]),
+        ("run compression=sn", ["compression=snapkv"]),
+        ("run selection=mean", ["selection=mean_key"]),
+        ("plan format=kiv", ["format=kivi2", "format=kivi4"]),
+        ("run bud", ["budget="]),
+        ("run task=pass", ["task=passkey"]),
+        ("run task=passkey task.sec", ["task.second_form="]),
+        ("run budget=0.5 compression=snapkv memory.compression.win", ["memory.compression.window="]),
+        ("run -m compression=none,str", ["compression=none,streaming"]),
+        ("run -m compression=none,h2o memory.compression.by", ["memory.compression.by_readers="]),
+        ("run hardware=h20", ["hardware=h200"]),
+        ("capacity comp", ["compression="]),
+        ("capacity compression=sn", ["compression=snapkv"]),
+        ("capacity format=", ["format=int4", "format=int8", "format=kivi2", "format=kivi4", "format=model"]),
+        ("capacity format=kivi4 bud", ["budget="]),
+        ("generate FOLDER compression=tov", ["compression=tova"]),
+        ("compare compression=tov", ["compression=tova"]),
+    ],
+)
+def test_tab_completes_groups_their_choices_and_short_names(line, found, capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", f"kvlab {line}")
+    status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
+    assert (status, out.split()) == (0, found)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kvlab.compose import GENERATE, RUN, compose, compose_generate, expand
+from kvlab.compose import GENERATE, RUN, compose, compose_capacity, compose_generate, expand, expand_capacity
 from kvlab.config import Config
 from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.states import QUANTISED, ROTATED
@@ -402,7 +402,7 @@ def test_the_exact_format_is_no_part_of_a_runs_identity():
 ])  # fmt: skip
 def test_a_budget_that_is_too_small_for_the_defaults_says_what_fits(words):
     """README's words at the tasks' own lengths; whatever the sentence says may be typed."""
-    with pytest.raises(ConfigError, match="fewer than the .* protect; give budget=") as caught:
+    with pytest.raises(ConfigError, match=r"fewer than the .* protect; give budget=") as caught:
         compose(words.split())
     budget, fields = re.fullmatch(r".*; give (budget=\S+), or (.*)", str(caught.value)).groups()
     given = [word for word in words.split() if not word.startswith("budget=")]
@@ -453,6 +453,16 @@ def test_a_selections_field_beside_a_sweep_is_for_those_that_have_it():
         (each and (each.name, getattr(each, "group", None), each.dense_layers))
         for each in (config.memory.selection for config in expand(words, multirun=True)[0])
     ] == [None, ("quest", "mean", 0), ("recency", None, 0)]
+
+
+def test_none_is_a_word_for_no_method():
+    """As on the command line of a run, so in a YAML file and for `kvlab capacity`."""
+    assert compose(["memory.compression=none", "memory.selection=none"]) == compose([])
+    assert compose_capacity(["compression=none"]) == compose_capacity([])
+    assert [c.memory.compression is None for c in expand_capacity(["compression=none,h2o", "budget=0.5"])] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(

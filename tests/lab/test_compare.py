@@ -335,26 +335,29 @@ def test_runs_are_named_by_folder_id_or_conditions(results, capsys, monkeypatch)
             runs.point(words)
 
 
-def chosen_by(group, name):
-    """What a choice of a group puts into the memory, by Hydra."""
+def choices_of(group):
+    """What each choice of a group puts into the memory, by Hydra."""
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         register()
-        return OmegaConf.to_container(hydra_compose("config", [f"{group}={name}"]).memory)[group]
+        memories = {name: hydra_compose("config", [f"{group}={name}"]).memory for name in RUN.options(group)}
+        return {name: OmegaConf.to_container(memory)[group] for name, memory in memories.items()}
 
 
 @pytest.mark.parametrize("group", ["compression", "selection", "format"])
 def test_every_choice_of_a_group_finds_its_runs_and_no_others(group, tmp_path):
     """As the files of configs/ have it; a run from before there was a choice holds and reads everything."""
-    names = RUN.options(group)
-    made = [replace(record(memory={"budget": 64, group: chosen_by(group, name)}), run_id=f"{name}.") for name in names]
-    (full,) = (name for name in names if chosen_by(group, name) in (None, "model"))
+    choices = choices_of(group)
+    made = [
+        replace(record(memory={"budget": 64, group: choice}), run_id=f"{name}.") for name, choice in choices.items()
+    ]
+    (full,) = (name for name, choice in choices.items() if choice in (None, "model"))
     made.append(replace(record(seed=1, memory={"page_size": 16}), run_id="older."))
     runs = Runs(write(tmp_path, *made))
-    for name in names:
+    for name in choices:
         for words in (f"{group}={name}", f"memory.{group}={name}"):
             expected = [name, *(["older"] if name == full else [])]
             assert sorted(each.run_id for each in runs._named(words)) == sorted(f"{each}." for each in expected), words
-    assert len(matching(runs.records, conditions([f"{group}={','.join(names)}"], runs.records))) == len(made)
+    assert len(matching(runs.records, conditions([f"{group}={','.join(choices)}"], runs.records))) == len(made)
     assert not runs._named(f"{group}=other")
 
 
