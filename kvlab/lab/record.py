@@ -171,7 +171,7 @@ def read_record(path: Path) -> AnyRecord:
     """The record of a file, its configuration with what was added since (`completed`). Raises ValueError (pydantic's,
     with field and value) when it is none."""
     record = _READER.validate_json(path.read_bytes())
-    return replace(record, config=completed(record.config))
+    return replace(record, config=completed(record.config), directory=str(path.parent))
 
 
 def damaged(error: ValueError, run_id: str, config: dict[str, Any]) -> Unfinished:

@@ -237,9 +237,10 @@ def test_tensorboard_gets_every_row(tmp_path):
 
 def test_a_record_comes_back_as_it_was(tmp_path):
     made = record(**held(SNAPKV, 0.5, residual=8))
-    made = replace(made, config=completed(made.config))
+    folder = tmp_path / "made" / "mha0mqar"
+    made = replace(made, config=completed(made.config), directory=str(folder))
     write(tmp_path, made)
-    assert read_record(tmp_path / "made" / "mha0mqar" / "record.json") == made
+    assert read_record(folder / "record.json") == made
 
 
 @pytest.mark.parametrize(
