@@ -171,10 +171,8 @@ def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
     says as well."""
 
     def chosen(value: object) -> object:
-        if value is None or isinstance(value, Schema):
-            return value
-        if value == "none":
-            return None
+        if value is None or value == "none" or isinstance(value, Schema):
+            return None if value == "none" else value
         values: Any = {"type": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
             raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
