@@ -363,11 +363,7 @@ def complete(arguments: list[str], commands: list[str]) -> int:
         prefix = words[1] if len(words) == 2 else ""
         print(" ".join(command for command in commands if command.startswith(prefix)))
         return 0
-    if len(words) >= 2:
-        os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
-    from kvlab.compose import CAPACITY, GENERATE, RUN
-    from kvlab.lab.launch import through_hydra
+    from kvlab.lab.completion import complete_by_hydra
 
-    root = {"capacity": CAPACITY, "generate": GENERATE}.get(words[1] if len(words) > 1 else "run", RUN)
-    through_hydra(["--shell-completion", *arguments], root)
+    complete_by_hydra(arguments, words, is_new_word=line.endswith(" "))
     return 0

@@ -26,6 +26,7 @@ from kvlab.capacity.presets import Preset
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
 from kvlab.hardware import HardwareConfig
+from kvlab.methods import METHODS, fields_for_some, fitting
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
@@ -190,9 +191,11 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
         return _checked([_composed(overrides, RUN)], planned), overrides
     replaced = [name for name in axes or {} if name in {override.key_or_group for override in given}]
     kept = [f"{name}={value}" for name, value in (axes or {}).items() if name not in replaced]
+    for_some = fields_for_some([*kept, *overrides], _swept_methods([*kept, *overrides]))
+    overrides = [for_some.get(word, word) for word in overrides]
     words = [*kept, *overrides]
     jobs = _jobs(words, RUN)
-    composed = [_composed(job, RUN) for job in jobs]
+    composed = [fitting(_composed(job, RUN), [word.split("=")[0].lstrip("+") for word in for_some]) for job in jobs]
     configs = _checked(composed, planned)
     ordered = _trainings_first(words, jobs, [config.training_id for config in configs])
     if ordered == words or any("." in name for name in axes or {}):
@@ -203,6 +206,17 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
     if all(values["model"]["dtype"] == "auto" for values in composed):
         handed.append(f"model.dtype={ModelConfig(dtype='auto').dtype}")
     return configs, handed
+
+
+def _swept_methods(words: Sequence[str]) -> dict[str, list[str]]:
+    """The choices of every group of methods that a sweep goes over."""
+    swept: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        if override.key_or_group in METHODS and override.is_sweep_override():
+            is_glob = override.value_type is ValueType.GLOB_CHOICE_SWEEP
+            group = override.key_or_group
+            swept[group] = RUN.options(group) if is_glob else [str(value) for value in _values(override)]
+    return swept
 
 
 def _checked(composed: Sequence[dict[str, Any]], planned: bool) -> list[Config]:
@@ -227,7 +241,7 @@ def _trainings_first(words: list[str], jobs: list[list[str]], trainings: list[st
     slowest, so that a sweep then begins with one run of every training, and no worker waits for another's."""
 
     def key_of(word: str) -> str:
-        return word.split("=", 1)[0]
+        return word.split("=", 1)[0].lstrip("+")
 
     def is_apart(key: str) -> bool:
         """Whether its place among the words means nothing: no other sets the same field."""
@@ -258,7 +272,8 @@ def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]
                 if override.is_sweep_override()
                 else str(override.input_line)
                 for override in given
-                if override.key_or_group in RUN.groups or not override.is_sweep_override()
+                if (override.key_or_group in RUN.groups or not override.is_sweep_override())
+                and not override.key_or_group.startswith(tuple(f"memory.{group}." for group in METHODS))
             ]
             hydra_config = hydra_compose(RUN.file, overrides=fixed, return_hydra_config=True).hydra
         except (HydraException, OmegaConfBaseException) as error:
@@ -326,11 +341,21 @@ def _no_such_field(override: Override, node: Any, root: Root) -> ConfigError | N
     place: list[str] = []
     for part in override.key_or_group.split("."):
         if not isinstance(node, dict) or part not in node:
-            legal = [*node, *(root.groups if not place else ())] if isinstance(node, dict) else []
+            if not isinstance(node, dict):
+                return ConfigError(override.key_or_group, override.value(), _why_no_section(place, node, root))
+            legal = [*node, *(root.groups if not place else ())]
             return ConfigError(".".join([*place, part]), override.value(), f"no such field; {nearest(part, legal)}")
         node = node[part]
         place.append(part)
     return None
+
+
+def _why_no_section(place: Sequence[str], value: Any, root: Root) -> str:
+    """Why there is no field below a place of a config, and what to do where a choice is missing."""
+    where, group = ".".join(place), place[-1]
+    if value is None and group in root.groups:
+        return f"no such field: {where} is null; choose one with {group}=..., of {', '.join(root.options(group))}"
+    return f"no such field: {where} is {'null' if value is None else 'a value'}, not a section"
 
 
 def _values(override: Override) -> list[Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvlab.compression import Budget
+from kvlab.compression.budget import share_that_fits, slots_of
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
@@ -26,7 +27,19 @@ from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
-from kvlab.schema import ConfigError, Schema, choice, flag, identity, integer, nearest, reals, text, to_plain
+from kvlab.schema import (
+    ConfigError,
+    Schema,
+    choice,
+    flag,
+    identity,
+    integer,
+    nearest,
+    reals,
+    text,
+    to_plain,
+    with_added,
+)
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -181,21 +194,29 @@ class Config(Schema):
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
 
     def _check_budget(self) -> None:
-        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected."""
+        """Raises ConfigError for a fraction that leaves less of some test prompt than is protected, with what would
+        fit all of them."""
         method = self.memory.compression
         if method is None or self.memory.budget is None:
             return
         fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
         if fraction is None:
             return
-        for part in self.make_task().slices("test"):
-            prompt_len = part.compress_at or part.prompt_len
-            if (keep := math.floor(fraction * prompt_len + 1e-9)) < protected < prompt_len:
-                least = f"{keep} slots of the {prompt_len} tokens before the answers of {part.name}"
-                protects = f"memory.compression.sinks = {method.sinks} and recent = {method.recent} protect"
-                raise ConfigError(
-                    "memory.budget", self.memory.budget, f"is {least}, fewer than the {protected} that {protects}"
-                )
+        lengths = {part.name: part.compress_at or part.prompt_len for part in self.make_task().slices("test")}
+        too_short = {
+            name: length for name, length in lengths.items() if slots_of(fraction, length) < protected < length
+        }
+        if too_short:
+            name, length = min(too_short.items(), key=lambda item: item[1])
+            legal = f"is {slots_of(fraction, length)} slots of the {length} tokens before the answers of {name}, fewer "
+            legal += f"than the {protected} that memory.compression.sinks = {method.sinks} and recent = {method.recent}"
+            legal += f" protect; give budget={math.ceil(100 * protected / length) / 100:g}"
+            if share := share_that_fits(fraction, length, lengths.values()):
+                given = {"sinks": min(method.sinks, share), "recent": min(method.recent, share)}
+                if getattr(method, "window", 0) > given["recent"]:
+                    given["window"] = given["recent"]
+                legal += f", or {' '.join(f'memory.compression.{field}={value}' for field, value in given.items())}"
+            raise ConfigError("memory.budget", self.memory.budget, legal)
 
     @property
     def context_len(self) -> int:
@@ -272,6 +293,27 @@ class Config(Schema):
     def label(self) -> str:
         """How people call this run: variant, task, seed."""
         return f"{self.mixer.name}/{self.task_name}/seed{self.seed}"
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration as it was once written, with the fields that were added since at their defaults: runs that
+    are alike then read alike, whenever they were made. What is not known here stays as it is."""
+    complete = dict(config)
+    for name, section in config.items():
+        kind: Any = SECTIONS.get(name)
+        if name == "task" and isinstance(section, Mapping) and (task := TASKS.get(section.get("type", ""))):
+            kind = task.Config
+        if kind is not None and isinstance(section, Mapping):
+            complete[name] = with_added(kind, section)
+        if name == "mixer" and isinstance(section, Mapping):
+            complete[name] = {layer: _completed_layer(value) for layer, value in section.items()}
+    return complete
+
+
+def _completed_layer(value: Any) -> Any:
+    """A layer of a variant; its name and its pattern as they are."""
+    mixer = MIXERS.get(value.get("type", "")) if isinstance(value, Mapping) else None
+    return value if mixer is None else with_added(mixer.Config, value)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,19 @@ def added(declared: Any) -> Any:
     return field(default=declared.default, metadata={**declared.metadata, "added": True})
 
 
+def with_added(kind: type["Schema"], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as plain data that may be older than some of its fields: those that were `added` since stand there at
+    their defaults."""
+    complete = dict(values)
+    for item in dataclasses.fields(kind):
+        if "added" in item.metadata and item.name not in values:
+            complete[item.name] = to_plain(item.default)
+        inner = complete.get(item.name)
+        if isinstance(inner, Mapping) and (chosen := item.metadata.get("registry", {}).get(inner.get("type"))):
+            complete[item.name] = with_added(chosen, inner)
+    return complete
+
+
 def plain(default: int | float | str | None, legal: str) -> Any:
     """A number, a string or null; the section itself checks it. `legal` says in an error what it must be."""
     kinds = Annotated[int, Strict()] | Annotated[float, Strict()] | Annotated[str, Strict()]
@@ -154,11 +167,12 @@ def plain(default: int | float | str | None, legal: str) -> Any:
 
 
 def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
-    """A section {type: name, ...} whose `type` is one of a registry's names, or null."""
+    """A section {type: name, ...} whose `type` is one of a registry's names, such a name alone, or null, which "none"
+    says as well."""
 
     def chosen(value: object) -> object:
-        if value is None or isinstance(value, Schema):
-            return value
+        if value is None or value == "none" or isinstance(value, Schema):
+            return None if value == "none" else value
         values: Any = {"type": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
             raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
@@ -174,10 +188,14 @@ def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
             option = json_schema(kind)
             option["properties"] = {"type": {"const": name}} | option["properties"]
             options.append(option | {"required": ["type"]})
-        return {"anyOf": [*options, {"type": "null"}], "description": f"null, or a mapping with the type of {noun}"}
+        names = {"type": "string", "enum": ["none", *registry]}
+        return {
+            "anyOf": [*options, names, {"type": "null"}],
+            "description": f"null, or a mapping with the type of {noun}",
+        }
 
     kind: Any = Annotated[Any, BeforeValidator(chosen), _LazySchema(schema)]
-    return field(default=None, metadata={"type": kind})
+    return field(default=None, metadata={"type": kind, "registry": registry})
 
 
 @dataclass(frozen=True)

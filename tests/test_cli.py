@@ -117,21 +117,33 @@ def test_plan_predicts_what_is_held(capsys, monkeypatch, config_of):
     overrides = [*TINY, "mixer.A.head_dim=4"]
     status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides, "seed=0,1", "results_dir=/nonexistent/never")
     assert status == 0
-    assert out.count("new") == 2
+    assert "state: new" in out
+    assert [out.count(f"mha/mqar/seed{seed}") for seed in (0, 1)] == [1, 1]
     assert not os.path.exists("/nonexistent/never")
+
+
+def test_readmes_words_on_a_tiny_run_are_answered_with_what_fits(capsys, monkeypatch):
+    """A task's prompts of 16 tokens have no room for what a method protects: either remedy may be typed as it is."""
+    words = ["plan", "debug=tiny", "compression=h2o"]
+    status, _, errors = call(capsys, monkeypatch, *words, "budget=0.5")
+    assert status == 2
+    remedies = errors.strip().rpartition("; give ")[2].split(", or ")
+    assert remedies == ["budget=0.75", "memory.compression.sinks=2 memory.compression.recent=2"]
+    status, out, _ = call(capsys, monkeypatch, *words, "budget=0.5", *remedies[1].split())
+    assert status == 0
+    assert "mha/mqar/seed0 h2o 0.5" in out
 
 
 def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, monkeypatch):
     overrides = [*TINY, "mixer=mamba2", "memory.format=model,int8"]
     status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides)
     assert status == 0
-    first, second = (line for line in out.splitlines() if "mamba2/mqar/seed0" in line and "new" in line)
-    training = first.split("│")[2].strip()
-    assert second.split("│")[2].strip() == training
-    assert "e+" in first.split("│")[-3]
-    assert second.split("│")[-3].strip() == "shared"
-    assert f"2 runs of 1 trainings, {first.split('│')[-3].strip()} FLOPs" in out
-    assert f"[{second.split('│')[1].strip()}]: memory.format = int8 changes nothing: it stores no tokens" in out
+    first, second = (line.split() for line in out.splitlines() if line[11:].lstrip().startswith("mamba2/mqar/seed0"))
+    assert out.count("training: ") == 1  # above the table: they have it in common
+    assert "e+" in first[-1]
+    assert second[-1] == "shared"
+    assert f"2 runs of 1 trainings, {first[-1]} FLOPs" in out
+    assert f"[{second[0]}]: memory.format = int8 changes nothing: it stores no tokens" in out
 
 
 def test_a_model_too_large_for_the_chip_says_no(config_of):
@@ -151,6 +163,34 @@ def test_tab_completion():
     done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
     assert done.stdout.split() == ["mixer=mqa"]
     assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("run compress", ["compression="]),
+        ("run compression=sn", ["compression=snapkv"]),
+        ("run selection=mean", ["selection=mean_key"]),
+        ("plan format=kiv", ["format=kivi2", "format=kivi4"]),
+        ("run bud", ["budget="]),
+        ("run task=pass", ["task=passkey"]),
+        ("run task=passkey task.sec", ["task.second_form="]),
+        ("run budget=0.5 compression=snapkv memory.compression.win", ["memory.compression.window="]),
+        ("run -m compression=none,str", ["compression=none,streaming"]),
+        ("run -m compression=none,h2o memory.compression.by", ["memory.compression.by_readers="]),
+        ("run hardware=h20", ["hardware=h200"]),
+        ("capacity comp", ["compression="]),
+        ("capacity compression=sn", ["compression=snapkv"]),
+        ("capacity format=", ["format=int4", "format=int8", "format=kivi2", "format=kivi4", "format=model"]),
+        ("capacity format=kivi4 bud", ["budget="]),
+        ("generate FOLDER compression=tov", ["compression=tova"]),
+        ("compare compression=tov", ["compression=tova"]),
+    ],
+)
+def test_tab_completes_groups_their_choices_and_short_names(line, found, capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", f"kvlab {line}")
+    status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
+    assert (status, out.split()) == (0, found)
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])

@@ -9,13 +9,29 @@ from typing import TypedDict
 import pytest
 import yaml
 
-from kvlab.capacity.config import CapacityConfig
+from kvlab.capacity.config import CapacityConfig, ServingMemory
 from kvlab.compose import CAPACITY, GENERATE, RUN, compose_capacity, configs_dir
+from kvlab.compression import COMPRESSIONS
 from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.lab.schemas import all_schemas, write_schemas
+from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
-from kvlab.schema import ConfigError, Schema, added, choice, identity, integer, real, reals, to_plain, validated
+from kvlab.schema import (
+    ConfigError,
+    Schema,
+    added,
+    choice,
+    identity,
+    integer,
+    real,
+    reals,
+    registered,
+    to_plain,
+    validated,
+    with_added,
+)
+from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
 
@@ -111,6 +127,21 @@ def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
     assert to_plain(values[1]) == {**old, "since": None, "size": 4}
     with pytest.raises(ConfigError, match=r"size = 10: must be an integer in \[1, 9\]"):
         Younger(size=10)
+
+
+@dataclass(frozen=True)
+class Chooses(Schema):
+    """A section with a choice of a registry."""
+
+    rate: float = real(0.5, 0.0, 1.0)
+    chosen: Younger | None = added(registered({"young": Younger}, "a kind"))  # noqa: RUF009
+
+
+def test_a_section_from_before_a_field_was_added_gets_its_default():
+    assert with_added(Chooses, {"rate": 0.1}) == {"rate": 0.1, "chosen": None}
+    inner = {"type": "young", "rate": 0.2, "size": 5}
+    assert with_added(Chooses, {"chosen": inner}) == {"chosen": {**inner, "since": None}}
+    assert with_added(Chooses, {"chosen": {"type": "gone"}}) == {"chosen": {"type": "gone"}}
 
 
 SECTION_KINDS = [*SECTIONS.values(), *(kind.Config for kind in (MIXERS | TASKS).values()), GenerateConfig, MemoryConfig]
@@ -217,6 +248,34 @@ def test_every_yaml_is_what_its_schema_allows_and_no_typo_is(path, schemas):
     assert not matches(schema, values | {"nmae": "x"}, schema) or "run.mixer" in schema_of(path)
     for name in set(values) - {"defaults", "hydra"}:
         assert not matches(schema, values | {name: [{"no": "such"}]}, schema), name
+
+
+@pytest.mark.parametrize("command", ["run", "generate", "capacity"])
+def test_a_memorys_choices_are_completed_by_name(schemas, command):
+    """Every method in a mapping with its fields, or as a word; every format; a budget in its three forms."""
+    schema = schemas[command]
+    defaults = to_plain({"run": MemoryConfig(), "generate": GenerateConfig().memory}.get(command, ServingMemory()))
+
+    def allows(**memory):
+        return matches(schema, {"memory": defaults | memory}, schema)
+
+    registries = {"compression": COMPRESSIONS} | ({} if command == "capacity" else {"selection": SELECTIONS})
+    for group, registry in registries.items():
+        for name, kind in registry.items():
+            assert allows(**{group: {"type": name, **kind.defaults()}})
+            assert allows(**{group: name})
+            assert not allows(**{group: {"type": name, "nmae": 1}})
+        assert allows(**{group: None})
+        assert allows(**{group: "none"})
+        assert not allows(**{group: "nobody"})
+        assert set(registry) <= {*RUN.options(group)}
+    formats = ("model", "int8", "int4", *SEALED) if command == "capacity" else RUN.options("format")
+    assert all(allows(format=name) for name in formats)
+    assert not allows(format="int5")
+    assert all(allows(budget=value) for value in (64, 0.25, "64KiB", None))
+    assert not allows(budget=[64])
+    assert matches(schemas["run.task"], {"type": "passkey", "second_form": "same"}, schemas["run.task"])
+    assert not matches(schemas["run.task"], {"type": "passkey", "second_form": "third"}, schemas["run.task"])
 
 
 def test_every_group_has_a_schema_and_configs_model_holds_models_only(schemas, tmp_path):

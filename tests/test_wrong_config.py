@@ -151,6 +151,12 @@ WRONG = [
     ("mixer=swa compression=h2o budget=64KiB", "memory.compression = 'h2o': serves no layer of this model: a window"),
     ("memory=dense compression=h2o budget=16", "memory.compression = 'h2o': needs memory.name = paged, not dense"),
     ("compression=streaming budget=3", "memory.budget = '3 slots': must be at least 4 slots, with sinks = 4"),
+    (
+        "compression=none memory.compression.recent=4",
+        "memory.compression.recent = 4: no such field: memory.compression is null; choose one with compression=..., of",
+    ),
+    ("memory.selection.pages=4", "memory.selection.pages = 4: no such field: memory.selection is null; choose one wi"),
+    ("seed.x=4", "seed.x = 4: no such field: seed is a value, not a section"),
     ("compression=null", "compression = None: did you mean none? legal:"),
     ("memory=null", "memory = None: legal: dense, paged"),
     ("task=null", "task = None: legal: mqar"),

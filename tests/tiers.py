@@ -41,6 +41,7 @@ CHILDREN = {
     "tests/ledger/test_ledger.py::test_the_ledger_imports_no_jax": "ci",
     "tests/test_cli.py::test_hydra_options_still_work": "ci",
     "tests/test_cli.py::test_tab_completion": "ci",
+    "tests/test_cli.py::test_readmes_words_on_a_tiny_run_are_answered_with_what_fits": "ci",
     "tests/test_cli.py::test_help_imports_nothing_heavy": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher[submitit": "slow",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvlab.schema import ConfigError
@@ -9,6 +10,21 @@ from kvlab.schema import ConfigError
 LEGAL = "must be slots (256), a fraction of the prompt in (0, 1] (0.25), or bytes a sequence (64KiB)"
 _UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMG]i?B)", re.IGNORECASE)
+
+
+def slots_of(fraction: float, prompt_len: int) -> int:
+    """Slots that a fraction of a prompt is."""
+    return math.floor(fraction * prompt_len + 1e-9)
+
+
+def share_that_fits(fraction: float, prompt_len: int, all_lens: Iterable[int]) -> int:
+    """Sinks, and as many recent slots, that leave a method a choice: half of what is kept of such a prompt at most, and
+    no more than the fraction keeps of any prompt; 0: there is no such number."""
+    lens = list(all_lens)
+    for share in range(slots_of(fraction, prompt_len) // 4, 0, -1):
+        if not any(slots_of(fraction, each) < 2 * share < each for each in lens):
+            return share
+    return 0
 
 
 @dataclass(frozen=True)

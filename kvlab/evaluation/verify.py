@@ -5,6 +5,7 @@ of the parallel form whose keys and values are rounded as it rounds them, under 
 what a format or a compression costs is then its own, and no error of the memory hides in it.
 """
 
+import re
 from collections.abc import Sequence
 
 from kvlab.evaluation.mask_check import MaskCheck
@@ -51,6 +52,15 @@ def verify(
             f"{LOGIT_TOLERANCE[dtype]:g}"
         )
     return name
+
+
+def in_short(verified_by: str) -> str:
+    """What `verify` said, in a word or two: "exact", "int8" where what is stored was rounded to it, "mask" where the
+    parallel form was under the mask of what the memory kept or read."""
+    if verified_by == EXACT:
+        return "exact"
+    rounded = re.findall(r"rounded to (\w+)", verified_by)
+    return " ".join([*rounded, *(["mask"] if "under the mask" in verified_by else [])]) or verified_by
 
 
 def must_agree(

@@ -25,9 +25,15 @@ def is_full(record: Done) -> bool:
     return all(_word(value) in FULL[name] for name, value in chosen.items())
 
 
+def name_of(section: Mapping[str, Any]) -> str | None:
+    """The `type` or `name` of a section, by which its choice is called; None where it has neither."""
+    found = section.get("type", section.get("name"))
+    return found if isinstance(found, str) else None
+
+
 def _word(value: Any) -> Any:
     """The name of a choice, which may be a section of its own."""
-    return value.get("type", value.get("name", "unnamed")) if isinstance(value, Mapping) else value
+    return name_of(value) or "unnamed" if isinstance(value, Mapping) else value
 
 
 class Ceilings:

@@ -1,12 +1,13 @@
 """Runs chosen on a command line: by folder, by run id, or by what their configuration says."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvlab.lab.ceilings import FULL, name_of
 from kvlab.lab.record import AnyRecord, Done, Unfinished
 from kvlab.lab.results import flatten, read_records, without_seed
 from kvlab.schema import ConfigError, nearest
@@ -14,14 +15,19 @@ from kvlab.schema import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Condition:
-    """A field of the configuration, by a dotted name, that has one of some values, as they are written in YAML."""
+    """A field of the configuration, by a dotted name, that has one of some values, as they are written in YAML; a
+    section is named by its `type` or `name`, and what holds and reads everything by the choices of its group, such as
+    compression=none or selection=all."""
 
     field: str
     values: tuple[str, ...]
 
     def holds(self, fields: Mapping[str, Any]) -> bool:
         """Whether it is so in a configuration of dotted names; a field that is not there has no value."""
-        return self.field in fields and any(_is_said(fields[self.field], text) for text in self.values)
+        if self.field not in fields:
+            return False
+        value, full = fields[self.field], FULL.get(self.field.rpartition(".")[2], ())
+        return any(_is_said(value, text) or (value in full and text in full) for text in self.values)
 
 
 def _is_said(value: Any, text: str) -> bool:
@@ -49,16 +55,15 @@ def split_conditions(words: str) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def conditions(words: Iterable[str], records: Sequence[AnyRecord]) -> list[Condition]:
-    """Conditions whose fields some record has. A field may be named by the end of its dotted name where that is clear,
-    and a section stands for its `type` or `name`. Raises ConfigError."""
-    names = sorted({name for record in records for name in fields_of(record)})
+    """Conditions whose fields some record has. A field may be named by the end of its dotted name where that is clear.
+    Raises ConfigError."""
+    names = sorted({name for record in records for name in fields_of(record.config)})
     return [Condition(_full_name(name, names), values) for each in words for name, values in split_conditions(each)]
 
 
 def _full_name(name: str, names: Sequence[str]) -> str:
-    for candidate in (name, f"{name}.type", f"{name}.name"):
-        if candidate in names:
-            return candidate
+    if name in names:
+        return name
     ending = [full for full in names if full.endswith(f".{name}")]
     if len(ending) == 1:
         return ending[0]
@@ -67,14 +72,23 @@ def _full_name(name: str, names: Sequence[str]) -> str:
     raise ConfigError(name, None, f"no field of these runs; {nearest(name, names)}")
 
 
-def fields_of(record: AnyRecord) -> dict[str, Any]:
-    """A record's configuration by dotted names."""
-    return {name.removeprefix("."): value for name, value in flatten(record.config, "").items()}
+def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration by dotted names; a section that has a `type` or a `name` is there by that, too."""
+    fields = flatten(dict(config), "") | dict(_named_sections(config, ""))
+    return {name.removeprefix("."): value for name, value in fields.items()}
+
+
+def _named_sections(value: Mapping[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    for name, section in value.items():
+        if isinstance(section, Mapping):
+            if (word := name_of(section)) is not None:
+                yield f"{path}.{name}", word
+            yield from _named_sections(section, f"{path}.{name}")
 
 
 def matching(records: Iterable[AnyRecord], wanted: Sequence[Condition]) -> list[AnyRecord]:
     """The records of which all conditions hold."""
-    return [record for record in records if all(condition.holds(fields_of(record)) for condition in wanted)]
+    return [record for record in records if all(condition.holds(fields_of(record.config)) for condition in wanted)]
 
 
 class Runs:
@@ -129,8 +143,18 @@ class Runs:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The dotted fields in which configurations differ, with their values."""
-    flat = [flatten(dict(config), "") for config in configs]
+    """The dotted fields in which configurations differ, with their values. Of sections that are different choices the
+    names, and not the fields that only one of them has."""
+    flat = [fields_of(config) for config in configs]
     names = sorted({name for fields in flat for name in fields})
-    values = {name.removeprefix("."): sorted({str(fields.get(name)) for fields in flat}) for name in names}
-    return {name: different for name, different in values.items() if len(different) > 1}
+    values = {name: sorted({str(fields.get(name)) for fields in flat}) for name in names}
+    values = {name: different for name, different in values.items() if len(different) > 1}
+
+    def is_said(name: str) -> bool:
+        """Whether the name of a section around it says so already."""
+        parts = name.split(".")
+        around = {".".join(parts[:end]) for end in range(1, len(parts))} & values.keys()
+        is_of_one = any(name not in fields for fields in flat)
+        return any(is_of_one or name in (f"{section}.type", f"{section}.name") for section in around)
+
+    return {name: different for name, different in values.items() if not is_said(name)}

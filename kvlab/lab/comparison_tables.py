@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.choose import Runs
 from kvlab.lab.compare import Cell, Comparison, Scored, compare
+from kvlab.lab.narrow import flips_of, print_rows
 from kvlab.lab.results import labels_of, without_seed
 from kvlab.lab.tables import as_cell, wide_console
 from kvlab.tasks.metrics import metric_label
@@ -78,13 +76,21 @@ def row(cell: Cell, comparison: Comparison) -> dict[str, str]:
 
 
 def _plain(words: str, rows: Sequence[dict[str, str]]) -> str:
-    table = Table(*rows[0], title=escape(words), title_justify="left")
-    for each in rows:
-        table.add_row(*map(escape, each.values()))
     console = wide_console()
     with console.capture() as captured:
-        console.print(table)
+        print_rows(console, [_in_short(each) for each in rows], kept=KEPT, spare=("examples", "flips"), title=words)
     return captured.get().rstrip()
+
+
+KEPT = ("slice", "turn", "A", "B", "B less A", "95%", "flips", "examples")
+"""Columns that stay, though all rows agree in them."""
+
+
+def _in_short(row: dict[str, str]) -> dict[str, str]:
+    """A row for a terminal: what flipped in one column, of labels and of examples."""
+    labels, examples = ("right to wrong", "wrong to right", "labels"), ("examples lost", "examples won", "examples")
+    others = {name: text for name, text in row.items() if name not in (*labels, *examples)}
+    return others | {"flips": flips_of(row, *labels), "examples": flips_of(row, *examples)}
 
 
 def _markdown(words: str, rows: Sequence[dict[str, str]]) -> str:

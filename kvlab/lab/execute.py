@@ -141,7 +141,6 @@ def quality_of(
         parallel_value=metric.mean(parallel),
         validation=validation,
         verified_by=verified_by,
-        lost=metric.mean(parallel) - metric.mean(through),
         turns={part.name: metric.by_turn(part.examples) for part in through if part.examples.num_turns > 1},
         chance=task.chance,
     )

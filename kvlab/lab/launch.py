@@ -19,6 +19,7 @@ from kvlab.interrupt import stop_sweep, sweep_stops_together
 from kvlab.lab.execute import execute
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
+from kvlab.methods import fitting
 
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
@@ -57,7 +58,8 @@ def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
 
 
 def _job(composed: Any) -> None:
-    config = blueprint.resolved(Config.build(OmegaConf.to_container(composed, resolve=True)))
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    config = blueprint.resolved(Config.build(fitting(values)))
     if config.run_dir in _BEGUN:  # another job of this sweep that came out equal, whatever became of it
         return
     _BEGUN.add(config.run_dir)

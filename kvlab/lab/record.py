@@ -2,13 +2,14 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
+from kvlab.config import completed
 from kvlab.evaluation.measure import MemoryReport, SpeedReport
 from kvlab.evaluation.verify import EXACT
 
@@ -43,10 +44,9 @@ def shown(*, default: Any = MISSING, over_seeds: Callable[[list[Any]], Any] | No
 class Quality:
     """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
 
-    `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `lost` is
-    what the memory costs: `parallel_value` less `value`. `turns` has the metric of each turn of the slices that have
-    several (null: a turn without labels); `value` and `slices` are over all turns. `chance` is what a blind guess
-    scores, where the task knows.
+    `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `turns` has
+    the metric of each turn of the slices that have several (null: a turn without labels); `value` and `slices` are over
+    all turns. `chance` is what a blind guess scores, where the task knows.
     """
 
     metric: str = shown()
@@ -56,7 +56,6 @@ class Quality:
     parallel_value: float = shown()
     validation: float
     verified_by: str = shown(default=EXACT, over_seeds=itemgetter(0))
-    lost: float = shown(default=0.0, over_seeds=statistics.fmean)
     turns: dict[str, list[float | None]] = field(default_factory=dict)
     chance: float | None = None
 
@@ -64,6 +63,11 @@ class Quality:
     def is_lossy(self) -> bool:
         """Whether the memory stored less than what the model computes."""
         return self.verified_by != EXACT
+
+    @property
+    def lost(self) -> float:
+        """What the memory costs: by how much `value` is worse than `parallel_value`, whichever way is better."""
+        return self.parallel_value - self.value if self.higher_is_better else self.value - self.parallel_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,8 @@ class Lossy:
 
 
 SHOWN: dict[str, Shown] = {item.name: item.metadata["shown"] for item in fields(Quality) if "shown" in item.metadata}
-"""The fields of `Quality` that are shown, by name."""
+SHOWN["lost"] = Shown(statistics.fmean)
+"""The fields of `Quality` that are shown, and what follows from them, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +168,10 @@ _READER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[Done | Unfinished, Field
 
 
 def read_record(path: Path) -> AnyRecord:
-    """The record of a file. Raises ValueError (pydantic's, with field and value) when it is none."""
-    return _READER.validate_json(path.read_bytes())
+    """The record of a file, its configuration with what was added since (`completed`). Raises ValueError (pydantic's,
+    with field and value) when it is none."""
+    record = _READER.validate_json(path.read_bytes())
+    return replace(record, config=completed(record.config), directory=str(path.parent))
 
 
 def damaged(error: ValueError, run_id: str, config: dict[str, Any]) -> Unfinished:

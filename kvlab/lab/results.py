@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pandas as pd
 import yaml
 from scipy import stats
 
+from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
 from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
@@ -47,6 +48,7 @@ def _read_record(config_path: Path) -> AnyRecord | None:
         return None
     if not isinstance(config, dict) or not {"mixer", "task", "seed", "experiment"} <= set(config):
         return None
+    config = completed(config)
     path, run_id = config_path.with_name("record.json"), config_path.parent.name
     if not path.exists():
         known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
@@ -160,30 +162,32 @@ def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> li
 
 
 def without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """What the seeds of a point have in common: neither their number, nor where they ran, nor what was asked for."""
+    """What the seeds of a point have in common: neither their number, nor where they ran, nor what was asked for and
+    what that would be solved for."""
     apart = ("seed", "results_dir", "hardware", "equal_budget")
-    return {name: value for name, value in config.items() if name not in apart}
+    common = {name: value for name, value in config.items() if name not in apart}
+    return common | {"mixer": {name: value for name, value in config["mixer"].items() if name != "knob"}}
 
 
 def labels_of(configs: list[dict[str, Any]]) -> list[str]:
     """The variant's name, with what tells points of one variant and task apart where there are several. Where methods
-    of compression vary, the method and its budget say that, and of its fields those in which it varies itself."""
+    of compression vary, the method and its budget say that, and of its fields those in which it varies itself; so where
+    selections vary."""
     named: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for config in configs:
         named.setdefault((config["mixer"]["name"], config["task"]["type"]), []).append(config)
     labels = []
     for config in configs:
         alike = named[config["mixer"]["name"], config["task"]["type"]]
-        by_method = len({_method(each) for each in alike}) > 1
-        words = _in_words(config) if by_method else []
-        fields = [flatten(_without_method(each) if by_method else each, "") for each in alike]
-        own = flatten(_without_method(config) if by_method else config, "")
-        details = _details(own, fields)
-        if by_method and _method(config):
-            mine = [flatten(each["memory"]["compression"], "") for each in alike if _method(each) == _method(config)]
-            words += _details(flatten(config["memory"]["compression"], ""), mine)
-        labels.append(" ".join([config["mixer"]["name"], *words, *details]))
+        varying = [kind for kind in METHODS if len({_method(each, kind) for each in alike}) > 1]
+        words = [word for kind in varying if _method(config, kind) for word in _in_words(config, kind, alike)]
+        own, *fields = [flatten(_without_methods(each, varying), "") for each in (config, *alike)]
+        labels.append(" ".join([config["mixer"]["name"], *words, *_details(own, fields)]))
     return labels
+
+
+METHODS = {"compression": ("compression", "budget"), "selection": ("selection",)}
+"""Choices of a memory that labels name where they vary, and its fields that their words say."""
 
 
 def _details(own: dict[str, Any], alike: list[dict[str, Any]]) -> list[str]:
@@ -193,21 +197,24 @@ def _details(own: dict[str, Any], alike: list[dict[str, Any]]) -> list[str]:
     return [f"{_short(key, keys)}={own.get(key)}" for key in differing]
 
 
-def _method(config: dict[str, Any]) -> str:
-    """The name of a configuration's compression; empty: none."""
-    compression = (config.get("memory") or {}).get("compression")
-    return str(compression["type"]) if isinstance(compression, dict) and "type" in compression else ""
+def _method(config: dict[str, Any], kind: str) -> str:
+    """The name of a configuration's compression or selection; empty: none."""
+    chosen = (config.get("memory") or {}).get(kind)
+    return str(chosen["type"]) if isinstance(chosen, dict) and "type" in chosen else ""
 
 
-def _in_words(config: dict[str, Any]) -> list[str]:
-    """A method and its budget; nothing where all tokens stay."""
-    return [_method(config), str(config["memory"].get("budget"))] if _method(config) else []
+def _in_words(config: dict[str, Any], kind: str, alike: list[dict[str, Any]]) -> list[str]:
+    """A method, a compression's budget, and the fields in which the method itself varies."""
+    name, section = _method(config, kind), config["memory"][kind]
+    budget = [str(config["memory"].get("budget"))] if "budget" in METHODS[kind] else []
+    mine = [flatten(each["memory"][kind], "") for each in alike if _method(each, kind) == name]
+    return [name, *budget, *_details(flatten(section, ""), mine)]
 
 
-def _without_method(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what the words of its method say."""
-    memory = {name: value for name, value in config.get("memory", {}).items() if name not in ("compression", "budget")}
-    return {**config, "memory": memory}
+def _without_methods(config: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """A configuration without what the words of its methods say."""
+    said = {name for kind in kinds for name in METHODS[kind]}
+    return {**config, "memory": {name: value for name, value in config.get("memory", {}).items() if name not in said}}
 
 
 def _short(key: str, keys: set[str]) -> str:

@@ -1,24 +1,30 @@
 """Tables for a terminal: runs to come, runs that were done, and what a sweep holds."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from kvlab.config import Config
+from kvlab.evaluation.verify import in_short
+from kvlab.lab.narrow import flips_of, print_rows
 from kvlab.lab.plan import Plan
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
-from kvlab.lab.results import points
+from kvlab.lab.results import Point, points
 from kvlab.lab.runs import Run
+from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
-SIZES = {"logical_bytes": "logical/seq", "allocated_bytes": "allocated/seq", "read_bytes_per_token": "read/token"}
+SIZES = {"logical_bytes": "live/seq", "allocated_bytes": "held/seq", "read_bytes_per_token": "read/tok"}
 """The bytes that tables show, and their headings."""
-PLANNED = ("held/seq", "most held/seq", "read/token")
+SPARE = ("step ms", "live/seq", "context", "seeds", "metric", "tok/s", "checked", "flips", "tells")
+"""What tables of records leave out first where there is no room."""
+PLANNED = ("held/seq", "peak/seq", "read/tok")
 """Headings of what a plan says of one sequence's memory."""
+SPARE_PLANNED = ("optimizer", "activations", "weights", "temporaries", "state", "params", "FLOPs", "memory", "training")
+"""What tables of plans leave out first where there is no room."""
 
 
 def as_cell(value: Any) -> str:
@@ -27,7 +33,7 @@ def as_cell(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{round(value, 4) + 0.0:.4f}" if isinstance(value, float) else str(value)  # no minus before nothing
 
 
 def wide_console() -> Console:
@@ -43,7 +49,7 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
     total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
     title = f"{len(plans)} runs of {len(trainings)} trainings, {total:.2e} FLOPs"
-    table = Table(*names, "temporaries", "FLOPs", "fits", title=title, title_justify="left")
+    names, rows = (*names, "temporaries", "FLOPs", "fits"), []
     for config, plan in plans:
         sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
         sizes = (*sizes, plan.state_bytes, plan.held_bytes, plan.peak_bytes, plan.read_bytes_per_token)
@@ -52,9 +58,10 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
         fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
         flops = f"{plan.train_flops:.2e}" if trainings[config.training_id] == config.run_id else "shared"
         cells = [config.run_id, config.training_id, label_of(config), Run(config).state, f"{plan.num_params:,}"]
-        table.add_row(*cells, *(human_bytes(size) for size in sizes), flops, fits)
+        cells += [*(human_bytes(size) for size in sizes), flops, fits]
+        rows.append(dict(zip(names, cells, strict=True)))
     console = wide_console()
-    console.print(table)
+    print_rows(console, rows, kept=("run", "label", "held/seq"), spare=SPARE_PLANNED, title=title)
     lines = [_kernels_line(plan) for _, plan in plans]
     lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
     lines += [line for config, _ in plans for line in budget_lines(config)]
@@ -123,25 +130,30 @@ def print_records(records: list[AnyRecord]) -> None:
     """One row a point, with turns, and with what lossy memories cost, where there are some; failed and cut runs below
     with their reasons."""
     found = points(records)
-    protocol = protocol_rows(found, records)
-    names = ("variant", "task", "metric", "value", "± 95%", "seeds", *SIZES.values(), "context")
-    table = Table(*names, "step ms", "decode tok/s", *(protocol[0] if protocol else ()))
-    for point, added in zip(found, protocol, strict=True):
-        sizes = [point.bytes_per_sequence.get(axis) for axis in SIZES]
-        interval = f"{point.high - point.value:.4f}" if point.num_seeds > 1 else "-"
-        cells = (point.name, point.task, point.metric, f"{point.value:.4f}", interval, str(point.num_seeds))
-        speeds = (
-            str(point.context_len),
-            f"{point.speeds['train_step_ms']:.1f}",
-            f"{point.speeds['decode_tokens_per_s']:,.0f}",
-        )
-        held = ("-" if size is None else human_bytes(size) for size in sizes)
-        table.add_row(*cells, *held, *speeds, *map(as_cell, added.values()))
     console = wide_console()
-    if table.row_count:
-        console.print(table)
+    if found:
+        rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
+        print_rows(console, rows, kept=("variant", "value"), spare=SPARE)
     for record in records:
         if isinstance(record, Unfinished):
             name = record.config["mixer"]["name"]
             line = f"{record.status}: {name} seed {record.seed} [{record.run_id}] {record.reason}"
             console.print(line, markup=False)
+
+
+def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:
+    """A point by heading, with what the protocol adds: flips in one column, and in one word what logits were checked
+    against."""
+    row = {"variant": point.name, "task": point.task, "metric": metric_label(point.metric)}
+    row |= {"value": as_cell(point.value), "± 95%": as_cell(point.high - point.value if point.num_seeds > 1 else None)}
+    row["seeds"] = str(point.num_seeds)
+    sizes = {heading: point.bytes_per_sequence.get(axis) for axis, heading in SIZES.items()}
+    row |= {heading: "-" if size is None else human_bytes(size) for heading, size in sizes.items()}
+    row |= {"context": str(point.context_len), "step ms": f"{point.speeds['train_step_ms']:.1f}"}
+    row["tok/s"] = f"{point.speeds['decode_tokens_per_s']:,.0f}"
+    cells = {name: as_cell(value) for name, value in added.items()}
+    if "verified by" in cells:
+        cells["checked"] = in_short(cells.pop("verified by"))
+        cells["flips"] = flips_of(cells, *(flips := ("right to wrong", "wrong to right", "labels")))
+        cells = {name: text for name, text in cells.items() if name not in flips}
+    return row | cells

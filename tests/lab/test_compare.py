@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 from scipy import stats
 
 from kvlab import cli
+from kvlab.compose import RUN, configs_dir, register
 from kvlab.evaluation.score import SliceScore
 from kvlab.lab.ceilings import Ceilings, is_full
-from kvlab.lab.choose import Runs, split_conditions
+from kvlab.lab.choose import Runs, conditions, matching, split_conditions
 from kvlab.lab.compare import MEAN, Scored, compare, interval, resampled
 from kvlab.lab.examples import FILE, write_examples
 from kvlab.lab.protocol import protocol_rows
@@ -288,19 +292,20 @@ def results(tmp_path):
             made.append(run("mha", seed, examples, format=format))
     made.append(run("mha", 0, {"text": many(0, num_turns=1)}, metric="bits_per_byte", task="text"))
     for number, each in enumerate(made):
-        each = replace(each, record=replace(each.record, run_id=f"{'abcdefg'[number]}{number}{number}"))
-        directory = tmp_path / "made" / each.record.run_id
-        directory.mkdir(parents=True)
-        parts = [
-            SliceScore(name=name, **vars(scores.sums()), examples=scores, data_sha256=f"{each.record.seed}{name}")
-            for name, scores in each.examples.items()
-        ]
-        written = replace(each.record, examples=write_examples(directory, parts))
-        directory.rename(tmp_path / "kept")
-        write(tmp_path, written)
-        (tmp_path / "kept" / FILE).rename(directory / FILE)
-        (tmp_path / "kept").rmdir()
+        write_run(tmp_path, replace(each, record=replace(each.record, run_id=f"{'abcdefg'[number]}{number}{number}")))
     return tmp_path
+
+
+def write_run(folder, run):
+    """A run's record with the file of its scores."""
+    (folder / "kept").mkdir()
+    parts = [
+        SliceScore(name=name, **vars(scores.sums()), examples=scores, data_sha256=f"{run.record.seed}{name}")
+        for name, scores in run.examples.items()
+    ]
+    write(folder, replace(run.record, examples=write_examples(folder / "kept", parts)))
+    (folder / "kept" / FILE).rename(folder / "made" / run.record.run_id / FILE)
+    (folder / "kept").rmdir()
 
 
 def command(capsys, monkeypatch, *words):
@@ -328,6 +333,49 @@ def test_runs_are_named_by_folder_id_or_conditions(results, capsys, monkeypatch)
     ):
         with pytest.raises(ConfigError, match=said):
             runs.point(words)
+
+
+def choices_of(group):
+    """What each choice of a group puts into the memory, by Hydra."""
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        register()
+        memories = {name: hydra_compose("config", [f"{group}={name}"]).memory for name in RUN.options(group)}
+        return {name: OmegaConf.to_container(memory)[group] for name, memory in memories.items()}
+
+
+@pytest.mark.parametrize("group", ["compression", "selection", "format"])
+def test_every_choice_of_a_group_finds_its_runs_and_no_others(group, tmp_path):
+    """As the files of configs/ have it; a run from before there was a choice holds and reads everything."""
+    choices = choices_of(group)
+    made = [
+        replace(record(memory={"budget": 64, group: choice}), run_id=f"{name}.") for name, choice in choices.items()
+    ]
+    (full,) = (name for name, choice in choices.items() if choice in (None, "model"))
+    made.append(replace(record(seed=1, memory={"page_size": 16}), run_id="older."))
+    runs = Runs(write(tmp_path, *made))
+    for name in choices:
+        for words in (f"{group}={name}", f"memory.{group}={name}"):
+            expected = [name, *(["older"] if name == full else [])]
+            assert sorted(each.run_id for each in runs._named(words)) == sorted(f"{each}." for each in expected), words
+    assert len(matching(runs.records, conditions([f"{group}={','.join(choices)}"], runs.records))) == len(made)
+    assert not runs._named(f"{group}=other")
+
+
+def test_a_choice_is_a_condition_of_every_command(tmp_path, capsys, monkeypatch):
+    h2o, snapkv = {"type": "h2o", "recent": 8}, {"type": "snapkv", "recent": 32, "window": 32}
+    for name, section in (("full", None), ("h2o", h2o), ("snapkv", snapkv)):
+        scored = run("mha", 0, {"x": many(1)})
+        budget = None if section is None else 0.5
+        config = scored.record.config | {"memory": {"format": "model", "compression": section, "budget": budget}}
+        write_run(tmp_path, replace(scored, record=replace(scored.record, run_id=name, config=config)))
+    words = ["compression=h2o", "--results", tmp_path]
+    status, out, _ = command(capsys, monkeypatch, "compare", "compression=none", *words)
+    assert (status, "mha h2o 0.5 less mha, mqar" in out) == (0, True)
+    status, out, _ = command(capsys, monkeypatch, "best", "budget=1MiB", "compression=snapkv", tmp_path, "--json")
+    assert (status, json.loads(out)["best"]["run_ids"]) == (0, ["snapkv"])
+    status, _, err = command(capsys, monkeypatch, "compare", "task=mqar", *words)
+    assert status == 2
+    assert err.endswith("these runs differ in memory.budget=0.5, None; memory.compression=None, h2o, snapkv\n")
 
 
 def test_conditions_are_split_at_commas():

@@ -13,6 +13,7 @@ import pytest
 import kvlab
 from kvlab.compose import compose
 from kvlab.lab import execute as executing
+from kvlab.lab.compare import Scored
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
@@ -216,3 +217,11 @@ def test_a_read_only_folder_is_an_error_not_a_loss(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         execute(small(tmp_path / "results"))
+
+
+def test_a_record_of_a_run_knows_where_its_scores_by_example_are(finished_runs):
+    """As one that is read from a folder of results does: the table behind a sweep has flips."""
+    config = small(finished_runs, *MEASURED)
+    record = Run(config).record
+    assert record.directory == str(config.run_dir)
+    assert Scored.of(record).examples

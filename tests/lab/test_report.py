@@ -54,7 +54,10 @@ def test_files_are_written_and_the_csv_is_the_plot(results, tmp_path):
 def test_what_a_lossy_memory_loses_is_shown_where_there_is_one(tmp_path, capsys):
     exact, held = record("mha"), [record("mqa", seed) for seed in (0, 1)]
     lossy = [
-        replace(made, quality=replace(made.quality, lost=lost, verified_by=f"{EXACT} rounded to int8"))
+        replace(
+            made,
+            quality=replace(made.quality, value=1 - lost, parallel_value=1.0, verified_by=f"{EXACT} rounded to int8"),
+        )
         for made, lost in zip(held, (0.25, 0.75), strict=True)
     ]
     words = ("<button type='button'>lost</button>", "<button type='button'>verified by</button>")

@@ -1,10 +1,13 @@
 """Points, intervals and the frontier, on records made by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from kvlab.compose import compose
+from kvlab.config import completed
 from kvlab.evaluation.measure import MemoryReport, SpeedReport
 from kvlab.lab.record import Done, Provenance, Quality, TrainingReport, as_json, read_record
 from kvlab.lab.results import interval_half_width, load, non_dominated, points, read_records
@@ -88,6 +91,7 @@ def held(compression=None, budget=None, **memory):
     return {"memory": {"format": "model", "compression": compression, "budget": budget, **memory}}
 
 
+QUEST = {"type": "quest", "fraction": 0.25, "pages": None}
 SNAPKV, H2O = {"type": "snapkv", "recent": 32, "window": 32, "sinks": 4}, {"type": "h2o", "recent": 8, "sinks": 4}
 
 
@@ -107,10 +111,60 @@ SNAPKV, H2O = {"type": "snapkv", "recent": 32, "window": 32, "sinks": 4}, {"type
             ["mha h2o 64", "mha snapkv 64 window=16", "mha snapkv 64 window=32"],
         ),
         ([held(H2O, 64), held(H2O, 96)], ["mha budget=64", "mha budget=96"]),
+        (
+            [held(), held(selection=QUEST), held(selection={**QUEST, "pages": 8}), held(selection={"type": "random"})],
+            ["mha", "mha quest pages=8", "mha quest pages=None", "mha random"],
+        ),
+        (
+            [held(selection=None), held(H2O, 64, selection=None), held(H2O, 64, selection=QUEST)],
+            ["mha", "mha h2o 64", "mha h2o 64 quest"],
+        ),
     ],
 )
 def test_a_method_is_named_with_its_budget_where_methods_vary(sections, names):
     assert sorted(point.name for point in points([record(**section) for section in sections])) == names
+
+
+@pytest.mark.parametrize("task", ["mqar", "needle", "text", "passkey"])
+def test_a_run_from_before_a_field_was_added_is_of_the_same_point(task, tmp_path):
+    """Its record is read with the field's default, and so is a run that was cut."""
+    new = compose([f"task={task}", "mixer=hybrid"]).as_dict()
+    younger = {"num_turns", "query_aware", "num_scored", "scored_in_chunks", "second_form"}
+    old = {
+        **new,
+        "memory": {"name": "paged", "page_size": 16, "chunk_len": 16},
+        "task": {name: value for name, value in new["task"].items() if name not in younger},
+        "mixer": {name: value for name, value in new["mixer"].items() if name != "knob"},  # no part of an identity
+    }
+    made = [
+        replace(record(task=task, seed=seed), config=each | {"seed": seed}, run_id=f"run{seed}")
+        for seed, each in enumerate((old, new))
+    ]
+    assert len(points(made)) == 2
+    records = read_records(write(tmp_path, *made))
+    (point,) = points(records)
+    assert (point.num_seeds, point.name) == (2, "hybrid")
+    (tmp_path / "made" / "run0" / "record.json").unlink()
+    (cut,) = (each for each in read_records(tmp_path) if each.status == "cut")
+    assert cut.config["memory"] == point.config["memory"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "lost"), [("accuracy", 0.5, 0.25), ("bits_per_byte", 1.0, 0.25), ("bits_per_byte", 0.5, -0.25)]
+)
+def test_lost_is_by_how_much_a_memory_is_worse(metric, value, lost, tmp_path):
+    """Where lower is better, too; older records said so with the wrong sign, which is not read."""
+    full = value + lost if metric == "accuracy" else value - lost
+    made = record(value=value, metric=metric)
+    made = replace(made, quality=replace(made.quality, parallel_value=full, verified_by="rounded to int8"))
+    assert made.quality.lost == lost
+    write(tmp_path, made)
+    path = tmp_path / "made" / "mha0mqar" / "record.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"quality": data["quality"] | {"lost": -lost}}))
+    (again,) = points(read_records(tmp_path))
+    assert again.fidelity["lost"] == lost
+    assert load(tmp_path)["quality.lost"].tolist() == [lost]
 
 
 def test_what_was_asked_for_parts_no_points():
@@ -182,8 +236,11 @@ def test_tensorboard_gets_every_row(tmp_path):
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
-    write(tmp_path, record())
-    assert read_record(tmp_path / "made" / "mha0mqar" / "record.json") == record()
+    made = record(**held(SNAPKV, 0.5, residual=8))
+    folder = tmp_path / "made" / "mha0mqar"
+    made = replace(made, config=completed(made.config), directory=str(folder))
+    write(tmp_path, made)
+    assert read_record(folder / "record.json") == made
 
 
 @pytest.mark.parametrize(
