@@ -206,6 +206,7 @@ MANY_PROGRAMS = {
     f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token": "ci",
     f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token[page": "fast",
     f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token": "ci",
+    f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token[by chunks-preempted]": "fast",
     f"{ENGINE}/test_compression.py::test_more_sequences_fit_where_they_are_compacted": "ci",
     f"{ENGINE}/test_golden.py::test_beams_are_those_of_the_reference": "ci",
     "tests/compression/test_dealing.py::test_what_was_dealt_is_attended_to_where_it_lies": "ci",

@@ -27,7 +27,8 @@ class Random(Compression):
 
         def draw(seed: Array, length: Array) -> Array:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(slots.layer), seed), length)
-            return jax.random.uniform(key, (num_heads, slots.keys.shape[2]))
+            # Slot by slot, so that a draw does not hang on how many slots pages happen to have.
+            return jax.random.uniform(key, (slots.keys.shape[2], num_heads)).T
 
         drawn = jax.vmap(draw)(slots.seeds, slots.lengths)
         return jnp.broadcast_to(drawn, slots.keys.shape[:3])

@@ -28,7 +28,10 @@ class Entry:
     namespace: str = ""
     num_computed: int = 0
     prefill_len: int = 0
-    """Tokens known when it was admitted: below, it computes a prompt; above, it decodes."""
+    """Below, it computes a prompt; above, it decodes: all tokens that were known when it was admitted or, where memories
+    compress, its prompt's alone."""
+    told_len: int = 0
+    """Tokens known when it was admitted: their ids the ledger has from then on."""
     prompt_len: int = 0
     """Tokens of its prompt: a memory that compresses counts from there; 0: all that were known at first."""
     seed: int = 0

@@ -75,7 +75,8 @@ class Scheduler:
         has_room = parent.state == "running" and len(self.running) < self.schedule_config.max_batch
         if has_room and 0 < parent.num_computed < child.num_known:
             self.ledger.fork(parent.name, child.name)
-            child.num_computed, child.prefill_len = parent.num_computed, parent.prefill_len
+            child.num_computed = parent.num_computed
+            child.prefill_len, child.told_len = parent.prefill_len, parent.told_len
             self._run(child)
         else:
             self._queue(child)
@@ -256,6 +257,7 @@ class Scheduler:
         answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(prompt_len, entry.final_len))
         if isinstance(answer, Ready):
             entry.prefill_len = prompt_len  # what was decoded before is decoded again, where it was compacted
+            entry.told_len = entry.num_known
             self.counters.hit_tokens += start
             return count
         if hit:

@@ -125,7 +125,7 @@ class Settler:
         else:
             self.stats.prefilled_tokens += num_new
         stored = num_new + accepted if self.rolls_back or accepted == lookahead else 0
-        begin, end = max(sample.prefill_len, sample.num_computed), sample.num_computed + stored
+        begin, end = max(sample.told_len, sample.num_computed), sample.num_computed + stored
         new_ids = sample.ids[begin:end] if sample.indexed and begin < end else ()
         self.scheduler.ledger.commit(sample.name, stored, new_ids)
         sample.num_computed = end

@@ -9,6 +9,7 @@ import pytest
 
 from kvlab.compression import COMPRESSIONS, Attended, Shape, Slots
 from kvlab.compression.budget import Budget
+from kvlab.compression.static import Random
 from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import TokenState
 from kvlab.rotary import rotary_angles, rotate
@@ -245,3 +246,15 @@ def test_statistics_are_counted_bytes():
     assert num_bytes("expected") == 4 * (HEADS * (DIM + DIM * DIM) + 1)
     assert num_bytes("h2o") == 4 * 2 * WIDTH * KV_HEADS
     assert num_bytes("keydiff") == num_bytes("lagkv") == num_bytes("knorm") == 0
+
+
+def test_a_random_draw_does_not_hang_on_the_slots_that_pages_have():
+    def drawn(num_slots, share):
+        empty, count = jnp.zeros((2, 3, num_slots, DIM)), jnp.array([8, 10])
+        slots = Slots(empty, empty, count, count, {}, None, jnp.array([4, 7]), 1)
+        return np.asarray(Random(share=share).score(slots))
+
+    for share in ("head", "layer"):
+        few, more = drawn(12, share), drawn(20, share)
+        np.testing.assert_array_equal(few, more[:, :, :12])
+        assert len(np.unique(few)) == few.size / (1 if share == "head" else 3)

@@ -40,9 +40,18 @@ def alone(kind: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["after the prompt", pytest.param("by chunks", marks=SLOW), pytest.param("behind snapkv", marks=SLOW)]
+    ("kind", "way"),
+    [
+        ("by chunks", "preempted"),  # somebody is preempted who decodes, and has sealed nothing yet
+        *(("after the prompt", way) for way in EVERYWHERE),
+        *(
+            pytest.param(kind, way, marks=SLOW)
+            for kind in ("by chunks", "behind snapkv")
+            for way in EVERYWHERE
+            if (kind, way) != ("by chunks", "preempted")
+        ),
+    ],
 )
-@pytest.mark.parametrize("way", EVERYWHERE)
 def test_the_way_it_runs_changes_no_token(kind, way):
     engine = engine_of(kind, **WAYS[way])
     assert answers(engine, SAMPLED, way) == alone(kind)
