@@ -225,10 +225,10 @@ def tile_values(tiles: Stored) -> Array:
 def column_parts(tiles: Stored) -> list[Array]:
     """What tiles [..., page, D] hold, in parts of their columns from the first on: one part, or as many as numbers
     share a byte. XLA on a CPU multiplies by each part at once; to join them first costs it more than the product."""
-    if not isinstance(tiles, Quantised) or tiles.format == "int8":
-        return [tile_values(tiles)]
-    if tiles.format == "fp8":
+    if isinstance(tiles, Quantised) and tiles.format == "fp8":
         return [_fp8_by_bits(tiles.payload) * spread(tiles.scales, tiles.per, tiles.group)]
+    if not isinstance(tiles, Quantised) or tiles.format not in SHARED:
+        return [tile_values(tiles)]
     shared = SHARED[tiles.format]
     parts = parts_of(tiles.payload.astype(jnp.int32), shared, is_signed=tiles.zeros is None)
     scales = _by_part(spread(tiles.scales, tiles.per, tiles.group), shared)
