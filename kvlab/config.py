@@ -24,6 +24,7 @@ from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.budgets import Context, EqualBudget
+from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
@@ -226,7 +227,17 @@ class Config(Schema):
     @property
     def context(self) -> Context:
         """The sequence that is measured: its prompt, and behind that what is decoded."""
-        return Context(self.context_len, max(1, self.context_len - self.measure.decode_steps))
+        return self.context_of(self.context_len)
+
+    def context_of(self, context_len: int) -> Context:
+        """One of `context_len` tokens. What prompts leave depends on how long they are: where they are compressed or
+        sealed, the prompt is that of the test slice of this length, so that bytes and scores are of the same sequences.
+        Elsewhere, and at a length that no slice has, all but the last `measure.decode_steps` tokens."""
+        if self.memory.compression is not None or self.memory.format in SEALED:
+            for part in self.make_task().slices("test"):
+                if part.seq_len == context_len:
+                    return Context(context_len, part.compress_at or part.prompt_len)
+        return Context(context_len, max(1, context_len - self.measure.decode_steps))
 
     def layers(self) -> list[LayerConfig]:
         """Every layer's mixer, by tiling the pattern. Raises ValueError for a pattern that cannot."""

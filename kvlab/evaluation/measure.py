@@ -23,7 +23,8 @@ from kvlab.typing import Params
 class MeasureConfig(Schema):
     """Where memory is measured: `context_len` tokens (null: the task's), `batch_size` sequences at once.
 
-    The last `decode_steps` tokens are decoded one by one and timed.
+    The last `decode_steps` tokens are decoded one by one and timed. Where prompts are compressed, all tokens behind the
+    prompt of the test slice of that length are.
     """
 
     context_len: int | None = integer(None, 2, 1 << 24, optional=True)
@@ -206,10 +207,16 @@ def per_sequence(report: MemoryReport) -> dict[str, float]:
 
 
 def measure(
-    step: MemoryStep, params: Params, vocab_size: int, decode_steps: int, *, train_step_ms: float = 0.0
+    step: MemoryStep,
+    params: Params,
+    vocab_size: int,
+    *,
+    prompt_len: int,
+    decode_steps: int,
+    train_step_ms: float = 0.0,
 ) -> tuple[MemoryReport, SpeedReport]:
-    """Fills every sequence up to layout.max_len, decoding and timing the last `decode_steps` tokens, and takes all
-    measures.
+    """Fills every sequence up to layout.max_len, decoding what is behind a prompt of `prompt_len` tokens and timing the
+    last `decode_steps` of it, and takes all measures.
 
     Raises AssertionError if the arrays' bytes differ from the stated ones: a wrong axis must not be plotted.
     """
@@ -220,7 +227,6 @@ def measure(
     compiled = step.compiled(params, session.pools, 1)
     rows, num_tokens, width = range(layout.max_sequences), layout.max_len, layout.chunk_len
     tokens = np.random.default_rng(0).integers(0, vocab_size, (len(rows), num_tokens)).astype(np.int32)
-    prompt_len = max(1, num_tokens - decode_steps)
     session.prompt_len, session.known, session.times = prompt_len, dict(enumerate(tokens)), True
     session.decode_from = prompt_len
     # Where prompts are compressed they come one after the other: while one is whole, the others are what is left.
@@ -235,8 +241,8 @@ def measure(
         jax.block_until_ready(session.advance({row: tokens[row, place : place + 1] for row in rows}, 1))
         times.append(time.perf_counter() - began)
     session.ledger.check()
-    # The first timed step may have compiled.
-    decode_s = float(np.median(times[1:] or times))
+    # The first step may have compiled.
+    decode_s = float(np.median(times[1:][-decode_steps:] or times))
     session_s = float(np.median(session.compaction_s[1:] or session.compaction_s)) if session.compaction_s else None
     seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms, session.ledger, session_s)
     return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

@@ -150,11 +150,11 @@ def measure_memory(
     lab: Laboratory, params: Params, context_len: int, train_step_ms: float
 ) -> tuple[MemoryReport, SpeedReport]:
     """Bytes and speed at a context of `context_len` tokens and the configured batch."""
-    config = lab.config
-    decode_steps = min(config.measure.decode_steps, context_len - 1)
-    layout = lab.layout(context_len, config.measure.batch_size, prompt_len=context_len - decode_steps)
+    config, prompt_len = lab.config, lab.config.context_of(context_len).prompt_len
+    layout = lab.layout(context_len, config.measure.batch_size, prompt_len=prompt_len)
     step = MemoryStep.of(lab.model.structure, layout)
-    return measure(step, params, lab.task.vocab_size, decode_steps, train_step_ms=train_step_ms)
+    sizes = {"prompt_len": prompt_len, "decode_steps": config.measure.decode_steps}
+    return measure(step, params, lab.task.vocab_size, **sizes, train_step_ms=train_step_ms)
 
 
 def load_params(config: Config, run_dir: Path | None = None) -> tuple[Laboratory, Params]:

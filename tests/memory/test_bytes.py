@@ -151,10 +151,15 @@ def test_a_step_of_the_engine_leaves_its_pool_in_place(dtype, format):
     assert analysis.temp_size_in_bytes < 0.01 * layout.pool_bytes + 600_000  # the blocks of one turn of attention
 
 
+def measured(step, params):
+    """All but the last three tokens are the prompt."""
+    return measure(step, params, VOCAB, prompt_len=step.layout.max_len - 3, decode_steps=3)
+
+
 def test_measured_report_agrees_with_live_and_formula():
     """MQA of 1 KV head and dims 8: 64 bytes a token in float32; plus the short convolution's two columns of 16."""
     step, params = layout_of("mqa", MemoryConfig(page_size=4, chunk_len=4), rows=2, max_len=30)
-    report, speeds = measure(step, params, VOCAB, decode_steps=3)
+    report, speeds = measured(step, params)
     history = 2 * 2 * 16 * 4
     assert report.logical_bytes == 2 * 30 * 64 + history
     assert report.allocated_bytes == 2 * 32 * 64 + history  # 30 tokens are 8 pages of 4
@@ -169,7 +174,7 @@ def test_measured_report_agrees_with_live_and_formula():
 def test_logical_bytes_count_scales_in_the_record_as_in_the_state(memory):
     """MQA in int8: 16 bytes of numbers a token, and two scales of 4."""
     step, params = layout_of("mqa", MemoryConfig(name=memory, page_size=4, chunk_len=4, format="int8"), 2, 30)
-    report, _ = measure(step, params, VOCAB, decode_steps=3)
+    report, _ = measured(step, params)
     assert report.logical_bytes == 2 * 30 * (16 + 2 * 4) + 2 * 2 * 16 * 4
     specs = [step.layout.classes[index].spec for layer in step.layout.states for index in layer.values()]
     assert report.logical_bytes == sum(2 * spec.logical_bytes(30, 4) for spec in specs)
@@ -180,14 +185,14 @@ def test_a_wrong_statement_is_refused(monkeypatch):
     step, params = layout_of("mqa", MEMORIES[0])
     monkeypatch.setattr(measuring, "num_bytes", lambda pools: num_bytes(pools) + 1)
     with pytest.raises(AssertionError, match="the layout states"):
-        measure(step, params, VOCAB, decode_steps=3)
+        measured(step, params)
 
 
 def test_windowed_memory_stops_growing():
     sizes = []
     for max_len in (40, 400):
         step, params = layout_of("window", MEMORIES[0], rows=2, max_len=max_len)
-        sizes.append(measure(step, params, VOCAB, decode_steps=3)[0].allocated_bytes)
+        sizes.append(measured(step, params)[0].allocated_bytes)
     assert sizes[0] == sizes[1]
 
 
@@ -203,7 +208,7 @@ def test_windowed_memory_stops_growing():
 def test_bytes_read_for_a_token(variant, format, expected):
     """All that is live of one sequence, whatever the batch; of a retrieval state its index and what it selects."""
     step, params = layout_of(variant, MemoryConfig(page_size=4, chunk_len=4, format=format), rows=3, max_len=30)
-    report, _ = measure(step, params, VOCAB, decode_steps=3)
+    report, _ = measured(step, params)
     if expected is None:
         expected = sum(_read(state.spec, 30) * state.num_layers for state in step.layout.classes)
     assert report.read_bytes_per_token == expected
