@@ -17,6 +17,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import ScalarFormatter
 
 from kvlab.evaluation.rounding import Rounding, rounded
 from kvlab.lab.claims import Claim, verdict
@@ -216,7 +217,8 @@ def draw(cells: pd.DataFrame, pages: pd.DataFrame, path: Path) -> None:
         for residual, held, value in zip(rows.residual, rows.pool_bytes, rows.perplexity, strict=True):
             if str(name).startswith("kivi"):
                 right.annotate(f"R {residual}", (held / 2**20, value), fontsize=6)
-    right.set_xscale("log")
+    right.set_xscale("log", base=2)
+    right.xaxis.set_major_formatter(ScalarFormatter())
     right.set(xlabel="MiB of the memory's arrays", title="Through pages, residual R")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=130)

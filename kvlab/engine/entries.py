@@ -28,8 +28,8 @@ class Entry:
     namespace: str = ""
     num_computed: int = 0
     prefill_len: int = 0
-    """Below, it computes a prompt; above, it decodes: all tokens that were known when it was admitted or, where they are
-    compressed, its prompt alone."""
+    """Below, it computes a prompt; above, it decodes: all tokens that were known when it was admitted, or its prompt
+    alone where that is compressed."""
     told_len: int = 0
     """Tokens known when it was admitted: their ids the ledger has from then on."""
     prompt_len: int = 0

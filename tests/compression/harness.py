@@ -22,6 +22,7 @@ from kvlab.ledger.plan import Compaction
 from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import TokenState
 from kvlab.memory.compacting import compact, padded
+from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
@@ -78,6 +79,7 @@ def memory_of(method: str, budget: Any = 9, *, page_size: int = 4, chunk_len: in
     """A memory that compresses by a method; `format` and fields of the method may be given by name. A method that
     compacts at a prompt's end alone is not told of another time."""
     format = fields.pop("format", "model")
+    residual = {"residual": 1} if format in SEALED else {}
     if passes(method):
         fields = {name: value for name, value in fields.items() if name not in ("at", "every")}
     chosen = {"type": method, "sinks": 2, "recent": 2} | SMALLER.get(method, {}) | fields
@@ -87,6 +89,7 @@ def memory_of(method: str, budget: Any = 9, *, page_size: int = 4, chunk_len: in
         format=format,
         compression=chosen,
         budget=budget,  # pyright: ignore
+        **residual,
     )
 
 
@@ -104,6 +107,11 @@ class Ran:
     worst: float
     num_compactions: int
     layout: MemoryLayout
+
+    @property
+    def num_sealed(self) -> int:
+        """Pages, of all sequences and layers."""
+        return sum(page.num_pages for each in self.session.sealed for mine in each.sealed for page in mine)
 
     @property
     def compacted(self) -> list[Compacted]:

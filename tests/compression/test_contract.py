@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from kvlab.compression import COMPRESSIONS, Budget, Shape, Slots
-from kvlab.ledger.states import LatentState, RecurrentState, TokenState
+from kvlab.ledger.states import QUANTISED, ROTATED, LatentState, RecurrentState, TokenState
+from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.schema import ConfigError
 from tests.compression.harness import (
@@ -98,7 +99,8 @@ WAYS = [
     {"page_size": 1, "chunk_len": 3, "at": "chunks", "every": 1},
     {"page_size": 16, "chunk_len": 4, "every": 4, "budget": 0.4},
     {"page_size": 4, "chunk_len": 7, "at": "chunks", "budget": 0.5, "layers": "pyramid", "beta": 3, "every": 2},
-    *({"format": format, "at": "chunks"} for format in ("int8", "int4", "fp8")),
+    *({"format": format, "at": "chunks"} for format in (*QUANTISED, *ROTATED)),
+    *({"format": format, "page_size": 16, "budget": 18} for format in SEALED),
 ]
 
 
@@ -114,7 +116,29 @@ def test_every_way_of_storing_and_every_time(method, way):
     budget = way.get("budget", 9)
     fields = {name: value for name, value in way.items() if name != "budget"}
     model = "stacked" if "layers" in way else "gqa"
-    assert_equivalent(run(model, memory_of(method, budget, **fields)))
+    if way.get("format") in SEALED and (passes(method) or COMPRESSIONS[method]().weighs):
+        why = "works with no compression that reads on behind a prompt|no weights of every step"
+        with pytest.raises(ConfigError, match=why):
+            run(model, memory_of(method, budget, **fields))
+        return
+    ran = run(model, memory_of(method, budget, **fields))
+    assert_equivalent(ran)
+    assert bool(ran.num_sealed) == (way.get("format") in SEALED)
+
+
+@pytest.mark.parametrize("format", [*QUANTISED, *ROTATED, *SEALED])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_mixer_in_every_format_under_a_compression(model, format):
+    """Evicted first, then rounded, or rounded when it came. Rows of latents are neither turned nor sealed, and a model
+    of nothing else is refused."""
+    memory = memory_of("keydiff", 18, page_size=16, format=format)
+    if model == "latent" and format in (*ROTATED, *SEALED):
+        with pytest.raises(ConfigError, match=f"memory.format = '{format}': (serves no layer|LatentState is not)"):
+            run(model, memory)
+        return
+    ran = run(model, memory)
+    assert_equivalent(ran)
+    assert bool(ran.num_sealed) == (format in SEALED)
 
 
 @EVERY_METHOD
