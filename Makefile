@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
+PIP = python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger peers-kvpress kernels-check kernels-check-newest kernels-check-oldest wheels gpu
+.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger peers-kvpress kernels-check \
+	kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
@@ -37,37 +39,39 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/$(PIP) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
+
+PEERS_FIND = $${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}
 
 # PyTorch for benchmarks/ lives apart; under Python 3.11 it comes as a CPU build.
 peers: .peers/.installed
 
 .peers/.installed: benchmarks/peers.txt
-	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers
-	.peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@python="$(PEERS_FIND)" && "$$python" -m venv .peers
+	.peers/bin/$(PIP) -r benchmarks/peers.txt
 	@touch $@
 
 # kvpress, for tests/compression/golden: it wants a transformers older than that of the other peers.
 peers-kvpress: .peers-kvpress/.installed
 
 .peers-kvpress/.installed: benchmarks/peers_kvpress.txt
-	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers-kvpress
-	.peers-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers_kvpress.txt
+	@python="$(PEERS_FIND)" && "$$python" -m venv .peers-kvpress
+	.peers-kvpress/bin/$(PIP) -r benchmarks/peers_kvpress.txt
 	@touch $@
 
 # vLLM's block manager, for benchmarks/ledger.py: beside PyTorch's CPU build, without its own dependencies.
 peers-ledger: .peers-ledger/.installed
 
 .peers-ledger/.installed: benchmarks/peers_ledger.txt .peers/.installed
-	@python="$${PEERS_PYTHON:-$$(sh .ci/find_python.sh 3.11 || sh .ci/find_python.sh)}" && "$$python" -m venv .peers-ledger
-	.peers-ledger/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers_ledger.txt
+	@python="$(PEERS_FIND)" && "$$python" -m venv .peers-ledger
+	.peers-ledger/bin/$(PIP) --no-deps -r benchmarks/peers_ledger.txt
 	@ls -d "$$PWD"/.peers/lib/python*/site-packages > "$$(ls -d .peers-ledger/lib/python*/site-packages)/peers.pth"
 	@touch $@
 
-# Compiles every kernel, and every case of the bench, for every chip on a machine that has none: on the newest and the oldest allowed jax. The
-# compilers, some 5 GB each, live apart. A part of it: TARGETS="B200 v5e" OLDEST_TARGETS=H200 DIMS=128, and CASES="0 --lower" (only the
-# named cases, not as far as machine code).
+# Compiles every kernel, and every case of the bench, for every chip on a machine that has none: on the newest and the
+# oldest allowed jax. The compilers, some 5 GB each, live apart. A part of it: TARGETS="B200 v5e" OLDEST_TARGETS=H200
+# DIMS=128, and CASES="0 --lower" (only the named cases, not as far as machine code).
 CASES ?= 40
 CHECK = -m pallas_kernels.targets $(if $(DIMS),--dims $(DIMS)) --cases $(CASES)
 
@@ -82,13 +86,13 @@ kernels-check-oldest: .venv-kernels-oldest/.installed
 
 .venv-kernels/.installed: pallas_kernels/compilers.txt pyproject.toml .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r pallas_kernels/compilers.txt -e .
+	.venv-kernels/bin/$(PIP) -c constraints.txt -r pallas_kernels/compilers.txt -e .
 	@touch $@
 
 # What GPU machines have: jax alone, for pallas_kernels needs nothing else.
 .venv-kernels-oldest/.installed: .ci/compilers-oldest.txt .ci/constraints-oldest.txt .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels-oldest
-	.venv-kernels-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints-oldest.txt -r .ci/compilers-oldest.txt
+	.venv-kernels-oldest/bin/$(PIP) -c .ci/constraints-oldest.txt -r .ci/compilers-oldest.txt
 	@touch $@
 
 # What kvlab needs beside what machines with GPUs have, 13 MB, to be carried to one without a network. There:
@@ -98,7 +102,8 @@ CARRIED := hydra-core omegaconf antlr4-python3-runtime plotly pydantic annotated
 CARRIED_BINARY := pydantic-core
 CARRIED_PYTHON ?= 3.12
 
-# The kernels' bench and whole models on the GPU of this machine, by its own Python (PYTHON=python3), in BUDGET seconds in all.
+# The kernels' bench and whole models on the GPU of this machine, by its own Python (PYTHON=python3), in BUDGET seconds
+# in all.
 BUDGET ?= 540
 
 gpu:
@@ -113,5 +118,6 @@ wheels: $(VENV)/.installed
 	@du -sh wheels
 
 clean:
-	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger .peers-kvpress build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf wheels $(VENV) .venv-oldest .venv-kernels .venv-kernels-oldest .peers .peers-ledger .peers-kvpress \
+		build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -50,7 +51,8 @@ class Axis:
 
     def scheme(self, bits: int, scale_dtype: str = "bfloat16") -> Scheme:
         """With zero points, as KIVI has them."""
-        return Scheme(f"int{bits}", self.per, self.group, has_zeros=True, scale_dtype=scale_dtype)  # pyright: ignore[reportArgumentType]
+        format: Any = f"int{bits}"
+        return Scheme(format, self.per, self.group, has_zeros=True, scale_dtype=scale_dtype)
 
     def bits_held(self, bits: int) -> float:
         """Bits a number, scales and zero points included."""

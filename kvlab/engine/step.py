@@ -111,10 +111,6 @@ class MemoryStep:
             for layer, states in zip(pools, self.layout.states, strict=True)
         )
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _compact(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
-        return compact(self.layout, pools, compaction)
-
     def compact(self, pools: Pools, compaction: Compaction, slots: Slots | None = None) -> tuple[Pools, Kept]:
         """The pools after a compaction, which is dispatched and not waited for, and which slots stayed. Rows and pages
         are padded to powers of two, so that few shapes are compiled. `slots` are where a second pass left the
@@ -125,13 +121,10 @@ class MemoryStep:
             compaction = heard(compaction, slots)
         return self.compact_padded(pools, padded(compaction, self.layout))
 
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def compact_padded(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
         """The compaction itself: a program."""
-        return self._compact(pools, compaction)
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _seal(self, pools: Pools, seals: Seals) -> Pools:
-        return seal_layers(self.layout, pools, seals)
+        return compact(self.layout, pools, compaction)
 
     def seal(self, pools: Pools, seals: Seals) -> Pools:
         """The pools with full pages sealed, dispatched and not waited for; pages are padded to powers of two."""
@@ -147,9 +140,10 @@ class MemoryStep:
             )
         )
 
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
         """The sealing itself: a program."""
-        return self._seal(pools, seals)
+        return seal_layers(self.layout, pools, seals)
 
     @partial(jax.jit, static_argnums=0)
     def read_back(self, pools: Pools, plan: Plan) -> Given:
