@@ -121,9 +121,13 @@ class MemoryStep:
             compaction = heard(compaction, slots)
         return self.compact_padded(pools, padded(compaction, self.layout))
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def compact_padded(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
-        """The compaction itself: a program."""
+        """The compaction itself."""
+        return self.compact_program(pools, compaction)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def compact_program(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
+        """All layers' in one program."""
         return compact(self.layout, pools, compaction)
 
     def seal(self, pools: Pools, seals: Seals) -> Pools:
@@ -140,9 +144,13 @@ class MemoryStep:
             )
         )
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def seal_padded(self, pools: Pools, seals: Seals) -> Pools:
-        """The sealing itself: a program."""
+        """The sealing itself."""
+        return self.seal_program(pools, seals)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def seal_program(self, pools: Pools, seals: Seals) -> Pools:
+        """All layers' in one program."""
         return seal_layers(self.layout, pools, seals)
 
     @partial(jax.jit, static_argnums=0)

