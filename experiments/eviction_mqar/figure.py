@@ -264,8 +264,8 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         full = frame[(frame.slice == name) & (frame.method == "full")]
         panel.plot(full.held_bytes, full.accuracy, "P", color="black", ms=10, label="full")
         panel.set(ylim=(-0.03, 1.05), title=f"{name} (length:pairs)", xlabel="bytes of the pages held at the end")
-        panel.xaxis.set_major_locator(MultipleLocator(4096 if name == LONG else 2048))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size)))
+        panel.xaxis.set_major_locator(MultipleLocator(8192 if name == LONG else 2048))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("accuracy of recall")
     handles, labels = panels[0][-1].get_legend_handles_labels()
