@@ -65,17 +65,17 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     console = wide_console()
     print_rows(console, rows, kept=("run", "label", "held/seq"), spare=SPARE_PLANNED, title=title)
     lines = [_kernels_line(plan) for _, plan in plans]
-    names = [f"{label} [{config.run_id}]" for label, (config, _) in zip(labels, plans, strict=True)]
-    for name, (config, plan) in zip(names, plans, strict=True):
+    for label, (config, plan) in zip(labels, plans, strict=True):
+        name = f"{label} [{config.run_id}]"
         lines += [_format_line(config, name)] if plan.format_is_idle else _skipped_lines(plan, name)
-        lines += budget_lines(config, name)
+        lines += budget_lines(config, label)
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
 
 
-def budget_lines(config: Config, name: str) -> list[str]:
-    """Said of what a run's budget was solved for."""
-    budget = config.equal_budget
+def budget_lines(config: Config, label: str = "") -> list[str]:
+    """Said of what the budget of a run was solved for, which has a label among others or (empty) its own."""
+    budget, name = config.equal_budget, f"{label or config.label} [{config.run_id}]"
     if budget is None:
         return []
     if budget.is_ceiling:

@@ -39,11 +39,11 @@ def test_a_plan_says_what_a_measurement_finds(memory, tmp_path):
 
 
 def test_what_a_budget_became_is_said(tmp_path):
-    (line,) = budget_lines(small(tmp_path, "budget=64KiB"), "mha")
+    (line,) = budget_lines(small(tmp_path, "budget=64KiB"))
     assert "budget = 64KiB has nothing to solve here: the run holds everything, a ceiling" in line
     config = small(tmp_path, *MEMORIES["bytes"])
-    (line,) = budget_lines(config, config.label)
+    (line,) = budget_lines(config)
     said = config.equal_budget
     assert f"budget = 2200B is memory.budget = {said.solved}, which holds {said.held_bytes:,} bytes a sequence" in line
-    assert line.startswith(f"mha/mqar/seed0 knorm {said.solved}: budget")
-    assert not budget_lines(small(tmp_path), "mha")
+    assert line.startswith(f"mha/mqar/seed0 knorm {said.solved} [{config.run_id}]")
+    assert not budget_lines(small(tmp_path))
