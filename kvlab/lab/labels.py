@@ -2,7 +2,7 @@
 tell them apart."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from kvlab.config import label_of
@@ -35,21 +35,30 @@ def without_seed(config: Plain) -> dict[str, Any]:
 
 def point_labels(configs: Sequence[Plain]) -> list[str]:
     """Names of points by their configurations: "mha snapkv 0.5 int8 page_size=8"."""
-    return _labels(configs, lambda config: " ".join([config["mixer"]["name"], *words_of(_memory(config))]))
+    heads = [" ".join([config["mixer"]["name"], *words_of(_memory(config))]) for config in configs]
+    return _told_apart(heads, [_kind(config) for config in configs], [_untold(config) for config in configs])
 
 
 def run_labels(configs: Sequence[Plain]) -> list[str]:
     """Names of runs by their configurations, `Config.label` first: "mha/text/seed0 snapkv 0.5 int8 page_size=8"."""
-    return _labels(configs, label_of)
+    heads = [label_of(config) for config in configs]
+    return _told_apart(heads, [_kind(config) for config in configs], [_untold(config) for config in configs])
 
 
-def _labels(configs: Sequence[Plain], head: Callable[[Plain], str]) -> list[str]:
-    """A head for each, and where several have the same variant and task the fields that tell these apart."""
-    alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for config in configs:
-        alike[_kind(config)].append(_untold(config))
-    telling = {kind: _Telling(members) for kind, members in alike.items()}
-    return [" ".join([head(config), *telling[_kind(config)].details(_untold(config))]) for config in configs]
+def deployment_labels(labels: Sequence[str], memories: Sequence[Plain]) -> list[str]:
+    """Names of memories that `kvlab capacity` compares, the fields behind their labels that tell those of one label
+    apart: "paged policy=s3fifo"."""
+    return _told_apart(labels, labels, [flatten({"memory": _untold_memory(memory)}, "") for memory in memories])
+
+
+def _told_apart(heads: Sequence[str], kinds: Sequence[Hashable], fields: Sequence[Plain]) -> list[str]:
+    """Heads, and of each kind the flat fields in which its members differ."""
+    members: dict[Hashable, list[Plain]] = defaultdict(list)
+    for kind, mine in zip(kinds, fields, strict=True):
+        members[kind].append(mine)
+    telling = {kind: _Telling(alike) for kind, alike in members.items()}
+    each = zip(heads, kinds, fields, strict=True)
+    return [" ".join([head, *telling[kind].details(mine)]) for head, kind, mine in each]
 
 
 def _kind(config: Plain) -> tuple[str, str]:
@@ -61,14 +70,18 @@ def _memory(config: Plain) -> Plain:
 
 
 def _untold(config: Plain) -> dict[str, Any]:
-    """The flat fields of a point that no head says. Those of a method have the method's name in theirs."""
-    memory, point = _memory(config), without_seed(config)
+    """The flat fields of a point that no head says."""
+    return flatten(without_seed(config) | {"memory": _untold_memory(_memory(config))}, "")
+
+
+def _untold_memory(memory: Plain) -> dict[str, Any]:
+    """The fields of a memory that no words say. Those of a method have the method's name in theirs."""
     left = {name: value for name, value in memory.items() if name not in (*FULL, "budget")}
     for kind in METHODS:
         if isinstance(section := memory.get(kind), Mapping):
             fields = {name: value for name, value in section.items() if name != "type"}
             left[kind] = {str(choice_of(section)): fields}
-    return flatten({**point, "memory": left}, "")
+    return left
 
 
 class _Telling:

@@ -11,7 +11,7 @@ from kvlab.compose import compose
 from kvlab.engine.config import Stats
 from kvlab.lab import launch
 from kvlab.lab.claims import Claim, verdict
-from kvlab.lab.labels import point_labels, run_labels
+from kvlab.lab.labels import deployment_labels, point_labels, run_labels
 from kvlab.lab.live import summary
 from kvlab.lab.plan import Plan
 from kvlab.lab.record import Unfinished
@@ -19,6 +19,7 @@ from kvlab.lab.report import render_page
 from kvlab.lab.results import points
 from kvlab.lab.tables import print_plans, print_records
 from kvlab.memory.naming import words_of
+from kvlab.schema import to_plain
 from kvlab.units import counted
 from tests.lab.test_results import QUEST, SNAPKV, held, record
 
@@ -120,6 +121,13 @@ def test_a_deployment_says_how_it_stores():
     assert ServingMemory(format="int8").label == ServingMemory(kv_dtype="int8").label == "paged int8"
     method = compose(["compression=snapkv", "budget=48"]).memory.compression
     assert ServingMemory(compression=method, budget=0.5, format="kivi4").label == "paged snapkv 0.5 kivi4"
+
+
+def test_deployments_of_one_label_are_told_apart():
+    swept = [ServingMemory(policy=policy) for policy in ("lru", "s3fifo")]
+    swept += [ServingMemory(policy="s3fifo", format="int8"), ServingMemory(name="max")]
+    names = deployment_labels([memory.label for memory in swept], [to_plain(memory) for memory in swept])
+    assert names == ["paged policy=lru", "paged policy=s3fifo", "paged int8", "max"]
 
 
 def test_nouns_are_counted():
