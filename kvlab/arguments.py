@@ -41,7 +41,7 @@ def add_compare(parser: Parser) -> None:
 
 def add_best(parser: Parser) -> None:
     """What is asked of results."""
-    words = "budget=64KiB | floor=0.95 | axis=allocated_bytes | field=value | RESULTS"
+    words = "budget=64KiB | floor=0.95 | axis=held|read|live | field=value | RESULTS"
     parser.add_argument("words", nargs="+", metavar=words, help="what is asked, and of which runs; RESULTS: results")
     add_forms(parser, ("json",))
 

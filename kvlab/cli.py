@@ -221,15 +221,20 @@ def track(options: argparse.Namespace) -> int:
 
 def capacity(options: argparse.Namespace) -> int:
     """Answers for one deployment, or with -m for each of a comma list, side by side with a picture."""
+    from dataclasses import replace
+
     from kvlab.capacity.estimate import estimate
     from kvlab.capacity.report import many_answers, one_answer, write
     from kvlab.compose import compose_capacity, expand_capacity
+    from kvlab.lab.labels import deployment_labels
     from kvlab.lab.tables import wide_console
+    from kvlab.schema import to_plain
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
         return _print_yaml(configs)
-    answers = [estimate(config) for config in configs]
+    memories = deployment_labels([config.memory.label for config in configs], [to_plain(c.memory) for c in configs])
+    answers = [replace(estimate(config), memory=name) for config, name in zip(configs, memories, strict=True)]
     wide_console().print(one_answer(configs[0], answers[0]) if len(answers) == 1 else many_answers(answers))
     if options.output is not None or len(answers) > 1:
         for path in write(options.output or Path("results/capacity"), configs, answers):

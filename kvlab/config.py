@@ -26,6 +26,7 @@ from kvlab.hardware import HardwareConfig
 from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
+from kvlab.memory.naming import words_of
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
 from kvlab.schema import (
@@ -44,6 +45,7 @@ from kvlab.schema import (
 from kvlab.tasks import TASKS, Task
 from kvlab.training.loop import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
+from kvlab.units import counted
 from kvlab.weights.section import WeightsConfig, with_pretrained
 
 SCHEMA_VERSION = 1
@@ -191,7 +193,7 @@ class Config(Schema):
             )
         self._check_budget()
         if self.measure.decode_steps >= self.context_len:
-            legal = f"must be below the measured context of {self.context_len} tokens"
+            legal = f"must be below the measured context of {counted(self.context_len, 'token')}"
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
 
     def _check_budget(self) -> None:
@@ -209,9 +211,9 @@ class Config(Schema):
         }
         if too_short:
             name, length = min(too_short.items(), key=lambda item: item[1])
-            legal = f"is {slots_of(fraction, length)} slots of the {length} tokens before the answers of {name}, fewer "
-            legal += f"than the {protected} that memory.compression.sinks = {method.sinks} and recent = {method.recent}"
-            legal += f" protect; give budget={math.ceil(100 * protected / length) / 100:g}"
+            legal = f"is {counted(slots_of(fraction, length), 'slot')} of the {counted(length, 'token')} before the "
+            legal += f"answers of {name}, fewer than the {protected} that memory.compression.sinks = {method.sinks} "
+            legal += f"and recent = {method.recent} protect; give budget={math.ceil(100 * protected / length) / 100:g}"
             if share := share_that_fits(fraction, length, lengths.values()):
                 given = {"sinks": min(method.sinks, share), "recent": min(method.recent, share)}
                 if getattr(method, "window", 0) > given["recent"]:
@@ -302,8 +304,20 @@ class Config(Schema):
 
     @property
     def label(self) -> str:
-        """How people call this run: variant, task, seed."""
-        return f"{self.mixer.name}/{self.task_name}/seed{self.seed}"
+        """How people call this run: `label_of` it."""
+        return label_of(self.as_dict())
+
+
+def training_label_of(config: Mapping[str, Any]) -> str:
+    """How people call the training of a configuration, as plain data: variant, task and seed, as in "mha/text/seed0";
+    several runs may share it."""
+    return f"{config['mixer']['name']}/{config['task']['type']}/seed{config['seed']}"
+
+
+def label_of(config: Mapping[str, Any]) -> str:
+    """How people call the run of a configuration, as plain data: its training, and what its memory drops, stores in
+    fewer bits and reads in part. Beside other runs, `kvlab.lab.labels` says what else tells it apart."""
+    return " ".join([training_label_of(config), *words_of(config.get("memory") or {})])
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:

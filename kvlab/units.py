@@ -1,4 +1,4 @@
-"""Numbers with their units, as people read them; and the sizes that they are rounded up to."""
+"""Numbers with their units and nouns, as people read them; and the sizes that they are rounded up to."""
 
 
 def human_bytes(count: int | float) -> str:
@@ -8,6 +8,11 @@ def human_bytes(count: int | float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def counted(count: int | float, noun: str, plural: str | None = None) -> str:
+    """1 as "1 page", 2 as "2 pages", 1024 as "1,024 pages"; `plural` is for nouns that take more than an s."""
+    return f"{count:,.0f} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def power_of_two(least: int) -> int:

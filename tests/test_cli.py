@@ -142,7 +142,7 @@ def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, 
     assert out.count("training: ") == 1  # above the table: they have it in common
     assert "e+" in first[-1]
     assert second[-1] == "shared"
-    assert f"2 runs of 1 trainings, {first[-1]} FLOPs" in out
+    assert f"2 runs of 1 training, {first[-1]} FLOPs" in out
     assert f"[{second[0]}]: memory.format = int8 changes nothing: it stores no tokens" in out
 
 
@@ -185,6 +185,10 @@ def test_tab_completion():
         ("capacity format=kivi4 bud", ["budget="]),
         ("generate FOLDER compression=tov", ["compression=tova"]),
         ("compare compression=tov", ["compression=tova"]),
+        ("best ax", ["axis="]),
+        ("best axis=re", ["axis=read", "axis=read_bytes_per_token"]),
+        ("best axis=he", ["axis=held", "axis=held_peak_bytes"]),
+        ("best axis=held compression=tov", ["compression=tova"]),
     ],
 )
 def test_tab_completes_groups_their_choices_and_short_names(line, found, capsys, monkeypatch):
@@ -225,7 +229,7 @@ def test_a_sweep_goes_on_after_a_failure_and_says_so(tmp_path):
     done = kvlab("run", *arguments, "optimizer.learning_rate=10,0.001", f"results_dir={tmp_path}")
     assert done.returncode == 1, done.stderr
     assert sorted(record.status for record in read_records(tmp_path)) == ["done", "failed"]
-    assert "failed: mha seed 0" in done.stdout
+    assert "failed: mha/mqar/seed0 optimizer.learning_rate=10.0 [" in done.stdout
     assert "is not finite" in done.stdout
 
 

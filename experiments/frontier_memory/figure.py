@@ -123,7 +123,7 @@ def frame_of(found: list[Point], records: list[AnyRecord]) -> pd.DataFrame:
     }
     rows = []
     for point, added in zip(found, protocol_rows(found, records), strict=True):
-        cell = Cell.of(point)
+        cell, (low, high) = Cell.of(point), point.interval or (None, None)
         rows.append(
             {
                 "task": point.task,
@@ -132,8 +132,8 @@ def frame_of(found: list[Point], records: list[AnyRecord]) -> pd.DataFrame:
                 "budget": cell.budget,
                 "metric": point.metric,
                 "value": point.value,
-                "low": point.low,
-                "high": point.high,
+                "low": low,
+                "high": high,
                 "num_seeds": point.num_seeds,
                 "ceiling": point.ceiling,
                 "held_bytes": point.bytes_per_sequence["allocated_bytes"],
@@ -218,7 +218,7 @@ def _draw_panel(panel: Axes, members: list[Point], axis: str) -> None:
     sizes = [point.bytes_per_sequence[axis] for point in frontier]
     panel.step(sizes, [point.value for point in frontier], where="post", color="0.6", ls="--", lw=1.2, zorder=1)
     for point in members:
-        errors = [[point.value - point.low], [point.high - point.value]]
+        errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
         marker = MARKERS.get(Cell.of(point).method, "v")
         style = {"color": colour(point.variant), "marker": marker, "ms": 7, "capsize": 2, "ls": ""}
         panel.errorbar(point.bytes_per_sequence[axis], point.value, yerr=errors, **style)

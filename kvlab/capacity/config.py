@@ -10,7 +10,8 @@ from kvlab.hardware import HardwareConfig
 from kvlab.ledger.checkpoints import CHECKPOINTS
 from kvlab.ledger.replacement import POLICIES
 from kvlab.memory.config import SEALED, MemoryConfig
-from kvlab.schema import ConfigError, Schema, choice, flag, integer, plain, real, registered
+from kvlab.memory.naming import words_of
+from kvlab.schema import ConfigError, Schema, choice, flag, integer, plain, real, registered, to_plain
 
 BY_TOKEN = ("int8", "int4")
 """Formats with a scale for each token and head: as `format` or as `kv_dtype`."""
@@ -76,13 +77,9 @@ class ServingMemory(Schema):
 
     @property
     def label(self) -> str:
-        """How tables call it: its kind, what is dropped and how the rest is stored."""
-        words = [self.name]
-        if self.compression is not None:
-            words += [self.compression.name, str(self.budget)]
-        if self.format != "model":
-            words.append(self.format)
-        return " ".join(words)
+        """How tables call it: its kind, what is dropped, and how the rest is stored where that is not bfloat16."""
+        stored_as = [self.kv_dtype] if self.kv_dtype != ServingMemory.kv_dtype else []
+        return " ".join([self.name, *words_of(to_plain(self)), *stored_as])
 
     @property
     def reservation(self) -> str | None:

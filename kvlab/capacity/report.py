@@ -10,6 +10,7 @@ from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.estimate import Answer
 from kvlab.capacity.serving import Serving
 from kvlab.memory.budgets import Context
+from kvlab.units import counted
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -39,9 +40,9 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
             "state of one token",
             both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow",
         ),
-        (f"state of {answer.context_len:,} tokens", both_units(answer.sequence_bytes)),
+        (f"state of {counted(answer.context_len, 'token')}", both_units(answer.sequence_bytes)),
         *_shortened(config, answer),
-        (f"sequences of {answer.context_len:,} tokens that fit", f"{answer.users:,}"),
+        (f"sequences of {counted(answer.context_len, 'token')} that fit", f"{answer.users:,}"),
         (
             "decode roofline",
             f"{answer.decode_tokens_per_s:,.0f} tokens/s, {answer.decode_ms:.2f} ms a step of {_batch(config, answer)}",
@@ -88,8 +89,8 @@ def _shortened_on_the_way(found: dict[str, float]) -> list[tuple[str, str]]:
     """What a simulation compacted and sealed."""
     if not (found["compacted"] or found["sealed_pages"]):
         return []
-    words = f"{found['compacted']:,.0f} compactions dropped {found['dropped_slots']:,.0f} slots"
-    return [("compressed", f"{words}, {found['sealed_pages']:,.0f} pages were sealed")]
+    words = f"{counted(found['compacted'], 'compaction')} dropped {counted(found['dropped_slots'], 'slot')}"
+    return [("compressed", f"{words}, {counted(found['sealed_pages'], 'page')} sealed")]
 
 
 def many_answers(answers: Sequence[Answer]) -> Table:
@@ -175,7 +176,7 @@ def _labels(answers: Sequence[Answer]) -> list[str]:
 
 def _batch(config: CapacityConfig, answer: Answer) -> str:
     batch = min(answer.users, config.max_batch)
-    return f"{batch:,} sequences" + (" (max_batch)" if batch < answer.users else "")
+    return counted(batch, "sequence") + (" (max_batch)" if batch < answer.users else "")
 
 
 def _bound(config: CapacityConfig, answer: Answer) -> str:

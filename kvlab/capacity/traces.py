@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, Strict
 
 from kvlab.ledger.tokens import TokenIds
 from kvlab.schema import ConfigError, validated
+from kvlab.units import counted
 
 MOONCAKE_BLOCK = 512
 MAX_LEN = 1 << 24
@@ -132,7 +133,8 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Request]:
         raise _wrong(path, 1, "header", ",".join(header), f"must have the columns {legal}")
     for line, row in enumerate(rows, 2):
         if len(row) != len(header):
-            raise _wrong(path, line, "row", ",".join(row), f"must have {len(header)} columns; is the file truncated?")
+            legal = f"must have {counted(len(header), 'column')}; is the file truncated?"
+            raise _wrong(path, line, "row", ",".join(row), legal)
         cells: Any = _row(path, line, kind, dict(zip(header, row, strict=True)))
         arrival_s, prompt_len, output_len = (cells[name] for name in kind.__annotations__)
         if output_len:
@@ -162,5 +164,6 @@ def _expand(path: Path, line: int, ids: list[int], prompt_len: int) -> np.ndarra
     """Tokens that are equal where block ids are: each block repeats its id."""
     num_blocks = -(-prompt_len // MOONCAKE_BLOCK)
     if len(ids) != num_blocks:
-        raise _wrong(path, line, "hash_ids", ids, f"must be a list of {num_blocks} ids for {prompt_len} tokens")
+        legal = f"must be a list of {counted(num_blocks, 'id')} for {counted(prompt_len, 'token')}"
+        raise _wrong(path, line, "hash_ids", ids, legal)
     return np.repeat(np.array(ids, np.int32), MOONCAKE_BLOCK)[:prompt_len]

@@ -22,6 +22,7 @@ from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import AT, Retention, Sealing
 from kvlab.ledger.states import ArraySpec, PerToken, RetrievalState, State, TokenState
 from kvlab.schema import ConfigError, Schema, choice, integer, real
+from kvlab.units import counted
 from pallas_kernels.masking import soft_capped
 
 HEADS = ("uniform", "ada")
@@ -197,10 +198,11 @@ class Compression(Schema, abc.ABC):
         unit = shape.page_size if self.heads == "ada" else 1
         if unit > 1 and budget.slots is not None and budget.slots // unit * unit < max(1, protected):
             least = max(1, -(-protected // unit)) * unit
-            legal = f"must be at least {least} slots with heads = ada: whole pages of {unit}"
+            legal = f"must be at least {counted(least, 'slot')} with heads = ada: whole pages of {unit}"
             raise ConfigError("memory.budget", str(budget), legal)
         if budget.slots is not None and budget.slots < max(1, protected):
-            legal = f"must be at least the {protected} slots that sinks = {self.sinks} and recent = {self.recent} keep"
+            legal = f"must be at least the {counted(protected, 'slot')} that sinks = {self.sinks} "
+            legal += f"and recent = {self.recent} keep"
             raise ConfigError("memory.budget", str(budget), legal)
         pyramid = Pyramid(shape.layer, shape.num_layers, self.beta) if self.layers == "pyramid" else None
         return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every, unit, pyramid)

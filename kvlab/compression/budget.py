@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvlab.schema import ConfigError
+from kvlab.units import counted
 
 LEGAL = "must be slots (256), a fraction of the prompt in (0, 1] (0.25), or bytes a sequence (64KiB)"
 _UNITS = {"B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -57,5 +58,5 @@ class Budget:
 
     def __str__(self) -> str:
         if self.num_bytes is not None:
-            return f"{self.num_bytes} bytes"
-        return f"{self.slots} slots" if self.slots is not None else f"{self.fraction:g} of the prompt"
+            return counted(self.num_bytes, "byte")
+        return counted(self.slots, "slot") if self.slots is not None else f"{self.fraction:g} of the prompt"

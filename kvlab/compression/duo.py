@@ -52,7 +52,7 @@ class Duo(Windowed):
         model."""
         if self.ranking is None:
             if len(self.streaming) != num_layers:
-                legal = f"must have a list for each of the {num_layers} layers that are compressed"
+                legal = f"must have a list for each compressed layer, {num_layers} in all"
                 raise ConfigError("memory.compression.streaming", [list(heads) for heads in self.streaming], legal)
             heads = self.streaming[layer]
             if heads and max(heads) >= num_kv_heads:
@@ -62,7 +62,7 @@ class Duo(Windowed):
         order = ranked(self.ranking, self.sha256)
         mine = [head for place, head in order if place == layer]
         if sorted(mine) != list(range(num_kv_heads)) or max(place for place, _ in order) >= num_layers:
-            legal = f"must rank all {num_kv_heads} KV heads of each of the {num_layers} layers that are compressed"
+            legal = f"must rank all {num_kv_heads} KV heads of each compressed layer, {num_layers} in all"
             raise ConfigError("memory.compression.ranking", self.ranking, legal)
         first = order[: int(self.share * len(order) + 0.5)]
         return tuple(sorted(head for place, head in first if place == layer))

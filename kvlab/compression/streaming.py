@@ -12,6 +12,7 @@ from kvlab.compression.base import Compression, Part, Shape, Slots
 from kvlab.compression.budget import Budget
 from kvlab.ledger.states import PerToken, State
 from kvlab.schema import ConfigError, choice, integer
+from kvlab.units import counted
 from pallas_kernels.visible import Visible
 
 
@@ -41,7 +42,7 @@ class Windowed(Compression, abc.ABC):
             legal = f"must be slots for {self.name}: a window is fixed before a prompt is known"
             raise ConfigError("memory.budget", str(budget), legal)
         if budget.slots < least:
-            legal = f"must be at least {least} slots, with sinks = {self.sinks}"
+            legal = f"must be at least {counted(least, 'slot')}, with sinks = {self.sinks}"
             raise ConfigError("memory.budget", str(budget), legal)
         return Visible(budget.slots - self.sinks + 1, self.sinks)
 

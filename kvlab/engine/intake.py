@@ -10,6 +10,7 @@ from kvlab.engine.requests import Request
 from kvlab.engine.sampling import Sampling
 from kvlab.ledger.ledger import Ledger
 from kvlab.tokenizers import Tokenizer
+from kvlab.units import counted
 
 
 class Intake:
@@ -78,11 +79,13 @@ class Intake:
         longest = self.config.max_len - prompt_len + 1
         if sampling.max_tokens > longest:
             if longest < 1:
-                raise ValueError(f"prompt: {prompt_len} tokens: must be at most max_len = {self.config.max_len}")
+                legal = f"must be at most max_len = {self.config.max_len}"
+                raise ValueError(f"prompt: {counted(prompt_len, 'token')}: {legal}")
             legal = f"must be in [1, {longest}], since prompt and answer share max_len = {self.config.max_len}"
             raise ValueError(f"max_tokens = {sampling.max_tokens}: {legal}")
         if never := ledger.never(prompt_len + sampling.max_tokens - 1, prompt_len):
-            raise ValueError(f"prompt: {prompt_len} tokens and max_tokens = {sampling.max_tokens}: {never.reason}")
+            asked = f"prompt: {counted(prompt_len, 'token')} and max_tokens = {sampling.max_tokens}"
+            raise ValueError(f"{asked}: {never.reason}")
 
     def _check_sampling(self, sampling: Sampling) -> None:
         beam_width, max_batch = sampling.beam_width or 0, self.config.max_batch
@@ -106,5 +109,6 @@ def each_sampling(
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
         raise ValueError("prompts: must be a list of prompts; put a single one into a list")
     if len(each) != len(prompts):
-        raise ValueError(f"sampling: {len(each)} of them for {len(prompts)} prompts: must be one, or one for each")
+        given = f"{len(each)} of them for {counted(len(prompts), 'prompt')}"
+        raise ValueError(f"sampling: {given}: must be one, or one for each")
     return list(zip(prompts, each, strict=True))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from kvlab.engine.entries import Entry
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.transcript import Transcript
+from kvlab.units import counted
 
 type FinishReason = Literal["length", "stop", "cancelled", "error"]
 
@@ -72,7 +73,7 @@ class GenerationError(RuntimeError):
     def __init__(self, answers: Sequence[Answer]):
         failed = [answer for answer in answers if answer.error]
         listed = "; ".join(f"{answer.name}: {answer.error}" for answer in failed[:5])
-        super().__init__(f"{len(failed)} of {len(answers)} requests failed: {listed}")
+        super().__init__(f"{len(failed)} of {counted(len(answers), 'request')} failed: {listed}")
         self.answers = list(answers)
 
 

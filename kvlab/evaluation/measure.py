@@ -194,6 +194,13 @@ class SpeedReport:
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
 """The memory that figures may have as their axis: every number of a record, and how people call it."""
+AXIS_WORDS = {
+    "held": "allocated_bytes",
+    "allocated": "allocated_bytes",
+    "live": "logical_bytes",
+    "read": "read_bytes_per_token",
+}
+"""Short words for some axes, as tables have them in their headings."""
 
 
 def per_sequence(report: MemoryReport) -> dict[str, float]:

@@ -21,6 +21,7 @@ from kvlab.engine.step import MemoryStep
 from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.models.transformer import dtype_for
+from kvlab.units import counted
 from pallas_kernels.chips import TARGETS
 from pallas_kernels.ops import WITH_KERNELS
 from pallas_kernels.selection import Device, as_if_on, recording
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
             found = {op: choice.taken for op, choice in summary(taken).items()}
             right = all(implementation == "mosaic_gpu" for op, implementation in found.items() if op in WITH_KERNELS)
             status |= not right or said != "compiled"
-            print(f"{mixer}, {width} tokens a sequence for {name}: {said}; {found}", flush=True)
+            print(f"{mixer}, {counted(width, 'token')} a sequence for {name}: {said}; {found}", flush=True)
     return int(status)
 
 

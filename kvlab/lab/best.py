@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab.compression.budget import Budget
-from kvlab.evaluation.measure import AXES
+from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.choose import conditions, differences, matching
 from kvlab.lab.record import Done
 from kvlab.lab.results import Point, points, read_records
 from kvlab.schema import ConfigError, nearest
 from kvlab.tasks.metrics import METRICS, Metric
-from kvlab.units import human_bytes
+from kvlab.units import counted, human_bytes
 
 NOT_KNOBS = ("page_size", "chunk_len", "name", "type")
 """Fields of the memory that choose no point of a variant's curve."""
@@ -24,13 +24,12 @@ NOT_KNOBS = ("page_size", "chunk_len", "name", "type")
 @dataclass(frozen=True)
 class Interpolated:
     """A variant's quality at bytes that none of its points holds, between `below` and `above`, whose intervals are
-    interpolated as their means are."""
+    interpolated as their means are (null: one of them is of one seed and has none)."""
 
     below: Point
     above: Point
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,13 @@ def _number(text: str) -> float:
 def answer(
     found: Sequence[Point], *, axis: str = "allocated_bytes", budget: float | None = None, floor: float | None = None
 ) -> Answer:
-    """Answers for points of one task, context and batch. Raises ConfigError where they mix several, where nothing is
-    asked, and for an axis that these points do not have."""
+    """Answers for points of one task, context and batch; `axis` is one of `AXES` or a word for it. Raises ConfigError
+    where they mix several, where nothing is asked, and for an axis that these points do not have."""
     if budget is None and floor is None:
         raise ConfigError("budget", None, "must be given, such as budget=64KiB, or a quality, such as floor=0.95")
+    axis = AXIS_WORDS.get(axis, axis)
     if axis not in AXES:
-        raise ConfigError("axis", axis, nearest(axis, AXES))
+        raise ConfigError("axis", axis, nearest(axis, (*AXIS_WORDS, *AXES)))
     _check_alike(found)
     found = [point for point in found if axis in point.bytes_per_sequence]
     if not found:
@@ -202,8 +202,11 @@ def interpolate(curve: Sequence[Point], num_bytes: float, axis: str = "allocated
         low, high = below.bytes_per_sequence[axis], above.bytes_per_sequence[axis]
         if low <= num_bytes <= high:
             share = math.log(num_bytes / low) / math.log(high / low) if high > low else 0.0
-            ends = [(getattr(below, name), getattr(above, name)) for name in ("value", "low", "high")]
-            return Interpolated(below, above, *((1 - share) * first + share * second for first, second in ends))
+            ends = [(below.value, above.value)]
+            if below.interval and above.interval:
+                ends += zip(below.interval, above.interval, strict=True)
+            value, *interval = ((1 - share) * first + share * second for first, second in ends)
+            return Interpolated(below, above, value, (interval[0], interval[1]) if interval else None)
     return None
 
 
@@ -217,17 +220,17 @@ def _read(curve: Sequence[Point], budget: float, axis: str) -> Interpolated | No
 
 def as_text(said: Answer) -> str:
     """The answer in sentences."""
-    lines = []
+    lines, num_points = [], counted(said.num_points, "point")
     if said.budget is not None:
         within = f"within {human_bytes(said.budget)}"
         if said.best is not None:
             lines.append(f"best {within}: {_told(said.best, said)}")
         else:
-            lines.append(f"nothing fits {within}: of {said.num_points} points the smallest is the nearest above")
+            lines.append(f"nothing fits {within}: of {num_points} the smallest is the nearest above")
         lines.append(f"nearest above: {_told(said.above, said) if said.above else 'none, all points fit'}")
         lines += [
             f"interpolated at {human_bytes(said.budget)}: {read.below.name} to {read.above.name}: {said.metric.label} "
-            f"{read.value:.4f} [{read.low:.4f}, {read.high:.4f}]"
+            f"{read.value:.4f} ({_interval_words(read.interval)})"
             for read in said.between
         ]
     if said.floor is not None:
@@ -235,7 +238,7 @@ def as_text(said: Answer) -> str:
         if said.least is not None:
             lines.append(f"least bytes that reach {goal}: {_told(said.least, said)}")
         else:
-            lines.append(f"nothing reaches {goal}: of {said.num_points} points the best is the nearest")
+            lines.append(f"nothing reaches {goal}: of {num_points} the best is the nearest")
         if said.nearest is not None:
             lines.append(f"nearest that does not: {_told(said.nearest, said)}")
     return "\n".join(lines)
@@ -243,11 +246,14 @@ def as_text(said: Answer) -> str:
 
 def _told(point: Point, said: Answer) -> str:
     held = human_bytes(point.bytes_per_sequence[said.axis])
-    seeds = "1 seed, no interval"
-    if point.num_seeds > 1:
-        seeds = f"95% [{point.low:.4f}, {point.high:.4f}] over {point.num_seeds} seeds"
+    seeds = counted(point.num_seeds, "seed")
+    seeds = f"{_interval_words(point.interval)} over {seeds}" if point.interval else f"{seeds}, no interval"
     ceiling = "" if point.ceiling is None or not point.is_lossy else f", ceiling {point.ceiling:.4f}"
     return f"{point.name}: {said.metric.label} {point.value:.4f} ({seeds}{ceiling}), {held} {_axis_words(said.axis)}"
+
+
+def _interval_words(interval: tuple[float, float] | None) -> str:
+    return "no interval" if interval is None else f"95% [{interval[0]:.4f}, {interval[1]:.4f}]"
 
 
 def _axis_words(axis: str) -> str:
@@ -255,16 +261,21 @@ def _axis_words(axis: str) -> str:
 
 
 def as_data(said: Answer) -> dict[str, Any]:
-    """The answer as plain data, points with their runs."""
+    """The answer as plain data, points with their runs; `low` and `high` are null where there is no interval."""
+
+    def bounds(interval: tuple[float, float] | None) -> dict[str, float | None]:
+        low, high = interval or (None, None)
+        return {"low": low, "high": high}
 
     def told(point: Point | None) -> dict[str, Any] | None:
         if point is None:
             return None
-        names = ("name", "value", "low", "high", "num_seeds", "ceiling", "run_ids")
-        return {name: getattr(point, name) for name in names} | {said.axis: point.bytes_per_sequence[said.axis]}
+        names = ("num_seeds", "ceiling", "run_ids")
+        data = {"name": point.name, "value": point.value, **bounds(point.interval)}
+        return data | {name: getattr(point, name) for name in names} | {said.axis: point.bytes_per_sequence[said.axis]}
 
     between = [
-        {"value": read.value, "low": read.low, "high": read.high, "below": told(read.below), "above": told(read.above)}
+        {"value": read.value, **bounds(read.interval), "below": told(read.below), "above": told(read.above)}
         for read in said.between
     ]
     data: dict[str, Any] = {"axis": said.axis, "metric": said.metric.name, "num_points": said.num_points}

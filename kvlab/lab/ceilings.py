@@ -2,18 +2,11 @@
 everything. It stands beside every score of a lossy memory; what is far below it, the memory has lost."""
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from kvlab.lab.record import AnyRecord, Done
+from kvlab.memory.naming import FULL, choice_of
 from kvlab.tasks.metrics import METRICS
-
-FULL: dict[str, tuple[str | None, ...]] = {
-    "compression": (None, "none"),
-    "format": (None, "model"),
-    "selection": (None, "none", "all"),
-}
-"""What a memory says that stores all tokens, as they were computed, and reads all of them; null: it says nothing."""
 
 
 def is_full(record: Done) -> bool:
@@ -22,18 +15,7 @@ def is_full(record: Done) -> bool:
         return False
     memory = record.config.get("memory", {})
     chosen = {name: memory.get(name, record.config.get(name)) for name in FULL}
-    return all(_word(value) in FULL[name] for name, value in chosen.items())
-
-
-def name_of(section: Mapping[str, Any]) -> str | None:
-    """The `type` or `name` of a section, by which its choice is called; None where it has neither."""
-    found = section.get("type", section.get("name"))
-    return found if isinstance(found, str) else None
-
-
-def _word(value: Any) -> Any:
-    """The name of a choice, which may be a section of its own."""
-    return name_of(value) or "unnamed" if isinstance(value, Mapping) else value
+    return all(choice_of(value) in FULL[name] for name, value in chosen.items())
 
 
 class Ceilings:

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from kvlab.lab.ceilings import FULL, name_of
+from kvlab.lab.labels import flatten, without_seed
 from kvlab.lab.record import AnyRecord, Done, Unfinished
-from kvlab.lab.results import flatten, read_records, without_seed
+from kvlab.lab.results import read_records
+from kvlab.memory.naming import FULL, name_of
 from kvlab.schema import ConfigError, nearest
 
 

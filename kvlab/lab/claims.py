@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from kvlab.units import counted
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -37,5 +39,6 @@ def verdict(claims: Sequence[Claim], title: str = "") -> int:
     console = console if console.is_terminal else Console(highlight=False, width=120)
     console.print(table)
     num_failed = sum(not claim.passed for claim in claims)
-    console.print(f"{len(claims) - num_failed} of {len(claims)} claims pass")
+    passed = len(claims) - num_failed
+    console.print(f"{passed} of {counted(len(claims), 'claim')} {'passes' if passed == 1 else 'pass'}")
     return int(num_failed > 0)

@@ -8,8 +8,8 @@ from typing import Any
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.choose import Runs
 from kvlab.lab.compare import Cell, Comparison, Scored, compare
+from kvlab.lab.labels import point_labels
 from kvlab.lab.narrow import flips_of, print_rows
-from kvlab.lab.results import labels_of, without_seed
 from kvlab.lab.tables import as_cell, wide_console
 from kvlab.tasks.metrics import metric_label
 
@@ -21,7 +21,7 @@ def compare_points(runs: Runs, words: Sequence[str], *, floor: float | None = No
     """The first point that is named with each of the others. Raises ConfigError and `ExamplesError`, as `Runs.point`
     and `compare` do."""
     chosen = [runs.point(each) for each in words]
-    names = labels_of([without_seed(point[0].config) for point in chosen])
+    names = point_labels([point[0].config for point in chosen])
     ceilings, first = Ceilings(runs.records), [Scored.of(record) for record in chosen[0]]
     return [
         compare(first, [Scored.of(record) for record in point], names=(names[0], name), ceilings=ceilings, floor=floor)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvlab.capacity.config import ServingMemory
 from kvlab.compose import CAPACITY, GENERATE, RUN, Root, spelled_out
+from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.hardware import CHIPS
 from kvlab.lab.launch import through_hydra
 from kvlab.schema import json_schema
@@ -22,6 +23,9 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
     typed = "" if is_new_word else words[-1]
     finished = words[2:] if is_new_word else words[2:-1]
     found = set(offers(typed, root))
+    if words[1] == "best":
+        found |= {each for each in _asked_of_results(typed) if each.startswith(typed)}
+        finished = [word for word in finished if not word.startswith(("axis=", "floor="))]
     if not ("=" in typed and found):
         os.environ["COMP_LINE"] = " ".join([words[0], *for_hydra(finished, root), typed])
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -47,6 +51,11 @@ def offers(word: str, root: Root) -> list[str]:
         choices = next((option["enum"] for option in (node, *node.get("anyOf", ())) if "enum" in option), [])
     chosen = before.split(",")
     return [f"{name}={before}{comma}{each}" for each in choices if each.startswith(last) and each not in chosen]
+
+
+def _asked_of_results(word: str) -> list[str]:
+    """What `kvlab best` takes beside conditions."""
+    return [f"axis={axis}" for axis in (*AXIS_WORDS, *AXES)] if word.startswith("axis=") else ["axis=", "floor="]
 
 
 def for_hydra(words: Sequence[str], root: Root) -> list[str]:

@@ -26,6 +26,7 @@ from kvlab.files import write_atomic
 from kvlab.lab.record import Done, Examples
 from kvlab.schema import ConfigError
 from kvlab.tasks.metrics import ExampleScores
+from kvlab.units import counted
 
 FILE = "examples.npz"
 COLUMNS = ("nll", "correct", "weight", "num_labels")
@@ -79,5 +80,5 @@ def _slice(arrays: Mapping[str, np.ndarray], index: int) -> ExampleScores:
         raise ValueError(f"slice {index}: its columns must be alike, [examples, turns]")
     bits = arrays[f"right.{index}"]
     if len(bits) != -(-num_labels // 8):
-        raise ValueError(f"slice {index}: {len(bits)} bytes of bits for {num_labels} labels")
+        raise ValueError(f"slice {index}: {counted(len(bits), 'byte')} of bits for {counted(num_labels, 'label')}")
     return ExampleScores(**columns, right=np.unpackbits(bits, count=num_labels).astype(bool))

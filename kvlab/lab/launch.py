@@ -17,18 +17,23 @@ from kvlab.config import Config
 from kvlab.files import cache_folder
 from kvlab.interrupt import stop_sweep, sweep_stops_together
 from kvlab.lab.execute import execute
+from kvlab.lab.labels import run_labels
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
 from kvlab.methods import fitting
 
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
+_LABELS: dict[Path, str] = {}
+"""How the runs of sweeps in this process are called among each other; elsewhere they have their own label."""
 
 
 def run_sweep(configs: list[Config], handed: list[str]) -> None:
     """All of them, by Hydra's launcher. The runs' states tell what happened."""
     print(sweep_summary(configs), file=sys.stderr)
     _BEGUN.clear()
+    labels = run_labels([config.as_dict() for config in configs])
+    _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
     stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
     with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):
         through_hydra(["--multirun", *handed])
@@ -46,7 +51,8 @@ def execute_one(config: Config) -> str:
     reason = ""
     if status == "failed":
         reason = f": {getattr(Run(config).record, 'reason', None)}"
-    print(f"{config.label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
+    label = _LABELS.get(config.run_dir, config.label)
+    print(f"{label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
     return status
 
 

@@ -9,7 +9,7 @@ from rich.text import Text as RichText
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
 from kvlab.ledger.accounting import PARTS
-from kvlab.units import human_bytes
+from kvlab.units import counted, human_bytes
 
 
 def status(engine: Engine, seconds: float, most: int = 12) -> Group:
@@ -37,18 +37,19 @@ def summary(engine: Engine, seconds: float) -> str:
     stats, counters = engine.stats, engine.scheduler.counters
     total = stats.prefilled_tokens + stats.decoded_tokens
     words = [
-        f"{stats.decoded_tokens} tokens decoded, {stats.prefilled_tokens} prefilled",
+        f"{counted(stats.decoded_tokens, 'token')} decoded, {stats.prefilled_tokens:,} prefilled",
         f"{counters.hit_tokens} found in memory",
         f"{total / max(seconds, 1e-9):,.0f} tok/s",
         f"{stats.read_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s read",
         f"{counters.preempted} preempted",
     ]
     if stats.compacted:
-        words.append(f"{stats.compacted} compacted, {engine.ledger.counters.dropped_slots:,} slots dropped")
+        dropped = counted(engine.ledger.counters.dropped_slots, "slot")
+        words.append(f"{counted(stats.compacted, 'compaction')}, {dropped} dropped")
     if stats.sealed_pages:
-        words.append(f"{stats.sealed_pages} pages sealed")
+        words.append(f"{counted(stats.sealed_pages, 'page')} sealed")
     if stats.drafted_tokens:
-        words.append(f"{100 * stats.acceptance_rate:.0f}% of {stats.drafted_tokens} drafts accepted")
+        words.append(f"{100 * stats.acceptance_rate:.0f}% of {counted(stats.drafted_tokens, 'draft')} accepted")
     return ", ".join(words)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import jax
 from rich.console import Console
 
+from kvlab.config import training_label_of
 from kvlab.evaluation.score import Scorer
 from kvlab.interrupt import Interrupted, StopRequest
 from kvlab.lab.kernels import summary
@@ -107,7 +108,7 @@ def _tuned(
             validate=lambda params: metric.mean(scorer.parallel(params, "validation")),
             directory=training.directory / "trials" / str(index),
             metrics_path=training.directory / "metrics.jsonl",
-            label=f"{config.label} lr {learning_rate:g}",
+            label=f"{training_label_of(config.as_dict())} lr {learning_rate:g}",
             stop=stop,
         )
         trials.append({"learning_rate": learning_rate, "validation": trial.validation, "num_steps": trial.num_steps})

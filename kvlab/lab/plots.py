@@ -75,7 +75,7 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
     panel.step(sizes, [p.value for p in frontier], where="post", color="0.6", lw=1.2, ls="--", zorder=1)
     for point in members:
         size = point.bytes_per_sequence[axis]
-        errors = [[point.value - point.low], [point.high - point.value]]
+        errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
         style = {"color": colour(point.variant), "ms": 8, "capsize": 3, "zorder": 3}
         panel.errorbar(size, point.value, yerr=errors, fmt="o", label=point.name, **style)
     first = members[0]

@@ -18,11 +18,12 @@ from kvlab.schema import ConfigError
 
 def protocol_rows(found: Sequence[Point], records: Sequence[AnyRecord]) -> list[dict[str, Any]]:
     """What tables add to each point, by heading: its turns where some point has several, and where some memory is lossy
-    the ceiling, whether that tells something, flips against it, and what else `Quality` shows. None: not known."""
+    the ceiling, whether that tells something, flips against it, and what else `Quality` shows; where some compression
+    acted or might have, the share of tokens that it dropped. None: not known."""
     num_turns = max((len(point.turns) for point in found), default=0)
     is_lossy = any(point.is_lossy for point in found)
     done, ceilings = {record.run_id: record for record in records if isinstance(record, Done)}, Ceilings(records)
-    rows = []
+    compresses, rows = any(point.dropped is not None for point in found), []
     for point in found:
         turns = [*point.turns, *[None] * (num_turns - len(point.turns))]
         row: dict[str, Any] = {f"turn {index}": value for index, value in enumerate(turns, 1)}
@@ -30,6 +31,7 @@ def protocol_rows(found: Sequence[Point], records: Sequence[AnyRecord]) -> list[
             row |= {"ceiling": point.ceiling, "tells": point.is_discriminative}
             row |= {name.replace("_", " "): value for name, value in point.fidelity.items()}
             flipped = point_flips([done[run_id] for run_id in point.run_ids], ceilings) if point.is_lossy else None
+            row |= {"dropped": point.dropped} if compresses else {}
             row |= {
                 "right to wrong": flipped.lost if flipped else None,
                 "wrong to right": flipped.won if flipped else None,

@@ -12,6 +12,7 @@ from pydantic import Field, TypeAdapter
 from kvlab.config import completed
 from kvlab.evaluation.measure import MemoryReport, SpeedReport
 from kvlab.evaluation.verify import EXACT
+from kvlab.memory.naming import FULL, choice_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,15 @@ class Done(Record):
     lossy: Lossy | None = None
     examples: Examples | None = None
     status: Literal["done"] = "done"
+
+    @property
+    def dropped(self) -> float | None:
+        """The share of tokens that a compression dropped, the mean over the scored slices; 0: it never acted. None
+        where there is no compression, and where an older record does not say."""
+        method = choice_of((self.config.get("memory") or {}).get("compression"))
+        if self.lossy is None or not self.lossy.evicted_fraction or method in FULL["compression"]:
+            return None
+        return statistics.fmean(self.lossy.evicted_fraction.values())
 
 
 type AnyRecord = Done | Unfinished

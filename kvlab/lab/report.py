@@ -5,6 +5,7 @@ import base64
 import html
 import importlib.resources
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,12 +14,13 @@ import pandas as pd
 
 from kvlab.evaluation.measure import AXES, SpeedReport, measures
 from kvlab.files import write_atomic
+from kvlab.lab.labels import point_labels
 from kvlab.lab.plots import by_task, colour, draw_frontier, draw_needle
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Done, Unfinished
 from kvlab.lab.results import Point, non_dominated, points, read_metrics, read_records
 from kvlab.tasks.metrics import metric_label
-from kvlab.units import human_bytes
+from kvlab.units import counted, human_bytes
 
 MAX_CURVE_POINTS = 200
 
@@ -57,7 +59,8 @@ def frontier_frame(found: list[Point], protocol: list[dict[str, Any]] | None = N
     rows = []
     for point, added in zip(found, protocol or [{}] * len(found), strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
-        row |= {"low": point.low, "high": point.high, "num_seeds": point.num_seeds, "context_len": point.context_len}
+        low, high = point.interval or (None, None)
+        row |= {"low": low, "high": high, "num_seeds": point.num_seeds, "context_len": point.context_len}
         row |= {csv_name(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
         row |= {name.replace(" ", "_"): value for name, value in added.items()}
@@ -87,7 +90,9 @@ def render_page(
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
     failed = [record for record in records if isinstance(record, Unfinished)]
     tasks = by_task(found)
-    summary = f"{len(records)} runs, {len(records) - len(failed)} done, {len(failed)} not; {len(found)} points."
+    labels = dict(zip(map(id, records), point_labels([record.config for record in records]), strict=True))
+    summary = f"{counted(len(records), 'run')}, {len(records) - len(failed)} done, {len(failed)} not; "
+    summary += f"{counted(len(found), 'point')}."
     charts = "".join(
         f'<section><h2>{html.escape(task)}: quality against memory</h2><div class="chart" id="frontier-{index}"></div>'
         "</section>"
@@ -108,9 +113,9 @@ def render_page(
             for axis, name in AXES.items()
         ),
         table=_table(_point_rows(found, protocol), "points", sortable=True),
-        failed=_table([_failed_row(record) for record in failed], "failed") if failed else "<p>None.</p>",
-        provenance=_table(_provenance_rows(records), "provenance"),
-        data=_script_json(_page_data(records, tasks)),
+        failed=_table([_failed_row(record, labels[id(record)]) for record in failed], "failed"),
+        provenance=_table(_provenance_rows(records, labels), "provenance"),
+        data=_script_json(_page_data(records, tasks, labels)),
         plotly=get_plotlyjs(),
     )
 
@@ -120,11 +125,15 @@ def _script_json(value: Any) -> str:
     return json.dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _page_data(records: list[AnyRecord], tasks: dict[str, list[Point]]) -> dict[str, Any]:
+type Labels = Mapping[int, str]
+"""How records are called among each other, by their `id`: a run id may be in several folders."""
+
+
+def _page_data(records: list[AnyRecord], tasks: dict[str, list[Point]], labels: Labels) -> dict[str, Any]:
     return {
         "axes": AXES,
         "tasks": [_task_data(task, members) for task, members in tasks.items()],
-        "curves": [curve for record in records if (curve := _curve(record))],
+        "curves": [curve for record in records if (curve := _curve(record, labels[id(record)]))],
         "layers": [
             {
                 "name": html.escape(f"{point.name} ({point.task})"),
@@ -155,6 +164,7 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
                 "plus": point.high - point.value,
                 "minus": point.value - point.low,
                 "num_seeds": point.num_seeds,
+                "seeds": counted(point.num_seeds, "seed"),
                 "bytes": point.bytes_per_sequence,
             }
             for point in members
@@ -162,7 +172,7 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
     }
 
 
-def _curve(record: AnyRecord) -> dict[str, Any] | None:
+def _curve(record: AnyRecord, label: str) -> dict[str, Any] | None:
     """Loss over steps of a run's chosen trial (of all its rows while there is none), thinned."""
     chosen = record.training.learning_rate if isinstance(record, Done) else None
     rows = [row for row in read_metrics(record) if chosen is None or row["learning_rate"] == chosen]
@@ -170,7 +180,7 @@ def _curve(record: AnyRecord) -> dict[str, Any] | None:
         return None
     rows = rows[:: max(1, len(rows) // MAX_CURVE_POINTS)]
     return {
-        "name": html.escape(f"{record.config['mixer']['name']} seed {record.seed}"),
+        "name": html.escape(f"{label} seed {record.seed}"),
         "task": html.escape(record.config["task"]["type"]),
         "colour": colour(record.config["mixer"]["name"]),
         "steps": [row["step"] for row in rows],
@@ -182,7 +192,7 @@ def _point_rows(found: list[Point], protocol: list[dict[str, Any]]) -> list[dict
     rows = []
     for point, added in zip(found, protocol, strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
-        row |= {"± 95%": point.high - point.value if point.num_seeds > 1 else None, "seeds": point.num_seeds}
+        row |= {"± 95%": point.half_width, "seeds": point.num_seeds}
         row |= {_heading(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"context": point.context_len, "parameters": point.num_params}
         row |= {each.column: point.speeds[name] for name, each in measures(SpeedReport).items() if each.column}
@@ -194,13 +204,12 @@ def _heading(axis: str) -> str:
     return "read B/token" if axis == "read_bytes_per_token" else f"{axis.removesuffix('_bytes')} B/seq"
 
 
-def _failed_row(record: Unfinished) -> dict[str, Any]:
-    config = record.config
-    row = {"run": record.run_id, "variant": config["mixer"]["name"], "task": config["task"]["type"]}
+def _failed_row(record: Unfinished, label: str) -> dict[str, Any]:
+    row = {"run": record.run_id, "variant": label, "task": record.config["task"]["type"]}
     return row | {"seed": record.seed, "status": record.status, "reason": record.reason}
 
 
-def _provenance_rows(records: list[AnyRecord]) -> list[dict[str, Any]]:
+def _provenance_rows(records: list[AnyRecord], labels: Labels) -> list[dict[str, Any]]:
     rows = []
     for record in records:
         origin = record.provenance
@@ -208,7 +217,7 @@ def _provenance_rows(records: list[AnyRecord]) -> list[dict[str, Any]]:
             continue
         commit = f"{(origin.git_commit or 'no checkout')[:12]}{' (dirty)' if origin.git_dirty else ''}"
         versions = " ".join(f"{name} {version}" for name, version in origin.versions.items())
-        row = {"run": record.run_id, "variant": record.config["mixer"]["name"], "seed": record.seed}
+        row = {"run": record.run_id, "variant": labels[id(record)], "seed": record.seed}
         row |= {"commit": commit, "device": f"{origin.device['kind']} x{origin.device['count']}"}
         row |= {"versions": versions, "XLA flags": origin.xla_flags, "wall s": record.wall_s}
         kernels = " ".join(f"{op}={name}" for op, name in origin.implementations.items())

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from scipy import stats
 from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
 from kvlab.lab.ceilings import Ceilings, is_discriminative
+from kvlab.lab.labels import flatten, point_labels, without_seed
 from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
 from kvlab.training.checkpoint import CheckpointError
@@ -97,6 +98,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
         row |= {f"quality.{name}": getattr(quality, name) for name in SHOWN}
         row |= {f"quality.{name}": value for name, value in quality.slices.items()}
         row |= {f"quality.{name} turn {k + 1}": v for name, turns in quality.turns.items() for k, v in enumerate(turns)}
+        row |= {"dropped": record.dropped}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
         row |= {"num_params": record.num_params, "learning_rate": record.training.learning_rate}
@@ -104,22 +106,14 @@ def _row(record: AnyRecord) -> dict[str, Any]:
     return row | flatten(record.config, "config")
 
 
-def flatten(value: Any, path: str) -> dict[str, Any]:
-    """Nested mappings as dotted names; lists stay whole."""
-    if not isinstance(value, dict):
-        return {path: value}
-    flat: dict[str, Any] = {}
-    for name, entry in value.items():
-        flat |= flatten(entry, f"{path}.{name}")
-    return flat
-
-
 @dataclass(frozen=True)
 class Point:
-    """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t; none for one
-    seed). `fidelity` is what else of `Quality` is shown of points: what the memory had to agree with, and what it
-    costs. `ceiling` is the mean of the full memory's scores with the same weights, where every seed has one at hand;
-    `turns` the metric of each turn over the slices that have several. `config` is what the seeds have in common."""
+    """Several seeds of one configuration. `low` and `high` bound the mean's 95% interval (Student t); of one seed there
+    is none, and both are its value. `dropped` is the share of tokens that a compression dropped of the slices that were
+    scored, the mean over slices and seeds (null: there is no compression, or the record does not say). `fidelity` is
+    what else of `Quality` is shown of points: what the memory had to agree with, and what it costs. `ceiling` is the
+    mean of the full memory's scores with the same weights, where every seed has one at hand; `turns` the metric of each
+    turn over the slices that have several. `config` is what the seeds have in common."""
 
     name: str
     variant: str
@@ -140,11 +134,22 @@ class Point:
     run_ids: list[str]
     fidelity: dict[str, Any]
     is_lossy: bool
+    dropped: float | None
     batch_size: int
     turns: list[float | None]
     ceiling: float | None
     is_discriminative: bool | None
     config: dict[str, Any]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """`low` and `high`; None where one seed says nothing of them."""
+        return (self.low, self.high) if self.num_seeds > 1 else None
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the interval."""
+        return self.interval and self.high - self.value
 
 
 def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> list[Point]:
@@ -156,73 +161,9 @@ def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> li
     for record in records:
         if isinstance(record, Done):
             groups.setdefault(json.dumps(without_seed(record.config), sort_keys=True), []).append(record)
-    labels = labels_of([json.loads(config) for config in groups])
+    labels = point_labels([json.loads(config) for config in groups])
     found = [_point(label, group, ceilings) for label, group in zip(labels, groups.values(), strict=True)]
     return sorted(found, key=lambda point: (point.task, point.bytes_per_sequence["allocated_bytes"], point.name))
-
-
-def without_seed(config: dict[str, Any]) -> dict[str, Any]:
-    """What the seeds of a point have in common: neither their number, nor where they ran, nor what was asked for and
-    what that would be solved for."""
-    apart = ("seed", "results_dir", "hardware", "equal_budget")
-    common = {name: value for name, value in config.items() if name not in apart}
-    return common | {"mixer": {name: value for name, value in config["mixer"].items() if name != "knob"}}
-
-
-def labels_of(configs: list[dict[str, Any]]) -> list[str]:
-    """The variant's name, with what tells points of one variant and task apart where there are several. Where methods
-    of compression vary, the method and its budget say that, and of its fields those in which it varies itself; so where
-    selections vary."""
-    named: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for config in configs:
-        named.setdefault((config["mixer"]["name"], config["task"]["type"]), []).append(config)
-    labels = []
-    for config in configs:
-        alike = named[config["mixer"]["name"], config["task"]["type"]]
-        varying = [kind for kind in METHODS if len({_method(each, kind) for each in alike}) > 1]
-        words = [word for kind in varying if _method(config, kind) for word in _in_words(config, kind, alike)]
-        own, *fields = [flatten(_without_methods(each, varying), "") for each in (config, *alike)]
-        labels.append(" ".join([config["mixer"]["name"], *words, *_details(own, fields)]))
-    return labels
-
-
-METHODS = {"compression": ("compression", "budget"), "selection": ("selection",)}
-"""Choices of a memory that labels name where they vary, and its fields that their words say."""
-
-
-def _details(own: dict[str, Any], alike: list[dict[str, Any]]) -> list[str]:
-    """The fields of flat configurations that differ, as field=value of one of them."""
-    keys = {key for fields in alike for key in fields}
-    differing = sorted(key for key in keys if len({str(fields.get(key)) for fields in alike}) > 1)
-    return [f"{_short(key, keys)}={own.get(key)}" for key in differing]
-
-
-def _method(config: dict[str, Any], kind: str) -> str:
-    """The name of a configuration's compression or selection; empty: none."""
-    chosen = (config.get("memory") or {}).get(kind)
-    return str(chosen["type"]) if isinstance(chosen, dict) and "type" in chosen else ""
-
-
-def _in_words(config: dict[str, Any], kind: str, alike: list[dict[str, Any]]) -> list[str]:
-    """A method, a compression's budget, and the fields in which the method itself varies."""
-    name, section = _method(config, kind), config["memory"][kind]
-    budget = [str(config["memory"].get("budget"))] if "budget" in METHODS[kind] else []
-    mine = [flatten(each["memory"][kind], "") for each in alike if _method(each, kind) == name]
-    return [name, *budget, *_details(flatten(section, ""), mine)]
-
-
-def _without_methods(config: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """A configuration without what the words of its methods say."""
-    said = {name for kind in kinds for name in METHODS[kind]}
-    return {**config, "memory": {name: value for name, value in config.get("memory", {}).items() if name not in said}}
-
-
-def _short(key: str, keys: set[str]) -> str:
-    """The last words of a dotted name, as many as tell it from the others; a section stands for its `name`."""
-    words = key.removeprefix(".").split(".")
-    endings = [".".join(words[start:]) for start in reversed(range(len(words)))]
-    is_only = (ending for ending in endings if sum(f".{other}".endswith(f".{ending}") for other in keys) == 1)
-    return next(is_only, endings[-1]).removesuffix(".name")
 
 
 def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
@@ -256,6 +197,7 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
             if how.over_seeds
         },
         is_lossy=any(record.quality.is_lossy for record in group),
+        dropped=_dropped(group),
         batch_size=first.memory.batch_size,
         turns=_turns(group),
         ceiling=ceiling,
@@ -268,6 +210,13 @@ def _median(values: list[float | None]) -> float | None:
     """The median of what is known; None where nothing is, such as compactions of a memory that makes none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def _dropped(group: list[Done]) -> float | None:
+    """The share of tokens that the compression of these seeds dropped; None where one of them does not say."""
+    known = [record.dropped for record in group]
+    said = [value for value in known if value is not None]
+    return statistics.fmean(said) if len(said) == len(known) else None
 
 
 def _turns(group: list[Done]) -> list[float | None]:

@@ -8,18 +8,19 @@ from rich.console import Console
 
 from kvlab.config import Config
 from kvlab.evaluation.verify import in_short
-from kvlab.lab.narrow import flips_of, print_rows
+from kvlab.lab.labels import run_labels
+from kvlab.lab.narrow import UNKNOWN, flips_of, print_rows
 from kvlab.lab.plan import Plan
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
 from kvlab.lab.results import Point, points
 from kvlab.lab.runs import Run
 from kvlab.tasks.metrics import metric_label
-from kvlab.units import human_bytes
+from kvlab.units import counted, human_bytes
 
 SIZES = {"logical_bytes": "live/seq", "allocated_bytes": "held/seq", "read_bytes_per_token": "read/tok"}
 """The bytes that tables show, and their headings."""
-SPARE = ("step ms", "live/seq", "context", "seeds", "metric", "tok/s", "checked", "flips", "tells")
+SPARE = ("step ms", "live/seq", "context", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
 """What tables of records leave out first where there is no room."""
 PLANNED = ("held/seq", "peak/seq", "read/tok")
 """Headings of what a plan says of one sequence's memory."""
@@ -48,40 +49,33 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory", *PLANNED)
     trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
     total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
-    title = f"{len(plans)} runs of {len(trainings)} trainings, {total:.2e} FLOPs"
+    title = f"{counted(len(plans), 'run')} of {counted(len(trainings), 'training')}, {total:.2e} FLOPs"
     names, rows = (*names, "temporaries", "FLOPs", "fits"), []
-    for config, plan in plans:
+    labels = run_labels([config.as_dict() for config, _ in plans])
+    for label, (config, plan) in zip(labels, plans, strict=True):
         sizes = (plan.weights_bytes, plan.optimizer_bytes, plan.activations_bytes)
         sizes = (*sizes, plan.state_bytes, plan.held_bytes, plan.peak_bytes, plan.read_bytes_per_token)
         sizes = (*sizes, plan.temporaries_bytes)
         fits = f"{'yes' if plan.fits else 'NO'}: {human_bytes(max(plan.train_bytes, plan.decode_bytes))}"
         fits += f" of {human_bytes(plan.hardware_bytes)} ({plan.hardware})"
         flops = f"{plan.train_flops:.2e}" if trainings[config.training_id] == config.run_id else "shared"
-        cells = [config.run_id, config.training_id, label_of(config), Run(config).state, f"{plan.num_params:,}"]
+        cells = [config.run_id, config.training_id, label, Run(config).state, f"{plan.num_params:,}"]
         cells += [*(human_bytes(size) for size in sizes), flops, fits]
         rows.append(dict(zip(names, cells, strict=True)))
     console = wide_console()
     print_rows(console, rows, kept=("run", "label", "held/seq"), spare=SPARE_PLANNED, title=title)
     lines = [_kernels_line(plan) for _, plan in plans]
-    lines += [_format_line(config) for config, plan in plans if plan.format_is_idle]
-    lines += [line for config, _ in plans for line in budget_lines(config)]
-    lines += [line for config, plan in plans if not plan.format_is_idle for line in _skipped_lines(config, plan)]
+    for label, (config, plan) in zip(labels, plans, strict=True):
+        name = f"{label} [{config.run_id}]"
+        lines += [_format_line(config, name)] if plan.format_is_idle else _skipped_lines(plan, name)
+        lines += budget_lines(config, label)
     for line in dict.fromkeys(lines):
         console.print(line, markup=False)
 
 
-def label_of(config: Config) -> str:
-    """How people call a run, with what its memory drops or stores in fewer bits."""
-    memory = config.memory
-    words = [config.label]
-    if memory.compression is not None:
-        words += [memory.compression.name, str(memory.budget)]
-    return " ".join(words if memory.format == "model" else [*words, memory.format])
-
-
-def budget_lines(config: Config) -> list[str]:
-    """Said of what a budget was solved for."""
-    budget, name = config.equal_budget, f"{label_of(config)} [{config.run_id}]"
+def budget_lines(config: Config, label: str = "") -> list[str]:
+    """Said of what the budget of a run was solved for, which has a label among others or (empty) its own."""
+    budget, name = config.equal_budget, f"{label or config.label} [{config.run_id}]"
     if budget is None:
         return []
     if budget.is_ceiling:
@@ -90,19 +84,18 @@ def budget_lines(config: Config) -> list[str]:
     return [f"{name}: budget = {budget.asked} is {budget.knob} = {budget.solved}, {held}"]
 
 
-def _format_line(config: Config) -> str:
+def _format_line(config: Config, name: str) -> str:
     """Said of a run whose format no state is stored in."""
     repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
-    return f"{config.label} [{config.run_id}]: memory.format = {config.memory.format} changes nothing: {repeats}"
+    return f"{name}: memory.format = {config.memory.format} changes nothing: {repeats}"
 
 
-def _skipped_lines(config: Config, plan: Plan) -> list[str]:
+def _skipped_lines(plan: Plan, name: str) -> list[str]:
     """Said of a run whose memory leaves some states as they are: which, and why."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in plan.skipped.items():
-        by_reason.setdefault(reason, []).append(name)
-    run = f"{config.label} [{config.run_id}]"
-    return [f"{run}: {', '.join(names)} left as computed ({reason})" for reason, names in by_reason.items()]
+    for state, reason in plan.skipped.items():
+        by_reason.setdefault(reason, []).append(state)
+    return [f"{name}: {', '.join(states)} left as computed ({reason})" for reason, states in by_reason.items()]
 
 
 def _kernels_line(plan: Plan) -> str:
@@ -116,7 +109,7 @@ def sweep_summary(configs: Sequence[Config]) -> str:
     """How many runs of a sweep are in which state."""
     states = Counter(Run(config).state for config in configs)
     words = {"new": "to run", "cut": "to resume", "failed": "to retry", "done": "done already"}
-    return f"{len(configs)} runs: " + ", ".join(f"{count} {words[state]}" for state, count in states.items())
+    return f"{counted(len(configs), 'run')}: " + ", ".join(f"{count} {words[state]}" for state, count in states.items())
 
 
 def print_runs(configs: Sequence[Config]) -> None:
@@ -134,26 +127,33 @@ def print_records(records: list[AnyRecord]) -> None:
     if found:
         rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
         print_rows(console, rows, kept=("variant", "value"), spare=SPARE)
-    for record in records:
+    for record, label in zip(records, run_labels([record.config for record in records]), strict=True):
         if isinstance(record, Unfinished):
-            name = record.config["mixer"]["name"]
-            line = f"{record.status}: {name} seed {record.seed} [{record.run_id}] {record.reason}"
-            console.print(line, markup=False)
+            console.print(f"{record.status}: {label} [{record.run_id}] {record.reason}", markup=False)
 
 
 def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:
     """A point by heading, with what the protocol adds: flips in one column, and in one word what logits were checked
     against."""
     row = {"variant": point.name, "task": point.task, "metric": metric_label(point.metric)}
-    row |= {"value": as_cell(point.value), "± 95%": as_cell(point.high - point.value if point.num_seeds > 1 else None)}
+    row |= {"value": as_cell(point.value), "± 95%": as_cell(point.half_width)}
     row["seeds"] = str(point.num_seeds)
     sizes = {heading: point.bytes_per_sequence.get(axis) for axis, heading in SIZES.items()}
     row |= {heading: "-" if size is None else human_bytes(size) for heading, size in sizes.items()}
     row |= {"context": str(point.context_len), "step ms": f"{point.speeds['train_step_ms']:.1f}"}
     row["tok/s"] = f"{point.speeds['decode_tokens_per_s']:,.0f}"
     cells = {name: as_cell(value) for name, value in added.items()}
+    if "dropped" in added:
+        cells["dropped"] = _dropped_cell(added["dropped"])
     if "verified by" in cells:
         cells["checked"] = in_short(cells.pop("verified by"))
         cells["flips"] = flips_of(cells, *(flips := ("right to wrong", "wrong to right", "labels")))
         cells = {name: text for name, text in cells.items() if name not in flips}
     return row | cells
+
+
+def _dropped_cell(fraction: float | None) -> str:
+    """The share of tokens that a compression dropped; in a word where it never did."""
+    if fraction is None:
+        return UNKNOWN
+    return f"{100 * fraction:.1f}%" if fraction else "nothing"

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from kvlab.evaluation.measure import AXES
+from kvlab.lab.labels import flatten
 from kvlab.lab.record import Done
-from kvlab.lab.results import flatten, read_metrics, read_records
+from kvlab.lab.results import read_metrics, read_records
 
 
 def to_tensorboard(results: Path, output: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from kvlab.ledger.classes import RESERVATIONS, Lengths, StateClass
 from kvlab.ledger.plan import Ints
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.store import Holding, Store
+from kvlab.units import counted
 
 
 class Buddy:
@@ -91,15 +92,15 @@ class BlockStore(Store):
     def refusal(self, holding: Holding, missing: Sequence[int], end: int) -> Wait | Never | None:
         asked = holding.block[1] or self._asked(holding)
         if end > asked:
-            return Never(f"{self.state.name}: tokens [0, {end}) exceed the {asked} slots reserved")
+            return Never(f"{self.state.name}: tokens [0, {end}) exceed the {counted(asked, 'slot')} reserved")
         num_pages = -(-asked // self.state.page_size)
         if not self.buddy.fits_empty(num_pages):
-            return Never(f"{self.state.name}: no block of {num_pages} pages in a pool of {self.state.num_pages}")
+            pages = counted(num_pages, "page")
+            return Never(f"{self.state.name}: no block of {pages} in a pool of {self.state.num_pages}")
         if holding.pages or self.buddy.fits(num_pages):
             return None
-        return Wait(
-            f"{self.state.name}: {num_pages} adjacent pages needed, {self.buddy.num_free} free, not in one block"
-        )
+        needed = counted(num_pages, "adjacent page")
+        return Wait(f"{self.state.name}: {needed} needed, {self.buddy.num_free} free, not in one block")
 
     def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:
         if not holding.pages:

@@ -31,6 +31,7 @@ from kvlab.ledger.sealing import Sealed
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tokens import TokenIds, encode, sha256
 from kvlab.ledger.tracked import Tracked
+from kvlab.units import counted
 
 
 class Ledger:
@@ -172,7 +173,7 @@ class Ledger:
         elif hit is not None or lengths is not None:
             raise ValueError(f"sequence {sequence!r}: has begun; hit and lengths belong to its first step")
         elif held.num_new:
-            raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
+            raise ValueError(f"sequence {sequence!r}: its step of {counted(held.num_new, 'token')} is not committed")
         end = held.length + num_new + lookahead
         final = max(end, lengths.final_len) if lengths else end
         prompt_len = lengths.prompt_len if lengths else None
@@ -373,7 +374,7 @@ class Ledger:
         """A sequence without a step in flight."""
         held = self._get(sequence)
         if held.num_new:
-            raise ValueError(f"sequence {sequence!r}: its step of {held.num_new} tokens is not committed")
+            raise ValueError(f"sequence {sequence!r}: its step of {counted(held.num_new, 'token')} is not committed")
         return held
 
     def _idle(self, sequence: Hashable) -> Tracked:

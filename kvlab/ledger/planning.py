@@ -7,6 +7,7 @@ import numpy as np
 from kvlab.ledger.plan import Plan
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tracked import Tracked
+from kvlab.units import counted
 
 
 def plan(
@@ -21,8 +22,8 @@ def plan(
         raise ValueError(f"sequence {sequences[new.index(0)]!r}: no step is reserved")
     sizes = [held.num_new + held.lookahead for held in steps]
     if len(steps) > batch_size or max(sizes, default=0) > num_tokens:
-        shape = f"{len(steps)} steps of {max(sizes, default=0)} tokens"
-        raise ValueError(f"{shape} do not fit [{batch_size}, {num_tokens}]")
+        shape = f"{counted(len(steps), 'step')} of {counted(max(sizes, default=0), 'token')}"
+        raise ValueError(f"{shape}: must fit in [{batch_size}, {num_tokens}]")
     starts[: len(steps)], counts[: len(steps)] = [held.length for held in steps], sizes
     by_class = ((store, [held.holdings[store.number] for held in steps]) for store in stores.each)
     return Plan(starts, counts, tuple(store.plan(mine, starts, counts, num_tokens) for store, mine in by_class))

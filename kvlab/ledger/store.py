@@ -18,6 +18,7 @@ from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.plan import ClassPlan, Ints
 from kvlab.ledger.prefix import PrefixIndex
 from kvlab.ledger.trie import CachedPage, Node
+from kvlab.units import counted
 from pallas_kernels.visible import NOWHERE
 
 NEVER_WAKES = 2**62
@@ -178,7 +179,7 @@ class Store(abc.ABC):
         """`Wait` when that many pages cannot be had now."""
         if num_pages <= self.num_available:
             return None
-        return Wait(f"{self.state.name}: {num_pages} pages needed, {self.num_available} free or cached")
+        return Wait(f"{self.state.name}: {counted(num_pages, 'page')} needed, {self.num_available} free or cached")
 
     @abc.abstractmethod
     def give(self, holding: Holding, missing: Sequence[int], taken: Sequence[int]) -> None:

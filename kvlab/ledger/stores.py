@@ -14,6 +14,7 @@ from kvlab.ledger.recurrent import StateStore
 from kvlab.ledger.sealed import SealedStore
 from kvlab.ledger.store import NEVER_WAKES, Store
 from kvlab.ledger.tracked import Tracked
+from kvlab.units import counted
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Stores:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
         or, of one that begins with a prompt of `prompt_len`, will have taken; None: it could."""
         if total_len > self.max_len:
-            return Never(f"{total_len} tokens exceed max_len = {self.max_len}")
+            return Never(f"{counted(total_len, 'token')} exceed max_len = {self.max_len}")
         for number, state in enumerate(self.classes):
             num_stored = total_len - (held.holdings[number].dropped if held else 0)
             if prompt_len is None:
@@ -82,8 +83,9 @@ class Stores:
             shortened = state.retention or state.sealing
             room = min(state.num_usable, state.table_len) if shortened else state.num_usable
             if needed > room:
-                sizes = f"{state.page_size} tokens a page, steps of up to {self.chunk_len}"
-                return Never(f"{state.name}: {num_stored} tokens need {needed} pages ({sizes}), the pool has {room}")
+                sizes = f"{counted(state.page_size, 'token')} a page, steps of up to {self.chunk_len}"
+                pages = f"{counted(num_stored, 'token')} need {counted(needed, 'page')}"
+                return Never(f"{state.name}: {pages} ({sizes}), the pool has {room}")
         return None
 
     def take(self, counts: Sequence[int]) -> list[list[int]]:

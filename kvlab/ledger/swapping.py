@@ -11,13 +11,14 @@ from kvlab.ledger.store import Holding, Store
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tracked import Tracked
 from kvlab.ledger.trie import CachedPage
+from kvlab.units import counted
 
 
 def swap_out(stores: Stores, held: Tracked) -> Swap | Wait:
     """See `Ledger.swap_out`; the sequence holds host pages afterwards."""
     for store, holding in zip(stores, held.holdings, strict=True):
         if len(holding.pages) > len(store.host_free):
-            needed = f"{len(holding.pages)} host pages needed, {len(store.host_free)} free"
+            needed = f"{counted(len(holding.pages), 'host page')} needed, {len(store.host_free)} free"
             return Wait(f"{store.state.name}: {needed}")
     moves, host = [], []
     for store, holding in zip(stores, held.holdings, strict=True):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from kvlab.ledger.store import Holding
 from kvlab.ledger.tokens import ITEM, TokenIds, encode
 from kvlab.ledger.trie import CachedPage, Node
+from kvlab.units import counted
 
 
 @dataclass(eq=False, slots=True)
@@ -40,5 +41,6 @@ class Tracked:
         assert self.ids is not None
         known = len(self.ids) // ITEM + len(tokens)
         if known != max(self.prompt_len, new_length):
-            raise ValueError(f"tokens: {known} ids known, for {new_length} tokens stored: must be as many")
+            stored = counted(new_length, "token")
+            raise ValueError(f"tokens: {counted(known, 'id')} known, for {stored} stored: must be as many")
         self.ids += encode(tokens)

@@ -15,6 +15,7 @@ from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import Schema, choice, flag, integer, nearest, real
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
+from kvlab.units import counted
 
 
 def dtype_for(platform: str) -> str:
@@ -151,7 +152,7 @@ def parse_pattern(pattern: str, names: Sequence[str], num_layers: int | None) ->
     if num_layers is None:
         return layers
     if num_layers % len(layers):
-        raise ValueError(f"has {len(layers)} layers, which must divide model.num_layers = {num_layers}")
+        raise ValueError(f"has {counted(len(layers), 'layer')}, which must divide model.num_layers = {num_layers}")
     return layers * (num_layers // len(layers))
 
 

@@ -17,6 +17,7 @@ from kvlab.tasks.metrics import ACCURACY
 from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of
 from kvlab.tokenizers import ByteTokenizer, Tokenizer
 from kvlab.typing import PyTree
+from kvlab.units import counted
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Haystack[C: HaystackConfig](Task):
         parts = token_splits(self.config.path, self.config.pattern, self.config.tokenizer)
         for name, data in parts.items():
             if len(data) <= self.context_len:
-                where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} tokens"
+                where = f"the {name} split of {self.config.path or 'the standard library'} has "
+                where += counted(len(data), "token")
                 raise ConfigError("task.contexts", self.context_len, f"{where}, which must exceed every context")
         return {name: data.astype(np.int32) for name, data in parts.items()}
 

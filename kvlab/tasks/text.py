@@ -12,6 +12,7 @@ from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.corpus import check_path, path_field, read_splits
 from kvlab.tasks.metrics import BITS_PER_BYTE
 from kvlab.typing import PyTree
+from kvlab.units import counted
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Text(Task):
         """The same splits. Raises ConfigError when one is shorter than a window."""
         for name, data in parts.items():
             if len(data) < self.config.seq_len + 2:
-                where = f"the {name} split of {self.config.path or 'the standard library'} has {len(data)} tokens"
+                where = f"the {name} split of {self.config.path or 'the standard library'} has "
+                where += counted(len(data), "token")
                 raise ConfigError("task.seq_len", self.config.seq_len, f"{where}, which must exceed seq_len + 1")
         return parts

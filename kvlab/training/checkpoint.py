@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from kvlab.files import write_atomic
 from kvlab.placement import Placement
 from kvlab.typing import PyTree
+from kvlab.units import counted
 
 
 class CheckpointError(RuntimeError):
@@ -67,5 +68,5 @@ def truncate_jsonl(path: Path, keep: int) -> None:
     """Keeps the first `keep` lines of a JSONL file, by atomic rename: rows after a checkpoint are written again."""
     lines = path.read_text().splitlines(keepends=True)[:keep] if path.exists() else []
     if len(lines) < keep:
-        raise CheckpointError(f"{path}: {len(lines)} rows, but the checkpoint was taken after {keep}")
+        raise CheckpointError(f"{path}: {counted(len(lines), 'row')}, but the checkpoint was taken after {keep}")
     write_atomic(path, "".join(lines))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.schema import shown
+from kvlab.units import counted
 from kvlab.weights.files import WeightsError
 
 type Bytes = npt.NDArray[np.uint8]
@@ -168,8 +169,8 @@ class _Header:
     def room(self, count: int, size: int, what: str) -> None:
         """Raises where `count` things of at least `size` bytes each do not fit in what is left of the file."""
         if count * size > len(self.view) - self.place:
-            left = len(self.view) - self.place
-            raise _DamagedError(f"{what}: {count} at byte {self.place}, but only {left} bytes are left: cut or damaged")
+            left = counted(len(self.view) - self.place, "byte")
+            raise _DamagedError(f"{what}: {count} at byte {self.place}, but only {left} are left: cut or damaged")
 
     def number(self, letter: str, what: str) -> Any:
         size = struct.calcsize(f"<{letter}")
@@ -258,6 +259,6 @@ def _check_types(kinds: dict[str, int]) -> None:
     counts = Counter(kind for kind in kinds.values() if kind not in TYPES)
     if counts:
         legal = ", ".join(held.name for held in TYPES.values())
-        words = [f"{OTHERS.get(kind, f'type {kind}')} ({count} tensors)" for kind, count in counts.items()]
+        words = [f"{OTHERS.get(kind, f'type {kind}')} ({counted(count, 'tensor')})" for kind, count in counts.items()]
         first = next(name for name, kind in kinds.items() if kind not in TYPES)
         raise _DamagedError(f"{first}: tensors of {', '.join(words)} are not read: must be of {legal}")

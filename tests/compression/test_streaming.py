@@ -124,7 +124,7 @@ def refused(method, states=None):
 
 def test_heads_that_the_model_lacks_are_refused(tmp_path):
     assert "must be below the 2 KV heads" in refused({"type": "duo", "streaming": [[2]]})
-    assert "a list for each of the 1 layers" in refused({"type": "duo", "streaming": [[0], [1]]})
+    assert "a list for each compressed layer, 1 in all" in refused({"type": "duo", "streaming": [[0], [1]]})
     assert "cannot be split" in refused({"type": "duo", "streaming": [[0]]}, [{"latents": LatentState(4, 2)}])
     for given, words in (({}, "must be given"), ({"streaming": [[1, 1]]}, "not name a head twice")):
         with pytest.raises(ConfigError, match=words):

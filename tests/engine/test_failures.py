@@ -113,7 +113,7 @@ def test_wrong_configurations_are_refused(fields, message):
 def test_one_prompt_is_not_a_list_of_prompts():
     with pytest.raises(ValueError, match="must be a list of prompts"):
         shared("llama_gqa").generate([1, 2, 3], Sampling(max_tokens=2))
-    with pytest.raises(ValueError, match="2 of them for 1 prompts"):
+    with pytest.raises(ValueError, match="2 of them for 1 prompt:"):
         shared("llama_gqa").generate([[1]], [Sampling(), Sampling()])
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kvlab import cli
-from kvlab.lab.best import answer, as_text, curves, interpolate
+from kvlab.lab.best import answer, as_data, as_text, curves, interpolate
+from kvlab.lab.report import frontier_frame
 from kvlab.lab.results import points
 from kvlab.schema import ConfigError
 from tests.lab.test_results import record, write
@@ -44,8 +45,7 @@ def test_an_interval_is_interpolated_with_its_mean():
     seeds = [made for seed, shift in enumerate((0.0, 0.02)) for made in swept(0.2 + shift, 0.5, seed=seed)]
     curve = points(seeds)
     read = interpolate(curve, math.sqrt(1000 * 2000))
-    assert read.low == pytest.approx((curve[0].low + 0.5) / 2)
-    assert read.high == pytest.approx((curve[0].high + 0.5) / 2)
+    assert read.interval == pytest.approx([(bound + 0.5) / 2 for bound in curve[0].interval])
 
 
 def test_what_is_no_curve_is_not_interpolated():
@@ -99,7 +99,7 @@ def test_the_answer_in_words():
         "(allocated)",
         "nearest above: swa window=32: accuracy 0.9600 (95% [0.9600, 0.9600] over 2 seeds), 3.9 KiB a sequence "
         "(allocated)",
-        "interpolated at 2.9 KiB: swa window=16 to swa window=32: accuracy 0.7691 [0.7691, 0.7691]",
+        "interpolated at 2.9 KiB: swa window=16 to swa window=32: accuracy 0.7691 (95% [0.7691, 0.7691])",
         "least bytes that reach accuracy 0.95: swa window=32: accuracy 0.9600 (95% [0.9600, 0.9600] over 2 seeds), "
         "3.9 KiB a sequence (allocated)",
         "nearest that does not: swa window=16: accuracy 0.5000 (95% [0.5000, 0.5000] over 2 seeds), 2.0 KiB a sequence "
@@ -108,6 +108,31 @@ def test_the_answer_in_words():
     text = as_text(answer(found, budget=500, floor=0.99))
     assert "nothing fits within 500 B: of 3 points the smallest is the nearest above" in text
     assert "nothing reaches accuracy 0.99: of 3 points the best is the nearest" in text
+
+
+def test_one_seed_has_no_interval_anywhere():
+    """Not at a point, not between two of which one has several seeds, not in data."""
+    for seeds in ([0], [0, 1]):
+        found = points([*swept(0.2, 0.5), *swept(0.25, seed=1)] if seeds[1:] else swept(0.2, 0.5))
+        said = answer(found, budget=1500, floor=0.9)
+        (between,) = said.between
+        assert between.interval is None
+        (line,) = (line for line in as_text(said).splitlines() if line.startswith("interpolated"))
+        assert line.endswith("(no interval)")
+        assert (as_data(said)["interpolated"][0]["low"], as_data(said)["nearest"]["high"]) == (None, None)
+        frame = frontier_frame(found)
+        assert frame.low.isna().tolist() == [len(seeds) == 1, True]
+    assert "of 1 point the best is the nearest" in as_text(answer(found[:1], floor=0.9))
+
+
+@pytest.mark.parametrize(
+    ("word", "axis"),
+    [("held", "allocated"), ("allocated", "allocated"), ("live", "logical"), ("logical_bytes", "logical")],
+)
+def test_an_axis_has_a_short_word(word, axis):
+    said = answer(points([record()]), axis=word, budget=1e6)
+    assert said.axis == f"{axis}_bytes"
+    assert as_text(said).splitlines()[0].endswith(f"a sequence ({axis})")
 
 
 def test_points_that_cannot_be_ranked_are_refused_by_name():
@@ -127,8 +152,10 @@ def test_points_that_cannot_be_ranked_are_refused_by_name():
         answer(points([base]))
     with pytest.raises(ConfigError, match="axis = 'bytes'"):
         answer(points([base]), axis="bytes", budget=1)
+    with pytest.raises(ConfigError, match=r"axis = 'raed': did you mean read.* legal: allocated, .*, held, .* live, "):
+        answer(points([base]), axis="raed", budget=1)
     with pytest.raises(ConfigError, match="axis = 'read_bytes_per_token': no finished run"):
-        answer(points([base]), axis="read_bytes_per_token", budget=1)
+        answer(points([base]), axis="read", budget=1)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

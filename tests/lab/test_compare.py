@@ -387,11 +387,11 @@ def test_the_command_prints_every_form(results, capsys, monkeypatch):
     status, out, _ = command(capsys, monkeypatch, *words, "--json")
     assert status == 0
     (found,) = json.loads(out)
-    assert found["names"] == ["mha format=model", "mha format=int4"]
+    assert found["names"] == ["mha", "mha int4"]
     assert (found["seeds"], found["task"], len(found["cells"])) == ([0, 1, 2], "mqar", 9)
     mean = found["cells"][0]
     status, out, _ = command(capsys, monkeypatch, *words)
-    assert "mha format=int4 less mha format=model, mqar, accuracy (higher is better), seeds 0, 1, 2" in out
+    assert "mha int4 less mha, mqar, accuracy (higher is better), seeds 0, 1, 2" in out
     shown = f"[{mean['low']:+.4f}, {mean['high']:+.4f}]"
     assert shown in out
     _, out, _ = command(capsys, monkeypatch, *words, "--markdown")
@@ -426,8 +426,8 @@ def test_the_command_answers_in_one_line(results, capsys, monkeypatch):
 def test_tables_have_ceiling_turns_and_flips(results):
     records = read_records(results)
     found = points(records)
-    rows = {point.name: row for point, row in zip(found, protocol_rows(found, records), strict=True)}
-    lossy, full = rows["mha format=int4"], rows["mha format=model"]
+    rows = {(point.task, point.name): row for point, row in zip(found, protocol_rows(found, records), strict=True)}
+    lossy, full = rows["mqar", "mha int4"], rows["mqar", "mha"]
     by_format = [[r for r in records if r.config["memory"]["format"] == f and r.quality.metric == "accuracy"]
                  for f in ("model", "int4")]  # fmt: skip
     assert lossy["ceiling"] == pytest.approx(np.mean([r.quality.value for r in by_format[0]]))

@@ -4,13 +4,15 @@ import shutil
 import time
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from kvlab.evaluation.verify import EXACT
+from kvlab.lab.plots import _draw_panel
 from kvlab.lab.record import Unfinished
 from kvlab.lab.report import write_report
-from kvlab.lab.results import load
+from kvlab.lab.results import load, points
 from kvlab.lab.tables import print_records
 from tests.lab.test_results import record, write
 
@@ -173,3 +175,11 @@ def test_the_page_in_chromium(results, tmp_path, browser):
     assert browser.title == "kvlab: made"  # nothing nasty ran
     assert browser.get_log("browser") == []
     browser.save_screenshot(str(tmp_path / "page.png"))
+
+
+def test_a_point_of_one_seed_is_drawn_without_an_interval():
+    figure, panel = plt.subplots()
+    found = points([*(record("mha", seed, 0.9 + seed / 100) for seed in (0, 1)), record("mqa")])
+    _draw_panel(panel, "mqar", found, "allocated_bytes")
+    assert {each.get_label(): each.has_yerr for each in panel.containers} == {"mha": True, "mqa": False}
+    plt.close(figure)

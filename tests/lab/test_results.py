@@ -104,13 +104,13 @@ SNAPKV, H2O = {"type": "snapkv", "recent": 32, "window": 32, "sinks": 4}, {"type
         ),
         (
             [held(), held(format="int8"), held(H2O, 96), held(H2O, 96, format="int8")],
-            ["mha format=int8", "mha format=model", "mha h2o 96 format=int8", "mha h2o 96 format=model"],
+            ["mha", "mha h2o 96", "mha h2o 96 int8", "mha int8"],
         ),
         (
             [held(H2O, 64), held(SNAPKV, 64), held({**SNAPKV, "window": 16}, 64)],
             ["mha h2o 64", "mha snapkv 64 window=16", "mha snapkv 64 window=32"],
         ),
-        ([held(H2O, 64), held(H2O, 96)], ["mha budget=64", "mha budget=96"]),
+        ([held(H2O, 64), held(H2O, 96)], ["mha h2o 64", "mha h2o 96"]),
         (
             [held(), held(selection=QUEST), held(selection={**QUEST, "pages": 8}), held(selection={"type": "random"})],
             ["mha", "mha quest pages=8", "mha quest pages=None", "mha random"],
@@ -121,7 +121,7 @@ SNAPKV, H2O = {"type": "snapkv", "recent": 32, "window": 32, "sinks": 4}, {"type
         ),
     ],
 )
-def test_a_method_is_named_with_its_budget_where_methods_vary(sections, names):
+def test_a_method_is_named_with_its_budget_and_its_fields_where_they_vary(sections, names):
     assert sorted(point.name for point in points([record(**section) for section in sections])) == names
 
 

@@ -9,12 +9,18 @@ from kvlab.evaluation.measure import SpeedReport
 from kvlab.evaluation.verify import EXACT, in_short
 from kvlab.lab import comparison_tables, tables
 from kvlab.lab.narrow import print_rows
-from kvlab.lab.record import Quality
+from kvlab.lab.protocol import protocol_rows
+from kvlab.lab.record import Lossy, Quality
+from kvlab.lab.report import frontier_frame
+from kvlab.lab.results import load, points
 from kvlab.lab.tables import print_records
-from tests.lab.test_results import H2O, QUEST, SNAPKV, held, record
+from tests.lab.test_results import H2O, QUEST, SNAPKV, held, record, write
 
 MASK = f"{EXACT} under the mask of what it kept and read"
 BOTH = f"{EXACT} with what is stored rounded to kivi4 under the mask of what it kept"
+
+
+LOSSY = Lossy(logit_error=0.0, num_logits=1, num_compactions=1, evicted_fraction={}, skipped={})
 
 
 def a_study():
@@ -34,7 +40,10 @@ def a_study():
             quality = replace(run.quality, verified_by=verified_by, turns=turns, parallel_value=0.9)
             memory = replace(run.memory, read_bytes_per_token=70_000 + number)
             speed = SpeedReport(10.0 + number, 10_000.0 * number)
-            made.append(replace(run, run_id=f"{number}.{seed}", quality=quality, memory=memory, speed=speed))
+            dropped = {"one": 0.5 + number / 100, "two": 0.25} if number < 6 else {"one": 0.0, "two": 0.0}
+            lossy = replace(LOSSY, evicted_fraction=dropped) if verified_by != EXACT else None
+            run = replace(run, run_id=f"{number}.{seed}", lossy=lossy)
+            made.append(replace(run, quality=quality, memory=memory, speed=speed))
     return made
 
 
@@ -51,9 +60,21 @@ def test_a_row_is_a_line_at_any_width(width, monkeypatch, capsys):
     assert "task: mqar, metric: accuracy" in above
     assert "seeds: 2" in above
     below = lines[rule + 8 :]
-    for name in ("value", "held/seq", "read/tok", "lost", "turn 2", "ceiling", "tells", "checked", "step ms", "tok/s"):
+    for name in (
+        "value",
+        "held/seq",
+        "read/tok",
+        "lost",
+        "dropped",
+        "turn 2",
+        "ceiling",
+        "tells",
+        "checked",
+        "step ms",
+        "tok/s",
+    ):
         assert sum(name in part for part in (above, heading, *below)) == 1, name
-    assert (below == []) == (width == 120)
+    assert (below == []) == (width == 120), below
     assert below == [] or below[0].startswith(f"no room at {width} columns: step ms")
 
 
@@ -88,3 +109,20 @@ def test_flips_of_a_comparison_are_two_columns():
 
 def test_nothing_has_no_sign():
     assert [tables.as_cell(value) for value in (-0.00001, -0.0001, None, True)] == ["0.0000", "-0.0001", "-", "yes"]
+
+
+def test_what_a_compression_dropped_is_a_column(capsys, tmp_path):
+    """Where there is one, in records, for machines too; nothing is said of a window or a selection."""
+    made = a_study()
+    print_records(made)
+    cells = {line[:30].strip(): line.split() for line in capsys.readouterr().out.splitlines() if "mha" in line[:4]}
+    assert sum("38.0%" in words for words in cells.values()) == 1  # the mean of 0.51 and 0.25
+    (idle,) = (words for words in cells.values() if "nothing" in words)
+    assert idle[:4] == ["mha", "snapkv", "0.5", "quest"]
+    assert [point.dropped for point in points(made)] == [
+        None, *(pytest.approx((0.75 + number / 100) / 2) for number in (1, 2, 3, 4)), None, 0.0
+    ]  # fmt: skip
+    assert frontier_frame(points(made), protocol_rows(points(made), made)).dropped.max() == pytest.approx(0.395)
+    assert sorted(set(load(write(tmp_path, *made)).dropped.dropna()))[:2] == [0.0, pytest.approx(0.38)]
+    print_records([run for run in made if run.run_id[0] in "05"])
+    assert "dropped" not in capsys.readouterr().out

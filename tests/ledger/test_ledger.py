@@ -196,7 +196,7 @@ def test_a_plan_pads_to_reads_of_the_null_page_and_writes_nowhere():
     assert full.write_slots[0, 3] == outside
     assert both.classes[2].pages[1, 0] == both.classes[2].write_slots[1, 0] == ledger.classes[2].num_pages
     assert all(leaf is None or leaf.dtype == np.int32 for step in both.classes for leaf in step)
-    with pytest.raises(ValueError, match=r"1 steps of 3 tokens do not fit \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"1 step of 3 tokens: must fit in \[2, 2\]"):
         ledger.plan(["a"], 2, 2)
 
 

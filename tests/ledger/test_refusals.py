@@ -38,7 +38,7 @@ def test_a_wait_that_nobody_can_end_is_never():
     assert single.reserve("a", 1) == Ready()
     single.commit("a", 1)
     single.fork("a", "b")
-    assert single.reserve("a", 1) == Wait("state: 1 pages needed, 0 free or cached")
+    assert single.reserve("a", 1) == Wait("state: 1 page needed, 0 free or cached")
 
 
 def test_what_cannot_fit_in_the_end_is_refused_at_the_beginning():
@@ -89,7 +89,7 @@ def test_a_step_that_does_not_fit_leaves_every_sequence_as_it_was():
     session = poisoned_session("hybrid", MemoryConfig(page_size=4, chunk_len=4), rows=2, max_len=12)
     session.advance({"a": [1, 2, 3]}, 4)
     before = session.ledger.audit()
-    with pytest.raises(MemoryError, match="sequence 'c': ssm: 1 pages needed, 0 free or cached"):
+    with pytest.raises(MemoryError, match="sequence 'c': ssm: 1 page needed, 0 free or cached"):
         session.advance({"a": [4], "b": [1, 2], "c": [1]}, 4)
     assert session.ledger.audit() == before
     assert session.ledger.sequences == ("a",)
