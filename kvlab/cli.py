@@ -222,15 +222,20 @@ def track(options: argparse.Namespace) -> int:
 def capacity(options: argparse.Namespace) -> int:
     """Answers for one deployment, or with -m for each of a comma list, side by side with a picture."""
     from kvlab.capacity.estimate import estimate
-    from kvlab.capacity.report import many_answers, one_answer, write
+    from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer, write
     from kvlab.compose import compose_capacity, expand_capacity
+    from kvlab.lab.narrow import print_rows
     from kvlab.lab.tables import wide_console
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
         return _print_yaml(configs)
     answers = [estimate(config) for config in configs]
-    wide_console().print(one_answer(configs[0], answers[0]) if len(answers) == 1 else many_answers(answers))
+    console = wide_console()
+    if len(answers) == 1:
+        console.print(one_answer(configs[0], answers[0]))
+    else:
+        print_rows(console, many_answers(answers), kept=KEPT, spare=SPARE)
     if options.output is not None or len(answers) > 1:
         for path in write(options.output or Path("results/capacity"), configs, answers):
             print(path)
