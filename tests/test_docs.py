@@ -287,7 +287,8 @@ def test_the_page_of_compressions_says_what_the_program_does():
         assert f"`{others}`" in said
         assert compose([f"compression={method}", one])
     duo = ["compression=duo", "budget=32", "mixer=mha"]
-    assert len((config := compose([*duo, "memory.compression.streaming=[[0,2]]"])).layers()) == 1
+    config = compose([*duo, "memory.compression.streaming=[[0,2]]"])
+    assert len(config.layers()) == 1
     check([config])
     with pytest.raises(ConfigError, match="must have a list for each of the 2 layers"):
         check([compose([*duo, "memory.compression.streaming=[[0,2]]", "model.num_layers=2"])])
