@@ -13,9 +13,10 @@ from kvlab import arguments
 from kvlab.arguments import Parser, UsageError
 
 # Whatever a command needs it imports itself, so that help, completion and wrong commands are answered at once.
-EPILOG = """Groups: mixer model memory task optimizer train launcher experiment debug, and hardware=h100x2 for chips;
-of capacity: model memory workload; of generate: memory. --cfg job prints the composed config, also of capacity and
-generate; `kvlab run --help` prints Hydra's own options.
+EPILOG = """Groups: mixer model memory format compression selection task optimizer train launcher experiment debug, and
+hardware=h100x2 for chips; of capacity: model memory format compression selection workload; of generate: memory format
+compression selection. --cfg job prints the composed config, also of capacity and generate; `kvlab run --help` prints
+Hydra's own options.
 """
 
 
