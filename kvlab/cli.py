@@ -13,9 +13,10 @@ from kvlab import arguments
 from kvlab.arguments import Parser, UsageError
 
 # Whatever a command needs it imports itself, so that help, completion and wrong commands are answered at once.
-EPILOG = """Groups: mixer model memory task optimizer train launcher experiment debug, and hardware=h100x2 for chips;
-of capacity: model memory workload; of generate: memory. --cfg job prints the composed config, also of capacity and
-generate; `kvlab run --help` prints Hydra's own options.
+EPILOG = """Groups: mixer model memory format compression selection task optimizer train launcher experiment debug, and
+hardware=h100x2 for chips; of capacity: model memory format compression selection workload; of generate: memory format
+compression selection. --cfg job prints the composed config, also of capacity and generate; `kvlab run --help` prints
+Hydra's own options.
 """
 
 
@@ -224,9 +225,10 @@ def capacity(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from kvlab.capacity.estimate import estimate
-    from kvlab.capacity.report import many_answers, one_answer, write
+    from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer, write
     from kvlab.compose import compose_capacity, expand_capacity
     from kvlab.lab.labels import deployment_labels
+    from kvlab.lab.narrow import print_rows
     from kvlab.lab.tables import wide_console
     from kvlab.schema import to_plain
 
@@ -235,7 +237,11 @@ def capacity(options: argparse.Namespace) -> int:
         return _print_yaml(configs)
     memories = deployment_labels([config.memory.label for config in configs], [to_plain(c.memory) for c in configs])
     answers = [replace(estimate(config), memory=name) for config, name in zip(configs, memories, strict=True)]
-    wide_console().print(one_answer(configs[0], answers[0]) if len(answers) == 1 else many_answers(answers))
+    console = wide_console()
+    if len(answers) == 1:
+        console.print(one_answer(configs[0], answers[0]))
+    else:
+        print_rows(console, many_answers(answers), kept=KEPT, spare=SPARE)
     if options.output is not None or len(answers) > 1:
         for path in write(options.output or Path("results/capacity"), configs, answers):
             print(path)

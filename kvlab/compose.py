@@ -94,7 +94,7 @@ def spelled_out(words: Sequence[str], root: Root) -> list[str]:
 
 
 RUN = Root("config", ".", "kvlab run and kvlab plan")
-CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression",))
+CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression", "selection"))
 GENERATE = Root("generate", ".", "kvlab generate")
 ROOTS = (RUN, CAPACITY, GENERATE)
 

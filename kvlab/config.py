@@ -10,7 +10,6 @@ Hydra composes; it is asked for nothing else. There is no `_target_`: names are 
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from kvlab.compression import Budget
-from kvlab.compression.budget import share_that_fits, slots_of
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
@@ -199,27 +197,13 @@ class Config(Schema):
     def _check_budget(self) -> None:
         """Raises ConfigError for a fraction that leaves less of some test prompt than is protected, with what would
         fit all of them."""
-        method = self.memory.compression
-        if method is None or self.memory.budget is None:
+        method, budget = self.memory.compression, self.memory.budget
+        if method is None or budget is None or (fraction := Budget.of(budget).fraction) is None:
             return
-        fraction, protected = Budget.of(self.memory.budget).fraction, method.sinks + method.recent
-        if fraction is None:
-            return
-        lengths = {part.name: part.compress_at or part.prompt_len for part in self.make_task().slices("test")}
-        too_short = {
-            name: length for name, length in lengths.items() if slots_of(fraction, length) < protected < length
-        }
-        if too_short:
-            name, length = min(too_short.items(), key=lambda item: item[1])
-            legal = f"is {counted(slots_of(fraction, length), 'slot')} of the {counted(length, 'token')} before the "
-            legal += f"answers of {name}, fewer than the {protected} that memory.compression.sinks = {method.sinks} "
-            legal += f"and recent = {method.recent} protect; give budget={math.ceil(100 * protected / length) / 100:g}"
-            if share := share_that_fits(fraction, length, lengths.values()):
-                given = {"sinks": min(method.sinks, share), "recent": min(method.recent, share)}
-                if getattr(method, "window", 0) > given["recent"]:
-                    given["window"] = given["recent"]
-                legal += f", or {' '.join(f'memory.compression.{field}={value}' for field, value in given.items())}"
-            raise ConfigError("memory.budget", self.memory.budget, legal)
+        slices = self.make_task().slices("test")
+        lengths = {f"before the answers of {part.name}": part.compress_at or part.prompt_len for part in slices}
+        if legal := method.too_short(fraction, lengths):
+            raise ConfigError("memory.budget", budget, legal)
 
     @property
     def context_len(self) -> int:

@@ -166,13 +166,13 @@ def plain(default: int | float | str | None, legal: str) -> Any:
     return _field(default, Annotated[kinds, Field(union_mode="left_to_right", description=legal)], True)
 
 
-def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
-    """A section {type: name, ...} whose `type` is one of a registry's names, such a name alone, or null, which "none"
-    says as well."""
+def registered(registry: Mapping[str, type["Schema"]], noun: str, nothing: Sequence[str] = ("none",)) -> Any:
+    """A section {type: name, ...} whose `type` is one of a registry's names, such a name alone, or null, which a word
+    of `nothing` says as well."""
 
     def chosen(value: object) -> object:
-        if value is None or value == "none" or isinstance(value, Schema):
-            return None if value == "none" else value
+        if value is None or value in nothing or isinstance(value, Schema):
+            return None if value in nothing else value
         values: Any = {"type": value} if isinstance(value, str) else value
         if not isinstance(values, Mapping):
             raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
@@ -188,7 +188,7 @@ def registered(registry: Mapping[str, type["Schema"]], noun: str) -> Any:
             option = json_schema(kind)
             option["properties"] = {"type": {"const": name}} | option["properties"]
             options.append(option | {"required": ["type"]})
-        names = {"type": "string", "enum": ["none", *registry]}
+        names = {"type": "string", "enum": [*nothing, *registry]}
         return {
             "anyOf": [*options, names, {"type": "null"}],
             "description": f"null, or a mapping with the type of {noun}",

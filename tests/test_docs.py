@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import pallas_kernels
+from kvlab.blueprint import check
 from kvlab.compose import compose
 from kvlab.compression import COMPRESSIONS
 from kvlab.lab.execute import execute
@@ -26,6 +27,7 @@ from kvlab.memory.formats import sealed_state
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import LayerConfig
+from kvlab.schema import ConfigError
 from kvlab.tasks import TASKS
 from kvlab.weights.gguf import TYPES
 from kvlab.weights.published import PUBLISHED
@@ -258,3 +260,36 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_readmes_table_has_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text())) == pages
+
+
+def test_the_page_of_compressions_says_what_the_program_does():
+    """What defaults protect, what of mqar is refused and what fits then, how many lists `duo` takes."""
+    page = (ROOT / "docs" / "compression.md").read_text()
+    told = {}
+    for names, sinks, recent, total in re.findall(r"^\| (.*`.*) \| (\d+) \+ (\d+) \| (\d+) \|$", page, re.MULTILINE):
+        assert int(sinks) + int(recent) == int(total)
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), (int(sinks), int(recent)))
+    assert told == {name: (method.sinks, method.recent) for name, method in COMPRESSIONS.items()}
+    said = " ".join(page.split())
+    (lengths,) = re.findall(r"`mqar` has prompts of ([\d, and]+) tokens", said)
+    slices = compose(["task=mqar"]).make_task().slices("test")
+    assert sorted(map(int, re.findall(r"\d+", lengths))) == sorted(part.compress_at for part in slices)
+    for method, slots in (("h2o", 8), ("snapkv", 32)):
+        with pytest.raises(ConfigError, match=rf"is {slots} slots of .* give ") as caught:
+            compose([f"compression={method}", "budget=0.5"])
+        one, others = re.fullmatch(r".*give (\S+), or (.*)", str(caught.value)).groups()
+        assert f"`{one}`" in said
+        assert f"`{others}`" in said
+        assert compose([f"compression={method}", one])
+    duo = ["compression=duo", "budget=32", "mixer=mha"]
+    config = compose([*duo, "memory.compression.streaming=[[0,2]]"])
+    assert len(config.layers()) == 1
+    check([config])
+    with pytest.raises(ConfigError, match="must have a list for each compressed layer, 2 in all"):
+        check([compose([*duo, "memory.compression.streaming=[[0,2]]", "model.num_layers=2"])])
+    check([compose([*duo, "memory.compression.streaming=[[0,2],[1]]", "model.num_layers=2"])])

@@ -71,7 +71,7 @@ def test_a_selections_field_beside_a_sweep_is_for_those_that_have_it():
 def test_none_is_a_word_for_no_method():
     """As on the command line of a run, so in a YAML file and for `kvlab capacity`."""
     assert compose(["memory.compression=none", "memory.selection=none"]) == compose([])
-    assert compose_capacity(["compression=none"]) == compose_capacity([])
+    assert compose_capacity(["compression=none", "selection=all"]) == compose_capacity([])
     assert [c.memory.compression is None for c in expand_capacity(["compression=none,h2o", "budget=0.5"])] == [
         True,
         False,

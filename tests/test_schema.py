@@ -14,7 +14,6 @@ from kvlab.compose import CAPACITY, GENERATE, RUN, compose_capacity, configs_dir
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.lab.schemas import all_schemas, write_schemas
-from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.schema import (
@@ -259,7 +258,7 @@ def test_a_memorys_choices_are_completed_by_name(schemas, command):
     def allows(**memory):
         return matches(schema, {"memory": defaults | memory}, schema)
 
-    registries = {"compression": COMPRESSIONS} | ({} if command == "capacity" else {"selection": SELECTIONS})
+    registries = {"compression": COMPRESSIONS, "selection": SELECTIONS}
     for group, registry in registries.items():
         for name, kind in registry.items():
             assert allows(**{group: {"type": name, **kind.defaults()}})
@@ -269,8 +268,8 @@ def test_a_memorys_choices_are_completed_by_name(schemas, command):
         assert allows(**{group: "none"})
         assert not allows(**{group: "nobody"})
         assert set(registry) <= {*RUN.options(group)}
-    formats = ("model", "int8", "int4", *SEALED) if command == "capacity" else RUN.options("format")
-    assert all(allows(format=name) for name in formats)
+    assert allows(selection="all")
+    assert all(allows(format=name) for name in RUN.options("format"))
     assert not allows(format="int5")
     assert all(allows(budget=value) for value in (64, 0.25, "64KiB", None))
     assert not allows(budget=[64])

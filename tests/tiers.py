@@ -220,6 +220,7 @@ MANY_PROGRAMS = {
     "tests/weights/test_gguf_llama.py::test_a_float32_gguf_says_what_transformers_said": "ci",
     "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights": "ci",
     "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights[llama_gqa]": "fast",
+    "tests/lab/test_generation.py::test_a_prompt_of_which_less_is_to_stay_than_is_protected_is_refused": "ci",
     "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
     "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
     "tests/lab/test_generation.py::test_perplexity_of_published_weights_is_that_of_the_definition": "ci",

@@ -1,33 +1,31 @@
 """What `kvlab capacity` is asked: a model, chips, how the memory is managed, and a workload."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from kvlab.capacity.presets import KV_DTYPES, Preset
+from kvlab.capacity.presets import WIDE, Preset
 from kvlab.capacity.workload import WorkloadConfig
-from kvlab.compression import COMPRESSIONS, Compression
-from kvlab.compression.budget import LEGAL
 from kvlab.hardware import HardwareConfig
 from kvlab.ledger.checkpoints import CHECKPOINTS
 from kvlab.ledger.replacement import POLICIES
+from kvlab.ledger.states import QUANTISED
 from kvlab.memory.config import SEALED, MemoryConfig
 from kvlab.memory.naming import words_of
-from kvlab.schema import ConfigError, Schema, choice, flag, integer, plain, real, registered, to_plain
-
-BY_TOKEN = ("int8", "int4")
-"""Formats with a scale for each token and head: as `format` or as `kv_dtype`."""
+from kvlab.schema import ConfigError, Schema, choice, flag, integer, real, to_plain
 
 
 @dataclass(frozen=True)
-class ServingMemory(Schema):
+class ServingMemory(MemoryConfig):
     """How the memory of a deployment is managed. "paged", or a contiguous reservation: "max" ("dense" is its other
-    name), "pow2", "oracle". `kv_dtype` is the cache's; `utilization` of the chips' memory is used, the rest is for
-    activations. `format`, `residual`, `quantised_prefill`, `compression` and `budget` as in `MemoryConfig`: what is
-    sealed or dropped leaves room for more users. A budget of bytes is solved at the context where users are counted."""
+    name), "pow2", "oracle". `utilization` of the chips' memory is used, the rest is for activations. What is sealed or
+    dropped, as `MemoryConfig` has it, leaves room for more users; what is not read leaves none, and is time that a step
+    saves. A budget of bytes is solved at the context where users are counted.
+
+    `kv_dtype` is the type in which the model computes keys and values, or a format by token: `kv_dtype` int8 and
+    `format` int8 are the same memory."""
 
     name: str = choice("paged", ("paged", "dense", "max", "pow2", "oracle"))
-    page_size: int = integer(16, 1, 4096)
     chunk_len: int = integer(512, 1, 1 << 24)
-    kv_dtype: str = choice("bfloat16", KV_DTYPES)
+    kv_dtype: str = choice("bfloat16", (*WIDE, *QUANTISED))
     utilization: float = real(0.9, 0.0, 1.0, open_low=True)
     prefix_cache: bool = flag(True)
     policy: str = choice("lru", POLICIES)
@@ -35,26 +33,24 @@ class ServingMemory(Schema):
     checkpoint_interval: int = integer(1, 1, 65536)
     preemption: str = choice("recompute", ("recompute", "swap"))
     host_gb: float = real(0.0, 0.0, 1e6)
-    format: str = choice("model", ("model", *BY_TOKEN, *SEALED))
-    residual: int = integer(32, 0, 1 << 20)
-    quantised_prefill: str = choice("no", ("no", "chunks"))
-    compression: Compression | None = registered(COMPRESSIONS, "a compression")  # noqa: RUF009
-    budget: int | float | str | None = plain(None, LEGAL)
-    allow_underfill: bool = flag(False)
 
     def cross_check(self) -> None:
-        if self.reservation is not None and (self.compression is not None or self.format in SEALED):
-            name = self.compression.name if self.compression is not None else self.format
-            raise ConfigError("name", self.name, f"must be paged with {name}: only pages are given back")
-        if self.format != "model" and self.kv_dtype in BY_TOKEN:
-            raise ConfigError("format", self.format, f"must be model with kv_dtype = {self.kv_dtype}")
-        if self.reservation is None:
-            _ = self.held
+        super().cross_check()
+        if self.kv_dtype in QUANTISED and self.format not in ("model", self.kv_dtype):
+            legal = f"must be {self.kv_dtype} or model with kv_dtype = {self.kv_dtype}, which is a format, too"
+            raise ConfigError("format", self.format, legal)
 
     @property
     def dtype(self) -> str:
-        """What numbers of a token are stored as before they are sealed."""
-        return self.format if self.format in BY_TOKEN else self.kv_dtype
+        """What the model computes keys and values in, and states that no format changes."""
+        return "bfloat16" if self.kv_dtype in QUANTISED else self.kv_dtype
+
+    @property
+    def held(self) -> MemoryConfig:
+        """How a model of this laboratory would be held by such a memory: in pages, since a block in one piece holds the
+        same numbers."""
+        format = self.kv_dtype if self.kv_dtype in QUANTISED else self.format
+        return replace(self, name="paged", format=format, kv_dtype=self.dtype)
 
     @property
     def shortens(self) -> bool:
@@ -62,24 +58,11 @@ class ServingMemory(Schema):
         return self.compression is not None or self.format in SEALED
 
     @property
-    def held(self) -> MemoryConfig:
-        """How a model of this laboratory would be held by such a memory."""
-        return MemoryConfig(
-            page_size=self.page_size,
-            chunk_len=min(self.chunk_len, 65536),
-            format=self.format,
-            residual=self.residual,
-            quantised_prefill=self.quantised_prefill,
-            compression=self.compression,
-            budget=self.budget,
-            allow_underfill=self.allow_underfill,
-        )
-
-    @property
     def label(self) -> str:
-        """How tables call it: its kind, what is dropped, and how the rest is stored where that is not bfloat16."""
-        stored_as = [self.kv_dtype] if self.kv_dtype != ServingMemory.kv_dtype else []
-        return " ".join([self.name, *words_of(to_plain(self)), *stored_as])
+        """How tables call it: its kind, what is dropped, how the rest is stored, and which of it is read; and another
+        type than bfloat16 for what the model computes."""
+        stored_as = [self.dtype] if self.dtype != ServingMemory.kv_dtype else []
+        return " ".join([self.name, *words_of(to_plain(self.held)), *stored_as])
 
     @property
     def reservation(self) -> str | None:

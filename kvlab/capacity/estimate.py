@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab.capacity.config import CapacityConfig
-from kvlab.capacity.roofline import decode_roofline, intensity
+from kvlab.capacity.roofline import decode_roofline
 from kvlab.capacity.room import room_for, users_that_fit
 from kvlab.capacity.serving import Serving
 from kvlab.capacity.simulator import Outcome, Simulator
@@ -33,6 +33,11 @@ class Answer:
     bytes_per_token: int
     context_len: int
     sequence_bytes: int
+    index_bytes: int
+    """Of one sequence: what is noted of its pages, to choose which are read. Held beside them."""
+    read_bytes: int
+    """Of one sequence's state, to decode its next token; `selecting_layers` read some pages of theirs."""
+    selecting_layers: int
     users: int
     """Sequences of `context_len` tokens that fit at once."""
     decode_ms: float
@@ -54,7 +59,7 @@ class Answer:
     solved: str
     """What a budget of bytes was solved for; empty: it was not."""
     skipped: str
-    """States that a compression leaves as they are, and why."""
+    """States that the memory leaves as they are, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """One row of a frame."""
@@ -64,28 +69,28 @@ class Answer:
 
 def estimate(config: CapacityConfig) -> Answer:
     """Answers for one config. Raises ConfigError when the weights, or one sequence beside them, do not fit."""
-    model, dtype = config.model, config.memory.dtype
+    model, memory = config.model, config.memory
     budget = _budget(config)
     asked = requests(config.workload)
     room = _room(config, budget, asked)
-    shortened = room.serving if config.memory.shortens else None
-    batch, context = min(room.users, config.max_batch), room.context
-    roof = decode_roofline(config, [context] * batch, shortened)
+    serving, batch, context = room.serving, min(room.users, config.max_batch), room.context
+    roof = decode_roofline(config, [context] * batch, serving)
     tokens_per_s = batch / roof["seconds"]
-    chips, classes, solved = config.hardware.total_chips, room.serving.classes, room.serving.budget
+    chips, classes, solved = config.hardware.total_chips, serving.classes, serving.budget
     return Answer(
         model=model.name,
         variant=model.variant,
         hardware=config.hardware.label,
-        memory=config.memory.label,
+        memory=memory.label,
         workload=config.workload.name,
         weight_bytes=model.weight_bytes,
         budget_bytes=budget,
-        bytes_per_token=sum(n * spec.unit_bytes for spec, n in model.specs(dtype).items() if spec.per_token),
+        bytes_per_token=serving.token_bytes,
         context_len=context.context_len,
-        sequence_bytes=shortened.logical_bytes(context)
-        if shortened
-        else model.logical_bytes(context.context_len, dtype),
+        sequence_bytes=serving.logical_bytes(context),
+        index_bytes=serving.index_bytes(context),
+        read_bytes=serving.read_bytes(context),
+        selecting_layers=serving.num_selecting,
         users=room.users,
         decode_ms=roof["seconds"] * 1e3,
         decode_tokens_per_s=tokens_per_s,
@@ -93,15 +98,15 @@ def estimate(config: CapacityConfig) -> Answer:
         weight_share=roof["weights"] / roof["seconds"],
         state_share=roof["state"] / roof["seconds"],
         compute_share=roof["compute"] / roof["seconds"],
-        intensity=intensity(model, context, dtype, shortened),
+        intensity=serving.intensity(context),
         moved_bytes_per_token=roof["bytes"] / batch,
         cost_per_million=None if config.price is None else config.price * chips / 3600 / tokens_per_s * 1e6,
         prompt_len=context.prompt_len,
-        held_bytes=room.peak_bytes if config.memory.reservation else bytes_at(classes, *context[::-1]),
+        held_bytes=room.peak_bytes if memory.reservation else bytes_at(classes, *context[::-1]),
         peak_bytes=room.peak_bytes,
         solved=f"{solved.asked}: {solved.knob} = {solved.solved}" if solved else "",
-        skipped="; ".join(f"{name}: {reason}" for name, reason in room.serving.skipped.items()),
-        simulated=_simulate(config, room.ledger, asked, shortened) if config.simulate else {},
+        skipped="; ".join(f"{name}: {reason}" for name, reason in serving.skipped.items()),
+        simulated=_simulate(config, room.ledger, asked, serving) if config.simulate else {},
     )
 
 
@@ -117,14 +122,9 @@ class _Room:
 
 
 def _budget(config: CapacityConfig) -> int:
-    """Bytes that the weights leave. Raises ConfigError for the host, for a dtype that fills no bytes, and when
-    nothing is left."""
-    model, dtype, hardware = config.model, config.memory.dtype, config.hardware
+    """Bytes that the weights leave. Raises ConfigError for the host, and when nothing is left."""
+    model, hardware = config.model, config.hardware
     _ = hardware.chip  # of the host no datasheet is known: that is the first error to make
-    try:
-        _ = model.logical_bytes(1, dtype)
-    except ValueError as error:
-        raise ConfigError("memory.kv_dtype", dtype, str(error)) from None
     usable = hardware.memory_bytes() * config.memory.utilization
     budget = int(usable) - model.weight_bytes
     if budget <= 0:
@@ -148,7 +148,7 @@ def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> _Room:
     users = users_that_fit(ledger, *context)
     if users < 1:
         model = config.model
-        state = f"{model.logical_bytes(context_len, config.memory.dtype) / 1e9:,.2f} GB"
+        state = f"{serving.logical_bytes(context) / 1e9:,.2f} GB"
         sizes = f"{state} beside {model.weight_bytes / 1e9:,.1f} GB of weights"
         legal = f"one sequence does not fit: {sizes} on {config.hardware.label}"
         raise ConfigError("context_len", context_len, legal)
@@ -158,9 +158,7 @@ def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> _Room:
     return _Room(ledger, serving, context, users, peak_bytes)
 
 
-def _simulate(
-    config: CapacityConfig, ledger: Ledger, asked: list[Request], serving: Serving | None
-) -> dict[str, float]:
+def _simulate(config: CapacityConfig, ledger: Ledger, asked: list[Request], serving: Serving) -> dict[str, float]:
     """The workload through the ledger, timed by the roofline."""
     hardware, model = config.hardware, config.model
 
@@ -184,6 +182,8 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
     return {
         "batch": outcome.mean("batch"),
         "live": outcome.mean("live") / held,
+        "scales": outcome.mean("scale") / held,
+        "statistics": outcome.mean("statistics") / held,
         "tail": (outcome.mean("tail") + outcome.mean("lookahead")) / held,
         "dead": outcome.mean("dead") / held,
         "reserved": (outcome.mean("reserved") + outcome.mean("padding")) / held,

@@ -15,7 +15,8 @@ from pallas_kernels.visible import Visible
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
 VARIANTS = ("published", "mha", "gqa", "mqa", "mla", "window", "recurrent")
 WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
-KV_DTYPES = ("bfloat16", "float16", "fp8", "int8", "int4")
+WIDE = ("bfloat16", "float16")
+"""What models compute keys and values in."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,20 @@ class LayerGroup(Schema):
                 raise ConfigError(name, getattr(self, name), f"must be given for kind {self.kind}")
 
     def spec(self, dtype: str) -> State:
-        """The state of one layer. 8 and 4 bit integers carry a float16 scale a token and head; latents and states stay
-        at 16 bits or fp8."""
+        """The state of one layer of a model that computes in `dtype`, as declared: a memory's format is not in it."""
         if self.kind == "recurrent":
             return RecurrentState(_arrays(dtype, ssm=self.state_shape, conv=self.conv_shape))
         if self.kind == "latent":
-            return LatentState(cast(int, self.rank), cast(int, self.rope_dim), _wide(dtype))
+            return LatentState(cast(int, self.rank), cast(int, self.rope_dim), dtype)
         heads = (self.num_kv_heads, self.head_dim, self.head_dim)
         if self.kind == "retrieval":
-            return RetrievalState(*heads, cast(int, self.index_dim), cast(int, self.num_selected), _wide(dtype))
+            return RetrievalState(*heads, cast(int, self.index_dim), cast(int, self.num_selected), dtype)
         visible = Visible()
         if self.kind == "window":
             visible = Visible(self.window, self.num_sinks)
         elif self.kind == "chunked":
             visible = Visible(chunk=self.chunk)
-        readers = Readers(self.num_heads)
-        state = TokenState(*heads, _wide(dtype), visible=visible, scale_dtype="float16", readers=readers)
-        return state.stored(dtype) if dtype in ("int8", "int4") else state
+        return TokenState(*heads, dtype, visible=visible, readers=Readers(self.num_heads))
 
     def decode_flops(self, n: int) -> int:
         """FLOPs of one layer's mixing for token n, projections apart (they are among the parameters)."""
@@ -85,12 +83,8 @@ class LayerGroup(Schema):
         return index + 4 * self.num_heads * self.head_dim * seen
 
 
-def _wide(dtype: str) -> str:
-    return "bfloat16" if dtype in ("int8", "int4") else dtype
-
-
 def _arrays(dtype: str, **shapes: tuple[int, ...]) -> tuple[ArraySpec, ...]:
-    return tuple(ArraySpec(name, shape, _wide(dtype)) for name, shape in shapes.items() if shape)
+    return tuple(ArraySpec(name, shape, dtype) for name, shape in shapes.items() if shape)
 
 
 @dataclass(frozen=True)

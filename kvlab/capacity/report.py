@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from kvlab.capacity.config import CapacityConfig
@@ -13,6 +14,8 @@ from kvlab.memory.budgets import Context
 from kvlab.units import counted
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
+HELD = ("live", "scales", "statistics", "tail", "dead", "reserved")
+"""Parts of the bytes that simulated sequences held."""
 BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -30,49 +33,50 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
 
 def one_answer(config: CapacityConfig, answer: Answer) -> Table:
     """Everything about one deployment, one line each."""
-    table = Table(
-        title=f"{_title(answer)} on {answer.hardware}, {answer.workload}", title_justify="left", show_header=False
-    )
+    title = f"{_title(answer)} on {answer.hardware}, {answer.memory}, {answer.workload}"
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    one_token = both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow"
+    decoded = f"{answer.decode_tokens_per_s:,.0f} tokens/s: {answer.decode_ms:.2f} ms for"
+    shares = (("weights", answer.weight_share), ("state", answer.state_share), ("compute", answer.compute_share))
     rows = [
         ("weights", both_units(answer.weight_bytes)),
         ("left for the cache", f"{both_units(answer.budget_bytes)} at {config.memory.utilization:.0%} utilization"),
-        (
-            "state of one token",
-            both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow",
-        ),
+        ("state of one token", one_token),
         (f"state of {counted(answer.context_len, 'token')}", both_units(answer.sequence_bytes)),
         *_shortened(config, answer),
-        (f"sequences of {counted(answer.context_len, 'token')} that fit", f"{answer.users:,}"),
-        (
-            "decode roofline",
-            f"{answer.decode_tokens_per_s:,.0f} tokens/s, {answer.decode_ms:.2f} ms a step of {_batch(config, answer)}",
-        ),
-        (
-            "of which",
-            f"weights {answer.weight_share:.0%}, state {answer.state_share:.0%}, compute {answer.compute_share:.0%}",
-        ),
-        ("bound by", _bound(config, answer)),
+        *_selected(config, answer),
+        *([("left as they are", answer.skipped)] if answer.skipped else []),
+        (f"users of {counted(answer.context_len, 'token')}", f"{answer.users:,} fit at once"),
+        ("decode roofline", f"{decoded} {_batch(config, answer)}"),
+        ("of which", ", ".join(f"{name} {share:.0%}" for name, share in shares)),
+        ("bound by", _bound(answer)),
+        ("intensity of mixing", _intensity(config, answer)),
         ("moved for one token", both_units(answer.moved_bytes_per_token)),
     ]
     if answer.cost_per_million is not None:
         rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
     if found := answer.simulated:
         ended = f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit"
-        saving = f"one pool for all would have needed {found['unified_saving']:.1%} less"
+        hits, shared = f"{found['prefix_hits']:.1%} of prompt tokens", f"{found['shared']:.1%} of held bytes"
+        saving = f"one pool for all needs {found['unified_saving']:.1%} less"
         rows += [
             ("simulated requests", f"{ended}, {found['preempted']:,.0f} preempted"),
             ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
-            ("of held bytes", ", ".join(f"{name} {found[name]:.1%}" for name in ("live", "tail", "dead", "reserved"))),
-            (
-                "prefix hits",
-                f"{found['prefix_hits']:.1%} of prompt tokens, sharing saves {found['shared']:.1%} of held bytes",
-            ),
+            ("of held bytes", _held(found)),
+            ("prefix hits", f"{hits}, sharing saves {shared}"),
             *_shortened_on_the_way(found),
             ("typed pools", f"{found['stranded']:.1%} stranded; {saving}"),
         ]
-    for name, value in rows:
-        table.add_row(name, value)
+    table.add_column(no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
+
+
+def _held(found: dict[str, float]) -> str:
+    """What sequences held, in parts; without those that round to nothing."""
+    parts = [(name, f"{found[name]:.1%}") for name in HELD]
+    return ", ".join(f"{name} {share}" for name, share in parts if share != "0.0%" or name == "live")
 
 
 def _shortened(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
@@ -80,42 +84,55 @@ def _shortened(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
     if not config.memory.shortens:
         return []
     rows = [("budget", answer.solved)] if answer.solved else []
-    held = f"{both_units(answer.held_bytes)} at rest, {both_units(answer.peak_bytes)} at most on the way"
-    rows.append((f"pages of a prompt of {answer.prompt_len:,} and its answer", held))
-    return rows + ([("left as they are", answer.skipped)] if answer.skipped else [])
+    rows.append(("in pages, at rest", f"{both_units(answer.held_bytes)} with a prompt of {answer.prompt_len:,}"))
+    return [*rows, ("at most on the way", both_units(answer.peak_bytes))]
+
+
+def _selected(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
+    """What there is to say of a memory of which a step reads a part: less is read, and no more users fit."""
+    if config.memory.selection is None:
+        return []
+    layers = f"{answer.selecting_layers} of {config.model.num_layers} layers select"
+    index = both_units(answer.index_bytes) if answer.index_bytes else "none"
+    return [
+        ("read for one token", f"{both_units(answer.read_bytes)}; {layers}"),
+        ("held for its index", f"{index}; less is read, not held"),
+    ]
 
 
 def _shortened_on_the_way(found: dict[str, float]) -> list[tuple[str, str]]:
     """What a simulation compacted and sealed."""
-    if not (found["compacted"] or found["sealed_pages"]):
-        return []
-    words = f"{counted(found['compacted'], 'compaction')} dropped {counted(found['dropped_slots'], 'slot')}"
-    return [("compressed", f"{words}, {counted(found['sealed_pages'], 'page')} sealed")]
+    rows = []
+    if found["compacted"]:
+        words = f"{counted(found['compacted'], 'compaction')} dropped {counted(found['dropped_slots'], 'slot')}"
+        rows.append(("compressed", words))
+    return rows + ([("sealed", counted(found["sealed_pages"], "page"))] if found["sealed_pages"] else [])
 
 
-def many_answers(answers: Sequence[Answer]) -> Table:
-    """One row a deployment."""
-    names = ("model", "hardware", "memory", "workload", "weights", "B/token", "state at context", "users")
-    table = Table(*names, "decode tok/s", "bound", "live", "hits", "$/M tokens", title_justify="left")
+KEPT = ("users", "tok/s")
+"""Columns of `many_answers` that always stand in the table."""
+SPARE = ("B/token", "live", "hits", "weights", "workload", "hardware", "bound", "read/tok", "held/seq", "$/M tok")
+"""What it leaves out first where there is no room."""
+
+
+def many_answers(answers: Sequence[Answer]) -> list[dict[str, str]]:
+    """One row a deployment, by heading. `held/seq` is what one sequence of the context keeps, `read/tok` what decoding
+    its next token reads of that, and `tok/s` the roofline."""
+    rows = []
     for answer in answers:
-        live = f"{answer.simulated['live']:.1%}" if answer.simulated else "-"
-        hits = f"{answer.simulated['prefix_hits']:.1%}" if answer.simulated else "-"
-        cost = "-" if answer.cost_per_million is None else f"{answer.cost_per_million:,.3f}"
-        sizes = (_scaled(answer.weight_bytes, 1000, DECIMAL), f"{answer.bytes_per_token:,}")
-        state = f"{_scaled(answer.sequence_bytes, 1024, BINARY)} at {answer.context_len:,}"
-        place = (_title(answer), answer.hardware, answer.memory, answer.workload)
-        table.add_row(
-            *place,
-            *sizes,
-            state,
-            f"{answer.users:,}",
-            f"{answer.decode_tokens_per_s:,.0f}",
-            answer.bound,
-            live,
-            hits,
-            cost,
-        )
-    return table
+        found, cost = answer.simulated, answer.cost_per_million
+        row = {"model": _title(answer), "hardware": answer.hardware, "memory": answer.memory}
+        row |= {"workload": answer.workload, "context": f"{answer.context_len:,}"}
+        row |= {"weights": _scaled(answer.weight_bytes, 1000, DECIMAL), "B/token": f"{answer.bytes_per_token:,}"}
+        row |= {"held/seq": _scaled(answer.sequence_bytes, 1024, BINARY)}
+        row |= {"read/tok": _scaled(answer.read_bytes, 1024, BINARY), "users": f"{answer.users:,}"}
+        row |= {"tok/s": f"{answer.decode_tokens_per_s:,.0f}", "bound": answer.bound}
+        row |= {
+            "live": f"{found['live']:.1%}" if found else "-",
+            "hits": f"{found['prefix_hits']:.1%}" if found else "-",
+        }
+        rows.append(row | {"$/M tok": "-" if cost is None else f"{cost:,.3f}"})
+    return rows
 
 
 def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Answer]) -> list[Path]:
@@ -156,8 +173,6 @@ def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Ans
 
 def _state_bytes(config: CapacityConfig, answer: Answer, num_tokens: int) -> int:
     """What stays of one sequence, whose prompt has its share of these tokens."""
-    if not config.memory.shortens:
-        return config.model.logical_bytes(num_tokens, config.memory.dtype)
     context = Context(num_tokens, max(1, round(num_tokens * answer.prompt_len / answer.context_len)))
     counted = Context(answer.context_len, answer.prompt_len)
     return Serving.of(config, max(num_tokens, answer.context_len), counted).logical_bytes(context)
@@ -179,8 +194,11 @@ def _batch(config: CapacityConfig, answer: Answer) -> str:
     return counted(batch, "sequence") + (" (max_batch)" if batch < answer.users else "")
 
 
-def _bound(config: CapacityConfig, answer: Answer) -> str:
+def _bound(answer: Answer) -> str:
+    return {"weights": "reading the weights", "state": "reading the state", "compute": "compute"}[answer.bound]
+
+
+def _intensity(config: CapacityConfig, answer: Answer) -> str:
     ridge = config.hardware.chip.ridge
-    words = {"weights": "reading the weights", "state": "reading the state", "compute": "compute"}[answer.bound]
     side = "below" if answer.intensity < ridge else "above"
-    return f"{words}; mixing does {answer.intensity:,.1f} FLOP for each byte, {side} the chip's ridge of {ridge:,.0f}"
+    return f"{answer.intensity:,.1f} FLOP for each byte, {side} the chip's ridge of {ridge:,.0f}"

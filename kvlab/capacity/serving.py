@@ -9,12 +9,14 @@ from kvlab.capacity.config import CapacityConfig, ServingMemory
 from kvlab.capacity.presets import LayerGroup
 from kvlab.compression.budget import Budget
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.growth import bytes_at, stored_at
-from kvlab.ledger.states import State, max_pages_for_step
+from kvlab.ledger.growth import bytes_at, pages_at, stored_at
+from kvlab.ledger.states import QUANTISED, State, max_pages_for_step
 from kvlab.memory.budgets import Context, EqualBudget, solve, unless_protected, whole_pages, with_slots
 from kvlab.memory.config import MemoryConfig
+from kvlab.memory.formats import skipped
 from kvlab.memory.layout import with_targets
-from kvlab.memory.parts import LayerParts, parts_of_stored
+from kvlab.memory.parts import LayerParts, parts_of_stored, stored_states
+from kvlab.schema import ConfigError
 
 type Share = tuple[tuple[int, float], ...]
 """The classes of a layer's tokens, each with its share of the heads."""
@@ -29,13 +31,26 @@ class Serving:
     layers: dict[tuple[LayerGroup, Share], int]
     memory: ServingMemory
     skipped: dict[str, str]
-    """States that a compression leaves as they are, and why."""
+    """Kinds of states that the memory leaves as they are, and why."""
+    token_bytes: int
+    """Of one token of a sequence, as it is stored when it comes."""
+    num_selecting: int
+    """Layers of which a step reads some pages."""
     budget: EqualBudget | None = None
 
     @classmethod
     def of(cls, config: CapacityConfig, max_len: int, context: Context) -> "Serving":
         """The classes in which sequences of up to `max_len` tokens are served. Raises ConfigError for a memory that
         these states cannot be held in, and for a budget of bytes that cannot be solved at `context`."""
+        try:
+            return cls._solved(config, max_len, context)
+        except ConfigError as error:
+            if error.name == "memory.format" and config.memory.kv_dtype in QUANTISED:
+                raise ConfigError("memory.kv_dtype", error.value, error.legal) from None
+            raise
+
+    @classmethod
+    def _solved(cls, config: CapacityConfig, max_len: int, context: Context) -> "Serving":
         memory = config.memory.held
         budget = memory.budget if memory.compression is not None else None
         if budget is None or Budget.of(budget).num_bytes is None:
@@ -53,12 +68,10 @@ class Serving:
     def _of(cls, config: CapacityConfig, memory: MemoryConfig, max_len: int) -> "Serving":
         groups = [group for group in config.model.groups() for _ in range(group.count)]
         specs = [group.spec(config.memory.dtype) for group in groups]
-        stored = [{_kind(spec): spec} for spec in specs]
+        declared = [{_kind(spec): spec} for spec in specs]
+        stored = stored_states(declared, memory)
         chunk_len = min(config.memory.chunk_len, max_len)
-        if config.memory.reservation is None:
-            layers = parts_of_stored(stored, memory, max_len=max_len)
-        else:
-            layers = parts_of_stored(stored, MemoryConfig(), max_len=max_len)
+        layers = parts_of_stored(stored, memory, max_len=max_len)
         counts = Counter(part for layer in layers for part in layer.held.values())
         order, classes = list(counts), list[StateClass]()
         for number, part in enumerate(order):
@@ -73,10 +86,11 @@ class Serving:
         places = [{name: order.index(part) for name, part in layer.held.items()} for layer in layers]
         targeted = with_targets(tuple(classes), places)
         shares = [_share(layer, held) for layer, held in zip(layers, places, strict=True)]
-        method, skipped = memory.compression, dict[str, str]()
-        if method is not None and config.memory.reservation is None:
-            skipped = {_kind(spec): reason for spec in dict.fromkeys(specs) if (reason := method.skips(spec))}
-        return cls(targeted, dict(Counter(zip(groups, shares, strict=True))), config.memory, skipped)
+        reasons = {name.partition(".")[2]: reason for name, reason in skipped(declared, memory).items()}
+        tokens = [state for layer in stored for state in layer.values() if state.per_token]
+        token_bytes, num_selecting = sum(state.unit_bytes for state in tokens), sum(bool(s.reading) for s in tokens)
+        counted = dict(Counter(zip(groups, shares, strict=True)))
+        return cls(targeted, counted, config.memory, reasons, token_bytes, num_selecting)
 
     def logical_bytes(self, context: Context) -> int:
         """Bytes of one sequence's tokens and states that stay."""
@@ -84,6 +98,12 @@ class Serving:
             state.spec.logical_bytes(count, state.page_size) * state.num_layers
             for state, count in zip(self.classes, self._lengths(context), strict=True)
         )
+
+    def index_bytes(self, context: Context) -> int:
+        """Bytes of what is noted of one sequence's pages, to choose which are read."""
+        pages = pages_at(self.classes, context.prompt_len, context.context_len)
+        each = zip(self.classes, pages, strict=True)
+        return sum(state.spec.index_bytes * count * state.num_layers for state, count in each)
 
     def read_bytes(self, context: Context) -> int:
         """Bytes that decoding the next token reads; states and statistics are written back as well."""
@@ -96,7 +116,8 @@ class Serving:
         return total
 
     def mixing_flops(self, context: Context) -> float:
-        """FLOPs of mixing for the next token, over what is stored."""
+        """FLOPs of mixing for the next token, over what is read; where pages are selected, with the scores by which
+        they are: of the index, or of all keys."""
         lengths, total = self._lengths(context), 0.0
         for (group, share), count in self.layers.items():
             shortened = [(number, weight) for number, weight in share if self._is_changed(group, number)]
@@ -106,12 +127,31 @@ class Serving:
                 seen = round(sum(slots[number] * weight for number, weight in share))
             elif share:
                 seen = lengths[share[0][0]]
-            total += count * group.decode_flops(seen)
+            read, choosing = self._selected(group, share, seen)
+            total += count * (group.decode_flops(read) + choosing)
         return total
 
+    def intensity(self, context: Context) -> float:
+        """FLOPs of mixing for each byte of state that decoding the next token reads."""
+        return self.mixing_flops(context) / max(1, self.read_bytes(context))
+
+    def _selected(self, group: LayerGroup, share: Share, stored: int) -> tuple[int, int]:
+        """Of so many stored slots those that are read, and the FLOPs of choosing them."""
+        spec = self.classes[share[0][0]].spec if share else None
+        if spec is None or spec.reading is None:
+            return stored, 0
+        read, width = spec.reading.slots_read(stored), spec.arrays[0].shape[-1]
+        keys_of_index = sum(array.shape[-1] for array in spec.arrays if array.is_statistics)
+        num_pages = -(-stored // spec.reading.page_size)
+        looked_at = (stored - read) * width * spec.reading.reads_keys + num_pages * keys_of_index
+        return read, 2 * group.num_heads * looked_at
+
     def _is_changed(self, group: LayerGroup, number: int) -> bool:
+        """Whether a sequence stores other tokens of a layer than the mixer sees, or parts its heads."""
         state = self.classes[number]
-        return bool(state.retention or state.sealing) or state.spec != group.spec(self.memory.dtype)
+        if state.retention or state.sealing:
+            return True
+        return state.spec.visible != group.spec(self.memory.dtype).visible
 
     @cached_property
     def _weighs(self) -> bool:

@@ -6,6 +6,7 @@ holds, because that is counted elsewhere.
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
-from kvlab.compression.budget import Budget
+from kvlab.compression.budget import Budget, share_that_fits, slots_of
 from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.pyramid import Pyramid
 from kvlab.ledger.readers import Readers
@@ -206,6 +207,25 @@ class Compression(Schema, abc.ABC):
             raise ConfigError("memory.budget", str(budget), legal)
         pyramid = Pyramid(shape.layer, shape.num_layers, self.beta) if self.layers == "pyramid" else None
         return Retention(budget.slots, budget.fraction, protected, self.at, shape.chunk_len, self.every, unit, pyramid)
+
+    def too_short(self, fraction: float, lengths: Mapping[str, int]) -> str:
+        """Why a fraction leaves less of some prompt than is protected, and what would fit all of them; empty: it leaves
+        enough. Lengths are by what the sentence says of their tokens, such as "of this prompt"."""
+        protected = self.sinks + self.recent
+        found = {name: n for name, n in lengths.items() if slots_of(fraction, n) < protected < n}
+        if not found:
+            return ""
+        name, length = min(found.items(), key=lambda item: item[1])
+        said = f"is {counted(slots_of(fraction, length), 'slot')} of the {counted(length, 'token')} {name}, fewer than"
+        said += f" the {protected} that"
+        said += f" memory.compression.sinks = {self.sinks} and recent = {self.recent} protect"
+        said += f"; give budget={math.ceil(100 * protected / length) / 100:g}"
+        if share := share_that_fits(fraction, length, lengths.values()):
+            given = {"sinks": min(self.sinks, share), "recent": min(self.recent, share)}
+            if getattr(self, "window", 0) > given["recent"]:
+                given["window"] = given["recent"]
+            said += f", or {' '.join(f'memory.compression.{field}={value}' for field, value in given.items())}"
+        return said
 
     def parts(self, state: State, shape: Shape) -> Mapping[str, Part]:
         """What a memory holds in the place of a state: "" is the tokens themselves. Raises ConfigError for a state that

@@ -177,6 +177,7 @@ class Book:
 
     def tell(self, events: list[Event]) -> list[Event]:
         """Everybody who listens hears of what happened, whoever stepped."""
+        self.stats.told_tokens += sum([event.token is not None for event in events])
         for stream in list(self.streams):
             stream.take(events)
         return events

@@ -68,6 +68,9 @@ class Stats:
     """Launches that were made while the device worked on the step before."""
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
+    """Computed behind prompts; the last token of an answer never is, while the first comes of the prompt."""
+    told_tokens: int = 0
+    """Of answers, as whoever asked counts them."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     failed: int = 0
@@ -80,6 +83,8 @@ class Stats:
     hidden_s: float = 0.0
     dispatch_s: float = 0.0
     wait_s: float = 0.0
+    first_calls_s: float = 0.0
+    """Handing each program over for the first time, which compiles it."""
     shapes: set[tuple[Any, ...]] = field(default_factory=set)
     """Every (rows, width, everywhere) that was launched: the model was compiled as many times."""
 

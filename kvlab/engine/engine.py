@@ -69,7 +69,7 @@ class Engine:
         self.scheduler.listen = self._listener()
         self.runner = Runner(model, layout, config, self.stats)
         self.speculation = Speculation.of(config, memory, draft, self.vocab_size)
-        self.intake = Intake(config, self.vocab_size, tokenizer, shares=shares)
+        self.intake = Intake(config, memory, self.vocab_size, tokenizer)
         indexed = config.prefix_cache and shares
         self.book = Book(
             self.scheduler, self.speculation, self.stats, tokenizer, self.vocab_size, indexed=indexed, shares=shares
@@ -117,8 +117,9 @@ class Engine:
         """Queues a request and returns its name. Higher priorities are admitted first and make room last, but do not
         interrupt what runs; prompts share pages within a namespace only.
 
-        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a name in use,
-        text or stop strings without a tokenizer, and a priority or namespace of another type. Nothing has then changed.
+        Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a prompt of
+        which a fraction is to stay that is less than what is protected, a name in use, text or stop strings without a
+        tokenizer, and a priority or namespace of another type. Nothing has then changed.
         """
         request = self.intake.request(
             prompt,

@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from kvlab.compression.budget import Budget
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.requests import Request
 from kvlab.engine.sampling import Sampling
 from kvlab.ledger.ledger import Ledger
+from kvlab.memory.config import MemoryConfig
+from kvlab.schema import ConfigError
 from kvlab.tokenizers import Tokenizer
 from kvlab.units import counted
 
@@ -16,8 +19,8 @@ from kvlab.units import counted
 class Intake:
     """Makes requests of what callers ask. Raises ValueError with the field, the value and what is legal."""
 
-    def __init__(self, config: EngineConfig, vocab_size: int, tokenizer: Tokenizer | None, *, shares: bool):
-        self.config, self.vocab_size, self.tokenizer, self.shares = config, vocab_size, tokenizer, shares
+    def __init__(self, config: EngineConfig, memory: MemoryConfig, vocab_size: int, tokenizer: Tokenizer | None):
+        self.config, self.memory, self.vocab_size, self.tokenizer = config, memory, vocab_size, tokenizer
         self._num_submitted = 0
 
     def request(
@@ -36,6 +39,7 @@ class Intake:
         ids = self._encoded(prompt)
         self._check_ids(ids)
         self._check_lengths(len(ids), sampling, ledger)
+        self._check_budget(len(ids))
         self._check_sampling(sampling)
         if name is None:
             name = self._free_name(taken)
@@ -87,13 +91,22 @@ class Intake:
             asked = f"prompt: {counted(prompt_len, 'token')} and max_tokens = {sampling.max_tokens}"
             raise ValueError(f"{asked}: {never.reason}")
 
+    def _check_budget(self, prompt_len: int) -> None:
+        """Raises ConfigError for a fraction of the prompt that is less than what is protected: more would be kept than
+        was asked for."""
+        method, budget = self.memory.compression, self.memory.budget
+        if method is None or budget is None or (fraction := Budget.of(budget).fraction) is None:
+            return
+        if legal := method.too_short(fraction, {"of this prompt": prompt_len}):
+            raise ConfigError("memory.budget", budget, legal)
+
     def _check_sampling(self, sampling: Sampling) -> None:
         beam_width, max_batch = sampling.beam_width or 0, self.config.max_batch
         if sampling.stop and self.tokenizer is None:
             raise ValueError(f"stop = {list(sampling.stop)}: stop strings need a tokenizer")
         if beam_width > max_batch:
             raise ValueError(f"beam_width = {beam_width}: must be at most max_batch = {max_batch}")
-        if beam_width and not self.shares:
+        if beam_width and self.memory.name != "paged":
             raise ValueError(f"beam_width = {beam_width}: beams need memory=paged, which can be shared")
         most = self.vocab_size // 2 if beam_width else self.vocab_size
         for field_name, value in (("num_logprobs", sampling.num_logprobs), ("beam_width", beam_width)):

@@ -4,7 +4,7 @@ A step is launched and not waited for. The step behind it can be launched before
 host: its tokens are then read from the array that the first one draws into."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
+from kvlab.units import power_of_two
 
 
 class Group(NamedTuple):
@@ -90,6 +91,8 @@ class Runner:
         self.pools: Pools = layout.allocate()
         self.host = HostTier(layout)
         self._batches: dict[tuple[int, bool], Batch] = {}
+        self._called = set[Hashable]()
+        """Programs that were handed over before."""
         self._read_bytes = [
             np.array([state.spec.read_bytes(n, state.page_size) * state.num_layers for n in range(config.max_len + 1)])
             for state in layout.classes
@@ -123,19 +126,33 @@ class Runner:
 
     def _compact(self, compaction: Compaction) -> None:
         """Dispatches a compaction, which nobody waits for: pages that it frees are written behind it."""
-        self.stats.compacted += len(compaction.seeds)
+        began, num_rows = time.perf_counter(), len(compaction.seeds)
+        self.stats.compacted += num_rows
         self.pools, _ = self.step_fn.compact(self.pools, compaction)
+        self._handed_over(("compact", power_of_two(num_rows)), began)
 
     def _compact_behind(self, each: Heard) -> None:
         """Dispatches a second pass and the compaction that needs it."""
+        began, widths = time.perf_counter(), {tokens.shape for _, tokens in each.heard.steps}
         self.stats.compacted += 1
         self.pools = self.step_fn.read_on(self.params, self.pools, each.heard.steps)
         self.pools, _ = self.step_fn.compact(self.pools, each.compaction, each.heard.slots)
+        self._handed_over(("listen", frozenset(widths)), began)
 
     def _seal(self, seals: Seals) -> None:
         """Dispatches a sealing of full pages, which nobody waits for."""
-        self.stats.sealed_pages += sum(len(moves) for moves in seals.classes)
+        began, num_pages = time.perf_counter(), sum(len(moves) for moves in seals.classes)
+        self.stats.sealed_pages += num_pages
         self.pools = self.step_fn.seal(self.pools, seals)
+        self._handed_over(("seal", power_of_two(num_pages)), began)
+
+    def _handed_over(self, program: Hashable, began: float) -> float:
+        """The seconds that it took; those of a first call count apart."""
+        seconds = time.perf_counter() - began
+        if program not in self._called:
+            self._called.add(program)
+            self.stats.first_calls_s += seconds
+        return seconds
 
     def groups(self, work: Sequence[Work], chunk_len: int) -> list[Group]:
         """The programs of a step: parts of equal width, speculative ones apart."""
@@ -154,8 +171,9 @@ class Runner:
         tokens = _known_tokens(group, num_rows) if behind is None else _drawn_tokens(behind, samples, num_rows)
         batch = self._batch(samples, num_rows, group)
         seen = self._seen(samples, num_rows) if batch.mode.penalty else None
-        self._count(plan, len(samples), (num_rows, *group[1:]))
-        began = time.perf_counter()
+        shape = (num_rows, *group[1:])
+        self._count(plan, len(samples), shape)
+        began, program = time.perf_counter(), (shape, batch.mode, plan.has_copies)
         plan, self.pools = self.step_fn.copied(self.pools, plan)
         logits, finite, self.pools = self.step_fn.next_logits(
             self.params, self.pools, plan, tokens, everywhere=group.everywhere
@@ -163,7 +181,7 @@ class Runner:
         first = plan.starts + 1 if group.everywhere else plan.starts + plan.counts
         positions = first[:, None] + np.arange(logits.shape[1], dtype=np.int32)
         drawn = draw_tokens(logits, positions, batch.choices, seen, mode=batch.mode)
-        self.stats.dispatch_s += time.perf_counter() - began
+        self.stats.dispatch_s += self._handed_over(program, began)
         return Launched(group, batch, drawn, finite, behind is not None, [False] * len(samples))
 
     def fetch(self, launched: Sequence[Launched]) -> list[Fetched]:

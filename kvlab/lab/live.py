@@ -33,16 +33,18 @@ def status(engine: Engine, seconds: float, most: int = 12) -> Group:
 
 
 def summary(engine: Engine, seconds: float) -> str:
-    """One line about what was done."""
+    """One line about what was done; what is nothing, or rounds to it, is left out. Rates are of the time apart from
+    the first call of each program, which compiles it."""
     stats, counters = engine.stats, engine.scheduler.counters
-    total = stats.prefilled_tokens + stats.decoded_tokens
-    words = [
-        f"{counted(stats.decoded_tokens, 'token')} decoded, {stats.prefilled_tokens:,} prefilled",
-        f"{counters.hit_tokens} found in memory",
-        f"{total / max(seconds, 1e-9):,.0f} tok/s",
-        f"{stats.read_bytes / max(seconds, 1e-9) / 1e9:.1f} GB/s read",
-        f"{counters.preempted} preempted",
-    ]
+    running = max(seconds - stats.first_calls_s, 1e-9)
+    rates = {"tok/s": f"{(stats.prefilled_tokens + stats.decoded_tokens) / running:,.0f}"}
+    rates["GB/s read"] = f"{stats.read_bytes / running / 1e9:.1f}"
+    words = [f"{counted(stats.told_tokens, 'token')} generated, {stats.prefilled_tokens:,} prefilled"]
+    words += [f"{counters.hit_tokens:,} found in memory"] * (counters.hit_tokens > 0)
+    words += [f"{rate} {unit}" for unit, rate in rates.items() if float(rate.replace(",", ""))]
+    if (compiling := f"{stats.first_calls_s:.1f}") != "0.0":
+        words.append(f"{compiling} s of compiling not counted")
+    words += [f"{counters.preempted} preempted"] * (counters.preempted > 0)
     if stats.compacted:
         dropped = counted(engine.ledger.counters.dropped_slots, "slot")
         words.append(f"{counted(stats.compacted, 'compaction')}, {dropped} dropped")

@@ -34,7 +34,7 @@ class MemoryConfig(Schema):
     compression: Compression | None = added(registered(COMPRESSIONS, "a compression"))  # noqa: RUF009
     budget: int | float | str | None = added(plain(None, LEGAL))
     allow_underfill: bool = added(flag(False))
-    selection: Selection | None = added(registered(SELECTIONS, "a selection"))  # noqa: RUF009
+    selection: Selection | None = added(registered(SELECTIONS, "a selection", ("all", "none")))  # noqa: RUF009
 
     def cross_check(self) -> None:
         if self.budget is not None:

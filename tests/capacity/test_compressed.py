@@ -1,5 +1,5 @@
-"""Users per chip under each method: against sequences that a ledger really holds, a roofline by hand, and a simulation
-that compacts and seals."""
+"""Users and bytes read under each method: against sequences that a ledger really holds, a roofline by hand, and a
+simulation that compacts and seals."""
 
 import math
 
@@ -15,8 +15,10 @@ from kvlab.capacity.traces import Request
 from kvlab.compose import compose_capacity
 from kvlab.engine.scheduler import Schedule
 from kvlab.ledger.classes import Lengths
-from kvlab.ledger.growth import grow
+from kvlab.ledger.growth import bytes_at, grow
+from kvlab.ledger.states import QUANTISED, ROTATED, TokenState
 from kvlab.memory.budgets import Context
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.schema import ConfigError
 
 METHODS = {
@@ -27,11 +29,19 @@ METHODS = {
     "kivi": ["format=kivi4"],
     "evicted, then sealed": ["format=kivi2", "memory.page_size=32", "compression=snapkv", "budget=0.5"],
     "bytes": ["compression=knorm", "budget=96MiB"],
+    "rotated": ["format=rotated4"],
+    "evicted, then selected": ["compression=snapkv", "budget=0.25", "selection=quest", "format=int8"],
 }
 
 
 def config_of(method, *more):
     return compose_capacity(["model=llama3-8b", "hardware=h100", *METHODS[method], *more])
+
+
+def told_of(config, answer):
+    """What people read of an answer, by its names."""
+    names, values = (column.cells for column in one_answer(config, answer).columns)
+    return dict(zip(map(str, names), map(str, values), strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,6 +101,86 @@ def test_a_budget_of_bytes_is_solved_where_users_are_counted():
     assert estimate(more).held_bytes > 160 * 2**20
 
 
+@pytest.mark.parametrize("format", [*QUANTISED, *ROTATED])
+def test_every_format_holds_what_the_laboratory_holds(format):
+    """Of a token of Llama-3-8B: 32 layers of 8 heads with 128 keys and 128 values, and two scales in float32. The same
+    states as `kvlab plan` counts."""
+    config = compose_capacity(["model=llama3-8b", "hardware=h100", f"format={format}", "simulate=false"])
+    bits = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}[ROTATED.get(format, format)]
+    token = 32 * 8 * (2 * 128 * bits // 8 + 2 * 4)
+    serving, context = Serving.of(config, 2048, Context(1500, 1000)), Context(1500, 1000)
+    assert serving.token_bytes == token
+    assert serving.logical_bytes(context) == serving.read_bytes(context) == 1500 * token
+    layer = {"kv": TokenState(8, 128, 128, "bfloat16")}
+    held = MemoryLayout.of([layer] * 32, MemoryConfig(format=format), max_sequences=1, max_len=2048)
+    assert bytes_at(serving.classes, 1000, 1500) == bytes_at(held.classes, 1000, 1500)
+    answer = estimate(config)
+    assert (answer.memory, answer.bytes_per_token) == (f"paged {format}", token)
+    exact = estimate(compose_capacity(["model=llama3-8b", "hardware=h100", "simulate=false"]))
+    assert answer.users == pytest.approx(exact.users * exact.bytes_per_token / token, rel=0.01)
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_a_format_and_a_kv_dtype_of_its_name_are_one_memory(format):
+    words = ["model=jamba", "hardware=h200x4", "simulate=false"]
+    said = [[f"format={format}"], [f"memory.kv_dtype={format}"], [f"format={format}", f"memory.kv_dtype={format}"]]
+    first, *others = (estimate(compose_capacity([*words, *each])) for each in said)
+    assert all(other == first for other in others)
+    assert first.skipped == f"recurrent: {format}: every step rewrites it"
+    blocks = Serving.of(compose_capacity([*words, "memory=oracle", said[1][0]]), 2048, Context(1500, 1000))
+    assert blocks.token_bytes == first.bytes_per_token
+
+
+@pytest.mark.parametrize("format", ["model", "int8"])
+def test_a_selection_reads_less_and_holds_its_index_beside(format):
+    """Quest at an eighth of the pages, behind two dense layers: of each of 94 pages a minimum and a maximum of the keys
+    of 8 heads in bfloat16."""
+    words = ["model=llama3-8b", "hardware=h100", "workload.num_requests=8", "context_len=1500", f"format={format}"]
+    selecting = "selection={type:quest,fraction:0.125,dense_layers:2}"
+    answer, exact = (estimate(compose_capacity([*words, f"memory.{each}"])) for each in (selecting, "selection=all"))
+    layer = exact.bytes_per_token // 32
+    num_pages, num_read, index = 94, 94 // 8, 2 * 8 * 128 * 2
+    assert answer.index_bytes == 30 * num_pages * index
+    assert answer.sequence_bytes == exact.sequence_bytes + answer.index_bytes
+    slots = (num_read - 1) * 16 + 1500 % 16
+    assert answer.read_bytes == 2 * 1500 * layer + 30 * (num_pages * index + slots * layer)
+    assert exact.read_bytes == 1500 * exact.bytes_per_token
+    page = 32 * 16 * layer
+    assert answer.users == pytest.approx(exact.users * page / (page + 30 * index), abs=2), "users fall by the index"
+    assert answer.decode_tokens_per_s > 1.5 * exact.decode_tokens_per_s
+    assert answer.simulated["tokens_per_s"] > exact.simulated["tokens_per_s"]
+    assert answer.simulated["statistics"] > exact.simulated["statistics"] == 0
+    config = compose_capacity([*words, f"memory.{selecting}"])
+    serving = Serving.of(config, 2048, Context(1500, 1500))
+    chosen = (
+        slots + 1 + num_pages * 2 // 2
+    )  # a score takes two products of 128 numbers a page, an attended slot as many
+    assert serving.mixing_flops(Context(1500, 1500)) == 4 * 32 * 128 * (2 * 1501 + 30 * chosen)
+    told = told_of(config, answer)
+    assert told["read for one token"].endswith("; 30 of 32 layers select")
+    assert told["held for its index"].endswith("; less is read, not held")
+    assert answer.memory == " ".join(filter(None, ["paged", format.replace("model", ""), "quest"]))
+
+
+def test_a_control_that_reads_all_keys_is_no_faster():
+    """And what is selected is chosen among what a compression left."""
+    words = ["model=llama3-8b", "hardware=h100", "context_len=1500", "simulate=false"]
+    exact, oracle, both, snapkv = (
+        estimate(compose_capacity([*words, *more]))
+        for more in (
+            [],
+            ["selection=oracle"],
+            ["selection=quest", "compression=snapkv", "budget=0.5"],
+            ["compression=snapkv", "budget=0.5"],
+        )
+    )
+    assert 0.5 * exact.read_bytes < oracle.read_bytes < exact.read_bytes
+    assert oracle.index_bytes == 0
+    assert oracle.users == exact.users
+    assert both.sequence_bytes == snapkv.sequence_bytes + both.index_bytes
+    assert both.read_bytes < snapkv.read_bytes
+
+
 @pytest.mark.parametrize("method", ["snapkv", "h2o chunks", "kivi", "evicted, then sealed"])
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_a_simulation_compacts_and_seals(method, preemption):
@@ -128,13 +218,14 @@ def test_answers_say_what_is_dropped_and_what_is_left():
         ["model=gpt-oss-20b", "hardware=h100", "compression=h2o", "budget=0.5", "workload.num_requests=20"]
     )
     answer = estimate(config)
-    names, values = (column.cells for column in one_answer(config, answer).columns)
-    told = dict(zip(map(str, names), map(str, values), strict=True))
-    assert told["left as they are"] == "local128: a window forgets by itself"
+    told = told_of(config, answer)
+    assert told["left as they are"] == "local128: h2o: a window forgets by itself"
     assert "compactions dropped" in told["compressed"]
-    assert any("at most on the way" in value for value in told.values())
+    assert "with a prompt of" in told["in pages, at rest"]
+    assert "at most on the way" in told
     assert answer.memory == "paged h2o 0.5"
-    assert many_answers([answer]).row_count == 1
+    (row,) = many_answers([answer])
+    assert (row["memory"], row["users"]) == ("paged h2o 0.5", f"{answer.users:,}")
     assert math.isclose(answer.weight_share + answer.state_share + answer.compute_share, 1)
 
 
@@ -146,10 +237,24 @@ def test_answers_say_what_is_dropped_and_what_is_left():
         (["compression=h2o", "budget=4"], r"memory\.budget = '4 slots': must be at least the 12 slots"),
         (["compression=h2o", "budget=1KiB"], r"memory\.budget = '1KiB': must be at least"),
         (["compression=streaming", "budget=0.5"], r"memory\.budget = '0\.5 of the prompt': must be slots"),
-        (["memory=pow2", "compression=h2o", "budget=64"], r"memory\.name = 'pow2': must be paged with h2o"),
-        (["memory=dense", "format=kivi4"], r"memory\.name = 'dense': must be paged with kivi4"),
+        (["memory=pow2", "compression=h2o", "budget=64"], r"memory\.compression = 'h2o': needs memory\.name = paged"),
+        (["memory=dense", "format=kivi4"], r"memory\.format = 'kivi4': needs memory\.name = paged, not dense"),
         (["format=kivi2", "memory.page_size=8"], r"memory\.page_size = 8: must be at least 16 for kivi2"),
-        (["format=int8", "memory.kv_dtype=int4"], r"memory\.format = 'int8': must be model with kv_dtype = int4"),
+        (
+            ["format=int8", "memory.kv_dtype=int4"],
+            r"memory\.format = 'int8': must be int4 or model with kv_dtype = int4",
+        ),
+        (["format=kivi4", "memory.kv_dtype=int8"], r"memory\.format = 'kivi4': must be int8 or model with kv_dtype"),
+        (["format=int8.channel"], r"memory\.format = 'int8\.channel': must be one of model, int8, fp8"),
+        (
+            ["model=deepseek-v2", "hardware=h200x8", "format=rotated4"],
+            r"memory\.format = 'rotated4': LatentState is not rotated",
+        ),
+        (["selection=ques"], r"memory\.selection\.type = 'ques': did you mean quest"),
+        (["selection=quest", "memory=oracle"], r"memory\.selection = 'quest': needs memory\.name = paged, not oracle"),
+        (["selection=quest", "format=kivi4"], r"memory\.format = 'kivi4': must be model or by token"),
+        (["selection=quest", "compression=streaming", "budget=64"], r"memory\.selection = 'quest': must be all with"),
+        (["model=mamba2-2.7b", "selection=quest"], r"memory\.selection = 'quest': serves no layer"),
         (["model=mamba2-2.7b", "compression=h2o", "budget=64"], r"memory\.compression = 'h2o': serves no layer"),
         (["model=mamba2-2.7b", "format=kivi4"], r"memory\.format = 'kivi4': serves no layer"),
     ],

@@ -1,17 +1,21 @@
 """`kvlab capacity`: the published byte tables exactly, users against a closed form, rooflines by hand, and its
 errors."""
 
+import io
 import math
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from kvlab.capacity.estimate import estimate
+from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer
 from kvlab.capacity.roofline import decode_roofline
 from kvlab.capacity.room import make_ledger, users_that_fit
-from kvlab.compose import CAPACITY, compose_capacity
+from kvlab.compose import CAPACITY, compose_capacity, expand_capacity
 from kvlab.hardware import CHIPS
 from kvlab.lab.experiments import load_figure
+from kvlab.lab.narrow import print_rows
 from kvlab.ledger.classes import Lengths
 from kvlab.schema import ConfigError
 
@@ -102,7 +106,7 @@ def test_cost_and_units():
 
 def test_quantised_pages_count_their_scales():
     half = estimate(compose_capacity(["model=llama3-8b", "hardware=h200", "memory.kv_dtype=int8", "simulate=false"]))
-    assert half.bytes_per_token == 32 * (2 * 8 * 128 + 2 * 8 * 2)
+    assert half.bytes_per_token == 32 * (2 * 8 * 128 + 2 * 8 * 4)
 
 
 def test_a_simulation_reports_waste_hits_and_typed_pools():
@@ -199,6 +203,30 @@ def test_the_command_line_prints_and_draws(tmp_path, monkeypatch, capsys):
     status, printed = kvlab("model=lama")
     assert status == 2
     assert "did you mean" in printed.err
+
+
+@pytest.mark.parametrize(
+    "swept", ["model.variant=mha,window hardware=h200x4,h200x8", "compression=snapkv,h2o selection=quest"]
+)
+def test_tables_fit_a_terminal(swept):
+    """A deployment a line, whatever finds no room named below, and nothing cut."""
+    words = ["model=llama3-70b", "hardware=h200x4", "price=3", "budget=0.5", "simulate=false"]
+    words = [word for word in words if word.split("=")[0] + "=" not in swept] + swept.split()
+    configs = expand_capacity(words)
+    answers = [estimate(config) for config in configs]
+    rows = many_answers(answers)
+    for width in (80, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        print_rows(console, rows, kept=KEPT, spare=SPARE)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        assert "…" not in "".join(lines)
+        for answer in answers:
+            (line,) = [line for line in lines if f"{answer.users:,} " in line]
+            assert f"{answer.decode_tokens_per_s:,.0f}" in line
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(one_answer(configs[0], answers[0]))
+    assert max(map(len, map(str.rstrip, console.export_text().splitlines()))) <= 88
 
 
 def test_math_is_sane_at_the_edges():

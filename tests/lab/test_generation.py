@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,12 @@ import pytest
 from kvlab import blueprint
 from kvlab.cli import main
 from kvlab.compose import compose, compose_generate
+from kvlab.engine.config import EngineConfig
+from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
 from kvlab.lab import laboratory
 from kvlab.lab.execute import execute
+from kvlab.lab.live import summary
 from kvlab.lab.request_lines import read_requests
 from kvlab.lab.source import load_source
 from kvlab.schema import ConfigError
@@ -102,6 +106,48 @@ def test_a_draft_model_is_a_folder(tmp_path, monkeypatch, capsys):
     assert drafted.pop("logprobs") == pytest.approx(expected.pop("logprobs"), abs=1e-5)
     assert drafted == expected
     assert "drafts accepted" in captured.err
+
+
+def test_the_last_line_counts_what_a_user_counts_and_times_no_compiling(tmp_path, monkeypatch, capsys):
+    folder = write_folder("llama_gqa", tmp_path / "model")
+    words = ["generate", str(folder), "--prompt", "1 2 3", "--prompt", "4 5 6 7", "sampling.max_tokens=8"]
+    assert command(monkeypatch, *words) == 0
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("16 tokens generated, 7 prefilled, ")
+    assert not re.search(r"\b0(\.0)?\b(?!\.)", line), "what is nothing is not said"
+    engine = Engine(load_source(folder).model, config=EngineConfig(prefix_cache=False, max_len=64))
+    engine.generate([[1, 2, 3]], Sampling(max_tokens=8))
+    stats = engine.stats
+    compiling = stats.first_calls_s
+    assert 0 < compiling <= stats.dispatch_s
+    engine.generate([[1, 2, 3]], Sampling(max_tokens=8))
+    assert stats.first_calls_s == compiling, "nothing is compiled again"
+    assert stats.told_tokens == 16
+    stats.first_calls_s, stats.read_bytes = 9.0, 4 * 10**9
+    said = summary(engine, 10.0)
+    assert f"{stats.prefilled_tokens + stats.decoded_tokens} tok/s, 4.0 GB/s read, 9.0 s of compiling" in said
+    stats.read_bytes = 10**7
+    assert "GB/s" not in summary(engine, 10.0)
+
+
+def test_a_prompt_of_which_less_is_to_stay_than_is_protected_is_refused(tmp_path, monkeypatch, capsys):
+    """As `kvlab run` refuses it, with what would fit; nothing of the others is computed."""
+    folder = write_folder("llama_gqa", tmp_path / "model")
+    short, long = (",".join(map(str, prompt(n, 320))) for n in (71, 200))
+    words = ["generate", str(folder), "--prompt", long, "--prompt", short, "sampling.max_tokens=4"]
+    assert command(monkeypatch, *words, "compression=snapkv", "budget=0.2") == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert "request 2: memory.budget = 0.2: is 14 slots of the 71 tokens of this prompt, fewer than the 36 " in said.err
+    given = said.err.strip().split("give ")[1]
+    one, others = given.split(", or ")
+    assert one == "budget=0.51"
+    for fitting in (one.split(), ["budget=0.2", *others.split()]):
+        assert command(monkeypatch, *words, "compression=snapkv", *fitting) == 0
+        assert "2 compacted" in capsys.readouterr().err
+    few = ",".join(map(str, prompt(20, 320)))
+    words = ["generate", str(folder), "--prompt", few, "sampling.max_tokens=4", "compression=snapkv", "budget=0.2"]
+    assert command(monkeypatch, *words) == 0, "all of it is protected, nothing is dropped"
 
 
 @pytest.mark.parametrize(

@@ -137,12 +137,12 @@ def test_nouns_are_counted():
 
 def test_one_of_each_is_singular(capsys):
     """In the footer of `kvlab generate`, and below the claims of an experiment."""
-    stats = Stats(decoded_tokens=1, compacted=1, sealed_pages=1, drafted_tokens=1)
+    stats = Stats(told_tokens=1, decoded_tokens=1, compacted=1, sealed_pages=1, drafted_tokens=1)
     counters = SimpleNamespace(hit_tokens=0, preempted=0)
     dropped = SimpleNamespace(counters=SimpleNamespace(dropped_slots=1))
     engine: Any = SimpleNamespace(stats=stats, scheduler=SimpleNamespace(counters=counters), ledger=dropped)
     said = summary(engine, 1.0)
-    assert said.startswith("1 token decoded, 0 prefilled, ")
+    assert said.startswith("1 token generated, 0 prefilled, ")
     assert said.endswith("1 compaction, 1 slot dropped, 1 page sealed, 0% of 1 draft accepted")
     stats.compacted = stats.sealed_pages = 2
     assert "2 compactions, 1 slot dropped, 2 pages sealed" in summary(engine, 1.0)
