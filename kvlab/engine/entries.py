@@ -31,7 +31,7 @@ class Entry:
     """Below, it computes a prompt; above, it decodes: all tokens that were known when it was admitted, or its prompt
     alone where that is compressed."""
     told_len: int = 0
-    """Tokens known when it was admitted: their ids the ledger has from then on."""
+    """Tokens whose ids the ledger was told when it was admitted."""
     prompt_len: int = 0
     """Tokens of its prompt: a memory that compresses counts from there; 0: all that were known at first."""
     seed: int = 0

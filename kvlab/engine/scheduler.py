@@ -257,7 +257,7 @@ class Scheduler:
         answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(prompt_len, entry.final_len))
         if isinstance(answer, Ready):
             entry.prefill_len = prompt_len  # what was decoded before is decoded again, where it was compacted
-            entry.told_len = entry.num_known
+            entry.told_len = hit.prompt_len if hit else entry.num_known
             self.counters.hit_tokens += start
             return count
         if hit:

@@ -144,7 +144,7 @@ def test_a_prompt_of_which_less_is_to_stay_than_is_protected_is_refused(tmp_path
     assert one == "budget=0.51"
     for fitting in (one.split(), ["budget=0.2", *others.split()]):
         assert command(monkeypatch, *words, "compression=snapkv", *fitting) == 0
-        assert "2 compacted" in capsys.readouterr().err
+        assert "2 compactions" in capsys.readouterr().err
     few = ",".join(map(str, prompt(20, 320)))
     words = ["generate", str(folder), "--prompt", few, "sampling.max_tokens=4", "compression=snapkv", "budget=0.2"]
     assert command(monkeypatch, *words) == 0, "all of it is protected, nothing is dropped"
