@@ -2,6 +2,7 @@
 contract."""
 
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -15,7 +16,7 @@ import yaml
 
 import pallas_kernels
 from kvlab.blueprint import check
-from kvlab.compose import compose
+from kvlab.compose import compose, expand
 from kvlab.compression import COMPRESSIONS
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
@@ -293,3 +294,19 @@ def test_the_page_of_compressions_says_what_the_program_does():
     with pytest.raises(ConfigError, match="must have a list for each compressed layer, 2 in all"):
         check([compose([*duo, "memory.compression.streaming=[[0,2]]", "model.num_layers=2"])])
     check([compose([*duo, "memory.compression.streaming=[[0,2],[1]]", "model.num_layers=2"])])
+
+
+SWEEPS = [
+    line.split("#")[0]
+    for page in ("README.md", "docs/budgets.md")
+    for line in (ROOT / page).read_text().splitlines()
+    if re.match(r"kvlab (run|plan) ", line) and "weights.path" not in line
+]
+
+
+@pytest.mark.parametrize("line", SWEEPS)
+def test_a_command_of_these_pages_composes(line):
+    """Whatever could be found wrong before a run begins is found here."""
+    words = shlex.split(line)[2:]
+    is_plan, given = line.startswith("kvlab plan"), [word for word in words if word not in ("-m", "--cfg", "job")]
+    assert expand(given, multirun="-m" in words, planned=is_plan)[0]
