@@ -5,10 +5,12 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from pallas_kernels.formats import FORMATS, Scaling, Scheme
 from pallas_kernels.pages import Pages
@@ -119,12 +121,31 @@ def wrong_device(backend: str, device: Any = None) -> str | None:
 
 
 def kernel(op: str, backend: str) -> Callable[..., Any]:
-    """An op's kernel, imported when it is first called: that takes a second, for nothing on most machines."""
+    """An op's kernel, imported when it is first called: that takes a second, for nothing on most machines. Layers that
+    call it alike share what it is lowered to."""
 
     def run(*arrays: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(f"pallas_kernels.{op}.{backend}"), op)(*arrays, **options)
+        leaves, tree = jax.tree.flatten((arrays, options))
+        static = tuple(None if isinstance(leaf, (jax.Array, np.ndarray)) else Static(leaf) for leaf in leaves)
+        given = [leaf for leaf, kept in zip(leaves, static, strict=True) if kept is None]
+        function = getattr(importlib.import_module(f"pallas_kernels.{op}.{backend}"), op)
+        return _call(function, tree, static, given)
 
     return run
+
+
+class Static(NamedTuple):
+    """What a kernel is given beside arrays."""
+
+    value: Any
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(function: Callable[..., Any], tree: Any, static: tuple[Static | None, ...], given: list[Any]) -> Any:
+    """A function of `jit`'s own is lowered once in a program. A kernel takes its compiler half a second, or two."""
+    arrays = iter(given)
+    positional, named = jax.tree.unflatten(tree, [next(arrays) if kept is None else kept.value for kept in static])
+    return function(*positional, **named)
 
 
 def refusals(op: str, asked: Asked | None = None, device: Any = None) -> dict[str, str]:

@@ -198,6 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=tuple(PROBLEMS), help="default: full on an accelerator, tiny on a CPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT, and no sweep")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], choices=plan.STAGES[:-1], metavar="STAGE", help=f"of {plan.STAGES[:-1]}"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="samples of each figure (default 9)")
     parser.add_argument("--cases", type=int, default=40, help="generated cases of the correctness check (default 40)")
     parser.add_argument("--json", type=Path, help="the file of results, JSON lines; default: in a temporary folder")

@@ -14,6 +14,7 @@ from typing import Any
 from pallas_kernels.bench.clock import ceilings
 from pallas_kernels.bench.goals import Result
 from pallas_kernels.bench.measure import measure, sweep
+from pallas_kernels.bench.paged import PLANNED
 from pallas_kernels.bench.peers import PEERS, SLOW
 from pallas_kernels.bench.probe import probe
 from pallas_kernels.bench.problems import HEADLINE, PROBLEMS
@@ -28,17 +29,22 @@ def case(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def timed(options: argparse.Namespace) -> None:
-    """One problem. "problem" is ours and the peers of its goals, of the headline every peer but the slow ones. "beside"
-    is our first and the other peers, "slow" is our first and the slow peers."""
+    """One problem. "problem" is our kernel and whoever its goals name; of the headline all of ours, and every peer but
+    the slow ones. "beside" is our first, the rest of ours and the other peers, "slow" our first and the slow peers."""
     problem = next(candidate for candidate in PROBLEMS[options.size] if candidate.name == options.name)
-    of_goals = {name for name, _ in problem.goals.faster_than}
-    main = (set(PEERS) if problem.name == HEADLINE[options.size] else of_goals) - set(SLOW)
-    others = set(SLOW) if options.kind == "slow" else set(PEERS) - main - set(SLOW)
+    is_headline = problem.name == HEADLINE[options.size]
 
     def chosen(names: list[str]) -> list[str]:
+        kernel = names[0].removesuffix(PLANNED)
+        of_kernel = {name for name in names if name.removesuffix(PLANNED).endswith(kernel)}
+        main = set(names) if is_headline else of_kernel | {name for name, _ in problem.goals.faster_than}
         if options.kind == "problem":
-            return [name for name in names if name not in PEERS or name in main]
-        return names[:1] + [name for name in names if name in others]
+            wanted = main - set(SLOW)
+        elif options.kind == "slow":
+            wanted = {names[0], *SLOW}
+        else:
+            wanted = {names[0], *set(names).difference(main, SLOW)}
+        return [name for name in names if name in wanted]
 
     print_result(measure(problem, options.rounds, chosen=chosen, without=dict(options.without), tell=print_result))
 

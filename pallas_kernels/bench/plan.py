@@ -4,8 +4,8 @@ import importlib.util
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pallas_kernels.bench.measure import sweep
@@ -39,9 +39,10 @@ def probe(options: Namespace) -> Piece:
     return Piece("probe", "", command("probe", "", options), min(CASE_S, 0.5 * options.budget))
 
 
-def stages(options: Namespace, platform: str) -> Iterator[Stage]:
+def stages(options: Namespace, platform: str) -> list[Stage]:
     """All of the bench, behind the probe: named cases, ceilings, the headline, other problems; then, where time is
-    left, peers that no goal names, the sweep and slow peers; generated cases last."""
+    left, peers that no goal names, the sweep and slow peers; generated cases last. The last of those that are not left
+    out may use up the budget."""
     is_full = options.size == "full"
     start_s = START_S if is_full else 0.5
     limit_s = max(45.0, min(300.0, 0.14 * options.budget))
@@ -77,12 +78,20 @@ def stages(options: Namespace, platform: str) -> Iterator[Stage]:
         spare = drawn + spare if options.plot else spare + drawn
     if importlib.util.find_spec("torch"):
         spare += timings("slow", paged, SLOW_S)
-    yield Stage("named cases", named, 0.3, options.workers)
-    yield Stage("ceilings", (Piece("ceilings", "", command("ceilings", "", options), limit_s, start_s),), 0.36)
-    yield Stage("headline", timings("problem", first), 0.52)
-    yield Stage("problems", timings("problem", rest), 0.84)
-    yield Stage("other peers, sweep", spare, 0.9)
-    yield Stage("generated cases", generated, 1.0, options.workers)
+    found = (
+        Stage("named cases", named, 0.3, options.workers),
+        Stage("ceilings", (Piece("ceilings", "", command("ceilings", "", options), limit_s, start_s),), 0.36),
+        Stage("headline", timings("problem", first), 0.52),
+        Stage("problems", timings("problem", rest), 0.84),
+        Stage("other peers, sweep", spare, 0.9),
+        Stage("generated cases", generated, 1.0, options.workers),
+    )
+    kept = [stage for stage in found if stage.name not in options.leave_out]
+    return [*kept[:-1], replace(kept[-1], share=1.0)]
+
+
+STAGES = ("named cases", "ceilings", "headline", "problems", "other peers, sweep", "generated cases")
+"""By name, in their order."""
 
 
 def chosen(options: Namespace) -> list[Any]:

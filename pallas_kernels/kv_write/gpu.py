@@ -28,6 +28,9 @@ from pallas_kernels.typing import Float, Int32
 
 ALIGNMENT = 128
 """Bytes to which a TMA's address in shared memory is aligned."""
+GROUP = 8
+"""Rows that lie together in shared memory which registers are loaded from. A copy there must begin at a multiple: else
+it leaves zeros in place of the rows that are in the next group, and nothing says so."""
 
 
 def refusal(asked: Asked) -> str | None:
@@ -63,7 +66,7 @@ def kv_write(
     if write_slots.shape[1] == 1:
         return gpu_single.write(pages, given, write_slots, interpret=interpret)
     num_pages, page_size = pages.num_pages, pages.page_size
-    tiles = _tiles(write_slots, num_pages, page_size, min(page_size, ROWS))
+    tiles = tiles_of(write_slots, num_pages, page_size, step=1 if pages.per is None else GROUP)
     tokens = [_filled_up(new, pool) for pool, new in zip(pages.pools, given, strict=True)]
     pools = list(pages.pools)
     for at, (pool, new) in enumerate(zip(pages.pools, given, strict=True)):
@@ -89,7 +92,7 @@ def kv_write(
 def _write_tiles(
     pages: Pages, pools: list[Stored], tokens: list[Array], targets: list[Any], tiles: tuple[Array, ...], interpret: Any
 ) -> list[Array]:
-    """Runs the kernel over `_tiles` of tokens, for keys and values; returns the scales of tokens [tiles, K, 64], if
+    """Runs the kernel over `tiles_of` tokens, for keys and values; returns the scales of tokens [tiles, K, 64], if
     they have some."""
     begins, slots, wholes = tiles
     per, page_size, num_kv_heads, sides = pages.per, pages.page_size, pages.num_kv_heads, len(pools)
@@ -133,9 +136,9 @@ def _write_tiles(
 
 
 def _filled_up(tokens: Float[Array, "B T K D"], pool: Stored) -> Float[Array, "N K wide"]:
-    """With what copies want: a whole tile of rows, which lie together in groups of 8; and where pages are of the
+    """With what copies want: a whole tile of rows, in whole groups; and where pages are of the
     tokens' type, rows that begin at addresses which a TMA can read."""
-    missing = max(ROWS - tokens.shape[0] * tokens.shape[1], -(tokens.shape[0] * tokens.shape[1]) % 8)
+    missing = _missing(tokens.shape[0] * tokens.shape[1])
     narrower = 0 if isinstance(pool, Quantised) else -tokens.shape[3] % (ALIGNMENT // tokens.dtype.itemsize)
     return jnp.pad(tokens.reshape(-1, *tokens.shape[2:]), ((0, missing), (0, 0), (0, narrower)))
 
@@ -157,32 +160,42 @@ def _scratch(pool: Stored, tokens: Float[Array, "N K wide"]) -> dict[str, Any]:
     } | ({"scales": plgpu.SMEM((ROWS,), jnp.float32)} if pool.per == "token" else {"token_rows": plain})
 
 
-def _tiles(
-    write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, unit: int
+def tiles_of(
+    write_slots: Int32[Array, "B T"], num_pages: int, page_size: int, *, step: int
 ) -> tuple[Int32[Array, "N"], Int32[Array, "N 64"], Int32[Array, "N units"]]:
-    """For every tile: the first of its tokens, as rows of [B * T], -1 where it has none; and the slot of each, negative
-    where there is none. Of each of its `unit`s of rows: whether they are a whole page, or a block of one."""
+    """For every tile: the first of its tokens, a multiple of `step` as rows of [B * T], -1 where it has none; and the
+    slot of each, negative where there is none. Of each unit of its rows, a page or a whole tile: whether it fills
+    one."""
     batch, num_tokens = write_slots.shape
+    unit = min(page_size, ROWS)
     pages, _ = places(write_slots, num_pages, page_size)
     slots = jnp.where(pages < num_pages, write_slots, -page_size)  # whose page is -1
     total = batch * num_tokens
-    # A row's tiles end where its pages do, wherever its first token is.
+    # A row's tiles end where its pages do, wherever its first token is: the first has only what is missing of a unit.
     shift = jnp.where(slots[:, 0] < 0, 0, slots[:, 0] % unit)[:, None]
-    shift = jnp.where(shift > 0, shift + ROWS - unit, 0)  # the first has only what is missing of a unit
-    numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
+    shift = jnp.where(shift > 0, shift + ROWS - unit, 0)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * num_tokens
-    begins = jnp.maximum(numbers * ROWS - shift, 0)
+    shift = jnp.where((first - shift) % step == 0, shift, first % step)  # or, where none may begin so, anywhere
+    numbers = jnp.arange((num_tokens + ROWS - 2) // ROWS + 1, dtype=jnp.int32)[None]
     ends = jnp.minimum(numbers * ROWS - shift + ROWS, num_tokens)
+    begins = jnp.minimum(jnp.maximum(numbers * ROWS - shift, 0), ends)
+    loaded = (first + numbers * ROWS - shift).reshape(-1)
     begins, ends = (first + begins).reshape(-1), (first + ends).reshape(-1)
-    loaded = jnp.minimum(begins, max(0, total - ROWS))  # the last tile must not reach past the end
+    filled_up = total + _missing(total)
+    loaded = jnp.clip(loaded, 0, filled_up - ROWS)  # the last tile must not reach past the end
     tokens = loaded[:, None] + jnp.arange(ROWS, dtype=jnp.int32)[None]
-    mine = (tokens >= begins[:, None]) & (tokens < ends[:, None]) & (tokens < total)
+    mine = (tokens >= begins[:, None]) & (tokens < ends[:, None])
     tile_slots = jnp.where(mine, slots.reshape(-1)[jnp.minimum(tokens, total - 1)], -page_size)
     units = tile_slots.reshape(len(begins), -1, unit)
     steps = jnp.arange(unit, dtype=jnp.int32)[None, None]
     wholes = (units[..., :1] % unit == 0) & (units == units[..., :1] + steps) & (units[..., :1] >= 0)
     loaded = jnp.where((tile_slots >= 0).any(axis=1), loaded, -1)
     return loaded, tile_slots, wholes.all(axis=2).astype(jnp.int32)
+
+
+def _missing(num_rows: int) -> int:
+    """Of rows, to make a whole tile of them, and whole groups."""
+    return max(ROWS - num_rows, -num_rows % GROUP)
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,9 @@ from pallas_kernels.visible import NOWHERE, Visible
 ENOUGH = 8
 """So many times more items than pieces were asked for keep a chip busy without being cut, and need no merging."""
 
-
+LONGER = 16
+"""A piece may be longer than its share by one part in so many: else lists that are hardly longer are cut in two, and
+twice as many thread blocks begin and end. 32 lists of 64 pages in 33 pieces take an H200 146 us cut, 144 whole."""
 WORD = 32
 """Slots of a page whose validity one int32 holds."""
 
@@ -162,7 +164,7 @@ def split(counts: Int32[Array, "items"], block_pages: int, num_pieces: int, tabl
     longest = -(-table_len // block_pages)
     blocks = -(-counts // block_pages)
     share = jnp.maximum(1, -(-blocks.sum() // num_pieces))
-    parts = -(-blocks // share)
+    parts = -(-blocks // (share + share // LONGER))
     ends = jnp.cumsum(parts)
     numbers = jnp.arange(min(num_pieces, items * longest) + items)
     item = jnp.minimum(jnp.searchsorted(ends, numbers, side="right", method="compare_all"), items - 1).astype(jnp.int32)
