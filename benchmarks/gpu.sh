@@ -1,6 +1,7 @@
 #!/bin/sh
 # One window on a GPU, all of it in one call: the kernels' bench, then whole models; every line is on the disk as soon as it is known.
 #   sh benchmarks/gpu.sh [SECONDS [FOLDER]]      PYTHON=python3; a FOLDER that holds results of this state of the code is gone on with
+# JAX_COMPILATION_CACHE_DIR=/tmp/programs keeps what is compiled, for another window to be carried to: tuning XLA's products takes most of a step's first minute.
 # What that Python lacks is installed from wheels/ (`make wheels`, where there is a network) into a temporary folder.
 set -u
 cd "$(dirname "$0")/.."

@@ -27,6 +27,7 @@ from jaxlib.version import __version__ as jaxlib_version  # noqa: E402
 
 from benchmarks.answers import about, against_floor, kernels, say, spread  # noqa: E402
 from benchmarks.engine_setup import prefill, prompts, run_all  # noqa: E402
+from benchmarks.gpu_profile import profile_decoding  # noqa: E402
 from benchmarks.gpu_training import train  # noqa: E402
 from kvlab.engine.config import EngineConfig  # noqa: E402
 from kvlab.engine.engine import Engine  # noqa: E402
@@ -144,8 +145,8 @@ def measure_ceilings(name: str, size: str, scratch: Path) -> None:
 
 def agree(name: str, size: str, scratch: Path) -> None:
     """Whether a model computes the same through its pages as without memory: the relative error of its logits against
-    the float32 parallel form. Beside it, that of the parallel form in the model's own type, over the same tokens."""
-    jax.config.update("jax_default_matmul_precision", "highest")
+    the float32 parallel form on this machine's processor. Beside it, that of the parallel form in the model's own type,
+    over the same tokens."""
     model, chosen = model_of(size, name, scratch), SIZES[size]
     vocab, num_rows, width = model.architecture.vocab_size, 2, chosen.chunk_len
     num_tokens = 2 * width + 8
@@ -180,14 +181,15 @@ def agree(name: str, size: str, scratch: Path) -> None:
 
 
 def _parallel(model: Pretrained, tokens: np.ndarray) -> jax.Array:
-    """Logits of whole sequences, without memory."""
+    """Logits of whole sequences, without memory, by the host: another compiler's code, and no products of float32 to
+    be tuned for a device, which takes a minute."""
 
     @jax.jit
     def logits(params: Any) -> jax.Array:
         whole = merge(model.model.structure, params)
         return whole.logits(whole.parallel(jnp.asarray(tokens)))
 
-    return logits(model.model.params)
+    return logits(jax.device_put(model.model.params, jax.devices("cpu")[0]))
 
 
 def batches_of(size: Size, name: str) -> tuple[int, ...]:
@@ -195,15 +197,26 @@ def batches_of(size: Size, name: str) -> tuple[int, ...]:
     return size.batches[-1:] if name.endswith("float32") else size.batches
 
 
+def decoder(model: Pretrained, size: Size) -> Engine:
+    """Computes prompts four at a time, whatever the batch, and no prompt beside a decode step."""
+    most, budget = max(size.batches), PROMPTS_AT_ONCE * size.chunk_len
+    rows = tuple(sorted({min(PROMPTS_AT_ONCE, most), *size.batches}))
+    return engine_of(model, size, max_batch=most, row_sizes=rows, token_budget=budget, mixed=False)
+
+
+def profile(name: str, size: str, scratch: Path) -> None:
+    """Where decode steps of the largest and the smallest batch go."""
+    model, chosen = model_of(size, name, scratch), SIZES[size]
+    fields = {"prompt_len": chosen.prompt_len, "num_new": chosen.num_new, "vocab_size": model.architecture.vocab_size}
+    profile_decoding(decoder(model, chosen), name, batches=(max(chosen.batches), min(chosen.batches)), **fields)
+
+
 def decode(name: str, size: str, scratch: Path) -> None:
     """Decode steps of full batches, a step at a time."""
     if name.endswith("float32"):  # to be compared token for token
         jax.config.update("jax_default_matmul_precision", "highest")
     model, chosen = model_of(size, name, scratch), SIZES[size]
-    vocab, most = model.architecture.vocab_size, max(chosen.batches)
-    rows = tuple(sorted({min(PROMPTS_AT_ONCE, most), *chosen.batches}))
-    budget = PROMPTS_AT_ONCE * chosen.chunk_len
-    engine = engine_of(model, chosen, max_batch=most, row_sizes=rows, token_budget=budget, mixed=False)
+    vocab, engine = model.architecture.vocab_size, decoder(model, chosen)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.model.params))
     if not model.architecture.model.tie_embeddings:
         weights -= model.model.params["embedding"]["embedding"].nbytes  # of which a row a token is read
@@ -293,6 +306,7 @@ KINDS: dict[str, Callable[[str, str, Path], None]] = {
     "ceilings": measure_ceilings,
     "agree": agree,
     "decode": decode,
+    "profile": profile,
     "requests": requests,
     "train": train,
 }

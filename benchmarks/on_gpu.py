@@ -51,6 +51,7 @@ TASKS = (
     Task("gpu_pieces", "agree", "31m", 60),
     Task("gpu_pieces", "decode", "1b", 120),
     Task("gpu_peer", "decode", "1b", 75),
+    Task("gpu_pieces", "profile", "1b", 60),
     Task("gpu_pieces", "train", "mqar", 80),
     Task("gpu_pieces", "requests", "1b", 75),
     Task("gpu_peer", "requests", "1b", 75),

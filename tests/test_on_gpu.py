@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import gpu_training, on_gpu
 from benchmarks.gpu_peer import leading_share
+from benchmarks.gpu_profile import told
 from kvlab.random import named_key
 from kvlab.training.step import init_state
 from pallas_kernels.bench.record import read
@@ -110,3 +111,14 @@ def test_members_trained_together_are_what_each_is_alone():
         np.testing.assert_allclose(metrics["loss"][index], own["loss"], rtol=1e-5)
         mine = jax.tree.map(lambda leaf, index=index: leaf[index], states.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mine, alone.params)
+
+
+def test_a_profile_says_of_a_step_what_was_busy_and_what_waited():
+    events = [(0.0, 10.0, "a"), (10.5, 4.0, "b"), (24.5, 10.0, "a"), (30.0, 2.0, "c"), (34.6, 1.0, "b")]
+    found = told(events, 2)
+    assert (found["busy_us"], found["launches"], found["waits"], found["waited_us"]) == (13.5, 2.5, 0.5, 5.0)
+    assert found["kernels"] == [
+        {"name": "a", "launches": 1.0, "us": 10.0},
+        {"name": "b", "launches": 1.0, "us": 2.5},
+        {"name": "c", "launches": 0.5, "us": 1.0},
+    ]

@@ -6,7 +6,10 @@ from pathlib import Path
 
 
 def default_cache() -> Path:
-    """The folder of compiled programs in the user's cache, or a temporary one where that cannot be written."""
+    """The folder of compiled programs: jax's own, where the environment names one; else in the user's cache, or a
+    temporary one where that cannot be written. What a window compiled, the next need not."""
+    if named := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(named)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = home / "pallas_kernels" / "compiled"
     try:

@@ -15,7 +15,7 @@ from pallas_kernels.bench.clock import ceilings
 from pallas_kernels.bench.goals import Result
 from pallas_kernels.bench.measure import measure, sweep
 from pallas_kernels.bench.paged import PLANNED
-from pallas_kernels.bench.peers import PEERS, SLOW
+from pallas_kernels.bench.peers import SLOW
 from pallas_kernels.bench.probe import probe
 from pallas_kernels.bench.problems import HEADLINE, PROBLEMS
 from pallas_kernels.bench.record import finite

@@ -315,11 +315,11 @@ def test_tokens_are_written_in_every_scheme_by_token(scheme):
     pool = quantised(jnp.ones((4, 2, 8, 16)), scheme)
     slots = jnp.asarray([[6, 7, 16], [25, 26, 99]], jnp.int32)  # page 0 and then page 2; page 3, and one dropped
     written = jax.jit(kv_write)(Pages(pool, pool), tokens, -tokens, slots)
-    for found, given in ((written.keys, tokens), (written.values, -tokens)):
+    for found, new in ((written.keys, tokens), (written.values, -tokens)):
         found.check("pages")
         held = np.asarray(found.values()).swapaxes(1, 2).reshape(32, 2, 16)
         wanted = np.asarray(pool.values()).swapaxes(1, 2).reshape(32, 2, 16).copy()
-        exact = np.asarray(quantised(given, scheme).values())
+        exact = np.asarray(quantised(new, scheme).values())
         for row, place in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
             wanted[slots[row, place]] = exact[row, place]
         np.testing.assert_array_equal(held, wanted)

@@ -1,0 +1,94 @@
+"""Where a decode step of the engine goes on a device: kernels, launches, and the time between them."""
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.answers import about, say
+from benchmarks.engine_setup import prefill, prompts
+from kvlab.engine.engine import Engine
+from kvlab.engine.sampling import Sampling
+
+STEPS = 12
+"""Most steps of a profile; half as many go before."""
+KEPT = 24
+"""Kernels that are named, those that took longest first."""
+GAP_US = 2.0
+"""Between two kernels: what is longer is a wait."""
+
+type Events = list[tuple[float, float, str]]
+"""Begin and duration in microseconds, and the name, in their order."""
+
+
+def device_events(folder: Path) -> Events:
+    """What the streams of all GPUs did in a profile; none on a CPU."""
+    (path,) = folder.rglob("*.xplane.pb")
+    return sorted(
+        (event.start_ns / 1e3, event.duration_ns / 1e3, event.name)
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+        if "GPU" in plane.name.upper()
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    )
+
+
+def told(events: Events, steps: int) -> dict[str, Any]:
+    """Of a step: how long the device was busy, how many launches and waits it had, and what took longest."""
+    by_name, gaps, end = defaultdict[str, list[float]](list), list[float](), None
+    for begin, duration, name in events:
+        by_name[name].append(duration)
+        if end is not None:
+            gaps.append(begin - end)
+        end = max(end or 0.0, begin + duration)
+    waits = [gap for gap in gaps if gap > GAP_US]
+    longest = sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[:KEPT]
+    return {
+        "busy_us": sum(duration for _, duration, _ in events) / steps,
+        "launches": len(events) / steps,
+        "waits": len(waits) / steps,
+        "waited_us": sum(waits) / steps,
+        "kernels": [
+            {"name": name[:60], "launches": len(times) / steps, "us": sum(times) / steps} for name, times in longest
+        ],
+    }
+
+
+def profile_decoding(
+    engine: Engine, name: str, *, batches: tuple[int, ...], prompt_len: int, num_new: int, vocab_size: int
+) -> None:
+    """A profile of decode steps for each batch, after some that are not looked at; beside it the time of steps that no
+    profiler slowed. In all at most `num_new` steps."""
+    found, steps = dict[str, Any](), min(STEPS, num_new // 3)
+    for batch in batches:
+        for ids in prompts([prompt_len] * batch, vocab_size=vocab_size):
+            engine.submit(ids, Sampling(max_tokens=num_new + 1))
+        prefill(engine)
+        _timed(engine, steps // 2)
+        quiet = _timed(engine, steps)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                slowed = _timed(engine, steps)
+            events = device_events(Path(folder))
+        while engine.requests:
+            engine.step()
+        found[str(batch)] = {
+            "step_ms": statistics.median(quiet) * 1e3,
+            "profiled_step_ms": statistics.median(slowed) * 1e3,
+            **told(events, steps),
+        }
+        say(**about(model=name, what=f"a decode step after a prompt of {prompt_len} tokens"), batches=found)
+
+
+def _timed(engine: Engine, steps: int) -> list[float]:
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - began)
+    return seconds
