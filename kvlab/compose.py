@@ -2,6 +2,7 @@
 names."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,16 +102,23 @@ ROOTS = (RUN, CAPACITY, GENERATE)
 
 def register() -> None:
     """Puts the dataclasses' defaults into Hydra's ConfigStore, as plain values: YAML groups say what differs."""
+    _register(*(tuple(registry.items()) for registry in (MIXERS, TASKS, COMPRESSIONS, SELECTIONS)))
+
+
+@functools.lru_cache(maxsize=1)
+def _register(*kinds: tuple[tuple[str, Any], ...]) -> None:
+    """Again only where a registry has others than before: it takes as long as reading all files of a config."""
+    mixers, tasks, compressions, selections = kinds
     store = ConfigStore.instance()
     store.store(name="defaults", node=defaults())
     store.store(name="capacity_defaults", node=capacity_defaults())
     store.store(name="generate_defaults", node=GenerateConfig.defaults())
-    for group, registry in (("mixer", MIXERS), ("task", TASKS)):
-        for name, kind in registry.items():
+    for group, registry in (("mixer", mixers), ("task", tasks)):
+        for name, kind in registry:
             store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
-    for name, method in COMPRESSIONS.items():
+    for name, method in compressions:
         store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
-    for name, method in SELECTIONS.items():
+    for name, method in selections:
         store.store(group="selection/type", name=name, node={"type": name, **method.defaults()})
 
 

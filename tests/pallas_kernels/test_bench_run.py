@@ -224,6 +224,9 @@ def test_wrong_options_name_the_limit(capsys, options, message):
 
 
 def test_pieces_share_a_cache_and_the_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    assert environment.default_cache() == tmp_path / "jax", "jax's own, where one is named"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = environment.default_cache()
     assert folder == tmp_path / "pallas_kernels" / "compiled"
