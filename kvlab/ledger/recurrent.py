@@ -1,4 +1,5 @@
-"""Recurrent states: one slot a sequence, or none of what is let go for good. What others hold is read from one slot and written to another."""
+"""Recurrent states: one slot a sequence, or none of what is let go for good. What others hold is read from one slot and
+written to another."""
 
 from collections.abc import Sequence
 
