@@ -3,13 +3,12 @@ stores and reads of them."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from kvlab.capacity.config import CapacityConfig, ServingMemory
 from kvlab.capacity.presets import LayerGroup
 from kvlab.compression.budget import Budget
 from kvlab.ledger.classes import StateClass
-from kvlab.ledger.growth import bytes_at, pages_at, stored_at
+from kvlab.ledger.growth import bytes_at, has_ended, pages_at, stored_at
 from kvlab.ledger.states import QUANTISED, State, max_pages_for_step
 from kvlab.memory.budgets import Context, EqualBudget, solve, unless_protected, whole_pages, with_slots
 from kvlab.memory.config import MemoryConfig
@@ -97,6 +96,7 @@ class Serving:
         return sum(
             state.spec.logical_bytes(count, state.page_size) * state.num_layers
             for state, count in zip(self.classes, self._lengths(context), strict=True)
+            if count
         )
 
     def index_bytes(self, context: Context) -> int:
@@ -107,10 +107,13 @@ class Serving:
 
     def read_bytes(self, context: Context) -> int:
         """Bytes that decoding the next token reads; states and statistics are written back as well."""
-        total = 0
+        total, ended = 0, any(has_ended(state, self.classes, context.prompt_len) for state in self.classes)
+        weighs = self.memory.compression is not None and self.memory.compression.weighs and not ended
         for state, count in zip(self.classes, self._lengths(context), strict=True):
+            if not count:
+                continue
             read = state.spec.read_bytes(count, state.page_size) * (1 if state.spec.per_token else 2)
-            if self._weighs and state.retention is not None:  # keys once more, for the weights of all slots
+            if weighs and state.retention is not None:  # keys once more, for the weights of all slots
                 read += state.spec.arrays[0].num_bytes * count
             total += read * state.num_layers
         return total
@@ -152,10 +155,6 @@ class Serving:
         if state.retention or state.sealing:
             return True
         return state.spec.visible != group.spec(self.memory.dtype).visible
-
-    @cached_property
-    def _weighs(self) -> bool:
-        return self.memory.compression is not None and self.memory.compression.weighs
 
     def _lengths(self, context: Context) -> list[int]:
         """What each class's state is asked at: stored slots, or, where a window forgets, the tokens."""

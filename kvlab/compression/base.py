@@ -235,7 +235,7 @@ class Compression(Schema, abc.ABC):
             legal = f"{self.name} weighs tokens by queries, and this mixer does not say who reads its state (`readers`)"
             raise ConfigError("memory.compression", self.name, legal)
         arrays = self.statistics(state, shape)
-        noted = {"noted": Part(Statistics(arrays))} if arrays else {}
+        noted = {"noted": Part(Statistics(arrays, until_compacted=not self.every))} if arrays else {}
         num_kv_heads = state.arrays[0].shape[0]
         if self.heads == "ada" and num_kv_heads > 1:
             self._check_dealing(state)

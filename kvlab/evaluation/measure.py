@@ -107,12 +107,15 @@ def read_bytes_per_token(seen: Observed) -> int:
 
 
 def _weighed_bytes(seen: Observed, layer: int) -> int:
-    """Keys that are read once more in a layer, by methods that weigh every slot in every step."""
-    total = 0
+    """Keys that are read once more in a layer, by methods that weigh every slot in every step that notes something."""
+    total, states, sequence = 0, seen.layout.states[layer], seen.ledger.sequences[0]
     for name, joined in seen.layout.joined[layer].items():
-        if joined.method is not None and joined.method.weighs:
-            state = seen.layout.classes[seen.layout.states[layer][name]]
-            total += state.spec.arrays[0].num_bytes * seen.ledger.stored(seen.ledger.sequences[0])[state.name]
+        noted = dict(joined.names).get("noted")
+        if joined.method is None or not joined.method.weighs or noted is None:
+            continue
+        if seen.ledger.pages(sequence, states[noted]):
+            state = seen.layout.classes[states[name]]
+            total += state.spec.arrays[0].num_bytes * seen.ledger.stored(sequence)[state.name]
     return total
 
 

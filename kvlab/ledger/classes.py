@@ -130,6 +130,11 @@ class StateClass:
         """Whether the memory itself writes it, beside what it compacts."""
         return isinstance(self.spec, Statistics)
 
+    @functools.cached_property
+    def until_compacted(self) -> bool:
+        """Whether a sequence lets go of it at the compaction behind its prompt."""
+        return isinstance(self.spec, Statistics) and self.spec.until_compacted
+
     def max_pages(self, max_len: int, chunk_len: int, prompt_len: int | None = None) -> int:
         """The most pages a sequence holds that grows to max_len tokens in steps of chunk_len: the one definition of
         fit. With a retention it is compacted on the way; without a `prompt_len` that is the worst of all prompts."""

@@ -14,6 +14,7 @@ from kvlab.ledger.answers import Wait
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.paged import PageStore
 from kvlab.ledger.plan import ClassCompaction, Compaction, Ints
+from kvlab.ledger.recurrent import StateStore
 from kvlab.ledger.store import Holding, Store
 from kvlab.ledger.stores import Stores
 from kvlab.ledger.tracked import Tracked
@@ -131,6 +132,9 @@ def _shared_statistics(store: Store, sequences: Sequence[Tracked]) -> tuple[list
     the index lends no longer where slots are short."""
     missing, given_up = list[int](), list[CachedPage]()
     for held in sequences:
+        if _ends(store, held):
+            missing.append(0)
+            continue
         slot = held.holdings[store.number].pages[0]
         cached = store.index.cached[store.number].get(slot)
         is_shared = store.refs[slot] > 1
@@ -144,18 +148,27 @@ def _shared_statistics(store: Store, sequences: Sequence[Tracked]) -> tuple[list
 def _moved(
     store: Store, num_rows: int, weighed: Mapping[int, Tracked], missing: Sequence[int], taken: list[int]
 ) -> ClassCompaction:
-    """Where statistics are read and written; the sequences hold the latter afterwards."""
+    """Where statistics are read and written; the sequences hold the latter afterwards, or nothing where they end."""
     state, fresh = store.state, iter(taken)
     pages, destinations = np.full((2, num_rows, 1), state.num_pages, np.int32)
     for (row, held), is_shared in zip(weighed.items(), missing, strict=True):
         holding = held.holdings[store.number]
-        pages[row] = destinations[row] = slot = holding.pages[0]
+        pages[row] = slot = holding.pages[0]
+        if _ends(store, held):
+            _states(store).end(holding)
+            continue
+        destinations[row] = slot
         if is_shared:
             destinations[row] = new = next(fresh)
             store.drop(slot)
             store.assign(holding, 0, new)
     none = np.zeros(num_rows, np.int32)
     return ClassCompaction(pages, destinations, none, none.copy())
+
+
+def _ends(store: Store, held: Tracked) -> bool:
+    """Whether a compaction that is due now is the last use of a sequence's statistics."""
+    return store.state.until_compacted and held.compress_at is not None and held.length >= held.compress_at
 
 
 def _packed(
@@ -183,6 +196,12 @@ def _paged(stores: Stores, number: int) -> PageStore:
     """A store whose class is compactable."""
     store = stores[number]
     assert isinstance(store, PageStore)
+    return store
+
+
+def _states(store: Store) -> StateStore:
+    """A store of statistics."""
+    assert isinstance(store, StateStore)
     return store
 
 

@@ -12,13 +12,13 @@ from kvlab.ledger.states import live_pages
 
 def stored_at(classes: Sequence[StateClass], prompt_len: int, length: int) -> list[int]:
     """Slots by class that a sequence with such a prompt stores at `length` >= `prompt_len` tokens, whatever was due
-    done; 1 for one state a sequence, and of a window the live tokens."""
+    done; 1 for one state a sequence, or 0 where it has ended, and of a window the live tokens."""
     sealed = {state.sealed_name: number for number, state in enumerate(classes) if state.sealing}
     found = list[int]()
     for state in classes:
         source = classes[sealed[state.name]] if state.name in sealed else state
         if not state.spec.per_token:
-            found.append(1)
+            found.append(0 if has_ended(state, classes, prompt_len) else 1)
             continue
         slots = length if source.retention is None else source.retention.stored(prompt_len, length)
         if source.sealing is not None:
@@ -28,6 +28,13 @@ def stored_at(classes: Sequence[StateClass], prompt_len: int, length: int) -> li
     return found
 
 
+def has_ended(state: StateClass, classes: Sequence[StateClass], prompt_len: int) -> bool:
+    """Whether a sequence whose prompt is complete holds nothing of a class any more: statistics are let go where the
+    prompt is compacted, and none is that is shorter than what is kept."""
+    rules = (other.retention for other in classes if other.retention is not None)
+    return state.until_compacted and any(rule.stored(prompt_len, prompt_len) < prompt_len for rule in rules)
+
+
 def pages_at(classes: Sequence[StateClass], prompt_len: int, length: int) -> list[int]:
     """Pages by class that it holds then."""
     found = list[int]()
@@ -35,7 +42,7 @@ def pages_at(classes: Sequence[StateClass], prompt_len: int, length: int) -> lis
         if state.paged and state.spec.span is not None:
             found.append(sum(map(len, live_pages(state.spec, length, state.page_size))))
         else:
-            found.append(-(-slots // state.page_size) if state.paged else 1)
+            found.append(-(-slots // state.page_size) if state.paged else min(slots, 1))
     return found
 
 

@@ -29,4 +29,7 @@ class SealedState(TokenState):
 @dataclass(frozen=True)
 class Statistics(RecurrentState):
     """What a memory itself remembers of each sequence beside a state, to choose what of that stays: counted like any
-    other state. No mixer declares one."""
+    other state. No mixer declares one. With `until_compacted` it is of no use behind the compaction at a prompt's end,
+    and goes there."""
+
+    until_compacted: bool = False

@@ -1,10 +1,12 @@
-"""Recurrent states: one slot a sequence. What others hold is read from one slot and written to another."""
+"""Recurrent states: one slot a sequence, or none of what is let go for good. What others hold is read from one slot and
+written to another."""
 
 from collections.abc import Sequence
 
 from kvlab.ledger.answers import Never, Wait
 from kvlab.ledger.plan import Ints
 from kvlab.ledger.store import NEVER_WAKES, Holding, Store
+from pallas_kernels.visible import NOWHERE
 
 
 class StateStore(Store):
@@ -12,7 +14,7 @@ class StateStore(Store):
 
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         if not holding.pages:
-            return [0]
+            return [] if start else [0]  # what was let go for good is not missed
         if self.refs[holding.pages[0]] == 1 and not lookahead:
             return []
         # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.
@@ -33,7 +35,7 @@ class StateStore(Store):
             (holding.writing,) = taken
         elif missing:
             self.assign(holding, 0, taken[0])
-        elif cached := self.index.cached[self.number].get(holding.pages[0]):
+        elif holding.pages and (cached := self.index.cached[self.number].get(holding.pages[0])):
             self.withdraw(cached)
 
     def settle(self, holding: Holding, length: int, num_accepted: int, *, ran: bool) -> None:
@@ -44,7 +46,12 @@ class StateStore(Store):
             holding.writing = None
 
     def room(self, holding: Holding, length: int) -> int:
-        return NEVER_WAKES if self.refs[holding.pages[0]] == 1 else 0
+        return NEVER_WAKES if not holding.pages or self.refs[holding.pages[0]] == 1 else 0
+
+    def end(self, holding: Holding) -> None:
+        """A sequence lets go of its state for good, and goes on without."""
+        self.drop(holding.pages.pop(0))
+        self.table[holding.row], self.starts[holding.row] = self.state.unused_page, NOWHERE
 
     def _write_slots(self, pages: Ints, steps: Sequence[Holding], starts: Ints, counts: Ints, width: int) -> Ints:
         slots = pages.copy()

@@ -2,7 +2,9 @@
 
 import functools
 
+import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
@@ -10,14 +12,16 @@ from kvlab.engine.sampling import Sampling
 from kvlab.memory.layout import MemoryConfig
 from kvlab.schema import ConfigError
 from tests.engine.families import SAMPLED, checked, config_of, pretrained
-from tests.engine.ways import EVERYWHERE, PROMPTS, WAYS, answers, by_hand
+from tests.engine.ways import EVERYWHERE, PROMPTS, WAYS, answers, by_hand, forced
 
 SLOW = pytest.mark.slow
 METHODS = {
     "h2o": {"type": "h2o", "sinks": 1, "recent": 3, "every": 6},
     "snapkv": {"type": "snapkv", "sinks": 1, "recent": 4, "window": 4, "at": "chunks", "every": 4},
     "random": {"type": "random", "sinks": 1, "recent": 2},
+    "h2o once": {"type": "h2o", "sinks": 1, "recent": 3},
 }
+"""The last forgets its statistics where the prompt is compacted."""
 
 
 def memory_of(method: str, page_size: int = 4) -> MemoryConfig:
@@ -36,7 +40,7 @@ def alone(method: str) -> list[list[int]]:
     return [answer.tokens for answer in engine.generate(PROMPTS, SAMPLED)]
 
 
-@pytest.mark.parametrize("method", ["h2o", pytest.param("snapkv", marks=SLOW), pytest.param("random", marks=SLOW)])
+@pytest.mark.parametrize("method", ["h2o", *(pytest.param(name, marks=SLOW) for name in list(METHODS)[1:])])
 @pytest.mark.parametrize("way", [*EVERYWHERE, "page 7"])
 def test_the_way_it_runs_changes_no_token(method, way):
     engine = compressed(method, **WAYS[way])
@@ -63,6 +67,35 @@ def test_samples_share_the_prompt_and_are_compacted_apart():
     (alone,) = compressed("h2o", max_batch=1).generate([PROMPTS[3]], Sampling(max_tokens=12, temperature=1.0, seed=11))
     assert together.tokens == alone.tokens
     assert engine.stats.compacted >= 3
+
+
+@pytest.mark.parametrize("method", ["h2o once", pytest.param("h2o", marks=SLOW)])
+def test_beams_are_those_of_a_search_by_hand(method):
+    """Every beam of the search is read anew, prompt and all, through a compressed memory of its own."""
+    width, num_new, prompt = 2, 6, PROMPTS[3]
+    beams = [(0.0, [])]
+    for _ in range(num_new):
+        wider = []
+        for score, tokens in beams:
+            (logprobs,) = log_softmax(forced(memory_of(method), prompt, tokens))
+            wider += [(score + logprobs[token], [*tokens, int(token)]) for token in np.argsort(-logprobs)[:width]]
+        beams = sorted(wider, key=lambda beam: -beam[0])[:width]
+    engine = compressed(method, max_batch=3)
+    (found,) = engine.generate([prompt], Sampling(max_tokens=num_new, beam_width=width, length_penalty=0.0))
+    assert [completion.tokens for completion in found.completions] == [tokens for _, tokens in beams]
+    scores = [completion.score for completion in found.completions]
+    np.testing.assert_allclose(scores, [score for score, _ in beams], rtol=1e-4)
+    assert engine.stats.compacted
+
+
+def test_what_is_held_behind_a_prompt_has_no_statistics():
+    """By the ledger, class by class; and a decoded token reads the keys once."""
+    done = by_hand(memory_of("h2o once"), PROMPTS[3], num_new=3)
+    layout, ledger = done.session.layout, done.session.ledger
+    held = {state.is_statistics: len(ledger.pages(0, number)) for number, state in enumerate(layout.classes)}
+    assert held[False]
+    assert not held[True]
+    assert done.check().worst < 1e-5
 
 
 def test_a_prefix_is_found_up_to_the_first_compaction_and_not_behind():

@@ -57,12 +57,29 @@ class ByHand(NamedTuple):
         return check
 
 
-def by_hand(memory: MemoryConfig, ids: Sequence[int], num_new: int = 20) -> ByHand:
-    """`num_new` tokens behind a prompt, which is read in chunks of the memory's length."""
-    model, chunk_len = pretrained("llama_gqa").model, memory.chunk_len
+def forced(memory: MemoryConfig, ids: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+    """The logits [1, vocab] behind a prompt and the tokens of an answer, read one by one."""
+    session = session_of(memory, len(ids))
+    for start in range(0, len(ids), memory.chunk_len):
+        chunk = ids[start : start + memory.chunk_len]
+        logits = session.advance({0: chunk}, memory.chunk_len)[:, len(chunk) - 1]
+    for token in tokens:
+        logits = session.advance({0: [token]}, 1)[:, 0]
+    return np.asarray(logits)
+
+
+def session_of(memory: MemoryConfig, prompt_len: int) -> Session:
+    """One sequence, whose freed pages hold NaN."""
+    model = pretrained("llama_gqa").model
     layout = MemoryLayout.of(model.states, memory, max_sequences=1, max_len=MAX_LEN)
     session = Session(MemoryStep.of(model.structure, layout), model.params, poisons=True, observes=True)
-    session.prompt_len = len(ids)
+    session.prompt_len = prompt_len
+    return session
+
+
+def by_hand(memory: MemoryConfig, ids: Sequence[int], num_new: int = 20) -> ByHand:
+    """`num_new` tokens behind a prompt, which is read in chunks of the memory's length."""
+    session, chunk_len = session_of(memory, len(ids)), memory.chunk_len
     tokens, seen = list(ids), {}
     for start in range(0, len(ids), chunk_len):
         chunk = ids[start : start + chunk_len]

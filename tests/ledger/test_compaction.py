@@ -1,13 +1,19 @@
 """Two lengths: a class may store fewer slots than its sequence has tokens. One behaviour a test; `test_machine` drives
 all of them at random."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from kvlab.ledger import growth
 from kvlab.ledger.answers import Never, Ready, Wait
-from kvlab.ledger.classes import StateClass
+from kvlab.ledger.classes import Lengths, StateClass
 from kvlab.ledger.ledger import Ledger
+from kvlab.ledger.memory_states import Statistics
 from kvlab.ledger.plan import Compaction, load_plans, save_plans
+from kvlab.ledger.retention import Retention
+from kvlab.ledger.states import ArraySpec
 from pallas_kernels.visible import NOWHERE
 from tests.ledger.small import FULL, make_ledger
 
@@ -263,3 +269,90 @@ def test_saved_with_the_plans(tmp_path):
     for loaded, saved in zip(load_plans(tmp_path / "plans.npz"), [compaction, plan, masked], strict=True):
         assert type(loaded) is type(saved)
         np.testing.assert_equal(loaded, saved)
+
+
+NOTED = Statistics((ArraySpec("mass", (3,), "float32"),), until_compacted=True)
+
+
+def with_statistics(num_slots: int = 3, **rules: int) -> Ledger:
+    """Full attention that keeps 5 slots of a prompt, beside what is noted to choose them."""
+    rule = Retention(slots=5, protected=2, **rules)
+    noted = replace(NOTED, until_compacted=not rule.every)
+    classes = [
+        StateClass("full", FULL, PAGE, 20, 10, retention=rule, num_host_pages=9),
+        StateClass("noted", noted, 1, num_slots, 1, num_host_pages=3),
+    ]
+    return Ledger(classes, 40, 12)
+
+
+def prompted(ledger: Ledger, name, prompt_len: int) -> None:
+    """Reserves and commits a prompt."""
+    grow(ledger, name, prompt_len, lengths=Lengths(prompt_len, 30))
+
+
+def test_statistics_go_at_the_compaction_behind_the_prompt_and_not_before():
+    ledger = with_statistics(at="chunks", chunk_len=6)
+    grow(ledger, "a", 6, lengths=Lengths(12, 30))
+    (slot,) = pages(ledger, "a", 1)
+    first = ledger.compact(ledger.due(["a"]))
+    assert first.classes[1].pages.tolist() == first.classes[1].destinations.tolist() == [[slot]]
+    grow(ledger, "a", 6)
+    last = ledger.compact(ledger.due(["a"]))
+    assert (last.classes[1].pages.tolist(), last.classes[1].destinations.tolist()) == ([[slot]], [[3]])
+    ledger.check()
+    assert pages(ledger, "a", 1) == []
+    full, noted = ledger.audit()
+    assert (noted.allocated, noted.free) == (0, noted.pool)
+    assert full.allocated
+    for length in (13, 14):
+        grow(ledger, "a", 1)
+        assert ledger.length("a") == length
+    ledger.reserve("a", 1)
+    assert ledger.plan(["a"], 2, 1).classes[1].pages.tolist() == [[3], [3]], "nothing is read"
+    assert ledger.plan(["a"], 2, 1).classes[1].write_slots.tolist() == [[3], [3]], "and nothing is written"
+    ledger.commit("a", 1)
+
+
+def test_statistics_that_are_needed_again_stay():
+    ledger = with_statistics(every=4)
+    prompted(ledger, "a", 10)
+    ledger.compact(ledger.due(["a"]))
+    assert len(pages(ledger, "a", 1)) == 1
+    short = with_statistics()
+    prompted(short, "a", 5)
+    assert not short.due(["a"]), "a prompt of which all is kept"
+    grow(short, "a", 1)
+    assert len(pages(short, "a", 1)) == 1
+
+
+def test_a_fork_a_swap_a_draft_and_another_go_on_without_statistics():
+    ledger = with_statistics(num_slots=2)
+    prompted(ledger, "a", 10)
+    ledger.fork("a", "b")  # both read one slot
+    answer = ledger.compact(ledger.due(["a", "b"]))
+    assert answer.classes[1].destinations.tolist() == [[2], [2]]
+    ledger.check()
+    ledger.fork("a", "c")
+    assert ledger.reserve("c", 1, lookahead=2) == Ready()
+    ledger.commit("c", 3)
+    ledger.check()
+    prompted(ledger, "d", 10)
+    ledger.swap_out("a")
+    ledger.check()
+    ledger.swap_in("a")
+    grow(ledger, "a", 1)
+    assert [len(pages(ledger, name, 1)) for name in "abcd"] == [0, 0, 0, 1]
+    ledger.release("d")
+    prompted(ledger, "e", 10)
+    prompted(ledger, "f", 10)
+    ledger.check()
+
+
+def test_what_is_held_at_any_length_is_known_beforehand_with_statistics():
+    for prompt_len in (3, 5, 6, 12):
+        ledger = with_statistics()
+        lengths = Lengths(prompt_len, 16)
+        found = growth.grow(ledger, "a", lengths)
+        assert found is not None
+        assert found.at_end == growth.pages_at(ledger.classes, *lengths), prompt_len
+        assert found.at_end[1] == (prompt_len <= 5)

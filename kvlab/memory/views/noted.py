@@ -55,5 +55,9 @@ class NotedTokens:
 
         seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
         note = self.method.listen if self.listens else self.method.observe
-        noted = note(self.noted.read(), seen)
+        rows = self.noted.read()
+        if self.noted.state.until_compacted:  # of use to nobody in a step behind all prompts: then it costs nothing
+            noted = jax.lax.cond(self.noted.held.any(), lambda rows: note(rows, seen), lambda rows: rows, rows)
+        else:
+            noted = note(rows, seen)
         return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))

@@ -39,5 +39,11 @@ class StateSlots(Planned):
         }
         return replace(self, pool=pool)
 
+    @property
+    def held(self) -> Array:
+        """Which sequences [B] have a slot."""
+        num_slots = len(next(iter(self.pool.values())))
+        return jnp.asarray(self.plan.pages)[:, 0] < num_slots
+
     def valid(self, num_tokens: int) -> Array:
         return jnp.arange(num_tokens, dtype=jnp.int32)[None, :] < self.counts[:, None]
