@@ -138,7 +138,8 @@ MARK = "== launches "
 def predict(problem: Any) -> Predicted:
     """Compiles a problem for an absent H200 in a process of its own, and reads what came of it. Raises RuntimeError,
     with the compiler's last words, where that fails."""
-    from pallas_kernels.bench.paged import Problem, bytes_of
+    from pallas_kernels.bench.inputs import bytes_of
+    from pallas_kernels.bench.paged import Problem
 
     with tempfile.TemporaryDirectory() as folder:
         variables = {

@@ -116,7 +116,7 @@ class Runs:
         Raises ConfigError when there are none, or several points among them, and FileNotFoundError for a folder
         without runs.
         """
-        found = self._named(words)
+        found = self.named(words)
         done = [record for record in found if isinstance(record, Done)]
         unfinished = [record for record in found if isinstance(record, Unfinished)]
         if not done and unfinished:
@@ -128,7 +128,8 @@ class Runs:
             raise ConfigError("runs", words, f"must be one point with its seeds; these runs differ in {said}")
         return sorted(done, key=lambda record: record.seed)
 
-    def _named(self, words: str) -> list[AnyRecord]:
+    def named(self, words: str) -> list[AnyRecord]:
+        """The runs that words name: a folder, an id or its beginning, or conditions as of `matching`."""
         folder = Path(words)
         if folder.is_dir():
             chosen = read_records(folder)

@@ -78,7 +78,7 @@ def row(cell: Cell, comparison: Comparison) -> dict[str, str]:
 def _plain(words: str, rows: Sequence[dict[str, str]]) -> str:
     console = wide_console()
     with console.capture() as captured:
-        print_rows(console, [_in_short(each) for each in rows], kept=KEPT, spare=("examples", "flips"), title=words)
+        print_rows(console, [in_short(each) for each in rows], kept=KEPT, spare=("examples", "flips"), title=words)
     return captured.get().rstrip()
 
 
@@ -86,7 +86,7 @@ KEPT = ("slice", "turn", "A", "B", "B less A", "95%", "flips", "examples")
 """Columns that stay, though all rows agree in them."""
 
 
-def _in_short(row: dict[str, str]) -> dict[str, str]:
+def in_short(row: dict[str, str]) -> dict[str, str]:
     """A row for a terminal: what flipped in one column, of labels and of examples."""
     labels, examples = ("right to wrong", "wrong to right", "labels"), ("examples lost", "examples won", "examples")
     others = {name: text for name, text in row.items() if name not in (*labels, *examples)}

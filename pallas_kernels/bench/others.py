@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.bench import paged
+from pallas_kernels.bench import inputs, paged
 from pallas_kernels.bench.clock import Work
 from pallas_kernels.bench.goals import NONE, Goals
 from pallas_kernels.formats import quantised
@@ -44,7 +44,7 @@ class Write:
 
     def floor_us(self, limits: dict[str, float]) -> float:
         """Microseconds."""
-        a_token = 2 * self.dim * 2 + paged.bytes_of(2 * self.dim, self.format)
+        a_token = 2 * self.dim * 2 + inputs.bytes_of(2 * self.dim, self.format)
         return 1e6 * self.num_tokens * self.num_kv_heads * a_token / limits["copy_bytes_per_s"]
 
     def works(self) -> dict[str, Callable[[], Work]]:
@@ -115,10 +115,10 @@ class Mixed:
         """By what `None` takes."""
 
         def make() -> Work:
-            inputs = paged.make_inputs(self.chunk), paged.make_inputs(self.decodes)
+            made = inputs.make_inputs(self.chunk), inputs.make_inputs(self.decodes)
             chunk, decodes = (
                 paged.work_of(paged.ours(problem, mine, None), mine)
-                for problem, mine in zip((self.chunk, self.decodes), inputs, strict=True)
+                for problem, mine in zip((self.chunk, self.decodes), made, strict=True)
             )
 
             def turn(number: Array, state: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:

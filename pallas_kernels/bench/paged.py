@@ -1,27 +1,23 @@
-"""Problems of attention over pages: what is asked, its floor, arrays for it, and what we do with them."""
+"""Problems of attention over pages: the floor of each, and what we do there."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from pallas_kernels.bench.clock import Work, is_accelerated
+from pallas_kernels.bench import peers
+from pallas_kernels.bench.clock import Work
 from pallas_kernels.bench.goals import NONE, Goals
+from pallas_kernels.bench.inputs import Attend, Inputs, Shape, dense, make_inputs
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.formats import FORMATS, Stored, quantised
 from pallas_kernels.ops import OPS
-from pallas_kernels.paged_attention import Lists, Pages, api, chunk_positions, paged_attention, plan_attention
+from pallas_kernels.paged_attention import Lists, api, chunk_positions, paged_attention, plan_attention
 from pallas_kernels.selection import Asked
-from pallas_kernels.visible import NOWHERE
 
-CACHE_BYTES = 120_000_000
-"""Twice an H200's second-level cache: inputs are drawn from at least so much memory, so that none is found there."""
 MOST_SCORES = 16_000_000_000
 """Bytes of scores that XLA's gather may write out."""
 PLANNED, LAYERS = ", planned", 8
@@ -32,21 +28,9 @@ LONGEST_UNROLLED = 2048
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One launch: sequences of `lengths` tokens stored, the last `num_queries` of each being asked. `keep` is the part
-    of its pages that each KV head selects. `latent_dim`, where there is one, says that values are the first so many
-    dims of keys, which a kernel could fetch once (MLA, arXiv 2405.04434). A `format` has scales by token."""
+class Problem(Shape):
+    """What is measured: a shape, what is wanted of us there, and everybody who can try."""
 
-    name: str
-    lengths: tuple[int, ...]
-    num_heads: int = 32
-    num_kv_heads: int = 8
-    dim: int = 128
-    page_size: int = 64
-    num_queries: int = 1
-    keep: float = 1.0
-    latent_dim: int = 0
-    format: str = "bfloat16"
     goals: Goals = NONE
 
     @property
@@ -54,44 +38,12 @@ class Problem:
         """Those of ours that it asks."""
         return ("paged_attention",)
 
-    @property
-    def value_dim(self) -> int:
-        """Dims of values."""
-        return self.latent_dim or self.dim
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every token of every sequence is asked: attention without memory."""
-        return set(self.lengths) == {self.num_queries}
-
-    @property
-    def table_len(self) -> int:
-        """Pages that a sequence, or a KV head, lists at most."""
-        return max(1, round(self.keep * -(-max(self.lengths) // self.page_size)))
-
-    @property
-    def live_bytes(self) -> int:
-        """Keys and values that must be read, once."""
-        tokens = sum(min(length, self.table_len * self.page_size) for length in self.lengths)
-        dims = self.dim if self.latent_dim else self.dim + self.value_dim
-        return tokens * self.num_kv_heads * bytes_of(dims, self.format)
-
-    @property
-    def flops(self) -> int:
-        """Of both products, for the tokens that each query sees."""
-        seen = sum(
-            self.num_queries * length - self.num_queries * (self.num_queries - 1) // 2 for length in self.lengths
-        )
-        return int(2 * self.keep * seen * self.num_heads * (self.dim + self.value_dim))
-
     def floor_us(self, limits: dict[str, float]) -> float:
         """What reading and multiplying take at least, whichever is longer."""
         return 1e6 * max(self.live_bytes / limits["read_bytes_per_s"], self.flops / limits["product_flops_per_s"])
 
     def works(self, *, alone: bool = False) -> dict[str, Callable[[], Work]]:
         """Ours, the one that `None` takes first and alone; then every peer. What is made says why it cannot be run."""
-        from pallas_kernels.bench.peers import PEERS  # which are made for such problems
-
         inputs = make_inputs(self)
         names = self.implementations(inputs)
         layers = {}
@@ -105,7 +57,7 @@ class Problem:
                 f"flash_attention, {name}": partial(flash, self, inputs, name)
                 for name in OPS["flash_attention"].implementations
             }
-        made |= {} if alone else {name: partial(make, self, inputs) for name, make in PEERS.items()}
+        made |= {} if alone else {name: partial(make, self, inputs) for name, make in peers.PEERS.items()}
         return layers | {name: lambda make=make: work_of(make(), inputs) for name, make in made.items()}
 
     def implementations(self, inputs: "Inputs") -> list[str]:
@@ -118,68 +70,6 @@ class Problem:
         inputs = make_inputs(self)
         work = work_of(ours(self, inputs, "blocked"), inputs)
         return jax.jit(work.answer)(work.arrays)
-
-
-def bytes_of(dims: int, format: str) -> int:
-    """Bytes of so many numbers of a token and head, of keys and values; in a format with their two scales."""
-    return dims * {"bfloat16": 16, "int4": 4}.get(format, 8) // 8 + (format in FORMATS) * 2 * 4
-
-
-class Inputs(NamedTuple):
-    """The arguments of one problem, with as many tables as keep their pages out of the cache."""
-
-    queries: Array
-    pages: Pages
-    tables: Array
-    starts: Array
-    positions: Array
-    lens: Array
-
-
-def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
-    """Pages in random order; keys and values drawn on the device."""
-    rng = np.random.default_rng(seed)
-    num_tables = max(1, min(64, math.ceil(CACHE_BYTES / problem.live_bytes))) if is_accelerated() else 2
-    batch, heads = len(problem.lengths), problem.num_kv_heads
-    by_head = problem.keep < 1
-    lists = (num_tables, batch, heads) if by_head else (num_tables, batch)
-    per_sequence = -(-max(problem.lengths) // problem.page_size)
-    num_pages = 1 + num_tables * batch * (problem.table_len if by_head else per_sequence)
-    starts = np.full((*lists, problem.table_len), NOWHERE, np.int32)
-    tables = np.zeros_like(starts)
-    order = iter(rng.permutation(np.arange(1, num_pages)).reshape(num_tables * batch, -1))
-    for number in range(num_tables):
-        for row, length in enumerate(problem.lengths):
-            held, pages = -(-length // problem.page_size), next(order)
-            for head in range(heads) if by_head else (slice(None),):
-                kept = np.arange(held)
-                if by_head:  # the same page serves every head, with another part of the sequence in each
-                    kept = np.sort(rng.permutation(held)[: problem.table_len])
-                place = (number, row, head) if by_head else (number, row)
-                starts[place][: len(kept)] = kept * problem.page_size
-                tables[place][: len(kept)] = pages[: len(kept)]
-    shape = (num_pages, heads, problem.page_size, problem.dim)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    queries = jax.random.normal(keys[0], (batch, problem.num_queries, problem.num_heads, problem.dim), jnp.bfloat16)
-    lens = np.array(problem.lengths, np.int32)
-    positions = lens[:, None] - problem.num_queries + np.arange(problem.num_queries, dtype=np.int32)[None]
-
-    def pool(key: Array) -> Stored:
-        made = jax.random.normal(key, shape, jnp.bfloat16)
-        return made if problem.format == "bfloat16" else jax.jit(quantised, static_argnums=1)(made, problem.format)
-
-    lists, stored = map(jnp.asarray, (tables, starts, positions, lens)), pool(keys[1])
-    if problem.latent_dim:
-        return Inputs(queries, Pages(stored, value_dim=problem.latent_dim), *lists)
-    return Inputs(queries, Pages(stored, pool(keys[2])), *lists)
-
-
-class Attend(NamedTuple):
-    """Somebody who attends: `run(queries, page table, starts, arrays)`; with `wait`, in a runtime of its own."""
-
-    run: Callable[[Array, Array, Array, Any], Any]
-    arrays: Any
-    wait: Callable[[], None] | None = None
 
 
 def work_of(attend: Attend, inputs: Inputs) -> Work:
@@ -265,30 +155,3 @@ def flash(problem: Problem, inputs: Inputs, implementation: str) -> Attend:
         return flash_attention(queries, *rows, implementation=implementation)
 
     return Attend(run, dense(problem, inputs))
-
-
-def dense(problem: Problem, inputs: Inputs) -> tuple[Array, Array]:
-    """Keys and values [B, S, K, D] of the first table, as if nothing were paged: once, outside the clock. Raises
-    NotImplementedError where that cannot be."""
-    if problem.keep < 1:
-        raise NotImplementedError("takes whole sequences")
-
-    def rows(pool: Array) -> Array:
-        tiles = pool[inputs.tables[0]].swapaxes(2, 3)  # [B, N, page, K, D]
-        return tiles.reshape(len(problem.lengths), -1, *tiles.shape[3:])
-
-    keys, values = plain(inputs)
-    return rows(keys), rows(values)
-
-
-def plain(inputs: Inputs) -> tuple[Array, Array]:
-    """The pools, for those who take them as they are. Raises NotImplementedError for pages with scales."""
-    if inputs.pages.per is not None:
-        raise NotImplementedError("takes pages of 16 bits")
-    pages = inputs.pages
-    return pages.keys, pages.keys[..., : pages.value_dim] if pages.is_latent else pages.values
-
-
-def bucket_of(inputs: Inputs) -> str:
-    """A problem's shapes, as tile sizes are remembered."""
-    return api.bucket_of(inputs.queries, inputs.pages, Lists(inputs.tables[0], inputs.starts[0]))

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.bench.clock import is_accelerated
-from pallas_kernels.bench.paged import Attend, Inputs, Problem, dense, plain
+from pallas_kernels.bench.inputs import Attend, Inputs, Shape, dense, plain
 
 
-def jax_paged(problem: Problem, inputs: Inputs) -> Attend:
+def jax_paged(problem: Shape, inputs: Inputs) -> Attend:
     """jax's own kernel (Triton, deprecated): pages of all heads side by side, no lists by head, one query."""
     from jax.experimental.pallas.ops.gpu import paged_attention as peer
 
@@ -38,7 +38,7 @@ def jax_paged(problem: Problem, inputs: Inputs) -> Attend:
     return Attend(run, (pools, inputs.lens))
 
 
-def jax_decode(problem: Problem, inputs: Inputs) -> Attend:
+def jax_decode(problem: Shape, inputs: Inputs) -> Attend:
     """jax's dense decode kernel (Triton)."""
     from jax.experimental.pallas.ops.gpu import decode_attention as peer
 
@@ -53,7 +53,7 @@ def jax_decode(problem: Problem, inputs: Inputs) -> Attend:
     return Attend(run, (dense(problem, inputs), inputs.lens))
 
 
-def cudnn_dense(problem: Problem, inputs: Inputs) -> Attend:
+def cudnn_dense(problem: Shape, inputs: Inputs) -> Attend:
     """cuDNN's fused attention over dense rows, through `jax.nn`."""
     if problem.num_queries > 1 and len(set(problem.lengths)) > 1:
         raise NotImplementedError("takes chunks at one place of all rows")
@@ -72,7 +72,7 @@ def cudnn_dense(problem: Problem, inputs: Inputs) -> Attend:
     return Attend(run, (dense(problem, inputs), inputs.lens, inputs.positions))
 
 
-def _of_torch(problem: Problem, inputs: Inputs) -> list[Any]:
+def _of_torch(problem: Shape, inputs: Inputs) -> list[Any]:
     """Queries, keys and values [B, heads, tokens, D] as PyTorch's tensors. Raises NotImplementedError for what it has
     no plain call."""
     import torch  # pyright: ignore[reportMissingImports]
@@ -82,7 +82,7 @@ def _of_torch(problem: Problem, inputs: Inputs) -> list[Any]:
     return [torch.from_dlpack(array.swapaxes(1, 2)) for array in (inputs.queries, *dense(problem, inputs))]
 
 
-def torch_sdpa(problem: Problem, inputs: Inputs) -> Attend:
+def torch_sdpa(problem: Shape, inputs: Inputs) -> Attend:
     """PyTorch's scaled_dot_product_attention over dense rows of equal length, in its own runtime."""
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -96,7 +96,7 @@ def torch_sdpa(problem: Problem, inputs: Inputs) -> Attend:
     return Attend(run, tensors, _torch_waits())
 
 
-def torch_flex(problem: Problem, inputs: Inputs) -> Attend:
+def torch_flex(problem: Shape, inputs: Inputs) -> Attend:
     """PyTorch's FlexAttention over dense rows of equal length, compiled, in its own runtime."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.attention.flex_attention import (  # pyright: ignore[reportMissingImports]
@@ -125,7 +125,7 @@ def _torch_waits() -> Callable[[], None]:
     return torch.cuda.synchronize if is_accelerated() else lambda: None
 
 
-def cudnn_paged(problem: Problem, inputs: Inputs) -> Attend:
+def cudnn_paged(problem: Shape, inputs: Inputs) -> Attend:
     """cuDNN's paged attention, which jax keeps private: its pool must hold just these sequences' blocks [P, page, K,
     D]."""
     from jax._src.cudnn import fused_attention_stablehlo as peer
@@ -148,7 +148,7 @@ def cudnn_paged(problem: Problem, inputs: Inputs) -> Attend:
     return Attend(run, (pools, inputs.lens, numbers))
 
 
-PEERS: dict[str, Callable[[Problem, Inputs], Attend]] = {
+PEERS: dict[str, Callable[[Shape, Inputs], Attend]] = {
     "jax paged_attention": jax_paged,
     "jax decode_attention, dense": jax_decode,
     "cuDNN, paged": cudnn_paged,

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from pallas_kernels.bench.clock import Clock, is_accelerated
-from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, ours, work_of
+from pallas_kernels.bench.inputs import bucket_of, make_inputs
+from pallas_kernels.bench.paged import Problem, ours, work_of
 from pallas_kernels.bench.problems import PROBLEMS
 from pallas_kernels.tiles import SPACES, cache_path, choices
 

@@ -356,9 +356,9 @@ def test_every_choice_of_a_group_finds_its_runs_and_no_others(group, tmp_path):
     for name in choices:
         for words in (f"{group}={name}", f"memory.{group}={name}"):
             expected = [name, *(["older"] if name == full else [])]
-            assert sorted(each.run_id for each in runs._named(words)) == sorted(f"{each}." for each in expected), words
+            assert sorted(each.run_id for each in runs.named(words)) == sorted(f"{each}." for each in expected), words
     assert len(matching(runs.records, conditions([f"{group}={','.join(choices)}"], runs.records))) == len(made)
-    assert not runs._named(f"{group}=other")
+    assert not runs.named(f"{group}=other")
 
 
 def test_a_choice_is_a_condition_of_every_command(tmp_path, capsys, monkeypatch):

@@ -103,7 +103,7 @@ def test_what_logits_were_checked_against_is_a_word(said, word):
 
 def test_flips_of_a_comparison_are_two_columns():
     row = dict.fromkeys(("right to wrong", "wrong to right", "examples lost", "examples won"), "3")
-    short = comparison_tables._in_short({"A": "1", **row, "labels": "40", "examples": "9"})
+    short = comparison_tables.in_short({"A": "1", **row, "labels": "40", "examples": "9"})
     assert short == {"A": "1", "flips": "-3 +3 of 40", "examples": "-3 +3 of 9"}
 
 

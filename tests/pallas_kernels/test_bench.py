@@ -11,8 +11,9 @@ import pytest
 
 from pallas_kernels.bench import clock, measure, peers, piece, verify
 from pallas_kernels.bench.goals import Goals, Result, Timing, verdicts
+from pallas_kernels.bench.inputs import bucket_of, make_inputs
 from pallas_kernels.bench.others import Mixed, Step, Write
-from pallas_kernels.bench.paged import Problem, bucket_of, make_inputs, planned
+from pallas_kernels.bench.paged import Problem, planned
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS, SWEEPS, TINY
 from pallas_kernels.formats import kivi
 from pallas_kernels.paged_attention import Lists, api

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import tiles
 from pallas_kernels.bench import clock, tuning
-from pallas_kernels.bench.paged import bucket_of, make_inputs
+from pallas_kernels.bench.inputs import bucket_of, make_inputs
 from pallas_kernels.bench.problems import PROBLEMS
 from pallas_kernels.paged_attention import Lists, api, paged_attention
 
