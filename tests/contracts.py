@@ -19,6 +19,7 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, whole
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
@@ -47,6 +48,16 @@ VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
 ]
+_linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
+VARIANTS |= {
+    name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
+    for name, fields in {
+        "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
+        "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
+        "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
+        "retnet": {"rule": "plain", "decay": "constant", "gate": "none"},
+    }.items()
+}
 VARIANTS["latent"] = [LayerConfig("tiny_latent", LatentConfig())]
 VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]

@@ -1,0 +1,201 @@
+"""Linear attention and delta rules: one recurrence with switches, from RetNet to Gated DeltaNet and KDA."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from kvlab.ledger.states import ArraySpec, RecurrentState, State
+from kvlab.memory.views import StateView
+from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.convolution import ShortConv
+from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.schema import ConfigError, choice, flag, integer, reals
+from kvlab.typing import Channels, Hidden, Positions
+from pallas_kernels.linear_scan import RULES, linear_scan, linear_scan_step
+
+DECAYS = ("none", "constant", "head", "channel")
+GATES = ("none", "silu", "sigmoid", "low_rank")
+UNIT_EPS = 1e-6
+"""Added to a key's squared length before its root is divided by."""
+
+
+@dataclass(frozen=True)
+class LinearConfig(MixerConfig):
+    """Hyper-parameters of one layer: a state of key_dim x value_dim numbers for each of num_value_heads heads.
+
+    `rule` "delta" replaces what a key held, "plain" adds to it. `decay` "constant" is RetNet's, "head" a learned one a
+    head, "channel" one for each key channel, through a bottleneck of value_dim. With `negative_eigenvalues` a delta
+    rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
+    "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim.
+
+    `num_value_heads` is a multiple of num_heads, whose queries and keys serve several of them; 0: as many. `conv_len`
+    is the width of the causal convolution over queries, keys and values; 0: none. Initial time steps are log-uniform in
+    `dt_range`, initial decay rates uniform in `rate_range`.
+    """
+
+    num_heads: int = integer(2, 1, 1024)
+    num_value_heads: int = integer(0, 0, 1024)
+    key_dim: int = integer(16, 1, 4096)
+    value_dim: int = integer(32, 1, 4096)
+    rule: str = choice("delta", RULES)
+    decay: str = choice("head", DECAYS)
+    gate: str = choice("silu", GATES)
+    negative_eigenvalues: bool = flag(False)
+    conv_len: int = integer(4, 0, 64)
+    chunk_len: int = integer(32, 1, 4096)
+    dt_range: tuple[float, ...] = reals((1e-3, 1e-1), 0.0, 100.0, open_low=True, min_len=2)
+    rate_range: tuple[float, ...] = reals((1e-2, 16.0), 0.0, 1000.0, open_low=True, min_len=2)
+
+    def cross_check(self) -> None:
+        super().cross_check()
+        if self.conv_len == 1:
+            raise ConfigError("conv_len", 1, "must be 0 (none) or a width in [2, 64]")
+        if self.num_value_heads % self.num_heads:
+            raise ConfigError("num_value_heads", self.num_value_heads, f"must be 0, or a multiple of {self.num_heads}")
+        if self.negative_eigenvalues and self.rule != "delta":
+            raise ConfigError("negative_eigenvalues", True, f"must be false with rule = {self.rule}")
+        for name in ("dt_range", "rate_range"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or ends[0] > ends[1]:
+                raise ConfigError(name, list(ends), "must be two numbers [low, high] with low <= high")
+
+    @property
+    def heads(self) -> int:
+        """Heads of values, each with a state."""
+        return self.num_value_heads or self.num_heads
+
+    def knob(self, context_len: int) -> Knob:
+        return Knob("key_dim", range(1, 4097))
+
+
+class LinearAttention(Mixer):
+    """A matrix S [key_dim, value_dim] for each head, written with keys and read with queries:
+
+        S_t = e^{g_t} S_{t-1}
+        S_t += beta_t k_t (v_t - S_t^T k_t)^T  (delta),   S_t += k_t v_t^T  (plain)
+        y_t = W_o [ RMSNorm(S_t^T q_t) * gate(x_t) ]
+
+    Gated DeltaNet (arXiv 2412.06464) by default, DeltaNet (2406.06484) without decay, KDA (2510.26692) with one a
+    channel; with the plain rule linear attention (2006.16236), RetNet (2307.08621) and GLA (2312.06635) by their
+    decays. Queries and keys have length 1, queries are scaled by key_dim ** -0.5.
+
+    State a sequence, whatever its length: heads * key_dim * value_dim float32 numbers, and conv_len - 1 columns of the
+    convolution. Parallel form in chunks; one token is the exact recurrence.
+    """
+
+    Config = LinearConfig
+    parallel_op = "linear_scan"
+
+    def __init__(self, config: LinearConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
+        self.config, self.dtype = config, dtype
+        self.key_channels, self.value_channels = config.num_heads * config.key_dim, config.heads * config.value_dim
+
+        def projection(inner: int, outer: int) -> Linear:
+            return Linear(inner, outer, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+
+        self.split = projection(model_dim, 2 * self.key_channels + self.value_channels)
+        if config.conv_len:
+            channels = 2 * self.key_channels + self.value_channels
+            self.conv = ShortConv(channels, config.conv_len, dtype=dtype, rngs=rngs)
+        if config.rule == "delta":
+            self.beta = projection(model_dim, config.heads)
+        if config.decay == "head":
+            self.step = projection(model_dim, config.heads)
+        elif config.decay == "channel":
+            self.step_in = projection(model_dim, config.value_dim)
+            self.step = projection(config.value_dim, config.heads * config.key_dim)
+        if config.decay in ("head", "channel"):
+            self._init_decay(rngs)
+        if config.gate == "low_rank":
+            self.gate_in = projection(model_dim, config.value_dim)
+            self.gate = projection(config.value_dim, self.value_channels)
+        elif config.gate != "none":
+            self.gate = projection(model_dim, self.value_channels)
+        self.norm = RMSNorm(config.value_dim, eps=config.norm_eps)
+        self.out = projection(self.value_channels, model_dim)
+
+    def _init_decay(self, rngs: nnx.Rngs) -> None:
+        """Rates, one a head, and biases of the time steps; as published, time steps are small and rates differ."""
+        config = self.config
+        (shortest, longest), (slowest, fastest) = config.dt_range, config.rate_range
+        size = (config.heads, config.key_dim) if config.decay == "channel" else (config.heads,)
+        log_dt = jax.random.uniform(rngs.params(), size, minval=math.log(shortest), maxval=math.log(longest))
+        dt = jnp.exp(log_dt)  # the bias is its inverse softplus
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+        rates = jax.random.uniform(rngs.params(), (config.heads,), minval=slowest, maxval=fastest)
+        self.log_rate = nnx.Param(jnp.log(rates))
+
+    def states(self) -> dict[str, State]:
+        config = self.config
+        matrix = RecurrentState((ArraySpec("matrix", (config.heads, config.key_dim, config.value_dim), "float32"),))
+        return {"matrix": matrix} | ({"conv": self.conv.state()} if config.conv_len else {})
+
+    def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        config, num_tokens = self.config, x.shape[1]
+        channels, written = self.split(x), {}
+        if config.conv_len:
+            channels, written["conv"] = self.conv(channels, memory["conv"])
+            channels = jax.nn.silu(channels)
+        queries, keys, values = self._heads(channels)
+        matrix: StateView = memory["matrix"]
+        is_real = matrix.valid(num_tokens)[:, :, None]  # padding leaves the state as it is: beta = 0 and no decay
+        beta, decay = jnp.where(is_real, self._beta(x), 0), self._log_decay(x)
+        decay = None if decay is None else jnp.where(is_real[..., None], decay, 0)
+        state = matrix.read()["matrix"]
+        if num_tokens == 1:
+            step = None if decay is None else decay[:, 0]
+            arrays = (queries[:, 0], keys[:, 0], values[:, 0], beta[:, 0], step, state)
+            outputs, state = linear_scan_step(*arrays, rule=config.rule)
+            outputs = outputs[:, None]
+        else:
+            arrays = (queries, keys, values, beta, decay, state)
+            outputs, state = linear_scan(*arrays, rule=config.rule, chunk_len=config.chunk_len)
+        outputs = self.norm(outputs).reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
+        written["matrix"] = matrix.write({"matrix": state})
+        return self.out(self._gated(outputs, x)), written
+
+    def _heads(self, channels: Channels) -> tuple[Array, Array, Array]:
+        """Queries and keys [B, T, H, N] of length 1, and values [B, T, H, P], in float32."""
+        config, leading = self.config, channels.shape[:2]
+        channels = channels.astype(jnp.float32)
+        parts = jnp.split(channels, [self.key_channels, 2 * self.key_channels], axis=-1)
+        queries, keys = (unit(part.reshape(*leading, config.num_heads, config.key_dim)) for part in parts[:2])
+        repeats = config.heads // config.num_heads
+        queries, keys = (jnp.repeat(part, repeats, axis=2) for part in (queries * config.key_dim**-0.5, keys))
+        return queries, keys, parts[2].reshape(*leading, config.heads, config.value_dim)
+
+    def _beta(self, x: Hidden) -> Array:
+        """How much of a token is written, [B, T, H]."""
+        if self.config.rule != "delta":
+            return jnp.ones((*x.shape[:2], self.config.heads), jnp.float32)
+        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+        return 2 * beta if self.config.negative_eigenvalues else beta
+
+    def _log_decay(self, x: Hidden) -> Array | None:
+        """g [B, T, H, 1 or N], never positive; None: nothing decays."""
+        config = self.config
+        if config.decay == "none":
+            return None
+        if config.decay == "constant":  # 1 - 2^-5, 1 - 2^-6, ...
+            rates = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(config.heads, dtype=jnp.float32)))
+            return jnp.broadcast_to(rates[None, None, :, None], (*x.shape[:2], config.heads, 1))
+        step = self.step(self.step_in(x) if config.decay == "channel" else x).astype(jnp.float32)
+        step = step.reshape(*x.shape[:2], config.heads, -1)
+        bias = self.dt_bias[...].reshape(1, 1, config.heads, -1)
+        return -jnp.exp(self.log_rate[...])[None, None, :, None] * jax.nn.softplus(step + bias)
+
+    def _gated(self, outputs: Channels, x: Hidden) -> Channels:
+        """Normed outputs [B, T, H * P] times their gate."""
+        if self.config.gate == "none":
+            return outputs
+        opened = self.gate(self.gate_in(x) if self.config.gate == "low_rank" else x)
+        return outputs * (jax.nn.silu(opened) if self.config.gate == "silu" else jax.nn.sigmoid(opened))
+
+
+def unit(x: Array) -> Array:
+    """x with length 1 along the last axis; zero stays zero."""
+    return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)
