@@ -93,6 +93,7 @@ def test_the_operations_reach_every_corner():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_soak_of_a_million_operations():
     """Run once for each release; its figures are in docs/findings/ledger.md."""
     done = seed = 0
