@@ -157,7 +157,7 @@ def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
 
 
 def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
-    overrides = spelled_out(overrides, root)
+    overrides = _with_fields(spelled_out(overrides, root), root)
     check_choices(overrides, root)
     with _hydra(root):
         try:
@@ -166,6 +166,22 @@ def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
             raise _explained(list(overrides), error, root) from None
         plain: Any = OmegaConf.to_container(composed, resolve=True)
     return plain
+
+
+def _with_fields(overrides: Sequence[str], root: Root) -> list[str]:
+    """The fields of a method beside its name, where that stands for a whole section: `memory.compression=snapkv
+    memory.compression.every=16` is `memory.compression={type:snapkv,every:16}`."""
+    words = list(overrides)
+    for name in root.more_short:
+        section = f"memory.{name}"
+        fields = [word for word in words if word.startswith(f"{section}.") and "=" in word]
+        chosen = [word for word in words if word.startswith(f"{section}=")]
+        method = chosen[-1].partition("=")[2] if chosen else ""
+        if fields and method.isidentifier():
+            given = [word.removeprefix(f"{section}.").replace("=", ":", 1) for word in fields]
+            words = [word for word in words if word not in (*fields, *chosen)]
+            words.append(f"{section}={{{','.join([f'type:{method}', *given])}}}")
+    return words
 
 
 def _jobs(overrides: Sequence[str], root: Root) -> list[list[str]]:

@@ -12,7 +12,7 @@ from kvlab.capacity.room import make_ledger, users_that_fit
 from kvlab.capacity.serving import Serving
 from kvlab.capacity.simulator import Simulator
 from kvlab.capacity.traces import Request
-from kvlab.compose import compose_capacity
+from kvlab.compose import compose_capacity, expand_capacity
 from kvlab.engine.scheduler import Schedule
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.growth import bytes_at, grow
@@ -83,6 +83,14 @@ def test_reads_and_users_by_hand():
     slots = kv.retention.stored(1000, 1500)
     mass = sum(state.spec.unit_bytes * state.num_layers for state in weighed.classes if not state.paged)
     assert weighed.read_bytes(Context(1500, 1000)) == slots * (131_072 + 65_536) + 2 * mass, "H2O reads the keys twice"
+
+
+def test_a_methods_fields_stand_beside_its_name_as_in_a_run():
+    words = ["model=llama3-8b", "hardware=h100", "compression=snapkv", "budget=0.25"]
+    (config,) = expand_capacity([*words, "memory.compression.every=600", "memory.compression.window=16"])
+    assert (config.memory.compression.every, config.memory.compression.window) == (600, 16)
+    with pytest.raises(ConfigError, match=r"memory\.compression\.evry"):
+        compose_capacity([*words, "memory.compression.evry=600"])
 
 
 def test_sealed_pages_are_read_as_they_are_stored():
