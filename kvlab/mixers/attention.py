@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -12,7 +13,7 @@ from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import rotary_angles, rotate
-from kvlab.schema import ConfigError, flag, integer, real, reals
+from kvlab.schema import ConfigError, added, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.visible import Visible
 
@@ -23,7 +24,8 @@ class AttentionConfig(MixerConfig):
 
     `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
     2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
-    tokens, and blends up to `high` turns (arXiv 2407.21783).
+    tokens, and blends up to `high` turns (arXiv 2407.21783). With an `output_gate` each number of a head's output is
+    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708).
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -38,6 +40,7 @@ class AttentionConfig(MixerConfig):
     soft_cap: float | None = real(None, 0.0, 1e6, open_low=True, optional=True)
     qk_norm: bool = flag(False)
     bias: bool = flag(False)
+    output_gate: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -88,6 +91,8 @@ class Attention(Mixer):
         self.key = linear(model_dim, kv_heads * dim, config.bias)
         self.value = linear(model_dim, kv_heads * dim, config.bias)
         self.out = linear(heads * dim, model_dim, config.bias)
+        if config.output_gate:
+            self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
             self.key_norm = RMSNorm(dim, eps=config.norm_eps)
@@ -116,4 +121,7 @@ class Attention(Mixer):
         kv: TokenView = memory["kv"]
         kv = kv.append(keys=keys, values=values)
         outputs, kv = kv.attend(queries, positions, soft_cap=config.soft_cap)
-        return self.out(outputs.reshape(*x.shape[:2], -1)), {"kv": kv}
+        outputs = outputs.reshape(*x.shape[:2], -1)
+        if config.output_gate:
+            outputs = outputs * jax.nn.sigmoid(self.gate(x))
+        return self.out(outputs), {"kv": kv}

@@ -40,6 +40,8 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
         {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5},
         {"num_kv_heads": 2, "rope": False},
+        {"num_kv_heads": 2, "output_gate": True},
+        {"num_kv_heads": 2, "output_gate": True, "bias": True},
     ],
 )
 def test_equals_the_formula(fields):
@@ -75,4 +77,8 @@ def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndar
             scores = config.soft_cap * np.tanh(scores / config.soft_cap) if config.soft_cap else scores
             probabilities = np.exp(scores - scores.max())
             outputs[t, head] = probabilities @ heads["value"][seen, kv] / probabilities.sum()
-    return outputs.reshape(len(x), -1) @ weight["out"] + bias["out"]
+    outputs = outputs.reshape(len(x), -1)
+    if config.output_gate:
+        gate = layer.gate.bias[...] if config.bias else 0.0
+        outputs = outputs / (1 + np.exp(-(x @ np.asarray(layer.gate.kernel[...], np.float64) + np.asarray(gate))))
+    return outputs @ weight["out"] + bias["out"]
