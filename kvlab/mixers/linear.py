@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.schema import ConfigError, choice, flag, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
-from pallas_kernels.linear_scan import RULES, linear_scan, linear_scan_step
+from pallas_kernels.linear_scan import RULES, Rule, linear_scan, linear_scan_step
 
 DECAYS = ("none", "constant", "head", "channel")
 GATES = ("none", "silu", "sigmoid", "low_rank")
@@ -132,7 +133,8 @@ class LinearAttention(Mixer):
     def states(self) -> dict[str, State]:
         config = self.config
         matrix = RecurrentState((ArraySpec("matrix", (config.heads, config.key_dim, config.value_dim), "float32"),))
-        return {"matrix": matrix} | ({"conv": self.conv.state()} if config.conv_len else {})
+        found: dict[str, State] = {"matrix": matrix}
+        return found | {"conv": self.conv.state()} if config.conv_len else found
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         config, num_tokens = self.config, x.shape[1]
@@ -145,15 +147,15 @@ class LinearAttention(Mixer):
         is_real = matrix.valid(num_tokens)[:, :, None]  # padding leaves the state as it is: beta = 0 and no decay
         beta, decay = jnp.where(is_real, self._beta(x), 0), self._log_decay(x)
         decay = None if decay is None else jnp.where(is_real[..., None], decay, 0)
-        state = matrix.read()["matrix"]
+        state, rule = matrix.read()["matrix"], cast(Rule, config.rule)
         if num_tokens == 1:
             step = None if decay is None else decay[:, 0]
             arrays = (queries[:, 0], keys[:, 0], values[:, 0], beta[:, 0], step, state)
-            outputs, state = linear_scan_step(*arrays, rule=config.rule)
+            outputs, state = linear_scan_step(*arrays, rule=rule)
             outputs = outputs[:, None]
         else:
             arrays = (queries, keys, values, beta, decay, state)
-            outputs, state = linear_scan(*arrays, rule=config.rule, chunk_len=config.chunk_len)
+            outputs, state = linear_scan(*arrays, rule=rule, chunk_len=config.chunk_len)
         outputs = self.norm(outputs).reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
         written["matrix"] = matrix.write({"matrix": state})
         return self.out(self._gated(outputs, x)), written
