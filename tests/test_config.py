@@ -39,7 +39,7 @@ def test_a_format_is_a_group_and_a_field_and_the_same_run():
 
 ADDED = {
     "memory": {"format", "residual", "quantised_prefill", "compression", "budget", "selection", "allow_underfill"},
-    "task": {"num_turns", "num_scored", "scored_in_chunks", "query_aware"},
+    "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
 

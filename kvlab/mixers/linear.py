@@ -31,7 +31,8 @@ class LinearConfig(MixerConfig):
     `rule` "delta" replaces what a key held, "plain" adds to it. `decay` "constant" is RetNet's, "head" a learned one a
     head, "channel" one for each key channel, through a bottleneck of value_dim. With `negative_eigenvalues` a delta
     rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
-    "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim.
+    "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim. Without a
+    `write_gate` beta is 1.
 
     `num_value_heads` is a multiple of num_heads, whose queries and keys serve several of them; 0: as many. `conv_len`
     is the width of the causal convolution over queries, keys and values; 0: none. Initial time steps are log-uniform in
@@ -45,6 +46,7 @@ class LinearConfig(MixerConfig):
     rule: str = choice("delta", RULES)
     decay: str = choice("head", DECAYS)
     gate: str = choice("silu", GATES)
+    write_gate: bool = flag(True)
     negative_eigenvalues: bool = flag(False)
     conv_len: int = integer(4, 0, 64)
     chunk_len: int = integer(32, 1, 4096)
@@ -57,8 +59,8 @@ class LinearConfig(MixerConfig):
             raise ConfigError("conv_len", 1, "must be 0 (none) or a width in [2, 64]")
         if self.num_value_heads % self.num_heads:
             raise ConfigError("num_value_heads", self.num_value_heads, f"must be 0, or a multiple of {self.num_heads}")
-        if self.negative_eigenvalues and self.rule != "delta":
-            raise ConfigError("negative_eigenvalues", True, f"must be false with rule = {self.rule}")
+        if self.negative_eigenvalues and not (self.rule == "delta" and self.write_gate):
+            raise ConfigError("negative_eigenvalues", True, "must be false without rule = delta and a write_gate")
         for name in ("dt_range", "rate_range"):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1]:
@@ -77,7 +79,7 @@ class LinearAttention(Mixer):
     """A matrix S [key_dim, value_dim] for each head, written with keys and read with queries:
 
         S_t = e^{g_t} S_{t-1}
-        S_t += beta_t k_t (v_t - S_t^T k_t)^T  (delta),   S_t += k_t v_t^T  (plain)
+        S_t += beta_t k_t (v_t - S_t^T k_t)^T  (delta),   S_t += beta_t k_t v_t^T  (plain)
         y_t = W_o [ RMSNorm(S_t^T q_t) * gate(x_t) ]
 
     Gated DeltaNet (arXiv 2412.06464) by default, DeltaNet (2406.06484) without decay, KDA (2510.26692) with one a
@@ -102,7 +104,7 @@ class LinearAttention(Mixer):
         if config.conv_len:
             channels = 2 * self.key_channels + self.value_channels
             self.conv = ShortConv(channels, config.conv_len, dtype=dtype, rngs=rngs)
-        if config.rule == "delta":
+        if config.write_gate:
             self.beta = projection(model_dim, config.heads)
         if config.decay == "head":
             self.step = projection(model_dim, config.heads)
@@ -172,7 +174,7 @@ class LinearAttention(Mixer):
 
     def _beta(self, x: Hidden) -> Array:
         """How much of a token is written, [B, T, H]."""
-        if self.config.rule != "delta":
+        if not self.config.write_gate:
             return jnp.ones((*x.shape[:2], self.config.heads), jnp.float32)
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         return 2 * beta if self.config.negative_eigenvalues else beta

@@ -4,6 +4,9 @@ query.
 A sequence holds `num_pairs` pairs in [0, 2 * num_pairs), then random tokens among which each key reappears once; its
 label is the key's value. Query places follow a power law over even offsets, drawn without replacement, near ones more
 likely.
+
+With `writes` = 2 the later half of the pairs has the keys of the earlier half, with other values: only those are asked
+for. A memory must then replace what a key held, which a sum of outer products cannot (arXiv 2412.06464).
 """
 
 from dataclasses import dataclass
@@ -39,6 +42,7 @@ class MqarConfig(Schema):
     num_test: int = integer(500, 1, 1 << 20)
     num_turns: int = added(integer(1, 1, 2))
     query_aware: bool = added(flag(False))
+    writes: int = added(integer(1, 1, 2))
 
     def cross_check(self) -> None:
         if self.query_aware and self.num_turns == 1:
@@ -54,6 +58,8 @@ class MqarConfig(Schema):
                 if pairs > self.vocab_size // 2 - 1:
                     limit = self.vocab_size // 2 - 1
                     raise ConfigError(name, text, f"vocab_size = {self.vocab_size} has keys for at most {limit} pairs")
+                if pairs % self.writes:
+                    raise ConfigError(name, text, f"must have an even number of pairs with writes = {self.writes}")
                 if 4 * pairs > length:
                     raise ConfigError(name, text, f"length {length} has room for at most {length // 4} pairs")
                 if name == "test" and self.num_turns == 2 and second_turn(length, pairs) >= length:
@@ -165,6 +171,10 @@ class Mqar(Task):
             return jax.lax.top_k(scores, most_pairs)[1].astype(jnp.int32) + low
 
         keys, values = draw(key_keys, 1, half), draw(key_values, half, self.vocab_size)
+        asked = real_pair
+        if self.config.writes == 2:
+            keys = jnp.take_along_axis(keys, jnp.broadcast_to(pair % (num_pairs // 2), keys.shape), axis=1)
+            asked = asked & (pair >= num_pairs // 2)
         # Gumbel top-k: a draw without replacement with probabilities proportional to gap ** (power - 1).
         num_gaps = max((seq_len - 2 * pairs) // 2 for pairs in range(1, most_pairs + 1))
         gap = jnp.arange(num_gaps, dtype=jnp.int32)[None, :]
@@ -175,16 +185,27 @@ class Mqar(Task):
         places = 2 * num_pairs + 2 * gaps
 
         tokens = jax.random.randint(key_noise, (batch_size, seq_len), 0, self.vocab_size, jnp.int32)
-        for index, drawn in ((2 * pair, keys), (2 * pair + 1, values), (places, keys)):
-            index = jnp.where(real_pair, index, seq_len)  # padding pairs are written out of range, that is nowhere
+        for index, drawn, mine in (
+            (2 * pair, keys, real_pair),
+            (2 * pair + 1, values, real_pair),
+            (places, keys, asked),
+        ):
+            index = jnp.where(mine, index, seq_len)  # padding pairs are written out of range, that is nowhere
             tokens = tokens.at[rows, index].set(drawn, mode="drop")
-        return Batch(tokens, jnp.where(real_pair, places, 0), values, real_pair.astype(jnp.float32))
+        return Batch(tokens, jnp.where(asked, places, 0), values, asked.astype(jnp.float32))
+
+
+def _written_once(config: MqarConfig) -> None:
+    if config.writes != 1:
+        raise ValueError(f"writes = {config.writes}: must be 1, the closed form knows no older value")
 
 
 def window_accuracy(config: MqarConfig, name: str, window: int, num_examples: int = 4000, seed: int = 0) -> float:
     """Closed form for one windowed attention layer behind a short convolution (Based, arXiv 2402.18668, Fig. 2): a pair
     is recoverable iff its value lies among the `window` tokens visible from the query. The mean over random examples
-    (drawn with numpy, apart from the task's own sampler), with a blind guess among the values elsewhere."""
+    (drawn with numpy, apart from the task's own sampler), with a blind guess among the values elsewhere. Raises
+    ValueError where keys are written twice."""
+    _written_once(config)
     length, pairs = parse_slice("test", name)
     gaps = np.arange((length - 2 * pairs) // 2)
     noise = np.random.default_rng(seed).gumbel(size=(num_examples, len(gaps)))
@@ -198,7 +219,8 @@ def kept_accuracy(config: MqarConfig, name: str, keep: int, sinks: int, recent: 
     """Closed form for one attention layer behind a short convolution whose prompt, the pairs, is compacted to `keep`
     slots that all heads share: the first `sinks`, and the newest ("recency"), or `recent` of these and a random set of
     the others ("random"). A pair is recalled iff the slot of its value stays, and guessed among the values elsewhere.
-    Raises ValueError for any other rule."""
+    Raises ValueError for any other rule, and where keys are written twice."""
+    _written_once(config)
     num_slots = 2 * parse_slice("test", name)[1]
     keep, sinks = min(keep, num_slots), min(sinks, keep, num_slots)
     recent = keep - sinks if by == "recency" else min(recent, keep - sinks)

@@ -45,7 +45,7 @@ def by_hand(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
     queries, keys = (part.reshape(tokens, config.num_heads, config.key_dim) for part in (queries, keys))
     values = values.reshape(tokens, heads, config.value_dim)
     beta = np.ones((tokens, heads))
-    if config.rule == "delta":
+    if config.write_gate:
         beta = sigmoid(x @ param(layer.beta.kernel)) * (2 if config.negative_eigenvalues else 1)
     decay = np.zeros((tokens, heads, 1))
     if config.decay == "constant":
@@ -78,8 +78,9 @@ CASES = {
     "deltanet": {"decay": "none", "conv_len": 3},
     "negative eigenvalues": {"decay": "none", "negative_eigenvalues": True, "gate": "sigmoid"},
     "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
-    "linear attention": {"rule": "plain", "decay": "none", "conv_len": 0, "gate": "none"},
-    "retnet": {"rule": "plain", "decay": "constant"},
+    "linear attention": {"rule": "plain", "decay": "none", "write_gate": False, "conv_len": 0, "gate": "none"},
+    "linear attention, gated": {"rule": "plain", "decay": "none"},
+    "retnet": {"rule": "plain", "decay": "constant", "write_gate": False},
     "gla": {"rule": "plain", "decay": "channel"},
     "mamba's decay": {"rule": "plain", "decay": "head"},
 }
@@ -129,8 +130,9 @@ def test_a_config_makes_the_layer_of_its_name(name):
         ({"conv_len": 1}, "conv_len = 1: must be 0 (none) or a width in [2, 64]"),
         (
             {"rule": "plain", "negative_eigenvalues": True},
-            "negative_eigenvalues = True: must be false with rule = plain",
+            "must be false without rule = delta and a write_gate",
         ),
+        ({"write_gate": False, "negative_eigenvalues": True}, "must be false without rule = delta and a write_gate"),
         ({"dt_range": (0.1, 0.01)}, "dt_range = [0.1, 0.01]: must be two numbers [low, high] with low <= high"),
     ],
 )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvlab.random import named_key
+from kvlab.schema import ConfigError
 from kvlab.tasks.base import round_robin
 from kvlab.tasks.mqar import Mqar, MqarConfig, kept_accuracy, window_accuracy
 
@@ -29,6 +30,32 @@ def test_every_label_is_the_value_of_the_queried_key(length, pairs):
         assert (places % 2 == 0).all()
         assert [answers[key] for key in tokens[places].tolist()] == batch.labels[row, real].tolist()
         assert sorted(tokens[places]) == sorted(keys)
+
+
+@pytest.mark.parametrize(("length", "pairs"), [(64, 4), (64, 16), (128, 32)])
+def test_a_key_that_is_written_twice_has_its_newer_value(length, pairs):
+    task = Mqar(MqarConfig(writes=2))
+    batch = jax.tree.map(np.asarray, task.train_batch((), named_key(0, "x"), 50, length, jnp.asarray(pairs, jnp.int32)))
+    assert (batch.weights.sum(axis=1) == pairs // 2).all()
+    for row in range(50):
+        tokens, places = batch.tokens[row], batch.label_positions[row]
+        labels, weights = batch.labels[row], batch.weights[row]
+        held, versions = {}, {}
+        for key, value in tokens[: 2 * pairs].reshape(-1, 2).tolist():
+            held[key] = value
+            versions.setdefault(key, []).append(value)
+        assert [len(set(values)) for values in versions.values()] == [2] * (pairs // 2)
+        asked = tokens[places[weights > 0]].tolist()
+        assert sorted(asked) == sorted(held)
+        assert [held[key] for key in asked] == labels[weights > 0].tolist()
+        assert places[weights > 0].min() >= 2 * pairs
+
+
+def test_keys_that_are_written_twice_want_an_even_number_of_pairs():
+    with pytest.raises(ConfigError, match="must have an even number of pairs with writes = 2"):
+        MqarConfig(train=("64:5",), train_weights=(1,), writes=2)
+    with pytest.raises(ValueError, match="writes = 2: must be 1"):
+        window_accuracy(MqarConfig(writes=2), "64:4", 16)
 
 
 @pytest.mark.parametrize("query_aware", [False, True])
