@@ -164,11 +164,17 @@ def _methods(recall: Cells, passkey: Cells) -> list[Finding]:
     """3 to 6: methods of eviction at equal slots, on recall and on SmolLM2."""
     seen, unseen = ("pass keys, SmolLM2, question seen", smollm2.FIFTH), ("pass keys, SmolLM2", smollm2.HALF)
     half, quarter = ("recall", runs.HALF), ("recall", runs.QUARTER)
-    everywhere, kvzip = [half, quarter, seen], "KVzip above all others, question unseen"
+    kvzip = "KVzip above all others, question unseen"
     asked = [
         ("short keys are the ones to keep: above random", "2406.11430", "Knorm", ["random, each head"], [half, unseen]),
-        ("a pyramid over layers above as many for each", "2406.02069", "SnapKV, pyramid", ["SnapKV"], everywhere),
-        ("heads of different counts above equal ones", "2407.11550", "SnapKV, ada", ["SnapKV"], everywhere),
+        (
+            "a pyramid over layers above as many for each",
+            "2406.02069",
+            "SnapKV, pyramid",
+            ["SnapKV"],
+            [half, quarter, seen],
+        ),
+        ("heads of different counts above equal ones", "2407.11550", "SnapKV, ada", ["SnapKV"], [half, seen]),
         (kvzip, "2505.23416", "KVzip", ["H2O", "Expected Attention", "SnapKV"], [quarter]),
         (kvzip, "2505.23416", "KVzip", ["H2O", "random, each head"], [unseen]),
     ]
@@ -231,6 +237,7 @@ def draw(frame: pd.DataFrame, heads: pd.DataFrame, axes: pd.DataFrame, path: Pat
         middle.plot(means.index, means, style, marker="o", ms=4, color=colour, label=label)
     middle.set(xscale="log", yscale="log", xlabel="two channels of keys are scaled by", ylabel="perplexity a byte")
     middle.set_xticks(toys.SCALES, [str(scale) for scale in toys.SCALES])
+    middle.set_yticks((4, 8, 16, 32), ("4", "8", "16", "32"))
     middle.minorticks_off()
     middle.set_title("Keys rounded, the function the same")
     middle.legend(fontsize=8)

@@ -21,6 +21,7 @@ for row in found.itertuples():
 
 # %%
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvlab.compose import compose
@@ -32,7 +33,7 @@ tokens = np.asarray(jax.random.randint(jax.random.key(0), (2, 64), 0, 256, np.in
 said = None
 for by in scale.toys.SCALES:
     scaled = scale.toys.scaled_pairs(model, by)
-    hidden = np.asarray(scaled.merge().parallel(tokens))
+    hidden = np.asarray(scaled.merge().parallel(jnp.asarray(tokens)))
     said = hidden if said is None else said
     ratio = scale.toys.channel_ratios(Blockwise(scaled), tokens).mean()
     print(f"keys x {by}: largest to median channel {ratio:.1f}, the same to the last bit: {(hidden == said).all()}")
