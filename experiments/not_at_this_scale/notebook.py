@@ -10,10 +10,8 @@ from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 scale = load_figure("not_at_this_scale")
 folder = EXPERIMENTS_DIR / "not_at_this_scale"
 found = pd.read_csv(folder / "findings.csv")
-for row in found.itertuples():
-    print(
-        f"arXiv {row.arxiv}, {row.where}: {row.claim}: {scale.WORDS[row.holds] if row.holds in (True, False) else ''}"
-    )
+found["here"] = found.holds.map(scale.WORDS)
+print(found[["arxiv", "where", "claim", "here"]].to_string(index=False))
 
 # %% [markdown]
 # Outliers without another function: two channels of every head, a rotary pair, are larger in keys and smaller in

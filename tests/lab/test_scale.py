@@ -164,7 +164,7 @@ def test_the_command_on_a_few_steps(scale, tmp_path, monkeypatch, capsys):
     both = layers[layers.silent.isna()].set_index("task").value
     assert both["text"] == pytest.approx(runs[(runs.task == "text") & (runs.method == "full")].value.item(), rel=1e-4)
     found = pd.read_csv(tmp_path / "findings.csv")
-    assert (found[found.where.str.contains("SmolLM2")].measured == "not run").all()
+    assert (found[found["where"].str.contains("SmolLM2")].measured == "not run").all()
     assert (tmp_path / "not_at_this_scale.png").is_file()
     assert "SmolLM2's rows are not run" in capsys.readouterr().err
 
