@@ -40,11 +40,11 @@ def trained(record: Done) -> tuple[Laboratory, Model]:
     return laboratory, Model(laboratory.model.structure, params)
 
 
-def sequences(laboratory: Laboratory, num: int = NUM_SEQUENCES) -> npt.NDArray[np.int32]:
-    """[num, T + 1] of the test data of a text: the last token is a label only. Of a recall: [num, T]."""
+def sequences(laboratory: Laboratory) -> npt.NDArray[np.int32]:
+    """[NUM_SEQUENCES, T + 1] of the test data of a text: the last token is a label only. Of a recall: [.., T]."""
     key = jax.random.fold_in(named_key(laboratory.config.seed, "eval"), 1)
     (part,) = laboratory.task.slices("test")
-    batch = laboratory.task.eval_batch(key, "test", part, 0, num)
+    batch = laboratory.task.eval_batch(key, "test", part, 0, NUM_SEQUENCES)
     tokens = np.asarray(batch.tokens)
     if laboratory.config.task_name != "text":
         return tokens

@@ -119,6 +119,14 @@ def test_findings_come_out_either_way(scale, sign, holds):
     assert {row.holds for row in found} == {holds}
 
 
+def test_the_committed_findings_follow_from_the_tables_beside_them(scale):
+    tables = [pd.read_csv(HERE / f"{name}.csv") for name in ("runs", "heads", "axes", "smollm2")]
+    committed = pd.read_csv(HERE / "findings.csv")
+    found = scale.findings(*tables)
+    assert [(row.where, row.holds) for row in found] == list(zip(committed["where"], committed.holds, strict=True))
+    assert all(claim.passed for claim in scale.claims(tables[0], *tables[2:]))
+
+
 def test_a_difference_within_its_interval_is_none(scale):
     frame, *rest = fake(scale, 1)
     is_noisy = (frame.method == "Knorm") & (frame.seed == 0)
