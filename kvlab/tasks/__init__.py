@@ -5,6 +5,7 @@ from kvlab.tasks.mqar import Mqar
 from kvlab.tasks.needle import Needle
 from kvlab.tasks.passkey import Passkey
 from kvlab.tasks.perplexity import Perplexity
+from kvlab.tasks.state_tracking import StateTracking
 from kvlab.tasks.text import Text
 
 TASKS: dict[str, type[Task]] = {
@@ -13,6 +14,7 @@ TASKS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "needle": Needle,
     "passkey": Passkey,
+    "state_tracking": StateTracking,
 }
 
-__all__ = ["TASKS", "Batch", "EvalSlice", "Mqar", "Needle", "Passkey", "Perplexity", "Task", "Text"]
+__all__ = ["TASKS", "Batch", "EvalSlice", "Mqar", "Needle", "Passkey", "Perplexity", "StateTracking", "Task", "Text"]
