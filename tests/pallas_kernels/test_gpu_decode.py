@@ -376,9 +376,10 @@ def test_pieces_merge_to_float64s_answer(cuts, num_queries, group, value_dim):
     outputs[-1], sums[-1] = np.nan, np.nan
     ends = np.cumsum(cuts)
     shares = np.stack([ends - cuts, ends], axis=1).astype(np.int32)
-    arrays = map(jnp.asarray, (outputs, sums, shares))
     with aligned_copies():
-        merged, log_sum_exp = merge(*arrays, num_queries, group, jnp.float16, interpret=HOW)
+        merged, log_sum_exp = merge(
+            *map(jnp.asarray, (outputs, sums, shares)), num_queries, group, jnp.float16, interpret=HOW
+        )
     assert merged.shape == (len(cuts), num_queries, 2 * group, value_dim)
     for item, (begin, end) in enumerate(shares.tolist()):
         for head, column in np.ndindex(2, num_queries * group):
