@@ -11,9 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu_scales
-from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS, stripes_of
+from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
+from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 
 

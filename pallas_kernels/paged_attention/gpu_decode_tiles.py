@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import SHARED, Scheme, arrays_of
@@ -64,12 +63,6 @@ def stripe_of(value_dim: int, num_columns: int, num_groups: int = 0) -> int:
         for width in range(value_dim // ROW_BLOCK * ROW_BLOCK, 0, -ROW_BLOCK)
         if width == ROW_BLOCK or (value_dim % width == 0 and width * num_columns <= OUT_SIZE)
     )
-
-
-def stripes_of(value_dim: int, width: int) -> list[Any]:
-    """Slices of `width` dims that cover [0, value_dim), `width` at least. The last one ends there: where `width` does
-    not divide `value_dim` it begins inside the one before it, so that their common dims are computed twice, alike."""
-    return [pl.ds(min(at, value_dim - width), width) for at in range(0, value_dim, width)]
 
 
 def fit(

@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.alignment import ALIGNMENT
-from pallas_kernels.paged_attention.gpu_decode_tiles import stripes_of
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, filled
+from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.tensor_cores import store_plainly
 from pallas_kernels.typing import Float, Int32
 
