@@ -167,7 +167,6 @@ SLOW = (
     "int2 by channel",
     "KIVI of 4 bits, 256 dims, long pages",
     "KIVI in groups of 64, keys of 128 dims",
-    "KIVI in groups of 96, of which products of 64 have parts",
     "values of 240 dims, page of 8 slots",
     "values of 112 dims are the first columns of the keys",
     "fp8 by token, head dims of 96, valid slots",
