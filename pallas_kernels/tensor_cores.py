@@ -4,6 +4,7 @@ registers.
 Blackwell accumulates in tensor memory. Half its lanes, which 64 rows take, are read back in the layout that Hopper's
 accumulators have; so a kernel that keeps its sums in registers is the same on both, but for these lines."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -29,13 +30,10 @@ def this_chip() -> Chip:
 
 def shared(shape: tuple[int, ...], dtype: Any, width: int, product_width: int | None = None) -> Any:
     """Shared memory in which columns lie together in groups that divide `width`. Both factors of a product must be
-    alike, and on Blackwell, where 64 rows halve a product's width, no group of the right factor may be wider than that
-    half."""
+    alike, and on Blackwell, where 64 rows halve a product's width, groups of the right factor must divide that half."""
     size = jnp.dtype(dtype).itemsize
-    widest = 128 if product_width is None else product_width * size // 2
-    swizzle = next(
-        (num_bytes for num_bytes in (128, 64, 32) if width * size % num_bytes == 0 and num_bytes <= widest), None
-    )
+    divided = width * size if product_width is None else math.gcd(width * size, product_width * size // 2)
+    swizzle = next((num_bytes for num_bytes in (128, 64, 32) if divided % num_bytes == 0), None)
     if swizzle is None:
         return plgpu.SMEM(shape, dtype)
     tiling: Any = plgpu.TilingTransform((8, swizzle // size))  # pyright: ignore[reportAbstractUsage]

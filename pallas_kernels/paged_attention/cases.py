@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.paged_attention.dims_cases import DIMS
 from pallas_kernels.paged_attention.kivi_cases import KIVI
 
 PLATFORMS: dict[str, dict[str, Any]] = {
@@ -247,7 +248,7 @@ CASES: dict[str, dict[str, Any]] = {
         "page_size": 32,
         "dims": (32, 32),
     },
-}
+} | DIMS
 
 
 CHUNKS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import Scheme, arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
-from pallas_kernels.paged_attention.gpu_decode_tiles import fit, groups_of, scratch_for, step_of
+from pallas_kernels.paged_attention.gpu_decode_tiles import ROW_BLOCK, fit, groups_of, scratch_for, step_of
 from pallas_kernels.paged_attention.gpu_ring import Part, by_name, given
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
@@ -49,8 +49,8 @@ def refusal(
         return f"chip = {chip}: products are written for Hopper's wgmma"
     if num_columns > MAX_COLUMNS:
         return f"columns = {num_columns}: must be at most {MAX_COLUMNS}, queries times query heads of a KV head"
-    if dims[1] % 64:
-        return f"head dim of values = {dims[1]}: must be a multiple of 64, the rows of a product"
+    if dims[1] < ROW_BLOCK:
+        return f"head dim of values = {dims[1]}: must be at least {ROW_BLOCK}, the rows of a product"
     if schemes and schemes[0].per == "channel":
         if dims[0] % 64:
             return f"head dim of keys = {dims[0]}: must be a multiple of 64, where their channels have scales"

@@ -11,9 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu_scales
-from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS, ROW_BLOCK, groups_at_once
+from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
+from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 
 
@@ -72,7 +73,7 @@ class Columns:
             queries = plgpu.load(self.tile.queries, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
         value_dim, stripe = self.tile.outputs.shape[2], self.tile.sums_out.shape[0]
-        stripes = [pl.ds(at, stripe) for at in range(0, value_dim, stripe)]
+        stripes = stripes_of(value_dim, stripe)
         state = (
             tuple(filled((stripe, self.tile.num_columns), 0, plgpu.Layout.WGMMA) for _ in stripes),
             filled((self.tile.num_columns,), -jnp.inf, self.part.across),
@@ -155,17 +156,21 @@ class Columns:
         keep = lax.broadcast_in_dim(keep, exact.shape, [1])
         return tuple(share * keep + of_tokens(values.zeros, group) for group, share in enumerate(zeros))
 
+    def groups_in(self, channels: Any) -> range:
+        """The groups that some channels are of."""
+        size = self.tile.outputs.shape[2] // self.num_groups
+        return range(channels.start // size, (channels.start + channels.size - 1) // size + 1)
+
     def by_group(self, channels: Any, of: Callable[[int], Array]) -> Array:
-        """[64, columns]: of every channel among 64 what `of` says of its group."""
-        num_groups = groups_at_once(self.tile.outputs.shape[2], self.num_groups)
-        first, found = channels.start * self.num_groups // self.tile.outputs.shape[2], None
-        for number in range(num_groups):
-            mine = of(first + number)
+        """[channels, columns]: of every channel what `of` says of its group."""
+        size, found = self.tile.outputs.shape[2] // self.num_groups, None
+        for group in self.groups_in(channels):
+            mine = of(group)
             if found is None:
                 found = mine
             else:
                 rows = plgpu.broadcasted_iota(jnp.int32, mine.shape, 0, layout=plgpu.Layout.WGMMA)
-                found = jnp.where(rows >= number * (ROW_BLOCK // num_groups), mine, found)
+                found = jnp.where(rows >= group * size - channels.start, mine, found)
         assert found is not None
         return found
 
@@ -252,13 +257,12 @@ class Columns:
         """[dims, columns]: the sum of a block's values times their weights."""
         size, shape = self.tile.num_columns, (values.shape[1], self.tile.num_columns)
         if self.num_groups:
-            num_groups = groups_at_once(self.tile.outputs.shape[2], self.num_groups)
-            first = channels.start * self.num_groups // self.tile.outputs.shape[2]
-            weights = self.tile.weights.at[pl.ds(2 * first * size, 2 * num_groups * size)]
+            groups = self.groups_in(channels)
+            weights = self.tile.weights.at[pl.ds(2 * groups.start * size, 2 * len(groups) * size)]
             all_groups = self.product(values.transpose((1, 0)), weights)
 
             def of_group(group: int) -> Array:
-                at = 2 * (group - first) * size
+                at = 2 * (group - groups.start) * size
                 return all_groups[:, at : at + size] + all_groups[:, at + size : at + 2 * size]
 
             return self.by_group(channels, of_group)

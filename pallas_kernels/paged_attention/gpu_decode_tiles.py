@@ -43,7 +43,7 @@ def aligned(num_columns: int) -> int:
 
 
 ROW_BLOCK = 64
-"""Dims of values whose groups' weights are multiplied at once."""
+"""Dims of values that an instruction multiplies: rows of a product are a multiple."""
 
 
 def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
@@ -54,19 +54,14 @@ def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
     return value_dim // (schemes[1].group or value_dim)
 
 
-def groups_at_once(value_dim: int, num_groups: int) -> int:
-    """Groups in 64 dims of values."""
-    return max(1, num_groups * ROW_BLOCK // value_dim)
-
-
 def stripe_of(value_dim: int, num_columns: int, num_groups: int = 0) -> int:
     """Dims of values that are multiplied at once: a multiple of 64."""
     if num_groups:
         return ROW_BLOCK
     return next(
         width
-        for width in range(value_dim, 0, -64)
-        if value_dim % width == 0 and (width * num_columns <= OUT_SIZE or width == 64)
+        for width in range(value_dim // ROW_BLOCK * ROW_BLOCK, 0, -ROW_BLOCK)
+        if width == ROW_BLOCK or (value_dim % width == 0 and width * num_columns <= OUT_SIZE)
     )
 
 

@@ -9,7 +9,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.alignment import ALIGNMENT
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, filled
+from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.tensor_cores import store_plainly
 from pallas_kernels.typing import Float, Int32
 
@@ -34,19 +36,24 @@ def merge(
     """Attention over all pieces of each item, in `dtype`, from normalised outputs of each; and its log-sum-exp. An item
     without pieces has 0 and -inf."""
     (_, num_kv_heads, value_dim, num_columns), items = outputs.shape, len(shares)
+    if num_queries > 1 and group * value_dim * jnp.dtype(dtype).itemsize % ALIGNMENT:
+        # A copy could not begin where a query's rows do: all columns leave as one query's, and XLA parts them.
+        merged, sums = merge(outputs, log_sum_exp, shares, 1, num_columns, dtype, interpret=interpret)
+        merged = merged.reshape(items, num_kv_heads, num_columns, value_dim)[:, :, : num_queries * group]
+        merged = merged.reshape(items, num_kv_heads, num_queries, group, value_dim).swapaxes(1, 2)
+        return merged.reshape(items, num_queries, num_kv_heads * group, value_dim), sums
 
     def kernel(outputs, log_sum_exp, shares, merged, merged_sums, rows, sums):
         block = lax.axis_index("block")
         item, head = lax.div(block, num_kv_heads), lax.rem(block, num_kv_heads)
         begin, end = shares[item, 0], shares[item, 1]
-        for at in range(0, value_dim, STRIPE):
-            columns = pl.ds(at, STRIPE)
+        for columns in stripes_of(value_dim, STRIPE):
             found, highest, total = _of_stripe(outputs, log_sum_exp, (begin, end), head, columns)
             divisor = jnp.where(total == 0, 1.0, total)
             found = (found / lax.broadcast_in_dim(divisor, found.shape, [1])).astype(dtype)
             turned = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
             store_plainly(rows.at[:, columns].transpose((1, 0)), turned)
-            if at == 0:
+            if columns.start == 0:
                 sums[...] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         plgpu.commit_smem()
         for query in range(num_queries):

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
-from pallas_kernels.paged_attention.gpu_tiles import stripes
+from pallas_kernels.paged_attention.gpu_tiles import stripes, value_stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.tensor_cores import ROWS, product
 
@@ -49,6 +49,8 @@ class Piece:
 
     def __init__(self, part: Part, rows: Rows, producer: Producer) -> None:
         self.part, self.tile, self.producer, self.scoring = part, rows, producer, part.scoring
+        chip = "blackwell" if rows.memory else "hopper"
+        self.value_stripes = value_stripes(part.values.blocks.shape[2], chip)
 
     def run(self) -> None:
         warpgroup = lax.axis_index("warpgroup")
@@ -64,7 +66,6 @@ class Piece:
     def attend(self, consumer: Any) -> None:
         """Of 64 rows over the piece's pages."""
         mine = pl.ds(consumer * ROWS, ROWS)
-        value_stripes = stripes(self.part.values.blocks.shape[2])
         lows, highs = self.bounds_of(mine)
         self.begin_rows(mine)
 
@@ -100,14 +101,14 @@ class Piece:
                 )
             plgpu.commit_smem()
             scaled = []
-            for columns, stripe_sums in zip(value_stripes, sums, strict=True):
+            for columns, stripe_sums in zip(self.value_stripes, sums, strict=True):
                 part = self.weighed(mine, place, columns)
                 scaled.append(stripe_sums * lax.broadcast_in_dim(keep, stripe_sums.shape, [0]) + part)
             plgpu.barrier_arrive(self.part.free.at[place])
             return tuple(scaled), new, total
 
         state = (
-            tuple(filled((ROWS, stripe.size), 0, plgpu.Layout.WGMMA) for stripe in value_stripes),
+            tuple(filled((ROWS, stripe.size), 0, plgpu.Layout.WGMMA) for stripe in self.value_stripes),
             filled((ROWS,), -jnp.inf, self.part.down),
             filled((ROWS,), 0, self.part.down),
         )
@@ -156,7 +157,7 @@ class Piece:
         inverse = 1 / divisor
         self.tile.lse_out[mine] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(divisor)) / LOG2_E)
         step = self.tile.sums_out.shape[1]
-        for columns, stripe_sums in zip(stripes(self.part.values.blocks.shape[2]), sums, strict=True):
+        for columns, stripe_sums in zip(self.value_stripes, sums, strict=True):
             shares = stripe_sums * lax.broadcast_in_dim(inverse, stripe_sums.shape, [0])
             for at in range(0, columns.size, step):
                 plgpu.wait_smem_to_gmem(0)

@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.gpu_chunk import Chunk
 from pallas_kernels.paged_attention.gpu_piece import Piece, Rows
 from pallas_kernels.paged_attention.gpu_producer import Producer, Scaled, ScalingProducer
 from pallas_kernels.paged_attention.gpu_ring import Part, by_name, given
-from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, Tiles, fit, scratch_for, step_of, stripes
+from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES, Tiles, fit, scratch_for, step_of, value_stripes
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, PIECES
 from pallas_kernels.paged_attention.sharing import (
     Live,
@@ -212,7 +212,7 @@ def _attend(
     flat = jax.tree.leaves(list(arrays.values()))
     dtype, block_pages = _worked_in(pages, query_type), BLOCK_LEN // page_size
     scratch = scratch_for(tiles, pages, dtype, block_pages, num_consumers, with_mass, chip, out_dtype)
-    accumulating = accumulators(chip, BLOCK_LEN, *(columns.size for columns in stripes(value_dim)))
+    accumulating = accumulators(chip, BLOCK_LEN, *(columns.size for columns in value_stripes(value_dim, chip)))
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""

@@ -96,7 +96,8 @@ def scratch_for(
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name."""
     dim, value_dim = pages.head_dims
-    rows, stripe, depth, block_len = ROWS * num_consumers, stripes(value_dim)[0].size, tiles.num_stages, BLOCK_LEN
+    rows, depth, block_len = ROWS * num_consumers, tiles.num_stages, BLOCK_LEN
+    stripe = value_stripes(value_dim, chip)[0].size
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
     schemes = pages.schemes
     of_weights = jnp.dtype(jnp.bfloat16) if schemes else dtype
@@ -155,3 +156,17 @@ def stripes(num_dims: int) -> list[Any]:
     """The dims of keys or values in equal parts of at most COLUMNS."""
     width = num_dims if num_dims <= COLUMNS else math.gcd(num_dims, COLUMNS)
     return [pl.ds(at, width) for at in range(0, num_dims, width)]
+
+
+def value_stripes(value_dim: int, chip: Chip) -> list[Any]:
+    """The dims of values that are multiplied at once. On Blackwell half a product's columns are whole groups of 16."""
+    width = stripes(value_dim)[0].size
+    if chip == "blackwell" and width % 32 and value_dim > 32:
+        width = 64 if value_dim > 64 else 32
+    return stripes_of(value_dim, width)
+
+
+def stripes_of(value_dim: int, width: int) -> list[Any]:
+    """Slices of `width` dims that cover [0, value_dim), `width` at least. The last one ends there: where `width` does
+    not divide `value_dim` it begins inside the one before it, so that their common dims are computed twice, alike."""
+    return [pl.ds(min(at, value_dim - width), width) for at in range(0, value_dim, width)]

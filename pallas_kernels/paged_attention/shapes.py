@@ -22,7 +22,7 @@ KIVIS = {"gpu": (("int4", KIVI), ("int2", KIVI)), "tpu": (("int4", KIVI),)}
 def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
     """Every format and head dim, decoding and in chunks of 256 tokens. Then what may be asked for beside: "lists" of
     each KV head with valid slots, "valid" slots alone, page "mass", "options" (a window, sinks, a soft cap), a mask of
-    "chunk"s of 1,024 tokens."""
+    "chunk"s of 1,024 tokens; and on GPUs "dims" that are no multiple of 64."""
 
     def more(extra: str, format: str = "bfloat16", per: str = "", num_queries: int = 1) -> Shape:
         return Shape("paged_attention", format, 128, per, extra, num_queries)
@@ -38,6 +38,11 @@ def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
         *(more(extra) for extra in ("lists", "mass", "options", "chunk")),
         *(more(extra, "int8", per) for per in ("token", "channel") for extra in ("mass", "options")),
         *(more(extra, num_queries=CHUNK) for extra in ("lists", "valid", "mass", "options", "chunk")),
+        *(
+            Shape("paged_attention", format, dim, per, "dims")
+            for format, per, dim in (("bfloat16", "", 80), ("bfloat16", "", 96), ("int8", "token", 96))
+            if backend == "gpu"
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.alignment import aligned_copies
 from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
@@ -107,6 +108,31 @@ MORE: dict[str, dict[str, Any]] = {
         "page_size": 64,
         "offset": 5.0,
     },
+    "KIVI in groups of 32, values of 96 dims": {
+        "lengths": [100],
+        "num_queries": 1,
+        "group": 3,
+        "dims": (64, 96),
+        "schemes": ("int4", "int4"),
+        "page_size": 64,
+        "offset": 5.0,
+    },
+    "KIVI in groups of 96, of which products of 64 have parts": {
+        "lengths": [100],
+        "num_queries": 1,
+        "group": 3,
+        "dims": (64, 192),
+        "schemes": ("int4", "int4", 96),
+        "page_size": 64,
+        "offset": 5.0,
+    },
+    "values of 240 dims, page of 8 slots": {
+        "lengths": [70],
+        "num_queries": 1,
+        "group": 9,
+        "kv_heads": 1,
+        "dims": (64, 240),
+    },
     "int4 by channel, two queries of 16 heads": {
         "lengths": [100],
         "num_queries": 2,
@@ -141,6 +167,11 @@ SLOW = (
     "int2 by channel",
     "KIVI of 4 bits, 256 dims, long pages",
     "KIVI in groups of 64, keys of 128 dims",
+    "values of 240 dims, page of 8 slots",
+    "values of 112 dims are the first columns of the keys",
+    "fp8 by token, head dims of 96, valid slots",
+    "int4 by token, head dims of 160",
+    "int8 by channel, values of 96 dims",
     "8 queries of 5 heads, window, sinks",
     "int8 by token, its own chunk, lists of each head",
     "int8 by channel, values are the first columns of the keys",
@@ -151,7 +182,7 @@ SLOW = (
 @named(CASES | MORE | KIVI, *SLOW)
 def test_equals_float64_without_a_race(case, capfd):
     dims = case.get("dims", (64, 64))  # where it names some that this kernel takes
-    check(simulated, **{"dtype": "bfloat16", **case, "dims": dims if dims[1] % 64 == 0 and dims[0] >= 64 else (64, 64)})
+    check(simulated, **{"dtype": "bfloat16", **case, "dims": dims if min(dims) >= 64 else (64, 64)})
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -169,6 +200,26 @@ def test_equals_float64_over_the_option_space(number, capfd):
     case = generated(number, **SPACE)
     check(simulated, **case | {"group": min(case["group"], 8)})
     assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number", numbers(1))
+def test_equals_float64_over_the_option_space_where_values_are_no_whole_products(number, capfd):
+    case = generated(number, **SPACE)
+    value_dims = (96, 160) if case["format"] else (80, 96, 112, 176)
+    dims = case["dims"][0], value_dims[number % len(value_dims)]
+    check(simulated, **case | {"group": min(case["group"], 8), "dims": dims})
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_what_is_served():
+    """Values of any dims from 64 on, whatever keys have; of fewer, no product has as many rows."""
+    for value_dim in range(16, 257, 16):
+        reason = gpu_decode.refusal((128, value_dim), None, 8, 64)
+        assert reason == (
+            None if value_dim >= 64 else f"head dim of values = {value_dim}: must be at least 64, the rows of a product"
+        )
+    for scheme in (Scheme("int8"), Scheme("fp8"), Scheme("int4")):
+        assert all(gpu_decode.refusal((dim, dim), (scheme, scheme), 8, 64) is None for dim in (96, 160, 224))
 
 
 LONG = {"lengths": [600], "num_queries": 1, "group": 1, "kv_heads": 1, "dtype": "bfloat16", "dims": (64, 64)}
@@ -312,20 +363,23 @@ def test_pages_that_are_no_part_of_blocks_are_refused():
 # The merge.
 
 
-@pytest.mark.parametrize(("cuts", "num_queries", "group"), [((1, 20, 0, 3), 1, 4), ((2, 1), 3, 5)])
-def test_pieces_merge_to_float64s_answer(cuts, num_queries, group):
-    """Items of so many pieces, and an empty one at the end that holds NaN."""
+@pytest.mark.parametrize("value_dim", [64, 80])
+@pytest.mark.parametrize(("cuts", "num_queries", "group"), [((1, 20, 0, 3), 1, 4), ((2, 1), 3, 5), ((2, 0), 2, 4)])
+def test_pieces_merge_to_float64s_answer(cuts, num_queries, group, value_dim):
+    """Items of so many pieces, and an empty one at the end that holds NaN. Five rows of 80 dims are no multiple of 128
+    bytes, where copies may begin."""
     rng, columns = np.random.default_rng(0), gpu_decode.columns_for(num_queries, group)
     num_pieces = sum(cuts) + 1
-    outputs = rng.standard_normal((num_pieces, 2, 64, columns)).astype(np.float32)
+    outputs = rng.standard_normal((num_pieces, 2, value_dim, columns)).astype(np.float32)
     sums = (30 * rng.standard_normal((num_pieces, 2, columns))).astype(np.float32)
     outputs[-1], sums[-1] = np.nan, np.nan
     ends = np.cumsum(cuts)
     shares = np.stack([ends - cuts, ends], axis=1).astype(np.int32)
-    merged, log_sum_exp = merge(
-        *map(jnp.asarray, (outputs, sums, shares)), num_queries, group, jnp.float16, interpret=HOW
-    )
-    assert merged.shape == (len(cuts), num_queries, 2 * group, 64)
+    with aligned_copies():
+        merged, log_sum_exp = merge(
+            *map(jnp.asarray, (outputs, sums, shares)), num_queries, group, jnp.float16, interpret=HOW
+        )
+    assert merged.shape == (len(cuts), num_queries, 2 * group, value_dim)
     for item, (begin, end) in enumerate(shares.tolist()):
         for head, column in np.ndindex(2, num_queries * group):
             query, mine = divmod(column, group)
@@ -358,13 +412,15 @@ PLAIN: list[tuple[Scheme, Scheme]] = [
 def test_what_fits_is_what_the_scratch_takes(schemes):
     """Of every shape that is not refused: in whole KiB, below the limit, and at most 32 barriers together."""
     seen = 0
-    for dims in ((64, 64), (128, 128), (256, 256), (80, 128)):
+    for dims in ((64, 64), (128, 128), (256, 256), (80, 128), (128, 80), (96, 96), (64, 160)):
         for columns in (8, 24, 64):
             for page_size in (8, 32, 64):
                 least = 32 if schemes and schemes[1].group is None else 64
-                if (schemes and (page_size < least or dims[0] % 32)) or gpu_decode.refusal(
-                    dims, schemes, columns, page_size
+                if schemes and (
+                    page_size < least or any(dim % step_of(of) for dim, of in zip(dims, schemes, strict=True))
                 ):
+                    continue
+                if gpu_decode.refusal(dims, schemes, columns, page_size):
                     continue
                 pages = Pages(
                     *(_pool(scheme, page_size, dim) for scheme, dim in zip(schemes or (None,) * 2, dims, strict=True))
@@ -385,6 +441,11 @@ def test_what_fits_is_what_the_scratch_takes(schemes):
                 assert all(size % 128 == 0 for size in row_bytes), "rows that are copied alone are aligned"
                 seen += 1
     assert seen > 3
+
+
+def step_of(scheme: Scheme) -> int:
+    """What head dims are multiples of, in a scheme."""
+    return 64 if scheme.format == "int2" else scheme.group or 32
 
 
 def _pool(scheme: Scheme | None, page_size: int, dim: int) -> Any:

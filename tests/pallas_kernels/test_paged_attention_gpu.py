@@ -50,6 +50,8 @@ def test_equals_float64_without_a_race(case, capfd):
     [
         "lengths 0, 1, page, page + 1; an empty one first and last",
         "several blocks, odd head dims",
+        "head dims of 80, 3 queries of 3 heads, window, sinks, soft cap",
+        "int8 by token, head dims of 96",
         "KIVI of 2 bits",
         *FORMATS[:1],
     ],
