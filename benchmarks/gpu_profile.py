@@ -22,7 +22,7 @@ GAP_US = 2.0
 """Between two kernels: what is longer is a wait."""
 
 type Events = list[tuple[float, float, str]]
-"""Begin and duration in microseconds, and the name, in their order."""
+"""Begin and duration in microseconds, and the name, in their order; none where there is no GPU."""
 
 
 def device_events(folder: Path) -> Events:
@@ -40,16 +40,18 @@ def device_events(folder: Path) -> Events:
 
 def told(events: Events, steps: int) -> dict[str, Any]:
     """Of a step: how long the device was busy, how many launches and waits it had, and what took longest."""
-    by_name, gaps, end = defaultdict[str, list[float]](list), list[float](), None
+    if not events:
+        return {"missing": "no GPU: nothing was recorded"}
+    by_name, gaps, busy, end = defaultdict[str, list[float]](list), list[float](), 0.0, events[0][0]
     for begin, duration, name in events:
         by_name[name].append(duration)
-        if end is not None:
-            gaps.append(begin - end)
-        end = max(end or 0.0, begin + duration)
+        gaps.append(begin - end)
+        busy += max(0.0, begin + duration - max(begin, end))  # streams may run side by side
+        end = max(end, begin + duration)
     waits = [gap for gap in gaps if gap > GAP_US]
     longest = sorted(by_name.items(), key=lambda pair: -sum(pair[1]))[:KEPT]
     return {
-        "busy_us": sum(duration for _, duration, _ in events) / steps,
+        "busy_us": busy / steps,
         "launches": len(events) / steps,
         "waits": len(waits) / steps,
         "waited_us": sum(waits) / steps,

@@ -27,7 +27,7 @@ from kvlab.capacity.presets import Preset
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
 from kvlab.hardware import HardwareConfig
-from kvlab.methods import METHODS, fields_for_some, fitting
+from kvlab.methods import METHODS, fields_for_some, fitting, for_their_methods
 from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
@@ -153,7 +153,8 @@ def compose_capacity(overrides: Sequence[str] = ()) -> CapacityConfig:
 
 def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
     """Every config of `kvlab capacity -m <overrides>`: comma lists are swept. Raises ConfigError."""
-    return [compose_capacity(job) for job in _jobs(overrides, CAPACITY)]
+    jobs = [spelled_out(job, CAPACITY) for job in _jobs(overrides, CAPACITY)]
+    return [compose_capacity(job) for job in for_their_methods(jobs, CAPACITY.more_short)]
 
 
 def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:

@@ -31,6 +31,28 @@ def fields_for_some(words: Sequence[str], swept: Mapping[str, Sequence[str]]) ->
     return found
 
 
+def for_their_methods(jobs: Sequence[Sequence[str]], groups: Sequence[str]) -> list[list[str]]:
+    """The words of a sweep's jobs in which a method is a word, without the fields that a job's own method lacks and
+    another's has. Raises ConfigError for a field that none of them has."""
+    swept = {group: [_chosen(job, group) for job in jobs] for group in groups}
+    for job in jobs:
+        fields_for_some(job, {group: names for group, names in swept.items() if any(names)})
+
+    def fits(word: str, job: Sequence[str]) -> bool:
+        parts = word.partition("=")[0].split(".")
+        if len(parts) < 3 or parts[1] not in groups or not any(swept[parts[1]]):
+            return True
+        return parts[2] in _fields(METHODS[parts[1]].get(_chosen(job, parts[1])))
+
+    return [[word for word in job if fits(word, job)] for job in jobs]
+
+
+def _chosen(job: Sequence[str], group: str) -> str:
+    """The method that a job names by a word alone; empty: none, or a section."""
+    chosen = [word.partition("=")[2] for word in job if word.startswith(f"memory.{group}=")]
+    return chosen[-1] if chosen and chosen[-1] in METHODS[group] else ""
+
+
 def fitting(values: Mapping[str, Any], for_some: Collection[str] | None = None) -> dict[str, Any]:
     """Composed values without the fields that their methods lack: without those of `for_some`, by dotted names, or
     without any (null)."""

@@ -116,7 +116,8 @@ def test_members_trained_together_are_what_each_is_alone():
 def test_a_profile_says_of_a_step_what_was_busy_and_what_waited():
     events = [(0.0, 10.0, "a"), (10.5, 4.0, "b"), (24.5, 10.0, "a"), (30.0, 2.0, "c"), (34.6, 1.0, "b")]
     found = told(events, 2)
-    assert (found["busy_us"], found["launches"], found["waits"], found["waited_us"]) == (13.5, 2.5, 0.5, 5.0)
+    assert (found["busy_us"], found["launches"], found["waits"], found["waited_us"]) == (12.5, 2.5, 0.5, 5.0)
+    assert set(told([], 2)) == {"missing"}
     assert found["kernels"] == [
         {"name": "a", "launches": 1.0, "us": 10.0},
         {"name": "b", "launches": 1.0, "us": 2.5},

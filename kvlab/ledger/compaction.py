@@ -153,6 +153,8 @@ def _moved(
     pages, destinations = np.full((2, num_rows, 1), state.num_pages, np.int32)
     for (row, held), is_shared in zip(weighed.items(), missing, strict=True):
         holding = held.holdings[store.number]
+        if not holding.pages:  # let go at an earlier compaction
+            continue
         pages[row] = slot = holding.pages[0]
         if _ends(store, held):
             _states(store).end(holding)

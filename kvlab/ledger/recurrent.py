@@ -14,7 +14,7 @@ class StateStore(Store):
 
     def missing(self, holding: Holding, start: int, end: int, lookahead: int) -> list[int]:
         if not holding.pages:
-            return [] if start else [0]  # what was let go for good is not missed
+            return [] if start and self.state.until_compacted else [0]  # what was let go for good is not missed
         if self.refs[holding.pages[0]] == 1 and not lookahead:
             return []
         # A checkpoint that only the index shares is given up when slots are short, so that a sequence can always go on.

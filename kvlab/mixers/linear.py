@@ -125,8 +125,8 @@ class LinearAttention(Mixer):
         """Rates, one a head, and biases of the time steps; as published, time steps are small and rates differ."""
         config = self.config
         (shortest, longest), (slowest, fastest) = config.dt_range, config.rate_range
-        size = (config.heads, config.key_dim) if config.decay == "channel" else (config.heads,)
-        log_dt = jax.random.uniform(rngs.params(), size, minval=math.log(shortest), maxval=math.log(longest))
+        size = config.heads * (config.key_dim if config.decay == "channel" else 1)
+        log_dt = jax.random.uniform(rngs.params(), (size,), minval=math.log(shortest), maxval=math.log(longest))
         dt = jnp.exp(log_dt)  # the bias is its inverse softplus
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
         rates = jax.random.uniform(rngs.params(), (config.heads,), minval=slowest, maxval=fastest)

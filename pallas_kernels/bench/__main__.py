@@ -198,9 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--size", choices=tuple(PROBLEMS), help="default: full on an accelerator, tiny on a CPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT, and no sweep")
-    parser.add_argument(
-        "--leave-out", nargs="+", default=[], choices=plan.STAGES[:-1], metavar="STAGE", help=f"of {plan.STAGES[:-1]}"
-    )
+    stages = ", ".join(f'"{name}"' for name in plan.SHARES)
+    said = f"stages that are not run, of {stages}: what an earlier window has done already"
+    parser.add_argument("--leave-out", nargs="+", default=[], choices=plan.SHARES, metavar="STAGE", help=said)
     parser.add_argument("--rounds", type=int, default=9, help="samples of each figure (default 9)")
     parser.add_argument("--cases", type=int, default=40, help="generated cases of the correctness check (default 40)")
     parser.add_argument("--json", type=Path, help="the file of results, JSON lines; default: in a temporary folder")
@@ -219,6 +219,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     for name, least in (("rounds", 1), ("cases", 0), ("workers", 1), ("budget", LEAST_BUDGET_S)):
         if not getattr(options, name) >= least:
             parser.error(f"{name} = {getattr(options, name)}: must be at least {least}")
+    if not set(plan.SHARES) - set(options.leave_out):
+        parser.error("leave-out: must leave a stage to be run")
     if options.only and options.plot:
         parser.error(f"plot = {options.plot}: is drawn of the sweep, which only = {options.only!r} leaves out")
     if options.resume and options.json is None:

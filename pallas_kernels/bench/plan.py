@@ -14,6 +14,15 @@ from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS
 from pallas_kernels.bench.runner import Piece
 from pallas_kernels.bench.verify import cases
 
+SHARES = {
+    "named cases": 0.3,
+    "ceilings": 0.36,
+    "headline": 0.52,
+    "problems": 0.84,
+    "other peers, sweep": 0.9,
+    "generated cases": 1.0,
+}
+"""Stages by name, in their order: each ends before this share of the budget is used up."""
 CASE_S, START_S, SLOW_S = 60.0, 5.0, 40.0
 """Limit of a case; what any process needs at least on an accelerator; what a slow peer needs."""
 
@@ -78,20 +87,14 @@ def stages(options: Namespace, platform: str) -> list[Stage]:
         spare = drawn + spare if options.plot else spare + drawn
     if importlib.util.find_spec("torch"):
         spare += timings("slow", paged, SLOW_S)
-    found = (
-        Stage("named cases", named, 0.3, options.workers),
-        Stage("ceilings", (Piece("ceilings", "", command("ceilings", "", options), limit_s, start_s),), 0.36),
-        Stage("headline", timings("problem", first), 0.52),
-        Stage("problems", timings("problem", rest), 0.84),
-        Stage("other peers, sweep", spare, 0.9),
-        Stage("generated cases", generated, 1.0, options.workers),
-    )
-    kept = [stage for stage in found if stage.name not in options.leave_out]
-    return [*kept[:-1], replace(kept[-1], share=1.0)]
-
-
-STAGES = ("named cases", "ceilings", "headline", "problems", "other peers, sweep", "generated cases")
-"""By name, in their order."""
+    limits = (Piece("ceilings", "", command("ceilings", "", options), limit_s, start_s),)
+    pieces = named, limits, timings("problem", first), timings("problem", rest), spare, generated
+    found = [
+        Stage(name, mine, share, options.workers if name.endswith("cases") else 1)
+        for (name, share), mine in zip(SHARES.items(), pieces, strict=True)
+    ]
+    kept = [stage for stage in found if stage.pieces and stage.name not in options.leave_out]
+    return [*kept[:-1], *(replace(stage, share=1.0) for stage in kept[-1:])]
 
 
 def chosen(options: Namespace) -> list[Any]:

@@ -89,6 +89,15 @@ def test_a_methods_fields_stand_beside_its_name_as_in_a_run():
     words = ["model=llama3-8b", "hardware=h100", "compression=snapkv", "budget=0.25"]
     (config,) = expand_capacity([*words, "memory.compression.every=600", "memory.compression.window=16"])
     assert (config.memory.compression.every, config.memory.compression.window) == (600, 16)
+    first, second = expand_capacity([*words[:2], "compression=none,snapkv", "budget=0.5", "memory.compression.every=9"])
+    assert first.memory.compression is None
+    assert second.memory.compression.every == 9
+    first, second = expand_capacity(
+        [*words[:2], "compression=snapkv,knorm", "budget=0.5", "memory.compression.window=16"]
+    )
+    assert (first.memory.compression.window, second.memory.compression.name) == (16, "knorm")
+    with pytest.raises(ConfigError, match="no field of knorm, h2o"):
+        expand_capacity([*words[:2], "compression=knorm,h2o", "budget=0.5", "memory.compression.window=16"])
     with pytest.raises(ConfigError, match=r"memory\.compression\.evry"):
         compose_capacity([*words, "memory.compression.evry=600"])
 

@@ -313,6 +313,16 @@ def test_statistics_go_at_the_compaction_behind_the_prompt_and_not_before():
     ledger.commit("a", 1)
 
 
+def test_a_sequence_without_statistics_is_compacted_again_by_hand():
+    ledger = with_statistics()
+    prompted(ledger, "a", 10)
+    ledger.compact(ledger.due(["a"]))
+    again = ledger.compact({"a": {"full": 3}})
+    assert again.classes[1].pages.tolist() == again.classes[1].destinations.tolist() == [[3]], "nothing is moved"
+    ledger.check()
+    assert ledger.stored("a")["full"] == 3
+
+
 def test_statistics_that_are_needed_again_stay():
     ledger = with_statistics(every=4)
     prompted(ledger, "a", 10)

@@ -214,6 +214,7 @@ def test_a_problem_that_is_no_more_is_still_told(run, monkeypatch, capsys):
         (["--budget=nan"], "budget = nan: must be at least 30"),
         (["--resume"], "resume: needs the file to go on with, as --json"),
         (["--size=tiny", "--only=no such"], "only = 'no such': must be part of one of: decode B3; decode B3, int8; "),
+        (["--leave-out", *plan.SHARES], "leave-out: must leave a stage to be run"),
         (["--only=MLA", "--plot=a.png"], "plot = a.png: is drawn of the sweep, which only = 'MLA' leaves out"),
     ],
 )
@@ -236,6 +237,12 @@ def test_pieces_share_a_cache_and_the_device(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert environment.default_cache().is_dir()
+
+
+def test_of_the_stages_that_are_not_left_out_the_last_may_use_up_the_budget():
+    options = bench.make_parser().parse_args(["--size=tiny", "--cases=0", "--leave-out", "named cases", "headline"])
+    found = {stage.name: stage.share for stage in plan.stages(options, "cpu")}
+    assert found == {"ceilings": 0.36, "problems": 0.84, "other peers, sweep": 1.0}
 
 
 PLANNING = """

@@ -114,6 +114,9 @@ def test_weight_decay_spares_vectors_and_convolutions(config_of):
     for spared in (mixer["dt_bias"], mixer["log_rate"], mixer["skip"], mixer["norm"]["scale"], mixer["conv"]["kernel"]):
         assert not spared
     assert not mask["blocks"][0]["short_conv"]["kernel"]
+    kda = decays(Laboratory.of(config_of("mixer=kda")).model.params)["blocks"][0]["mixer"]
+    assert kda["step"]["kernel"]
+    assert not any((kda["dt_bias"], kda["log_rate"], kda["norm"]["scale"]))
 
 
 def test_the_optimizer_is_adamw_with_warmup_and_cosine():
