@@ -69,7 +69,7 @@ class Publisher:
     def _most(self, held: Tracked) -> int:
         """Tokens of a sequence that others may read. Where prompts are read in another way than what follows them,
         nothing of an answer: to others it would be part of a prompt."""
-        if not any(store.has_dense_prompts for store in self.stores):
+        if not self.stores.has_dense_prompts:
             return held.length
         return held.prompt_len if held.compress_at is None else held.compress_at
 

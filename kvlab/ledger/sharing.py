@@ -13,10 +13,12 @@ from kvlab.ledger.tracked import Tracked
 
 def look_up(stores: Stores, ids: bytes, num_tokens: int, namespace: str, prompt_len: int) -> Tracked:
     """See `Ledger.lookup`: a hit that holds its pages and the end of its path."""
-    if any(store.has_dense_prompts for store in stores):  # nothing behind a prompt is found, or published
+    if stores.has_dense_prompts:  # nothing behind a prompt is found, or published
         ids, num_tokens = ids[: prompt_len * ITEM], min(num_tokens, prompt_len)
-    index, most = stores.index, first_due(stores.classes, prompt_len)
-    path, num_pages = index.match(namespace, ids, min(num_tokens, most)) if stores.can_share else ([], 0)
+    index, most = stores.index, num_tokens
+    if stores.compresses:
+        most = min(most, first_due(stores.classes, prompt_len))
+    path, num_pages = index.match(namespace, ids, most) if stores.can_share else ([], 0)
     holdings = [Holding() for _ in stores]
     for store, holding in zip(stores, holdings, strict=True):
         for logical, cached in index.needed(path, store.number, num_pages):

@@ -45,6 +45,14 @@ class Stores:
         )
         self.of_states = [store for store in self.each if not store.state.spec.per_token]
         """Those of recurrent classes."""
+        self.has_dense_prompts = any(store.has_dense_prompts for store in self.each)
+        """Whether the queries of prompts read in another way than those of answers."""
+        shortens = any(state.retention or state.sealing for state in self.classes)
+        self.compresses = shortens or self.has_dense_prompts
+        """Whether it matters where a sequence's prompt ends: it is compacted, its pages are sealed, or what follows is
+        read in another way."""
+        self.can_share = not any(state.contiguous for state in self.classes)
+        """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
         self.free_rows: list[int] = []
         self.counters = Counters(peak_pages=[0] * len(self.classes))
 
@@ -56,18 +64,6 @@ class Stores:
 
     def __getitem__(self, number: int) -> Store:
         return self.each[number]
-
-    @property
-    def can_share(self) -> bool:
-        """Whether sequences can share pages and leave the device: contiguous blocks can do neither."""
-        return not any(state.contiguous for state in self.classes)
-
-    @property
-    def compresses(self) -> bool:
-        """Whether it matters where a sequence's prompt ends: it is compacted, its pages are sealed, or what follows is
-        read in another way."""
-        shortens = any(state.retention or state.sealing for state in self.classes)
-        return shortens or any(store.has_dense_prompts for store in self.each)
 
     def never(self, total_len: int, held: Tracked | None = None, prompt_len: int | None = None) -> Never | None:
         """Why a sequence of `total_len` tokens could not run alone in an empty pool, less what compaction took of it,
