@@ -80,24 +80,18 @@ class _Watched:
 
     def attend(self, queries: Queries, positions: Positions, **options: Any) -> tuple[HeadOutputs, "_Watched"]:
         outputs, view = self.view.attend(queries, positions, **options)
-        return outputs, _Watched(view, self.keys, correlation_of(queries, self.keys, **options))
+        return outputs, _Watched(view, self.keys, correlation_of(self.view.state, queries, self.keys))
 
 
-def correlation_of(
-    queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B T K D"],
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-) -> Float[Array, "B K"]:
+def correlation_of(state: Any, queries: Float[Array, "B T H D"], keys: Float[Array, "B T K D"]) -> Float[Array, "B K"]:
     """Of each head: the rank correlation of the lengths of the first half's keys with the mean weight that the second
     half's queries give them."""
     queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
     num_tokens, num_kv_heads, dim = keys.shape[1:]
     half = num_tokens // 2
     asked = queries[:, half:].reshape(len(queries), num_tokens - half, num_kv_heads, -1, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", asked, keys) * (dim**-0.5 if scale is None else scale)
-    scores = soft_capped(scores, soft_cap)
+    scores = jnp.einsum("btkgd,bskd->bkgts", asked, keys) * state.scale(dim)
+    scores = soft_capped(scores, state.soft_cap)
     places = jnp.arange(num_tokens, dtype=jnp.int32)
     seen = (places[None, :] <= places[half:, None])[None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)

@@ -23,7 +23,7 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.schema import ConfigError
 from kvlab.selection import Candidates, Selection, choose
-from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
+from kvlab.typing import HeadOutputs, Params, Positions, Queries, SinkLogits, Tokens
 from pallas_kernels.masking import masked_softmax, soft_capped
 
 
@@ -91,17 +91,17 @@ class _Recalling:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        outputs, whole = self.whole.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        outputs, whole = self.whole.attend(queries, positions, sink_logits=sink_logits)
         places, size = np.array(self.asked.positions), self.asked.page_size
         keys = whole.pool["keys"].astype(jnp.float32)
         batch, num_tokens, num_kv_heads, dim = keys.shape
         keys = jnp.pad(keys, ((0, 0), (0, -num_tokens % size), (0, 0), (0, 0)))
-        scaled = queries[:, places].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        scaled = queries[:, places].astype(jnp.float32) * whole.state.scale(dim)
         grouped = scaled.reshape(batch, len(places), num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys)
-        scores = soft_capped(scores, soft_cap)
+        scores = soft_capped(scores, whole.state.soft_cap)
         seen = jnp.asarray(np.arange(keys.shape[1])[None, :] <= places[:, None])[None, :, None, None]
         weights, _ = masked_softmax(scores, jnp.broadcast_to(seen, (1, *seen.shape[1:3], *scores.shape[3:])))
         mass = weights.reshape(*weights.shape[:4], -1, size).sum(axis=-1)

@@ -11,9 +11,10 @@ from jax import Array
 
 from kvlab.evaluation.layerwise import Blockwise, layers_of
 from kvlab.ledger.states import State, TokenState
+from kvlab.memory.views.dense import weights_beside_sinks
 from kvlab.schema import ConfigError
-from kvlab.typing import HeadOutputs, Positions, Queries, Tokens
-from pallas_kernels.masking import masked_softmax, soft_capped
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits, Tokens
+from pallas_kernels.masking import soft_capped
 
 
 def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first: int = 64) -> npt.NDArray[np.float64]:
@@ -46,16 +47,16 @@ class _Watched:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        outputs, whole = self.whole.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        outputs, whole = self.whole.attend(queries, positions, sink_logits=sink_logits)
         keys = whole.pool["keys"].astype(jnp.float32)
         num_kv_heads, dim = keys.shape[2:]
-        asked = queries[:, self.first :].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        asked = queries[:, self.first :].astype(jnp.float32) * whole.state.scale(dim)
         grouped = asked.reshape(*asked.shape[:2], num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
-        scores = soft_capped(scores, soft_cap)
+        scores = soft_capped(scores, whole.state.soft_cap)
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = whole.state.visible.sees(places[self.first :, None], places[None, :])
-        weights, _ = masked_softmax(scores, seen)
+        weights = weights_beside_sinks(scores, seen, sink_logits)
         return outputs, replace(self, whole=whole, share=weights[..., 0].mean(axis=(0, 3)).reshape(-1))

@@ -193,6 +193,16 @@ class PerToken(State):
         if self.reading is not None and self.span is not None:
             raise ValueError(f"reading = {self.reading}: must be None for a state that forgets by itself")
 
+    @property
+    def soft_cap(self) -> float | None:
+        """c, where readers map a scaled score s to c * tanh(s / c)."""
+        return None if self.readers is None else self.readers.soft_cap
+
+    def scale(self, query_dim: int) -> float:
+        """What readers multiply products of queries and keys with: query_dim ** -0.5, unless they say otherwise."""
+        given = None if self.readers is None else self.readers.scale
+        return query_dim**-0.5 if given is None else given
+
     def stored(self, format: str) -> Self:
         if format in ROTATED:
             raise ValueError(f"{type(self).__name__} is not rotated: only keys and values of attention are")

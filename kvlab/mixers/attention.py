@@ -25,7 +25,9 @@ class AttentionConfig(MixerConfig):
     `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
     2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
     tokens, and blends up to `high` turns (arXiv 2407.21783). With an `output_gate` each number of a head's output is
-    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708).
+    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708). With `sink_logits` the
+    softmax of each head has a learned logit that belongs to no token (gpt-oss, arXiv 2508.10925): what a head need not
+    attend to costs no token, and no byte of the cache.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -41,6 +43,7 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = flag(False)
     bias: bool = flag(False)
     output_gate: bool = added(flag(False))
+    sink_logits: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -96,6 +99,8 @@ class Attention(Mixer):
         if config.qk_norm:
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
             self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+        if config.sink_logits:
+            self.sink_logits = nnx.Param(jnp.zeros(heads, jnp.float32))
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
@@ -120,7 +125,8 @@ class Attention(Mixer):
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         kv: TokenView = memory["kv"]
         kv = kv.append(keys=keys, values=values)
-        outputs, kv = kv.attend(queries, positions, soft_cap=config.soft_cap)
+        sinks = self.sink_logits[...] if config.sink_logits else None
+        outputs, kv = kv.attend(queries, positions, sink_logits=sinks)
         outputs = outputs.reshape(*x.shape[:2], -1)
         if config.output_gate:
             outputs = outputs * jax.nn.sigmoid(self.gate(x))

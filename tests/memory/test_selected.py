@@ -28,7 +28,7 @@ from tests.mixers.tiny import TINY
 from tests.selection.brute_force import logits_of
 
 LAYERS = {
-    "attention": [*VARIANTS["norms_cap_bias"], *VARIANTS["window"], *VARIANTS["gqa"]],
+    "attention": [*VARIANTS["sink_logits"], *VARIANTS["window"], *VARIANTS["gqa"]],
     "latent": VARIANTS["latent"],
 }
 PROMPT = 11

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kvlab.ledger.memory_states import SealedState, Statistics
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import LatentState, RecurrentState, RetrievalState, State, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, view_of, whole
@@ -110,25 +111,25 @@ def test_quantised_tokens_are_the_rounded_ones(memory, format):
 def test_the_states_mask_is_applied(memory, visible):
     """In pages, in rows, and in the parallel form."""
     arrays = drawn({"queries": (4, 8), "keys": (2, 8), "values": (2, 6)})
-    state = TokenState(2, 8, 6, visible=visible)
-    found = through(state, memory, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.5)[0])
+    state = TokenState(2, 8, 6, visible=visible, readers=Readers(4, scale=0.5))
+    found = through(state, memory, arrays, lambda view, chunk, at: view.attend(chunk["queries"], at)[0])
     seen = [[p for p in range(t + 1) if visible.sees(t, p)] for t in range(max(LENGTHS))]
     rows = zip(*(arrays[name] for name in ("queries", "keys", "values")), strict=True)
     expected = [attention(*row, seen.__getitem__, 0.5) for row in rows]
     assert_right(found, expected)
     (layer,) = whole([{"kv": state}], *arrays["queries"].shape[:2])
     view = layer["kv"].append(**{name: jnp.asarray(arrays[name]) for name in ("keys", "values")})
-    assert_right(np.asarray(view.attend(jnp.asarray(arrays["queries"]), None, scale=0.5)[0]), expected)
+    assert_right(np.asarray(view.attend(jnp.asarray(arrays["queries"]), None)[0]), expected)
 
 
 @pytest.mark.parametrize("memory", PLACES)
 def test_latent_rows_are_keys_and_values(memory):
     arrays = drawn({"queries": (3, 8), "keys": (1, 8)})
     found = through(
-        LatentState(6, 2, "float32"),
+        LatentState(6, 2, "float32", readers=Readers(3, scale=0.3)),
         memory,
         arrays,
-        lambda view, chunk, at: view.attend(chunk["queries"], at, scale=0.3)[0],
+        lambda view, chunk, at: view.attend(chunk["queries"], at)[0],
     )
     expected = [
         attention(queries, rows, rows[..., :6], lambda t: list(range(t + 1)), 0.3)

@@ -42,12 +42,15 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 2, "rope": False},
         {"num_kv_heads": 2, "output_gate": True},
         {"num_kv_heads": 2, "output_gate": True, "bias": True},
+        {"num_kv_heads": 2, "sink_logits": True, "window": 3},
     ],
 )
 def test_equals_the_formula(fields):
     config = AttentionConfig(num_heads=4, head_dim=8, **fields)
     layer = Attention(config, 16, dtype="float32", rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((1, 11, 16))
+    if config.sink_logits:
+        layer.sink_logits[...] = jnp.array([-1.0, 0.5, 2.0, 4.0])
     positions = jnp.arange(11, dtype=jnp.int32)[None]
     (memory,) = whole([layer.states()], 1, 11)
     y, _ = jax.jit(lambda x: layer(x, positions, memory))(jnp.asarray(x, jnp.float32))
@@ -76,7 +79,8 @@ def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndar
             scores = heads["key"][seen, kv] @ heads["query"][t, head] / np.sqrt(8)
             scores = config.soft_cap * np.tanh(scores / config.soft_cap) if config.soft_cap else scores
             probabilities = np.exp(scores - scores.max())
-            outputs[t, head] = probabilities @ heads["value"][seen, kv] / probabilities.sum()
+            sink = np.exp(layer.sink_logits[head] - scores.max()) if config.sink_logits else 0.0
+            outputs[t, head] = probabilities @ heads["value"][seen, kv] / (probabilities.sum() + sink)
     outputs = outputs.reshape(len(x), -1)
     if config.output_gate:
         gate = layer.gate.bias[...] if config.bias else 0.0

@@ -42,7 +42,7 @@ class TinyLatent(Mixer):
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         queries = self.query(x).reshape(*x.shape[:2], self.config.num_heads, -1)
         latents = memory["latents"].append(keys=self.row(x)[:, :, None])
-        outputs, latents = latents.attend(queries, positions, scale=SCALE)
+        outputs, latents = latents.attend(queries, positions)
         return self.out(outputs.reshape(*x.shape[:2], -1)), {"latents": latents}
 
 

@@ -14,7 +14,7 @@ from kvlab.compression import Attended
 from kvlab.memory.views.dealt import DealtTokens
 from kvlab.memory.views.sealed import SealedTokens
 from kvlab.memory.views.weights import paged_weights
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 
 
 @jax.tree_util.register_dataclass
@@ -43,15 +43,15 @@ class NotedTokens:
         return replace(self, tokens=self.tokens.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        outputs, tokens = self.tokens.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        outputs, tokens = self.tokens.attend(queries, positions, sink_logits=sink_logits)
         num_tokens, dim = queries.shape[1], queries.shape[3]
-        scaled = queries.astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        scaled = queries.astype(jnp.float32) * tokens.state.scale(dim)
         slots = tokens.query_slots(num_tokens)
 
         def weigh() -> Float[Array, "B T H S"]:
-            return paged_weights(tokens, scaled, slots, soft_cap)
+            return paged_weights(tokens, scaled, slots, sink_logits)
 
         seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
         note = self.method.listen if self.listens else self.method.observe

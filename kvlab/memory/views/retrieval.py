@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.memory.views.paged import attend_pages, lists_of
-from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries
+from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries, SinkLogits
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.visible import NOWHERE
 
@@ -32,8 +32,7 @@ class PagedRetrieval(PlannedTokens):
         positions: Positions,
         *,
         index_queries: IndexQueries,
-        scale: float | None = None,
-        soft_cap: float | None = None,
+        sink_logits: SinkLogits | None = None,
     ) -> tuple[HeadOutputs, Self]:
         """As `TokenView.attend`, over what `index_queries` [B, T, index_dim] select."""
         batch, num_tokens, num_heads, dim = queries.shape
@@ -62,7 +61,7 @@ class PagedRetrieval(PlannedTokens):
         narrow = _narrowed(by_query(lists.table), by_query(lists.starts), chosen, self.state.num_selected)
         pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
         rows = queries.reshape(-1, 1, num_heads, dim)
-        outputs = attend_pages(alone, rows, pages, narrow, scale=scale, soft_cap=soft_cap)
+        outputs = attend_pages(alone, rows, pages, narrow, sink_logits)
         return outputs.reshape(batch, num_tokens, num_heads, -1), self
 
 

@@ -17,7 +17,7 @@ from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, as_stored
 from kvlab.memory.views.dense import attend_densely
 from kvlab.memory.views.retrieval import select
-from kvlab.typing import Counts, HeadOutputs, IndexQueries, Positions, Queries
+from kvlab.typing import Counts, HeadOutputs, IndexQueries, Positions, Queries, SinkLogits
 from pallas_kernels.flash_attention import flash_attention
 
 
@@ -83,10 +83,11 @@ class WholeTokens(Appended):
     """Keys and values of the call's own tokens."""
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
-        return flash_attention(queries, self.pool["keys"], self.values, **options), self
+        state, dim = self.state, queries.shape[-1]
+        options: dict[str, Any] = {"visible": state.visible, "scale": state.scale(dim), "soft_cap": state.soft_cap}
+        return flash_attention(queries, self.pool["keys"], self.values, sink_logits=sink_logits, **options), self
 
     @property
     def values(self) -> Array:
@@ -115,8 +116,7 @@ class WholeRetrieval(Appended):
         positions: Positions,
         *,
         index_queries: IndexQueries,
-        scale: float | None = None,
-        soft_cap: float | None = None,
+        sink_logits: SinkLogits | None = None,
     ) -> tuple[HeadOutputs, Self]:
         keys, values, index = self.pool["keys"], self.pool["values"], self.pool["index"][:, :, 0]
         slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
@@ -124,7 +124,7 @@ class WholeRetrieval(Appended):
         seen = jnp.broadcast_to(seen, (len(keys), *seen.shape[1:]))
         selected = select(index_queries, index, seen, self.state.num_selected)
         keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        return attend_densely(queries, keys, values, selected, scale=scale, soft_cap=soft_cap), self
+        return attend_densely(self.state, queries, keys, values, selected, sink_logits), self
 
 
 @jax.tree_util.register_dataclass
