@@ -39,7 +39,7 @@ def test_a_format_is_a_group_and_a_field_and_the_same_run():
 
 ADDED = {
     "memory": {"format", "residual", "quantised_prefill", "compression", "budget", "selection", "allow_underfill"},
-    "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware"},
+    "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
 ADDED_TO_ATTENTION = ("output_gate", "sink_logits")
@@ -48,7 +48,7 @@ ADDED_TO_ATTENTION = ("output_gate", "sink_logits")
 @pytest.mark.parametrize(
     ("task", "change"),
     [("mqar", "task.num_turns=2"), ("text", "task.num_scored=9"), ("perplexity", "task.num_scored=9"),
-     ("needle", "task.query_aware=true"), ("mqar", "memory.format=fp8")],
+     ("text", "task.max_bigram_count=9"), ("needle", "task.query_aware=true"), ("mqar", "memory.format=fp8")],
 )  # fmt: skip
 def test_what_was_added_later_leaves_the_hashes_of_older_runs(task, change, tmp_path):
     """Against the rule as it was before there were such fields, written out here."""
@@ -91,6 +91,7 @@ RESOLVED = {
     "mqar_frontier": ["experiment=mqar_frontier"],
     "demo": ["experiment=demo"],
     "demo_text": ["experiment=demo", "task=text"],
+    "mad": ["task=mad"],
     **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
 }
 

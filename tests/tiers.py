@@ -235,6 +235,8 @@ MANY_PROGRAMS = {
     "tests/lab/test_generation.py::test_the_last_line_counts_what_a_user_counts_and_times_no_compiling": "ci",
     "tests/lab/test_compare.py::test_every_choice_of_a_group_finds_its_runs_and_no_others[compression]": "ci",
     "tests/tasks/test_passkey.py::test_a_row_under_a_tokenizer_says_the_same": "ci",
+    "tests/evaluation/test_label_parts.py::test_a_record_has_both_parts_and_their_shares": "ci",
+    "tests/tasks/test_mad.py::test_every_pattern_meets_the_contract": "ci",
     "tests/tasks/test_passkey.py::test_training_has_both_questions_in_a_row": "ci",
     "tests/test_compose.py::test_a_sweep_starts_distinct_trainings_first[words2": "ci",
     "tests/test_cli.py::test_plan_says_which_runs_share_a_training_and_which_repeat_another": "ci",
