@@ -21,6 +21,7 @@ from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
+from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
 from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
@@ -49,6 +50,7 @@ VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
 ]
+VARIANTS["rglru"] = [LayerConfig("rglru", RGLRUConfig(width=6, num_heads=2, conv_len=3))]
 _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
 VARIANTS |= {
     name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
