@@ -161,6 +161,8 @@ SWEEPS = {
     f"{CONTRACT}[kda-": "slow",
     f"{CONTRACT}[retnet-": "slow",
     f"{CONTRACT}[retnet-paged-page4-chunk5]": "ci",
+    f"{CONTRACT}[based-": "slow",
+    f"{CONTRACT}[based-paged-page4-chunk5]": "ci",
     f"{CONTRACT}[rglru-": "slow",
     f"{CONTRACT}[rglru-paged-page4-chunk5]": "fast",
     f"{CONTRACT}[output_gate-": "slow",

@@ -34,6 +34,7 @@ COLOURS = {
     "mamba2": "#cc79a7",
     "mamba2_n16": "#e0a9c8",
     "mamba2_n64": "#a8487c",
+    "based": "#86bcb6",
     "rglru": "#b07aa1",
     "griffin": "#d37295",
     "hybrid": "#d55e00",

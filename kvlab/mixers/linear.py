@@ -14,11 +14,12 @@ from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, choice, flag, integer, reals
+from kvlab.schema import ConfigError, added, choice, flag, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
 from pallas_kernels.linear_scan import RULES, Rule, linear_scan, linear_scan_step
 
 DECAYS = ("none", "constant", "head", "channel")
+FEATURE_MAPS = ("unit", "taylor")
 GATES = ("none", "silu", "sigmoid", "low_rank")
 UNIT_EPS = 1e-6
 """Added to a key's squared length before its root is divided by."""
@@ -33,6 +34,10 @@ class LinearConfig(MixerConfig):
     rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
     "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim. Without a
     `write_gate` beta is 1.
+
+    `feature_map` is what becomes of queries and keys: "unit" gives them length 1, "taylor" makes [1, x, x (x) x / sqrt
+    2] of them, and the sum of all weights becomes one more column of values, by which outputs are divided in the place
+    of a norm.
 
     `num_value_heads` is a multiple of num_heads, whose queries and keys serve several of them; 0: as many. `conv_len`
     is the width of the causal convolution over queries, keys and values; 0: none. Initial time steps are log-uniform in
@@ -52,6 +57,7 @@ class LinearConfig(MixerConfig):
     chunk_len: int = integer(32, 1, 4096)
     dt_range: tuple[float, ...] = reals((1e-3, 1e-1), 0.0, 100.0, open_low=True, min_len=2)
     rate_range: tuple[float, ...] = reals((1e-2, 16.0), 0.0, 1000.0, open_low=True, min_len=2)
+    feature_map: str = added(choice("unit", FEATURE_MAPS))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -61,6 +67,9 @@ class LinearConfig(MixerConfig):
             raise ConfigError("num_value_heads", self.num_value_heads, f"must be 0, or a multiple of {self.num_heads}")
         if self.negative_eigenvalues and not (self.rule == "delta" and self.write_gate):
             raise ConfigError("negative_eigenvalues", True, "must be false without rule = delta and a write_gate")
+        if self.feature_map == "taylor" and (self.rule != "plain" or self.decay == "channel"):
+            legal = "must be unit, unless rule = plain and decay is not by channel"
+            raise ConfigError("feature_map", self.feature_map, legal)
         for name in ("dt_range", "rate_range"):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1]:
@@ -70,6 +79,17 @@ class LinearConfig(MixerConfig):
     def heads(self) -> int:
         """Heads of values, each with a state."""
         return self.num_value_heads or self.num_heads
+
+    @property
+    def has_denominator(self) -> bool:
+        """Whether outputs are divided by the sum of all weights."""
+        return self.feature_map == "taylor"
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Heads, numbers of a key behind its feature map, and values with the denominator's."""
+        features = 1 + self.key_dim + self.key_dim**2 if self.feature_map == "taylor" else self.key_dim
+        return self.heads, features, self.value_dim + self.has_denominator
 
     def knob(self, context_len: int) -> Knob:
         return Knob("key_dim", range(1, 4097))
@@ -86,8 +106,13 @@ class LinearAttention(Mixer):
     channel; with the plain rule linear attention (2006.16236), RetNet (2307.08621) and GLA (2312.06635) by their
     decays. Queries and keys have length 1, queries are scaled by key_dim ** -0.5.
 
+    Based (2402.18668) by its feature map phi, [1, x, x (x) x / sqrt 2]: with s = q^T k / sqrt(key_dim) a token's weight
+    is phi(q)^T phi(k) = 1 + s + s^2 / 2, never under 1/2. Their sum needs no recurrence of its own, for it is what a
+    column of ones among the values adds up to. Outputs are divided by it and not normed, since a norm would undo that.
+
     State a sequence, whatever its length: heads * key_dim * value_dim float32 numbers, and conv_len - 1 columns of the
-    convolution. Parallel form in chunks; one token is the exact recurrence.
+    convolution; of Based heads * (1 + key_dim + key_dim^2) * (value_dim + 1). Parallel form in chunks; one token is the
+    exact recurrence.
     """
 
     Config = LinearConfig
@@ -118,7 +143,8 @@ class LinearAttention(Mixer):
             self.gate = projection(config.value_dim, self.value_channels)
         elif config.gate != "none":
             self.gate = projection(model_dim, self.value_channels)
-        self.norm = RMSNorm(config.value_dim, eps=config.norm_eps)
+        if not config.has_denominator:
+            self.norm = RMSNorm(config.value_dim, eps=config.norm_eps)
         self.out = projection(self.value_channels, model_dim)
 
     def _init_decay(self, rngs: nnx.Rngs) -> None:
@@ -134,7 +160,7 @@ class LinearAttention(Mixer):
 
     def states(self) -> dict[str, State]:
         config = self.config
-        matrix = RecurrentState((ArraySpec("matrix", (config.heads, config.key_dim, config.value_dim), "float32"),))
+        matrix = RecurrentState((ArraySpec("matrix", config.state_shape, "float32"),))
         found: dict[str, State] = {"matrix": matrix}
         return found | {"conv": self.conv.state()} if config.conv_len else found
 
@@ -158,19 +184,27 @@ class LinearAttention(Mixer):
         else:
             arrays = (queries, keys, values, beta, decay, state)
             outputs, state = linear_scan(*arrays, rule=rule, chunk_len=config.chunk_len)
-        outputs = self.norm(outputs).reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
+        outputs = divided(outputs) if config.has_denominator else self.norm(outputs)
+        outputs = outputs.reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
         written["matrix"] = matrix.write({"matrix": state})
         return self.out(self._gated(outputs, x)), written
 
     def _heads(self, channels: Channels) -> tuple[Array, Array, Array]:
-        """Queries and keys [B, T, H, N] of length 1, and values [B, T, H, P], in float32."""
+        """Queries and keys [B, T, H, N] behind their feature map, and values [B, T, H, P], in float32."""
         config, leading = self.config, channels.shape[:2]
         channels = channels.astype(jnp.float32)
-        parts = jnp.split(channels, [self.key_channels, 2 * self.key_channels], axis=-1)
-        queries, keys = (unit(part.reshape(*leading, config.num_heads, config.key_dim)) for part in parts[:2])
+        *parts, values = jnp.split(channels, [self.key_channels, 2 * self.key_channels], axis=-1)
+        queries, keys = (part.reshape(*leading, config.num_heads, config.key_dim) for part in parts)
+        values = values.reshape(*leading, config.heads, config.value_dim)
+        if config.feature_map == "unit":
+            queries, keys = unit(queries), unit(keys)
+        queries = queries * config.key_dim**-0.5
+        if config.feature_map == "taylor":
+            queries, keys = taylor(queries), taylor(keys)
+            values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
         repeats = config.heads // config.num_heads
-        queries, keys = (jnp.repeat(part, repeats, axis=2) for part in (queries * config.key_dim**-0.5, keys))
-        return queries, keys, parts[2].reshape(*leading, config.heads, config.value_dim)
+        queries, keys = (jnp.repeat(part, repeats, axis=2) for part in (queries, keys))
+        return queries, keys, values
 
     def _beta(self, x: Hidden) -> Array:
         """How much of a token is written, [B, T, H]."""
@@ -203,3 +237,15 @@ class LinearAttention(Mixer):
 def unit(x: Array) -> Array:
     """x with length 1 along the last axis; zero stays zero."""
     return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)
+
+
+def taylor(x: Array) -> Array:
+    """[1, x, x (x) x / sqrt 2] along the last axis: products of two such are 1 + s + s^2 / 2, s = x^T y."""
+    squares = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1) * 2**-0.5
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares], axis=-1)
+
+
+def divided(outputs: Array) -> Array:
+    """All columns but the last, divided by it; padding in front of which nothing was written stays zero."""
+    weighted, total = outputs[..., :-1], outputs[..., -1:]
+    return weighted / jnp.where(total == 0, 1, total)
