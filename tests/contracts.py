@@ -57,6 +57,7 @@ VARIANTS |= {
     for name, fields in {
         "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
         "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
+        "deltaproduct": {"householders": 2, "negative_eigenvalues": True, "conv_len": 2},
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
         "based": {"rule": "plain", "decay": "constant", "feature_map": "taylor", "gate": "none", "conv_len": 0},
         "retnet": {"rule": "plain", "decay": "constant", "gate": "none", "write_gate": False},

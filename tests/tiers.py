@@ -161,6 +161,8 @@ SWEEPS = {
     f"{CONTRACT}[kda-": "slow",
     f"{CONTRACT}[retnet-": "slow",
     f"{CONTRACT}[retnet-paged-page4-chunk5]": "ci",
+    f"{CONTRACT}[deltaproduct-": "slow",
+    f"{CONTRACT}[deltaproduct-paged-page4-chunk5]": "ci",
     f"{CONTRACT}[based-": "slow",
     f"{CONTRACT}[based-paged-page4-chunk5]": "ci",
     f"{CONTRACT}[rglru-": "slow",

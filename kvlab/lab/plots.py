@@ -27,6 +27,7 @@ COLOURS = {
     "swa64": "#a86f00",
     "gated_deltanet": "#5b3a8c",
     "deltanet": "#8a6fb8",
+    "deltaproduct": "#b9a3d9",
     "kda": "#2f6b4f",
     "linear_attention": "#7f7f7f",
     "retnet": "#b0b0b0",

@@ -32,7 +32,8 @@ def param(variable):
 
 
 def heads_of(layer: LinearAttention, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries, keys [T, num_heads, N] and values [T, heads, P] as projected and convolved, of any length."""
+    """Queries [T, num_heads, N], keys [T, n, num_heads, N] and values [T, n, heads, P] of n householders as projected
+    and convolved, of any length."""
     config, tokens = layer.config, len(x)
     channels = x @ param(layer.split.kernel)
     if config.conv_len:
@@ -40,10 +41,11 @@ def heads_of(layer: LinearAttention, x: np.ndarray) -> tuple[np.ndarray, np.ndar
         padded = np.concatenate([np.zeros((before, channels.shape[1])), channels])
         lagged = [kernel[lag] * padded[before - lag : before - lag + tokens] for lag in range(config.conv_len)]
         channels = silu(sum(lagged) + param(layer.conv.bias))
-    inner = config.num_heads * config.key_dim
-    queries, keys, values = np.split(channels, [inner, 2 * inner], axis=-1)
-    queries, keys = (part.reshape(tokens, config.num_heads, config.key_dim) for part in (queries, keys))
-    return queries, keys, values.reshape(tokens, config.heads, config.value_dim)
+    inner, num_steps = config.num_heads * config.key_dim, config.householders
+    queries, keys, values = np.split(channels, [inner, (1 + num_steps) * inner], axis=-1)
+    queries = queries.reshape(tokens, config.num_heads, config.key_dim)
+    keys = keys.reshape(tokens, num_steps, config.num_heads, config.key_dim)
+    return queries, keys, values.reshape(tokens, num_steps, config.heads, config.value_dim)
 
 
 def forward(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
@@ -61,9 +63,9 @@ def by_hand(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
     """Outputs [T, E] for inputs [T, E], token by token and head by head."""
     config, tokens, heads = layer.config, len(x), layer.config.heads
     queries, keys, values = heads_of(layer, x)
-    beta = np.ones((tokens, heads))
+    beta = np.ones((tokens, config.householders, heads))
     if config.write_gate:
-        beta = sigmoid(x @ param(layer.beta.kernel)) * (2 if config.negative_eigenvalues else 1)
+        beta = sigmoid(x @ param(layer.beta.kernel)).reshape(beta.shape) * (2 if config.negative_eigenvalues else 1)
     decay = np.zeros((tokens, heads, 1))
     if config.decay == "constant":
         decay = np.log(1 - 2.0 ** -(5 + np.arange(heads)))[None, :, None] * np.ones((tokens, 1, 1))
@@ -76,11 +78,12 @@ def by_hand(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
     for head in range(heads):
         shared, state = head * config.num_heads // heads, np.zeros((config.key_dim, config.value_dim))
         for t in range(tokens):
-            key, query = unit(keys[t, shared]), unit(queries[t, shared]) / np.sqrt(config.key_dim)
             state = np.exp(decay[t, head])[:, None] * state
-            found = state.T @ key if config.rule == "delta" else 0
-            state = state + beta[t, head] * np.outer(key, values[t, head] - found)
-            outputs[t, head] = state.T @ query
+            for i in range(config.householders):
+                key = unit(keys[t, i, shared])
+                found = state.T @ key if config.rule == "delta" else 0
+                state = state + beta[t, i, head] * np.outer(key, values[t, i, head] - found)
+            outputs[t, head] = state.T @ unit(queries[t, shared]) / np.sqrt(config.key_dim)
     normed = outputs / np.sqrt((outputs**2).mean(-1, keepdims=True) + config.norm_eps) * param(layer.norm.scale)
     normed = normed.reshape(tokens, -1)
     if config.gate == "low_rank":
@@ -100,6 +103,9 @@ CASES = {
     "retnet": {"rule": "plain", "decay": "constant", "write_gate": False},
     "gla": {"rule": "plain", "decay": "channel"},
     "mamba's decay": {"rule": "plain", "decay": "head"},
+    "deltaproduct": {"householders": 2, "decay": "none", "negative_eigenvalues": True},
+    "gated deltaproduct, grouped": {"householders": 3, "negative_eigenvalues": True, "num_value_heads": 4},
+    "kda's decay, twice": {"householders": 2, "decay": "channel", "conv_len": 0, "write_gate": False},
 }
 
 
@@ -129,9 +135,9 @@ def by_pairs(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
         shared = head * config.num_heads // config.heads
         kept = 1 - 2.0 ** -(5 + head) if config.decay == "constant" else 1.0
         for t in range(tokens):
-            scores = keys[: t + 1, shared] @ queries[t, shared] / np.sqrt(config.key_dim)
+            scores = keys[: t + 1, 0, shared] @ queries[t, shared] / np.sqrt(config.key_dim)
             weights = (1 + scores + scores**2 / 2) * beta[: t + 1, head] * kept ** np.arange(t, -1, -1)
-            outputs[t, head] = weights @ values[: t + 1, head] / weights.sum()
+            outputs[t, head] = weights @ values[: t + 1, 0, head] / weights.sum()
     outputs = outputs.reshape(tokens, -1)
     if config.gate != "none":
         outputs = outputs * {"silu": silu, "sigmoid": sigmoid}[config.gate](x @ param(layer.gate.kernel))
@@ -153,7 +159,9 @@ def test_tokens_of_padding_alone_are_no_nan():
     assert bool(jnp.isfinite(gradient).all())
 
 
-@pytest.mark.parametrize("case", ["gated deltanet, grouped", "negative eigenvalues", "kda", "based"])
+@pytest.mark.parametrize(
+    "case", ["gated deltanet, grouped", "negative eigenvalues", "kda", "gated deltaproduct, grouped", "based"]
+)
 def test_gradients_are_finite_for_one_key_over_a_chunk(case):
     """The same token again and again, as padding and newlines give it."""
     fields = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 32, **CASES.get(case, TAYLOR)}
@@ -164,6 +172,12 @@ def test_gradients_are_finite_for_one_key_over_a_chunk(case):
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (WIDTH,)), (1, 64, WIDTH))
     grads = jax.jit(jax.grad(lambda params: (nnx.merge(graph, params)(x, positions, memory)[0] ** 2).sum()))(params)
     assert all(bool(jnp.isfinite(grad).all()) for grad in jax.tree.leaves(grads))
+
+
+def test_householders_cost_no_state():
+    """What grows is the work and, by their keys and values, the convolution."""
+    once, twice = (LinearAttention(LinearConfig(householders=n), 8, dtype="float32", rngs=nnx.Rngs(0)) for n in (1, 2))
+    assert once.states()["matrix"] == twice.states()["matrix"]
 
 
 def test_state_bytes_of_based():
@@ -189,6 +203,7 @@ NAMED = {
     "retnet": ("plain", "constant"),
     "gla": ("plain", "channel"),
     "based": ("plain", "none"),
+    "deltaproduct": ("delta", "none"),
 }
 
 
@@ -212,6 +227,7 @@ def test_a_config_makes_the_layer_of_its_name(name):
         ({"write_gate": False, "negative_eigenvalues": True}, "must be false without rule = delta and a write_gate"),
         ({"feature_map": "taylor"}, "feature_map = 'taylor': must be unit, unless rule = plain and decay is not by"),
         ({"feature_map": "taylor", "rule": "plain", "decay": "channel"}, "feature_map = 'taylor': must be unit"),
+        ({"rule": "plain", "householders": 2}, "householders = 2: must be 1 without rule = delta"),
         ({"dt_range": (0.1, 0.01)}, "dt_range = [0.1, 0.01]: must be two numbers [low, high] with low <= high"),
     ],
 )
