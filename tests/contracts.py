@@ -21,6 +21,7 @@ from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
+from kvlab.mixers.mamba3 import Mamba3Config
 from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
@@ -49,6 +50,9 @@ VARIANTS: dict[str, list[LayerConfig]] = {
 VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=2, head_dim=8, chunk_len=4))]
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
+]
+VARIANTS["mamba3"] = [
+    LayerConfig("mamba3", Mamba3Config(state_dim=6, num_heads=4, head_dim=3, num_groups=2, chunk_len=4))
 ]
 VARIANTS["rglru"] = [LayerConfig("rglru", RGLRUConfig(width=6, num_heads=2, conv_len=3))]
 _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}

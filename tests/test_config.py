@@ -90,7 +90,7 @@ RESOLVED = {
     "demo": ["experiment=demo"],
     "demo_text": ["experiment=demo", "task=text"],
     **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
-    **{name: [f"mixer={name}"] for name in ("based", "deltaproduct", "rglru", "griffin")},
+    **{name: [f"mixer={name}"] for name in ("based", "deltaproduct", "mamba3", "rglru", "griffin")},
 }
 
 

@@ -165,6 +165,8 @@ SWEEPS = {
     f"{CONTRACT}[deltaproduct-paged-page4-chunk5]": "ci",
     f"{CONTRACT}[based-": "slow",
     f"{CONTRACT}[based-paged-page4-chunk5]": "ci",
+    f"{CONTRACT}[mamba3-": "slow",
+    f"{CONTRACT}[mamba3-paged-page4-chunk5]": "fast",
     f"{CONTRACT}[rglru-": "slow",
     f"{CONTRACT}[rglru-paged-page4-chunk5]": "fast",
     f"{CONTRACT}[output_gate-": "slow",

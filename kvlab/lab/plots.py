@@ -35,6 +35,7 @@ COLOURS = {
     "mamba2": "#cc79a7",
     "mamba2_n16": "#e0a9c8",
     "mamba2_n64": "#a8487c",
+    "mamba3": "#7a2f5c",
     "based": "#86bcb6",
     "rglru": "#b07aa1",
     "griffin": "#d37295",
