@@ -21,6 +21,8 @@ from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
+from kvlab.mixers.mamba3 import Mamba3Config
+from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
 from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
@@ -50,13 +52,19 @@ VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
 ]
+VARIANTS["mamba3"] = [
+    LayerConfig("mamba3", Mamba3Config(state_dim=6, num_heads=4, head_dim=3, num_groups=2, chunk_len=4))
+]
+VARIANTS["rglru"] = [LayerConfig("rglru", RGLRUConfig(width=6, num_heads=2, conv_len=3))]
 _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
 VARIANTS |= {
     name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
     for name, fields in {
         "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
         "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
+        "deltaproduct": {"householders": 2, "negative_eigenvalues": True, "conv_len": 2},
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
+        "based": {"rule": "plain", "decay": "constant", "feature_map": "taylor", "gate": "none", "conv_len": 0},
         "retnet": {"rule": "plain", "decay": "constant", "gate": "none", "write_gate": False},
     }.items()
 }
