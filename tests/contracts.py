@@ -19,13 +19,14 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, whole
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.latent import LatentConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
 from kvlab.mixers.mamba3 import Mamba3Config
 from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
+from tests.mixers.tiny import TINY, RetrievalConfig
 
 VOCAB = 31
 WINDOW = 6
@@ -68,7 +69,9 @@ VARIANTS |= {
         "retnet": {"rule": "plain", "decay": "constant", "gate": "none", "write_gate": False},
     }.items()
 }
-VARIANTS["latent"] = [LayerConfig("tiny_latent", LatentConfig())]
+_latent = {"num_heads": 3, "rank": 6, "rope_dim": 2, "head_dim": 5, "value_dim": 4}
+VARIANTS["latent"] = [LayerConfig("latent", LatentConfig(**_latent, query_rank=7))]
+VARIANTS["latent_nope"] = [LayerConfig("latent", LatentConfig(**_latent | {"rope_dim": 3}, rope=False, short_conv=2))]
 VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
 

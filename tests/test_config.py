@@ -93,7 +93,7 @@ RESOLVED = {
     "demo_text": ["experiment=demo", "task=text"],
     "mad": ["task=mad"],
     **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
-    **{name: [f"mixer={name}"] for name in ("based", "deltaproduct", "mamba3", "rglru", "griffin")},
+    **{name: [f"mixer={name}"] for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin")},
 }
 
 

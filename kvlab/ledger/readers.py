@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary embedding that stored keys have gone through: of their first `dim` numbers, with frequencies base **
-    (-2 i / dim), stretched as `AttentionConfig.rope_scaling` says."""
+    """The rotary embedding that stored keys have gone through: of `dim` of their numbers, from `start` on, with
+    frequencies base ** (-2 i / dim), stretched as `AttentionConfig.rope_scaling` says."""
 
     dim: int
     base: float
     scaling: tuple[float, ...] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True)

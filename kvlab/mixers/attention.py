@@ -12,7 +12,7 @@ from kvlab.ledger.states import State, TokenState
 from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.rotary import rotary_angles, rotate
+from kvlab.rotary import check_scaling, rotary_angles, rotate
 from kvlab.schema import ConfigError, added, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.visible import Visible
@@ -52,11 +52,7 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
         if self.num_sinks and self.window is None:
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
-        if len(self.rope_scaling) not in (0, 1, 4) or (
-            len(self.rope_scaling) == 4 and not self.rope_scaling[1] < self.rope_scaling[2]
-        ):
-            legal_scaling = "must be [], [factor] or [factor, low, high, original_len] with low < high"
-            raise ConfigError("rope_scaling", list(self.rope_scaling), legal_scaling)
+        check_scaling(self.rope_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)

@@ -133,6 +133,7 @@ SMALL = [
     [
         (["mixer=swa", "model.model_dim=16", *SMALL[2:]], "W.window", range(1, 50)),
         (["mixer=gqa", *SMALL], "A.num_kv_heads", (1, 2, 4)),
+        (["mixer=mla", *SMALL], "A.rank", (2, 4, 14, 16, 18, 20, 32)),
         (["mixer=mamba2", "model.model_dim=16", *SMALL[2:]], "M.state_dim", range(1, 60)),
         (["mixer=hybrid", *SMALL], "M.state_dim", range(1, 60)),
     ],

@@ -63,8 +63,11 @@ def test_bytes_of_int8_pages():
     assert (exact.unit_bytes, held.unit_bytes, held.scale_bytes) == (128, 48, 16)
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
-@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid"])
+@pytest.mark.parametrize(
+    ("variant", "memory"),
+    [pair for pair in pairs_with(MEMORIES) if pair[0] in ("gqa", "window_sinks", "mamba2", "hybrid", "latent")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
     """Donated pools are updated in place: the compiler aliases exactly the stated bytes, and its arguments are exactly
     parameters, pools, plan and tokens."""
@@ -201,6 +204,8 @@ def test_windowed_memory_stops_growing():
     [
         ("mqa", "model", 30 * 64 + 2 * 16 * 4),
         ("mqa", "int8", 30 * (16 + 2 * 4) + 2 * 16 * 4),
+        ("latent", "model", 30 * (6 + 2) * 4),
+        ("latent", "int8", 30 * (6 + 2 + 4)),
         ("window", "model", None),
         ("retrieval", "model", None),
     ],
