@@ -244,7 +244,7 @@ def test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages(meth
         )
     session.advance({name: each[:1] for name, each in tokens.items()}, 1)
     state = layout.classes[layout.states[0]["kv"]]
-    is_read = np.asarray(session.steps[-1].is_read[0]["kv"])[
+    is_read = np.asarray(session.steps[-1].is_read[0]["kv"][0])[
         0, 0
     ]  # of 6 pages, the last with 3 slots before this token
     sizes = np.array([4, 4, 4, 4, 4, 3])
