@@ -13,7 +13,6 @@ from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.session import Session
 from kvlab.ledger.accounting import Account
 from kvlab.ledger.ledger import Ledger
-from kvlab.ledger.states import PerToken
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
@@ -116,7 +115,6 @@ def _weighed_bytes(seen: Observed, layer: int) -> int:
             continue
         if seen.ledger.pages(sequence, states[noted]):
             state = seen.layout.classes[states[name]]
-            assert isinstance(state.spec, PerToken)
             keys = state.spec.arrays[0].num_bytes * state.spec.num_readers
             total += keys * seen.ledger.stored(sequence)[state.name]
     return total

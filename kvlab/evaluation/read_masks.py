@@ -9,7 +9,6 @@ from kvlab.evaluation.lossy import Compacted
 from kvlab.evaluation.session import ReadStep
 from kvlab.evaluation.trail import NEVER, follow
 from kvlab.ledger.reading import Reading
-from kvlab.ledger.states import PerToken
 from kvlab.memory.layout import MemoryLayout
 
 type ReadMasks = tuple[dict[str, tuple[npt.NDArray[np.bool_], ...]], ...]
@@ -46,7 +45,6 @@ def what_was_read(
             state = layout.classes[index].spec
             if state.reading is None:
                 continue
-            assert isinstance(state, PerToken)
             num_heads = state.arrays[0].shape[0]
             each_mask = np.zeros((state.num_readers, num_rows, num_heads, num_tokens, num_tokens), bool)
             held, waiting = (

@@ -18,9 +18,9 @@ from pallas_kernels.masking import soft_capped
 
 
 def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first: int = 64) -> npt.NDArray[np.float64]:
-    """[L, H] of every layer that reads keys and values, those that share them behind their source: the share of its attention that a query head pays to token 0,
-    mean over sequences [B, T] and over the queries from position `first` on. Raises ConfigError for a `first` outside
-    [1, T - 1], and for a model without such a layer."""
+    """[L, H] of every layer that reads keys and values, those that share them behind their source: the share of its
+    attention that a query head pays to token 0, mean over sequences [B, T] and over the queries from position `first`
+    on. Raises ConfigError for a `first` outside [1, T - 1], and for a model without such a layer."""
     if not 1 <= first < tokens.shape[1]:
         raise ConfigError("first", first, f"must be in [1, {tokens.shape[1] - 1}], behind token 0 and in the sequence")
 

@@ -115,6 +115,11 @@ class State(abc.ABC):
         return self.visible.num_sinks if self.visible is not None else 0
 
     @property
+    def num_readers(self) -> int:
+        """Layers that read it."""
+        return 1
+
+    @property
     def unit_bytes(self) -> int:
         """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in
         it."""
@@ -149,8 +154,8 @@ class State(abc.ABC):
         return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._bytes_of_pages(n, page_size)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
-        """Bytes that computing token n reads: all that is live, unless the state selects; once for each layer that reads
-        it."""
+        """Bytes that computing token n reads, once for each layer that does: all that is live, unless the state
+        selects."""
         return self.logical_bytes(n, page_size)
 
     def _bytes_of_pages(self, n: int, page_size: int | None) -> int:

@@ -2,6 +2,7 @@
 layers of Gemma 3n): which reads whose, and how a view is handed on. Such a layer holds nothing, so no memory knows of
 it; what it reads is what the other has stored, the tokens of the same step included."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from kvlab.ledger.states import PerToken
 from kvlab.memory.views import LayerStates
 from kvlab.mixers import LayerMemory, MixerConfig
 from kvlab.mixers.attention import AttentionConfig
-from kvlab.schema import ConfigError, shown
+from kvlab.schema import ConfigError
 
 type Sources = tuple[int | None, ...]
 """Of every layer the one whose keys and values it reads; None: it has its own, or needs none."""
@@ -50,10 +51,16 @@ def _source(layers: Sequence[MixerConfig], index: int, names: Sequence[str]) -> 
         legal = f"must be false in layer {index}: no layer before it holds keys and values that it could read"
         raise ConfigError(field, True, legal)
     place, other, apart = nearest
-    has = ", ".join(f"{name} = {shown(getattr(mine, name))}, not {shown(getattr(other, name))}" for name in apart)
-    fitting = " ".join(f"{names[index]}.{name}={shown(getattr(other, name))}" for name in apart)
-    legal = f"layer {index} finds no layer before it whose keys and values fit; to read those of layer {place} "
-    raise ConfigError(field, True, f"{legal}({names[place]}), it must not have {has}: give {fitting}")
+    fitting = " ".join(f"{names[index]}.{name}={_word(getattr(other, name))}" for name in apart)
+    legal = (
+        f"layer {index} finds no keys and values that fit; to read those of layer {place} ({names[place]}) it needs "
+    )
+    raise ConfigError(field, True, legal + fitting)
+
+
+def _word(value: object) -> str:
+    """A value as the command line takes it."""
+    return json.dumps(value, separators=(",", ":"))
 
 
 def differences(reader: AttentionConfig, source: AttentionConfig) -> list[str]:
@@ -90,7 +97,8 @@ def take_back(mine: LayerMemory, source: int | None, after: list[Any]) -> LayerM
     return {name: view for name, view in mine.items() if name != SHARED}
 
 
-def readers_of(layer: str, layers: Mapping[str, MixerConfig], pattern: Sequence[str]) -> set[str]:
-    """The named layers of a pattern that read what the named `layer` stores."""
-    sources = sources_of([layers[name] for name in pattern])
-    return {pattern[reader] for reader, source in enumerate(sources) if source is not None and pattern[source] == layer}
+def readers_of(layer: str, layers: Mapping[str, MixerConfig], pattern: str) -> set[str]:
+    """The named layers of a pattern, "A B", that read what the named `layer` stores."""
+    names = pattern.split()
+    sources = sources_of([layers[name] for name in names])
+    return {names[reader] for reader, source in enumerate(sources) if source is not None and names[source] == layer}

@@ -21,8 +21,8 @@ from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 @dataclass(frozen=True)
 class NotedTokens:
     """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it. A step
-    of a second pass `listens`: see `Compression.listen`. Of several layers that read the tokens in turn each goes on from
-    `rows`: what was noted up to the layer before it, or, where the last layer alone counts, up to the step."""
+    of a second pass `listens`: see `Compression.listen`. Of several layers that read the tokens in turn each goes on
+    from `rows`: what was noted up to the layer before it, or, where the last layer alone counts, up to the step."""
 
     method: Any = field(metadata={"static": True})
     tokens: Any
