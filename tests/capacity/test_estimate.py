@@ -285,7 +285,7 @@ def test_layers_that_share_read_what_stays_and_what_is_selected():
     plain, shared = _pair(compose_capacity([*words, "compression=h2o", "memory.budget=1024"]))
     config = replace(compose_capacity([*words, "compression=h2o", "memory.budget=1024"]), model=sharing(2, 0))
     context = Context(4000, plain.prompt_len)
-    (kept,) = (state for state in Serving.of(config, 4096, context).classes if state.retention)
+    kept = next(state for state in Serving.of(config, 4096, context).classes if state.retention)
     assert shared.read_bytes - plain.read_bytes == 2 * kept.retention.stored(plain.prompt_len, 4000) * (2048 + 1024)
     plain, shared = _pair(compose_capacity([*words, "selection=quest", "memory.selection.dense_layers=0"]))
     windows = 3 * 511 * 2048
