@@ -76,6 +76,21 @@ VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_con
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
 
 
+_shared = {**_small, "num_kv_heads": 2}
+_own, _reader = (LayerConfig("attention", AttentionConfig(**_shared, shares_kv=shares)) for shares in (False, True))
+_by_window = {**_shared, "window": WINDOW, "num_sinks": 1}
+VARIANTS |= {
+    "cla": [_own, LayerConfig("attention", AttentionConfig(**_shared, shares_kv=True, short_conv=2, qk_norm=True))] * 2,
+    "yoco": [*VARIANTS["mamba2"], _own, _reader, _reader],
+    "shared_windows": [
+        LayerConfig("attention", AttentionConfig(**_by_window, qk_norm=True)),
+        _own,
+        LayerConfig("attention", AttentionConfig(**_by_window, shares_kv=True, sink_logits=True)),
+        _reader,
+    ],
+}
+
+
 @functools.cache
 def build(variant: str, dtype: str = "float32"):
     """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form,

@@ -42,7 +42,7 @@ ADDED = {
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits")
+ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,10 @@ RESOLVED = {
     "demo_text": ["experiment=demo", "task=text"],
     "mad": ["task=mad"],
     **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
-    **{name: [f"mixer={name}"] for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin")},
+    **{
+        name: [f"mixer={name}"]
+        for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin", "cla", "yoco")
+    },
 }
 
 

@@ -29,7 +29,8 @@ from pallas_kernels.masking import masked_softmax, soft_capped
 
 class Recall(NamedTuple):
     """Of one method, for each layer that can select: the mean over sequences, queries and query heads of the share of
-    attention in the pages chosen, of that to all full pages; and the same without the first page, the sinks."""
+    attention in the pages chosen, of that to all full pages; and the same without the first page, the sinks. Where
+    several layers read the same pages, the mean over them."""
 
     share: np.ndarray
     """[L]"""
@@ -66,9 +67,13 @@ def page_recall(
         raise ConfigError("methods", list(methods), "serve no layer of this model")
     shares = jax.device_get(found)
     return {
-        name: Recall(*(np.array([layer[name][part] for layer in shares]) for part in range(2)))
+        name: Recall(*(np.array([_mean(layer, name, part) for layer in shares]) for part in range(2)))
         for name, _ in asked.methods
     }
+
+
+def _mean(layer: Sequence[Mapping[str, Any]], name: str, part: int) -> float:
+    return float(np.mean([read[name][part] for read in layer]))
 
 
 class _Asked(NamedTuple):
@@ -85,7 +90,7 @@ class _Recalling:
     asked: _Asked = field(metadata={"static": True})
     layer: Any  # [], traced: layers that are alike share a program
     whole: Any
-    shares: Any = None
+    shares: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, whole=self.whole.append(**tokens))
@@ -110,7 +115,7 @@ class _Recalling:
             name: self._shares(method, grouped, positions[:, places], pages, mass)
             for name, method in self.asked.methods
         }
-        return outputs, replace(self, whole=whole, shares=shares)
+        return outputs, replace(self, whole=whole, shares=(*self.shares, shares))
 
     def _shares(
         self,
@@ -130,7 +135,8 @@ class _Recalling:
         index = method.note(pages, used, dtype) if has_index else {}
         index = {name: array.astype(jnp.float32) for name, array in index.items()}
         numbers = jnp.broadcast_to(jnp.arange(num_pages, dtype=jnp.int32)[None, :], (batch, num_pages))
-        scores = method.score(Candidates(queries, positions, index, numbers, self.layer, lambda: mass))
+        layer = self.layer + len(self.shares)  # as `SelectedTokens` counts layers that read the same pages
+        scores = method.score(Candidates(queries, positions, index, numbers, layer, lambda: mass))
         num_full, reading = positions // size, method.reading(size)
         counts = jnp.asarray(np.array([reading.num_read(count) for count in range(num_pages + 1)], np.int32))[num_full]
         chosen = choose(scores, numbers, num_full - 1, counts, first=reading.first, last=reading.last - 1)

@@ -18,9 +18,9 @@ from pallas_kernels.masking import soft_capped
 
 
 def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first: int = 64) -> npt.NDArray[np.float64]:
-    """[L, H] of every layer that holds keys and values: the share of its attention that a query head pays to token 0,
-    mean over sequences [B, T] and over the queries from position `first` on. Raises ConfigError for a `first` outside
-    [1, T - 1], and for a model without such a layer."""
+    """[L, H] of every layer that reads keys and values, those that share them behind their source: the share of its
+    attention that a query head pays to token 0, mean over sequences [B, T] and over the queries from position `first`
+    on. Raises ConfigError for a `first` outside [1, T - 1], and for a model without such a layer."""
     if not 1 <= first < tokens.shape[1]:
         raise ConfigError("first", first, f"must be in [1, {tokens.shape[1] - 1}], behind token 0 and in the sequence")
 
@@ -28,7 +28,8 @@ def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first:
         return _Watched(whole, first) if isinstance(state, TokenState) else whole
 
     _, after = layers_of(model, tokens, watched)
-    found = [view.share for layer in after for view in layer.values() if isinstance(view, _Watched)]
+    watching = [view for layer in after for view in layer.values() if isinstance(view, _Watched)]
+    found = [share for view in watching for share in view.shares]
     if not found:
         raise ConfigError("model", "", "must have a layer that holds keys and values")
     return np.stack([np.asarray(share, np.float64) for share in found])
@@ -37,11 +38,11 @@ def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Watched:
-    """A complete sequence that is attended to as ever, and what of it went to token 0."""
+    """A complete sequence that is attended to as ever, and what of it went to token 0, by layer that reads it."""
 
     whole: Any
     first: int = field(metadata={"static": True})
-    share: Any = None
+    shares: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, whole=self.whole.append(**tokens))
@@ -59,4 +60,5 @@ class _Watched:
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = whole.state.visible.sees(places[self.first :, None], places[None, :])
         weights = weights_beside_sinks(scores, seen, sink_logits)
-        return outputs, replace(self, whole=whole, share=weights[..., 0].mean(axis=(0, 3)).reshape(-1))
+        share = weights[..., 0].mean(axis=(0, 3)).reshape(-1)
+        return outputs, replace(self, whole=whole, shares=(*self.shares, share))

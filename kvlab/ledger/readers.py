@@ -17,9 +17,11 @@ class Rotary:
 @dataclass(frozen=True)
 class Readers:
     """Query heads that read a state, and how: `scale` None is D ** -0.5, `soft_cap` c maps a scaled score s to c *
-    tanh(s / c), `rotary` None means keys as they were projected."""
+    tanh(s / c), `rotary` None means keys as they were projected. `num_layers` counts the layers that read it: the one
+    that writes it, and those that share it."""
 
     num_heads: int
     scale: float | None = None
     soft_cap: float | None = None
     rotary: Rotary | None = None
+    num_layers: int = 1

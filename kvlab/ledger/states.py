@@ -115,6 +115,11 @@ class State(abc.ABC):
         return self.visible.num_sinks if self.visible is not None else 0
 
     @property
+    def num_readers(self) -> int:
+        """Layers that read it."""
+        return 1
+
+    @property
     def unit_bytes(self) -> int:
         """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in
         it."""
@@ -149,7 +154,8 @@ class State(abc.ABC):
         return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._bytes_of_pages(n, page_size)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
-        """Bytes that computing token n reads: all that is live, unless the state selects."""
+        """Bytes that computing token n reads, once for each layer that does: all that is live, unless the state
+        selects."""
         return self.logical_bytes(n, page_size)
 
     def _bytes_of_pages(self, n: int, page_size: int | None) -> int:
@@ -203,15 +209,24 @@ class PerToken(State):
         given = None if self.readers is None else self.readers.scale
         return query_dim**-0.5 if given is None else given
 
+    @property
+    def num_readers(self) -> int:
+        """Layers that read it."""
+        return 1 if self.readers is None else self.readers.num_layers
+
     def stored(self, format: str) -> Self:
         if format in ROTATED:
             raise ValueError(f"{type(self).__name__} is not rotated: only keys and values of attention are")
         return replace(self, format=format)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
+        return self.num_readers * self._read_by_one(n, page_size)
+
+    def _read_by_one(self, n: int, page_size: int | None) -> int:
+        """The bytes that one layer reads."""
         reading = self.reading
         if reading is None:
-            return super().read_bytes(n, page_size)
+            return self.logical_bytes(n, page_size)
         num_pages, num_slots = -(-n // reading.page_size), reading.slots_read(n)
         keys = [array for array in self.arrays if array.name in ("keys", "keys_scale") and not array.per_page]
         looked_at = (n - num_slots) * sum(array.num_bytes for array in keys) if reading.reads_keys else 0
@@ -314,7 +329,7 @@ class RetrievalState(PerToken):
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return (*_in_format((keys, values), self.format, "float32"), self._index)
 
-    def read_bytes(self, n: int, page_size: int | None = None) -> int:
+    def _read_by_one(self, n: int, page_size: int | None) -> int:
         num_live = self.live_len(n)
         selected = min(num_live, self.num_selected)
         index_bytes = self._index.num_bytes

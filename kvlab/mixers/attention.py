@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import State, TokenState
@@ -14,7 +15,7 @@ from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import check_scaling, rotary_angles, rotate
 from kvlab.schema import ConfigError, added, flag, integer, real, reals
-from kvlab.typing import Hidden, Positions
+from kvlab.typing import Hidden, Positions, Queries
 from pallas_kernels.visible import Visible
 
 
@@ -27,7 +28,8 @@ class AttentionConfig(MixerConfig):
     tokens, and blends up to `high` turns (arXiv 2407.21783). With an `output_gate` each number of a head's output is
     multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708). With `sink_logits` the
     softmax of each head has a learned logit that belongs to no token (gpt-oss, arXiv 2508.10925): what a head need not
-    attend to costs no token, and no byte of the cache.
+    attend to costs no token, and no byte of the cache. A layer that `shares_kv` has neither keys nor values of its own:
+    its queries read those of the nearest layer before it that fits (`kvlab.models.sharing`), and it holds no byte.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -44,6 +46,7 @@ class AttentionConfig(MixerConfig):
     bias: bool = flag(False)
     output_gate: bool = added(flag(False))
     sink_logits: bool = added(flag(False))
+    shares_kv: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -58,7 +61,10 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
 
     def knob(self, context_len: int) -> Knob | None:
-        """The window, where there is one; of grouped queries the KV heads; full heads have none."""
+        """The window, where there is one; of grouped queries the KV heads; full heads have none, nor has a layer that
+        shares."""
+        if self.shares_kv:
+            return None
         if self.window is not None:
             return Knob("window", range(1, context_len + 2))
         if self.num_kv_heads < self.num_heads:
@@ -74,7 +80,8 @@ class AttentionConfig(MixerConfig):
 class Attention(Mixer):
     """y = W_o softmax(q k^T / sqrt(D)) v over full or windowed causal context, heads sharing KV heads in groups.
 
-    State: num_kv_heads * 2 * head_dim * itemsize bytes a live token; live(n) is [0, n), or the window and its sinks.
+    State: num_kv_heads * 2 * head_dim * itemsize bytes a live token; live(n) is [0, n), or the window and its sinks. A
+    layer that shares keys and values states none, and finds those that it reads as its "kv" all the same.
     Rotary embeddings (arXiv 2104.09864) turn keys before they are stored; sinks after arXiv 2309.17453.
     """
 
@@ -87,20 +94,24 @@ class Attention(Mixer):
 
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.query = linear(model_dim, heads * dim, config.bias)
-        self.key = linear(model_dim, kv_heads * dim, config.bias)
-        self.value = linear(model_dim, kv_heads * dim, config.bias)
+        if not config.shares_kv:
+            self.key = linear(model_dim, kv_heads * dim, config.bias)
+            self.value = linear(model_dim, kv_heads * dim, config.bias)
         self.out = linear(heads * dim, model_dim, config.bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
-            self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+            if not config.shares_kv:
+                self.key_norm = RMSNorm(dim, eps=config.norm_eps)
         if config.sink_logits:
             self.sink_logits = nnx.Param(jnp.zeros(heads, jnp.float32))
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
         config = self.config
+        if config.shares_kv:
+            return {}
         visible = Visible(config.window, config.num_sinks)
         heads, dim = config.num_kv_heads, config.head_dim
         rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
@@ -109,21 +120,28 @@ class Attention(Mixer):
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         config = self.config
-
-        def heads(projected: Array) -> Array:
-            return projected.reshape(*projected.shape[:2], -1, config.head_dim)
-
-        queries, keys, values = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        if config.qk_norm:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        if config.rope:
-            cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
-            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         kv: TokenView = memory["kv"]
-        kv = kv.append(keys=keys, values=values)
+        if not config.shares_kv:
+            keys, values = self._split(self.key(x)), self._split(self.value(x))
+            if config.qk_norm:
+                keys = self.key_norm(keys)
+            kv = kv.append(keys=self._rotated(keys, positions), values=values)
+        queries = self._split(self.query(x))
+        if config.qk_norm:
+            queries = self.query_norm(queries)
         sinks = self.sink_logits[...] if config.sink_logits else None
-        outputs, kv = kv.attend(queries, positions, sink_logits=sinks)
+        outputs, kv = kv.attend(self._rotated(queries, positions), positions, sink_logits=sinks)
         outputs = outputs.reshape(*x.shape[:2], -1)
         if config.output_gate:
             outputs = outputs * jax.nn.sigmoid(self.gate(x))
         return self.out(outputs), {"kv": kv}
+
+    def _split(self, projected: Float[Array, "B T E"]) -> Queries:
+        return projected.reshape(*projected.shape[:2], -1, self.config.head_dim)
+
+    def _rotated(self, heads: Queries, positions: Positions) -> Queries:
+        config = self.config
+        if not config.rope:
+            return heads
+        cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
+        return rotate(heads, cos, sin)

@@ -1,12 +1,14 @@
 """Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in
 place."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation import measure as measuring
@@ -14,6 +16,8 @@ from kvlab.evaluation.measure import MemoryReport, measure, per_sequence
 from kvlab.ledger.states import RetrievalState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import allocate_pages, num_bytes, write_tokens
+from kvlab.mixers.attention import AttentionConfig
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
 from tests.contracts import VOCAB, build, pairs_with
 
@@ -65,7 +69,7 @@ def test_bytes_of_int8_pages():
 
 @pytest.mark.parametrize(
     ("variant", "memory"),
-    [pair for pair in pairs_with(MEMORIES) if pair[0] in ("gqa", "window_sinks", "mamba2", "hybrid", "latent")],
+    [pair for pair in pairs_with(MEMORIES) if pair[0] in ("gqa", "window_sinks", "mamba2", "hybrid", "latent", "cla")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
@@ -231,6 +235,31 @@ def _read(spec, num_tokens) -> int:
         seen = min(num_tokens, spec.visible.window - 1) if spec.visible.window else num_tokens
         return 4 * seen * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
     return 4 * sum(int(np.prod(part.shape)) for part in spec.parts)
+
+
+def stack_of(num_sharing):
+    """Four layers of 2 KV heads of 8 numbers, of which every second, or the upper ones, share."""
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
+    shares = {0: (False,) * 4, 2: (False, True) * 2, 3: (False, True, True, True)}[num_sharing]
+    layers = [LayerConfig("attention", replace(config, shares_kv=each)) for each in shares]
+    return split(Transformer(layers, ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
+@pytest.mark.parametrize("num_sharing", [0, 2, 3])
+def test_layers_that_share_are_as_many_bytes_less(num_sharing, memory):
+    """Of pools as of what a sequence holds, stated, in arrays and by the compiler; what is read stays the same."""
+    structure, params = stack_of(num_sharing)
+    layout = MemoryLayout.of(merge(structure, params).states(), memory, max_sequences=3, max_len=30)
+    step, pools = MemoryStep.of(structure, layout), layout.allocate()
+    plain = MemoryLayout.of(merge(*stack_of(0)).states(), memory, max_sequences=3, max_len=30)
+    assert 4 * layout.pool_bytes == (4 - num_sharing) * plain.pool_bytes
+    assert layout.pool_bytes == num_bytes(pools) == sum(account.pool for account in layout.ledger().audit())
+    assert step.compiled(params, pools, 1).memory_analysis().alias_size_in_bytes == layout.pool_bytes
+    report, _ = measured(step, params)
+    token = 2 * 2 * 8 * 4
+    assert report.logical_bytes == 3 * 30 * (4 - num_sharing) * token
+    assert report.read_bytes_per_token == 4 * 30 * token
 
 
 def test_an_older_record_has_no_bytes_read():

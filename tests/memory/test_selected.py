@@ -1,6 +1,7 @@
 """A memory of which steps read only some pages: it computes what brute force says, and knows its bytes."""
 
 import functools
+import itertools
 from dataclasses import replace
 from unittest import mock
 
@@ -30,6 +31,7 @@ from tests.selection.brute_force import logits_of
 LAYERS = {
     "attention": [*VARIANTS["sink_logits"], *VARIANTS["window"], *VARIANTS["gqa"]],
     "latent": VARIANTS["latent"],
+    "shared": [VARIANTS["yoco"][1], *VARIANTS["window"], *VARIANTS["yoco"][2:]],
 }
 PROMPT = 11
 METHOD = {"fraction": 0.5, "dense_layers": 0}
@@ -79,6 +81,7 @@ def expected(name, memory, tokens):
         ("latent", {"prefill": "sparse", "pages": 3, "page_size": 3, "last_pages": 2}),
         ("attention", {"prefill": "sparse", "chunk_len": 3, "first_pages": 0, "page_size": 7}),
         ("attention", {"prefill": "dense", "chunk_len": 16, "format": "int4", "page_size": 1}),
+        ("shared", {"prefill": "sparse"}),
     ],
     ids=str,
 )
@@ -154,11 +157,11 @@ def test_the_index_travels_with_its_pages():
 
 
 @functools.cache
-def compacted(method, format):
+def compacted(method, format, name="attention"):
     """Sequences that were compacted at their prompt's end and while decoding, every step observed, and their logits."""
     compression = COMPRESSIONS[method](sinks=1, recent=3, every=4, **({"window": 3} if method == "snapkv" else {}))
     memory = memory_of(compression=compression, budget=9, format=format, page_size=2, fraction=0.7)
-    session = session_of("attention", memory, poisons=True, observes=True)
+    session = session_of(name, memory, poisons=True, observes=True)
     session.prompt_len = PROMPT
     tokens, seen = np.stack(list(sequences(24, 24, 24).values())), {}
     for start, end in ((0, 5), (5, 10), (10, 11), *((at, at + 1) for at in range(11, 24))):
@@ -178,6 +181,20 @@ def test_it_composes_with_compressions_and_formats(method, format):
     check.compare(tokens, seen, session.events)
     assert check.worst < 1e-5
     assert check.num_compared == 24 * 3
+
+
+def test_each_layer_that_reads_the_same_pages_chooses_for_itself():
+    """And is verified under its own mask: under that of another reader logits differ."""
+    session, tokens, seen = compacted("knorm", "model", "shared")
+    check = MaskCheck(build("shared")[1], session.params, session.layout)
+    check.compare(tokens, seen, session.events)
+    assert check.worst < 1e-5
+    last = session.steps[-1]
+    assert [len(reads["kv"]) for reads in last.is_read if reads] == [3]
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in itertools.pairwise(last.is_read[0]["kv"]))
+    steps = [each._replace(is_read=({"kv": each.is_read[0]["kv"][::-1]}, *each.is_read[1:])) for each in session.steps]
+    check.compare(tokens, seen, session.events._replace(steps=steps))
+    assert check.worst > 1e-3
 
 
 def test_a_compaction_that_forgets_the_index_is_caught(monkeypatch):
@@ -244,7 +261,7 @@ def test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages(meth
         )
     session.advance({name: each[:1] for name, each in tokens.items()}, 1)
     state = layout.classes[layout.states[0]["kv"]]
-    is_read = np.asarray(session.steps[-1].is_read[0]["kv"])[
+    is_read = np.asarray(session.steps[-1].is_read[0]["kv"][0])[
         0, 0
     ]  # of 6 pages, the last with 3 slots before this token
     sizes = np.array([4, 4, 4, 4, 4, 3])

@@ -20,11 +20,13 @@ from pallas_kernels.masking import soft_capped
 @dataclass(frozen=True)
 class MaskedTokens(Appended):
     """Keys and values, or latent rows, of the call's own tokens. `gone_at` [B, K, T] is the length at which a head
-    dropped a token: queries at positions from there on do not see it. `is_read` [B, K, T, T] says which tokens each
-    query read of those that it could see; None: all of them."""
+    dropped a token: queries at positions from there on do not see it. `is_read` [B, K, T, T] says, of each
+    layer that reads them in turn, which tokens each query read of those that it could see; None: all of them. `reader`
+    is whose turn it is."""
 
     gone_at: Any = None
     is_read: Any = None
+    reader: int = field(default=0, metadata={"static": True})
 
     def attend(
         self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
@@ -38,13 +40,14 @@ class MaskedTokens(Appended):
         places = jnp.arange(num_tokens, dtype=jnp.int32)
         weights = weights_beside_sinks(scores, self._seen(places)[:, :, None], sink_logits)
         outputs = jnp.einsum("bkgts,bskd->btkgd", weights, values.astype(jnp.float32))
-        return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype), self
+        outputs = outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype)
+        return outputs, replace(self, reader=self.reader + 1)
 
     def _seen(self, places: Array) -> Array:
         """[B, K, T, T] which tokens each query sees."""
         causal = self.state.visible.sees(places[:, None], places[None, :])
         seen = causal[None, None] & (places[None, None, :, None] < self.gone_at[:, :, None, :])
-        return seen if self.is_read is None else seen & self.is_read
+        return seen if self.is_read is None else seen & self.is_read[self.reader]
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +84,7 @@ class SealedMasked(MaskedTokens):
         weights = weights_beside_sinks(scores, seen, sink_logits)
         outputs = jnp.einsum("bkgts,bksd->btkgd", weights, values)
         outputs = outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype)
-        return outputs, replace(self, excess=excess)
+        return outputs, replace(self, excess=excess, reader=self.reader + 1)
 
     def _rounded(self, exact: dict[str, Array]) -> tuple[dict[str, Array], Array]:
         """Keys and values [B, K, S, D] of sealed tokens as sealed pages give them back; and as `taken` has it."""

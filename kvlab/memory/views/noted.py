@@ -21,12 +21,14 @@ from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 @dataclass(frozen=True)
 class NotedTokens:
     """`tokens` as they are without a method, and `noted`, its statistics: read before a step, written after it. A step
-    of a second pass `listens`: see `Compression.listen`."""
+    of a second pass `listens`: see `Compression.listen`. Of several layers that read the tokens in turn each goes on
+    from `rows`: what was noted up to the layer before it, or, where the last layer alone counts, up to the step."""
 
     method: Any = field(metadata={"static": True})
     tokens: Any
     noted: Any
     listens: bool = field(default=False, metadata={"static": True})
+    rows: Any = None
 
     @classmethod
     def of_parts(cls, method: Any, parts: Mapping[str, Any], *, listens: bool = False) -> Self:
@@ -55,9 +57,10 @@ class NotedTokens:
 
         seen = Attended(scaled, positions, slots, self.noted.valid(num_tokens), weigh, tokens.state.readers)
         note = self.method.listen if self.listens else self.method.observe
-        rows = self.noted.read()
+        rows = self.noted.read() if self.rows is None else self.rows
         if self.noted.state.until_compacted:  # of use to nobody in a step behind all prompts: then it costs nothing
             noted = jax.lax.cond(self.noted.held.any(), lambda rows: note(rows, seen), lambda rows: rows, rows)
         else:
             noted = note(rows, seen)
-        return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted))
+        following = rows if self.method.of_last_layer else noted
+        return outputs, replace(self, tokens=tokens, noted=self.noted.write(noted), rows=following)

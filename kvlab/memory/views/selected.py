@@ -29,13 +29,13 @@ from pallas_kernels.visible import NOWHERE
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SelectedTokens(OverTokens):
-    """`tokens` as they are without a method, and the number of their layer. After `attend`, `is_read` [B, T, K, N] says
-    which entries of its list of pages each query read."""
+    """`tokens` as they are without a method, and the number of their layer. `is_read` [B, T, K, N] says, of each layer
+    that has attended to them in this step, which entries of its list of pages each query read."""
 
     method: Any = field(metadata={"static": True})
     layer: int = field(metadata={"static": True})
     tokens: Any
-    is_read: Any = None
+    is_read: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         after = self.tokens.append(**tokens)
@@ -67,7 +67,8 @@ class SelectedTokens(OverTokens):
         else:
             outputs = jax.lax.cond((self._selects(positions) & self._real(positions)).any(), sparsely, densely)
         # Computed a second time, and by the compiler not at all where nobody asks.
-        return outputs, replace(self, is_read=self._choose(queries, positions, sink_logits).is_read)
+        is_read = self._choose(queries, positions, sink_logits).is_read
+        return outputs, replace(self, is_read=(*self.is_read, is_read))
 
     def _real(self, positions: Positions) -> Array:
         """[B, T] which queries are tokens rather than padding."""
@@ -93,7 +94,8 @@ class SelectedTokens(OverTokens):
             return weights.reshape(*grouped.shape[:4], num_entries, -1).sum(axis=-1)
 
         index = {array.name: self.pool[array.name][lists.table].astype(jnp.float32) for array in self.state.index}
-        scores = self.method.score(Candidates(grouped, positions, index, numbers, self.layer, weigh))
+        layer = self.layer + len(self.is_read)  # layers that read the same pages draw each for itself
+        scores = self.method.score(Candidates(grouped, positions, index, numbers, layer, weigh))
         counts = jnp.asarray(np.array([reading.num_read(pages) for pages in range(num_entries + 1)], np.int32))
         num_pages = jnp.clip(newest + 1, 0, num_entries)
         counts = jnp.where(self._selects(positions), counts[num_pages], num_pages)
