@@ -159,7 +159,7 @@ WRONG = [
     ("seed.x=4", "seed.x = 4: no such field: seed is a value, not a section"),
     ("compression=null", "compression = None: did you mean none? legal:"),
     ("memory=null", "memory = None: legal: dense, paged"),
-    ("task=null", "task = None: legal: mqar"),
+    ("task=null", "task = None: legal: mad, mqar"),
     ("memory.compression=5", "memory.compression = 5: must be null, or a mapping with the type of a compression"),
     ("memory.compression=snapkw", "memory.compression.type = 'snapkw': did you mean snapkv"),
     ("+mixer.knob=A.window budget=64KiB", "mixer.knob = 'A.window': must be one of none"),
