@@ -110,7 +110,7 @@ def test_attention_is_summed_over_all_layers_that_read(model):
         assert mine.keys() == logs.keys()
         for layer, log in logs.items():
             each = [weights_of(log["keys"][row], queries[row]) for queries in log["queries"]]
-            by_head = sum(weights.reshape(15, 2, 2, 15).mean(axis=2).sum(axis=0) for weights in each)
+            by_head = np.sum([weights.reshape(15, 2, 2, 15).mean(axis=2).sum(axis=0) for weights in each], axis=0)
             np.testing.assert_allclose(mine[layer]["mass"][:15], by_head.T, atol=1e-4)
             readers = len(each) * (15 - np.arange(15))
             np.testing.assert_array_equal(mine[layer]["readers"][:15], readers[:, None].repeat(2, axis=1))

@@ -1,6 +1,7 @@
 """Layers that read another layer's keys and values: the formula in float64, who reads whose, and what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,9 @@ def test_a_stack_of_two_is_the_formula(chunk_len):
     layout = MemoryLayout.of(model.states(), memory, max_sequences=2, max_len=17)
     session = Session(MemoryStep.of(structure, layout), params, layout.allocate(float("nan")))
     for start in range(0, 12, chunk_len):
-        chunks = {name: each[start : min(start + chunk_len, 12)] for name, each in tokens.items()}
+        chunks: dict[Any, np.ndarray] = {
+            name: each[start : min(start + chunk_len, 12)] for name, each in tokens.items()
+        }
         logits = session.advance(chunks, chunk_len)
         for row, name in enumerate(tokens):
             count = len(chunks[name])
@@ -157,6 +160,7 @@ def test_what_fits_nowhere_is_refused_with_what_would(layers, said):
 def test_a_state_says_how_many_layers_read_it():
     """Bytes are held once, and read by each."""
     states = build("yoco")[0].states()
+    full: Any
     (full,) = [state for layer in states for name, state in layer.items() if name == "kv"]
     assert (full.readers.num_layers, full.num_readers) == (3, 3)
     assert full.read_bytes(10) == 3 * full.logical_bytes(10) == 3 * 10 * 2 * 2 * 8 * 4
