@@ -19,11 +19,12 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, whole
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.indexed import IndexedConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
+from tests.mixers.tiny import TINY, LatentConfig
 
 VOCAB = 31
 WINDOW = 6
@@ -61,7 +62,15 @@ VARIANTS |= {
     }.items()
 }
 VARIANTS["latent"] = [LayerConfig("tiny_latent", LatentConfig())]
-VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
+_index = {"num_kv_heads": 2, "index_heads": 3, "index_dim": 6}
+VARIANTS |= {
+    name: [LayerConfig("indexed", IndexedConfig(**{**_small, **_index, **fields}))]
+    for name, fields in {
+        "retrieval": {"num_selected": 5, "short_conv": 2, "sink_logits": True},
+        "retrieval_blocks": {"num_selected": 9, "index_block": 3, "soft_cap": 5.0, "qk_norm": True},
+        "retrieval_pages": {"num_selected": 8, "index_block": 4, "rope": False},
+    }.items()
+}
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
 
 

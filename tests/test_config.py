@@ -91,7 +91,7 @@ RESOLVED = {
     "mqar_frontier": ["experiment=mqar_frontier"],
     "demo": ["experiment=demo"],
     "demo_text": ["experiment=demo", "task=text"],
-    **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
+    **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid", "indexed")},
 }
 
 

@@ -24,7 +24,7 @@ WRONG = [
         "model=llama3-8b",
         "model = 'llama3-8b': is for kvlab capacity only; legal: mqar, needle, passkey, perplexity, text",
     ),
-    ("mixer=null", "mixer = None: legal: deltanet, gated_deltanet, gla, gqa, hybrid, kda, linear_attention, mamba2"),
+    ("mixer=null", "mixer = None: legal: deltanet, gated_deltanet, gla, gqa, hybrid, indexed, kda, linear_attention"),
     ("experiment=null", "experiment = None: legal: demo"),
     ("hardware.num_chips=4", "hardware.num_chips = 4: must be 1 for the host"),
     ("memory=oracle", "memory = 'oracle': is for kvlab capacity only; legal: dense, paged"),

@@ -14,7 +14,7 @@ from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import rotary_angles, rotate
 from kvlab.schema import ConfigError, added, flag, integer, real, reals
-from kvlab.typing import Hidden, Positions
+from kvlab.typing import HeadOutputs, Hidden, Keys, Positions, Queries, SinkLogits, Values
 from pallas_kernels.visible import Visible
 
 
@@ -107,11 +107,23 @@ class Attention(Mixer):
         config = self.config
         visible = Visible(config.window, config.num_sinks)
         heads, dim = config.num_kv_heads, config.head_dim
+        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=self.readers)}
+
+    @property
+    def readers(self) -> Readers:
+        """How the layer's queries read what it stores."""
+        config = self.config
         rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
-        readers = Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
-        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=readers)}
+        return Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
+        queries, keys, values = self.projected(x, positions)
+        kv: TokenView = memory["kv"]
+        outputs, kv = kv.append(keys=keys, values=values).attend(queries, positions, sink_logits=self.logits_of_sinks)
+        return self.mixed(outputs, x), {"kv": kv}
+
+    def projected(self, x: Hidden, positions: Positions) -> tuple[Queries, Keys, Values]:
+        """Queries, keys and values of the step's tokens, normed and rotated."""
         config = self.config
 
         def heads(projected: Array) -> Array:
@@ -123,11 +135,16 @@ class Attention(Mixer):
         if config.rope:
             cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
             queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        kv: TokenView = memory["kv"]
-        kv = kv.append(keys=keys, values=values)
-        sinks = self.sink_logits[...] if config.sink_logits else None
-        outputs, kv = kv.attend(queries, positions, sink_logits=sinks)
+        return queries, keys, values
+
+    @property
+    def logits_of_sinks(self) -> SinkLogits | None:
+        """The heads' sink logits, where they have any."""
+        return self.sink_logits[...] if self.config.sink_logits else None
+
+    def mixed(self, outputs: HeadOutputs, x: Hidden) -> Hidden:
+        """What the layer gives for the outputs of its heads, gated where it has a gate."""
         outputs = outputs.reshape(*x.shape[:2], -1)
-        if config.output_gate:
+        if self.config.output_gate:
             outputs = outputs * jax.nn.sigmoid(self.gate(x))
-        return self.out(outputs), {"kv": kv}
+        return self.out(outputs)
