@@ -58,7 +58,7 @@ class Arm:
 
 
 DENSE = Arm("dense", "gqa", None, None, "#56b4e9")
-TRAINED = Arm("warm-up, then sparse", "indexed", 1.0, 0.8, "#1b6e8c")
+TRAINED = Arm("warm-up and sparse steps", "indexed", 1.0, 0.8, "#1b6e8c")
 WARM = Arm("warm-up only", "indexed", 1.0, 1.0, "#009e73")
 UNTRAINED = Arm("untrained indexer", "indexed", 0.0, 1.0, "#d55e00")
 ARMS = (DENSE, TRAINED, WARM, UNTRAINED)
