@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from kvlab.evaluation.session import Session
 from kvlab.ledger.states import State
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, whole
-from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.indexed import IndexedConfig
 from kvlab.mixers.latent import LatentConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
@@ -26,7 +25,6 @@ from kvlab.mixers.mamba3 import Mamba3Config
 from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.mixers.tiny import TINY, RetrievalConfig
 
 VOCAB = 31
 WINDOW = 6
@@ -72,7 +70,15 @@ VARIANTS |= {
 _latent = {"num_heads": 3, "rank": 6, "rope_dim": 2, "head_dim": 5, "value_dim": 4}
 VARIANTS["latent"] = [LayerConfig("latent", LatentConfig(**_latent, query_rank=7))]
 VARIANTS["latent_nope"] = [LayerConfig("latent", LatentConfig(**_latent | {"rope_dim": 3}, rope=False, short_conv=2))]
-VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
+_index = {"num_kv_heads": 2, "index_heads": 3, "index_dim": 6}
+VARIANTS |= {
+    name: [LayerConfig("indexed", IndexedConfig(**{**_small, **_index, **fields}))]
+    for name, fields in {
+        "retrieval": {"num_selected": 5, "short_conv": 2, "sink_logits": True},
+        "retrieval_blocks": {"num_selected": 9, "index_block": 3, "soft_cap": 5.0, "qk_norm": True},
+        "retrieval_pages": {"num_selected": 8, "index_block": 4, "rope": False},
+    }.items()
+}
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
 
 
@@ -96,8 +102,7 @@ def build(variant: str, dtype: str = "float32"):
     """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form,
     compiled once for padded batches (causality makes the padding harmless)."""
     config = ModelConfig(model_dim=16, tie_embeddings=False, dtype=dtype)
-    with mock.patch.dict(MIXERS, TINY):
-        model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
+    model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)
@@ -144,8 +149,7 @@ def parallel_logits(
 def states_of(variant: str) -> list[State]:
     """Every state of every layer; nothing is computed."""
     config = ModelConfig(model_dim=16, dtype="float32")
-    with mock.patch.dict(MIXERS, TINY):
-        model = nnx.eval_shape(lambda: Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0)))
     return [state for layer in model.states() for state in layer.values()]
 
 

@@ -95,7 +95,7 @@ RESOLVED = {
     **{name: [f"mixer={name}"] for name in ("gqa", "mqa", "swa", "swa16", "mamba2", "mamba2_n64", "hybrid")},
     **{
         name: [f"mixer={name}"]
-        for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin", "cla", "yoco")
+        for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin", "cla", "yoco", "indexed")
     },
 }
 

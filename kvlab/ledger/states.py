@@ -302,8 +302,9 @@ class LatentState(PerToken):
 
 @dataclass(frozen=True)
 class RetrievalState(PerToken):
-    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the
-    rest. The index is of the model's type in every format."""
+    """Keys, values and an index key of every token; a step reads the whole index and `num_selected` tokens of the rest,
+    with `index_block` in whole blocks of as many tokens, of which its own block holds no more than there are. The index
+    is of the model's type in every format."""
 
     num_kv_heads: int
     key_dim: int
@@ -311,10 +312,16 @@ class RetrievalState(PerToken):
     index_dim: int
     num_selected: int
     dtype: str = "bfloat16"
+    index_block: int = 0
 
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
         _positive(index_dim=self.index_dim, num_selected=self.num_selected)
+        if self.index_block and (self.num_selected % self.index_block or self.num_selected < 2 * self.index_block):
+            legal = f"must be 0, or go into num_selected = {self.num_selected} twice or more, without a rest"
+            raise ValueError(f"index_block = {self.index_block}: {legal}")
+        if self.index_block and self.span is not None:
+            raise ValueError(f"index_block = {self.index_block}: must be 0 for a state that forgets by itself")
         if self.reading is not None or self.index:
             raise ValueError(f"reading = {self.reading}: must be None for a state that selects by itself")
         super().__post_init__()
@@ -331,7 +338,8 @@ class RetrievalState(PerToken):
 
     def _read_by_one(self, n: int, page_size: int | None) -> int:
         num_live = self.live_len(n)
-        selected = min(num_live, self.num_selected)
+        rest_of_own = self.index_block - n % self.index_block if self.index_block else 0
+        selected = min(num_live, self.num_selected - rest_of_own)
         index_bytes = self._index.num_bytes
         selected_bytes = selected * (self.unit_bytes - index_bytes)
         return num_live * index_bytes + selected_bytes + self._bytes_of_pages(n, page_size)

@@ -3,6 +3,7 @@ matrix."""
 
 from kvlab.mixers.attention import Attention
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.indexed import Indexed
 from kvlab.mixers.latent import LatentAttention
 from kvlab.mixers.linear import LinearAttention
 from kvlab.mixers.mamba2 import Mamba2
@@ -11,6 +12,7 @@ from kvlab.mixers.rglru import RGLRU
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "indexed": Indexed,
     "latent": LatentAttention,
     "linear": LinearAttention,
     "mamba2": Mamba2,
@@ -22,6 +24,7 @@ __all__ = [
     "MIXERS",
     "RGLRU",
     "Attention",
+    "Indexed",
     "LatentAttention",
     "LayerMemory",
     "LinearAttention",

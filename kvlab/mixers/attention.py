@@ -15,7 +15,7 @@ from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import check_scaling, rotary_angles, rotate
 from kvlab.schema import ConfigError, added, flag, integer, real, reals
-from kvlab.typing import Hidden, Positions, Queries
+from kvlab.typing import HeadOutputs, Hidden, Keys, Positions, Queries, SinkLogits, Values
 from pallas_kernels.visible import Visible
 
 
@@ -114,27 +114,45 @@ class Attention(Mixer):
             return {}
         visible = Visible(config.window, config.num_sinks)
         heads, dim = config.num_kv_heads, config.head_dim
+        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=self.readers)}
+
+    @property
+    def readers(self) -> Readers:
+        """How the layer's queries read what is stored."""
+        config = self.config
         rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
-        readers = Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
-        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=readers)}
+        return Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
-        config = self.config
         kv: TokenView = memory["kv"]
-        if not config.shares_kv:
-            keys, values = self._split(self.key(x)), self._split(self.value(x))
-            if config.qk_norm:
-                keys = self.key_norm(keys)
-            kv = kv.append(keys=self._rotated(keys, positions), values=values)
+        if not self.config.shares_kv:
+            keys, values = self.stored(x, positions)
+            kv = kv.append(keys=keys, values=values)
+        outputs, kv = kv.attend(self.asked(x, positions), positions, sink_logits=self.logits_of_sinks)
+        return self.mixed(outputs, x), {"kv": kv}
+
+    def asked(self, x: Hidden, positions: Positions) -> Queries:
+        """Queries of the step's tokens, normed and rotated."""
         queries = self._split(self.query(x))
-        if config.qk_norm:
-            queries = self.query_norm(queries)
-        sinks = self.sink_logits[...] if config.sink_logits else None
-        outputs, kv = kv.attend(self._rotated(queries, positions), positions, sink_logits=sinks)
+        return self._rotated(self.query_norm(queries) if self.config.qk_norm else queries, positions)
+
+    def stored(self, x: Hidden, positions: Positions) -> tuple[Keys, Values]:
+        """Keys of the step's tokens, normed and rotated, and their values."""
+        keys = self._split(self.key(x))
+        keys = self._rotated(self.key_norm(keys) if self.config.qk_norm else keys, positions)
+        return keys, self._split(self.value(x))
+
+    @property
+    def logits_of_sinks(self) -> SinkLogits | None:
+        """The heads' sink logits, where they have any."""
+        return self.sink_logits[...] if self.config.sink_logits else None
+
+    def mixed(self, outputs: HeadOutputs, x: Hidden) -> Hidden:
+        """What the layer gives for the outputs of its heads, gated where it has a gate."""
         outputs = outputs.reshape(*x.shape[:2], -1)
-        if config.output_gate:
+        if self.config.output_gate:
             outputs = outputs * jax.nn.sigmoid(self.gate(x))
-        return self.out(outputs), {"kv": kv}
+        return self.out(outputs)
 
     def _split(self, projected: Float[Array, "B T E"]) -> Queries:
         return projected.reshape(*projected.shape[:2], -1, self.config.head_dim)

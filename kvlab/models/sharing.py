@@ -40,7 +40,7 @@ def _source(layers: Sequence[MixerConfig], index: int, names: Sequence[str]) -> 
     assert isinstance(mine, AttentionConfig)
     for place in range(index - 1, -1, -1):
         other = layers[place]
-        if not isinstance(other, AttentionConfig) or other.shares_kv:
+        if type(other) is not AttentionConfig or other.shares_kv:  # an indexed layer stores something else
             continue
         apart = differences(mine, other)
         if not apart:

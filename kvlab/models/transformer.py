@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from kvlab.ledger.states import State
 from kvlab.memory.views import LayerStates, whole
@@ -131,8 +132,14 @@ class Transformer(nnx.Module):
 
         `states` are the layers' states in another format than the model's: what is attended to is rounded to it.
         """
+        return self.in_parallel(tokens, states)[0]
+
+    def in_parallel(
+        self, tokens: Tokens, states: Sequence[LayerStates] | None = None, *, progress: Array | None = None
+    ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
+        """As `parallel`, and the views afterwards. In training `progress` is the share of its steps that is done."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        return self.hidden(tokens, positions, whole(states or self.states(), *tokens.shape))[0]
+        return self.hidden(tokens, positions, whole(states or self.states(), *tokens.shape, progress=progress))
 
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits [B, T, V] in float32."""

@@ -96,3 +96,24 @@ def test_the_frontier_on_a_few_steps(tmp_path):
     frame = pd.read_csv(tmp_path / "frontier.csv", keep_default_na=False)
     assert set(frame.method) == {"none", "int4"}
     assert frame[frame.method == "int4"].held_bytes.item() < frame[frame.method == "none"].held_bytes.item()
+
+
+def test_the_indexer_on_a_few_steps(tmp_path):
+    """Both axes come from the records; an arm that was not run fails the claims."""
+    indexer = load_figure("indexer")
+    results = ran(tmp_path, "indexer", indexer.DENSE.words, indexer.UNTRAINED.words)
+    assert indexer.main(tmp_path, results) == 1
+    frame = pd.read_csv(tmp_path / "indexer.csv").drop_duplicates("arm").set_index("arm")
+    per_token = 4 * 2 * 2 * 16  # float32 keys and values of 2 heads
+    dense, untrained = frame.loc["dense"], frame.loc["untrained indexer"]
+    assert untrained.held_bytes - dense.held_bytes == 4 * 16 * 128
+    assert dense.read_bytes - untrained.read_bytes == per_token * (128 - 16) - 4 * 16 * 128
+    assert (tmp_path / "indexer.png").exists()
+
+
+def test_at_random_is_what_a_random_choice_reads():
+    """A token of the pairs, among 16 that each question draws of those that it sees."""
+    rng, hits, draws = np.random.default_rng(0), 0, 0
+    for place in np.repeat(np.arange(64, 128, 2), 200):
+        hits, draws = hits + (rng.choice(place + 1, 16, replace=False) < 64).sum(), draws + 64
+    assert load_figure("indexer").at_random("128:32") == pytest.approx(hits / draws, abs=0.01)

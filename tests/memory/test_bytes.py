@@ -19,7 +19,7 @@ from kvlab.memory.pools import allocate_pages, num_bytes, write_tokens
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.contracts import VOCAB, build, pairs_with
+from tests.contracts import VOCAB, build, pairs_with, states_of
 
 MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(name="dense", chunk_len=4)]
 
@@ -212,6 +212,8 @@ def test_windowed_memory_stops_growing():
         ("latent", "int8", 30 * (6 + 2 + 4)),
         ("window", "model", None),
         ("retrieval", "model", None),
+        ("retrieval_blocks", "model", 30 * 6 * 4 + (9 - 3 + 30 % 3) * 32 * 4),
+        ("retrieval_pages", "model", 30 * 6 * 4 + (8 - 4 + 30 % 4) * 32 * 4),
     ],
 )
 def test_bytes_read_for_a_token(variant, format, expected):
@@ -223,7 +225,14 @@ def test_bytes_read_for_a_token(variant, format, expected):
     assert report.read_bytes_per_token == expected
     assert per_sequence(report)["read_bytes_per_token"] == expected
     assert per_sequence(report)["logical_bytes"] == report.logical_bytes / 3
-    assert (expected < report.logical_bytes / 3) == (variant == "retrieval")
+    assert (expected < report.logical_bytes / 3) == variant.startswith("retrieval")
+
+
+def test_an_index_is_held_beside_all_that_attention_holds():
+    """More bytes a token than attention, by index_dim numbers, and fewer read."""
+    indexed, plain = states_of("retrieval_pages")[0], states_of("gqa")[0]
+    assert indexed.unit_bytes == plain.unit_bytes + 6 * 4
+    assert indexed.read_bytes(30) < plain.read_bytes(30)
 
 
 def _read(spec, num_tokens) -> int:

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from dataclasses import replace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,10 @@ from kvlab.memory import compacting
 from kvlab.memory.layout import MemoryConfig, MemoryLayout, stored_states
 from kvlab.memory.page_index import page_keys
 from kvlab.memory.pools import num_bytes
-from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, Transformer, merge, split
 from kvlab.schema import ConfigError
 from kvlab.selection import SELECTIONS
 from tests.contracts import VARIANTS, VOCAB, run_ragged, states_of
-from tests.mixers.tiny import TINY
 from tests.selection.brute_force import logits_of
 
 LAYERS = {
@@ -40,8 +37,7 @@ METHOD = {"fraction": 0.5, "dense_layers": 0}
 @functools.cache
 def build(name):
     """A model with weights large enough that what is read shows."""
-    with mock.patch.dict(MIXERS, TINY):
-        model = Transformer(LAYERS[name], ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0))
+    model = Transformer(LAYERS[name], ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)

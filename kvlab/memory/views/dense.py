@@ -50,14 +50,31 @@ def attend_densely(
 ) -> HeadOutputs:
     """Attention, as the readers of a state read it, over the keys that each query sees, in the queries' type. What
     nobody sees may hold NaN."""
+    return dense_outputs(dense_weights(state, queries, keys, seen, sink_logits), values, seen).astype(queries.dtype)
+
+
+def dense_weights(
+    state: Any,
+    queries: Queries,
+    keys: Float[Array, "B K S D"],
+    seen: Bool[Array, "B T S"],
+    sink_logits: SinkLogits | None = None,
+) -> Float[Array, "B K G T S"]:
+    """The weights of that attention."""
     num_kv_heads, dim = keys.shape[1], keys.shape[3]
     grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
     scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
     scores = soft_capped(scores * state.scale(dim), state.soft_cap)
-    weights = weights_beside_sinks(scores, seen[:, None, None], sink_logits)
+    return weights_beside_sinks(scores, seen[:, None, None], sink_logits)
+
+
+def dense_outputs(
+    weights: Float[Array, "B K G T S"], values: Float[Array, "B K S Dv"], seen: Bool[Array, "B T S"]
+) -> Float[Array, "B T H Dv"]:
+    """What weights make of values, in float32."""
     readable = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0).astype(jnp.float32)
     outputs = jnp.einsum("bkgts,bksd->btkgd", weights, readable)
-    return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1]).astype(queries.dtype)
+    return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1])
 
 
 def weights_beside_sinks(
