@@ -1,5 +1,6 @@
 """Decoding on GPUs: the warpgroup that attends to one piece of a list of pages, with queries in columns."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu_scales
-from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS
+from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS, ROW_BLOCK
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
 from pallas_kernels.paged_attention.gpu_tiles import stripes_of
@@ -32,11 +33,18 @@ class Queries:
     log_sum_exp: Any
     group: int
     num_columns: int
+    first_column: Any
+    """Of the item's: a thread block may attend with some of them."""
     column_factors: Any = None
     scaled: Any = None
     """Queries times the scales of channels, in `PARTS`."""
     pages_out: Any = None
     page_log_sum_exp: Any = None
+
+    @property
+    def mine(self) -> Any:
+        """The columns of this thread block among the item's."""
+        return pl.ds(self.first_column, self.num_columns)
 
 
 class Columns:
@@ -56,7 +64,8 @@ class Columns:
 
     def fetch_all(self) -> None:
         """Queries, then pages."""
-        rows = self.tile.rows.at[self.part.item, self.part.head]
+        rows, mine = self.tile.rows.at[self.part.item, self.part.head], self.tile.mine
+        rows = rows.at[:, mine] if self.part.keys.per == "channel" else rows.at[mine]
         plgpu.copy_gmem_to_smem(rows, self.tile.queries, self.tile.queries_arrived)
         Producer(self.part).run()
 
@@ -65,12 +74,13 @@ class Columns:
         bounds = self.column_bounds()
         factors: Any = float(self.scoring.scale) * (1 if self.scoring.soft_cap is not None else LOG2_E)
         if self.tile.column_factors is not None:
-            theirs = self.tile.column_factors.at[self.part.item, self.part.head]
+            theirs = self.tile.column_factors.at[self.part.item, self.part.head, self.tile.mine]
             factors = factors * plgpu.load(theirs, layout=self.part.across, optimized=False)
         plgpu.barrier_wait(self.tile.queries_arrived)
         queries = None
         if self.part.keys.per == "channel":
-            queries = plgpu.load(self.tile.queries, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            held = (self.tile.queries.at[channels] for channels in self.key_stripes())
+            queries = [plgpu.load(mine, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for mine in held]
 
         value_dim, stripe = self.tile.outputs.shape[2], self.tile.sums_out.shape[0]
         stripes = stripes_of(value_dim, stripe)
@@ -95,8 +105,10 @@ class Columns:
             plgpu.wait_smem_to_gmem(0)
             self.tile.sums_out[...] = stripe_sums / lax.broadcast_in_dim(divisor, stripe_sums.shape, [1])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.tile.sums_out, self.tile.outputs.at[self.part.piece, self.part.head, columns])
-        plgpu.copy_smem_to_gmem(self.tile.lse_out, self.tile.log_sum_exp.at[self.part.piece, self.part.head])
+            there = self.tile.outputs.at[self.part.piece, self.part.head, columns, self.tile.mine]
+            plgpu.copy_smem_to_gmem(self.tile.sums_out, there)
+        there = self.tile.log_sum_exp.at[self.part.piece, self.part.head, self.tile.mine]
+        plgpu.copy_smem_to_gmem(self.tile.lse_out, there)
         plgpu.wait_smem_to_gmem(0)
 
     def attend_block(self, number, state, *, bounds, factors, queries, stripes):
@@ -183,6 +195,7 @@ class Columns:
         if self.part.listed_pages.last.shape[1] == 1:
             return self.part.listed_pages.first[self.part.item, 0], self.part.listed_pages.last[self.part.item, 0]
         numbers = plgpu.broadcasted_iota(jnp.int32, (self.tile.num_columns,), 0, layout=self.part.across)
+        numbers = numbers + self.tile.first_column
 
         def of_query(query, bounds):
             mine = numbers >= query * self.tile.group
@@ -222,6 +235,12 @@ class Columns:
         is_there = number * self.part.block_pages + entry < self.part.count
         return jnp.where(numbers < jnp.where(is_there, found.size, 0), found, 0.0)
 
+    def key_stripes(self) -> list[Any]:
+        """The channels of keys as registers hold them: all, or where they are no multiple of 64 stripes that
+        overlap."""
+        dim = self.tile.queries.shape[0]
+        return stripes_of(dim, ROW_BLOCK if dim % ROW_BLOCK else dim)
+
     def scores(self, number: Any, place: Any, queries: Any) -> Array:
         """[block, columns]: products of keys and queries, without the scales of tokens."""
         if self.part.keys.per != "channel":
@@ -230,12 +249,14 @@ class Columns:
         # Their scales multiply the queries, which are fewer, and in float32: the sum of three numbers of 16 bits.
         self.part.wait_to_multiply(self.part.keys, number, place)
         size, width = self.tile.num_columns, PARTS * self.tile.num_columns
-        for entry in range(self.part.block_pages):
-            scales = self.of_channels(self.part.keys.scales, number, entry, pl.ds(0, queries.shape[0]))
-            rest = queries * lax.broadcast_in_dim(scales, queries.shape, [0])
+        stripes = list(zip(self.key_stripes(), queries, strict=True))
+        for entry, (channels, mine) in itertools.product(range(self.part.block_pages), stripes):
+            scales = self.of_channels(self.part.keys.scales, number, entry, channels)
+            rest = mine * lax.broadcast_in_dim(scales, mine.shape, [0])
             for part in range(PARTS):
                 rounded = rest.astype(self.tile.scaled.dtype)
-                self.store_across(self.tile.scaled.at[pl.ds(entry * width + part * size, size)], rounded)
+                rows = pl.ds(entry * width + part * size, size)
+                self.store_across(self.tile.scaled.at[rows, channels], rounded)
                 rest = rest - rounded.astype(jnp.float32)
         plgpu.commit_smem()
         found = self.product(self.part.keys.blocks.at[place], self.tile.scaled)
@@ -246,12 +267,24 @@ class Columns:
             parts = [found[:, at + part * size : at + (part + 1) * size] for part in range(PARTS)]
             mine = sum(parts[1:], parts[0])
             if self.part.keys.zeros is not None:  # of a page they are the same for all tokens
-                zeros = self.of_channels(self.part.keys.zeros, number, entry, pl.ds(0, queries.shape[0]))
-                dots = (queries * lax.broadcast_in_dim(zeros, queries.shape, [0])).sum(axis=0)
-                mine = mine + lax.broadcast_in_dim(dots, mine.shape, [1])
+                mine = mine + lax.broadcast_in_dim(self.zero_dots(number, entry, stripes), mine.shape, [1])
             scores = mine if scores is None else jnp.where(slots >= entry * self.part.page_size, mine, scores)
         assert scores is not None
         return scores
+
+    def zero_dots(self, number: Any, entry: int, stripes: list[tuple[Any, Array]]) -> Array:
+        """[columns]: products of queries and the zeros of one of a block's pages."""
+        total, end = None, 0
+        for channels, mine in stripes:
+            zeros = self.of_channels(self.part.keys.zeros, number, entry, channels)
+            terms = mine * lax.broadcast_in_dim(zeros, mine.shape, [0])
+            if channels.start < end:  # what two stripes have counts once
+                rows = plgpu.broadcasted_iota(jnp.int32, terms.shape, 0, layout=plgpu.Layout.WGMMA)
+                terms = jnp.where(rows >= end - channels.start, terms, 0.0)
+            dots, end = terms.sum(axis=0), channels.start + channels.size
+            total = dots if total is None else total + dots
+        assert total is not None
+        return total
 
     def weighed(self, values: Any, channels: Any, number: Any) -> Array:
         """[dims, columns]: the sum of a block's values times their weights."""
@@ -306,7 +339,7 @@ class Columns:
 
         def leave(entry):
             place = self.part.begin + number * self.part.block_pages + entry
-            there = self.tile.page_log_sum_exp.at[self.part.item, self.part.head, place]
+            there = self.tile.page_log_sum_exp.at[self.part.item, self.part.head, place, self.tile.mine]
             plgpu.copy_smem_to_gmem(self.tile.pages_out.at[entry, pl.ds(0, self.tile.num_columns)], there)
 
         self.part.each_page(number, leave)

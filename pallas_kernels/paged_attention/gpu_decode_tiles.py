@@ -42,8 +42,67 @@ def aligned(num_columns: int) -> int:
     return -(-num_columns // 32) * 32
 
 
+MAX_COLUMNS = 64
+"""Most queries of an item for one KV head: of one position or several."""
+
+
+def columns_for(num_queries: int, group: int) -> int:
+    """Columns of an item's products: its queries of one KV head, in eights."""
+    return -(-num_queries * group // 8) * 8
+
+
 ROW_BLOCK = 64
 """Dims of values that an instruction multiplies: rows of a product are a multiple."""
+
+
+MOST_REGISTERS = 176
+"""Most numbers of a thread that `registers_for` counts; 255 registers hold them and what is computed with them. Found
+by compiling: what has more may spill at up to 128 dims, what has so many does not."""
+
+
+def registers_for(
+    num_columns: int,
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    page_size: int,
+    *,
+    with_page_mass: bool,
+) -> int:
+    """Float32 numbers that each of a warpgroup's 128 threads has while it attends with so many columns: what it holds
+    from one block to the next, and the largest product."""
+    key_rows, value_rows = (-(-dim // ROW_BLOCK) * ROW_BLOCK for dim in dims)
+    num_groups = groups_of(dims[1], schemes)
+    held = 2 * BLOCK_LEN + value_rows  # scores and the sums of weights; outputs
+    stripe = stripe_of(dims[1], num_columns, num_groups)
+    product = 2 * stripe * max(1, num_groups * stripe // value_rows)
+    if with_page_mass:
+        held += BLOCK_LEN  # the weights of one page
+    if schemes and schemes[0].per == "channel":
+        held += key_rows  # queries, which are scaled for each of a block's pages
+        product = max(product, BLOCK_LEN * PARTS * max(1, BLOCK_LEN // page_size))
+    if schemes and schemes[1].has_zeros:
+        held += num_groups * BLOCK_LEN  # sums of weights times zeros
+    return (held + product) * num_columns // 128
+
+
+def parts_of_columns(
+    num_columns: int,
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    page_size: int,
+    *,
+    with_page_mass: bool,
+) -> tuple[int, int]:
+    """How many thread blocks share an item's columns, each with the same pages, and how many of them each takes: the
+    fewest for which registers and shared memory suffice. (0, 0): there are none."""
+    asked, of_mass = (dims, schemes), {"with_page_mass": with_page_mass}
+    for most in (64, 32, 16, 8):
+        num_parts = -(-num_columns // most)
+        mine = columns_for(1, -(-num_columns // num_parts))
+        is_held = registers_for(most, *asked, page_size, **of_mass) <= MOST_REGISTERS
+        if is_held and fit(*asked, mine, page_size, **of_mass).num_stages:
+            return num_parts, mine
+    return 0, 0
 
 
 def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
