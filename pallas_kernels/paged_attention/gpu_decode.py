@@ -5,9 +5,11 @@ the right one, whose columns come in eights: scores [64 tokens, queries] = K Q^T
 Nothing of a product is padding but up to seven columns, and a thread holds few registers, so that two thread blocks
 share a multiprocessor: while one begins or ends, or computes a softmax, the other's pages arrive.
 
-A thread block takes a piece of an item's pages (`plan`) of one KV head, and all columns or a part of them. One warpgroup asks for pages, and turns
-quantised ones into 16 bits; the other attends. Outputs leave normalised, in float32, as columns; `gpu_merge` puts the
-pieces together."""
+A thread block takes a piece of an item's pages (`plan`) of one KV head, and all columns or a part of them. One
+warpgroup asks for pages, and turns quantised ones into 16 bits; the other attends. Outputs leave normalised, in
+float32, as columns; `gpu_merge` puts the pieces together.
+
+On Blackwell a product has 32 columns at least, of which 16 may be queries."""
 
 from typing import Any
 
@@ -45,16 +47,14 @@ def refusal(
 ) -> str | None:
     """Why this kernel cannot serve what `gpu.refusal` lets pass; None: it can."""
     page_size = min(page_size, BLOCK_LEN)
-    if chip != "hopper":
-        return f"chip = {chip}: products are written for Hopper's wgmma"
     if num_columns > MAX_COLUMNS:
         return f"columns = {num_columns}: must be at most {MAX_COLUMNS}, queries times query heads of a KV head"
     if dims[1] < ROW_BLOCK:
         return f"head dim of values = {dims[1]}: must be at least {ROW_BLOCK}, the rows of a product"
     if schemes and schemes[0].per == "channel" and dims[0] < ROW_BLOCK:
         return f"head dim of keys = {dims[0]}: must be at least {ROW_BLOCK}, where their channels have scales"
-    if not parts_of_columns(num_columns, dims, schemes, page_size, with_page_mass=True)[0]:
-        return f"head dims = {dims}: shared memory does not hold a block for 8 columns"
+    if not parts_of_columns(num_columns, dims, schemes, page_size, with_page_mass=True, chip=chip)[0]:
+        return f"head dims = {dims}: shared memory does not hold a block"
     return None
 
 
@@ -65,6 +65,7 @@ def decode(
     scoring: Scoring,
     *,
     max_stages: int | None = None,
+    chip: Chip = "hopper",
     interpret: Any = False,
 ) -> tuple[Array, ...]:
     """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns]
@@ -73,15 +74,15 @@ def decode(
     items, num_queries, num_heads, _ = queries.shape
     num_kv_heads, group = pages.num_kv_heads, num_heads // pages.num_kv_heads
     num_pieces, most = len(plan.pieces), max_stages or MAX_STAGES
-    asked, of_mass = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass}
-    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **of_mass)
+    asked, how = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
+    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how)
     block_pages, all_columns = BLOCK_LEN // plan.page_size, num_parts * num_columns
-    tiles = fit(*asked, num_columns, plan.page_size, most, **of_mass)
+    tiles = fit(*asked, num_columns, plan.page_size, most, **how)
     dtype = worked_in(pages, queries.dtype)
     arrays = _arrays(queries, pages, plan, all_columns, dtype)
-    out_type = _outputs(num_pieces, items, pages, plan, all_columns, **of_mass)
+    out_type = _outputs(num_pieces, items, pages, plan, all_columns, with_page_mass=scoring.with_page_mass)
     of_rows = arrays["rows"].dtype
-    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **of_mass)
+    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **how)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""

@@ -17,6 +17,7 @@ from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
 from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.tensor_cores import product
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,17 @@ class Queries:
     """Queries times the scales of channels, in `PARTS`."""
     pages_out: Any = None
     page_log_sum_exp: Any = None
+    product_done: Any = None
+    product_0: Any = None
+    product_1: Any = None
+    product_2: Any = None
+    """Of Blackwell: see `tensor_cores.accumulators`."""
+
+    @property
+    def memory(self) -> list[Any]:
+        """Where Blackwell sums products; nothing on Hopper."""
+        found = self.product_done, self.product_0, self.product_1, self.product_2
+        return [ref for ref in found if ref is not None]
 
     @property
     def mine(self) -> Any:
@@ -66,7 +78,10 @@ class Columns:
         """Queries, then pages."""
         rows, mine = self.tile.rows.at[self.part.item, self.part.head], self.tile.mine
         rows = rows.at[:, mine] if self.part.keys.per == "channel" else rows.at[mine]
-        plgpu.copy_gmem_to_smem(rows, self.tile.queries, self.tile.queries_arrived)
+        into = self.tile.queries
+        if into.shape[0] > self.tile.num_columns and self.part.keys.per != "channel":
+            into = into.at[pl.ds(0, self.tile.num_columns)]
+        plgpu.copy_gmem_to_smem(rows, into, self.tile.queries_arrived)
         Producer(self.part).run()
 
     def attend(self) -> None:
@@ -245,7 +260,8 @@ class Columns:
         """[block, columns]: products of keys and queries, without the scales of tokens."""
         if self.part.keys.per != "channel":
             self.part.wait_to_multiply(self.part.keys, number, place)
-            return self.product(self.part.keys.blocks.at[place], self.tile.queries)
+            found = self.product(self.part.keys.blocks.at[place], self.tile.queries)
+            return found[:, : self.tile.num_columns] if found.shape[1] > self.tile.num_columns else found
         # Their scales multiply the queries, which are fewer, and in float32: the sum of three numbers of 16 bits.
         self.part.wait_to_multiply(self.part.keys, number, place)
         size, width = self.tile.num_columns, PARTS * self.tile.num_columns
@@ -316,13 +332,8 @@ class Columns:
 
     def product(self, left: Any, right: Any) -> Array:
         """left [rows, k] @ right [columns, k]^T in float32, waited for."""
-
-        def multiplied(sums):
-            plgpu.wgmma(sums, left, right.transpose((1, 0)))
-            return sums[...]
-
-        shape = (left.shape[0], right.shape[0])
-        return pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        rows, width = left.shape[0], right.shape[0]
+        return product(self.tile.memory, width, lambda add: add(left, right.transpose((1, 0)), first=True), rows)
 
     def leave_page_sums(self, number: Any, exact: Array, shift: Array) -> None:
         """The log-sum-exp of each of a block's pages."""

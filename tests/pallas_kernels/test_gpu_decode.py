@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import Part
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
+from pallas_kernels.tensor_cores import Chip
 from pallas_kernels.visible import NOWHERE, Visible
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
@@ -34,13 +35,13 @@ SMALL = {"num_pieces": 3, "max_stages": 2}
 """So that short sequences are cut, and the ring turns."""
 
 
-def simulated(*arrays: Any, **options: Any) -> Any:
+def simulated(*arrays: Any, chip: Chip = "hopper", **options: Any) -> Any:
     """`gpu.paged_attention`, which must not fall back."""
     queries, pages, *_ = arrays
     columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
     asked = pages.head_dims, pages.schemes, columns, pages.page_size
-    assert gpu_decode.refusal(*asked) is None
-    return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
+    assert gpu_decode.refusal(*asked, chip) is None
+    return gpu.paged_attention(*arrays, interpret=HOW, chip=chip, **SMALL, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +241,28 @@ def test_equals_float64_without_a_race(case, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+ON_BLACKWELL = (
+    "int8 by token, window, soft cap",
+    "head dims of 80, 3 queries of 3 heads, window, sinks, soft cap",
+    "fp8 by token, head dims of 96, valid slots",
+    "int8 by channel, keys and values of 96 dims",
+    "int4 by channel",
+    "values in several products",
+    "two queries of 24 heads in two parts, window, valid slots, soft cap",
+    "KIVI of 4 bits, keys and values of 160 dims",
+    "KIVI in groups of 96, of which products of 64 have parts",
+)
+
+
+@named({name: (CASES | MORE | KIVI)[name] for name in ON_BLACKWELL}, *ON_BLACKWELL[5:])
+def test_blackwell_equals_float64_without_a_race(case, capfd):
+    """Products there have 32 columns at least, of which few are queries."""
+    dims = case.get("dims", (64, 64))
+    case = {"dtype": "bfloat16", **case, "dims": dims if min(dims) >= 64 else (64, 64)}
+    check(partial(simulated, chip="blackwell"), **case)
+    assert "RACE" not in capfd.readouterr().out
+
+
 SPACE = {
     "dtypes": ("bfloat16", "float16"),
     "page_sizes": (8, 16, 32, 64),
@@ -251,8 +274,8 @@ SPACE = {
 
 @pytest.mark.parametrize("number", numbers(1))
 def test_equals_float64_over_the_option_space(number, capfd):
-    case = generated(number, **SPACE)
-    check(simulated, **case | {"group": min(case["group"], 8)})
+    case, chip = generated(number, **SPACE), ("hopper", "blackwell")[number % 2]
+    check(partial(simulated, chip=chip), **case | {"group": min(case["group"], 8)})
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -289,17 +312,19 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize(("chip", "step"), [("hopper", 8), ("blackwell", 16)])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-def test_every_column_has_one_thread_block(dim):
+def test_every_column_has_one_thread_block(dim, chip, step):
     """Whatever the pages are in: none is refused, none is left over, and no thread block has nothing but padding."""
     for (schemes, page_size, with_page_mass), asked in itertools.product(OPTIONS, range(8, 65, 8)):
         if schemes and any(dim % step_of(scheme) for scheme in schemes):
             continue
-        assert gpu_decode.refusal((dim, dim), schemes, asked, page_size) is None
-        num_parts, mine = parts_of_columns(asked, (dim, dim), schemes, page_size, with_page_mass=with_page_mass)
+        reason = gpu_decode.refusal((dim, dim), schemes, asked, page_size, chip)
+        how = {"with_page_mass": with_page_mass, "chip": chip}
+        num_parts, mine = parts_of_columns(asked, (dim, dim), schemes, page_size, **how)
+        assert reason is None, (schemes, page_size, asked)
         assert (num_parts - 1) * mine < asked <= num_parts * mine <= 64
-        assert mine % 8 == 0
-        assert num_parts == 1 or mine > 8 or asked < 64 or dim == 256
+        assert mine % (8 if schemes and schemes[1].group == 32 else step) == 0
 
 
 MOST_CARRIED = 80
@@ -315,7 +340,7 @@ def test_registers_hold_what_a_thread_carries(dim):
     for schemes, page_size, with_page_mass in OPTIONS:
         if schemes is None and 8 < page_size < 64:
             continue
-        pools = [jax.eval_shape(lambda of=of: _pool(of, page_size, dim)) for of in schemes or (None, None)]  # noqa: B023
+        pools = [jax.eval_shape(partial(_pool, of, page_size, dim)) for of in schemes or (None, None)]
         scoring = Scoring(0.1, 30.0, Visible(100, 4), with_page_mass)
         asked = array(2, 1, 64, dim, of=jnp.bfloat16), Pages(*pools)
         lists = Lists(array(2, 4), array(2, 4), array(2, 4, page_size, of=jnp.bool))
@@ -527,7 +552,8 @@ PLAIN: list[tuple[Scheme, Scheme]] = [
 
 
 @pytest.mark.parametrize("schemes", [None, *PLAIN, kivi("int4", "int2"), kivi("int2", "int4", 64)], ids=said)
-def test_what_fits_is_what_the_scratch_takes(schemes):
+@pytest.mark.parametrize("chip", ["hopper", "blackwell"])
+def test_what_fits_is_what_the_scratch_takes(schemes, chip):
     """Of every shape that is not refused: in whole KiB, below the limit, and at most 32 barriers together."""
     seen = 0
     for dims in ((64, 64), (128, 128), (256, 256), (80, 128), (128, 80), (96, 96), (64, 160)):
@@ -538,19 +564,20 @@ def test_what_fits_is_what_the_scratch_takes(schemes):
                     page_size < least or any(dim % step_of(of) for dim, of in zip(dims, schemes, strict=True))
                 ):
                     continue
-                if gpu_decode.refusal(dims, schemes, asked, page_size):
+                if gpu_decode.refusal(dims, schemes, asked, page_size, chip):
                     continue
-                _, columns = parts_of_columns(asked, dims, schemes, page_size, with_page_mass=True)
+                how = {"with_page_mass": True, "chip": chip}
+                _, columns = parts_of_columns(asked, dims, schemes, page_size, **how)
                 pages = Pages(
                     *(_pool(scheme, page_size, dim) for scheme, dim in zip(schemes or (None,) * 2, dims, strict=True))
                 )
-                tiles = fit(dims, schemes, columns, page_size)
+                tiles = fit(dims, schemes, columns, page_size, **how)
                 dtype = jnp.dtype(jnp.bfloat16)
-                scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True)
+                scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), **how)
                 sizes = [
                     -(-int(np.prod(ref.shape)) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024
-                    for ref in scratch.values()
-                    if hasattr(ref, "dtype")
+                    for name, ref in scratch.items()
+                    if hasattr(ref, "dtype") and not name.startswith("product_")  # tensor memory
                 ]
                 assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
                 barriers = [int(np.prod(ref.num_barriers)) for ref in scratch.values() if hasattr(ref, "num_barriers")]
