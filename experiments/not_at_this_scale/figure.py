@@ -231,21 +231,33 @@ def _gain(frame: pd.DataFrame) -> Finding:
 
 
 def _lengths(recall: Cells) -> list[Finding]:
-    """8: recall of sequences that are longer than those of the training."""
-    rows, arxiv, longest = list[Finding](), "2412.06464", max(mixers.LENGTHS)
-    where = f"recall {longest}:{mixers.PAIRS}, trained on {mixers.TRAINED_LEN}"
+    """8: recall of sequences that are longer than those of the training, beside recall of those."""
+    rows, arxiv, trained, longest = list[Finding](), "2412.06464", mixers.TRAINED_LEN, max(mixers.LENGTHS)
+    where = f"recall {longest}:{mixers.PAIRS}, trained on {trained}"
     for name in mixers.INITIALISED:
         said, holds = recall.above(name, [mixers.UNGATED], longest)
+        if holds is not None:
+            before = [recall.mean(each, trained) or 0 for each in (name, mixers.UNGATED)]
+            said += f"; at {trained} {before[0]:.3f} and {before[1]:.3f}"
         rows.append(Finding(f"{name}: above DeltaNet behind its training length", arxiv, where, said, holds))
     claim = "the rule decides more than how the decay is initialised"
-    first, *others = (recall.mean(name, longest) for name in mixers.INITIALISED)
-    plain = recall.mean(mixers.PLAIN, longest)
-    if first is None or plain is None or any(other is None for other in others):
+    effects = [effect for length in (longest, trained) if (effect := _effects(recall, length))]
+    if len(effects) < 2:
         return [*rows, Finding.not_run(claim, arxiv, where)]
-    values = [first, *(other for other in others if other is not None)]
-    rule, spread = abs(first - plain), max(values) - min(values)
-    said = f"{rule:.3f} between the delta and the plain rule; {spread:.3f} between initialisations"
+    (rule, spread), (rule_before, spread_before) = effects
+    said = f"{rule:.3f} between the delta and the plain rule, {spread:.3f} between initialisations; "
+    said += f"at {trained} {rule_before:.3f} and {spread_before:.3f}"
     return [*rows, Finding(claim, arxiv, where, said, rule > spread)]
+
+
+def _effects(recall: Cells, length: int) -> tuple[float, float] | None:
+    """At a length: the difference between the delta and the plain rule, decays as published, and the range over the
+    initialisations of the delta rule's, of means over seeds; None: not run."""
+    plain, *found = (recall.mean(name, length) for name in (mixers.PLAIN, *mixers.INITIALISED))
+    values = [value for value in found if value is not None]
+    if plain is None or len(values) < len(mixers.INITIALISED):
+        return None
+    return abs(values[0] - plain), max(values) - min(values)
 
 
 def _ruler(frame: pd.DataFrame) -> list[Finding]:

@@ -18,6 +18,8 @@ runs, toys, mixers, ruler = (load_part("not_at_this_scale", part) for part in ("
 SINK = 0.3
 """Share of its attention on token 0 from which on a head is said to have a sink."""
 BLUE, RED, GREY = "#0072b2", "#d55e00", "#555555"
+COLOURS, MARKERS = (BLUE, "#56b4e9", "#cc79a7", GREY, RED), "osv^D"
+"""Of the variants of longer recall; markers also of seeds."""
 
 
 def draw(tables: Any, path: Path) -> None:
@@ -80,24 +82,23 @@ def _draw_recall(panel: Any, frame: pd.DataFrame) -> None:
 
 
 def _draw_mixers(panel: Any, frame: pd.DataFrame) -> None:
-    for seed, cells in _grouped(frame, "seed"):
+    for seed, cells in _grouped(frame.sort_values("seed"), "seed"):
         bits = cells.set_index("method").value.reindex([mixers.GATED, mixers.KDA])
-        panel.plot((0, 1), bits, "o-", color=BLUE, ms=4, label=f"seed {seed}")
+        panel.plot((0, 1), bits, "-", marker=MARKERS[seed], color=BLUE, ms=6, label=f"seed {seed}")
     panel.set_xticks((0, 1), (mixers.GATED, mixers.KDA))
     panel.set(xlim=(-0.4, 1.4), ylabel="bits a byte of text", title="A decay a head, and one a channel")
 
 
 def _draw_lengths(panel: Any, frame: pd.DataFrame) -> None:
-    styles = {mixers.PLAIN: (GREY, "--"), mixers.UNGATED: (RED, "-")}
-    for name, marker in zip(mixers.VARIANTS, "osv^D", strict=True):
-        cells = frame[frame.method == name].groupby("length").value
-        (colour, line), mean = styles.get(name, (BLUE, "-")), cells.mean()
-        ends = (mean - cells.min(), cells.max() - mean)
-        panel.errorbar(mean.index, mean, ends, fmt=marker + line, color=colour, ms=5, capsize=2, label=name)
+    for name, marker, colour in zip(mixers.VARIANTS, MARKERS, COLOURS, strict=True):
+        cells = frame[frame.method == name]
+        panel.plot(cells.length, cells.value, marker, color=colour, ms=4, alpha=0.5)
+        mean = cells.groupby("length").value.mean()
+        panel.plot(mean.index, mean, "-", marker=marker, color=colour, ms=6, label=name)
     panel.set(xscale="log", ylim=(0, 1.03), xlabel="tokens (trained on 64)", ylabel="accuracy of recall")
     panel.set_xticks(mixers.LENGTHS, [str(length) for length in mixers.LENGTHS])
     panel.minorticks_off()
-    panel.set_title(f"Longer sequences, {mixers.PAIRS} pairs (bars: 3 seeds)")
+    panel.set_title(f"Longer sequences, {mixers.PAIRS} pairs (small: seeds)")
 
 
 def _draw_ruler(panel: Any, frame: pd.DataFrame) -> None:

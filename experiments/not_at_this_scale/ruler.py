@@ -21,7 +21,7 @@ from kvlab.evaluation.layerwise import LayerwiseStep
 from kvlab.evaluation.session import Session
 from kvlab.lab.experiments import load_figure
 from kvlab.lab.smollm2 import WORK, Bench, Material, with_material
-from kvlab.tasks.perplexity import tokenizer_of
+from kvlab.tasks.haystack import Haystack
 
 HERE = Path(__file__).resolve().parent
 PASSKEY = "pass keys"
@@ -68,7 +68,7 @@ type Make = Callable[[np.random.Generator, int], Example]
 
 def variable_tracking(rng: np.random.Generator, size: int) -> Example:
     """Chains of assignments in order, mixed with each other and with `size` fillers; which variables have a number?
-    An answered question of two chains comes first, as in the paper."""
+    An answered question of two chains comes first."""
 
     def question(num_chains: int, num_fillers: int) -> tuple[str, Example]:
         names = _letters(rng, num_chains * (NUM_HOPS + 1), 5, "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -98,7 +98,7 @@ def variable_tracking(rng: np.random.Generator, size: int) -> Example:
 
 def common_words(rng: np.random.Generator, size: int) -> Example:
     """A numbered list, every second word of which is one of NUM_COMMON and the others are of NUM_RARE; which are the
-    common ones? An answered list of other words comes first, as in the paper."""
+    common ones? An answered list of other words comes first."""
     words = rng.permutation(NOUNS.split()).tolist()
 
     def question(num_rare: int, num_pairs: int) -> tuple[str, list[str], list[str]]:
@@ -150,7 +150,7 @@ class Sizes:
     """What is run; tests run less. A context is at most as many tokens of a prompt."""
 
     contexts: Sequence[int] = (512, 1024)
-    num_examples: int = 12
+    num_examples: int = 8
     num_passkeys: int = 4
     batch_size: int = 4
     chunk_len: int = 128
@@ -194,28 +194,36 @@ def measure(material: Material, output: Path, sizes: Sizes | None = None) -> pd.
     """A row for each task, context and example: the share of its answer that is right, and chance; pass keys, of which
     a row is the digits of a context in both turns, beside them. The table is written after each task."""
     sizes, rows, passkey = sizes or Sizes(), list[dict[str, Any]](), load_figure("passkey_smollm2")
-    tokenizer = tokenizer_of(material.tokenizer)
     for context in sizes.contexts:
         few = passkey.Sizes(context, sizes.num_passkeys, sizes.batch_size, sizes.chunk_len, text=sizes.text)
         bench = passkey.bench_of(material, few, query_aware=False, num_contexts=sizes.num_passkeys)
         parts = [part.examples for part in bench.through({}, checked=False).slices]
         shares = np.mean([part.correct.sum(axis=1) / part.weight.sum(axis=1) for part in parts], axis=0)
         rows += _rows(PASSKEY, context, [context] * len(shares), shares.tolist(), [0.1] * len(shares))
-        for number, (name, make) in enumerate(TASKS.items()):
+        for name in TASKS:
             began = time.process_time()
-            encode = lambda text: tokenizer.encode(text, special=False)  # noqa: E731
-            seeds = [(number, index) for index in range(sizes.num_examples)]
-            examples = [fitted(make, encode, seed, context) for seed in seeds]
-            prompts, said = [encode(example.prompt) for example in examples], list[list[int]]()
-            for start in range(0, len(prompts), sizes.batch_size):
-                said += answers(bench, prompts[start : start + sizes.batch_size], sizes, context)
-            right = [example.right(tokenizer.decode(ids)) for example, ids in zip(examples, said, strict=True)]
-            chance = [example.chance for example in examples]
-            rows += _rows(name, context, list(map(len, prompts)), right, chance)
+            rows += asked(bench, name, sizes, context)
             pd.DataFrame(rows).to_csv(output / "ruler.csv", index=False, float_format="%.4g")
-            cpu_s = time.process_time() - began
-            print(f"{name}, {context} tokens: {np.mean(right):.2f} right, {cpu_s:.0f} CPU-s", flush=True)
+            right = np.mean([row["right"] for row in rows[-sizes.num_examples :]])
+            print(f"{name}, {context} tokens: {right:.2f} right, {time.process_time() - began:.0f} CPU-s", flush=True)
     return pd.DataFrame(rows)
+
+
+def asked(bench: Bench, name: str, sizes: Sizes, context: int) -> list[dict[str, Any]]:
+    """A row for each example of a task."""
+    assert isinstance(bench.laboratory.task, Haystack)
+    tokenizer = bench.laboratory.task.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, special=False)
+
+    seeds = [(list(TASKS).index(name), index) for index in range(sizes.num_examples)]
+    examples = [fitted(TASKS[name], encode, seed, context) for seed in seeds]
+    prompts, said = [encode(example.prompt) for example in examples], list[list[int]]()
+    for start in range(0, len(prompts), sizes.batch_size):
+        said += answers(bench, prompts[start : start + sizes.batch_size], sizes, context)
+    right = [example.right(tokenizer.decode(ids)) for example, ids in zip(examples, said, strict=True)]
+    return _rows(name, context, list(map(len, prompts)), right, [example.chance for example in examples])
 
 
 def _rows(

@@ -19,6 +19,7 @@ from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.smollm2 import Material
 from kvlab.schema import ConfigError
+from kvlab.tokenizers import ByteTokenizer
 from tests.engine.families import write_folder
 
 HERE = EXPERIMENTS_DIR / "not_at_this_scale"
@@ -161,10 +162,8 @@ def test_the_committed_findings_follow_from_the_tables_beside_them(scale):
     tables = scale.Tables(*(pd.read_csv(HERE / f"{name}.csv") for name in TABLES))
     committed = pd.read_csv(HERE / "findings.csv", keep_default_na=False)
     written = {True: "True", False: "False", None: ""}
-    found = [(row.claim, row.where, row.measured, written[row.holds]) for row in scale.findings(tables)]
-    assert found == list(
-        committed[["claim", "where", "measured", "holds"]].astype(str).itertuples(index=False, name=None)
-    )
+    found = [(row.claim, row.where, written[row.holds]) for row in scale.findings(tables)]
+    assert found == list(committed[["claim", "where", "holds"]].astype(str).itertuples(index=False, name=None))
     assert all(claim.passed for claim in scale.claims(tables))
 
 
@@ -295,7 +294,7 @@ def test_variables_are_tracked_by_reading_the_prompt(scale):
     values = {}
     for name, _, value in re.findall(r"VAR (\w+) = (VAR )?(\w+)", context):
         values[name] = values.get(value, value)
-    asked = re.search(r"\d+", question).group()
+    (asked,) = set(re.findall(r"\d{5}", question))
     assert sorted(name for name, value in values.items() if value == asked) == sorted(made.answer)
     assert set(values) == set(made.candidates)
     assert made.chance == 3 / 12
@@ -329,10 +328,12 @@ def test_a_prompt_fills_its_context(scale):
         ruler.fitted(ruler.variable_tracking, count, (0, 0), 100)
 
 
-def test_ruler_answers_with_the_likeliest_token(scale, tmp_path):
-    """Bytes are the tokens; token by token the parallel form says the same, whatever the prompts' lengths."""
-    (tmp_path / "hay.txt").write_text("abcdefgh" * 2000)
+def test_ruler_answers_with_the_likeliest_token(scale, tmp_path, monkeypatch):
+    """Bytes are the tokens, though the vocabulary has some more. Token by token the parallel form says the same, whatever
+    the prompts' lengths."""
+    (tmp_path / "hay.txt").write_text("abcdefgh" * 20_000)
     material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: bytes(each % 256 for each in ids).decode("latin-1"))
     sizes = scale.ruler.Sizes((1500,), 2, 2, 2, 64, 5, str(tmp_path / "hay.txt"))
     found = scale.ruler.measure(material, tmp_path, sizes)
     assert found.groupby("task").size().to_dict() == dict.fromkeys([scale.ruler.PASSKEY, *scale.ruler.TASKS], 2)
