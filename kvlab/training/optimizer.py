@@ -12,7 +12,6 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from kvlab.schema import Schema, added, choice, real
 from kvlab.typing import Params, PyTree
 
-
 MUON_RMS = 0.2
 """Root mean square of Muon's update at a rate of 1: about that of AdamW's, so that one learning rate serves both (arXiv
 2502.16982)."""
