@@ -1,4 +1,5 @@
-"""AdamW (arXiv 1711.05101) with warm-up, cosine decay, global-norm clipping and a weight-decay mask."""
+"""AdamW (arXiv 1711.05101) and Muon (arXiv 2502.16982), both with warm-up, cosine decay, global-norm clipping and
+decoupled weight decay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,15 +7,24 @@ from typing import Any
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from kvlab.schema import Schema, real
+from kvlab.schema import Schema, added, choice, real
 from kvlab.typing import Params, PyTree
+
+MUON_RMS = 0.2
+"""Root mean square of Muon's update at a rate of 1: about that of AdamW's, so that one learning rate serves both (arXiv
+2502.16982)."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Schema):
     """`warmup_fraction` of the steps is linear warm-up; the cosine ends at `final_fraction` of the peak. A `clip_norm`
-    of null clips nothing."""
+    of null clips nothing.
+
+    With `name` "muon" the matrices of the blocks are updated by their momentum, `muon_momentum`, made orthogonal;
+    embedding, head, vectors and convolution kernels stay with AdamW, which `beta1`, `beta2` and `eps` are of.
+    """
 
     learning_rate: float = real(3e-3, 0.0, 10.0, open_low=True)
     weight_decay: float = real(0.1, 0.0, 10.0)
@@ -24,6 +34,8 @@ class OptimizerConfig(Schema):
     clip_norm: float | None = real(1.0, 0.0, 1e6, open_low=True, optional=True)
     warmup_fraction: float = real(0.05, 0.0, 0.9)
     final_fraction: float = real(0.0, 0.0, 1.0)
+    name: str = added(choice("adamw", ("adamw", "muon")))
+    muon_momentum: float = added(real(0.95, 0.0, 0.9999))
 
 
 def decays(params: Params) -> PyTree:
@@ -33,6 +45,44 @@ def decays(params: Params) -> PyTree:
         return leaf.ndim >= 2 and not any("conv" in str(part.key) for part in path)
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def orthogonalised(params: Params) -> PyTree:
+    """True where Muon updates: matrices inside blocks, except convolution kernels."""
+
+    def is_matrix(path: Sequence[Any], leaf: jax.Array) -> bool:
+        names = [str(part.key) for part in path]
+        return names[0] == "blocks" and leaf.ndim == 2 and not any("conv" in name for name in names)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum of matrices [inputs, outputs], made nearly orthogonal by five Newton-Schulz steps, with the
+    same root mean square whatever their shape: `MUON_RMS`."""
+
+    def kernels(updates: Any) -> Any:
+        return jax.tree.map(lambda _: MuonDimensionNumbers(), updates)
+
+    def scaled(updates: Any, _: Any) -> Any:
+        return jax.tree.map(lambda update: update * (MUON_RMS * max(update.shape) ** 0.5), updates)
+
+    return optax.chain(
+        scale_by_muon(beta=momentum, weight_dimension_numbers=kernels),
+        optax.stateless(scaled),
+    )
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients to updates at a rate of 1, weight decay aside."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if config.name == "adamw":
+        return adam
+
+    def owners(params: Any) -> Any:
+        return jax.tree.map(lambda is_muon: "muon" if is_muon else "adam", orthogonalised(params))
+
+    return optax.partition({"muon": _muon(config.muon_momentum), "adam": adam}, owners)
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
@@ -45,7 +95,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     chain = optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        _direction(config),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule),
     )
