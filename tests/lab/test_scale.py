@@ -329,8 +329,8 @@ def test_a_prompt_fills_its_context(scale):
 
 
 def test_ruler_answers_with_the_likeliest_token(scale, tmp_path, monkeypatch):
-    """Bytes are the tokens, though the vocabulary has some more. Token by token the parallel form says the same, whatever
-    the prompts' lengths."""
+    """Bytes are the tokens, though the vocabulary has some more. Token by token the parallel form says the same,
+    whatever the prompts' lengths."""
     (tmp_path / "hay.txt").write_text("abcdefgh" * 20_000)
     material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: bytes(each % 256 for each in ids).decode("latin-1"))
