@@ -282,8 +282,9 @@ def test_layers_that_share_hold_nothing_and_read_as_much():
 def test_layers_that_share_read_what_stays_and_what_is_selected():
     """Two more full layers: H2O weighs, which reads keys of 1,024 bytes a token once more; Quest reads some pages."""
     words = ["model=gemma3-4b", "hardware=h100", "simulate=false", "workload=azure_conv", "context_len=4000"]
-    plain, shared = _pair(compose_capacity([*words, "compression=h2o", "memory.budget=1024"]))
-    config = replace(compose_capacity([*words, "compression=h2o", "memory.budget=1024"]), model=sharing(2, 0))
+    config = compose_capacity([*words, "compression=h2o", "memory.budget=1024", "memory.compression.every=512"])
+    plain, shared = _pair(config)
+    config = replace(config, model=sharing(2, 0))
     context = Context(4000, plain.prompt_len)
     kept = next(state for state in Serving.of(config, 4096, context).classes if state.retention)
     assert shared.read_bytes - plain.read_bytes == 2 * kept.retention.stored(plain.prompt_len, 4000) * (2048 + 1024)

@@ -117,3 +117,28 @@ def test_at_random_is_what_a_random_choice_reads():
     for place in np.repeat(np.arange(64, 128, 2), 200):
         hits, draws = hits + (rng.choice(place + 1, 16, replace=False) < 64).sum(), draws + 64
     assert load_figure("indexer").at_random("128:32") == pytest.approx(hits / draws, abs=0.01)
+
+
+def test_shared_keys_and_values_on_a_few_steps(tmp_path):
+    """Half the bytes held, and as many read; what was not run fails its claim."""
+    words = ["task=mqar", "model.num_layers=2", "task.test=['128:32']"]
+    results = ran(tmp_path, "kv_sharing", ["mixer=mha", *words], ["mixer=cla", *words])
+    sharing = load_figure("kv_sharing")
+    assert sharing.main(tmp_path, results) == 1
+    frame = pd.read_csv(tmp_path / "sharing.csv")
+    assert frame.variant.tolist() == ["mha", "cla"]
+    assert frame.kv_bytes.tolist() == [2 * 128 * 2 * 64 * 4, 128 * 2 * 64 * 4]
+    assert frame.read_bytes.nunique() == 1
+    assert frame.num_params.diff().iloc[1] == -2 * 64 * 64
+    passed = {claim.what: claim.passed for claim in sharing.claims(frame)}
+    assert [name for name, passes in passed.items() if name.startswith("text")] == [
+        "text: bytes held",
+        "text: bytes read for a token",
+        "text: loss of pairs",
+    ]
+    assert not any(passes for name, passes in passed.items() if name.startswith("text"))
+    assert passed["mqar: keys and values held, pairs : own"]
+    frame["value"] = [0.9, 0.88]
+    frame.loc[frame.variant == "cla", "kv_bytes"] = 1
+    assert not any(claim.passed for claim in sharing.claims(frame) if "held" in claim.what or "accuracy" in claim.what)
+    assert (tmp_path / "sharing.png").exists()
