@@ -19,7 +19,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from kvlab.lab.claims import Claim, verdict
 from kvlab.lab.record import Done
@@ -140,14 +140,16 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     """Accuracy on 128:32 against bytes held a sequence, and against bytes read for a decoded token; bars are 95% over
     seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    labels = {"held_bytes": "bytes of the pages held a sequence", "read_bytes": "bytes read for a decoded token"}
+    labels = {"held_bytes": "bytes of pages and states held a sequence", "read_bytes": "bytes read for a decoded token"}
     for panel, (axis, label) in zip(panels, labels.items(), strict=True):
         for arm in ARMS:
             row: Any = frame[(frame.arm == arm.name) & (frame.slice == LONG)]
-            style = {"color": arm.colour, "marker": "o", "ms": 9, "capsize": 3, "ls": ""}
+            size = 14 if arm is TRAINED else 8  # two arms may lie on one another
+            style = {"color": arm.colour, "marker": "o", "ms": size, "capsize": 3, "ls": ""}
             panel.errorbar(row[axis], row.accuracy, yerr=row.half_width, label=arm.name, **style)
         panel.axhline(at_random(LONG), color="0.5", ls=":", label="16 tokens at random")
         panel.set(xlabel=label, ylim=(-0.03, 1.05), xlim=(0, 1.25 * frame[axis].max()))
+        panel.xaxis.set_major_locator(MultipleLocator(8192))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("accuracy of recall")

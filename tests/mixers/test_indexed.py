@@ -117,7 +117,7 @@ def test_one_index_head_ties_and_later_tokens_change_nothing():
     ties = [t for t in range(4, NUM_TOKENS) if (scores[t, : t + 1] == 0).sum() > 1]
     assert len(ties) > 2
     complete, _ = run(layer, x)
-    for length in range(1, NUM_TOKENS):
+    for length in (4, 7, 12):
         np.testing.assert_allclose(run(layer, x[:length])[0], complete[:length], atol=1e-5)
 
 
