@@ -49,6 +49,7 @@ TASKS = {
     "mqar": ("task=mqar", "task.test=['128:32']", "measure.decode_steps=64", "seed=0,1,2"),
     "text": (
         "task=text",
+        "task.seq_len=256",
         "task.num_scored=128",
         "task.scored_in_chunks=true",
         "task.decode_len=16",
@@ -58,7 +59,12 @@ TASKS = {
 """Both have a prompt, which is compacted, and as many tokens behind it: recall of 32 pairs, and code by the byte."""
 TRAINED = {
     "mqar": {
-        False: ("train.num_steps=400", "train.eval_every=100", "train.checkpoint_every=400"),
+        False: (
+            "train.num_steps=400",
+            "train.eval_every=100",
+            "train.checkpoint_every=400",
+            "optimizer.learning_rate=0.01",
+        ),
         True: (
             "train.num_steps=1600",
             "train.eval_every=200",
@@ -66,10 +72,22 @@ TRAINED = {
             "optimizer.learning_rate=0.003",
         ),
     },
-    "text": {False: (), True: ()},
+    "text": dict.fromkeys(
+        (False, True),
+        ("train.num_steps=600", "train.eval_every=200", "train.checkpoint_every=600", "optimizer.learning_rate=0.005"),
+    ),
 }
-"""By task, and whether there is a recurrence, which wants smaller steps and more of them."""
+"""By task, and whether there is a recurrence, which wants smaller steps and more of them. Rates and positions are those
+with which this was measured, not the better ones that the tasks have had since."""
 PROTECTED = {"mqar": "sinks:0,recent:0", "text": "sinks:4,recent:8"}
+
+
+def _positions(task: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Rotary embeddings of the layers that attend, as they were measured."""
+    if task != "text" or names == (RECURRENT,):
+        return ()
+    layer = "W" if names == (WINDOWED,) else "A"
+    return tuple(f"mixer.{layer}.{word}" for word in ("rope_fraction=0.5", "rope_base=10000", "qk_norm=false"))
 
 
 def _sweeps(task: str) -> list[tuple[str, ...]]:
@@ -77,7 +95,8 @@ def _sweeps(task: str) -> list[tuple[str, ...]]:
 
     def words(names: tuple[str, ...]) -> tuple[str, ...]:
         is_recurrent = bool({RECURRENT, HYBRID} & set(names))
-        return (*TASKS[task], f"mixer={','.join(names)}", *TRAINED[task][is_recurrent])
+        trained = ("optimizer.name=adamw", *TRAINED[task][is_recurrent])
+        return (*TASKS[task], f"mixer={','.join(names)}", *_positions(task, names), *trained)
 
     expected, random = (f"{{type:{kind},{PROTECTED[task]}}}" for kind in ("expected", "random"))
     found = [
