@@ -120,11 +120,9 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
             kibibytes = rows.kv_bytes / 1024 * BESIDE.get(variant, 1)
             panel.plot(kibibytes, rows.value, "o", color=COLOURS[variant], label=name, alpha=0.7)
             panel.plot(kibibytes.iloc[:1], [rows.value.mean()], "_", color=COLOURS[variant], ms=18, mew=2)
-        panel.set(
-            title=title,
-            xlabel="KiB of keys and values held",
-            xlim=(0, frame[frame.task == task].kv_bytes.max() / 1024 * 1.15),
-        )
+        panel.set(title=title, xlabel="KiB of keys and values held")
+        panel.margins(x=0.15)
+        panel.set_xlim(left=0)
         panel.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(NAMES))
