@@ -41,6 +41,7 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = flag(False)
     bias: bool = flag(False)
     output_gate: bool = added(flag(False))
+    local_start: float = added(real(0.0, 0.0, 100.0))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -96,6 +97,11 @@ class Attention(Mixer):
         if config.qk_norm:
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
             self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+        if config.local_start:
+            half = config.rotary_dim // 2
+            start = jnp.zeros(dim).at[:half].set(config.local_start)
+            self.query_start = nnx.Param(start)
+            self.key_start = nnx.Param(start)
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
@@ -113,6 +119,9 @@ class Attention(Mixer):
             return projected.reshape(*projected.shape[:2], -1, config.head_dim)
 
         queries, keys, values = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+        if config.local_start:
+            queries = queries + self.query_start[...].astype(queries.dtype)[None, None, None, :]
+            keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
         if config.qk_norm:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if config.rope:
