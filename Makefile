@@ -79,7 +79,7 @@ kernels-check: kernels-check-newest kernels-check-oldest
 
 kernels-check-newest: .venv-kernels/.installed
 	.venv-kernels/bin/python $(CHECK) -- $(TARGETS)
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-kernels/bin/python -m kvlab.lab.absent H200 gqa hybrid
+	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-kernels/bin/python -m kvlab.lab.absent H200 gqa mla hybrid
 
 kernels-check-oldest: .venv-kernels-oldest/.installed
 	.venv-kernels-oldest/bin/python $(CHECK) -- $(OLDEST_TARGETS)

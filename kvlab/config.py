@@ -26,6 +26,7 @@ from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.memory.naming import words_of
 from kvlab.mixers import MIXERS
+from kvlab.models.sharing import readers_of, sources_of
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
 from kvlab.schema import (
     ConfigError,
@@ -123,11 +124,14 @@ class MixerConfig:
         return {"name": self.name, "pattern": self.pattern, **knob, **layers}
 
     def with_knob(self, place: str, value: int) -> "MixerConfig":
-        """The same variant with another value of a layer's field. Raises ConfigError for one that it cannot have."""
+        """The same variant with another value of a field of a layer, and of those that read its keys and values. Raises
+        ConfigError for one that it cannot have."""
         name, _, field = place.partition(".")
-        layer = self.layers[name]
-        config = dataclasses.replace(layer.config, **{field: value})
-        return dataclasses.replace(self, layers={**self.layers, name: dataclasses.replace(layer, config=config)})
+        changed = dict(self.layers)
+        for each in (name, *readers_of(name, {key: value.config for key, value in changed.items()}, self.pattern)):
+            config = dataclasses.replace(changed[each].config, **{field: value})
+            changed[each] = dataclasses.replace(changed[each], config=config)
+        return dataclasses.replace(self, layers=changed)
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,8 @@ class Config(Schema):
             self.layers()
         except ValueError as error:
             raise ConfigError("mixer.pattern", self.mixer.pattern, str(error)) from None
+        names = parse_pattern(self.mixer.pattern, list(self.mixer.layers), self.model.num_layers)
+        sources_of([self.mixer.layers[name].config for name in names], [f"mixer.{name}" for name in names])
         if self.train.num_steps and getattr(self.task, "whole", False):
             legal = "must be false to train: the whole text is what is evaluated"
             raise ConfigError("task.whole", True, legal)

@@ -1,10 +1,12 @@
 """Rotary position embeddings (arXiv 2104.09864): pairs of numbers turned by an angle that grows with the position."""
 
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
+from kvlab.schema import ConfigError
 from kvlab.typing import Positions
 
 
@@ -23,9 +25,17 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns pairs (i, i + rotary_dim / 2) of each head of x [B, T, heads, D]; the remaining dimensions pass through."""
+def check_scaling(scaling: Sequence[float]) -> None:
+    """Raises ConfigError for a `rope_scaling` that `AttentionConfig` does not describe."""
+    if len(scaling) not in (0, 1, 4) or (len(scaling) == 4 and not scaling[1] < scaling[2]):
+        legal = "must be [], [factor] or [factor, low, high, original_len] with low < high"
+        raise ConfigError("rope_scaling", list(scaling), legal)
+
+
+def rotate(x: Array, cos: Array, sin: Array, start: int = 0) -> Array:
+    """Turns pairs (i, i + rotary_dim / 2), counted from `start`, of each head of x [B, T, heads, D]; the remaining
+    dimensions pass through."""
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    before, first, second, rest = jnp.split(x.astype(jnp.float32), [start, start + half, start + 2 * half], axis=-1)
+    turned = [before, first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

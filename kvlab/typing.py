@@ -2,7 +2,7 @@
 
     B batch · T query tokens · S key tokens · H query heads · K KV heads · G query heads per KV head · D head dim
     E model dim · L layers · P pages · N state dim · R latent rank · V vocabulary · C convolution channels
-    M labelled positions · W convolution width · I index dim
+    M labelled positions · W convolution width · I index dim · J index heads
 
 Say *page* for memory and *block* for a residual block; `num_*` counts, `*_len` tokens, `*_bytes` always bytes.
 Shapes are checked in tests only (jaxtyping's import hook with beartype).
@@ -28,4 +28,4 @@ Keys = Float[Array, "B S K D"]
 Values = Float[Array, "B S K Dv"]
 HeadOutputs = Float[Array, "B T H Dv"]
 Channels = Float[Array, "B T C"]
-IndexQueries = Float[Array, "B T I"]
+SinkLogits = Float[Array, "H"]

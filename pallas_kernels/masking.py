@@ -44,6 +44,14 @@ def soft_capped(scores: Float[Array, "*shape"], soft_cap: float | None) -> Float
     return scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
 
 
+def share_of_tokens(
+    log_sum_exp: Float[Array, "*shape"], sink_logits: Float[Array, "*#shape"] | None
+) -> Float[Array, "*shape"]:
+    """What tokens keep of a row's attention beside a logit that belongs to none of them, which takes exp(b) / (exp(b) +
+    sum of exp(scores)); all of it without one. Outputs and weights are multiplied with it."""
+    return jnp.ones_like(log_sum_exp) if sink_logits is None else jax.nn.sigmoid(log_sum_exp - sink_logits)
+
+
 def masked_softmax(
     scores: Float[Array, "*batch T S"], seen: Bool[Array, "*#batch T S"]
 ) -> tuple[Float[Array, "*batch T S"], Float[Array, "*batch T"]]:

@@ -19,7 +19,7 @@ ROWS = 64
 
 type Chip = Literal["hopper", "blackwell"]
 type Add = Callable[..., None]
-"""Adds a [64, k] @ b [k, n], both in shared memory, to what is being summed; `first`: begins the sum anew."""
+"""Adds a [rows, k] @ b [k, n], both in shared memory, to what is being summed; `first`: begins the sum anew."""
 
 
 def this_chip() -> Chip:
@@ -60,15 +60,16 @@ def accumulators(chip: Chip, *widths: int) -> list[Any]:
     return [plgpu.Barrier(orders_tensor_core=True), *places]
 
 
-def product(memory: Any, width: int, terms: Callable[[Add], None]) -> Array:
-    """The sum [64, width] (float32) of what `terms` adds. `memory` is what came of `accumulators`."""
+def product(memory: Any, width: int, terms: Callable[[Add], None], num_rows: int = ROWS) -> Array:
+    """The sum [num_rows, width] (float32) of what `terms` adds; on Blackwell 64 rows. `memory` is what came of
+    `accumulators`."""
     if not memory:
 
         def summed(sums: Any) -> Array:
             terms(lambda a, b, first: plgpu.wgmma(sums, a, b))
             return sums[...]
 
-        return pl.run_scoped(summed, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
+        return pl.run_scoped(summed, plgpu.WGMMAAccumulatorRef((num_rows, width), jnp.float32))
     barrier, *places = memory
     sums = next(place for place in places if place.shape[1] == width)
     terms(lambda a, b, first: plgpu.tcgen05_mma(sums, a, b, accumulate=jnp.logical_not(first)))

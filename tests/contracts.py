@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,15 @@ from kvlab.evaluation.session import Session
 from kvlab.ledger.states import State
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views import VIEWS, whole
-from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.indexed import IndexedConfig
+from kvlab.mixers.latent import LatentConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.mixers.mamba2 import Mamba2Config
+from kvlab.mixers.mamba3 import Mamba3Config
+from kvlab.mixers.rglru import RGLRUConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.mixers.tiny import TINY, LatentConfig, RetrievalConfig
 
 VOCAB = 31
 WINDOW = 6
@@ -37,9 +38,10 @@ VARIANTS: dict[str, list[LayerConfig]] = {
         "gqa": {"num_kv_heads": 2},
         "mqa": {"num_kv_heads": 1, "short_conv": 3},
         "no_positions": {"num_kv_heads": 2, "rope": False},
-        "partial_rope": {"num_kv_heads": 2, "rope_fraction": 0.5, "rope_base": 500.0},
+        "partial_rope": {"num_kv_heads": 2, "rope_fraction": 0.5, "rope_base": 500.0, "local_start": 1.0},
         "norms_cap_bias": {"num_kv_heads": 2, "qk_norm": True, "soft_cap": 5.0, "bias": True},
         "output_gate": {"num_kv_heads": 1, "output_gate": True, "qk_norm": True},
+        "sink_logits": {"num_kv_heads": 2, "sink_logits": True, "soft_cap": 5.0},
         "window": {"num_kv_heads": 2, "window": WINDOW},
         "window_one": {"num_kv_heads": 1, "window": 1},
         "window_sinks": {"num_kv_heads": 2, "window": WINDOW, "num_sinks": 3, "short_conv": 2},
@@ -49,19 +51,50 @@ VARIANTS["mamba2"] = [LayerConfig("mamba2", Mamba2Config(state_dim=5, num_heads=
 VARIANTS["mamba2_groups"] = [
     LayerConfig("mamba2", Mamba2Config(state_dim=3, num_heads=4, head_dim=4, num_groups=2, conv_len=2, short_conv=3))
 ]
+VARIANTS["mamba3"] = [
+    LayerConfig("mamba3", Mamba3Config(state_dim=6, num_heads=4, head_dim=3, num_groups=2, chunk_len=4))
+]
+VARIANTS["rglru"] = [LayerConfig("rglru", RGLRUConfig(width=6, num_heads=2, conv_len=3))]
 _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
 VARIANTS |= {
     name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
     for name, fields in {
         "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
         "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
+        "deltaproduct": {"householders": 2, "negative_eigenvalues": True, "conv_len": 2},
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
+        "based": {"rule": "plain", "decay": "constant", "feature_map": "taylor", "gate": "none", "conv_len": 0},
         "retnet": {"rule": "plain", "decay": "constant", "gate": "none", "write_gate": False},
     }.items()
 }
-VARIANTS["latent"] = [LayerConfig("tiny_latent", LatentConfig())]
-VARIANTS["retrieval"] = [LayerConfig("tiny_retrieval", RetrievalConfig(short_conv=2))]
+_latent = {"num_heads": 3, "rank": 6, "rope_dim": 2, "head_dim": 5, "value_dim": 4}
+VARIANTS["latent"] = [LayerConfig("latent", LatentConfig(**_latent, query_rank=7))]
+VARIANTS["latent_nope"] = [LayerConfig("latent", LatentConfig(**_latent | {"rope_dim": 3}, rope=False, short_conv=2))]
+_index = {"num_kv_heads": 2, "index_heads": 3, "index_dim": 6}
+VARIANTS |= {
+    name: [LayerConfig("indexed", IndexedConfig(**{**_small, **_index, **fields}))]
+    for name, fields in {
+        "retrieval": {"num_selected": 5, "short_conv": 2, "sink_logits": True},
+        "retrieval_blocks": {"num_selected": 9, "index_block": 3, "soft_cap": 5.0, "qk_norm": True},
+        "retrieval_pages": {"num_selected": 8, "index_block": 4, "rope": False},
+    }.items()
+}
 VARIANTS["hybrid"] = [*VARIANTS["mamba2"], *VARIANTS["window_sinks"], *VARIANTS["gqa"]]
+
+
+_shared = {**_small, "num_kv_heads": 2}
+_own, _reader = (LayerConfig("attention", AttentionConfig(**_shared, shares_kv=shares)) for shares in (False, True))
+_by_window = {**_shared, "window": WINDOW, "num_sinks": 1}
+VARIANTS |= {
+    "cla": [_own, LayerConfig("attention", AttentionConfig(**_shared, shares_kv=True, short_conv=2, qk_norm=True))] * 2,
+    "yoco": [*VARIANTS["mamba2"], _own, _reader, _reader],
+    "shared_windows": [
+        LayerConfig("attention", AttentionConfig(**_by_window, qk_norm=True)),
+        _own,
+        LayerConfig("attention", AttentionConfig(**_by_window, shares_kv=True, sink_logits=True)),
+        _reader,
+    ],
+}
 
 
 @functools.cache
@@ -69,8 +102,7 @@ def build(variant: str, dtype: str = "float32"):
     """A small random model of a variant, with weights large enough that a wrong cache shows; and its parallel form,
     compiled once for padded batches (causality makes the padding harmless)."""
     config = ModelConfig(model_dim=16, tie_embeddings=False, dtype=dtype)
-    with mock.patch.dict(MIXERS, TINY):
-        model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
+    model = Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)
@@ -117,8 +149,7 @@ def parallel_logits(
 def states_of(variant: str) -> list[State]:
     """Every state of every layer; nothing is computed."""
     config = ModelConfig(model_dim=16, dtype="float32")
-    with mock.patch.dict(MIXERS, TINY):
-        model = nnx.eval_shape(lambda: Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Transformer(VARIANTS[variant], config, VOCAB, rngs=nnx.Rngs(0)))
     return [state for layer in model.states() for state in layer.values()]
 
 

@@ -1,4 +1,4 @@
-"""What does not hold at this scale: published claims on models of two layers that were trained here, and on SmolLM2.
+"""What does not hold at this scale: published claims on small models that were trained here, and on SmolLM2.
 
 kvlab reproduce not_at_this_scale
 python experiments/not_at_this_scale/figure.py [results/not_at_this_scale]
@@ -11,13 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -28,12 +23,13 @@ from kvlab.lab.experiments import load_part
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
 from kvlab.lab.smollm2 import Missing, material
+from kvlab.tasks.metrics import ACCURACY
 
 HERE = Path(__file__).resolve().parent
-runs, toys, smollm2 = (load_part("not_at_this_scale", part) for part in ("runs", "toys", "smollm2"))
-RUNS = runs.RUNS
-SINK = 0.3
-"""Share of its attention on token 0 from which on a head is said to have a sink."""
+PARTS = "runs", "toys", "mixers", "smollm2", "ruler", "panels"
+runs, toys, mixers, smollm2, ruler, panels = (load_part("not_at_this_scale", part) for part in PARTS)
+SINK = panels.SINK
+RUNS = (*runs.RUNS, *mixers.RUNS)
 WINDOW_RATIO, AXES_RATIO = 1.8, 1.3
 """By how much perplexity must be larger for a claim to hold, as in sinks_smollm2 and kivi_axes."""
 WORDS = {True: "holds", False: "does not", None: "not run"}
@@ -55,14 +51,33 @@ class Finding:
         return cls(claim, arxiv, where, "not run", None)
 
 
+TRAINED = (
+    ("an eighth of the slots after 1,000 steps of training (DMS)", "2506.05345"),
+    ("a cache that is trained for a text in place of the text's own (Cartridges)", "2506.06266"),
+)
+"""Methods that must be trained, which kvlab does not have."""
+
+
+class Tables(NamedTuple):
+    """What findings follow from, as it is written beside them; SmolLM2's two are empty where it was not run."""
+
+    runs: pd.DataFrame
+    heads: pd.DataFrame
+    axes: pd.DataFrame
+    smollm2: pd.DataFrame
+    mixers: pd.DataFrame
+    lengths: pd.DataFrame
+    ruler: pd.DataFrame
+
+
 class Cells:
     """Values by method and slots, one for each seed or context, which two methods have in the same order."""
 
-    def __init__(self, frame: Any, value: str, by: str):
-        """Of a table with columns `method` and `slots`; `by` tells the values of a cell apart."""
+    def __init__(self, frame: Any, value: str, by: str, at: str = "slots"):
+        """Of a table with a column `method`, and perhaps `at`; `by` tells the values of a cell apart."""
         found = dict[tuple[str, int], dict[int, list[float]]]()
         for row in frame.to_dict("records"):
-            place = row["method"], 0 if pd.isna(row["slots"]) else int(row["slots"])
+            place = row["method"], 0 if pd.isna(row.get(at)) else int(row[at])
             found.setdefault(place, {}).setdefault(row[by], []).append(row[value])
         self.values = {place: [float(np.mean(cell[name])) for name in sorted(cell)] for place, cell in found.items()}
 
@@ -109,11 +124,23 @@ def table(records: Sequence[Done]) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values(["task", "method", "slots", "seed"], ignore_index=True)
 
 
-def findings(frame: pd.DataFrame, heads: pd.DataFrame, axes: pd.DataFrame, asked: pd.DataFrame) -> list[Finding]:
-    """Every row; `asked` is SmolLM2's table, empty where it was not run."""
+def findings(tables: Tables) -> list[Finding]:
+    """Every row."""
+    frame = tables.runs
     recall = Cells(frame[frame.task == "mqar"], "value", "seed")
-    passkey = Cells(asked, "right", "context")
-    return [*_sinks(frame, heads, recall), *_axes(axes), *_methods(recall, passkey)]
+    passkey = Cells(tables.smollm2, "right", "context")
+    return [
+        *_sinks(frame, tables.heads, recall),
+        *_axes(tables.axes),
+        *_methods(recall, passkey),
+        _gain(tables.mixers),
+        *_lengths(Cells(tables.lengths, "value", "seed", "length")),
+        *_ruler(tables.ruler),
+        *(
+            Finding(claim, arxiv, "", "not asked: it must be trained, and kvlab does not", None)
+            for claim, arxiv in TRAINED
+        ),
+    ]
 
 
 def _sinks(frame: pd.DataFrame, heads: pd.DataFrame, recall: Cells) -> list[Finding]:
@@ -187,8 +214,73 @@ def _methods(recall: Cells, passkey: Cells) -> list[Finding]:
     return rows
 
 
-def claims(frame: pd.DataFrame, axes: pd.DataFrame, asked: pd.DataFrame) -> list[Claim]:
+def _gain(frame: pd.DataFrame) -> Finding:
+    """7: a decay for each channel beside one for each head."""
+    claim, arxiv, where = (
+        "a decay for each channel: perplexity below Gated DeltaNet's",
+        "2510.26692",
+        "text by the byte",
+    )
+    lost = Cells(frame.assign(value=-frame.value), "value", "seed")
+    said, holds = lost.above(mixers.KDA, [mixers.GATED], 0)
+    if holds is None:
+        return Finding.not_run(claim, arxiv, where)
+    of = 2 ** frame.groupby("method").value.mean()
+    said = f"{of[mixers.KDA]:.3f}; {mixers.GATED} {of[mixers.GATED]:.3f}; minus bits a byte {said}"
+    return Finding(claim, arxiv, where, said, holds)
+
+
+def _lengths(recall: Cells) -> list[Finding]:
+    """8: recall of sequences that are longer than those of the training, beside recall of those."""
+    rows, arxiv, trained, longest = list[Finding](), "2412.06464", mixers.TRAINED_LEN, max(mixers.LENGTHS)
+    where = f"recall {longest}:{mixers.PAIRS}, trained on {trained}"
+    for name in mixers.INITIALISED:
+        said, holds = recall.above(name, [mixers.UNGATED], longest)
+        if holds is not None:
+            before = [recall.mean(each, trained) or 0 for each in (name, mixers.UNGATED)]
+            said += f"; at {trained} {before[0]:.3f} and {before[1]:.3f}"
+        rows.append(Finding(f"{name}: above DeltaNet behind its training length", arxiv, where, said, holds))
+    claim = "the rule decides more than how the decay is initialised"
+    effects = [effect for length in (longest, trained) if (effect := _effects(recall, length))]
+    if len(effects) < 2:
+        return [*rows, Finding.not_run(claim, arxiv, where)]
+    (rule, spread), (rule_before, spread_before) = effects
+    said = f"{rule:.3f} between the delta and the plain rule, {spread:.3f} between initialisations; "
+    said += f"at {trained} {rule_before:.3f} and {spread_before:.3f}"
+    return [*rows, Finding(claim, arxiv, where, said, rule > spread)]
+
+
+def _effects(recall: Cells, length: int) -> tuple[float, float] | None:
+    """At a length: the difference between the delta and the plain rule, decays as published, and the range over the
+    initialisations of the delta rule's, of means over seeds; None: not run."""
+    plain, *found = (recall.mean(name, length) for name in (mixers.PLAIN, *mixers.INITIALISED))
+    values = [value for value in found if value is not None]
+    if plain is None or len(values) < len(mixers.INITIALISED):
+        return None
+    return abs(values[0] - plain), max(values) - min(values)
+
+
+def _ruler(frame: pd.DataFrame) -> list[Finding]:
+    """9: what a full cache scores on tasks that rank methods in larger models."""
+    rows, arxiv = list[Finding](), "2404.06654"
+    for task in ruler.TASKS:
+        claim, cells = f"{task} tells methods apart: full cache {ACCURACY.floor:g} or more", frame[frame.task == task]
+        if cells.empty:
+            rows.append(Finding.not_run(claim, arxiv, "SmolLM2"))
+        for context, of in cells.groupby("context"):
+            right, chance = float(of.right.mean()), float(of.chance.mean())
+            keys = frame[(frame.task == ruler.PASSKEY) & (frame.context == context)].right.mean()
+            said = (
+                f"{right:.3f} ± {interval_half_width(of.right.tolist()):.3f}; chance {chance:.3f}; pass keys {keys:.3f}"
+            )
+            holds = ACCURACY.is_discriminative(right, chance)
+            rows.append(Finding(claim, arxiv, f"SmolLM2, {context:,} tokens", said, holds))
+    return rows
+
+
+def claims(tables: Tables) -> list[Claim]:
     """What must hold for the findings to mean anything."""
+    frame, axes, asked = tables.runs, tables.axes, tables.smollm2
     recall, text = (Cells(frame[frame.task == task], "value", "seed").mean("full") or 0 for task in ("mqar", "text"))
     error = frame.logit_error.max()
     rows = [
@@ -203,10 +295,23 @@ def claims(frame: pd.DataFrame, axes: pd.DataFrame, asked: pd.DataFrame) -> list
         cells = axes[(axes.axis == axis) & (axes.bits == bits)].groupby("seed").perplexity
         spread = (cells.max() / cells.min() - 1).max()
         rows.append(Claim(what, "<= 1e-6", f"{spread:.1e}", bool(spread <= 1e-6)))
+    rows += _learned(tables)
     if len(asked):
         full = asked[(asked.method == "full") & (asked.turn == 1)].right.mean()
         rows.append(Claim("SmolLM2 finds pass keys, full cache", ">= 0.92", f"{full:.2f}", bool(full >= 0.92)))
     return rows
+
+
+def _learned(tables: Tables) -> list[Claim]:
+    """Of the mixers of constant size: they have learned, and two that are compared hold as many bytes."""
+    bits, held = tables.mixers.groupby("method").value.mean().max(), sorted(set(tables.mixers.held_bytes))
+    trained: Any = tables.lengths[tables.lengths.length == mixers.TRAINED_LEN]
+    least = trained[trained.method.isin((mixers.SLOW, mixers.UNGATED))].groupby("method").value.mean().min()
+    return [
+        Claim("KDA and Gated DeltaNet learn text: bits a byte", "<= 3.5", f"{bits:.3f}", bool(bits <= 3.5)),
+        Claim("and hold as many bytes", "one number", ", ".join(map(str, held)), len(held) == 1),
+        Claim("both delta rules recall at the training length", ">= 0.85", f"{least:.3f}", bool(least >= 0.85)),
+    ]
 
 
 def show(rows: Sequence[Finding]) -> None:
@@ -219,75 +324,38 @@ def show(rows: Sequence[Finding]) -> None:
     Console(highlight=False, width=160).print(printed)
 
 
-def draw(frame: pd.DataFrame, heads: pd.DataFrame, axes: pd.DataFrame, path: Path) -> None:
-    """Attention to token 0 by head, perplexity by axis against the outliers put in, and recall by method."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    for place, (task, colour) in enumerate((("mqar", "#0072b2"), ("text", "#d55e00"))):
-        shares = heads[heads.task == task].share.to_numpy()
-        left.plot(place + np.linspace(-0.3, 0.3, len(shares)), np.sort(shares), "o", color=colour, ms=4)
-    left.axhline(SINK, color="#555555", ls=":", label=f"a sink: {SINK:g}")
-    left.set_xticks((0, 1), ("recall", "text"))
-    left.set(ylim=(0, 1), ylabel="share of attention on token 0", title="Heads of all seeds")
-    left.legend(fontsize=8)
-    for (axis, bits), cells in _grouped(axes, ["axis", "bits"]):
-        style = {"none": ":", "channel": "-", "token": "--"}[axis]
-        label = "not rounded" if axis == "none" else f"by {axis}, {bits} bits"
-        colour = "#555555" if axis == "none" else "#0072b2" if bits == 4 else "#d55e00"
-        means = cells.groupby("scale").perplexity.mean()
-        middle.plot(means.index, means, style, marker="o", ms=4, color=colour, label=label)
-    middle.set(xscale="log", yscale="log", xlabel="two channels of keys are scaled by", ylabel="perplexity a byte")
-    middle.set_xticks(toys.SCALES, [str(scale) for scale in toys.SCALES])
-    middle.set_yticks((4, 8, 16, 32), ("4", "8", "16", "32"))
-    middle.minorticks_off()
-    middle.set_title("Keys rounded, the function the same")
-    middle.legend(fontsize=8)
-    recall: Any = frame[frame.task == "mqar"]
-    names = ["full", *runs.RECALL]
-    for slots, colour in ((runs.HALF, "#0072b2"), (runs.QUARTER, "#d55e00")):
-        means = recall[recall.slots == slots].groupby("method").value.mean().reindex(names)
-        right.plot(means, range(len(names)), "o", color=colour, label=f"{slots} of 64 slots")
-    right.plot(recall[recall.method == "full"].value.mean(), 0, "P", color="black", ms=8)
-    right.set_yticks(range(len(names)), names, fontsize=8)
-    right.invert_yaxis()
-    right.set(xlim=(-0.03, 1.03), xlabel="accuracy of recall", title="Methods at equal slots")
-    right.legend(fontsize=8)
-    for panel in (left, middle, right):
-        panel.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _grouped(frame: Any, by: list[str]) -> Any:
-    return frame.groupby(by, sort=False)
-
-
-def passkeys(output: Path) -> pd.DataFrame:
-    """SmolLM2's table; empty, and a sentence, where the model or the text cannot be had."""
+def published(output: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """SmolLM2's two tables; empty, and a sentence, where the model or the text cannot be had."""
     try:
         found = material()
     except Missing as error:
         print(f"kvlab: SmolLM2's rows are not run: {error}", file=sys.stderr)
-        return pd.DataFrame(columns=["method", "slots", "query_aware", "turn", "context", "right"])
-    return smollm2.measure(found, output)
+        passkeys = pd.DataFrame(columns=["method", "slots", "query_aware", "turn", "context", "right"])
+        return passkeys, pd.DataFrame(columns=["task", "context", "example", "tokens", "right", "chance"])
+    return smollm2.measure(found, output), ruler.measure(found, output)
 
 
 def main(output: Path = HERE, results: Path = Path("results/not_at_this_scale")) -> int:
     """Writes findings.csv, the tables behind it and not_at_this_scale.png; returns 1 if a precondition fails."""
     records = read(results)
     full = [record for record in records if runs.name_of(record.config) == "full"]
+    constant = [record for record in records if mixers.variant_of(record.config)]
     frame, heads = table(records), pd.concat([toys.sinks(record) for record in full], ignore_index=True)
     axes = pd.DataFrame(
         [row for record in full if record.config["task"]["type"] == "text" for row in toys.axes(record)]
     )
     layers = pd.DataFrame([row for record in full for row in toys.silenced(record)])
-    for name, each in (("runs", frame), ("heads", heads), ("axes", axes), ("layers", layers)):
+    gains, lengths = mixers.gains(constant), mixers.lengths(constant)
+    written = {"runs": frame, "heads": heads, "axes": axes, "layers": layers, "mixers": gains, "lengths": lengths}
+    for name, each in written.items():
         each.to_csv(output / f"{name}.csv", index=False, float_format="%.5g")
-    draw(frame, heads, axes, output / "not_at_this_scale.png")
-    asked = passkeys(output)
-    rows = findings(frame, heads, axes, asked)
+    asked, ruled = published(output)
+    tables = Tables(frame, heads, axes, asked, gains, lengths, ruled)
+    panels.draw(tables, output / "not_at_this_scale.png")
+    rows = findings(tables)
     pd.DataFrame([asdict(row) for row in rows]).to_csv(output / "findings.csv", index=False)
     show(rows)
-    return verdict(claims(frame, axes, asked), "What the findings stand on")
+    return verdict(claims(tables), "What the findings stand on")
 
 
 if __name__ == "__main__":

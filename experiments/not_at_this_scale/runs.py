@@ -60,8 +60,11 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 
 def name_of(config: dict[str, Any]) -> str | None:
-    """The memory of a record's configuration by its name here: "full" without a compression, None for another."""
+    """The memory of an attention's record by its name here: "full" without a compression, None for another, and for
+    another mixer."""
     section = config["memory"].get("compression")
+    if config["mixer"]["name"] != "mha":
+        return None
     if section is None:
         return "full"
     methods = RECALL if config["task"]["type"] == "mqar" else WINDOWS

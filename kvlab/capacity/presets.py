@@ -2,6 +2,7 @@
 `configs/capacity/model`."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Annotated, cast
 
@@ -9,7 +10,7 @@ from pydantic import Field
 
 from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import ArraySpec, LatentState, RecurrentState, RetrievalState, State, TokenState
-from kvlab.schema import ConfigError, Schema, choice, integer, integers, text
+from kvlab.schema import ConfigError, Schema, choice, flag, integer, integers, text
 from pallas_kernels.visible import Visible
 
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
@@ -23,7 +24,8 @@ WIDE = ("bfloat16", "float16")
 class LayerGroup(Schema):
     """`count` layers of one kind. Attention: heads and dims; `window`, `num_sinks`, `chunk` for local kinds; `rank` and
     `rope_dim` for latent ones; `index_dim`, `num_selected` for retrieval; the shapes of one state for recurrent
-    ones."""
+    ones. Layers that `shares_kv` hold nothing: they read what a layer of the nearest group before that is alike holds.
+    """
 
     kind: str = choice("full", KINDS)
     count: int = integer(1, 1, 4096)
@@ -39,6 +41,7 @@ class LayerGroup(Schema):
     num_selected: int | None = integer(None, 1, 1 << 24, optional=True)
     state_shape: tuple[int, ...] = integers((), 1)
     conv_shape: tuple[int, ...] = integers((), 1)
+    shares_kv: bool = flag(False)
 
     def cross_check(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -53,13 +56,17 @@ class LayerGroup(Schema):
         for name in needed.get(self.kind, ()):
             if not getattr(self, name):
                 raise ConfigError(name, getattr(self, name), f"must be given for kind {self.kind}")
+        if self.shares_kv and self.kind in ("retrieval", "recurrent"):
+            raise ConfigError("shares_kv", True, f"must be false for kind {self.kind}")
 
-    def spec(self, dtype: str) -> State:
-        """The state of one layer of a model that computes in `dtype`, as declared: a memory's format is not in it."""
+    def spec(self, dtype: str, num_readers: int = 1) -> State:
+        """The state of one layer of a model that computes in `dtype`, as declared, which `num_readers` layers read: a
+        memory's format is not in it."""
         if self.kind == "recurrent":
             return RecurrentState(_arrays(dtype, ssm=self.state_shape, conv=self.conv_shape))
         if self.kind == "latent":
-            return LatentState(cast(int, self.rank), cast(int, self.rope_dim), dtype)
+            readers = Readers(self.num_heads, num_layers=num_readers) if num_readers > 1 else None
+            return LatentState(cast(int, self.rank), cast(int, self.rope_dim), dtype, readers=readers)
         heads = (self.num_kv_heads, self.head_dim, self.head_dim)
         if self.kind == "retrieval":
             return RetrievalState(*heads, cast(int, self.index_dim), cast(int, self.num_selected), dtype)
@@ -68,7 +75,7 @@ class LayerGroup(Schema):
             visible = Visible(self.window, self.num_sinks)
         elif self.kind == "chunked":
             visible = Visible(chunk=self.chunk)
-        return TokenState(*heads, dtype, visible=visible, readers=Readers(self.num_heads))
+        return TokenState(*heads, dtype, visible=visible, readers=Readers(self.num_heads, num_layers=num_readers))
 
     def decode_flops(self, n: int) -> int:
         """FLOPs of one layer's mixing for token n, projections apart (they are among the parameters)."""
@@ -114,10 +121,11 @@ class Preset(Schema):
             raise ConfigError("experts_per_token", self.experts_per_token, legal)
         if self.num_active_params is not None and self.num_active_params > self.num_params:
             raise ConfigError("num_active_params", self.num_active_params, f"must be at most {self.num_params}")
+        self.sources()
 
     @property
     def num_layers(self) -> int:
-        """Layers that hold a state."""
+        """Layers that hold a state, or read another's."""
         return sum(group.count for group in self.layers.values())
 
     @property
@@ -138,13 +146,32 @@ class Preset(Schema):
         """The layers under `variant`."""
         return tuple(_varied(group, self.variant) for group in self.layers.values())
 
+    def sources(self) -> list[tuple[LayerGroup, int | None]]:
+        """Every layer's group under `variant`, and where it reads another layer's keys and values the place of that: of
+        the nearest group before that is alike the last layer. Raises ConfigError where there is none."""
+        layers, last = list[tuple[LayerGroup, int | None]](), dict[LayerGroup, int]()
+        for name, group in zip(self.layers, self.groups(), strict=True):
+            alike = replace(group, count=1, shares_kv=False)
+            if group.shares_kv and alike not in last:
+                legal = f"must be false: no group before {name} holds a state of the same kind and sizes"
+                raise ConfigError(f"layers.{name}.shares_kv", True, legal)
+            layers += [(group, last[alike] if group.shares_kv else None)] * group.count
+            if not group.shares_kv:
+                last[alike] = len(layers) - 1
+        return layers
+
+    def states(self, dtype: str) -> list[State | None]:
+        """Every layer's state; None: it reads another's."""
+        layers = self.sources()
+        readers = Counter(source for _, source in layers)
+        return [
+            group.spec(dtype, 1 + readers[place]) if source is None else None
+            for place, (group, source) in enumerate(layers)
+        ]
+
     def specs(self, dtype: str) -> dict[State, int]:
         """Every distinct state with its number of layers."""
-        counts: dict[State, int] = {}
-        for group in self.groups():
-            spec = group.spec(dtype)
-            counts[spec] = counts.get(spec, 0) + group.count
-        return counts
+        return dict(Counter(state for state in self.states(dtype) if state is not None))
 
     def logical_bytes(self, n: int, dtype: str) -> int:
         """Bytes of live state of one sequence of n tokens."""
@@ -163,7 +190,8 @@ class Preset(Schema):
 
 
 def _varied(group: LayerGroup, variant: str) -> LayerGroup:
-    """The same layer with another mixer; recurrent layers of a hybrid stay as they are, except for "recurrent"."""
+    """The same layer with another mixer; recurrent layers of a hybrid stay as they are, except for "recurrent", of
+    which every layer has a state."""
     if variant == "published" or group.kind == "recurrent":
         return group
     heads = {"mha": group.num_heads, "gqa": max(1, group.num_heads // 8), "mqa": 1}
@@ -174,4 +202,5 @@ def _varied(group: LayerGroup, variant: str) -> LayerGroup:
     if variant == "window":
         return replace(group, kind="window", window=4096, num_sinks=4)
     width = 2 * group.num_heads * group.head_dim  # Mamba-2 of expansion 2: heads of 64, state 128, convolution of 4
-    return replace(group, kind="recurrent", state_shape=(width // 64, 64, 128), conv_shape=(width + 256, 4))
+    shapes = {"state_shape": (width // 64, 64, 128), "conv_shape": (width + 256, 4)}
+    return replace(group, kind="recurrent", shares_kv=False, **shapes)

@@ -45,6 +45,7 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
         (f"state of {counted(answer.context_len, 'token')}", both_units(answer.sequence_bytes)),
         *_shortened(config, answer),
         *_selected(config, answer),
+        *_shared(config, answer),
         *([("left as they are", answer.skipped)] if answer.skipped else []),
         (f"users of {counted(answer.context_len, 'token')}", f"{answer.users:,} fit at once"),
         ("decode roofline", f"{decoded} {_batch(config, answer)}"),
@@ -97,6 +98,18 @@ def _selected(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
     return [
         ("read for one token", f"{both_units(answer.read_bytes)}; {layers}"),
         ("held for its index", f"{index}; less is read, not held"),
+    ]
+
+
+def _shared(config: CapacityConfig, answer: Answer) -> list[tuple[str, str]]:
+    """What there is to say of layers that hold nothing of their own."""
+    count = sum(source is not None for _, source in config.model.sources())
+    if not count:
+        return []
+    said = f"{count} of {config.model.num_layers} layers read the keys and values of others, and hold nothing"
+    return [
+        ("shared", said),
+        *([] if config.memory.selection else [("read for one token", both_units(answer.read_bytes))]),
     ]
 
 

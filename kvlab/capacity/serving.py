@@ -24,7 +24,7 @@ type Share = tuple[tuple[int, float], ...]
 @dataclass(frozen=True)
 class Serving:
     """State classes of one deployment, without room yet; `layers` counts layers by their group and the classes of
-    their tokens; `budget` is what was solved, where bytes were asked for."""
+    the tokens that they read; `budget` is what was solved, where bytes were asked for."""
 
     classes: tuple[StateClass, ...]
     layers: dict[tuple[LayerGroup, Share], int]
@@ -65,9 +65,8 @@ class Serving:
 
     @classmethod
     def _of(cls, config: CapacityConfig, memory: MemoryConfig, max_len: int) -> "Serving":
-        groups = [group for group in config.model.groups() for _ in range(group.count)]
-        specs = [group.spec(config.memory.dtype) for group in groups]
-        declared = [{_kind(spec): spec} for spec in specs]
+        sources = config.model.sources()
+        declared = [{_kind(spec): spec} if spec else {} for spec in config.model.states(config.memory.dtype)]
         stored = stored_states(declared, memory)
         chunk_len = min(config.memory.chunk_len, max_len)
         layers = parts_of_stored(stored, memory, max_len=max_len)
@@ -84,11 +83,13 @@ class Serving:
             classes.append(replace(state, table_len=max(1, state.max_pages(max_len, chunk_len)) if paged else 1))
         places = [{name: order.index(part) for name, part in layer.held.items()} for layer in layers]
         targeted = with_targets(tuple(classes), places)
-        shares = [_share(layer, held) for layer, held in zip(layers, places, strict=True)]
+        read = [place if source is None else source for place, (_, source) in enumerate(sources)]
+        shares = [_share(layers[place], places[place]) for place in read]
         reasons = {name.partition(".")[2]: reason for name, reason in skipped(declared, memory).items()}
         tokens = [state for layer in stored for state in layer.values() if state.per_token]
-        token_bytes, num_selecting = sum(state.unit_bytes for state in tokens), sum(bool(s.reading) for s in tokens)
-        counted = dict(Counter(zip(groups, shares, strict=True)))
+        token_bytes = sum(state.unit_bytes for state in tokens)
+        num_selecting = sum(state.num_readers for state in tokens if state.reading)
+        counted = dict(Counter(zip((group for group, _ in sources), shares, strict=True)))
         return cls(targeted, counted, config.memory, reasons, token_bytes, num_selecting)
 
     def logical_bytes(self, context: Context) -> int:
@@ -114,7 +115,7 @@ class Serving:
                 continue
             read = state.spec.read_bytes(count, state.page_size) * (1 if state.spec.per_token else 2)
             if weighs and state.retention is not None:  # keys once more, for the weights of all slots
-                read += state.spec.arrays[0].num_bytes * count
+                read += state.spec.arrays[0].num_bytes * count * state.spec.num_readers
             total += read * state.num_layers
         return total
 

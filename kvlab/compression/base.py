@@ -144,6 +144,9 @@ class Compression(Schema, abc.ABC):
     """Whether scores come from queries: the mixer must then say who reads its state (`Readers`)."""
     weighs: ClassVar[bool] = False
     """Whether `observe` asks for weights over all slots, so that every step reads the keys once more."""
+    of_last_layer: ClassVar[bool] = False
+    """Whether, of several layers that read the same tokens, what is noted is of the last one alone; elsewhere each adds
+    to what those before it noted."""
     by_slot: ClassVar[tuple[str, ...]] = ()
     """Names of statistics whose first axis is slots: they move with them."""
     by_place: ClassVar[bool] = False

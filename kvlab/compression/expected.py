@@ -82,7 +82,7 @@ def unrotated(seen: Attended) -> Float[Array, "B T H D"]:
     if rotary is None:
         return seen.queries
     cos, sin = rotary_angles(seen.positions, rotary.dim, rotary.base, rotary.scaling)
-    return rotate(seen.queries, cos, -sin)
+    return rotate(seen.queries, cos, -sin, rotary.start)
 
 
 class _MeanTurn(NamedTuple):
@@ -91,6 +91,7 @@ class _MeanTurn(NamedTuple):
 
     cos: Array | None
     sin: Array | None
+    start: int = 0
 
     @classmethod
     def of(cls, slots: Slots, future: int) -> "_MeanTurn":
@@ -100,11 +101,12 @@ class _MeanTurn(NamedTuple):
             return cls(None, None)
         positions = slots.lengths[:, None] + jnp.arange(future, dtype=jnp.int32)[None, :]
         angles = rotary_angles(positions, rotary.dim, rotary.base, rotary.scaling)
-        return cls(*(each.mean(axis=1, keepdims=True) for each in angles))
+        cos, sin = (each.mean(axis=1, keepdims=True) for each in angles)
+        return cls(cos, sin, rotary.start)
 
     def __call__(self, x: Float[Array, "B H *E D"]) -> Float[Array, "B H *E D"]:
         """Turns the last axis of every row."""
         if self.cos is None or self.sin is None:
             return x
         rows = x.reshape(x.shape[0], -1, 1, x.shape[-1])
-        return rotate(rows, self.cos, self.sin).reshape(x.shape)
+        return rotate(rows, self.cos, self.sin, self.start).reshape(x.shape)

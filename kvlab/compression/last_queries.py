@@ -19,6 +19,7 @@ class ByLastQueries(Compression, abc.ABC):
     """The base of what scores by the last `window` queries, whose slots are among the `recent` ones."""
 
     uses_readers: ClassVar[bool] = True
+    of_last_layer: ClassVar[bool] = True
     by_place: ClassVar[bool] = True
 
     window: int = integer(32, 1, 4096)

@@ -20,6 +20,7 @@ class TOVA(Compression):
 
     name: ClassVar[str] = "tova"
     uses_readers: ClassVar[bool] = True
+    of_last_layer: ClassVar[bool] = True
 
     sinks: int = integer(0, 0, 65536)
     recent: int = integer(1, 0, 1 << 20)

@@ -24,7 +24,8 @@ from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
 type IsRead = tuple[Mapping[str, Any], ...]
-"""By layer and state, for those that select: [B, T, K, N] whether a query read an entry of its list of pages."""
+"""By layer and state, for those that select, of each layer that reads it: [B, T, K, N] whether a query read an entry of
+its list of pages."""
 
 
 @dataclass(frozen=True, eq=False)

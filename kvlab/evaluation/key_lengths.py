@@ -22,7 +22,8 @@ from pallas_kernels.masking import soft_capped
 @dataclass(frozen=True)
 class KeyLengths:
     """The rank correlation (Spearman's) of a head's key lengths with the attention that they get, averaged over
-    sequences: +1 where the longest keys get most. `layer` counts all layers of the model."""
+    sequences: +1 where the longest keys get most. `layer` counts all layers of the model; where several read the same
+    keys, it is the one that holds them, and the attention that of all of them."""
 
     layer: int
     head: int
@@ -62,7 +63,7 @@ def _correlations(
     ]
     _, after = model.hidden(tokens, positions, memory)
     return {
-        layer: view.correlation
+        layer: _correlation(_ranks(view.attention), _ranks(lengths_of(view.keys)))
         for layer, views in enumerate(after)
         for view in views.values()
         if isinstance(view, _Watched)
@@ -72,38 +73,40 @@ def _correlations(
 class _Watched:
     """A view of complete sequences that measures while it is attended to; it exists only while it is traced."""
 
-    def __init__(self, view: Any, keys: Any = None, correlation: Any = None):
-        self.view, self.keys, self.correlation = view, keys, correlation
+    def __init__(self, view: Any, keys: Any = None, attention: Any = 0.0):
+        self.view, self.keys, self.attention = view, keys, attention
 
     def append(self, **tokens: Array) -> "_Watched":
         return _Watched(self.view.append(**tokens), tokens["keys"])
 
     def attend(self, queries: Queries, positions: Positions, **options: Any) -> tuple[HeadOutputs, "_Watched"]:
         outputs, view = self.view.attend(queries, positions, **options)
-        return outputs, _Watched(view, self.keys, correlation_of(queries, self.keys, **options))
+        return outputs, _Watched(view, self.keys, self.attention + attention_of(self.view.state, queries, self.keys))
 
 
-def correlation_of(
-    queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B T K D"],
-    *,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-) -> Float[Array, "B K"]:
+def correlation_of(state: Any, queries: Float[Array, "B T H D"], keys: Float[Array, "B T K D"]) -> Float[Array, "B K"]:
     """Of each head: the rank correlation of the lengths of the first half's keys with the mean weight that the second
     half's queries give them."""
+    return _correlation(_ranks(attention_of(state, queries, keys)), _ranks(lengths_of(keys)))
+
+
+def attention_of(state: Any, queries: Float[Array, "B T H D"], keys: Float[Array, "B T K D"]) -> Float[Array, "B K S"]:
+    """Of each head: the mean weight that the second half's queries give the first half's keys."""
     queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
     num_tokens, num_kv_heads, dim = keys.shape[1:]
     half = num_tokens // 2
     asked = queries[:, half:].reshape(len(queries), num_tokens - half, num_kv_heads, -1, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", asked, keys) * (dim**-0.5 if scale is None else scale)
-    scores = soft_capped(scores, soft_cap)
+    scores = jnp.einsum("btkgd,bskd->bkgts", asked, keys) * state.scale(dim)
+    scores = soft_capped(scores, state.soft_cap)
     places = jnp.arange(num_tokens, dtype=jnp.int32)
     seen = (places[None, :] <= places[half:, None])[None, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    attention = weights[..., :half].mean(axis=(2, 3))
-    lengths = jnp.linalg.norm(keys[:, :half], axis=-1).swapaxes(1, 2)
-    return _correlation(_ranks(attention), _ranks(lengths))
+    return weights[..., :half].mean(axis=(2, 3))
+
+
+def lengths_of(keys: Float[Array, "B T K D"]) -> Float[Array, "B K S"]:
+    """Of each head: the lengths of the first half's keys."""
+    return jnp.linalg.norm(keys[:, : keys.shape[1] // 2].astype(jnp.float32), axis=-1).swapaxes(1, 2)
 
 
 def _ranks(x: Float[Array, "*B N"]) -> Float[Array, "*B N"]:

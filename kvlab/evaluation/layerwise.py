@@ -22,6 +22,7 @@ from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates, view_of
 from kvlab.mixers import LayerMemory
 from kvlab.models.model import Model
+from kvlab.models.sharing import lent, take_back
 from kvlab.models.transformer import Block, Transformer
 from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
 
@@ -39,7 +40,7 @@ class Blockwise:
         built = model.merge()
         self.structure, self.params = model.structure, model.params
         self.blocks = [nnx.split(block) for block in built.blocks]
-        self.rest, self._states = nnx.split(_Ends(built)), built.states()
+        self.rest, self._states, self._sources = nnx.split(_Ends(built)), built.states(), built.sources
 
     def states(self) -> tuple[LayerStates, ...]:
         """The named states of every layer."""
@@ -50,9 +51,9 @@ class Blockwise:
     ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """As `Transformer.hidden`. Not traced: it dispatches."""
         x, after = _embedded(*self.rest, tokens), list[LayerMemory]()
-        for (structure, params), layer in zip(self.blocks, memory, strict=True):
-            x, behind = _block(structure, params, x, positions, layer)
-            after.append(behind)
+        for (structure, params), layer, source in zip(self.blocks, memory, self._sources, strict=True):
+            x, behind = _block(structure, params, x, positions, lent(layer, source, after))
+            after.append(take_back(behind, source, after))
         return _normed(*self.rest, x), tuple(after)
 
     def logits(self, hidden: Hidden) -> Logits:

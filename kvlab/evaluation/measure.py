@@ -115,7 +115,8 @@ def _weighed_bytes(seen: Observed, layer: int) -> int:
             continue
         if seen.ledger.pages(sequence, states[noted]):
             state = seen.layout.classes[states[name]]
-            total += state.spec.arrays[0].num_bytes * seen.ledger.stored(sequence)[state.name]
+            keys = state.spec.arrays[0].num_bytes * state.spec.num_readers
+            total += keys * seen.ledger.stored(sequence)[state.name]
     return total
 
 

@@ -23,13 +23,14 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.schema import ConfigError
 from kvlab.selection import Candidates, Selection, choose
-from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
+from kvlab.typing import HeadOutputs, Params, Positions, Queries, SinkLogits, Tokens
 from pallas_kernels.masking import masked_softmax, soft_capped
 
 
 class Recall(NamedTuple):
     """Of one method, for each layer that can select: the mean over sequences, queries and query heads of the share of
-    attention in the pages chosen, of that to all full pages; and the same without the first page, the sinks."""
+    attention in the pages chosen, of that to all full pages; and the same without the first page, the sinks. Where
+    several layers read the same pages, the mean over them."""
 
     share: np.ndarray
     """[L]"""
@@ -66,9 +67,13 @@ def page_recall(
         raise ConfigError("methods", list(methods), "serve no layer of this model")
     shares = jax.device_get(found)
     return {
-        name: Recall(*(np.array([layer[name][part] for layer in shares]) for part in range(2)))
+        name: Recall(*(np.array([_mean(layer, name, part) for layer in shares]) for part in range(2)))
         for name, _ in asked.methods
     }
+
+
+def _mean(layer: Sequence[Mapping[str, Any]], name: str, part: int) -> float:
+    return float(np.mean([read[name][part] for read in layer]))
 
 
 class _Asked(NamedTuple):
@@ -85,23 +90,23 @@ class _Recalling:
     asked: _Asked = field(metadata={"static": True})
     layer: Any  # [], traced: layers that are alike share a program
     whole: Any
-    shares: Any = None
+    shares: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        outputs, whole = self.whole.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        outputs, whole = self.whole.attend(queries, positions, sink_logits=sink_logits)
         places, size = np.array(self.asked.positions), self.asked.page_size
         keys = whole.pool["keys"].astype(jnp.float32)
         batch, num_tokens, num_kv_heads, dim = keys.shape
         keys = jnp.pad(keys, ((0, 0), (0, -num_tokens % size), (0, 0), (0, 0)))
-        scaled = queries[:, places].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        scaled = queries[:, places].astype(jnp.float32) * whole.state.scale(dim)
         grouped = scaled.reshape(batch, len(places), num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->btkgs", grouped, keys)
-        scores = soft_capped(scores, soft_cap)
+        scores = soft_capped(scores, whole.state.soft_cap)
         seen = jnp.asarray(np.arange(keys.shape[1])[None, :] <= places[:, None])[None, :, None, None]
         weights, _ = masked_softmax(scores, jnp.broadcast_to(seen, (1, *seen.shape[1:3], *scores.shape[3:])))
         mass = weights.reshape(*weights.shape[:4], -1, size).sum(axis=-1)
@@ -110,7 +115,7 @@ class _Recalling:
             name: self._shares(method, grouped, positions[:, places], pages, mass)
             for name, method in self.asked.methods
         }
-        return outputs, replace(self, whole=whole, shares=shares)
+        return outputs, replace(self, whole=whole, shares=(*self.shares, shares))
 
     def _shares(
         self,
@@ -130,7 +135,8 @@ class _Recalling:
         index = method.note(pages, used, dtype) if has_index else {}
         index = {name: array.astype(jnp.float32) for name, array in index.items()}
         numbers = jnp.broadcast_to(jnp.arange(num_pages, dtype=jnp.int32)[None, :], (batch, num_pages))
-        scores = method.score(Candidates(queries, positions, index, numbers, self.layer, lambda: mass))
+        layer = self.layer + len(self.shares)  # as `SelectedTokens` counts layers that read the same pages
+        scores = method.score(Candidates(queries, positions, index, numbers, layer, lambda: mass))
         num_full, reading = positions // size, method.reading(size)
         counts = jnp.asarray(np.array([reading.num_read(count) for count in range(num_pages + 1)], np.int32))[num_full]
         chosen = choose(scores, numbers, num_full - 1, counts, first=reading.first, last=reading.last - 1)

@@ -11,8 +11,9 @@ from kvlab.evaluation.trail import NEVER, follow
 from kvlab.ledger.reading import Reading
 from kvlab.memory.layout import MemoryLayout
 
-type ReadMasks = tuple[dict[str, npt.NDArray[np.bool_]], ...]
-"""For each layer, by the state that selects: [B, K, T, T] which tokens each query of each head read."""
+type ReadMasks = tuple[dict[str, tuple[npt.NDArray[np.bool_], ...]], ...]
+"""For each layer, by the state that selects, of each layer that reads it: [B, K, T, T] which tokens each query of each
+head read."""
 
 
 class _Held:
@@ -37,15 +38,15 @@ def what_was_read(
 ) -> ReadMasks:
     """The masks of the sequences 0 to num_rows - 1; a query that no step computed reads nothing. Raises AssertionError
     where a head read other counts of pages than are stated, or not the pages that are always read."""
-    masks = list[dict[str, npt.NDArray[np.bool_]]]()
+    masks = list[dict[str, tuple[npt.NDArray[np.bool_], ...]]]()
     for layer, states in enumerate(layout.states):
-        mine = dict[str, npt.NDArray[np.bool_]]()
+        mine = dict[str, tuple[npt.NDArray[np.bool_], ...]]()
         for name, index in states.items():
             state = layout.classes[index].spec
             if state.reading is None:
                 continue
             num_heads = state.arrays[0].shape[0]
-            mask = np.zeros((num_rows, num_heads, num_tokens, num_tokens), bool)
+            each_mask = np.zeros((state.num_readers, num_rows, num_heads, num_tokens, num_tokens), bool)
             held, waiting = (
                 _Held(num_rows, num_heads, num_tokens),
                 [each for each in compacted if name in each.kept[layer]],
@@ -55,8 +56,9 @@ def what_was_read(
                 while waiting and _came_before(waiting[0], starts):
                     done = waiting.pop(0)
                     held.follow(done, index, np.asarray(done.kept[layer][name]))
-                _take_in(step, index, np.asarray(step.is_read[layer][name]), state.reading, held, mask)
-            mine[name] = mask
+                for is_read, mask in zip(step.is_read[layer][name], each_mask, strict=True):
+                    _take_in(step, index, np.asarray(is_read), state.reading, held, mask)
+            mine[name] = tuple(each_mask)
         masks.append(mine)
     return tuple(masks)
 

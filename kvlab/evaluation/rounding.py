@@ -12,10 +12,11 @@ from jax import Array
 
 from kvlab.evaluation.layerwise import Blockwise, layers_of, nats
 from kvlab.ledger.states import State, TokenState
+from kvlab.memory.views.dense import weights_beside_sinks
 from kvlab.schema import ConfigError
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.formats import Scheme, quantised
-from pallas_kernels.masking import masked_softmax, soft_capped
+from pallas_kernels.masking import soft_capped
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class _RoundedTokens:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
         keys, values = (self.whole.pool[name].astype(jnp.float32).swapaxes(1, 2) for name in ("keys", "values"))
         turn = turning(keys.shape[3]) if self.rounding.rotates else None
@@ -86,14 +87,15 @@ class _RoundedTokens:
             near_keys, near_values = keys, values
         num_kv_heads, num_tokens, dim = keys.shape[1:]
         grouped = queries.astype(jnp.float32).reshape(*queries.shape[:2], num_kv_heads, -1, dim)
-        grouped = grouped * (dim**-0.5 if scale is None else scale)
+        grouped = grouped * self.whole.state.scale(dim)
         places = jnp.arange(num_tokens, dtype=jnp.int32)
         age = places[:, None] - places[None, :]
         is_near = age < self.rounding.residual
         near, far = (jnp.einsum("btkgd,bksd->bkgts", grouped, each) for each in (near_keys, far_keys))
         scores = jnp.where(is_near, near, far)
-        scores = soft_capped(scores, soft_cap)
-        weights, _ = masked_softmax(scores, self.whole.state.visible.sees(places[:, None], places[None, :]))
+        scores = soft_capped(scores, self.whole.state.soft_cap)
+        seen = self.whole.state.visible.sees(places[:, None], places[None, :])
+        weights = weights_beside_sinks(scores, seen, sink_logits)
         outputs = jnp.einsum("bkgts,bksd->btkgd", jnp.where(is_near, 0, weights), far_values)
         outputs = outputs + jnp.einsum("bkgts,bksd->btkgd", jnp.where(is_near, weights, 0), near_values)
         errors = tuple(

@@ -4,7 +4,7 @@ Scores are kept for every example and turn: what two memories do to the same exa
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
@@ -28,11 +28,13 @@ from kvlab.typing import Params
 @dataclass(frozen=True, kw_only=True)
 class SliceScore(Sums):
     """The sums of one slice, and what they are sums of. `data_sha256` is of the examples themselves, as far as they
-    were scored through a memory: tokens, labels and weights, whatever batches they came in."""
+    were scored through a memory: tokens, labels and weights, whatever batches they came in. So are `parts`, the sums of
+    the task's `label_parts`."""
 
     name: str
     examples: ExampleScores = field(default=NO_EXAMPLES, compare=False)
     data_sha256: str = ""
+    parts: Mapping[str, Sums] = field(default_factory=dict)
 
 
 class Scorer:
@@ -86,7 +88,8 @@ class Scorer:
             tally = _Tally(eval_slice)
             for index in range(0, eval_slice.num_examples, self.batch_size):
                 batch = self._batch(split, eval_slice, index)
-                tally.add(*self._score_batch(session, batch, eval_slice, check))
+                nll, correct, weights = self._score_batch(session, batch, eval_slice, check)
+                tally.add(nll, correct, weights, parts=self._parts(batch))
                 tally.identify(batch)
                 session.release_all()
             scores.append(tally.score())
@@ -120,6 +123,10 @@ class Scorer:
             check.compare(tokens, seen, session.events, eval_slice.name)
         all_scored[:, real_rows] = scored
         return all_scored[0], all_scored[1], all_weights
+
+    def _parts(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Where the labels of each of the task's parts are [B, T]."""
+        return {name: _by_position(batch, chosen) for name, chosen in self.task.label_parts(batch).items()}
 
     def _batch(self, split: str, eval_slice: EvalSlice, index: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, generated once; past its end the weights are zero."""
@@ -159,16 +166,27 @@ class _Tally:
         self.eval_slice = eval_slice
         self._starts = [0, *eval_slice.turns]
         self._columns: list[tuple[np.ndarray, ...]] = []
+        self._parts: dict[str, np.ndarray] = {}
         self._num_examples = self._num_identified = 0
         self._digests = [hashlib.sha256() for _ in range(3)]
 
-    def add(self, nll: np.ndarray, correct: np.ndarray, weights: np.ndarray) -> None:
-        """The next examples, each [B, T]."""
+    def add(
+        self,
+        nll: np.ndarray,
+        correct: np.ndarray,
+        weights: np.ndarray,
+        *,
+        parts: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """The next examples, each [B, T], with where the labels of their parts are."""
         num_real = min(len(weights), self.eval_slice.num_examples - self._num_examples)
         nll, correct, weights = nll[:num_real], correct[:num_real], weights[:num_real]
         sums = (np.add.reduceat(each.astype(np.float64), self._starts, axis=1) for each in (nll, correct, weights))
         num_labels = np.add.reduceat((weights > 0).astype(np.int32), self._starts, axis=1)
         self._columns.append((*sums, num_labels, correct[weights > 0] > 0))
+        for name, chosen in (parts or {}).items():
+            of_part = [each[chosen[:num_real]].sum(dtype=np.float64) for each in (nll, correct, weights)]
+            self._parts[name] = self._parts.get(name, 0) + np.array(of_part)
         self._num_examples += num_real
 
     def identify(self, batch: Batch) -> None:
@@ -194,4 +212,5 @@ class _Tally:
             weight=sums.weight,
             examples=examples,
             data_sha256=data_sha256,
+            parts={name: Sums(nll=nll, correct=right, weight=n) for name, (nll, right, n) in self._parts.items()},
         )

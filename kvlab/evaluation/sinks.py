@@ -11,15 +11,16 @@ from jax import Array
 
 from kvlab.evaluation.layerwise import Blockwise, layers_of
 from kvlab.ledger.states import State, TokenState
+from kvlab.memory.views.dense import weights_beside_sinks
 from kvlab.schema import ConfigError
-from kvlab.typing import HeadOutputs, Positions, Queries, Tokens
-from pallas_kernels.masking import masked_softmax, soft_capped
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits, Tokens
+from pallas_kernels.masking import soft_capped
 
 
 def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first: int = 64) -> npt.NDArray[np.float64]:
-    """[L, H] of every layer that holds keys and values: the share of its attention that a query head pays to token 0,
-    mean over sequences [B, T] and over the queries from position `first` on. Raises ConfigError for a `first` outside
-    [1, T - 1], and for a model without such a layer."""
+    """[L, H] of every layer that reads keys and values, those that share them behind their source: the share of its
+    attention that a query head pays to token 0, mean over sequences [B, T] and over the queries from position `first`
+    on. Raises ConfigError for a `first` outside [1, T - 1], and for a model without such a layer."""
     if not 1 <= first < tokens.shape[1]:
         raise ConfigError("first", first, f"must be in [1, {tokens.shape[1] - 1}], behind token 0 and in the sequence")
 
@@ -27,7 +28,8 @@ def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first:
         return _Watched(whole, first) if isinstance(state, TokenState) else whole
 
     _, after = layers_of(model, tokens, watched)
-    found = [view.share for layer in after for view in layer.values() if isinstance(view, _Watched)]
+    watching = [view for layer in after for view in layer.values() if isinstance(view, _Watched)]
+    found = [share for view in watching for share in view.shares]
     if not found:
         raise ConfigError("model", "", "must have a layer that holds keys and values")
     return np.stack([np.asarray(share, np.float64) for share in found])
@@ -36,26 +38,27 @@ def sink_shares(model: Blockwise, tokens: Tokens | npt.NDArray[np.int32], first:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Watched:
-    """A complete sequence that is attended to as ever, and what of it went to token 0."""
+    """A complete sequence that is attended to as ever, and what of it went to token 0, by layer that reads it."""
 
     whole: Any
     first: int = field(metadata={"static": True})
-    share: Any = None
+    shares: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        outputs, whole = self.whole.attend(queries, positions, scale=scale, soft_cap=soft_cap)
+        outputs, whole = self.whole.attend(queries, positions, sink_logits=sink_logits)
         keys = whole.pool["keys"].astype(jnp.float32)
         num_kv_heads, dim = keys.shape[2:]
-        asked = queries[:, self.first :].astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        asked = queries[:, self.first :].astype(jnp.float32) * whole.state.scale(dim)
         grouped = asked.reshape(*asked.shape[:2], num_kv_heads, -1, dim)
         scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
-        scores = soft_capped(scores, soft_cap)
+        scores = soft_capped(scores, whole.state.soft_cap)
         places = jnp.arange(keys.shape[1], dtype=jnp.int32)
         seen = whole.state.visible.sees(places[self.first :, None], places[None, :])
-        weights, _ = masked_softmax(scores, seen)
-        return outputs, replace(self, whole=whole, share=weights[..., 0].mean(axis=(0, 3)).reshape(-1))
+        weights = weights_beside_sinks(scores, seen, sink_logits)
+        share = weights[..., 0].mean(axis=(0, 3)).reshape(-1)
+        return outputs, replace(self, whole=whole, shares=(*self.shares, share))

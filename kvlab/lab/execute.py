@@ -24,12 +24,13 @@ from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.parameters import obtain
 from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
-from kvlab.lab.record import Done, FailedTraining, Lossy, Quality, Unfinished
+from kvlab.lab.record import Done, FailedTraining, Lossy, Part, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.memory.formats import skipped
 from kvlab.random import named_key
 from kvlab.tasks import Task
+from kvlab.tasks.metrics import Metric
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken, recording
 
@@ -142,8 +143,17 @@ def quality_of(
         validation=validation,
         verified_by=verified_by,
         turns={part.name: metric.by_turn(part.examples) for part in through if part.examples.num_turns > 1},
+        parts={part.name: parts_of(part, metric) for part in through if part.parts},
         chance=task.chance,
     )
+
+
+def parts_of(score: SliceScore, metric: Metric) -> dict[str, Part]:
+    """What a record says of the parts of a slice's labels."""
+    return {
+        name: Part(value=metric.from_sums(sums) if sums.weight else None, share=sums.weight / score.weight)
+        for name, sums in score.parts.items()
+    }
 
 
 def measure_memory(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from kvlab.lab.laboratory import Laboratory
-from kvlab.ledger.states import ROTATED, TokenState
+from kvlab.ledger.states import ROTATED, LatentState, TokenState
 from kvlab.memory.config import SEALED
 from kvlab.memory.formats import left_in_type, sealed_state
 from kvlab.memory.views.sealed import schemes
@@ -31,7 +31,7 @@ def chosen_kernels(lab: Laboratory, device: Any = None) -> dict[str, Chosen]:
     for layer, states in zip(lab.config.layers(), lab.model.states, strict=True):
         taken = _of_whole_sequences(layer) | taken
         for spec in states.values():
-            if not isinstance(spec, TokenState):
+            if not isinstance(spec, TokenState | LatentState):
                 continue
             for op, asked in _asked(lab, layer, spec):
                 name = OPS[op].available(asked, device)[0]
@@ -46,20 +46,26 @@ def _of_whole_sequences(layer: LayerConfig) -> Taken:
     return {op: {OPS[op].available()[0]: set()}} if op else {}
 
 
-def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState) -> list[tuple[str, Asked]]:
+def _asked(lab: Laboratory, layer: LayerConfig, spec: TokenState | LatentState) -> list[tuple[str, Asked]]:
     """What a layer asks of each op on its pages. The dense baseline writes through an op, and attends without one.
     Where pages are sealed, those that are open are of the model's type, and attention is asked for both kinds."""
     memory = lab.config.memory
     kind = ROTATED.get(memory.format, memory.format)
     if memory.format == "model" or memory.format in SEALED:
         kind = spec.dtype
-    options: dict[str, Any] = {"format": kind, "head_dims": (spec.key_dim, spec.value_dim), "dtype": spec.dtype}
+    options: dict[str, Any] = {"format": kind, "dtype": spec.dtype}
+    if isinstance(spec, LatentState):
+        num_kv_heads = 1
+        options |= {"head_dims": (spec.rank + spec.rope_dim, spec.rank), "is_latent": True}
+    else:
+        num_kv_heads = spec.num_kv_heads
+        options |= {"head_dims": (spec.key_dim, spec.value_dim)}
     if memory.name == "dense":
         return [("kv_write", Asked(**options, page_size=lab.config.context_len))]
-    group = getattr(layer.config, "num_heads", spec.num_kv_heads) // spec.num_kv_heads
+    group = getattr(layer.config, "num_heads", num_kv_heads) // num_kv_heads
     asked = Asked(**options, page_size=memory.page_size)
     every = [(op, replace(asked, group=group) if op == "paged_attention" else asked) for op in WITH_KERNELS]
-    if memory.format in SEALED and not left_in_type(spec, memory.format):
+    if memory.format in SEALED and isinstance(spec, TokenState) and not left_in_type(spec, memory.format):
         both = schemes(sealed_state(spec, memory.format))
         every.append(("paged_attention", replace(asked, group=group, format=both[0].format, schemes=both)))
     return every

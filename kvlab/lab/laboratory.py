@@ -48,7 +48,7 @@ class Laboratory:
         """The compiled training call."""
         train_config = self.config.train
         optimizer = make_optimizer(self.config.optimizer, train_config.num_steps)
-        sizes = train_config.batch_size, train_config.accumulation
+        sizes = train_config.batch_size, train_config.accumulation, train_config.num_steps
         return TrainStep(self.model.structure, self.task, optimizer, *sizes, self.placement)
 
     def layout(self, max_len: int, max_sequences: int, *, prompt_len: int | None = None) -> MemoryLayout:

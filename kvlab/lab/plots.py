@@ -21,12 +21,14 @@ COLOURS = {
     "mha": "#0072b2",
     "gqa": "#56b4e9",
     "mqa": "#009e73",
+    "mla": "#1b9e9e",
     "swa": "#e69f00",
     "swa16": "#f5c26b",
     "swa32": "#e69f00",
     "swa64": "#a86f00",
     "gated_deltanet": "#5b3a8c",
     "deltanet": "#8a6fb8",
+    "deltaproduct": "#b9a3d9",
     "kda": "#2f6b4f",
     "linear_attention": "#7f7f7f",
     "retnet": "#b0b0b0",
@@ -34,7 +36,12 @@ COLOURS = {
     "mamba2": "#cc79a7",
     "mamba2_n16": "#e0a9c8",
     "mamba2_n64": "#a8487c",
+    "mamba3": "#7a2f5c",
+    "based": "#86bcb6",
+    "rglru": "#b07aa1",
+    "griffin": "#d37295",
     "hybrid": "#d55e00",
+    "indexed": "#1b6e8c",
 }
 OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
 

@@ -15,18 +15,26 @@ from kvlab.lab.record import AnyRecord, Done
 from kvlab.lab.results import Point
 from kvlab.schema import ConfigError
 
+SHARE = " share"
+"""Ends the heading of a part's share of the labels."""
+
 
 def protocol_rows(found: Sequence[Point], records: Sequence[AnyRecord]) -> list[dict[str, Any]]:
-    """What tables add to each point, by heading: its turns where some point has several, and where some memory is lossy
-    the ceiling, whether that tells something, flips against it, and what else `Quality` shows; where some compression
-    acted or might have, the share of tokens that it dropped. None: not known."""
+    """What tables add to each point, by heading: its turns where some point has several, the parts of its labels and
+    their shares where a task scores such apart, and where some memory is lossy the ceiling, whether that tells
+    something, flips against it, and what else `Quality` shows; where some compression acted or might have, the share of
+    tokens that it dropped. None: not known."""
     num_turns = max((len(point.turns) for point in found), default=0)
     is_lossy = any(point.is_lossy for point in found)
     done, ceilings = {record.run_id: record for record in records if isinstance(record, Done)}, Ceilings(records)
     compresses, rows = any(point.dropped is not None for point in found), []
+    parts = list(dict.fromkeys(name for point in found for name in point.parts))
     for point in found:
         turns = [*point.turns, *[None] * (num_turns - len(point.turns))]
         row: dict[str, Any] = {f"turn {index}": value for index, value in enumerate(turns, 1)}
+        for name in parts:
+            part = point.parts.get(name)
+            row |= {name: part and part.value, f"{name}{SHARE}": part and part.share}
         if is_lossy:
             row |= {"ceiling": point.ceiling, "tells": point.is_discriminative}
             row |= {name.replace("_", " "): value for name, value in point.fidelity.items()}

@@ -42,12 +42,21 @@ def shown(*, default: Any = MISSING, over_seeds: Callable[[list[Any]], Any] | No
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """The metric of some of a slice's labels (null: there are none), and their share of its weight."""
+
+    value: float | None
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quality:
     """The task's metric through the memory (`value`, its mean over `slices`), in the parallel form, and on validation.
 
     `verified_by` is what the memory had to agree with: for a lossy format the parallel form rounded to it. `turns` has
     the metric of each turn of the slices that have several (null: a turn without labels); `value` and `slices` are over
-    all turns. `chance` is what a blind guess scores, where the task knows.
+    all turns. `parts` has the parts of each slice's labels that the task scores apart, by name. `chance` is what a
+    blind guess scores, where the task knows.
     """
 
     metric: str = shown()
@@ -58,6 +67,7 @@ class Quality:
     validation: float
     verified_by: str = shown(default=EXACT, over_seeds=itemgetter(0))
     turns: dict[str, list[float | None]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
     chance: float | None = None
 
     @property

@@ -17,7 +17,7 @@ from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
 from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.labels import flatten, point_labels, without_seed
-from kvlab.lab.record import SHOWN, AnyRecord, Done, Unfinished, damaged, read_record
+from kvlab.lab.record import SHOWN, AnyRecord, Done, Part, Unfinished, damaged, read_record
 from kvlab.lab.trained import training_directory
 from kvlab.training.checkpoint import CheckpointError
 
@@ -98,6 +98,9 @@ def _row(record: AnyRecord) -> dict[str, Any]:
         row |= {f"quality.{name}": getattr(quality, name) for name in SHOWN}
         row |= {f"quality.{name}": value for name, value in quality.slices.items()}
         row |= {f"quality.{name} turn {k + 1}": v for name, turns in quality.turns.items() for k, v in enumerate(turns)}
+        for name, parts in quality.parts.items():
+            row |= {f"quality.{name} {part}": each.value for part, each in parts.items()}
+            row |= {f"quality.{name} {part} share": each.share for part, each in parts.items()}
         row |= {"dropped": record.dropped}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
@@ -113,7 +116,8 @@ class Point:
     scored, the mean over slices and seeds (null: there is no compression, or the record does not say). `fidelity` is
     what else of `Quality` is shown of points: what the memory had to agree with, and what it costs. `ceiling` is the
     mean of the full memory's scores with the same weights, where every seed has one at hand; `turns` the metric of each
-    turn over the slices that have several. `config` is what the seeds have in common."""
+    turn over the slices that have several; `parts` that of the parts of labels that the task scores apart, over the
+    slices that have them. `config` is what the seeds have in common."""
 
     name: str
     variant: str
@@ -137,6 +141,7 @@ class Point:
     dropped: float | None
     batch_size: int
     turns: list[float | None]
+    parts: dict[str, Part]
     ceiling: float | None
     is_discriminative: bool | None
     config: dict[str, Any]
@@ -200,6 +205,7 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         dropped=_dropped(group),
         batch_size=first.memory.batch_size,
         turns=_turns(group),
+        parts=_parts(group),
         ceiling=ceiling,
         is_discriminative=is_discriminative(first.quality.metric, ceiling, first.quality.chance, None),
         config=without_seed(first.config),
@@ -228,6 +234,23 @@ def _turns(group: list[Done]) -> list[float | None]:
         said = [value for value in known if value is not None]
         turns.append(statistics.fmean(said) if said else None)
     return turns
+
+
+def _parts(group: list[Done]) -> dict[str, Part]:
+    """Each part of the labels, over slices and then seeds; an older record of theirs has none."""
+    found: dict[str, list[Part]] = {}
+    for record in group:
+        for parts in record.quality.parts.values():
+            for name, part in parts.items():
+                found.setdefault(name, []).append(part)
+    said = {name: [part.value for part in parts if part.value is not None] for name, parts in found.items()}
+    return {
+        name: Part(
+            value=statistics.fmean(said[name]) if said[name] else None,
+            share=statistics.fmean(part.share for part in parts),
+        )
+        for name, parts in found.items()
+    }
 
 
 def interval_half_width(values: list[float]) -> float:

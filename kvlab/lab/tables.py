@@ -11,7 +11,7 @@ from kvlab.evaluation.verify import in_short
 from kvlab.lab.labels import run_labels
 from kvlab.lab.narrow import UNKNOWN, flips_of, print_rows
 from kvlab.lab.plan import Plan
-from kvlab.lab.protocol import protocol_rows
+from kvlab.lab.protocol import SHARE, protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
 from kvlab.lab.results import Point, points
 from kvlab.lab.runs import Run
@@ -126,7 +126,8 @@ def print_records(records: list[AnyRecord]) -> None:
     console = wide_console()
     if found:
         rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
-        print_rows(console, rows, kept=("variant", "value"), spare=SPARE)
+        shares = [heading for heading in rows[0] if heading.endswith(SHARE)]
+        print_rows(console, rows, kept=("variant", "value"), spare=(*shares, *SPARE))
     for record, label in zip(records, run_labels([record.config for record in records]), strict=True):
         if isinstance(record, Unfinished):
             console.print(f"{record.status}: {label} [{record.run_id}] {record.reason}", markup=False)

@@ -115,6 +115,11 @@ class State(abc.ABC):
         return self.visible.num_sinks if self.visible is not None else 0
 
     @property
+    def num_readers(self) -> int:
+        """Layers that read it."""
+        return 1
+
+    @property
     def unit_bytes(self) -> int:
         """Bytes of one token (token states) or of one sequence (recurrent states); what a page has once is not in
         it."""
@@ -149,7 +154,8 @@ class State(abc.ABC):
         return self.unit_bytes * (self.live_len(n) if self.per_token else 1) + self._bytes_of_pages(n, page_size)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
-        """Bytes that computing token n reads: all that is live, unless the state selects."""
+        """Bytes that computing token n reads, once for each layer that does: all that is live, unless the state
+        selects."""
         return self.logical_bytes(n, page_size)
 
     def _bytes_of_pages(self, n: int, page_size: int | None) -> int:
@@ -193,15 +199,34 @@ class PerToken(State):
         if self.reading is not None and self.span is not None:
             raise ValueError(f"reading = {self.reading}: must be None for a state that forgets by itself")
 
+    @property
+    def soft_cap(self) -> float | None:
+        """c, where readers map a scaled score s to c * tanh(s / c)."""
+        return None if self.readers is None else self.readers.soft_cap
+
+    def scale(self, query_dim: int) -> float:
+        """What readers multiply products of queries and keys with: query_dim ** -0.5, unless they say otherwise."""
+        given = None if self.readers is None else self.readers.scale
+        return query_dim**-0.5 if given is None else given
+
+    @property
+    def num_readers(self) -> int:
+        """Layers that read it."""
+        return 1 if self.readers is None else self.readers.num_layers
+
     def stored(self, format: str) -> Self:
         if format in ROTATED:
             raise ValueError(f"{type(self).__name__} is not rotated: only keys and values of attention are")
         return replace(self, format=format)
 
     def read_bytes(self, n: int, page_size: int | None = None) -> int:
+        return self.num_readers * self._read_by_one(n, page_size)
+
+    def _read_by_one(self, n: int, page_size: int | None) -> int:
+        """The bytes that one layer reads."""
         reading = self.reading
         if reading is None:
-            return super().read_bytes(n, page_size)
+            return self.logical_bytes(n, page_size)
         num_pages, num_slots = -(-n // reading.page_size), reading.slots_read(n)
         keys = [array for array in self.arrays if array.name in ("keys", "keys_scale") and not array.per_page]
         looked_at = (n - num_slots) * sum(array.num_bytes for array in keys) if reading.reads_keys else 0
@@ -277,8 +302,9 @@ class LatentState(PerToken):
 
 @dataclass(frozen=True)
 class RetrievalState(PerToken):
-    """Keys, values and an index entry of every token; a step reads the whole index and `num_selected` tokens of the
-    rest. The index is of the model's type in every format."""
+    """Keys, values and an index key of every token; a step reads the whole index and `num_selected` tokens of the rest,
+    with `index_block` in whole blocks of as many tokens, of which its own block holds no more than there are. The index
+    is of the model's type in every format."""
 
     num_kv_heads: int
     key_dim: int
@@ -286,10 +312,16 @@ class RetrievalState(PerToken):
     index_dim: int
     num_selected: int
     dtype: str = "bfloat16"
+    index_block: int = 0
 
     def __post_init__(self) -> None:
         _positive(num_kv_heads=self.num_kv_heads, key_dim=self.key_dim, value_dim=self.value_dim)
         _positive(index_dim=self.index_dim, num_selected=self.num_selected)
+        if self.index_block and (self.num_selected % self.index_block or self.num_selected < 2 * self.index_block):
+            legal = f"must be 0, or go into num_selected = {self.num_selected} twice or more, without a rest"
+            raise ValueError(f"index_block = {self.index_block}: {legal}")
+        if self.index_block and self.span is not None:
+            raise ValueError(f"index_block = {self.index_block}: must be 0 for a state that forgets by itself")
         if self.reading is not None or self.index:
             raise ValueError(f"reading = {self.reading}: must be None for a state that selects by itself")
         super().__post_init__()
@@ -304,9 +336,10 @@ class RetrievalState(PerToken):
         values = ArraySpec("values", (self.num_kv_heads, self.value_dim), self.dtype)
         return (*_in_format((keys, values), self.format, "float32"), self._index)
 
-    def read_bytes(self, n: int, page_size: int | None = None) -> int:
+    def _read_by_one(self, n: int, page_size: int | None) -> int:
         num_live = self.live_len(n)
-        selected = min(num_live, self.num_selected)
+        rest_of_own = self.index_block - n % self.index_block if self.index_block else 0
+        selected = min(num_live, self.num_selected - rest_of_own)
         index_bytes = self._index.num_bytes
         selected_bytes = selected * (self.unit_bytes - index_bytes)
         return num_live * index_bytes + selected_bytes + self._bytes_of_pages(n, page_size)

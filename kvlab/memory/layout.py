@@ -162,8 +162,8 @@ class MemoryLayout:
         return tuple(pools)
 
     def read_by(self, views: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
-        """Of a step's views, by layer and state: which entries of its list of pages each query read, [B, T, K, N]; only
-        of what selects."""
+        """Of a step's views, by layer and state, of what selects: which entries of its list of pages each query read,
+        [B, T, K, N] for each layer that reads it."""
         found = ({name: _selected(view) for name, view in layer.items()} for layer in views)
         return tuple({name: view.is_read for name, view in layer.items() if view is not None} for layer in found)
 

@@ -3,13 +3,33 @@ matrix."""
 
 from kvlab.mixers.attention import Attention
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
+from kvlab.mixers.indexed import Indexed
+from kvlab.mixers.latent import LatentAttention
 from kvlab.mixers.linear import LinearAttention
 from kvlab.mixers.mamba2 import Mamba2
+from kvlab.mixers.mamba3 import Mamba3
+from kvlab.mixers.rglru import RGLRU
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
+    "indexed": Indexed,
+    "latent": LatentAttention,
     "linear": LinearAttention,
     "mamba2": Mamba2,
+    "mamba3": Mamba3,
+    "rglru": RGLRU,
 }
 
-__all__ = ["MIXERS", "Attention", "LayerMemory", "LinearAttention", "Mamba2", "Mixer", "MixerConfig"]
+__all__ = [
+    "MIXERS",
+    "RGLRU",
+    "Attention",
+    "Indexed",
+    "LatentAttention",
+    "LayerMemory",
+    "LinearAttention",
+    "Mamba2",
+    "Mamba3",
+    "Mixer",
+    "MixerConfig",
+]

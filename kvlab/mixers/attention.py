@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float
 
 from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import State, TokenState
 from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.rotary import rotary_angles, rotate
+from kvlab.rotary import check_scaling, rotary_angles, rotate
 from kvlab.schema import ConfigError, added, flag, integer, real, reals
-from kvlab.typing import Hidden, Positions
+from kvlab.typing import HeadOutputs, Hidden, Keys, Positions, Queries, SinkLogits, Values
 from pallas_kernels.visible import Visible
 
 
@@ -25,7 +26,14 @@ class AttentionConfig(MixerConfig):
     `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
     2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
     tokens, and blends up to `high` turns (arXiv 2407.21783). With an `output_gate` each number of a head's output is
-    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708).
+    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708). With `sink_logits` the
+    softmax of each head has a learned logit that belongs to no token (gpt-oss, arXiv 2508.10925): what a head need not
+    attend to costs no token, and no byte of the cache. A layer that `shares_kv` has neither keys nor values of its own:
+    its queries read those of the nearest layer before it that fits (`kvlab.models.sharing`), and it holds no byte.
+
+    With a `local_start` above 0 a learned vector is added to every query and another to every key, before norm and
+    rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
+    and fall with the distance (`docs/findings/training.md`), where heads would else begin with the mean of all tokens.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -41,6 +49,8 @@ class AttentionConfig(MixerConfig):
     qk_norm: bool = flag(False)
     bias: bool = flag(False)
     output_gate: bool = added(flag(False))
+    sink_logits: bool = added(flag(False))
+    shares_kv: bool = added(flag(False))
     local_start: float = added(real(0.0, 0.0, 100.0))
 
     def cross_check(self) -> None:
@@ -50,17 +60,20 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
         if self.num_sinks and self.window is None:
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
-        if len(self.rope_scaling) not in (0, 1, 4) or (
-            len(self.rope_scaling) == 4 and not self.rope_scaling[1] < self.rope_scaling[2]
-        ):
-            legal_scaling = "must be [], [factor] or [factor, low, high, original_len] with low < high"
-            raise ConfigError("rope_scaling", list(self.rope_scaling), legal_scaling)
+        check_scaling(self.rope_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
+        if self.local_start and not self.rope:
+            raise ConfigError(
+                "local_start", self.local_start, "must be 0 without rope: nothing else tells near from far"
+            )
 
     def knob(self, context_len: int) -> Knob | None:
-        """The window, where there is one; of grouped queries the KV heads; full heads have none."""
+        """The window, where there is one; of grouped queries the KV heads; full heads have none, nor has a layer that
+        shares."""
+        if self.shares_kv:
+            return None
         if self.window is not None:
             return Knob("window", range(1, context_len + 2))
         if self.num_kv_heads < self.num_heads:
@@ -76,7 +89,8 @@ class AttentionConfig(MixerConfig):
 class Attention(Mixer):
     """y = W_o softmax(q k^T / sqrt(D)) v over full or windowed causal context, heads sharing KV heads in groups.
 
-    State: num_kv_heads * 2 * head_dim * itemsize bytes a live token; live(n) is [0, n), or the window and its sinks.
+    State: num_kv_heads * 2 * head_dim * itemsize bytes a live token; live(n) is [0, n), or the window and its sinks. A
+    layer that shares keys and values states none, and finds those that it reads as its "kv" all the same.
     Rotary embeddings (arXiv 2104.09864) turn keys before they are stored; sinks after arXiv 2309.17453.
     """
 
@@ -89,48 +103,81 @@ class Attention(Mixer):
 
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.query = linear(model_dim, heads * dim, config.bias)
-        self.key = linear(model_dim, kv_heads * dim, config.bias)
-        self.value = linear(model_dim, kv_heads * dim, config.bias)
+        if not config.shares_kv:
+            self.key = linear(model_dim, kv_heads * dim, config.bias)
+            self.value = linear(model_dim, kv_heads * dim, config.bias)
         self.out = linear(heads * dim, model_dim, config.bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
-            self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+            if not config.shares_kv:
+                self.key_norm = RMSNorm(dim, eps=config.norm_eps)
         if config.local_start:
-            half = config.rotary_dim // 2
-            start = jnp.zeros(dim).at[:half].set(config.local_start)
+            start = jnp.zeros(dim).at[: config.rotary_dim // 2].set(config.local_start)
             self.query_start = nnx.Param(start)
-            self.key_start = nnx.Param(start)
+            if not config.shares_kv:
+                self.key_start = nnx.Param(start)
+        if config.sink_logits:
+            self.sink_logits = nnx.Param(jnp.zeros(heads, jnp.float32))
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
         config = self.config
+        if config.shares_kv:
+            return {}
         visible = Visible(config.window, config.num_sinks)
         heads, dim = config.num_kv_heads, config.head_dim
+        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=self.readers)}
+
+    @property
+    def readers(self) -> Readers:
+        """How the layer's queries read what is stored."""
+        config = self.config
         rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
-        readers = Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
-        return {"kv": TokenState(heads, dim, dim, self.dtype, visible=visible, readers=readers)}
+        return Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
-        config = self.config
-
-        def heads(projected: Array) -> Array:
-            return projected.reshape(*projected.shape[:2], -1, config.head_dim)
-
-        queries, keys, values = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        if config.local_start:
-            queries = queries + self.query_start[...].astype(queries.dtype)[None, None, None, :]
-            keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
-        if config.qk_norm:
-            queries, keys = self.query_norm(queries), self.key_norm(keys)
-        if config.rope:
-            cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
-            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         kv: TokenView = memory["kv"]
-        kv = kv.append(keys=keys, values=values)
-        outputs, kv = kv.attend(queries, positions, soft_cap=config.soft_cap)
+        if not self.config.shares_kv:
+            keys, values = self.stored(x, positions)
+            kv = kv.append(keys=keys, values=values)
+        outputs, kv = kv.attend(self.asked(x, positions), positions, sink_logits=self.logits_of_sinks)
+        return self.mixed(outputs, x), {"kv": kv}
+
+    def asked(self, x: Hidden, positions: Positions) -> Queries:
+        """Queries of the step's tokens, normed and rotated."""
+        queries = self._split(self.query(x))
+        if self.config.local_start:
+            queries = queries + self.query_start[...].astype(queries.dtype)[None, None, None, :]
+        return self._rotated(self.query_norm(queries) if self.config.qk_norm else queries, positions)
+
+    def stored(self, x: Hidden, positions: Positions) -> tuple[Keys, Values]:
+        """Keys of the step's tokens, normed and rotated, and their values."""
+        keys = self._split(self.key(x))
+        if self.config.local_start:
+            keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
+        keys = self._rotated(self.key_norm(keys) if self.config.qk_norm else keys, positions)
+        return keys, self._split(self.value(x))
+
+    @property
+    def logits_of_sinks(self) -> SinkLogits | None:
+        """The heads' sink logits, where they have any."""
+        return self.sink_logits[...] if self.config.sink_logits else None
+
+    def mixed(self, outputs: HeadOutputs, x: Hidden) -> Hidden:
+        """What the layer gives for the outputs of its heads, gated where it has a gate."""
         outputs = outputs.reshape(*x.shape[:2], -1)
-        if config.output_gate:
+        if self.config.output_gate:
             outputs = outputs * jax.nn.sigmoid(self.gate(x))
-        return self.out(outputs), {"kv": kv}
+        return self.out(outputs)
+
+    def _split(self, projected: Float[Array, "B T E"]) -> Queries:
+        return projected.reshape(*projected.shape[:2], -1, self.config.head_dim)
+
+    def _rotated(self, heads: Queries, positions: Positions) -> Queries:
+        config = self.config
+        if not config.rope:
+            return heads
+        cos, sin = rotary_angles(positions, config.rotary_dim, config.rope_base, config.rope_scaling)
+        return rotate(heads, cos, sin)

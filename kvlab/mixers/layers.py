@@ -1,4 +1,4 @@
-"""The two layers every mixer and block is made of: `Linear` and `RMSNorm`."""
+"""The layers that mixers and blocks are made of: `Linear`, `RMSNorm` and `LayerNorm`."""
 
 from typing import Any
 
@@ -34,3 +34,20 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].reshape(*(1,) * (x.ndim - 2), *x.shape[-2:])
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
         return normed.reshape(inputs.shape).astype(inputs.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis (arXiv 1607.06450), in float32, returned in
+    the input's dtype."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.eps = eps
+
+    def __call__(self, inputs: Array) -> Array:
+        x = inputs.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return (normed * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(inputs.dtype)

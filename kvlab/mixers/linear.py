@@ -14,11 +14,12 @@ from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, choice, flag, integer, reals
+from kvlab.schema import ConfigError, added, choice, flag, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
 from pallas_kernels.linear_scan import RULES, Rule, linear_scan, linear_scan_step
 
 DECAYS = ("none", "constant", "head", "channel")
+FEATURE_MAPS = ("unit", "taylor")
 GATES = ("none", "silu", "sigmoid", "low_rank")
 UNIT_EPS = 1e-6
 """Added to a key's squared length before its root is divided by."""
@@ -33,6 +34,12 @@ class LinearConfig(MixerConfig):
     rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
     "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim. Without a
     `write_gate` beta is 1.
+
+    `feature_map` is what becomes of queries and keys: "unit" gives them length 1, "taylor" makes [1, x, x (x) x / sqrt
+    2] of them, and the sum of all weights becomes one more column of values, by which outputs are divided in the place
+    of a norm.
+
+    With `householders` a delta rule writes as often a token, with keys, values and betas of their own.
 
     `num_value_heads` is a multiple of num_heads, whose queries and keys serve several of them; 0: as many. `conv_len`
     is the width of the causal convolution over queries, keys and values; 0: none. Initial time steps are log-uniform in
@@ -52,6 +59,8 @@ class LinearConfig(MixerConfig):
     chunk_len: int = integer(32, 1, 4096)
     dt_range: tuple[float, ...] = reals((1e-3, 1e-1), 0.0, 100.0, open_low=True, min_len=2)
     rate_range: tuple[float, ...] = reals((1e-2, 16.0), 0.0, 1000.0, open_low=True, min_len=2)
+    feature_map: str = added(choice("unit", FEATURE_MAPS))
+    householders: int = added(integer(1, 1, 16))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -61,6 +70,11 @@ class LinearConfig(MixerConfig):
             raise ConfigError("num_value_heads", self.num_value_heads, f"must be 0, or a multiple of {self.num_heads}")
         if self.negative_eigenvalues and not (self.rule == "delta" and self.write_gate):
             raise ConfigError("negative_eigenvalues", True, "must be false without rule = delta and a write_gate")
+        if self.feature_map == "taylor" and (self.rule != "plain" or self.decay == "channel"):
+            legal = "must be unit, unless rule = plain and decay is not by channel"
+            raise ConfigError("feature_map", self.feature_map, legal)
+        if self.householders > 1 and self.rule != "delta":
+            raise ConfigError("householders", self.householders, "must be 1 without rule = delta")
         for name in ("dt_range", "rate_range"):
             ends = getattr(self, name)
             if len(ends) != 2 or ends[0] > ends[1]:
@@ -70,6 +84,17 @@ class LinearConfig(MixerConfig):
     def heads(self) -> int:
         """Heads of values, each with a state."""
         return self.num_value_heads or self.num_heads
+
+    @property
+    def has_denominator(self) -> bool:
+        """Whether outputs are divided by the sum of all weights."""
+        return self.feature_map == "taylor"
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Heads, numbers of a key behind its feature map, and values with the denominator's."""
+        features = 1 + self.key_dim + self.key_dim**2 if self.feature_map == "taylor" else self.key_dim
+        return self.heads, features, self.value_dim + self.has_denominator
 
     def knob(self, context_len: int) -> Knob:
         return Knob("key_dim", range(1, 4097))
@@ -86,8 +111,16 @@ class LinearAttention(Mixer):
     channel; with the plain rule linear attention (2006.16236), RetNet (2307.08621) and GLA (2312.06635) by their
     decays. Queries and keys have length 1, queries are scaled by key_dim ** -0.5.
 
+    DeltaProduct (2502.10297) takes several such steps a token, its `householders`, before it is read. The state decays
+    before the first of them.
+
+    Based (2402.18668) by its feature map phi, [1, x, x (x) x / sqrt 2]: with s = q^T k / sqrt(key_dim) a token's weight
+    is phi(q)^T phi(k) = 1 + s + s^2 / 2, never under 1/2. Their sum needs no recurrence of its own, for it is what a
+    column of ones among the values adds up to. Outputs are divided by it and not normed, since a norm would undo that.
+
     State a sequence, whatever its length: heads * key_dim * value_dim float32 numbers, and conv_len - 1 columns of the
-    convolution. Parallel form in chunks; one token is the exact recurrence.
+    convolution; of Based heads * (1 + key_dim + key_dim^2) * (value_dim + 1). Parallel form in chunks; one token is the
+    exact recurrence.
     """
 
     Config = LinearConfig
@@ -100,12 +133,12 @@ class LinearAttention(Mixer):
         def projection(inner: int, outer: int) -> Linear:
             return Linear(inner, outer, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
-        self.split = projection(model_dim, 2 * self.key_channels + self.value_channels)
+        channels = self.key_channels + config.householders * (self.key_channels + self.value_channels)
+        self.split = projection(model_dim, channels)
         if config.conv_len:
-            channels = 2 * self.key_channels + self.value_channels
             self.conv = ShortConv(channels, config.conv_len, dtype=dtype, rngs=rngs)
         if config.write_gate:
-            self.beta = projection(model_dim, config.heads)
+            self.beta = projection(model_dim, config.householders * config.heads)
         if config.decay == "head":
             self.step = projection(model_dim, config.heads)
         elif config.decay == "channel":
@@ -118,7 +151,8 @@ class LinearAttention(Mixer):
             self.gate = projection(config.value_dim, self.value_channels)
         elif config.gate != "none":
             self.gate = projection(model_dim, self.value_channels)
-        self.norm = RMSNorm(config.value_dim, eps=config.norm_eps)
+        if not config.has_denominator:
+            self.norm = RMSNorm(config.value_dim, eps=config.norm_eps)
         self.out = projection(self.value_channels, model_dim)
 
     def _init_decay(self, rngs: nnx.Rngs) -> None:
@@ -134,49 +168,78 @@ class LinearAttention(Mixer):
 
     def states(self) -> dict[str, State]:
         config = self.config
-        matrix = RecurrentState((ArraySpec("matrix", (config.heads, config.key_dim, config.value_dim), "float32"),))
+        matrix = RecurrentState((ArraySpec("matrix", config.state_shape, "float32"),))
         found: dict[str, State] = {"matrix": matrix}
         return found | {"conv": self.conv.state()} if config.conv_len else found
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
-        config, num_tokens = self.config, x.shape[1]
-        channels, written = self.split(x), {}
+        config, written = self.config, {}
+        channels = self.split(x)
         if config.conv_len:
             channels, written["conv"] = self.conv(channels, memory["conv"])
             channels = jax.nn.silu(channels)
-        queries, keys, values = self._heads(channels)
         matrix: StateView = memory["matrix"]
-        is_real = matrix.valid(num_tokens)[:, :, None]  # padding leaves the state as it is: beta = 0 and no decay
+        is_real = matrix.valid(x.shape[1])[:, :, None, None]  # padding leaves the state as it is: beta = 0, no decay
         beta, decay = jnp.where(is_real, self._beta(x), 0), self._log_decay(x)
-        decay = None if decay is None else jnp.where(is_real[..., None], decay, 0)
-        state, rule = matrix.read()["matrix"], cast(Rule, config.rule)
-        if num_tokens == 1:
-            step = None if decay is None else decay[:, 0]
-            arrays = (queries[:, 0], keys[:, 0], values[:, 0], beta[:, 0], step, state)
-            outputs, state = linear_scan_step(*arrays, rule=rule)
-            outputs = outputs[:, None]
-        else:
-            arrays = (queries, keys, values, beta, decay, state)
-            outputs, state = linear_scan(*arrays, rule=rule, chunk_len=config.chunk_len)
-        outputs = self.norm(outputs).reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
+        decay = None if decay is None else jnp.where(is_real, decay, 0)
+        outputs, state = self._scan(*self._heads(channels), beta, decay, matrix.read()["matrix"])
+        outputs = divided(outputs) if config.has_denominator else self.norm(outputs)
+        outputs = outputs.reshape(*x.shape[:2], self.value_channels).astype(x.dtype)
         written["matrix"] = matrix.write({"matrix": state})
         return self.out(self._gated(outputs, x)), written
 
+    def _scan(
+        self, queries: Array, keys: Array, values: Array, beta: Array, decay: Array | None, state: Array
+    ) -> tuple[Array, Array]:
+        """Outputs [B, T, H, P] and the last state. A token is as many steps of the recurrence as it has householders;
+        it decays with the first and is read with the last."""
+        config, num_steps, rule = self.config, self.config.householders, cast(Rule, self.config.rule)
+        if queries.shape[1] == 1:
+            outputs, step = queries, None if decay is None else decay[:, 0]
+            for i in range(num_steps):
+                arrays = (queries[:, 0], keys[:, 0, i], values[:, 0, i], beta[:, 0, i], step, state)
+                outputs, state = linear_scan_step(*arrays, rule=rule)
+                step = None
+            return outputs[:, None], state
+
+        def steps(part: Array) -> Array:  # [B, T, n, ...] -> [B, T * n, ...]
+            return part.reshape(len(part), -1, *part.shape[3:])
+
+        def at_step(part: Array, index: int) -> Array:  # zeros in a token's other steps
+            around = index, num_steps - 1 - index
+            return steps(jnp.pad(part[:, :, None], ((0, 0), (0, 0), around, (0, 0), (0, 0))))
+
+        decay = None if decay is None else at_step(decay, 0)
+        arrays = (at_step(queries, num_steps - 1), steps(keys), steps(values), steps(beta), decay, state)
+        outputs, state = linear_scan(*arrays, rule=rule, chunk_len=config.chunk_len)
+        return outputs[:, num_steps - 1 :: num_steps], state
+
     def _heads(self, channels: Channels) -> tuple[Array, Array, Array]:
-        """Queries and keys [B, T, H, N] of length 1, and values [B, T, H, P], in float32."""
+        """Queries [B, T, H, N] and keys [B, T, n, H, N] behind their feature map, and values [B, T, n, H, P] of n
+        householders, in float32."""
         config, leading = self.config, channels.shape[:2]
-        channels = channels.astype(jnp.float32)
-        parts = jnp.split(channels, [self.key_channels, 2 * self.key_channels], axis=-1)
-        queries, keys = (unit(part.reshape(*leading, config.num_heads, config.key_dim)) for part in parts[:2])
+        channels, num_steps = channels.astype(jnp.float32), config.householders
+        ends = [self.key_channels, (1 + num_steps) * self.key_channels]
+        queries, keys, values = jnp.split(channels, ends, axis=-1)
+        queries = queries.reshape(*leading, config.num_heads, config.key_dim)
+        keys = keys.reshape(*leading, num_steps, config.num_heads, config.key_dim)
+        values = values.reshape(*leading, num_steps, config.heads, config.value_dim)
+        if config.feature_map == "unit":
+            queries, keys = unit(queries), unit(keys)
+        queries = queries * config.key_dim**-0.5
+        if config.feature_map == "taylor":
+            queries, keys = taylor(queries), taylor(keys)
+            values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
         repeats = config.heads // config.num_heads
-        queries, keys = (jnp.repeat(part, repeats, axis=2) for part in (queries * config.key_dim**-0.5, keys))
-        return queries, keys, parts[2].reshape(*leading, config.heads, config.value_dim)
+        queries, keys = (jnp.repeat(part, repeats, axis=-2) for part in (queries, keys))
+        return queries, keys, values
 
     def _beta(self, x: Hidden) -> Array:
-        """How much of a token is written, [B, T, H]."""
+        """How much of each of a token's steps is written, [B, T, n, H]."""
+        shape = (*x.shape[:2], self.config.householders, self.config.heads)
         if not self.config.write_gate:
-            return jnp.ones((*x.shape[:2], self.config.heads), jnp.float32)
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+            return jnp.ones(shape, jnp.float32)
+        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32)).reshape(shape)
         return 2 * beta if self.config.negative_eigenvalues else beta
 
     def _log_decay(self, x: Hidden) -> Array | None:
@@ -203,3 +266,15 @@ class LinearAttention(Mixer):
 def unit(x: Array) -> Array:
     """x with length 1 along the last axis; zero stays zero."""
     return x * jax.lax.rsqrt((x * x).sum(axis=-1, keepdims=True) + UNIT_EPS)
+
+
+def taylor(x: Array) -> Array:
+    """[1, x, x (x) x / sqrt 2] along the last axis: products of two such are 1 + s + s^2 / 2, s = x^T y."""
+    squares = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1) * 2**-0.5
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares], axis=-1)
+
+
+def divided(outputs: Array) -> Array:
+    """All columns but the last, divided by it; padding in front of which nothing was written stays zero."""
+    weighted, total = outputs[..., :-1], outputs[..., -1:]
+    return weighted / jnp.where(total == 0, 1, total)

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from kvlab.ledger.states import State
 from kvlab.memory.views import LayerStates, whole
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.models.sharing import lent, read_by_all, sources_of, take_back
 from kvlab.schema import Schema, choice, flag, integer, nearest, real
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 from kvlab.units import counted
@@ -95,32 +97,33 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute
-    `model.dtype`."""
+    """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute `model.dtype`.
+    Raises ConfigError for a layer that is to share keys and values, and finds none that fit."""
 
     def __init__(self, layers: Sequence[LayerConfig], model: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
         init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(vocab_size, model.model_dim, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.sources = sources_of([layer.config for layer in layers])
         self.blocks = nnx.List([Block(layer, model, rngs=rngs) for layer in layers])
         self.norm = RMSNorm(model.model_dim, eps=model.norm_eps)
         if not model.tie_embeddings:
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
         self.config = model
 
-    def states(self) -> tuple[dict[str, State], ...]:
-        """The named states of every layer."""
-        return tuple(block.states() for block in self.blocks)
+    def states(self) -> tuple[LayerStates, ...]:
+        """The named states of every layer; none where it reads another's alone."""
+        return read_by_all([block.states() for block in self.blocks], self.sources)
 
     def hidden(
         self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
     ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """Final hidden states [B, T, E]; memory as in `Mixer.__call__`, one entry a layer."""
         x = self.embedding(tokens)
-        after = []
-        for block, layer_memory in zip(self.blocks, memory, strict=True):
-            x, layer_memory = block(x, positions, layer_memory)
-            after.append(layer_memory)
+        after = list[LayerMemory]()
+        for block, layer_memory, source in zip(self.blocks, memory, self.sources, strict=True):
+            x, mine = block(x, positions, lent(layer_memory, source, after))
+            after.append(take_back(mine, source, after))
         return self.norm(x), tuple(after)
 
     def parallel(self, tokens: Tokens, states: Sequence[LayerStates] | None = None) -> Hidden:
@@ -129,8 +132,14 @@ class Transformer(nnx.Module):
 
         `states` are the layers' states in another format than the model's: what is attended to is rounded to it.
         """
+        return self.in_parallel(tokens, states)[0]
+
+    def in_parallel(
+        self, tokens: Tokens, states: Sequence[LayerStates] | None = None, *, progress: Array | None = None
+    ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
+        """As `parallel`, and the views afterwards. In training `progress` is the share of its steps that is done."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        return self.hidden(tokens, positions, whole(states or self.states(), *tokens.shape))[0]
+        return self.hidden(tokens, positions, whole(states or self.states(), *tokens.shape, progress=progress))
 
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits [B, T, V] in float32."""

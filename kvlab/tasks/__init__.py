@@ -1,6 +1,7 @@
 """Tasks by name."""
 
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.tasks.mad import Mad
 from kvlab.tasks.mqar import Mqar
 from kvlab.tasks.needle import Needle
 from kvlab.tasks.passkey import Passkey
@@ -15,6 +16,19 @@ TASKS: dict[str, type[Task]] = {
     "needle": Needle,
     "passkey": Passkey,
     "state_tracking": StateTracking,
+    "mad": Mad,
 }
 
-__all__ = ["TASKS", "Batch", "EvalSlice", "Mqar", "Needle", "Passkey", "Perplexity", "StateTracking", "Task", "Text"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "EvalSlice",
+    "Mad",
+    "Mqar",
+    "Needle",
+    "Passkey",
+    "Perplexity",
+    "StateTracking",
+    "Task",
+    "Text",
+]

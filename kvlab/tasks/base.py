@@ -1,11 +1,14 @@
 """The task contract: batches made from a key, labels at known positions, named evaluation slices."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
+import numpy.typing as npt
 from jax import Array
 
 from kvlab.schema import Schema
@@ -105,6 +108,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def eval_batch(self, key: Array, split: str, part: EvalSlice, index: int, batch_size: int) -> Batch:
         """Examples [index, index + batch_size) of a slice, the same for the same key."""
+
+    def label_parts(self, batch: Batch) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """By name the parts of a batch's labels that tests score apart, beside the whole: [B, M] each, and every label
+        is in one of them. The names are those of all batches; none: the labels are of one kind."""
+        return {}
 
     def fingerprint(self) -> str | None:
         """Hash of the data where it comes from outside; None where the key determines it."""

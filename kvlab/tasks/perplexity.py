@@ -30,6 +30,8 @@ class PerplexityConfig(TextConfig):
     def cross_check(self) -> None:
         super().cross_check()
         check_tokenizer(self.tokenizer)
+        if self.whole and self.max_bigram_count is not None:
+            raise ConfigError("max_bigram_count", self.max_bigram_count, "must be null with whole=true: nothing trains")
 
 
 class Perplexity(Text):

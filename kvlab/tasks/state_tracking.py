@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
+from jaxtyping import Int32
 
 from kvlab.schema import ConfigError, Schema, choice, integer
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.metrics import ACCURACY
-from kvlab.typing import PyTree
+from kvlab.typing import PyTree, Tokens
 
 GROUPS = {"parity": 2, "s3": 3, "s5": 5}
 """By name, how many things are permuted."""
@@ -89,7 +90,12 @@ class StateTracking(Task):
 
     def _scored(self, tokens: Array, first: int) -> Batch:
         """Tokens [B, T] with their running products, of which those from `first` on count."""
-        table = jnp.asarray(self.products)
-        labels = jax.lax.associative_scan(lambda a, b: table[a, b], tokens, axis=1)
+        labels = running_products(tokens, jnp.asarray(self.products))
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
         return Batch(tokens, places, labels, (places >= first).astype(jnp.float32))
+
+
+@jax.jit
+def running_products(tokens: Tokens, products: Int32[Array, "V V"]) -> Tokens:
+    """[B, T] the product of each row's tokens up to each place."""
+    return jax.lax.associative_scan(lambda a, b: products[a, b], tokens, axis=1)

@@ -1,14 +1,18 @@
 """Byte-level language modelling, of all of a window or of its end, behind a prompt."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import Array
 
 from kvlab.schema import ConfigError, Schema, added, flag, integer, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
+from kvlab.tasks.bigrams import BigramCounts, repeats
 from kvlab.tasks.corpus import check_path, path_field, read_splits
 from kvlab.tasks.metrics import BITS_PER_BYTE
 from kvlab.typing import PyTree
@@ -27,6 +31,9 @@ class TextConfig(Schema):
     With `scored_in_chunks` the scored tokens are prefilled in chunks of `memory.chunk_len` too, but for `decode_len`.
     That is many times as fast, and the same for any mask (windows, sinks), for formats by token, and for a compression
     of the prompt alone. A method that also acts later then acts after a chunk where it would have acted inside it.
+
+    Tests score labels apart that complete a bigram which their window had before (`recall`), and the others (`rest`).
+    With `max_bigram_count`, of those only bigrams that the training split has at most so often are `recall`.
     """
 
     path: str | None = path_field()
@@ -37,6 +44,7 @@ class TextConfig(Schema):
     num_test: int = integer(128, 1, 1 << 20)
     num_scored: int | None = added(integer(None, 1, 1 << 20, optional=True))
     scored_in_chunks: bool = added(flag(False))
+    max_bigram_count: int | None = added(integer(None, 0, 1 << 40, optional=True))
 
     def cross_check(self) -> None:
         if self.decode_len >= self.seq_len:
@@ -59,7 +67,7 @@ class Text(Task):
 
     Config = TextConfig
     metric = BITS_PER_BYTE
-    evaluation_fields = ("decode_len", "num_test", "num_scored", "scored_in_chunks")
+    evaluation_fields = ("decode_len", "num_test", "num_scored", "scored_in_chunks", "max_bigram_count")
     vocab_size = 256
 
     def __init__(self, config: TextConfig):
@@ -112,6 +120,18 @@ class Text(Task):
             labels=batch.labels[:, -num:],
             weights=batch.weights[:, -num:],
         )
+
+    def label_parts(self, batch: Batch) -> Mapping[str, npt.NDArray[np.bool_]]:
+        tokens, positions, labels = map(np.asarray, (batch.tokens, batch.label_positions, batch.labels))
+        recall = repeats(tokens, positions, labels)
+        if (most := self.config.max_bigram_count) is not None:
+            recall &= self._trained_on(np.take_along_axis(tokens, positions, axis=1), labels) <= most
+        return {"recall": recall, "rest": ~recall}
+
+    @cached_property
+    def _trained_on(self) -> BigramCounts:
+        """How often the training split has a bigram."""
+        return BigramCounts.of(self.corpus["train"], self.vocab_size)
 
     def fingerprint(self) -> str | None:
         """SHA-256 over all splits."""

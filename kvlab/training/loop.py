@@ -175,6 +175,8 @@ class _Trial:
         at.num_tokens += config.batch_size * seq_len * config.steps_per_call
         done = at.call * config.steps_per_call
         row = {"step": done, "loss": float(loss.mean()), "grad_norm": float(metrics["grad_norm"][-1])}
+        if beside := float(np.asarray(metrics["beside"]).mean()):
+            row["loss_beside"] = beside
         if done % config.eval_every == 0 or done == config.num_steps:
             at.validation = validate(self.state.params)
             row["validation"] = at.validation

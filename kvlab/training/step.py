@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,15 @@ def weighted_nll(model: Transformer, batch: Batch, states: Sequence[LayerStates]
     return score(logits, batch.labels, batch.weights)
 
 
+def training_nll(model: Transformer, batch: Batch, progress: Array) -> tuple[Array, Array]:
+    """The sum of what `weighted_nll` gives when `progress`, a share, of the training's steps is done; and the sum of
+    what layers ask for beside it, means over tokens (the `loss` of a view)."""
+    hidden, memory = model.in_parallel(batch.tokens, progress=progress)
+    nll, _ = score(logits_at(model, hidden, batch.label_positions), batch.labels, batch.weights)
+    asked = [getattr(view, "loss", None) for layer in memory for view in layer.values()]
+    return nll.sum(), sum((loss for loss in asked if loss is not None), jnp.zeros(()))
+
+
 def score(logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
     """Weighted negative log-likelihood (nats) and correctness of labels [B, M] under logits [B, M, V]."""
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -49,43 +58,61 @@ def score(logits: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
     return nll * weights, correct * weights
 
 
-def _gradients(structure: nnx.GraphDef[Transformer], params: Params, batch: Batch, accumulation: int):
-    """Mean loss and its gradients; the batch is cut into `accumulation` parts that are summed before dividing."""
+class Losses(NamedTuple):
+    """Of a batch: the mean over labels in nats, and what layers ask for beside it."""
 
-    def total_loss(params: Params, part: Batch) -> Array:
-        return weighted_nll(merge(structure, params), part)[0].sum()
+    labels: Array
+    beside: Array
 
+
+def _gradients(
+    structure: nnx.GraphDef[Transformer], params: Params, batch: Batch, progress: Array, accumulation: int
+) -> tuple[Losses, Params]:
+    """Mean losses and the gradients of their sum; the batch is cut into `accumulation` parts that are summed before
+    dividing."""
     total_weight = batch.weights.sum()
+
+    def total_loss(params: Params, part: Batch) -> tuple[Array, Losses]:
+        nll, beside = training_nll(merge(structure, params), part, progress)
+        beside = beside * (total_weight / accumulation)  # a mean over tokens, of which each part has as many
+        return nll + beside, Losses(nll, beside)
+
+    def of_part(part: Batch) -> tuple[Losses, Params]:
+        (_, losses), grads = jax.value_and_grad(total_loss, has_aux=True)(params, part)
+        return losses, grads
+
     if accumulation == 1:
-        loss, grads = jax.value_and_grad(total_loss)(params, batch)
+        sums = of_part(batch)
     else:
         parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[1:]), batch)
 
         def add(sums: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(total_loss)(params, part)), None
+            return jax.tree.map(jnp.add, sums, of_part(part)), None
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), _ = jax.lax.scan(add, zeros, parts)
-    return loss / total_weight, jax.tree.map(lambda g: g / total_weight, grads)
+        zeros = (Losses(jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        sums, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda total: total / total_weight, sums)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainStep:
-    """The compiled training call of one (model, task, optimizer); `__call__` runs `len(knobs)` steps. Batches lie where
-    `placement` says; on a mesh that divides "B", each device computes its rows."""
+    """The compiled training call of one (model, task, optimizer), one of `num_steps`; `__call__` runs `len(knobs)` of
+    them. Batches lie where `placement` says; on a mesh that divides "B", each device computes its rows."""
 
     structure: nnx.GraphDef[Transformer]
     task: Task
     optimizer: optax.GradientTransformation
     batch_size: int
     accumulation: int
+    num_steps: int
     placement: Placement = field(default_factory=Placement)
 
     @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
     def __call__(
         self, state: TrainState, data: PyTree, key: Array, knobs: Array, seq_len: int
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after the call, and per-step metrics `loss` (nats) and `grad_norm`; `data` is the task's
+        """The state after the call, and per-step metrics `loss` (nats over labels), `beside` (what layers ask for
+        beside it) and `grad_norm`; `data` is the task's
         `train_data()`.
 
         A step whose loss or gradients are not finite changes nothing, nor do the steps after it: `ok` is then False and
@@ -94,29 +121,32 @@ class TrainStep:
 
         def one_step(carry: tuple[TrainState, Array], knob: Array):
             state, ok = carry
-            loss, grads = self.gradients(state, data, key, knob, seq_len)
+            losses, grads = self.gradients(state, data, key, knob, seq_len)
             grad_norm = optax.tree.norm(grads)
-            ok = ok & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            ok = ok & jnp.isfinite(sum(losses)) & jnp.isfinite(grad_norm)
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = jax.tree.map(lambda p, u: p + u * state.learning_rate, state.params, updates)
             after = replace(state, params=params, opt_state=opt_state, step=state.step + 1)
             state = jax.tree.map(partial(jnp.where, ok), after, state)
-            return (state, ok), {"loss": loss, "grad_norm": grad_norm}
+            return (state, ok), {"loss": losses.labels, "beside": losses.beside, "grad_norm": grad_norm}
 
         (state, ok), metrics = jax.lax.scan(one_step, (state, jnp.asarray(True)), knobs)
         return state, {**metrics, "ok": ok}
 
-    def gradients(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> tuple[Array, Params]:
-        """Loss and gradients of the batch that belongs to `state.step`."""
+    def gradients(
+        self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int
+    ) -> tuple[Losses, Params]:
+        """Losses and gradients of the batch that belongs to `state.step`."""
         batch = self.task.train_batch(data, jax.random.fold_in(key, state.step), self.batch_size, seq_len, knob)
         batch = jax.tree.map(lambda rows: self.placement.constrain(rows, "B"), batch)
-        return _gradients(self.structure, state.params, batch, self.accumulation)
+        progress = state.step.astype(jnp.float32) / max(1, self.num_steps)
+        return _gradients(self.structure, state.params, batch, progress, self.accumulation)
 
     def first_bad_leaf(self, state: TrainState, data: PyTree, key: Array, knob: Array, seq_len: int) -> str:
         """Names what was not finite at `state.step`: a parameter, else a gradient, else the loss."""
-        loss, grads = jax.jit(self.gradients, static_argnums=4)(state, data, key, knob, seq_len)
+        losses, grads = jax.jit(self.gradients, static_argnums=4)(state, data, key, knob, seq_len)
         for kind, tree in (("parameter", state.params), ("gradient of", grads)):
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
                 if not bool(jnp.isfinite(leaf).all()):
                     return f"{kind} {path_name(path)}"
-        return f"loss ({float(loss)})"
+        return f"loss ({float(sum(losses))})"

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.latent import LatentConfig
 from kvlab.mixers.mamba2 import Mamba2Config
 from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, nearest, shown
 from kvlab.weights.config_files import (
     ConfigFile,
     DecoderFile,
+    DeepseekFile,
     DefaultRope,
     LlamaFile,
     Mamba2File,
@@ -56,6 +58,29 @@ def _decoder_layers(file: DecoderFile, rope: DefaultRope, window: int | None = N
     return [LayerConfig("attention", local if kind == "sliding_attention" else config) for kind in kinds]
 
 
+def _latent_layers(file: DeepseekFile, rope: DefaultRope) -> list[LayerConfig]:
+    """Latent attention in every layer. The norms inside have an epsilon of their own, 1e-6, whatever the file says of
+    those between layers."""
+    num_layers, heads = file.num_hidden_layers, file.num_attention_heads
+    if file.first_k_dense_replace < num_layers:
+        legal = f"must be at least num_hidden_layers = {num_layers}: layers behind it have experts, which are not built"
+        raise ConfigError("first_k_dense_replace", file.first_k_dense_replace, legal)
+    if file.num_key_value_heads not in (None, heads):
+        legal = f"must be num_attention_heads = {heads}, or null: all of them read one row"
+        raise ConfigError("num_key_value_heads", file.num_key_value_heads, legal)
+    config = LatentConfig(
+        num_heads=heads,
+        rank=file.kv_lora_rank,
+        rope_dim=file.qk_rope_head_dim,
+        head_dim=file.qk_nope_head_dim,
+        value_dim=file.v_head_dim,
+        query_rank=file.q_lora_rank or 0,
+        rope_base=rope.rope_theta,
+        rope_scaling=rope.scaling,
+    )
+    return [LayerConfig("latent", config)] * num_layers
+
+
 def _mamba2_layers(file: Mamba2File) -> list[LayerConfig]:
     width = file.num_heads * file.head_dim
     if width != file.expand * file.hidden_size:
@@ -76,6 +101,7 @@ FAMILIES: dict[str, type[ConfigFile]] = {
     "llama": LlamaFile,
     "mistral": MistralFile,
     "qwen3": Qwen3File,
+    "deepseek_v3": DeepseekFile,
     "mamba2": Mamba2File,
 }
 """What config.json may say, by its `model_type`."""
@@ -104,8 +130,11 @@ def _architecture(family: str, file: ConfigFile, rope: DefaultRope, dtype: str) 
         model = ModelConfig(**shared, norm_eps=file.layer_norm_epsilon)
         return Architecture(family, tuple(_mamba2_layers(file)), model, file.vocab_size)
     assert isinstance(file, DecoderFile)
-    window = file.sliding_window if isinstance(file, MistralFile) else None
-    layers = _decoder_layers(file, rope, window, qk_norm=isinstance(file, Qwen3File))
+    if isinstance(file, DeepseekFile):
+        layers = _latent_layers(file, rope)
+    else:
+        window = file.sliding_window if isinstance(file, MistralFile) else None
+        layers = _decoder_layers(file, rope, window, qk_norm=isinstance(file, Qwen3File))
     model = ModelConfig(**shared, mlp_dim=file.intermediate_size, norm_eps=file.rms_norm_eps)
     return Architecture(family, tuple(layers), model, file.vocab_size)
 
@@ -134,26 +163,19 @@ def write_architecture(architecture: Architecture) -> dict[str, Any]:
             "layer_norm_epsilon": model.norm_eps,
         }
     else:
-        assert isinstance(first, AttentionConfig)
-        windows = [layer.config.window for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
-        rope: dict[str, Any] = {"rope_theta": first.rope_base, "rope_type": "default"}
-        if len(first.rope_scaling) == 1:
-            rope |= {"rope_type": "linear", "factor": first.rope_scaling[0]}
-        elif first.rope_scaling:
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            rope |= {"rope_type": "llama3", **dict(zip(names, first.rope_scaling, strict=True))}
+        assert isinstance(first, AttentionConfig | LatentConfig)
         values |= {
             "intermediate_size": model.mlp_dim,
             "num_attention_heads": first.num_heads,
-            "num_key_value_heads": first.num_kv_heads,
-            "head_dim": first.head_dim,
             "hidden_act": "silu",
             "rms_norm_eps": model.norm_eps,
-            "attention_bias": first.bias,
-            "rope_parameters": rope,
+            "rope_parameters": _rope_values(first),
         }
-        if architecture.family == "mistral":
-            values["sliding_window"] = next((window for window in windows if window), None)
+        values |= (
+            _latent_values(architecture, first)
+            if isinstance(first, LatentConfig)
+            else _attention_values(architecture, first)
+        )
     restored, problems = read_architecture(values, model.dtype)
     if restored != architecture:
         reasons = "; ".join(problems) or "some options of its layers have no field there"
@@ -161,9 +183,45 @@ def write_architecture(architecture: Architecture) -> dict[str, Any]:
     return values
 
 
+def _rope_values(config: AttentionConfig | LatentConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": config.rope_base, "rope_type": "default"}
+    if len(config.rope_scaling) == 1:
+        rope |= {"rope_type": "linear", "factor": config.rope_scaling[0]}
+    elif config.rope_scaling:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_scaling, strict=True))}
+    return rope
+
+
+def _attention_values(architecture: Architecture, first: AttentionConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "num_key_value_heads": first.num_kv_heads,
+        "head_dim": first.head_dim,
+        "attention_bias": first.bias,
+    }
+    if architecture.family == "mistral":
+        windows = [layer.config.window for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
+        values["sliding_window"] = next((window for window in windows if window), None)
+    return values
+
+
+def _latent_values(architecture: Architecture, first: LatentConfig) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": first.num_heads,
+        "kv_lora_rank": first.rank,
+        "q_lora_rank": first.query_rank or None,
+        "qk_nope_head_dim": first.head_dim,
+        "qk_rope_head_dim": first.rope_dim,
+        "v_head_dim": first.value_dim,
+        "first_k_dense_replace": len(architecture.layers),
+        "num_nextn_predict_layers": 0,
+    }
+
+
 NAMES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "mamba2": "Mamba2ForCausalLM",
 }

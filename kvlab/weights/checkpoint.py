@@ -60,7 +60,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
         entry = table[path_name(path)]
-        whole = entry.transform.load([read_tensor(headers[name], name) for name in entry.names])
+        whole = entry.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
     end_tokens = read_end_tokens(directory, architecture.vocab_size)
@@ -114,7 +114,7 @@ def save_checkpoint(
         for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.model.params):
             entry = table[path_name(path)]
             whole = np.asarray(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)))
-            yield from zip(entry.names, entry.transform.unload(whole), strict=True)
+            yield from zip(entry.names, entry.unload(whole), strict=True)
 
     write_shards(directory, tensors(), max_shard_bytes)
     values |= {"dtype": dtype or architecture.model.dtype}

@@ -104,6 +104,23 @@ class Qwen3File(DecoderFile):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeepseekFile(DecoderFile):
+    """DeepSeek-V3 (arXiv 2412.19437), of which only dense layers are built: the first `first_k_dense_replace`. Absent
+    means transformers' default, of `q_lora_rank` null that queries are not compressed. Its heads share one row."""
+
+    kv_lora_rank: int = size()
+    q_lora_rank: int | None = _field(SIZE | None, 1536)
+    qk_nope_head_dim: int = size()
+    qk_rope_head_dim: int = size()
+    v_head_dim: int = size()
+    rope_interleave: bool = only(True)
+    attention_bias: bool = only(False)
+    first_k_dense_replace: int = _field(integer_type(0, 2**31 - 1), 3)
+    n_routed_experts: int = _field(integer_type(0, 2**31 - 1), 256)
+    num_local_experts: int = _field(integer_type(0, 2**31 - 1), 256)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mamba2File(ConfigFile):
     """Mamba-2."""
 
@@ -163,7 +180,7 @@ ROPES: dict[str, type[DefaultRope]] = {"default": DefaultRope, "linear": LinearR
 
 def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str]) -> T | None:
     """The values as that part; or None, and everything that is wrong with them added to `found`."""
-    keeps_null = ("sliding_window",)
+    keeps_null = ("sliding_window", "q_lora_rank")
     given = {name: value for name, value in values.items() if value is not None or name in keeps_null}
     try:
         return adapter(kind).validate_python(given)

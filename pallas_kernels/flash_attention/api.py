@@ -19,9 +19,11 @@ def flash_attention(
     visible: Visible = CAUSAL,
     soft_cap: float | None = None,
     scale: float | None = None,
+    sink_logits: Float[Array, "H"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H Dv"]:
-    """Attention of token t over the tokens of [0, t] that are `visible`; options as in `paged_attention`.
+    """Attention of token t over the tokens of [0, t] that are `visible`; options as in `paged_attention`. A
+    head's sink logit takes part in its softmax and has no value (gpt-oss, arXiv 2508.10925).
 
     Softmax in float32. Raises ValueError for shapes that do not fit together, options out of range and an unavailable
     `implementation`.
@@ -34,5 +36,7 @@ def flash_attention(
             raise ValueError(f"{name} = {array.shape}: must be [B, T, K, D] that fit queries {queries.shape} and keys")
     if queries.shape[2] % keys.shape[2]:
         raise ValueError(f"num_heads = {queries.shape[2]}: must be a multiple of num_kv_heads = {keys.shape[2]}")
+    if sink_logits is not None and sink_logits.shape != queries.shape[2:3]:
+        raise ValueError(f"sink_logits = {sink_logits.shape}: must be {queries.shape[2:3]}, one a query head")
     _, run = select("flash_attention", implementation, IMPLEMENTATIONS)
-    return run(queries, keys, values, scoring)
+    return run(queries, keys, values, scoring, sink_logits)

@@ -7,7 +7,7 @@ Keys outside are never multiplied, so a causal layer costs about half of the ful
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.masking import Scoring, masked_softmax
+from pallas_kernels.masking import Scoring, masked_softmax, share_of_tokens
 from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
@@ -18,6 +18,7 @@ def flash_attention(
     keys: Float[Array, "B T K D"],
     values: Float[Array, "B T K Dv"],
     scoring: Scoring,
+    sink_logits: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
     """See `api.flash_attention`."""
     batch, seq_len, num_heads, head_dim = queries.shape
@@ -26,6 +27,8 @@ def flash_attention(
     grouped = (queries * scoring.scale).reshape(batch, seq_len, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
     positions = jnp.arange(seq_len, dtype=jnp.int32)
+    if sink_logits is not None:
+        sink_logits = sink_logits.reshape(1, num_kv_heads, -1, 1)
 
     outputs = []
     for start in range(0, seq_len, BLOCK_LEN):
@@ -39,6 +42,8 @@ def flash_attention(
             preferred_element_type=jnp.float32,
         )
         seen = scoring.visible.sees(positions[start:end, None], positions[None, first:end])
-        weights, _ = masked_softmax(scoring.capped(scores), seen[None, None, None])
+        weights, log_sums = masked_softmax(scoring.capped(scores), seen[None, None, None])
+        if sink_logits is not None:
+            weights = weights * share_of_tokens(log_sums, sink_logits)[..., None]
         outputs.append(jnp.einsum("bkgts,bksd->btkgd", weights.astype(values.dtype), values[:, :, first:end]))
     return jnp.concatenate(outputs, axis=1).reshape(batch, seq_len, num_heads, value_dim)

@@ -1,4 +1,4 @@
-"""Cases of paged attention at dims of values that are no multiple of 64, the rows of a product."""
+"""Cases of paged attention at dims that are no multiple of 64, the rows of a product."""
 
 from typing import Any
 
@@ -63,5 +63,26 @@ DIMS: dict[str, dict[str, Any]] = {
         "format": "int8",
         "per": "channel",
         "page_size": 32,
+    },
+    "int8 by channel, keys and values of 96 dims": {
+        "lengths": [70, 9],
+        "num_queries": 2,
+        "group": 2,
+        "dims": (96, 96),
+        "format": "int8",
+        "per": "channel",
+        "page_size": 32,
+        "window": 40,
+    },
+    "fp8 by channel, keys of 224 dims, values of 96 dims": {
+        "lengths": [70],
+        "num_queries": 1,
+        "group": 4,
+        "kv_heads": 1,
+        "dims": (224, 96),
+        "format": "fp8",
+        "per": "channel",
+        "page_size": 32,
+        "kept": 0.6,
     },
 }

@@ -128,7 +128,7 @@ def paged_attention(
             visible=scoring.visible,
             num_pieces=num_pieces,
         )
-    return in_columns(queries, pages, lists, plan, scoring, max_stages=max_stages, interpret=interpret)
+    return in_columns(queries, pages, lists, plan, scoring, max_stages=max_stages, chip=chip, interpret=interpret)
 
 
 def in_columns(
@@ -139,6 +139,7 @@ def in_columns(
     scoring: Scoring,
     *,
     max_stages: int | None,
+    chip: Chip,
     interpret: Any,
 ) -> tuple[Array, ...]:
     """See `api.paged_attention`: by `gpu_decode`, which takes it."""
@@ -149,7 +150,7 @@ def in_columns(
         queries = queries.reshape(batch, num_queries, num_kv_heads, group, dim).swapaxes(1, 2)
         queries = queries.reshape(-1, num_queries, group, dim)
         pages = pages.by_head()
-    made = gpu_decode.decode(queries, pages, plan, scoring, max_stages=max_stages, interpret=interpret)
+    made = gpu_decode.decode(queries, pages, plan, scoring, max_stages=max_stages, chip=chip, interpret=interpret)
     outputs, sums = merge(made[0], made[1], plan.shares, num_queries, group, queries.dtype, interpret=interpret)
 
     def parted(x: Array) -> Array:

@@ -5,9 +5,11 @@ the right one, whose columns come in eights: scores [64 tokens, queries] = K Q^T
 Nothing of a product is padding but up to seven columns, and a thread holds few registers, so that two thread blocks
 share a multiprocessor: while one begins or ends, or computes a softmax, the other's pages arrive.
 
-A thread block takes a piece of an item's pages (`plan`) of one KV head. One warpgroup asks for pages, and turns
-quantised ones into 16 bits; the other attends. Outputs leave normalised, in float32, as columns; `gpu_merge` puts the
-pieces together."""
+A thread block takes a piece of an item's pages (`plan`) of one KV head, and all columns or a part of them. One
+warpgroup asks for pages, and turns quantised ones into 16 bits; the other attends. Outputs leave normalised, in
+float32, as columns; `gpu_merge` puts the pieces together.
+
+On Blackwell a product has 32 columns at least, of which 16 may be queries."""
 
 from typing import Any
 
@@ -19,21 +21,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import Scheme, arrays_of
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention.gpu_decode_piece import Columns, Queries
-from pallas_kernels.paged_attention.gpu_decode_tiles import ROW_BLOCK, fit, groups_of, scratch_for, step_of
+from pallas_kernels.paged_attention.gpu_decode_tiles import (
+    MAX_COLUMNS,
+    ROW_BLOCK,
+    columns_for,
+    fit,
+    parts_of_columns,
+    scratch_for,
+    step_of,
+)
 from pallas_kernels.paged_attention.gpu_ring import Part, by_name, given
 from pallas_kernels.paged_attention.gpu_tiles import MAX_STAGES
 from pallas_kernels.paged_attention.plan import BLOCK_LEN, Plan
 from pallas_kernels.pages import Pages
 from pallas_kernels.tensor_cores import Chip
 from pallas_kernels.typing import Float
-
-MAX_COLUMNS = 64
-"""Most queries of an item for one KV head: of one position or several."""
-
-
-def columns_for(num_queries: int, group: int) -> int:
-    """Columns of an item's products: its queries of one KV head, in eights."""
-    return -(-num_queries * group // 8) * 8
 
 
 def refusal(
@@ -45,22 +47,14 @@ def refusal(
 ) -> str | None:
     """Why this kernel cannot serve what `gpu.refusal` lets pass; None: it can."""
     page_size = min(page_size, BLOCK_LEN)
-    if chip != "hopper":
-        return f"chip = {chip}: products are written for Hopper's wgmma"
     if num_columns > MAX_COLUMNS:
         return f"columns = {num_columns}: must be at most {MAX_COLUMNS}, queries times query heads of a KV head"
     if dims[1] < ROW_BLOCK:
         return f"head dim of values = {dims[1]}: must be at least {ROW_BLOCK}, the rows of a product"
-    if schemes and schemes[0].per == "channel":
-        if dims[0] % 64:
-            return f"head dim of keys = {dims[0]}: must be a multiple of 64, where their channels have scales"
-        if num_columns * BLOCK_LEN // page_size > MAX_COLUMNS:
-            return f"columns = {num_columns}: too many for pages of {page_size} slots whose channels have scales"
-    num_groups = groups_of(dims[1], schemes)
-    if num_groups * num_columns > MAX_COLUMNS:
-        return f"columns = {num_columns}: too many for values of {num_groups} groups of channels"
-    if not fit(dims, schemes, num_columns, page_size).num_stages:
-        return f"head dims = {dims}: shared memory does not hold a block for {num_columns} columns"
+    if schemes and schemes[0].per == "channel" and dims[0] < ROW_BLOCK:
+        return f"head dim of keys = {dims[0]}: must be at least {ROW_BLOCK}, where their channels have scales"
+    if not parts_of_columns(num_columns, dims, schemes, page_size, with_page_mass=True, chip=chip)[0]:
+        return f"head dims = {dims}: shared memory does not hold a block"
     return None
 
 
@@ -71,6 +65,7 @@ def decode(
     scoring: Scoring,
     *,
     max_stages: int | None = None,
+    chip: Chip = "hopper",
     interpret: Any = False,
 ) -> tuple[Array, ...]:
     """Attention of every piece of a plan: outputs [pieces, K, Dv, columns] and log-sum-exp [pieces, K, columns]
@@ -78,44 +73,43 @@ def decode(
     [items, K, N, columns] as well. What empty pieces and unlisted entries hold is anything."""
     items, num_queries, num_heads, _ = queries.shape
     num_kv_heads, group = pages.num_kv_heads, num_heads // pages.num_kv_heads
-    num_columns, block_pages = columns_for(num_queries, group), BLOCK_LEN // plan.page_size
-    num_pieces, with_page_mass, most = len(plan.pieces), scoring.with_page_mass, max_stages or MAX_STAGES
-    tiles = fit(pages.head_dims, pages.schemes, num_columns, plan.page_size, most, with_page_mass=with_page_mass)
+    num_pieces, most = len(plan.pieces), max_stages or MAX_STAGES
+    asked, how = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
+    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how)
+    block_pages, all_columns = BLOCK_LEN // plan.page_size, num_parts * num_columns
+    tiles = fit(*asked, num_columns, plan.page_size, most, **how)
     dtype = worked_in(pages, queries.dtype)
-    arrays = _arrays(queries, pages, plan, num_columns, dtype)
-    sizes = {
-        "outputs": (num_pieces, num_kv_heads, pages.head_dims[1], num_columns),
-        "log_sum_exp": (num_pieces, num_kv_heads, num_columns),
-        "page_log_sum_exp": (items, num_kv_heads, plan.pages.shape[1], num_columns),
-    }
-    wanted = ("outputs", "log_sum_exp", *(["page_log_sum_exp"] if with_page_mass else []))
-    out_type = {name: jax.ShapeDtypeStruct(sizes[name], jnp.float32) for name in wanted}
+    arrays = _arrays(queries, pages, plan, all_columns, dtype)
+    out_type = _outputs(num_pieces, items, pages, plan, all_columns, with_page_mass=scoring.with_page_mass)
     of_rows = arrays["rows"].dtype
-    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, with_page_mass=with_page_mass)
+    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **how)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
         named = by_name(refs, arrays, out_type, scratch)
         block = lax.axis_index("block")
+        # Parts of the columns follow one another: their pages come from memory once.
+        of_head, first_column = lax.div(block, num_parts), lax.rem(block, num_parts) * num_columns
         part = Part.of(
             named,
             (step_of(pages, 0), step_of(pages, 1)),
             pages.schemes,
-            piece=named["launch"][lax.div(block, num_kv_heads)],
-            head=lax.rem(block, num_kv_heads),
+            piece=named["launch"][lax.div(of_head, num_kv_heads)],
+            head=lax.rem(of_head, num_kv_heads),
             num_stages=tiles.num_stages,
             num_staged=tiles.num_staged,
             num_scale_places=tiles.num_stages + tiles.num_staged,
             page_size=plan.page_size,
             scoring=scoring,
         )
-        Columns(part, given(Queries, named, group=group, num_columns=num_columns)).run()
+        columns = {"group": group, "num_columns": num_columns, "first_column": first_column if num_parts > 1 else 0}
+        Columns(part, given(Queries, named, **columns)).run()
 
     made = plgpu.kernel(
         kernel,
         out_type=list(out_type.values()),
         scratch_types=list(scratch.values()),
-        grid=(num_pieces * num_kv_heads,),
+        grid=(num_pieces * num_kv_heads * num_parts,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
@@ -123,6 +117,19 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=False),
     )(*jax.tree.leaves(list(arrays.values())))
     return tuple(made)
+
+
+def _outputs(
+    num_pieces: int, items: int, pages: Pages, plan: Plan, num_columns: int, *, with_page_mass: bool
+) -> dict[str, Any]:
+    """What `decode` answers with, by name."""
+    sizes = {
+        "outputs": (num_pieces, pages.num_kv_heads, pages.head_dims[1], num_columns),
+        "log_sum_exp": (num_pieces, pages.num_kv_heads, num_columns),
+    }
+    if with_page_mass:
+        sizes["page_log_sum_exp"] = items, pages.num_kv_heads, plan.pages.shape[1], num_columns
+    return {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
 
 
 def _arrays(

@@ -1,5 +1,6 @@
 """Decoding on GPUs: the warpgroup that attends to one piece of a list of pages, with queries in columns."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention import gpu_scales
-from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS
+from pallas_kernels.paged_attention.gpu_decode_tiles import PARTS, ROW_BLOCK
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import LOG2_E, Part, Side, filled, halves
 from pallas_kernels.paged_attention.gpu_tiles import stripes_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
+from pallas_kernels.tensor_cores import product
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,29 @@ class Queries:
     log_sum_exp: Any
     group: int
     num_columns: int
+    first_column: Any
+    """Of the item's: a thread block may attend with some of them."""
     column_factors: Any = None
     scaled: Any = None
     """Queries times the scales of channels, in `PARTS`."""
     pages_out: Any = None
     page_log_sum_exp: Any = None
+    product_done: Any = None
+    product_0: Any = None
+    product_1: Any = None
+    product_2: Any = None
+    """Of Blackwell: see `tensor_cores.accumulators`."""
+
+    @property
+    def memory(self) -> list[Any]:
+        """Where Blackwell sums products; nothing on Hopper."""
+        found = self.product_done, self.product_0, self.product_1, self.product_2
+        return [ref for ref in found if ref is not None]
+
+    @property
+    def mine(self) -> Any:
+        """The columns of this thread block among the item's."""
+        return pl.ds(self.first_column, self.num_columns)
 
 
 class Columns:
@@ -56,8 +76,12 @@ class Columns:
 
     def fetch_all(self) -> None:
         """Queries, then pages."""
-        rows = self.tile.rows.at[self.part.item, self.part.head]
-        plgpu.copy_gmem_to_smem(rows, self.tile.queries, self.tile.queries_arrived)
+        rows, mine = self.tile.rows.at[self.part.item, self.part.head], self.tile.mine
+        rows = rows.at[:, mine] if self.part.keys.per == "channel" else rows.at[mine]
+        into = self.tile.queries
+        if into.shape[0] > self.tile.num_columns and self.part.keys.per != "channel":
+            into = into.at[pl.ds(0, self.tile.num_columns)]
+        plgpu.copy_gmem_to_smem(rows, into, self.tile.queries_arrived)
         Producer(self.part).run()
 
     def attend(self) -> None:
@@ -65,12 +89,13 @@ class Columns:
         bounds = self.column_bounds()
         factors: Any = float(self.scoring.scale) * (1 if self.scoring.soft_cap is not None else LOG2_E)
         if self.tile.column_factors is not None:
-            theirs = self.tile.column_factors.at[self.part.item, self.part.head]
+            theirs = self.tile.column_factors.at[self.part.item, self.part.head, self.tile.mine]
             factors = factors * plgpu.load(theirs, layout=self.part.across, optimized=False)
         plgpu.barrier_wait(self.tile.queries_arrived)
         queries = None
         if self.part.keys.per == "channel":
-            queries = plgpu.load(self.tile.queries, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            held = (self.tile.queries.at[channels] for channels in self.key_stripes())
+            queries = [plgpu.load(mine, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for mine in held]
 
         value_dim, stripe = self.tile.outputs.shape[2], self.tile.sums_out.shape[0]
         stripes = stripes_of(value_dim, stripe)
@@ -95,8 +120,10 @@ class Columns:
             plgpu.wait_smem_to_gmem(0)
             self.tile.sums_out[...] = stripe_sums / lax.broadcast_in_dim(divisor, stripe_sums.shape, [1])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.tile.sums_out, self.tile.outputs.at[self.part.piece, self.part.head, columns])
-        plgpu.copy_smem_to_gmem(self.tile.lse_out, self.tile.log_sum_exp.at[self.part.piece, self.part.head])
+            there = self.tile.outputs.at[self.part.piece, self.part.head, columns, self.tile.mine]
+            plgpu.copy_smem_to_gmem(self.tile.sums_out, there)
+        there = self.tile.log_sum_exp.at[self.part.piece, self.part.head, self.tile.mine]
+        plgpu.copy_smem_to_gmem(self.tile.lse_out, there)
         plgpu.wait_smem_to_gmem(0)
 
     def attend_block(self, number, state, *, bounds, factors, queries, stripes):
@@ -183,6 +210,7 @@ class Columns:
         if self.part.listed_pages.last.shape[1] == 1:
             return self.part.listed_pages.first[self.part.item, 0], self.part.listed_pages.last[self.part.item, 0]
         numbers = plgpu.broadcasted_iota(jnp.int32, (self.tile.num_columns,), 0, layout=self.part.across)
+        numbers = numbers + self.tile.first_column
 
         def of_query(query, bounds):
             mine = numbers >= query * self.tile.group
@@ -222,20 +250,29 @@ class Columns:
         is_there = number * self.part.block_pages + entry < self.part.count
         return jnp.where(numbers < jnp.where(is_there, found.size, 0), found, 0.0)
 
+    def key_stripes(self) -> list[Any]:
+        """The channels of keys as registers hold them: all, or where they are no multiple of 64 stripes that
+        overlap."""
+        dim = self.tile.queries.shape[0]
+        return stripes_of(dim, ROW_BLOCK if dim % ROW_BLOCK else dim)
+
     def scores(self, number: Any, place: Any, queries: Any) -> Array:
         """[block, columns]: products of keys and queries, without the scales of tokens."""
         if self.part.keys.per != "channel":
             self.part.wait_to_multiply(self.part.keys, number, place)
-            return self.product(self.part.keys.blocks.at[place], self.tile.queries)
+            found = self.product(self.part.keys.blocks.at[place], self.tile.queries)
+            return found[:, : self.tile.num_columns] if found.shape[1] > self.tile.num_columns else found
         # Their scales multiply the queries, which are fewer, and in float32: the sum of three numbers of 16 bits.
         self.part.wait_to_multiply(self.part.keys, number, place)
         size, width = self.tile.num_columns, PARTS * self.tile.num_columns
-        for entry in range(self.part.block_pages):
-            scales = self.of_channels(self.part.keys.scales, number, entry, pl.ds(0, queries.shape[0]))
-            rest = queries * lax.broadcast_in_dim(scales, queries.shape, [0])
+        stripes = list(zip(self.key_stripes(), queries, strict=True))
+        for entry, (channels, mine) in itertools.product(range(self.part.block_pages), stripes):
+            scales = self.of_channels(self.part.keys.scales, number, entry, channels)
+            rest = mine * lax.broadcast_in_dim(scales, mine.shape, [0])
             for part in range(PARTS):
                 rounded = rest.astype(self.tile.scaled.dtype)
-                self.store_across(self.tile.scaled.at[pl.ds(entry * width + part * size, size)], rounded)
+                rows = pl.ds(entry * width + part * size, size)
+                self.store_across(self.tile.scaled.at[rows, channels], rounded)
                 rest = rest - rounded.astype(jnp.float32)
         plgpu.commit_smem()
         found = self.product(self.part.keys.blocks.at[place], self.tile.scaled)
@@ -246,12 +283,24 @@ class Columns:
             parts = [found[:, at + part * size : at + (part + 1) * size] for part in range(PARTS)]
             mine = sum(parts[1:], parts[0])
             if self.part.keys.zeros is not None:  # of a page they are the same for all tokens
-                zeros = self.of_channels(self.part.keys.zeros, number, entry, pl.ds(0, queries.shape[0]))
-                dots = (queries * lax.broadcast_in_dim(zeros, queries.shape, [0])).sum(axis=0)
-                mine = mine + lax.broadcast_in_dim(dots, mine.shape, [1])
+                mine = mine + lax.broadcast_in_dim(self.zero_dots(number, entry, stripes), mine.shape, [1])
             scores = mine if scores is None else jnp.where(slots >= entry * self.part.page_size, mine, scores)
         assert scores is not None
         return scores
+
+    def zero_dots(self, number: Any, entry: int, stripes: list[tuple[Any, Array]]) -> Array:
+        """[columns]: products of queries and the zeros of one of a block's pages."""
+        total, end = None, 0
+        for channels, mine in stripes:
+            zeros = self.of_channels(self.part.keys.zeros, number, entry, channels)
+            terms = mine * lax.broadcast_in_dim(zeros, mine.shape, [0])
+            if channels.start < end:  # what two stripes have counts once
+                rows = plgpu.broadcasted_iota(jnp.int32, terms.shape, 0, layout=plgpu.Layout.WGMMA)
+                terms = jnp.where(rows >= end - channels.start, terms, 0.0)
+            dots, end = terms.sum(axis=0), channels.start + channels.size
+            total = dots if total is None else total + dots
+        assert total is not None
+        return total
 
     def weighed(self, values: Any, channels: Any, number: Any) -> Array:
         """[dims, columns]: the sum of a block's values times their weights."""
@@ -283,13 +332,8 @@ class Columns:
 
     def product(self, left: Any, right: Any) -> Array:
         """left [rows, k] @ right [columns, k]^T in float32, waited for."""
-
-        def multiplied(sums):
-            plgpu.wgmma(sums, left, right.transpose((1, 0)))
-            return sums[...]
-
-        shape = (left.shape[0], right.shape[0])
-        return pl.run_scoped(multiplied, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        rows, width = left.shape[0], right.shape[0]
+        return product(self.tile.memory, width, lambda add: add(left, right.transpose((1, 0)), first=True), rows)
 
     def leave_page_sums(self, number: Any, exact: Array, shift: Array) -> None:
         """The log-sum-exp of each of a block's pages."""
@@ -306,7 +350,7 @@ class Columns:
 
         def leave(entry):
             place = self.part.begin + number * self.part.block_pages + entry
-            there = self.tile.page_log_sum_exp.at[self.part.item, self.part.head, place]
+            there = self.tile.page_log_sum_exp.at[self.part.item, self.part.head, place, self.tile.mine]
             plgpu.copy_smem_to_gmem(self.tile.pages_out.at[entry, pl.ds(0, self.tile.num_columns)], there)
 
         self.part.each_page(number, leave)

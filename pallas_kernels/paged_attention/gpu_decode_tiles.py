@@ -10,10 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import SHARED, Scheme, arrays_of
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_scales import place_bytes, place_shape
-from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES
+from pallas_kernels.paged_attention.gpu_tiles import MAX_BARRIERS, MAX_STAGES, SHARED_BYTES, stripes_of
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
 from pallas_kernels.pages import Pages
-from pallas_kernels.tensor_cores import shared
+from pallas_kernels.tensor_cores import Chip, accumulators, shared
 
 HALF_BYTES = (113 - 3) * 1024
 """Shared memory of a thread block that shares its multiprocessor with another, but for what Mosaic takes;
@@ -42,8 +42,90 @@ def aligned(num_columns: int) -> int:
     return -(-num_columns // 32) * 32
 
 
+MAX_COLUMNS = 64
+"""Most queries of an item for one KV head: of one position or several."""
+
+
 ROW_BLOCK = 64
 """Dims of values that an instruction multiplies: rows of a product are a multiple."""
+LEAST_WIDTH = 32
+"""Columns of the narrowest product on Blackwell, whose 64 rows halve its width: half of it is a whole group of 32 bytes
+of the right factor."""
+
+
+def columns_for(num_queries: int, group: int, step: int = 8) -> int:
+    """Columns of an item's products: its queries of one KV head, in eights or sixteens."""
+    return -(-num_queries * group // step) * step
+
+
+def product_columns(num_columns: int, chip: Chip) -> int:
+    """Columns of a product with keys: those that no query is in are anything, and are not looked at."""
+    return num_columns if chip == "hopper" else max(LEAST_WIDTH, -(-num_columns // 16) * 16)
+
+
+def groups_in_stripes(value_dim: int, num_groups: int) -> set[int]:
+    """How many groups of the values' channels a product of 64 dims has, which has the weights of all of them side by
+    side."""
+    size = value_dim // max(1, num_groups)
+    stripes = stripes_of(value_dim, ROW_BLOCK)
+    return {(stripe.start + ROW_BLOCK - 1) // size - stripe.start // size + 1 for stripe in stripes}
+
+
+MOST_REGISTERS = 176
+"""Most numbers of a thread that `registers_for` counts; 255 registers hold them and what is computed with them. Found
+by compiling: what has more may spill at up to 128 dims, what has so many does not."""
+
+
+def registers_for(
+    num_columns: int,
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    page_size: int,
+    *,
+    with_page_mass: bool,
+    chip: Chip = "hopper",
+) -> int:
+    """Float32 numbers that each of a warpgroup's 128 threads has while it attends with so many columns: what it holds
+    from one block to the next, and the largest product."""
+    key_rows, value_rows = (-(-dim // ROW_BLOCK) * ROW_BLOCK for dim in dims)
+    num_groups = groups_of(dims[1], schemes)
+    held = 2 * BLOCK_LEN + value_rows  # scores and the sums of weights; outputs
+    stripe = stripe_of(dims[1], num_columns, num_groups, chip)
+    product = 2 * stripe * max(groups_in_stripes(dims[1], num_groups))
+    if with_page_mass:
+        held += BLOCK_LEN  # the weights of one page
+    if schemes and schemes[0].per == "channel":
+        held += key_rows  # queries, which are scaled for each of a block's pages
+        product = max(product, BLOCK_LEN * PARTS * max(1, BLOCK_LEN // page_size))
+    if schemes and schemes[1].has_zeros:
+        held += num_groups * BLOCK_LEN  # sums of weights times zeros
+    return (held + product) * num_columns // 128
+
+
+def parts_of_columns(
+    num_columns: int,
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    page_size: int,
+    *,
+    with_page_mass: bool,
+    chip: Chip = "hopper",
+) -> tuple[int, int]:
+    """How many thread blocks share an item's columns, each with the same pages, and how many of them each takes: the
+    fewest for which registers and shared memory suffice; the most, where registers never do. (0, 0): shared memory does
+    not hold a block."""
+    num_groups = groups_of(dims[1], schemes)
+    # On Blackwell the two halves of the weights, of all groups of a stripe, fill the narrowest product.
+    step = 8 if chip == "hopper" else max(8, 16 // min(groups_in_stripes(dims[1], num_groups)))
+    for most in (most for most in (64, 32, 16, 8) if most >= step):
+        num_parts = -(-num_columns // most)
+        mine = columns_for(1, -(-num_columns // num_parts), step)
+        held = registers_for(most, dims, schemes, page_size, with_page_mass=with_page_mass, chip=chip)
+        is_held = (held <= MOST_REGISTERS and num_groups * most <= MAX_COLUMNS) or most == step
+        tiles = fit(dims, schemes, mine, page_size, with_page_mass=with_page_mass, chip=chip)
+        if is_held and tiles.num_stages:
+            return num_parts, mine
+    return 0, 0
 
 
 def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
@@ -54,9 +136,9 @@ def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
     return value_dim // (schemes[1].group or value_dim)
 
 
-def stripe_of(value_dim: int, num_columns: int, num_groups: int = 0) -> int:
+def stripe_of(value_dim: int, num_columns: int, num_groups: int = 0, chip: Chip = "hopper") -> int:
     """Dims of values that are multiplied at once: a multiple of 64."""
-    if num_groups:
+    if num_groups or chip == "blackwell":
         return ROW_BLOCK
     return next(
         width
@@ -73,6 +155,7 @@ def fit(
     max_stages: int = MAX_STAGES,
     *,
     with_page_mass: bool = True,
+    chip: Chip = "hopper",
 ) -> Tiles:
     """The deepest ring of at most `max_stages` with which two thread blocks fit on a multiprocessor, or else one."""
     block_pages = max(1, BLOCK_LEN // page_size)
@@ -80,8 +163,9 @@ def fit(
     for limit, least in ((HALF_BYTES, min(most, LEAST_STAGES)), (SHARED_BYTES, 1)):
         for num_staged in (2, 1) if schemes else (0,):
             for num_stages in range(most, least - 1, -1):
+                depth = num_stages, num_staged
                 sizes = scratch_bytes(
-                    dims, schemes, num_columns, block_pages, num_stages, num_staged, with_page_mass=with_page_mass
+                    dims, schemes, num_columns, block_pages, *depth, with_page_mass=with_page_mass, chip=chip
                 )
                 if sizes <= limit:
                     return Tiles(num_stages, num_staged, sizes)
@@ -97,10 +181,11 @@ def scratch_bytes(
     num_staged: int,
     *,
     with_page_mass: bool,
+    chip: Chip,
 ) -> int:
     """Bytes of all that `scratch_for` asks for, each in whole KiB."""
     num_groups = groups_of(dims[1], schemes)
-    stripe, num_weights = stripe_of(dims[1], num_columns, num_groups), 2 * max(1, num_groups) * num_columns
+    stripe, num_weights = stripe_of(dims[1], num_columns, num_groups, chip), 2 * max(1, num_groups) * num_columns
     sizes = [num_weights * BLOCK_LEN * 2, stripe * num_columns * 4, num_columns * 4]
     if with_page_mass:
         sizes.append(block_pages * aligned(num_columns) * 4)
@@ -110,9 +195,10 @@ def scratch_bytes(
         sizes += [num_stages * scheme.payload_bytes(BLOCK_LEN, width), num_staged * BLOCK_LEN * width * 2]
         of_scales = (num_stages + num_staged) * place_bytes(scheme, width, block_pages)
         sizes += (1 + scheme.has_zeros) * [of_scales]
-    sizes.append(dims[0] * num_columns * 2)
     if schemes and schemes[0].per == "channel":
-        sizes.append(block_pages * PARTS * num_columns * dims[0] * 2)
+        sizes += [dims[0] * num_columns * 2, product_columns(block_pages * PARTS * num_columns, chip) * dims[0] * 2]
+    else:
+        sizes.append(dims[0] * product_columns(num_columns, chip) * 2)
     return sum(-(-size // 1024) * 1024 for size in sizes)
 
 
@@ -125,17 +211,19 @@ def scratch_for(
     block_pages: int,
     *,
     with_page_mass: bool,
+    chip: Chip = "hopper",
 ) -> dict[str, Any]:
     """What a thread block keeps in shared memory, by name. Products of keys are of type `dtype`, queries come in
     `of_rows`."""
     dims, depth, staged = pages.head_dims, tiles.num_stages, tiles.num_staged
     schemes, num_groups = pages.schemes, groups_of(dims[1], pages.schemes)
-    stripe = stripe_of(dims[1], num_columns, num_groups)
+    stripe = stripe_of(dims[1], num_columns, num_groups, chip)
+    widths = [None, None] if chip == "hopper" else products_of(pages, num_columns, block_pages, chip)
     steps = [step_of(pages, side) for side in range(2)]
     # Weights times scales may be of any size, which float16 could not hold; what is quantised is exact in both.
     of_weights = jnp.dtype(jnp.bfloat16) if schemes else dtype
     scratch = {
-        "weights": shared((2 * max(1, num_groups) * num_columns, BLOCK_LEN), of_weights, steps[1]),
+        "weights": shared((2 * max(1, num_groups) * num_columns, BLOCK_LEN), of_weights, steps[1], widths[1]),
         "sums_out": shared((stripe, num_columns), jnp.float32, num_columns),
         "lse_out": plgpu.SMEM((num_columns,), jnp.float32),
         "queries_arrived": plgpu.Barrier(),
@@ -159,12 +247,23 @@ def scratch_for(
     scratch["free"] = plgpu.Barrier(num_barriers=staged or depth)
     if schemes and schemes[0].per == "channel":
         scratch["queries"] = plgpu.SMEM((dims[0], num_columns), of_rows)
-        scratch["scaled"] = shared((block_pages * PARTS * num_columns, dims[0]), dtype, steps[0])
+        of_scaled = product_columns(block_pages * PARTS * num_columns, chip)
+        scratch["scaled"] = shared((of_scaled, dims[0]), dtype, steps[0], widths[0])
     else:
-        scratch["queries"] = shared((num_columns, dims[0]), dtype, steps[0])
+        scratch["queries"] = shared((product_columns(num_columns, chip), dims[0]), dtype, steps[0], widths[0])
+    names = ("product_done", *(f"product_{number}" for number in range(len(widths))))
+    scratch |= dict(zip(names, accumulators(chip, *filter(None, widths)), strict=False))
     if with_page_mass:
         scratch["pages_out"] = plgpu.SMEM((block_pages, aligned(num_columns)), jnp.float32)
     return scratch
+
+
+def products_of(pages: Pages, num_columns: int, block_pages: int, chip: Chip) -> list[Any]:
+    """Columns of the products with keys and with stripes of values, the narrowest first."""
+    num_groups = groups_of(pages.head_dims[1], pages.schemes)
+    of_keys = product_columns(num_columns * (PARTS * block_pages if pages.per == "channel" else 1), chip)
+    in_stripes = groups_in_stripes(pages.head_dims[1], num_groups)
+    return [of_keys, *(2 * number * num_columns for number in sorted(in_stripes))]
 
 
 def step_of(pages: Pages, side: int) -> int:

@@ -22,7 +22,8 @@ KIVIS = {"gpu": (("int4", KIVI), ("int2", KIVI)), "tpu": (("int4", KIVI),)}
 def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
     """Every format and head dim, decoding and in chunks of 256 tokens. Then what may be asked for beside: "lists" of
     each KV head with valid slots, "valid" slots alone, page "mass", "options" (a window, sinks, a soft cap), a mask of
-    "chunk"s of 1,024 tokens; and on GPUs "dims" that are no multiple of 64."""
+    "chunk"s of 1,024 tokens; and on GPUs "dims" that are no multiple of 64, and for "many" query heads of each KV head,
+    64, all of that at once (in small pages where there may be some), where registers are scarcest."""
 
     def more(extra: str, format: str = "bfloat16", per: str = "", num_queries: int = 1) -> Shape:
         return Shape("paged_attention", format, 128, per, extra, num_queries)
@@ -40,8 +41,17 @@ def shapes(backend: str, dims: Sequence[int]) -> list[Shape]:
         *(more(extra, num_queries=CHUNK) for extra in ("lists", "valid", "mass", "options", "chunk")),
         *(
             Shape("paged_attention", format, dim, per, "dims")
-            for format, per, dim in (("bfloat16", "", 80), ("bfloat16", "", 96), ("int8", "token", 96))
+            for format, per, dim in (
+                *(("bfloat16", "", 80), ("bfloat16", "", 96)),
+                *(("int8", "token", 96), ("int8", "channel", 96)),
+            )
             if backend == "gpu"
+        ),
+        *(
+            Shape("paged_attention", format, dim, per, "many")
+            for dim in dims
+            for format, per in (("bfloat16", ""), ("fp8", "token"), ("fp8", "channel"))
+            if backend == "gpu" and dim <= 128
         ),
     ]
 
@@ -59,7 +69,9 @@ def floor_bytes(shape: Shape) -> int:
 
 def call(shape: Shape, target: Target, sharding: Any) -> Call:
     """The kernel of a target on arrays of a shape."""
-    page_size = PAGE_SIZES[target.backend]
+    is_many, page_size, num_heads = shape.extra == "many", PAGE_SIZES[target.backend], HEADS
+    if is_many:
+        page_size, num_heads = 32 if shape.format in FORMATS else 8, 64 * KV_HEADS
     table_len = CONTEXT // page_size
 
     def array(*dims: int, of: Any = jnp.int32) -> Any:
@@ -70,14 +82,16 @@ def call(shape: Shape, target: Target, sharding: Any) -> Call:
         of_keys, of_values = (stored_in(scheme, tiles, sharding) for scheme in kivi(shape.format, shape.format))
     else:
         of_keys = of_values = stored_as(shape.format, shape.per, tiles, sharding)
-    visible = {"options": Visible(1024, 4), "chunk": Visible(chunk=1024)}.get(shape.extra, Visible())
-    soft_cap = 30.0 if shape.extra == "options" else None
-    scoring = Scoring(shape.head_dim**-0.5, soft_cap, visible, shape.extra == "mass")
+    visible = {"options": Visible(1024, 4), "many": Visible(1024, 4), "chunk": Visible(chunk=1024)}.get(
+        shape.extra, Visible()
+    )
+    soft_cap = 30.0 if shape.extra in ("options", "many") else None
+    scoring = Scoring(shape.head_dim**-0.5, soft_cap, visible, shape.extra in ("mass", "many"))
     lists = (BATCH, KV_HEADS, table_len) if shape.extra == "lists" else (BATCH, table_len)
-    valid = array(*lists, page_size, of=jnp.bool) if shape.extra in ("lists", "valid") else None
+    valid = array(*lists, page_size, of=jnp.bool) if shape.extra in ("lists", "valid", "many") else None
     dtype = jnp.dtype(shape.format if shape.format not in FORMATS else "bfloat16")
     arrays = (
-        array(BATCH, shape.num_queries, HEADS, shape.head_dim, of=dtype),
+        array(BATCH, shape.num_queries, num_heads, shape.head_dim, of=dtype),
         Pages(of_keys, of_values),
         Lists(array(*lists), array(*lists), valid),
         array(BATCH, shape.num_queries),

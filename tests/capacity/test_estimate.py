@@ -3,20 +3,24 @@ errors."""
 
 import io
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from kvlab.capacity.estimate import estimate
+from kvlab.capacity.presets import LayerGroup, Preset
 from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer
 from kvlab.capacity.roofline import decode_roofline
 from kvlab.capacity.room import make_ledger, users_that_fit
+from kvlab.capacity.serving import Serving
 from kvlab.compose import CAPACITY, compose_capacity, expand_capacity
 from kvlab.hardware import CHIPS
 from kvlab.lab.experiments import load_figure
 from kvlab.lab.narrow import print_rows
 from kvlab.ledger.classes import Lengths
+from kvlab.memory.budgets import Context
 from kvlab.schema import ConfigError
 
 PRESETS = CAPACITY.options("model")
@@ -235,3 +239,77 @@ def test_math_is_sane_at_the_edges():
     assert sizes[0] == 0
     assert sizes == sorted(sizes)
     assert math.isclose(sizes[1], 62 * 2 * 16 * 128 * 2)
+
+
+HALF_SHARED = {
+    "full": {"kind": "full", "count": 2, "num_heads": 8, "num_kv_heads": 2, "head_dim": 256},
+    "local": {"kind": "window", "count": 3, "num_heads": 8, "num_kv_heads": 2, "head_dim": 256, "window": 512},
+}
+
+
+def sharing(num_full, num_local):
+    """A model of 2 full layers and 3 windows, and so many more of each that read theirs."""
+    more = {"full": num_full, "local": num_local}
+    shared = {f"shared_{name}": {**HALF_SHARED[name], "count": n, "shares_kv": True} for name, n in more.items() if n}
+    return Preset.build({"name": "shared", "num_params": 10**9, "layers": HALF_SHARED | shared})
+
+
+def test_layers_that_share_hold_nothing_and_read_as_much():
+    """2 KV heads of 256 numbers in bfloat16: 2,048 bytes a token and layer."""
+    config = compose_capacity(
+        ["model=gemma3-4b", "hardware=h100", "simulate=false", "workload=azure_conv", "context_len=4000"]
+    )
+    plain, shared = (
+        estimate(replace(config, model=replace(sharing(*counts), source="arXiv"))) for counts in ((0, 0), (1, 6))
+    )
+    token = 2 * 2 * 256 * 2
+    assert plain.bytes_per_token == shared.bytes_per_token == 5 * token
+    assert plain.sequence_bytes == shared.sequence_bytes == 2 * 4000 * token + 3 * 511 * token
+    assert plain.users == shared.users
+    assert plain.read_bytes == plain.sequence_bytes
+    assert shared.read_bytes == 3 * 4000 * token + 9 * 511 * token
+    flops = [4 * 8 * 256 * seen for seen in (4001, 512)]
+    context = Context(4000, 3000)
+    serving = Serving.of(replace(config, model=sharing(1, 6)), 4096, context)
+    assert serving.mixing_flops(context) == 3 * flops[0] + 9 * flops[1]
+    assert sharing(1, 6).read_bytes(4000, "bfloat16") == shared.read_bytes
+    assert sharing(1, 6).num_layers == 12
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(one_answer(replace(config, model=sharing(1, 6)), shared))
+    assert "7 of 12 layers read the keys and values of others" in console.export_text()
+
+
+def test_layers_that_share_read_what_stays_and_what_is_selected():
+    """Two more full layers: H2O weighs, which reads keys of 1,024 bytes a token once more; Quest reads some pages."""
+    words = ["model=gemma3-4b", "hardware=h100", "simulate=false", "workload=azure_conv", "context_len=4000"]
+    config = compose_capacity([*words, "compression=h2o", "memory.budget=1024", "memory.compression.every=512"])
+    plain, shared = _pair(config)
+    config = replace(config, model=sharing(2, 0))
+    context = Context(4000, plain.prompt_len)
+    kept = next(state for state in Serving.of(config, 4096, context).classes if state.retention)
+    assert shared.read_bytes - plain.read_bytes == 2 * kept.retention.stored(plain.prompt_len, 4000) * (2048 + 1024)
+    plain, shared = _pair(compose_capacity([*words, "selection=quest", "memory.selection.dense_layers=0"]))
+    windows = 3 * 511 * 2048
+    assert shared.read_bytes - windows == 2 * (plain.read_bytes - windows) < 2 * 2 * 4000 * 2048
+    assert (plain.selecting_layers, shared.selecting_layers) == (2, 4)
+
+
+def _pair(config):
+    """Answers for the model as it is, and with two more full layers that share; both hold the same."""
+    plain, shared = (estimate(replace(config, model=sharing(*counts))) for counts in ((0, 0), (2, 0)))
+    assert (plain.sequence_bytes, plain.users) == (shared.sequence_bytes, shared.users)
+    return plain, shared
+
+
+def test_a_group_that_finds_no_source_is_refused():
+    with pytest.raises(ConfigError, match=r"layers\.other\.shares_kv = True: must be false: no group before other"):
+        Preset.build(
+            {
+                "name": "wrong",
+                "num_params": 1,
+                "layers": {"local": HALF_SHARED["local"], "other": {**HALF_SHARED["full"], "shares_kv": True}},
+            }
+        )
+    with pytest.raises(ConfigError, match="must be false for kind recurrent"):
+        LayerGroup.build({"kind": "recurrent", "state_shape": [4, 4], "shares_kv": True})
+    assert all(state is not None for state in replace(sharing(1, 1), variant="recurrent").states("bfloat16"))

@@ -56,7 +56,7 @@ class Recorder:
 
     def attend(self, queries: Any, positions: Any, **options: Any) -> Any:
         self.log[-1]["queries"] = np.asarray(queries, np.float64)
-        self.log[-1]["soft_cap"] = options.get("soft_cap")
+        self.log[-1]["soft_cap"] = self.view.state.soft_cap
         return self.view.attend(queries, positions, **options)
 
 

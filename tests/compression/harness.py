@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,9 @@ from kvlab.ledger.states import TokenState
 from kvlab.memory.compacting import compact, padded
 from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
-from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split
 from tests.contracts import VARIANTS, VOCAB
-from tests.mixers.tiny import TINY
 
 _attention = functools.partial(AttentionConfig, num_heads=4, head_dim=8)
 MODELS: dict[str, list[LayerConfig]] = VARIANTS | {
@@ -51,8 +48,7 @@ TOLERANCE = 1e-4
 def model_of(name: str):
     """States, structure and parameters of a small random model whose attention is far from uniform."""
     config = ModelConfig(model_dim=16, tie_embeddings=False, dtype="float32")
-    with mock.patch.dict(MIXERS, TINY):
-        model = Transformer(MODELS[name], config, VOCAB, rngs=nnx.Rngs(0))
+    model = Transformer(MODELS[name], config, VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)

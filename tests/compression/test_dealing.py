@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from kvlab.compression import Compression
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.retention import Retention
 from kvlab.ledger.states import LatentState, TokenState
 from kvlab.memory.compacting import select
@@ -113,10 +114,11 @@ def test_what_was_dealt_is_attended_to_where_it_lies():
     newer = paged_attention(
         jnp.asarray(queries), everything, whole, positions, jnp.asarray(slots, jnp.int32), **options
     )
+    state = TokenState(num_heads, dim, dim, readers=Readers(6, scale=0.6))
     older = attend_tiles(
-        jnp.asarray(queries), everything, tiles, jnp.asarray(counts), jnp.array([2, 2], jnp.int32), options
+        state, jnp.asarray(queries), everything, tiles, jnp.asarray(counts), jnp.array([2, 2], jnp.int32)
     )
-    found = np.asarray(merged(newer, older))
+    found = np.asarray(merged(newer[:2], older)[0])
     for row, token, head in np.ndindex(2, 2, 6):
         kv, end = head // 2, slots[row] - 1 + token
         seen = {"keys": [], "values": []}

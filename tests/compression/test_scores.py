@@ -19,18 +19,21 @@ BATCH, KV_HEADS, GROUP, DIM, WIDTH = 2, 2, 2, 8, 64
 HEADS = KV_HEADS * GROUP
 STORED = (53, 38)
 ROTARY = Rotary(6, 100.0)
+BEHIND = Rotary(4, 100.0, start=3)
+"""As in latent rows, whose last numbers are turned."""
 
 
 def turned(x, positions, rotary=ROTARY):
     """The rotation in float64, number by number: (i, i + dim / 2) turn together."""
     if rotary is None:
         return x
-    half = rotary.dim // 2
+    half, start = rotary.dim // 2, rotary.start
     angles = np.asarray(positions, np.float64)[..., None] * rotary.base ** (-np.arange(half) * 2.0 / rotary.dim)
-    first, second = x[..., :half].copy(), x[..., half : 2 * half].copy()
+    one, other = slice(start, start + half), slice(start + half, start + 2 * half)
+    first, second = x[..., one].copy(), x[..., other].copy()
     x = np.array(x)
-    x[..., :half] = first * np.cos(angles) - second * np.sin(angles)
-    x[..., half : 2 * half] = second * np.cos(angles) + first * np.sin(angles)
+    x[..., one] = first * np.cos(angles) - second * np.sin(angles)
+    x[..., other] = second * np.cos(angles) + first * np.sin(angles)
     return x
 
 
@@ -41,10 +44,13 @@ def softmax(x, axis=-1):
 
 @pytest.fixture(scope="module", params=["rotary", "cap without rotary"])
 def case(request):
+    """Two sequences, as `case_of` makes them."""
+    return case_of(Readers(HEADS, rotary=ROTARY) if request.param == "rotary" else Readers(HEADS, soft_cap=2.0))
+
+
+def case_of(readers):
     """Two sequences: all their queries, keys and values in float64, and how they are read."""
-    rng = np.random.default_rng(0)
-    readers = Readers(HEADS, rotary=ROTARY) if request.param == "rotary" else Readers(HEADS, soft_cap=2.0)
-    rows = []
+    rng, rows = np.random.default_rng(0), []
     for stored in STORED:
         plain = rng.standard_normal((stored, HEADS, DIM)) + rng.standard_normal((1, HEADS, DIM))
         keys = rng.standard_normal((KV_HEADS, stored, DIM)) * 1.5
@@ -217,6 +223,13 @@ def test_a_score_is_the_papers(case, name, fields, reference, first, last):
         compared = found[:, first : row.stored - last]
         wanted = wanted[:, : compared.shape[1]]
         np.testing.assert_allclose(compared, wanted, rtol=2e-5, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_expected_attention_where_the_last_numbers_are_turned():
+    """Latent rows: the queries' distribution is that of absorbed ones, and only their rotary part is turned back."""
+    case = case_of(Readers(HEADS, rotary=BEHIND))
+    for row, found in zip(case.rows, scored(COMPRESSIONS["expected"].build({"future": 32}), case), strict=True):
+        np.testing.assert_allclose(found[:, 4:], expected(row, case.readers), rtol=2e-5, atol=2e-6)
 
 
 def test_every_method_has_a_reference():

@@ -11,6 +11,7 @@ import pytest
 from kvlab.compression.duo import Duo
 from kvlab.compression.streaming import Streaming
 from kvlab.lab.laboratory import Laboratory
+from kvlab.ledger.readers import Readers
 from kvlab.ledger.states import LatentState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.views.split import SplitTokens
@@ -74,13 +75,15 @@ def test_heads_held_apart_are_attended_to_as_if_they_were_not():
     queries, keys, values = rng.standard_normal((2, 9, 6, 4)), *rng.standard_normal((2, 2, 9, 3, 4))
     heads = (("full", (0, 2)), ("streaming", (1,)))
     counts = jnp.array([9, 9])
+    state = TokenState(3, 4, 4, readers=Readers(6, scale=0.7, soft_cap=2.0))
     parts = {
-        "full": WholeTokens(TokenState(2, 4, 4), {}, counts),
-        "streaming": WholeTokens(TokenState(1, 4, 4, visible=Visible(3, 1)), {}, counts),
+        "full": WholeTokens(state.of_heads(2), {}, counts),
+        "streaming": WholeTokens(replace(state.of_heads(1), visible=Visible(3, 1)), {}, counts),
     }
+    sinks = rng.standard_normal(6)
     view = SplitTokens.of_parts(heads, parts)
     view = view.append(keys=jnp.asarray(keys, jnp.float32), values=jnp.asarray(values, jnp.float32))
-    found, view = view.attend(jnp.asarray(queries, jnp.float32), None, scale=0.7, soft_cap=2.0)
+    found, view = view.attend(jnp.asarray(queries, jnp.float32), None, sink_logits=jnp.asarray(sinks, jnp.float32))
     for row, head in np.ndindex(2, 6):
         scores = 2 * np.tanh(0.7 * queries[row, :, head] @ keys[row, :, head // 2].T / 2)
         query, key = np.indices((9, 9))
@@ -88,7 +91,8 @@ def test_heads_held_apart_are_attended_to_as_if_they_were_not():
         if head // 2 == 1:
             seen &= (key > query - 3) | (key < 1)
         weights = np.where(seen, np.exp(scores), 0)
-        expected = weights / weights.sum(axis=1, keepdims=True) @ values[row, :, head // 2]
+        total = weights.sum(axis=1, keepdims=True) + np.exp(sinks[head])
+        expected = weights / total @ values[row, :, head // 2]
         np.testing.assert_allclose(found[row, :, head], expected, rtol=2e-5, atol=1e-5)
     np.testing.assert_array_equal(view.parts()["streaming"].pool["keys"][:, :, 0], np.float32(keys[:, :, 1]))
 

@@ -125,6 +125,12 @@ def test_every_combination(family, page_size, chunk_len):
         assert_exact(build(case), family, lengths_of(number))
 
 
+def test_latent_attention_with_queries_as_they_are():
+    """No layer compresses its queries; and frequencies are stretched."""
+    engine = engine_of("deepseek_v3_plain", page_size=4, chunk_len=7, max_batch=2)
+    assert_exact(engine, "deepseek_v3_plain", lengths_of(1))
+
+
 def test_the_answers_are_not_trivial():
     for family in FAMILIES:
         for answer in golden(family)["answers"].values():

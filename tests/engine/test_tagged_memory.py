@@ -148,7 +148,7 @@ def _drive(session: Session, names, chunks, hits=None):
     return plan, tokens, {name: np.asarray(logits)[row, : len(chunks[name])] for row, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid"])
+@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "mamba3", "hybrid", "latent"])
 def test_a_hit_and_a_fork_compute_what_the_whole_prompt_would(variant):
     """Logits behind a prefix hit, and of forks that part, equal the parallel form's: in poisoned pools."""
     session = poisoned_session(variant, MemoryConfig(page_size=4, chunk_len=8), rows=3, max_len=20)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kvlab.evaluation.key_lengths import KeyLengths, correlation_of, key_lengths, knorm_keep
+from kvlab.ledger.states import TokenState
 from tests.compression.driven import tokens_of, true_weights
 from tests.contracts import VOCAB, build
 
@@ -28,7 +29,7 @@ def halves(num_tokens=24, sign=1.0):
 
 @pytest.mark.parametrize(("sign", "keep"), [(1.0, "long"), (-1.0, "short")])
 def test_attention_made_to_prefer_either(sign, keep):
-    found = correlation_of(*halves(sign=sign))
+    found = correlation_of(TokenState(1, 4, 4), *halves(sign=sign))
     np.testing.assert_allclose(found, sign, atol=1e-6)
     assert knorm_keep([KeyLengths(0, 0, float(found[0, 0]))]) == keep
 

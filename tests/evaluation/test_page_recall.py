@@ -36,15 +36,21 @@ class Recording:
         return replace(self, whole=self.whole.append(**tokens))
 
     def attend(self, queries, positions, **options):
-        self.seen.append((np.asarray(queries, np.float64), np.asarray(self.whole.pool["keys"], np.float64), options))
+        self.seen.append(
+            (
+                np.asarray(queries, np.float64),
+                np.asarray(self.whole.pool["keys"], np.float64),
+                self.whole.state.soft_cap,
+            )
+        )
         outputs, whole = self.whole.attend(queries, positions, **options)
         return outputs, replace(self, whole=whole)
 
 
 def brute_force(seen, method):
     """`Recall` of one layer, query by query."""
-    queries, keys, options = seen
-    cap, shares = options.get("soft_cap"), []
+    queries, keys, cap = seen
+    shares = []
     group = queries.shape[2] // keys.shape[2]
     for b, t, k in np.ndindex(len(queries), len(POSITIONS), keys.shape[2]):
         place, full = POSITIONS[t], POSITIONS[t] // PAGE

@@ -27,7 +27,9 @@ def test_reproduce_checks_and_draws(name, tmp_path, monkeypatch, capsys):
         pd.testing.assert_frame_equal(pd.read_csv(path), committed, rtol=1e-3, obj=f"{name}/{path.name}, as committed")
 
 
-@pytest.mark.parametrize("name", [*ON_THE_HOST, "kivi_axes", "eviction_mqar", "frontier_memory"])
+@pytest.mark.parametrize(
+    "name", [*ON_THE_HOST, "kivi_axes", "eviction_mqar", "frontier_memory", "indexer", "kv_sharing"]
+)
 def test_notebooks_run(name, capsys):
     runpy.run_path(str(EXPERIMENTS_DIR / name / "notebook.py"))
     assert len(capsys.readouterr().out.splitlines()) > 3

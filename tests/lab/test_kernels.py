@@ -6,7 +6,7 @@ from kvlab.compose import compose, configs_dir, expand
 from kvlab.hardware import HardwareConfig
 from kvlab.lab.kernels import chosen_kernels, summary
 from kvlab.lab.laboratory import Laboratory
-from kvlab.ledger.states import TokenState
+from kvlab.ledger.states import LatentState, TokenState
 from kvlab.models.transformer import ModelConfig, dtype_for
 from pallas_kernels.selection import Device, as_if_on, recording, refusals, select
 
@@ -26,7 +26,9 @@ def test_defaults_take_the_kernels_of_a_hopper_gpu(mixer, task):
     assert {choice.taken for choice in of_pages.values()} <= {"mosaic_gpu"}
     assert not any(choice.reason for choice in found.values())
     lab = Laboratory.of(compose([f"mixer={mixer}", f"task={task}"]), abstract=True)
-    has_tokens = any(isinstance(spec, TokenState) for layer in lab.model.states for spec in layer.values())
+    has_tokens = any(
+        isinstance(spec, TokenState | LatentState) for layer in lab.model.states for spec in layer.values()
+    )
     assert set(of_pages) == (OF_PAGES if has_tokens else set())
 
 

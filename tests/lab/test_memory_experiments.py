@@ -96,3 +96,49 @@ def test_the_frontier_on_a_few_steps(tmp_path):
     frame = pd.read_csv(tmp_path / "frontier.csv", keep_default_na=False)
     assert set(frame.method) == {"none", "int4"}
     assert frame[frame.method == "int4"].held_bytes.item() < frame[frame.method == "none"].held_bytes.item()
+
+
+def test_the_indexer_on_a_few_steps(tmp_path):
+    """Both axes come from the records; an arm that was not run fails the claims."""
+    indexer = load_figure("indexer")
+    results = ran(tmp_path, "indexer", indexer.DENSE.words, indexer.UNTRAINED.words)
+    assert indexer.main(tmp_path, results) == 1
+    frame = pd.read_csv(tmp_path / "indexer.csv").drop_duplicates("arm").set_index("arm")
+    per_token = 4 * 2 * 2 * 16  # float32 keys and values of 2 heads
+    dense, untrained = frame.loc["dense"], frame.loc["untrained indexer"]
+    assert untrained.held_bytes - dense.held_bytes == 4 * 16 * 128
+    assert dense.read_bytes - untrained.read_bytes == per_token * (128 - 16) - 4 * 16 * 128
+    assert (tmp_path / "indexer.png").exists()
+
+
+def test_at_random_is_what_a_random_choice_reads():
+    """A token of the pairs, among 16 that each question draws of those that it sees."""
+    rng, hits, draws = np.random.default_rng(0), 0, 0
+    for place in np.repeat(np.arange(64, 128, 2), 200):
+        hits, draws = hits + (rng.choice(place + 1, 16, replace=False) < 64).sum(), draws + 64
+    assert load_figure("indexer").at_random("128:32") == pytest.approx(hits / draws, abs=0.01)
+
+
+def test_shared_keys_and_values_on_a_few_steps(tmp_path):
+    """Half the bytes held, and as many read; what was not run fails its claim."""
+    words = ["task=mqar", "model.num_layers=2", "task.test=['128:32']"]
+    results = ran(tmp_path, "kv_sharing", ["mixer=mha", *words], ["mixer=cla", *words])
+    sharing = load_figure("kv_sharing")
+    assert sharing.main(tmp_path, results) == 1
+    frame = pd.read_csv(tmp_path / "sharing.csv")
+    assert frame.variant.tolist() == ["mha", "cla"]
+    assert frame.kv_bytes.tolist() == [2 * 128 * 2 * 64 * 4, 128 * 2 * 64 * 4]
+    assert frame.read_bytes.nunique() == 1
+    assert frame.num_params.diff().iloc[1] == -2 * 64 * 64
+    passed = {claim.what: claim.passed for claim in sharing.claims(frame)}
+    assert [name for name, passes in passed.items() if name.startswith("text")] == [
+        "text: bytes held",
+        "text: bytes read for a token",
+        "text: loss of pairs",
+    ]
+    assert not any(passes for name, passes in passed.items() if name.startswith("text"))
+    assert passed["mqar: keys and values held, pairs : own"]
+    frame["value"] = [0.9, 0.88]
+    frame.loc[frame.variant == "cla", "kv_bytes"] = 1
+    assert not any(claim.passed for claim in sharing.claims(frame) if "held" in claim.what or "accuracy" in claim.what)
+    assert (tmp_path / "sharing.png").exists()

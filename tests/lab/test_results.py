@@ -129,7 +129,7 @@ def test_a_method_is_named_with_its_budget_and_its_fields_where_they_vary(sectio
 def test_a_run_from_before_a_field_was_added_is_of_the_same_point(task, tmp_path):
     """Its record is read with the field's default, and so is a run that was cut."""
     new = compose([f"task={task}", "mixer=hybrid"]).as_dict()
-    younger = {"num_turns", "query_aware", "num_scored", "scored_in_chunks", "second_form"}
+    younger = {"num_turns", "query_aware", "num_scored", "scored_in_chunks", "second_form", "max_bigram_count"}
     old = {
         **new,
         "memory": {"name": "paged", "page_size": 16, "chunk_len": 16},

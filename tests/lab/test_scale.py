@@ -1,7 +1,9 @@
 """What does not hold at this scale: the measures against numpy, findings that come out either way, and the command on
 runs of a few steps and on published weights of a tiny size."""
 
+import re
 import runpy
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +19,13 @@ from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.smollm2 import Material
 from kvlab.schema import ConfigError
+from kvlab.tokenizers import ByteTokenizer
 from tests.engine.families import write_folder
 
 HERE = EXPERIMENTS_DIR / "not_at_this_scale"
+TABLES = ("runs", "heads", "axes", "smollm2", "mixers", "lengths", "ruler")
 NO_PASSKEYS = pd.DataFrame(columns=["method", "slots", "query_aware", "turn", "context", "right"])
+NO_RULER = pd.DataFrame(columns=["task", "context", "example", "tokens", "right", "chance"])
 
 
 @pytest.fixture(scope="module")
@@ -109,47 +114,95 @@ def fake(scale, sign):
             for context, off in enumerate(spread)
         ]
     )
-    return frame, heads, axes, asked
+    return scale.Tables(frame, heads, axes, asked, *fake_mixers(scale, sign, spread), fake_ruler(scale, sign))
+
+
+def fake_mixers(scale, sign, spread):
+    """Bits of text, of which KDA has fewer (`sign` 1) or more, and recall: decays help, and rules count, or do not."""
+    mixers = scale.mixers
+    gains = [
+        {"method": name, "seed": seed, "value": value + off, "held_bytes": 100}
+        for name, value in ((mixers.KDA, 2.0 - 0.1 * sign), (mixers.GATED, 2.0))
+        for seed, off in enumerate(spread)
+    ]
+    of = {mixers.GATED: 0.7, mixers.SLOW: 0.75, mixers.FAST: 0.65, mixers.PLAIN: 0.4, mixers.UNGATED: 0.5}
+    if sign < 0:
+        of |= {mixers.SLOW: 0.6, mixers.PLAIN: 0.68, mixers.UNGATED: 0.9}
+    lengths = [
+        {"method": name, "length": length, "seed": seed, "value": value + off}
+        for name, value in of.items()
+        for length in mixers.LENGTHS
+        for seed, off in enumerate(spread)
+    ]
+    return pd.DataFrame(gains), pd.DataFrame(lengths)
+
+
+def fake_ruler(scale, sign):
+    """Full caches that find nearly all, or little more than chance."""
+    names, right = (scale.ruler.PASSKEY, *scale.ruler.TASKS), 0.6 + 0.3 * sign
+    rows = [
+        {"task": task, "context": context, "right": right + off, "chance": 0.2}
+        for task in names
+        for context in (512, 1024)
+        for off in (-0.05, 0.05)
+    ]
+    return pd.DataFrame(rows)
 
 
 @pytest.mark.parametrize(("sign", "holds"), [(1, True), (-1, False)])
 def test_findings_come_out_either_way(scale, sign, holds):
-    found = scale.findings(*fake(scale, sign))
-    assert len(found) == 16
+    *found, dms, cartridges = scale.findings(fake(scale, sign))
+    assert len(found) == 16 + 1 + 4 + 6
     assert {row.holds for row in found} == {holds}
+    assert [(row.arxiv, row.holds) for row in (dms, cartridges)] == [("2506.05345", None), ("2506.06266", None)]
+    assert not any(character.isdigit() for character in dms.measured + cartridges.measured)
 
 
 def test_the_committed_findings_follow_from_the_tables_beside_them(scale):
-    tables = [pd.read_csv(HERE / f"{name}.csv") for name in ("runs", "heads", "axes", "smollm2")]
-    committed = pd.read_csv(HERE / "findings.csv")
-    found = scale.findings(*tables)
-    assert [(row.where, row.holds) for row in found] == list(zip(committed["where"], committed.holds, strict=True))
-    assert all(claim.passed for claim in scale.claims(tables[0], *tables[2:]))
+    tables = scale.Tables(*(pd.read_csv(HERE / f"{name}.csv") for name in TABLES))
+    committed = pd.read_csv(HERE / "findings.csv", keep_default_na=False)
+    written = {True: "True", False: "False", None: ""}
+    found = [(row.claim, row.where, written[row.holds]) for row in scale.findings(tables)]
+    assert found == list(committed[["claim", "where", "holds"]].astype(str).itertuples(index=False, name=None))
+    assert all(claim.passed for claim in scale.claims(tables))
 
 
 def test_a_difference_within_its_interval_is_none(scale):
-    frame, *rest = fake(scale, 1)
-    is_noisy = (frame.method == "Knorm") & (frame.seed == 0)
-    frame.loc[is_noisy, "value"] -= 0.2  # the mean is above random still
-    at = {(row.arxiv, row.where): row.holds for row in scale.findings(frame, *rest)}
+    tables = fake(scale, 1)
+    is_noisy = (tables.runs.method == "Knorm") & (tables.runs.seed == 0)
+    tables.runs.loc[is_noisy, "value"] -= 0.2  # the mean is above random still
+    at = {(row.arxiv, row.where): row.holds for row in scale.findings(tables)}
     assert not at["2406.11430", "recall, 32 slots"]
     assert at["2407.11550", "recall, 32 slots"]
 
 
 def test_what_was_not_run_says_so(scale):
-    frame, heads, axes, _ = fake(scale, -1)
-    found = scale.findings(frame[frame.method != "SnapKV"], heads, axes, NO_PASSKEYS)
-    assert {row.where for row in found if row.holds is None} >= {"pass keys, SmolLM2, 240 slots", "recall, 16 slots"}
+    tables, gated = fake(scale, -1), scale.mixers.GATED
+    fewer = {"runs": "SnapKV", "mixers": gated, "lengths": gated}
+    kept = {name: table[table.method != fewer[name]] for name, table in tables._asdict().items() if name in fewer}
+    *found, _, _ = scale.findings(tables._replace(**kept, smollm2=NO_PASSKEYS, ruler=NO_RULER))
+    places = {row.where for row in found if row.holds is None}
+    assert places >= {"pass keys, SmolLM2, 240 slots", "recall, 16 slots", "text by the byte", "SmolLM2"}
+    assert sum(row.arxiv == "2412.06464" for row in found if row.holds is None) == 2
     assert all(row.measured == "not run" for row in found if row.holds is None)
 
 
 def test_the_preconditions_can_fail(scale):
-    frame, _, axes, asked = fake(scale, 1)
-    failed = {claim.what for claim in scale.claims(frame, axes, asked) if not claim.passed}
-    assert failed == {"recall is learned", "SmolLM2 finds pass keys, full cache"}
+    tables = fake(scale, 1)
+    failed = {claim.what for claim in scale.claims(tables) if not claim.passed}
+    recalls = "both delta rules recall at the training length"
+    assert failed == {"recall is learned", "SmolLM2 finds pass keys, full cache", recalls}
+    axes = tables.axes
     axes.loc[(axes.scale == 16) & (axes.axis != "token"), "perplexity"] *= 1.001
-    failed |= {claim.what for claim in scale.claims(frame, axes, asked) if not claim.passed}
+    tables.mixers.loc[tables.mixers.method == scale.mixers.KDA, ["value", "held_bytes"]] *= 2
+    failed |= {claim.what for claim in scale.claims(tables) if not claim.passed}
     assert {"outliers change nothing in full precision", "nor by channel"} < failed
+    assert {"KDA and Gated DeltaNet learn text: bits a byte", "and hold as many bytes"} < failed
+
+
+def one_choice(words):
+    """The words of a sweep over mixers and rates, of which the first of each stays."""
+    return [word.split(",")[0] + "]" * ("[" in word) if "," in word else word for word in words]
 
 
 FEW = ["task.num_test=4", "task.num_validation=4", "train.num_steps=4", "train.eval_every=4", "measure.batch_size=4"]
@@ -165,14 +218,22 @@ def test_the_command_on_a_few_steps(scale, tmp_path, monkeypatch, capsys):
     for words in (scale.runs.MQAR, (*scale.runs.MQAR, *knorm), scale.runs.TEXT, (*scale.runs.TEXT, *window)):
         fixed = [f"results_dir={tmp_path}", "train.checkpoint_every=4", "seed=0"]
         assert execute(compose(["experiment=not_at_this_scale", *words, *FEW, *fixed])) == "done"
+    text, recall = one_choice(scale.mixers.TEXT), (*scale.mixers.RECALL, *scale.mixers.VARIANTS[scale.mixers.SLOW])
+    for words in (text, recall):
+        assert execute(compose(["experiment=not_at_this_scale", *words, *FEW, *fixed])) == "done"
     assert scale.main(tmp_path, tmp_path / "not_at_this_scale") == 1
     runs, heads, layers = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("runs", "heads", "layers"))
     assert sorted(runs.method) == ["Knorm", "full", "full", "window"]
     assert len(heads) == 2 * 2 * 4
     both = layers[layers.silent.isna()].set_index("task").value
     assert both["text"] == pytest.approx(runs[(runs.task == "text") & (runs.method == "full")].value.item(), rel=1e-4)
-    found = pd.read_csv(tmp_path / "findings.csv")
+    found = pd.read_csv(tmp_path / "findings.csv", keep_default_na=False)
     assert (found[found["where"].str.contains("SmolLM2")].measured == "not run").all()
+    gains, longer = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("mixers", "lengths"))
+    assert list(gains.method) == ["Gated DeltaNet"]
+    assert gains.learning_rate.item() == 0.01
+    assert list(longer.length) == [64, 128, 256]
+    assert set(longer.method) == {"Gated DeltaNet, slow decay"}
     assert (tmp_path / "not_at_this_scale.png").is_file()
     assert "SmolLM2's rows are not run" in capsys.readouterr().err
 
@@ -196,6 +257,100 @@ def test_every_run_has_a_name(scale):
         assert scale.runs.name_of(config.as_dict()) == name
 
 
+def test_every_mixer_has_a_name(scale):
+    """As above; and no run of another mixer is taken for an attention's."""
+    for name, words in scale.mixers.VARIANTS.items():
+        config = compose(["experiment=not_at_this_scale", *scale.mixers.RECALL, *words, "seed=0"]).as_dict()
+        assert (scale.mixers.variant_of(config), scale.runs.name_of(config)) == (name, None)
+    config = compose(["experiment=not_at_this_scale", *scale.runs.MQAR, "seed=0"]).as_dict()
+    assert (scale.mixers.variant_of(config), scale.runs.name_of(config)) == (None, "full")
+
+
+@pytest.mark.parametrize("size", [12, 40])
+def test_common_words_are_the_most_common(scale, size):
+    made = scale.ruler.common_words(np.random.default_rng(0), size)
+    assert made == scale.ruler.common_words(np.random.default_rng(0), size)
+    listed = made.prompt.split("\n\n")[1].split("\n")[1].split()[1::2]
+    counts = Counter(listed)
+    assert len(listed) == 2 * size
+    assert set(made.candidates) == set(listed)
+    assert {word for word, _ in counts.most_common(5)} == set(made.answer)
+    assert min(counts[word] for word in made.answer) > max(counts[word] for word in set(listed) - set(made.answer))
+    assert made.chance == 5 / len(counts)
+
+
+def test_frequent_words_are_the_most_frequent(scale):
+    made = scale.ruler.frequent_words(np.random.default_rng(1), 200)
+    counts = Counter(made.prompt.split("\n")[1].split())
+    assert [word for word, _ in counts.most_common(4)] == ["....", *made.answer]
+    assert set(counts) == {"....", *made.candidates}
+    assert counts["...."] == int(200 / sum(1 / k**2 for k in range(1, 201)))
+
+
+def test_variables_are_tracked_by_reading_the_prompt(scale):
+    """Each value is looked up statement by statement, as the text has them."""
+    made = scale.ruler.variable_tracking(np.random.default_rng(2), 6)
+    context, question = made.prompt.split("\n\n")[1].split("Question:")
+    values = {}
+    for name, _, value in re.findall(r"VAR (\w+) = (VAR )?(\w+)", context):
+        values[name] = values.get(value, value)
+    (asked,) = set(re.findall(r"\d{5}", question))
+    assert sorted(name for name, value in values.items() if value == asked) == sorted(made.answer)
+    assert set(values) == set(made.candidates)
+    assert made.chance == 3 / 12
+    assert context.count(scale.ruler.FILLER) == 6
+    assert asked not in made.prompt.split("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("ab, cd, ef", 1),
+        ("cd and ab", 2 / 3),
+        ("gh ab cd ef", 2 / 3),  # the first three count
+        ("abcd ab ab ab", 1 / 3),
+        ("VAR xx, none of these", 0),
+    ],
+)
+def test_what_is_said_is_scored_by_the_first_candidates(scale, said, right):
+    example = scale.ruler.Example("", ("ab", "cd", "ef", "gh"), ("ab", "cd", "ef"))
+    assert example.right(said) == pytest.approx(right)
+
+
+def test_a_prompt_fills_its_context(scale):
+    ruler, count = scale.ruler, lambda text: list(text.encode())
+    for number, make in enumerate(ruler.TASKS.values()):
+        made = ruler.fitted(make, count, (number, 0), 2600)
+        assert len(made.prompt) <= 2600
+        assert ruler.fitted(make, count, (number, 0), 5200).prompt > ""
+        assert 2600 - len(made.prompt) < 150
+    with pytest.raises(ValueError, match="must have room for one part"):
+        ruler.fitted(ruler.variable_tracking, count, (0, 0), 100)
+
+
+def test_ruler_answers_with_the_likeliest_token(scale, tmp_path, monkeypatch):
+    """Bytes are the tokens, though the vocabulary has some more. Token by token the parallel form says the same,
+    whatever the prompts' lengths."""
+    (tmp_path / "hay.txt").write_text("abcdefgh" * 20_000)
+    material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
+    monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: bytes(each % 256 for each in ids).decode("latin-1"))
+    sizes = scale.ruler.Sizes((1500,), 2, 2, 2, 64, 5, str(tmp_path / "hay.txt"))
+    found = scale.ruler.measure(material, tmp_path, sizes)
+    assert found.groupby("task").size().to_dict() == dict.fromkeys([scale.ruler.PASSKEY, *scale.ruler.TASKS], 2)
+    assert found.right.between(0, 1).all()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "ruler.csv"), found, check_dtype=False, rtol=1e-3)
+    passkey = load_figure("passkey_smollm2")
+    small = passkey.Sizes(330, 1, 2, 64, text=str(tmp_path / "hay.txt"))
+    bench = passkey.bench_of(material, small, query_aware=False, num_contexts=1)
+    prompts = [[7, 8, 9] * 30, [5, 6] * 20]
+    model = bench.model.merge()
+    for prompt, said in zip(prompts, scale.ruler.answers(bench, prompts, sizes, 100), strict=True):
+        for chosen in said:
+            logits = model.logits(model.parallel(jnp.asarray([prompt])))[0, -1]
+            assert chosen == int(logits.argmax())
+            prompt = [*prompt, chosen]
+
+
 def test_the_notebook_runs(capsys):
     runpy.run_path(str(HERE / "notebook.py"))
     printed = capsys.readouterr().out.splitlines()
@@ -205,5 +360,5 @@ def test_the_notebook_runs(capsys):
 
 def test_the_page_has_every_paper(scale):
     page = (HERE / "README.md").read_text()
-    assert all(row.arxiv in page for row in scale.findings(*fake(scale, 1)))
+    assert all(row.arxiv in page for row in scale.findings(fake(scale, 1)))
     assert "kvlab reproduce not_at_this_scale" in page

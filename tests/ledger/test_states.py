@@ -184,6 +184,18 @@ def test_retrieval_reads_its_index_and_what_it_selects():
     assert spec.read_bytes(50) == 50 * 2 + 3 * 8
 
 
+def test_retrieval_in_blocks_reads_no_more_of_its_own_block_than_there_is():
+    spec = RetrievalState(1, 2, 2, index_dim=1, num_selected=6, index_block=2)
+    read = {n: min(n, 4 + n % 2) for n in (0, 1, 3, 4, 5, 50, 51)}  # two whole blocks, and what its own has before it
+    assert {n: spec.read_bytes(n) for n in read} == {n: n * 2 + slots * 8 for n, slots in read.items()}
+
+
+@pytest.mark.parametrize("block", [6, 4, 7])
+def test_blocks_of_a_retrieval_go_into_what_is_selected(block):
+    with pytest.raises(ValueError, match=f"index_block = {block}: must be 0, or go into num_selected = 6 twice"):
+        RetrievalState(1, 2, 2, index_dim=1, num_selected=6, index_block=block)
+
+
 def test_a_latent_is_one_array_of_which_values_are_a_part():
     (keys,) = LatentState(512, 64).arrays
     assert (keys.name, keys.shape) == ("keys", (1, 576))

@@ -133,6 +133,7 @@ SMALL = [
     [
         (["mixer=swa", "model.model_dim=16", *SMALL[2:]], "W.window", range(1, 50)),
         (["mixer=gqa", *SMALL], "A.num_kv_heads", (1, 2, 4)),
+        (["mixer=mla", *SMALL], "A.rank", (2, 4, 14, 16, 18, 20, 32)),
         (["mixer=mamba2", "model.model_dim=16", *SMALL[2:]], "M.state_dim", range(1, 60)),
         (["mixer=hybrid", *SMALL], "M.state_dim", range(1, 60)),
     ],
@@ -157,6 +158,19 @@ def test_a_mixers_knob_is_solved_as_brute_force_would(words, place, values):
     assert Config.build(found.as_dict()) == found
     by_hand = compose([*words, f"mixer.{layer}.{field}={solved}"])
     assert (found.run_id, found.training_id) == (by_hand.run_id, by_hand.training_id), "what was asked is no identity"
+
+
+def test_layers_that_read_another_turn_with_its_knob():
+    """They have none of their own, and would no longer fit."""
+    words = ["mixer=cla", *SMALL, "mixer.A.num_kv_heads=2", "mixer.A.short_conv=0"]
+    few, many = (measured_bytes(compose([*words, f"mixer.A.num_kv_heads={heads}"])) for heads in (1, 2))
+    found = compose([*words, f"budget={few}B"])
+    assert found.equal_budget.knob == "mixer.A.num_kv_heads"
+    assert [layer.config.num_kv_heads for layer in found.layers()] == [1, 1]
+    assert measured_bytes(found) == few == many // 2
+    assert Config.build(found.as_dict()) == found
+    yoco = compose(["mixer=yoco", *SMALL[2:], "mixer.F.num_kv_heads=2", "budget=64KiB", "memory.allow_underfill=true"])
+    assert yoco.equal_budget.knob == "mixer.W.window", "of the two that it has"
 
 
 def measured_bytes(config):

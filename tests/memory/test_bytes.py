@@ -1,12 +1,14 @@
 """Stated bytes = bytes of the arrays = what the compiler reports, to the byte; and a donated step leaves pools in
 place."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation import measure as measuring
@@ -14,8 +16,10 @@ from kvlab.evaluation.measure import MemoryReport, measure, per_sequence
 from kvlab.ledger.states import RetrievalState, TokenState
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import allocate_pages, num_bytes, write_tokens
+from kvlab.mixers.attention import AttentionConfig
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
 from pallas_kernels.formats import quantised
-from tests.contracts import VOCAB, build, pairs_with
+from tests.contracts import VOCAB, build, pairs_with, states_of
 
 MEMORIES = [MemoryConfig(name="paged", page_size=4, chunk_len=4), MemoryConfig(name="dense", chunk_len=4)]
 
@@ -63,8 +67,11 @@ def test_bytes_of_int8_pages():
     assert (exact.unit_bytes, held.unit_bytes, held.scale_bytes) == (128, 48, 16)
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
-@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid"])
+@pytest.mark.parametrize(
+    ("variant", "memory"),
+    [pair for pair in pairs_with(MEMORIES) if pair[0] in ("gqa", "window_sinks", "mamba2", "hybrid", "latent", "cla")],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_stated_bytes_are_what_the_compiler_aliases(variant, memory):
     """Donated pools are updated in place: the compiler aliases exactly the stated bytes, and its arguments are exactly
     parameters, pools, plan and tokens."""
@@ -201,8 +208,12 @@ def test_windowed_memory_stops_growing():
     [
         ("mqa", "model", 30 * 64 + 2 * 16 * 4),
         ("mqa", "int8", 30 * (16 + 2 * 4) + 2 * 16 * 4),
+        ("latent", "model", 30 * (6 + 2) * 4),
+        ("latent", "int8", 30 * (6 + 2 + 4)),
         ("window", "model", None),
         ("retrieval", "model", None),
+        ("retrieval_blocks", "model", 30 * 6 * 4 + (9 - 3 + 30 % 3) * 32 * 4),
+        ("retrieval_pages", "model", 30 * 6 * 4 + (8 - 4 + 30 % 4) * 32 * 4),
     ],
 )
 def test_bytes_read_for_a_token(variant, format, expected):
@@ -214,7 +225,14 @@ def test_bytes_read_for_a_token(variant, format, expected):
     assert report.read_bytes_per_token == expected
     assert per_sequence(report)["read_bytes_per_token"] == expected
     assert per_sequence(report)["logical_bytes"] == report.logical_bytes / 3
-    assert (expected < report.logical_bytes / 3) == (variant == "retrieval")
+    assert (expected < report.logical_bytes / 3) == variant.startswith("retrieval")
+
+
+def test_an_index_is_held_beside_all_that_attention_holds():
+    """More bytes a token than attention, by index_dim numbers, and fewer read."""
+    indexed, plain = states_of("retrieval_pages")[0], states_of("gqa")[0]
+    assert indexed.unit_bytes == plain.unit_bytes + 6 * 4
+    assert indexed.read_bytes(30) < plain.read_bytes(30)
 
 
 def _read(spec, num_tokens) -> int:
@@ -226,6 +244,31 @@ def _read(spec, num_tokens) -> int:
         seen = min(num_tokens, spec.visible.window - 1) if spec.visible.window else num_tokens
         return 4 * seen * spec.num_kv_heads * (spec.key_dim + spec.value_dim)
     return 4 * sum(int(np.prod(part.shape)) for part in spec.parts)
+
+
+def stack_of(num_sharing):
+    """Four layers of 2 KV heads of 8 numbers, of which every second, or the upper ones, share."""
+    config = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8)
+    shares = {0: (False,) * 4, 2: (False, True) * 2, 3: (False, True, True, True)}[num_sharing]
+    layers = [LayerConfig("attention", replace(config, shares_kv=each)) for each in shares]
+    return split(Transformer(layers, ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: m.name)
+@pytest.mark.parametrize("num_sharing", [0, 2, 3])
+def test_layers_that_share_are_as_many_bytes_less(num_sharing, memory):
+    """Of pools as of what a sequence holds, stated, in arrays and by the compiler; what is read stays the same."""
+    structure, params = stack_of(num_sharing)
+    layout = MemoryLayout.of(merge(structure, params).states(), memory, max_sequences=3, max_len=30)
+    step, pools = MemoryStep.of(structure, layout), layout.allocate()
+    plain = MemoryLayout.of(merge(*stack_of(0)).states(), memory, max_sequences=3, max_len=30)
+    assert 4 * layout.pool_bytes == (4 - num_sharing) * plain.pool_bytes
+    assert layout.pool_bytes == num_bytes(pools) == sum(account.pool for account in layout.ledger().audit())
+    assert step.compiled(params, pools, 1).memory_analysis().alias_size_in_bytes == layout.pool_bytes
+    report, _ = measured(step, params)
+    token = 2 * 2 * 8 * 4
+    assert report.logical_bytes == 3 * 30 * (4 - num_sharing) * token
+    assert report.read_bytes_per_token == 4 * 30 * token
 
 
 def test_an_older_record_has_no_bytes_read():

@@ -1,8 +1,8 @@
 """A memory of which steps read only some pages: it computes what brute force says, and knows its bytes."""
 
 import functools
+import itertools
 from dataclasses import replace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,16 @@ from kvlab.memory import compacting
 from kvlab.memory.layout import MemoryConfig, MemoryLayout, stored_states
 from kvlab.memory.page_index import page_keys
 from kvlab.memory.pools import num_bytes
-from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, Transformer, merge, split
 from kvlab.schema import ConfigError
 from kvlab.selection import SELECTIONS
 from tests.contracts import VARIANTS, VOCAB, run_ragged, states_of
-from tests.mixers.tiny import TINY
 from tests.selection.brute_force import logits_of
 
 LAYERS = {
-    "attention": [*VARIANTS["norms_cap_bias"], *VARIANTS["window"], *VARIANTS["gqa"]],
+    "attention": [*VARIANTS["sink_logits"], *VARIANTS["window"], *VARIANTS["gqa"]],
     "latent": VARIANTS["latent"],
+    "shared": [VARIANTS["yoco"][1], *VARIANTS["window"], *VARIANTS["yoco"][2:]],
 }
 PROMPT = 11
 METHOD = {"fraction": 0.5, "dense_layers": 0}
@@ -38,8 +37,7 @@ METHOD = {"fraction": 0.5, "dense_layers": 0}
 @functools.cache
 def build(name):
     """A model with weights large enough that what is read shows."""
-    with mock.patch.dict(MIXERS, TINY):
-        model = Transformer(LAYERS[name], ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0))
+    model = Transformer(LAYERS[name], ModelConfig(model_dim=16, tie_embeddings=False), VOCAB, rngs=nnx.Rngs(0))
     structure, params = split(model)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), params)
@@ -79,6 +77,7 @@ def expected(name, memory, tokens):
         ("latent", {"prefill": "sparse", "pages": 3, "page_size": 3, "last_pages": 2}),
         ("attention", {"prefill": "sparse", "chunk_len": 3, "first_pages": 0, "page_size": 7}),
         ("attention", {"prefill": "dense", "chunk_len": 16, "format": "int4", "page_size": 1}),
+        ("shared", {"prefill": "sparse"}),
     ],
     ids=str,
 )
@@ -154,11 +153,11 @@ def test_the_index_travels_with_its_pages():
 
 
 @functools.cache
-def compacted(method, format):
+def compacted(method, format, name="attention"):
     """Sequences that were compacted at their prompt's end and while decoding, every step observed, and their logits."""
     compression = COMPRESSIONS[method](sinks=1, recent=3, every=4, **({"window": 3} if method == "snapkv" else {}))
     memory = memory_of(compression=compression, budget=9, format=format, page_size=2, fraction=0.7)
-    session = session_of("attention", memory, poisons=True, observes=True)
+    session = session_of(name, memory, poisons=True, observes=True)
     session.prompt_len = PROMPT
     tokens, seen = np.stack(list(sequences(24, 24, 24).values())), {}
     for start, end in ((0, 5), (5, 10), (10, 11), *((at, at + 1) for at in range(11, 24))):
@@ -178,6 +177,20 @@ def test_it_composes_with_compressions_and_formats(method, format):
     check.compare(tokens, seen, session.events)
     assert check.worst < 1e-5
     assert check.num_compared == 24 * 3
+
+
+def test_each_layer_that_reads_the_same_pages_chooses_for_itself():
+    """And is verified under its own mask: under that of another reader logits differ."""
+    session, tokens, seen = compacted("knorm", "model", "shared")
+    check = MaskCheck(build("shared")[1], session.params, session.layout)
+    check.compare(tokens, seen, session.events)
+    assert check.worst < 1e-5
+    last = session.steps[-1]
+    assert [len(reads["kv"]) for reads in last.is_read if reads] == [3]
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in itertools.pairwise(last.is_read[0]["kv"]))
+    steps = [each._replace(is_read=({"kv": each.is_read[0]["kv"][::-1]}, *each.is_read[1:])) for each in session.steps]
+    check.compare(tokens, seen, session.events._replace(steps=steps))
+    assert check.worst > 1e-3
 
 
 def test_a_compaction_that_forgets_the_index_is_caught(monkeypatch):
@@ -244,7 +257,7 @@ def test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages(meth
         )
     session.advance({name: each[:1] for name, each in tokens.items()}, 1)
     state = layout.classes[layout.states[0]["kv"]]
-    is_read = np.asarray(session.steps[-1].is_read[0]["kv"])[
+    is_read = np.asarray(session.steps[-1].is_read[0]["kv"][0])[
         0, 0
     ]  # of 6 pages, the last with 3 slots before this token
     sizes = np.array([4, 4, 4, 4, 4, 3])

@@ -2,6 +2,7 @@
 merge behind it."""
 
 import dataclasses
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -18,12 +19,13 @@ from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
-from pallas_kernels.paged_attention.gpu_decode_tiles import fit, scratch_for
+from pallas_kernels.paged_attention.gpu_decode_tiles import fit, parts_of_columns, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import Part
 from pallas_kernels.paged_attention.gpu_tiled import in_tiles
 from pallas_kernels.paged_attention.gpu_tiles import SHARED_BYTES
+from pallas_kernels.tensor_cores import Chip
 from pallas_kernels.visible import NOWHERE, Visible
 from tests.pallas_kernels.cases import LEDGER_CASES, Fetched, named, numbers
 
@@ -33,13 +35,13 @@ SMALL = {"num_pieces": 3, "max_stages": 2}
 """So that short sequences are cut, and the ring turns."""
 
 
-def simulated(*arrays: Any, **options: Any) -> Any:
+def simulated(*arrays: Any, chip: Chip = "hopper", **options: Any) -> Any:
     """`gpu.paged_attention`, which must not fall back."""
     queries, pages, *_ = arrays
     columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
     asked = pages.head_dims, pages.schemes, columns, pages.page_size
-    assert gpu_decode.refusal(*asked) is None
-    return gpu.paged_attention(*arrays, interpret=HOW, chip="hopper", **SMALL, **options)
+    assert gpu_decode.refusal(*asked, chip) is None
+    return gpu.paged_attention(*arrays, interpret=HOW, chip=chip, **SMALL, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -126,12 +128,61 @@ MORE: dict[str, dict[str, Any]] = {
         "page_size": 64,
         "offset": 5.0,
     },
+    "KIVI of 4 bits, keys and values of 160 dims": {
+        "lengths": [100],
+        "num_queries": 1,
+        "group": 3,
+        "kv_heads": 1,
+        "dims": (160, 160),
+        "schemes": ("int4", "int4"),
+        "page_size": 64,
+        "offset": 5.0,
+    },
     "values of 240 dims, page of 8 slots": {
         "lengths": [70],
         "num_queries": 1,
         "group": 9,
         "kv_heads": 1,
         "dims": (64, 240),
+    },
+    "two queries of 24 heads in two parts, window, valid slots, soft cap": {
+        "lengths": [70, 0, 9],
+        "num_queries": 2,
+        "group": 24,
+        "kv_heads": 2,
+        "window": 20,
+        "sinks": 2,
+        "kept": 0.6,
+        "cap": 5.0,
+    },
+    "fp8 by token, 40 heads in two parts, lists of each head": {
+        "lengths": [70, 9],
+        "num_queries": 1,
+        "group": 40,
+        "format": "fp8",
+        "page_size": 32,
+        "lists": "heads",
+    },
+    "int8 by channel, 64 heads in parts of 32, values of 128 dims": {
+        "lengths": [70],
+        "num_queries": 1,
+        "group": 64,
+        "kv_heads": 1,
+        "dims": (64, 128),
+        "format": "int8",
+        "per": "channel",
+        "page_size": 32,
+        "with_mass": False,
+    },
+    "KIVI of 4 bits, 3 queries of 8 heads in parts of 16": {
+        "lengths": [100, 30],
+        "num_queries": 3,
+        "group": 8,
+        "kv_heads": 1,
+        "dims": (64, 128),
+        "schemes": ("int4", "int4"),
+        "page_size": 64,
+        "offset": 5.0,
     },
     "int4 by channel, two queries of 16 heads": {
         "lengths": [100],
@@ -173,6 +224,10 @@ SLOW = (
     "int4 by token, head dims of 160",
     "int8 by channel, values of 96 dims",
     "8 queries of 5 heads, window, sinks",
+    "fp8 by token, 40 heads in two parts, lists of each head",
+    "int8 by channel, 64 heads in parts of 32, values of 128 dims",
+    "KIVI of 4 bits, keys and values of 160 dims",
+    "fp8 by channel, keys of 224 dims, values of 96 dims",
     "int8 by token, its own chunk, lists of each head",
     "int8 by channel, values are the first columns of the keys",
     *(name for name in KIVI if name not in ("KIVI of 4 bits, valid slots, soft cap", "KIVI of 2 bits")),
@@ -183,6 +238,28 @@ SLOW = (
 def test_equals_float64_without_a_race(case, capfd):
     dims = case.get("dims", (64, 64))  # where it names some that this kernel takes
     check(simulated, **{"dtype": "bfloat16", **case, "dims": dims if min(dims) >= 64 else (64, 64)})
+    assert "RACE" not in capfd.readouterr().out
+
+
+ON_BLACKWELL = (
+    "int8 by token, window, soft cap",
+    "head dims of 80, 3 queries of 3 heads, window, sinks, soft cap",
+    "fp8 by token, head dims of 96, valid slots",
+    "int8 by channel, keys and values of 96 dims",
+    "int4 by channel",
+    "values in several products",
+    "two queries of 24 heads in two parts, window, valid slots, soft cap",
+    "KIVI of 4 bits, keys and values of 160 dims",
+    "KIVI in groups of 96, of which products of 64 have parts",
+)
+
+
+@named({name: (CASES | MORE | KIVI)[name] for name in ON_BLACKWELL}, *ON_BLACKWELL[5:])
+def test_blackwell_equals_float64_without_a_race(case, capfd):
+    """Products there have 32 columns at least, of which few are queries."""
+    dims = case.get("dims", (64, 64))
+    case = {"dtype": "bfloat16", **case, "dims": dims if min(dims) >= 64 else (64, 64)}
+    check(partial(simulated, chip="blackwell"), **case)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -197,8 +274,8 @@ SPACE = {
 
 @pytest.mark.parametrize("number", numbers(1))
 def test_equals_float64_over_the_option_space(number, capfd):
-    case = generated(number, **SPACE)
-    check(simulated, **case | {"group": min(case["group"], 8)})
+    case, chip = generated(number, **SPACE), ("hopper", "blackwell")[number % 2]
+    check(partial(simulated, chip=chip), **case | {"group": min(case["group"], 8)})
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -220,6 +297,72 @@ def test_what_is_served():
         )
     for scheme in (Scheme("int8"), Scheme("fp8"), Scheme("int4")):
         assert all(gpu_decode.refusal((dim, dim), (scheme, scheme), 8, 64) is None for dim in (96, 160, 224))
+
+
+OPTIONS = [
+    (schemes, page_size, with_page_mass)
+    for schemes, sizes in (
+        (None, (8, 16, 32, 64)),
+        *(((scheme, scheme), (32, 64)) for scheme in (Scheme("fp8"), Scheme("int4", "channel"))),
+        (kivi("int4", "int4"), (64,)),
+        (kivi("int4", "int4", 64), (64,)),
+    )
+    for page_size in sizes
+    for with_page_mass in (False, True)
+]
+
+
+@pytest.mark.parametrize(("chip", "step"), [("hopper", 8), ("blackwell", 16)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_every_column_has_one_thread_block(dim, chip, step):
+    """Whatever the pages are in: none is refused, none is left over, and no thread block has nothing but padding."""
+    for (schemes, page_size, with_page_mass), asked in itertools.product(OPTIONS, range(8, 65, 8)):
+        if schemes and any(dim % step_of(scheme) for scheme in schemes):
+            continue
+        reason = gpu_decode.refusal((dim, dim), schemes, asked, page_size, chip)
+        how = {"with_page_mass": with_page_mass, "chip": chip}
+        num_parts, mine = parts_of_columns(asked, (dim, dim), schemes, page_size, **how)
+        assert reason is None, (schemes, page_size, asked)
+        assert (num_parts - 1) * mine < asked <= num_parts * mine <= 64
+        assert mine % (8 if schemes and schemes[1].group == 32 else step) == 0
+
+
+MOST_CARRIED = 80
+"""Registers of a thread that carry numbers from one block of tokens to the next: a third of all, for products and
+weights take as many again. Sums of zero points come on top."""
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_registers_hold_what_a_thread_carries(dim):
+    """Of 64 query heads for a KV head, as the traced program has it, whatever the pages are in. What ptxas makes of it
+    is in `make kernels-check`."""
+    array = lambda *shape, of=jnp.int32: jax.ShapeDtypeStruct(shape, of)  # noqa: E731
+    for schemes, page_size, with_page_mass in OPTIONS:
+        if schemes is None and 8 < page_size < 64:
+            continue
+        pools = [jax.eval_shape(partial(_pool, of, page_size, dim)) for of in schemes or (None, None)]
+        scoring = Scoring(0.1, 30.0, Visible(100, 4), with_page_mass)
+        asked = array(2, 1, 64, dim, of=jnp.bfloat16), Pages(*pools)
+        lists = Lists(array(2, 4), array(2, 4), array(2, 4, page_size, of=jnp.bool))
+        traced = jax.make_jaxpr(lambda *given, scoring=scoring: gpu.paged_attention(*given, scoring, chip="hopper"))(
+            *asked, lists, array(2, 1), array(2)
+        )
+        most = MOST_CARRIED + (32 if schemes and schemes[1].has_zeros else 0)
+        assert 16 <= carried_by_thread(traced.jaxpr) <= most, (schemes, page_size, with_page_mass)
+
+
+def carried_by_thread(jaxpr: Any) -> int:
+    """Float32 numbers that come into a turn of the loop that carries most, in each of a warpgroup's 128 threads."""
+    most = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("while", "scan"):
+            found = [value.aval for value in equation.invars if isinstance(value.aval, jax.core.ShapedArray)]
+            most = max(most, sum(array.size for array in found if array.dtype == jnp.float32) // 128)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                most = max(most, carried_by_thread(inner))
+    return most
 
 
 LONG = {"lengths": [600], "num_queries": 1, "group": 1, "kv_heads": 1, "dtype": "bfloat16", "dims": (64, 64)}
@@ -409,29 +552,32 @@ PLAIN: list[tuple[Scheme, Scheme]] = [
 
 
 @pytest.mark.parametrize("schemes", [None, *PLAIN, kivi("int4", "int2"), kivi("int2", "int4", 64)], ids=said)
-def test_what_fits_is_what_the_scratch_takes(schemes):
+@pytest.mark.parametrize("chip", ["hopper", "blackwell"])
+def test_what_fits_is_what_the_scratch_takes(schemes, chip):
     """Of every shape that is not refused: in whole KiB, below the limit, and at most 32 barriers together."""
     seen = 0
     for dims in ((64, 64), (128, 128), (256, 256), (80, 128), (128, 80), (96, 96), (64, 160)):
-        for columns in (8, 24, 64):
+        for asked in (8, 24, 64):
             for page_size in (8, 32, 64):
                 least = 32 if schemes and schemes[1].group is None else 64
                 if schemes and (
                     page_size < least or any(dim % step_of(of) for dim, of in zip(dims, schemes, strict=True))
                 ):
                     continue
-                if gpu_decode.refusal(dims, schemes, columns, page_size):
+                if gpu_decode.refusal(dims, schemes, asked, page_size, chip):
                     continue
+                how = {"with_page_mass": True, "chip": chip}
+                _, columns = parts_of_columns(asked, dims, schemes, page_size, **how)
                 pages = Pages(
                     *(_pool(scheme, page_size, dim) for scheme, dim in zip(schemes or (None,) * 2, dims, strict=True))
                 )
-                tiles = fit(dims, schemes, columns, page_size)
+                tiles = fit(dims, schemes, columns, page_size, **how)
                 dtype = jnp.dtype(jnp.bfloat16)
-                scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), with_page_mass=True)
+                scratch = scratch_for(tiles, pages, dtype, dtype, columns, max(1, 64 // page_size), **how)
                 sizes = [
                     -(-int(np.prod(ref.shape)) * jnp.dtype(ref.dtype).itemsize // 1024) * 1024
-                    for ref in scratch.values()
-                    if hasattr(ref, "dtype")
+                    for name, ref in scratch.items()
+                    if hasattr(ref, "dtype") and not name.startswith("product_")  # tensor memory
                 ]
                 assert sum(sizes) == tiles.num_bytes <= SHARED_BYTES
                 barriers = [int(np.prod(ref.num_barriers)) for ref in scratch.values() if hasattr(ref, "num_barriers")]

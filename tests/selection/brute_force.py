@@ -46,21 +46,23 @@ class BruteForce:
             tokens={name: np.asarray(as_stored(self.state, name, each), np.float64) for name, each in tokens.items()},
         )
 
-    def attend(self, queries, positions, *, scale=None, soft_cap=None):
+    def attend(self, queries, positions, *, sink_logits=None):
+        cap = self.state.soft_cap
+        sinks = np.full(queries.shape[2], -np.inf) if sink_logits is None else np.asarray(sink_logits, np.float64)
         keys = self.tokens["keys"]
         values = self.tokens["values"] if "values" in self.tokens else keys[..., : self.state.rank]
-        asked = np.asarray(queries, np.float64) * (queries.shape[-1] ** -0.5 if scale is None else scale)
+        asked = np.asarray(queries, np.float64) * self.state.scale(queries.shape[-1])
         batch, num_tokens, num_heads, _ = asked.shape
         group, outputs = num_heads // keys.shape[2], np.zeros((*asked.shape[:3], values.shape[-1]))
         for b, t, k in np.ndindex(batch, num_tokens, keys.shape[2]):
             mine = asked[b, t, k * group : (k + 1) * group]
             slots = self._slots(mine, keys[b, : t + 1, k])
             scores = mine @ keys[b, slots, k].T
-            scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
+            scores = scores if cap is None else cap * np.tanh(scores / cap)
+            scores = np.column_stack([scores, sinks[k * group : (k + 1) * group]])  # a key of no token, without value
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            outputs[b, t, k * group : (k + 1) * group] = (weights / weights.sum(axis=1, keepdims=True)) @ values[
-                b, slots, k
-            ]
+            weights = weights[:, :-1] / weights.sum(axis=1, keepdims=True)
+            outputs[b, t, k * group : (k + 1) * group] = weights @ values[b, slots, k]
         return jnp.asarray(outputs, queries.dtype), self
 
     def _slots(self, queries, keys):

@@ -13,9 +13,12 @@ SMALL: dict[str, dict] = {
         "vocab_size": 32, "train": ("16:2", "24:3"), "train_weights": (2, 1), "test": ("16:2", "24:3"),
         "num_validation": 3, "num_test": 5, "num_turns": 2,
     },
-    "text": {"seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "num_scored": 10},
+    "text": {
+        "seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "num_scored": 10, "max_bigram_count": 900,
+    },
     "perplexity": {
         "seq_len": 24, "decode_len": 4, "num_validation": 3, "num_test": 5, "num_scored": 10, "whole": False,
+        "max_bigram_count": 900,
     },
     "needle": {"contexts": (60, 80), "depths": (0, 50), "num_validation": 3, "num_test": 5},
     "passkey": {"contexts": (300, 320), "num_validation": 3, "num_test": 5},
@@ -76,6 +79,9 @@ def assert_evaluation(name: str) -> None:
             assert all(part.compress_at <= turn < part.seq_len for turn in part.turns)
             batch = task.eval_batch(split_key, split, part, 0, part.num_examples)
             assert_batch(batch, task, part.num_examples, part.seq_len)
+            if parts := task.label_parts(batch):
+                assert np.all(sum(chosen.astype(int) for chosen in parts.values()) == 1), "a label is in one part"
+                assert all(chosen.shape == batch.labels.shape for chosen in parts.values())
             tail = task.eval_batch(split_key, split, part, 1, 2)
             np.testing.assert_array_equal(tail.tokens, np.asarray(batch.tokens)[1:3])
             np.testing.assert_array_equal(tail.labels, np.asarray(batch.labels)[1:3])

@@ -1,6 +1,8 @@
 """The text task: files stay whole, splits stay apart, windows are what the corpus says."""
 
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -87,3 +89,23 @@ def test_too_short_a_corpus_is_refused(tmp_path):
     (tmp_path / "small.txt").write_text("hello")
     with pytest.raises(ConfigError, match=r"task\.seq_len = 32: the validation split of .*small\.txt has 0 tokens"):
         _ = Text(TextConfig(path=str(tmp_path / "small.txt"), seq_len=32, decode_len=4)).corpus
+
+
+def test_what_training_has_too_often_is_no_recall(tmp_path):
+    """At every threshold that tells two bigrams apart, and at one that is a bigram's own count."""
+    path = tmp_path / "letters.txt"
+    path.write_bytes(np.random.default_rng(0).choice([97, 98, 99], 1200, p=[0.6, 0.3, 0.1]).astype(np.uint8).tobytes())
+    config = TextConfig(path=str(path), seq_len=40, decode_len=4, num_test=3)
+    task = Text(config)
+    counts = Counter(pairwise(bytes(task.corpus["train"])))
+    (part,) = task.slices("test")
+    batch = task.eval_batch(named_key(0, "a"), "test", part, 0, 3)
+    rows = [[*np.asarray(row).tolist(), int(last)] for row, last in zip(batch.tokens, batch.labels[:, -1], strict=True)]
+    for most in (None, 0, *counts.values(), 10**6):
+        found = Text(replace(config, max_bigram_count=most)).label_parts(batch)
+        expected = [
+            [pair in pairs[:place] and (most is None or counts[pair] <= most) for place, pair in enumerate(pairs)]
+            for pairs in (list(pairwise(row)) for row in rows)
+        ]
+        np.testing.assert_array_equal(found["recall"], expected)
+        np.testing.assert_array_equal(found["rest"], ~np.array(expected))

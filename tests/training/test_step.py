@@ -1,5 +1,7 @@
 """The training call: gradients against finite differences, accumulation, schedules, masks, and what a NaN does."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,34 @@ def test_several_steps_per_call_equal_single_steps(lab):
         single.append(float(metrics["loss"][0]))
     assert single == pytest.approx(losses, rel=1e-6)
     assert int(state.step) == int(many.step) == 4
+
+
+INDEXED = [*TINY, "mixer=indexed", "mixer.A.num_selected=3", "mixer.A.index_loss=0.5", "train.num_steps=20"]
+
+
+def test_an_indexer_is_warmed_up_in_training_and_scoring_knows_nothing_of_it(config_of):
+    """The first .8 of the steps attend to everything, the others to what is selected, as scoring does. What is asked
+    for beside the labels is reported apart."""
+    lab, key, knob = Laboratory.of(config_of(*INDEXED)), named_key(0, "train"), jnp.asarray(2, jnp.int32)
+    everything = Laboratory.of(config_of(*INDEXED, "mixer.A.num_selected=64")).model.structure
+    step_fn = lab.train_step()
+    at = init_state(lab.model.params, step_fn.optimizer, 1e-2)
+    for step, structure in ((0, everything), (15, everything), (16, lab.model.structure), (19, lab.model.structure)):
+        losses, _ = step_fn.gradients(replace(at, step=jnp.asarray(step, jnp.int32)), (), key, knob, 16)
+        batch = lab.task.train_batch((), jax.random.fold_in(key, step), 8, 16, knob)
+        nll, _ = weighted_nll(merge(structure, lab.model.params), batch)
+        assert float(losses.labels) == pytest.approx(float(nll.sum() / batch.weights.sum()), rel=1e-5)
+        assert float(losses.beside) > 0
+
+
+def test_accumulation_changes_nothing_of_what_is_asked_beside_labels(config_of):
+    found = []
+    for words in ([], ["train.accumulation=4"]):
+        lab = Laboratory.of(config_of(*INDEXED, *words))
+        step_fn = lab.train_step()
+        state = init_state(lab.model.params, step_fn.optimizer, 1e-2)
+        found.append(step_fn.gradients(state, (), named_key(0, "train"), jnp.asarray(2, jnp.int32), 16))
+    chex.assert_trees_all_close(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvlab.models.transformer import path_name
 from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
+from kvlab.weights.architectures import FAMILIES as LOADED
 from tests.engine.families import FAMILIES, golden, pretrained, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain"])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -96,6 +97,13 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
         ("mistral", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
+        ("deepseek_v3", {"first_k_dense_replace": 1}, "= 1: must be at least num_hidden_layers = 2: .* have experts"),
+        ("deepseek_v3", {"first_k_dense_replace": None, "num_hidden_layers": 4}, "first_k_dense_replace = 3"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False: only True"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "mscale": 1.0}}, "rope_type = 'yarn'"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
+        ("deepseek_v3", {"qk_rope_head_dim": 11}, "rope_dim = 11: must be even"),
+        ("deepseek_v3", {"q_lora_rank": None}, "q_a_proj.weight: is unexpected"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),
@@ -256,4 +264,4 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path):
 
 
 def test_every_family_of_the_golden_files_is_a_family_of_the_loader():
-    assert {golden(family)["config"]["model_type"] for family in FAMILIES} == {"llama", "qwen3", "mistral", "mamba2"}
+    assert {golden(family)["config"]["model_type"] for family in FAMILIES} == set(LOADED)

@@ -44,11 +44,14 @@ def view_of(state: State, memory: str) -> type[View]:
         raise ValueError(f"cannot hold {type(state).__name__}; legal: {', '.join(legal) or 'none'}") from None
 
 
-def whole(layers: Sequence[LayerStates], batch_size: int, num_tokens: int) -> tuple[dict[str, Any], ...]:
-    """The memory of every layer for complete sequences of `num_tokens`: training, and scoring in the parallel form."""
+def whole(
+    layers: Sequence[LayerStates], batch_size: int, num_tokens: int, progress: Any = None
+) -> tuple[dict[str, Any], ...]:
+    """The memory of every layer for complete sequences of `num_tokens`: training, which says what share of its steps is
+    done, and scoring in the parallel form."""
     starts, counts = jnp.zeros(batch_size, jnp.int32), jnp.full(batch_size, num_tokens, jnp.int32)
     return tuple(
-        {name: view_of(state, "whole").of(state, {}, None, starts, counts) for name, state in layer.items()}
+        {name: view_of(state, "whole").of(state, {}, None, starts, counts, progress) for name, state in layer.items()}
         for layer in layers
     )
 

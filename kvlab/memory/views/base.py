@@ -15,7 +15,7 @@ from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, allocate_pages, write_tokens
-from kvlab.typing import Counts, HeadOutputs, Positions, Queries
+from kvlab.typing import Counts, HeadOutputs, Positions, Queries, SinkLogits
 
 
 @runtime_checkable
@@ -53,12 +53,13 @@ class TokenView(Protocol):
         ...
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
         """Attention of the step's queries, at token positions [B, T], over what is stored; `state.visible` is the mask.
         And the memory afterwards, which may have noted who was attended to.
 
-        `scale` defaults to D ** -0.5; `soft_cap` c maps a scaled score s to c * tanh(s / c)."""
+        The state's `readers` say how scores are scaled and capped. A head's sink logit takes part in its softmax, and
+        belongs to no token."""
         ...
 
 

@@ -17,12 +17,12 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from kvlab.memory.pools import stored
-from kvlab.memory.rotation import turned, turned_back
+from kvlab.memory.rotation import turned_back
 from kvlab.memory.views.base import OverTokens
-from kvlab.memory.views.paged import lists_of
-from kvlab.typing import HeadOutputs, Positions, Queries
-from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention
-from pallas_kernels.visible import NOWHERE
+from kvlab.memory.views.paged import attended, beside_sinks, lists_of
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
+from pallas_kernels.paged_attention import Lists, Pages, chunk_positions
+from pallas_kernels.visible import CAUSAL, NOWHERE
 
 
 @jax.tree_util.register_dataclass
@@ -46,22 +46,21 @@ class DealtTokens(OverTokens):
         return replace(self, tokens=self.tokens.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
         tokens, noted = self.tokens, self.dealt.read()
         pages = Pages(stored(tokens.state, tokens.pool, "keys"), stored(tokens.state, tokens.pool, "values"))
         whole, tiles = parted(lists_of(tokens.plan), noted["kept"], pages.page_size)
-        options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
         num_tokens = queries.shape[1]
         if num_tokens > 1:
             places = chunk_positions(tokens.starts, tokens.counts, num_tokens)
         else:
             places = tokens.query_slots(1), tokens.slot_lens
-        asked = turned(tokens.state, queries)
-        newer = paged_attention(asked, pages, whole, *places, **options)
-        older = attend_tiles(asked, pages, tiles, noted["kept"], tokens.counts, options)
-        outputs = turned_back(tokens.state, merged(newer, older)).astype(queries.dtype)
-        return outputs, replace(self, dealt=self.dealt.write(noted))
+        newer = attended(tokens.state, queries, pages, whole, *places, visible=CAUSAL)
+        older = attend_tiles(tokens.state, queries, pages, tiles, noted["kept"], tokens.counts)
+        outputs, log_sums = merged(newer, older)
+        outputs = turned_back(tokens.state, outputs).astype(queries.dtype)
+        return beside_sinks(outputs, log_sums, sink_logits), replace(self, dealt=self.dealt.write(noted))
 
 
 def parted(lists: Lists, kept: Int32[Array, "B K"], page_size: int) -> tuple[Lists, Lists]:
@@ -92,7 +91,7 @@ def first_tiles(tiles: Int32[Array, "B K"]) -> Int32[Array, "B K"]:
 
 
 def attend_tiles(
-    queries: Queries, pages: Pages, tiles: Lists, kept: Int32[Array, "B K"], counts: Array, options: dict[str, Any]
+    state: Any, queries: Queries, pages: Pages, tiles: Lists, kept: Int32[Array, "B K"], counts: Array
 ) -> tuple[Array, Array]:
     """Attention [B, T, H, Dv] of every query over the tiles of its head, all of which lie before it, and the
     log-sum-exp [B, T, H]."""
@@ -105,8 +104,7 @@ def attend_tiles(
         positions, _ = chunk_positions(lens, jnp.repeat(counts, num_kv_heads), num_tokens)
     else:
         positions = lens[:, None]
-    options = options | {"scale": dim**-0.5 if options["scale"] is None else options["scale"]}
-    outputs, log_sums = paged_attention(asked, pages.by_head(), tiles, positions, lens, **options)[:2]
+    outputs, log_sums = attended(state, asked, pages.by_head(), tiles, positions, lens, visible=CAUSAL)
 
     def by_query_head(array: Array) -> Array:
         shape = (batch, num_kv_heads, num_tokens, num_heads // num_kv_heads, *array.shape[3:])
@@ -115,12 +113,12 @@ def attend_tiles(
     return by_query_head(outputs), by_query_head(log_sums)
 
 
-def merged(first: tuple[Array, ...], second: tuple[Array, ...]) -> Float[Array, "B T H Dv"]:
-    """Attention over two disjoint sets of keys, from that over each and its log-sum-exp. Seeing nothing is 0 and
-    -inf."""
+def merged(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Float[Array, "B T H Dv"], Array]:
+    """Attention over two disjoint sets of keys and its log-sum-exp [B, T, H], from those over each. Seeing nothing is 0
+    and -inf."""
     highest = jnp.maximum(first[1], second[1])
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
     weights = [jnp.exp(each[1] - highest)[..., None] for each in (first, second)]
     total = weights[0] + weights[1]
     summed = sum(weight * each[0].astype(jnp.float32) for weight, each in zip(weights, (first, second), strict=True))
-    return summed / jnp.where(total == 0, 1, total)
+    return summed / jnp.where(total == 0, 1, total), (jnp.log(total) + highest[..., None])[..., 0]

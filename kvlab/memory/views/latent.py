@@ -9,7 +9,7 @@ import jax
 from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.memory.views.paged import attend_pages, lists_of
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.pages import Pages
 
 
@@ -17,13 +17,13 @@ from pallas_kernels.pages import Pages
 @dataclass(frozen=True)
 class PagedLatents(PlannedTokens):
     """Pages of rows [P, 1, page, rank + rope_dim]: `append(keys=rows)`. Queries [B, T, H, rank + rope_dim] are
-    absorbed, outputs are [B, T, H, rank]: a row's first `rank` numbers are its value. Give `scale`: the default is
-    that of the rows' width."""
+    absorbed, outputs are [B, T, H, rank]: a row's first `rank` numbers are its value. The state's `readers` say the
+    scale: otherwise it is that of the rows' width."""
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), sink_logits), self
 
     @property
     def pages(self) -> Pages:

@@ -6,6 +6,7 @@ from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
@@ -13,7 +14,8 @@ from kvlab.ledger.states import TokenState
 from kvlab.memory.pools import stored
 from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
-from kvlab.typing import Counts, HeadOutputs, Positions, Queries
+from kvlab.typing import Counts, HeadOutputs, Positions, Queries, SinkLogits
+from pallas_kernels.masking import share_of_tokens
 from pallas_kernels.paged_attention import Lists, Pages, chunk_positions, paged_attention, plan_attention, takes_plan
 from pallas_kernels.paged_attention import Plan as AttentionPlan
 from pallas_kernels.selection import Asked
@@ -31,9 +33,9 @@ class PagedTokens(PlannedTokens):
         return attention_plan(state, plan, starts, counts)
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        return attend_pages(self, queries, self.pages, lists_of(self.plan), scale=scale, soft_cap=soft_cap), self
+        return attend_pages(self, queries, self.pages, lists_of(self.plan), sink_logits), self
 
     @property
     def pages(self) -> Pages:
@@ -52,9 +54,7 @@ def attend_pages(
     queries: Queries,
     pages: Pages,
     lists: Lists,
-    *,
-    scale: float | None,
-    soft_cap: float | None,
+    sink_logits: SinkLogits | None,
 ) -> HeadOutputs:
     """Attention of a step's queries over pages, in slots: a chunk of each sequence, or one token, for which layers
     share a plan."""
@@ -63,15 +63,34 @@ def attend_pages(
         places = chunk_positions(view.starts, view.counts, num_tokens)
     else:
         places = view.query_slots(1), view.slot_lens
-    options: dict[str, Any] = {"visible": view.state.visible, "scale": scale, "soft_cap": soft_cap}
     plan = view.shared if num_tokens == 1 else None
-    return attended(view.state, queries, pages, lists, *places, plan=plan, **options)[0]
+    found = attended(view.state, queries, pages, lists, *places, plan=plan)
+    return beside_sinks(turned_back(view.state, found[0]), found[1], sink_logits)
 
 
-def attended(state: Any, queries: Queries, pages: Pages, lists: Lists, *places: Any, **options: Any) -> tuple[Any, ...]:
-    """`paged_attention` over what a state stores: outputs [B, T, H, Dv], log-sum-exps [B, T, H] and the rest."""
-    outputs, *rest = paged_attention(turned(state, queries), pages, lists, *places, **options)
-    return turned_back(state, outputs), *rest
+def attended(
+    state: Any,
+    queries: Queries,
+    pages: Pages,
+    lists: Lists,
+    *places: Any,
+    visible: Visible | None = None,
+    plan: AttentionPlan | None = None,
+) -> tuple[HeadOutputs, Array]:
+    """`paged_attention` over what a state stores, as its readers read it: outputs [B, T, H, Dv], of a state that is
+    rotated still turned, and log-sum-exps [B, T, H]. `visible` in the place of the state's own mask."""
+    options: dict[str, Any] = {"scale": state.scale(queries.shape[-1]), "soft_cap": state.soft_cap}
+    options["visible"] = state.visible if visible is None else visible
+    outputs, log_sums = paged_attention(turned(state, queries), pages, lists, *places, plan=plan, **options)[:2]
+    return outputs, log_sums
+
+
+def beside_sinks(outputs: HeadOutputs, log_sums: Array, sink_logits: SinkLogits | None) -> HeadOutputs:
+    """Outputs with what tokens keep beside the heads' sink logits."""
+    if sink_logits is None:
+        return outputs
+    share = share_of_tokens(log_sums, sink_logits[None, None, :])[..., None]
+    return (outputs * share).astype(outputs.dtype)
 
 
 def attention_plan(

@@ -1,22 +1,23 @@
 """A retrieval memory: a step reads a small index of every token, and then only the tokens that it selects.
 
-Each query takes the `num_selected` visible tokens whose index entries have the largest product with its own, the
-earlier one where two are equal. So what a query selects depends on neither pages nor chunks; what it reads are the
-pages they lie in.
+Each query takes the `num_selected` visible tokens whose index keys have the highest score for it
+(`kvlab.memory.lightning`), the newer one where two are equal, or as many tokens in whole blocks. So what a query
+selects depends on neither pages nor chunks; what it reads are the pages they lie in.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from kvlab.memory.lightning import IndexQueries, WarmUp, index_scores, select, select_blocks
 from kvlab.memory.pools import stored
 from kvlab.memory.views.base import PlannedTokens
 from kvlab.memory.views.paged import attend_pages, lists_of
-from kvlab.typing import HeadOutputs, IndexQueries, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.pages import Lists, Pages
 from pallas_kernels.visible import NOWHERE
 
@@ -32,10 +33,11 @@ class PagedRetrieval(PlannedTokens):
         positions: Positions,
         *,
         index_queries: IndexQueries,
-        scale: float | None = None,
-        soft_cap: float | None = None,
+        warm_up: WarmUp | None = None,
+        sink_logits: SinkLogits | None = None,
     ) -> tuple[HeadOutputs, Self]:
-        """As `TokenView.attend`, over what `index_queries` [B, T, index_dim] select."""
+        """As `TokenView.attend`, over what `index_queries` select. Nothing is trained through pages, so there is no
+        `warm_up`."""
         batch, num_tokens, num_heads, dim = queries.shape
         lists = lists_of(self.plan)
         index = self.pool["index"][lists.table][:, :, 0]  # [B, num_pages, page, index_dim]
@@ -45,7 +47,8 @@ class PagedRetrieval(PlannedTokens):
         seen = seen & (slots < self.slot_lens[:, None, None])
         if lists.valid is not None:
             seen = seen & lists.valid.reshape(batch, 1, -1)
-        selected = select(index_queries, index.reshape(batch, -1, index.shape[3]), seen, self.state.num_selected)
+        scores = index_scores(index_queries, index.reshape(batch, -1, index.shape[3]))
+        selected = selected_by(self.state, scores, seen)
 
         def by_query(x: Array) -> Array:
             return jnp.broadcast_to(x[:, None], (batch, num_tokens, *x.shape[1:])).reshape(-1, *x.shape[1:])
@@ -59,38 +62,29 @@ class PagedRetrieval(PlannedTokens):
             .astype(jnp.int32),
         )
         chosen = selected.reshape(batch * num_tokens, *self.plan.pages.shape[1:], -1)
-        narrow = _narrowed(by_query(lists.table), by_query(lists.starts), chosen, self.state.num_selected)
+        narrow = _narrowed(self.state, by_query(lists.table), by_query(lists.starts), chosen)
         pages = Pages(stored(self.state, self.pool, "keys"), stored(self.state, self.pool, "values"))
         rows = queries.reshape(-1, 1, num_heads, dim)
-        outputs = attend_pages(alone, rows, pages, narrow, scale=scale, soft_cap=soft_cap)
+        outputs = attend_pages(alone, rows, pages, narrow, sink_logits)
         return outputs.reshape(batch, num_tokens, num_heads, -1), self
 
 
-def select(
-    index_queries: IndexQueries,
-    index: Float[Array, "B S I"],
-    seen: Bool[Array, "B T S"],
-    num_selected: int,
-) -> Bool[Array, "B T S"]:
-    """Which tokens each query selects: of those that it sees, the `num_selected` with the largest products of index
-    entries, the first ones where products are equal. Entries that a query does not see may hold NaN."""
-    scores = jnp.einsum("bti,bsi->bts", index_queries, index, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, scores, -jnp.inf)
-    num_tokens = scores.shape[2]
-    if num_selected >= num_tokens:
-        return seen
-    _, places = jax.lax.top_k(scores, num_selected)
-    rows = jnp.arange(scores.shape[0] * scores.shape[1], dtype=jnp.int32)[:, None]
-    flat = jnp.zeros((len(rows), num_tokens), bool).at[rows, places.reshape(-1, num_selected)].set(True)
-    return flat.reshape(scores.shape) & seen
+def selected_by(state: Any, scores: Float[Array, "B T S"], seen: Bool[Array, "B T S"]) -> Bool[Array, "B T S"]:
+    """Which tokens each query selects of a `RetrievalState`."""
+    if state.index_block:
+        return select_blocks(scores, seen, state.num_selected, state.index_block)
+    return select(scores, seen, state.num_selected)
 
 
-def _narrowed(table: Array, starts: Array, chosen: Array, num_selected: int) -> Lists:
-    """Lists [R, n] of the pages that hold a chosen slot [R, num_pages, page], in their order; no more than
-    `num_selected` do."""
+def _narrowed(state: Any, table: Array, starts: Array, chosen: Array) -> Lists:
+    """Lists [R, n] of the pages that hold a chosen slot [R, num_pages, page], in their order: at most one for each
+    selected token. Where blocks are whole pages they are at most num_selected // page, and no slot is masked."""
+    page_size = chosen.shape[2]
+    are_whole = state.index_block > 0 and state.index_block % page_size == 0
+    most = state.num_selected // page_size if are_whole else state.num_selected
     is_used = chosen.any(axis=2)
-    order = jnp.argsort(~is_used, axis=1, stable=True)[:, :num_selected]
+    order = jnp.argsort(~is_used, axis=1, stable=True)[:, :most]
     used = jnp.take_along_axis(is_used, order, axis=1)
     table = jnp.where(used, jnp.take_along_axis(table, order, axis=1), 0)
     starts = jnp.where(used, jnp.take_along_axis(starts, order, axis=1), NOWHERE)
-    return Lists(table, starts, jnp.take_along_axis(chosen, order[:, :, None], axis=1))
+    return Lists(table, starts, None if are_whole else jnp.take_along_axis(chosen, order[:, :, None], axis=1))

@@ -14,11 +14,12 @@ from kvlab.ledger.states import State
 from kvlab.memory.pools import Pool, stored
 from kvlab.memory.views.base import OverTokens, Planned
 from kvlab.memory.views.dealt import merged
-from kvlab.memory.views.paged import lists_of
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.memory.views.paged import attended, beside_sinks, lists_of
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.formats import Quantised, Scheme, kivi
-from pallas_kernels.paged_attention import Pages, chunk_positions, paged_attention
+from pallas_kernels.paged_attention import Pages, chunk_positions
 from pallas_kernels.sealing import allocated, seal_into
+from pallas_kernels.visible import CAUSAL
 
 
 def schemes(state: SealedState) -> tuple[Scheme, Scheme]:
@@ -94,21 +95,21 @@ class SealedTokens(OverTokens):
         return replace(self, tokens=self.tokens.append(**tokens))
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
         tokens, sealed = self.tokens, self.sealed
         open_pages = Pages(stored(tokens.state, tokens.pool, "keys"), stored(tokens.state, tokens.pool, "values"))
-        newer = _attend(queries, open_pages, tokens, options)
-        older = _attend(queries, pages_of(sealed.state, sealed.pool), sealed, options)
-        return merged(newer, older).astype(queries.dtype), self
+        newer = _attend(queries, open_pages, tokens)
+        older = _attend(queries, pages_of(sealed.state, sealed.pool), sealed)
+        outputs, log_sums = merged(newer, older)
+        return beside_sinks(outputs.astype(queries.dtype), log_sums, sink_logits), self
 
 
-def _attend(queries: Queries, pages: Pages, view: Any, options: dict[str, Any]) -> tuple[Array, ...]:
+def _attend(queries: Queries, pages: Pages, view: Any) -> tuple[Array, Array]:
     """Outputs and log-sum-exps of a step's queries over one part; of what is sealed a query sees everything."""
     num_tokens = queries.shape[1]
     if num_tokens > 1:
         places = chunk_positions(view.starts, view.counts, num_tokens)
     else:
         places = view.starts[:, None] + jnp.zeros((1, 1), jnp.int32), view.starts + view.counts
-    return paged_attention(queries, pages, lists_of(view.plan), *places, **options)[:2]
+    return attended(view.state, queries, pages, lists_of(view.plan), *places, visible=CAUSAL)

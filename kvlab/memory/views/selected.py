@@ -15,12 +15,13 @@ from jax import Array
 from jaxtyping import Float
 
 from kvlab.memory.page_index import noted_anew
+from kvlab.memory.rotation import turned_back
 from kvlab.memory.views.base import OverTokens
-from kvlab.memory.views.paged import attend_pages, attended, lists_of
+from kvlab.memory.views.paged import attend_pages, attended, beside_sinks, lists_of
 from kvlab.memory.views.weights import paged_weights
 from kvlab.selection import Candidates, choose
 from kvlab.selection.choose import Chosen
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.pages import Lists
 from pallas_kernels.visible import NOWHERE
 
@@ -28,13 +29,13 @@ from pallas_kernels.visible import NOWHERE
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SelectedTokens(OverTokens):
-    """`tokens` as they are without a method, and the number of their layer. After `attend`, `is_read` [B, T, K, N] says
-    which entries of its list of pages each query read."""
+    """`tokens` as they are without a method, and the number of their layer. `is_read` [B, T, K, N] says, of each layer
+    that has attended to them in this step, which entries of its list of pages each query read."""
 
     method: Any = field(metadata={"static": True})
     layer: int = field(metadata={"static": True})
     tokens: Any
-    is_read: Any = None
+    is_read: tuple[Any, ...] = ()
 
     def append(self, **tokens: Array) -> Self:
         after = self.tokens.append(**tokens)
@@ -50,23 +51,24 @@ class SelectedTokens(OverTokens):
         )
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
         prompts = self.plan.prompts
-        options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
 
         def sparsely() -> HeadOutputs:
-            return self._attend_each(queries, self._choose(queries, positions, **options).entries, **options)
+            entries = self._choose(queries, positions, sink_logits).entries
+            return self._attend_each(queries, entries, sink_logits)
 
         def densely() -> HeadOutputs:
-            return attend_pages(self.tokens, queries, self.tokens.pages, lists_of(self.plan), **options)
+            return attend_pages(self.tokens, queries, self.tokens.pages, lists_of(self.plan), sink_logits)
 
         if prompts is None or queries.shape[1] == 1:
             outputs = sparsely()
         else:
             outputs = jax.lax.cond((self._selects(positions) & self._real(positions)).any(), sparsely, densely)
         # Computed a second time, and by the compiler not at all where nobody asks.
-        return outputs, replace(self, is_read=self._choose(queries, positions, **options).is_read)
+        is_read = self._choose(queries, positions, sink_logits).is_read
+        return outputs, replace(self, is_read=(*self.is_read, is_read))
 
     def _real(self, positions: Positions) -> Array:
         """[B, T] which queries are tokens rather than padding."""
@@ -77,30 +79,29 @@ class SelectedTokens(OverTokens):
         prompts = self.plan.prompts
         return jnp.ones(positions.shape, bool) if prompts is None else positions >= jnp.asarray(prompts)[:, None]
 
-    def _choose(self, queries: Queries, positions: Positions, *, scale: float | None, soft_cap: float | None) -> Chosen:
+    def _choose(self, queries: Queries, positions: Positions, sink_logits: SinkLogits | None) -> Chosen:
         """What each query reads."""
         reading, lists = self.state.reading, lists_of(self.plan)
         num_tokens, num_entries, dim = queries.shape[1], lists.num_entries, queries.shape[3]
         slots = self.query_slots(num_tokens)
         newest = slots // reading.page_size
         numbers = lists.starts // reading.page_size
-        scaled = queries.astype(jnp.float32) * (dim**-0.5 if scale is None else scale)
+        scaled = queries.astype(jnp.float32) * self.state.scale(dim)
         grouped = scaled.reshape(*queries.shape[:2], self.state.arrays[0].shape[0], -1, dim)
 
         def weigh() -> Float[Array, "B T K G N"]:
-            weights = paged_weights(self.tokens, scaled, slots, soft_cap)
+            weights = paged_weights(self.tokens, scaled, slots, sink_logits)
             return weights.reshape(*grouped.shape[:4], num_entries, -1).sum(axis=-1)
 
         index = {array.name: self.pool[array.name][lists.table].astype(jnp.float32) for array in self.state.index}
-        scores = self.method.score(Candidates(grouped, positions, index, numbers, self.layer, weigh))
+        layer = self.layer + len(self.is_read)  # layers that read the same pages draw each for itself
+        scores = self.method.score(Candidates(grouped, positions, index, numbers, layer, weigh))
         counts = jnp.asarray(np.array([reading.num_read(pages) for pages in range(num_entries + 1)], np.int32))
         num_pages = jnp.clip(newest + 1, 0, num_entries)
         counts = jnp.where(self._selects(positions), counts[num_pages], num_pages)
         return choose(scores, numbers, newest, counts, first=reading.first, last=reading.last)
 
-    def _attend_each(
-        self, queries: Queries, entries: Array, *, scale: float | None, soft_cap: float | None
-    ) -> HeadOutputs:
+    def _attend_each(self, queries: Queries, entries: Array, sink_logits: SinkLogits | None) -> HeadOutputs:
         """Attention of each query, as a sequence of its own, over these entries [B, T, K, N] of the list of pages."""
         batch, num_tokens, num_heads, dim = queries.shape
         lists, reading = lists_of(self.plan), self.state.reading
@@ -122,6 +123,6 @@ class SelectedTokens(OverTokens):
         is_real = jnp.arange(num_tokens, dtype=jnp.int32)[None, :] < self.tokens.counts[:, None]
         slots = jnp.where(is_real, self.query_slots(num_tokens), -1).reshape(-1, 1)
         rows, lens = queries.reshape(-1, 1, num_heads, dim), jnp.repeat(self.slot_lens, num_tokens)
-        options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
-        outputs = attended(self.state, rows, self.tokens.pages, narrow, slots, lens, **options)[0]
+        outputs, log_sums = attended(self.state, rows, self.tokens.pages, narrow, slots, lens)
+        outputs = beside_sinks(turned_back(self.state, outputs), log_sums, sink_logits)
         return outputs.reshape(batch, num_tokens, num_heads, -1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvlab.typing import HeadOutputs, Positions, Queries
+from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +37,7 @@ class SplitTokens:
         return replace(self, views=after)
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
         batch, num_tokens, num_heads, dim = queries.shape
         order = [head for _, heads in self.heads for head in heads]
@@ -45,7 +45,8 @@ class SplitTokens:
         outputs, after = list[Array](), dict[str, Any]()
         for part, heads in self.heads:
             mine = grouped[:, :, list(heads)].reshape(batch, num_tokens, -1, dim)
-            found, after[part] = self.views[part].attend(mine, positions, scale=scale, soft_cap=soft_cap)
+            sinks = None if sink_logits is None else sink_logits.reshape(len(order), -1)[np.array(heads)].reshape(-1)
+            found, after[part] = self.views[part].attend(mine, positions, sink_logits=sinks)
             outputs.append(found.reshape(batch, num_tokens, len(heads), -1, found.shape[-1]))
         merged = jnp.concatenate(outputs, axis=2)[:, :, np.argsort(order)]
         return merged.reshape(batch, num_tokens, num_heads, -1), replace(self, views=after)

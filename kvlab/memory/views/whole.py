@@ -14,10 +14,11 @@ from jax import Array
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
 from kvlab.ledger.states import State
+from kvlab.memory.lightning import IndexQueries, WarmUp, divergence, index_scores
 from kvlab.memory.pools import Pool, as_stored
-from kvlab.memory.views.dense import attend_densely
-from kvlab.memory.views.retrieval import select
-from kvlab.typing import Counts, HeadOutputs, IndexQueries, Positions, Queries
+from kvlab.memory.views.dense import dense_outputs, dense_weights
+from kvlab.memory.views.retrieval import selected_by
+from kvlab.typing import Counts, HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.flash_attention import flash_attention
 
 
@@ -28,6 +29,7 @@ class Whole:
     state: Any = field(metadata={"static": True})
     pool: Any
     counts: Any  # [B] tokens of each sequence
+    progress: Any = None  # in training the share of its steps that is done; None: nothing is trained
 
     @classmethod
     def check(cls, state: State) -> None:
@@ -43,7 +45,7 @@ class Whole:
 
     @classmethod
     def of(cls, state: Any, pool: Pool, plan: Any, starts: Counts, counts: Counts, shared: Any = None) -> Self:
-        return cls(state, pool, counts)
+        return cls(state, pool, counts, shared)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ class WholeTokens(Appended):
     """Keys and values of the call's own tokens."""
 
     def attend(
-        self, queries: Queries, positions: Positions, *, scale: float | None = None, soft_cap: float | None = None
+        self, queries: Queries, positions: Positions, *, sink_logits: SinkLogits | None = None
     ) -> tuple[HeadOutputs, Self]:
-        options: dict[str, Any] = {"visible": self.state.visible, "scale": scale, "soft_cap": soft_cap}
-        return flash_attention(queries, self.pool["keys"], self.values, **options), self
+        state, dim = self.state, queries.shape[-1]
+        options: dict[str, Any] = {"visible": state.visible, "scale": state.scale(dim), "soft_cap": state.soft_cap}
+        return flash_attention(queries, self.pool["keys"], self.values, sink_logits=sink_logits, **options), self
 
     @property
     def values(self) -> Array:
@@ -107,7 +110,12 @@ class WholeLatents(WholeTokens):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WholeRetrieval(Appended):
-    """Keys, values and index entries of the call's own tokens: every query selects as it does in pages."""
+    """Keys, values and index keys of the call's own tokens: every query selects as it does in pages.
+
+    In training with a `warm_up`, queries of the first steps attend to all that they see; `loss`, a number, is then by
+    how much the index is wrong about attention, times its weight."""
+
+    loss: Any = None
 
     def attend(
         self,
@@ -115,16 +123,26 @@ class WholeRetrieval(Appended):
         positions: Positions,
         *,
         index_queries: IndexQueries,
-        scale: float | None = None,
-        soft_cap: float | None = None,
+        warm_up: WarmUp | None = None,
+        sink_logits: SinkLogits | None = None,
     ) -> tuple[HeadOutputs, Self]:
-        keys, values, index = self.pool["keys"], self.pool["values"], self.pool["index"][:, :, 0]
-        slots = jnp.arange(keys.shape[1], dtype=jnp.int32)
+        index = self.pool["index"][:, :, 0]
+        slots = jnp.arange(index.shape[1], dtype=jnp.int32)
         seen = self.state.visible.sees(slots[None, :, None], slots[None, None, :])
-        seen = jnp.broadcast_to(seen, (len(keys), *seen.shape[1:]))
-        selected = select(index_queries, index, seen, self.state.num_selected)
-        keys, values = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        return attend_densely(queries, keys, values, selected, scale=scale, soft_cap=soft_cap), self
+        seen = jnp.broadcast_to(seen, (len(index), *seen.shape[1:]))
+        scores = index_scores(index_queries, index)
+        selected = selected_by(self.state, scores, seen)
+        if self.progress is None or warm_up is None:
+            return self._over(selected, queries, sink_logits)[0], self
+        selected = jnp.where(self.progress < warm_up.dense_share, seen, selected)
+        outputs, weights = self._over(selected, queries, sink_logits)
+        return outputs, replace(self, loss=warm_up.weight * divergence(weights, scores, selected))
+
+    def _over(self, selected: Array, queries: Queries, sink_logits: SinkLogits | None) -> tuple[HeadOutputs, Array]:
+        """Attention over what each query selects [B, T, T], and its weights [B, K, G, T, T]."""
+        keys, values = (self.pool[name].transpose(0, 2, 1, 3) for name in ("keys", "values"))
+        weights = dense_weights(self.state, queries, keys, selected, sink_logits)
+        return dense_outputs(weights, values, selected).astype(queries.dtype), weights
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, MistralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Mamba2Config, MistralConfig, Qwen3Config
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "weights"))
@@ -38,6 +38,17 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 28,
+    "first_k_dense_replace": 2,
+    "num_mtp_layers": 0,
+    "rms_norm_eps": 1e-3,
+}
+"""Dense layers alone. The epsilon is not that of the norms inside attention."""
 FAMILIES = {
     "llama_gqa": LlamaConfig(**DECODER, num_key_value_heads=2),
     "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
@@ -45,6 +56,8 @@ FAMILIES = {
     "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
     "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
     "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
+    "deepseek_v3": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=40),
+    "deepseek_v3_plain": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=None, rope_parameters=LLAMA3),
     "mamba2": Mamba2Config(
         vocab_size=VOCAB,
         hidden_size=64,

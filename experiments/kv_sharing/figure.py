@@ -1,0 +1,139 @@
+"""Layers that read the keys and values of the layer below: what they cost in recall and in text, and what they save.
+
+kvlab reproduce kv_sharing
+python experiments/kv_sharing/figure.py [results/kv_sharing]
+
+Half the KV heads in every layer hold as many bytes as pairs of layers do: what sharing is to be compared with.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.record import Done
+from kvlab.lab.results import interval_half_width, read_records
+
+HERE = Path(__file__).resolve().parent
+RUNS = (
+    (
+        "task=mqar",
+        "model.num_layers=2",
+        "task.test=['128:32']",
+        "train.num_steps=400",
+        "train.eval_every=100",
+        "train.checkpoint_every=400",
+    ),
+    ("task=text", "model.num_layers=4"),
+)
+TASKS = {"mqar": "recall, 2 layers: accuracy", "text": "text, 4 layers: bits a byte"}
+NAMES = {"mha": "every layer its own", "cla": "pairs of layers", "gqa": "half the KV heads"}
+COLOURS = {"mha": "black", "cla": "tab:red", "gqa": "tab:blue"}
+MORE_LOSS, LESS_RECALL = 0.02, 0.01
+"""By how much the loss of text may rise, as a share, and recall may fall."""
+
+
+def table(records: Sequence[Done]) -> pd.DataFrame:
+    """A row a run: its metric, and bytes of one sequence at its end: of keys and values held, and of all that decoding
+    the next token reads."""
+    rows = []
+    for record in records:
+        memory, layers = record.memory, record.memory.layers
+        held = sum(layer["allocated_bytes"] for layer in layers if layer["state"] == "kv") // memory.batch_size
+        rows.append(
+            {
+                "task": record.config["task"]["type"],
+                "variant": record.config["mixer"]["name"],
+                "seed": record.config["seed"],
+                "value": record.quality.value,
+                "num_params": record.num_params,
+                "kv_bytes": held,
+                "read_bytes": memory.read_bytes_per_token,
+            }
+        )
+    order = list(NAMES)
+    return pd.DataFrame(rows).sort_values(
+        ["task", "variant", "seed"],
+        key=lambda column: column.map(order.index) if column.name == "variant" else column,
+        ignore_index=True,
+    )
+
+
+class Cells:
+    """A table's columns by task and variant, seeds in their order; empty where it was not run."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.frame = frame
+
+    def __call__(self, task: str, variant: str, column: str = "value") -> list[float]:
+        rows = self.frame[(self.frame.task == task) & (self.frame.variant == variant)]
+        return [float(value) for value in rows[column]]
+
+
+def claims(frame: pd.DataFrame) -> list[Claim]:
+    """METHODS B.7, claim 16: half the bytes, recall unchanged, and less than 2% more loss."""
+    cells, rows = Cells(frame), list[Claim]()
+    for task in TASKS:
+        for column, what, share in (("kv_bytes", "held", 0.5), ("read_bytes", "read for a token", None)):
+            own, pairs = cells(task, "mha", column), cells(task, "cla", column)
+            if not own or not pairs:
+                rows.append(Claim(f"{task}: bytes {what}", "stated", "not run", False))
+            elif share is not None:
+                rows.append(Claim.near(f"{task}: keys and values {what}, pairs : own", share, pairs[0] / own[0], 0.0))
+            else:
+                rows.append(Claim.near(f"{task}: bytes {what}, pairs : own", 1.0, pairs[0] / own[0], 0.0))
+    own, pairs = cells("mqar", "mha"), cells("mqar", "cla")
+    expected = f"own - {LESS_RECALL:g} or more"
+    if len(own) != len(pairs) or not own:
+        rows.append(Claim("mqar: accuracy of pairs", expected, "not run", False))
+    else:
+        means = statistics.fmean(pairs), statistics.fmean(own)
+        said = f"{means[0]:.4f}; own {means[1]:.4f}"
+        rows.append(Claim("mqar: accuracy of pairs", expected, said, means[0] >= means[1] - LESS_RECALL))
+    own, pairs = cells("text", "mha"), cells("text", "cla")
+    expected = f"rises by less than {MORE_LOSS:.0%}"
+    if len(own) != len(pairs) or not own:
+        return [*rows, Claim("text: loss of pairs", expected, "not run", False)]
+    rises = [high / low - 1 for high, low in zip(pairs, own, strict=True)]
+    said = f"{statistics.fmean(rises):+.2%} ± {interval_half_width(rises):.2%}"
+    return [*rows, Claim("text: loss of pairs", expected, said, statistics.fmean(rises) < MORE_LOSS)]
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """A panel a task: the metric of every seed against the bytes of keys and values that a sequence holds."""
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(9.6, 4.2), layout="constrained")
+    for panel, (task, title) in zip(panels, TASKS.items(), strict=True):
+        for place, (variant, name) in enumerate(NAMES.items()):
+            rows = frame[(frame.task == task) & (frame.variant == variant)]
+            if rows.empty:
+                continue
+            kibibytes = rows.kv_bytes / 1024 * (1 + 0.02 * (place - 1))  # side by side where bytes are equal
+            panel.plot(kibibytes, rows.value, "o", color=COLOURS[variant], label=name, alpha=0.7)
+            panel.plot(kibibytes.iloc[:1], [rows.value.mean()], "_", color=COLOURS[variant], ms=18, mew=2)
+        panel.set(title=title, xlabel="KiB of keys and values held", xlim=(0, None))
+        panel.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(NAMES))
+    figure.suptitle("Keys and values that two layers share: three seeds, and their mean")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(output: Path = HERE, results: Path = Path("results/kv_sharing")) -> int:
+    """Writes sharing.csv and sharing.png; returns 1 if a claim fails."""
+    frame = table([record for record in read_records(results) if isinstance(record, Done)])
+    frame.to_csv(output / "sharing.csv", index=False, float_format="%.6g")
+    draw(frame, output / "sharing.png")
+    return verdict(claims(frame), "Keys and values shared by pairs of layers (methods B.7, claim 16)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(results=Path(sys.argv[1] if len(sys.argv) > 1 else "results/kv_sharing")))
