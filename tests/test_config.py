@@ -40,9 +40,10 @@ def test_a_format_is_a_group_and_a_field_and_the_same_run():
 ADDED = {
     "memory": {"format", "residual", "quantised_prefill", "compression", "budget", "selection", "allow_underfill"},
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
+    "optimizer": {"name", "muon_momentum"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv")
+ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start")
 
 
 @pytest.mark.parametrize(

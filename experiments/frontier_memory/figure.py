@@ -87,7 +87,9 @@ def _positions(task: str, names: tuple[str, ...]) -> tuple[str, ...]:
     if task != "text" or names == (RECURRENT,):
         return ()
     layer = "W" if names == (WINDOWED,) else "A"
-    return tuple(f"mixer.{layer}.{word}" for word in ("rope_fraction=0.5", "rope_base=10000", "qk_norm=false"))
+    return tuple(
+        f"mixer.{layer}.{word}" for word in ("rope_fraction=0.5", "rope_base=10000", "qk_norm=false", "local_start=0")
+    )
 
 
 def _sweeps(task: str) -> list[tuple[str, ...]]:

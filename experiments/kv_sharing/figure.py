@@ -31,8 +31,22 @@ RUNS = (
         "train.num_steps=400",
         "train.eval_every=100",
         "train.checkpoint_every=400",
+        "optimizer.name=adamw",
     ),
-    ("task=text", "model.num_layers=4"),
+    (
+        "task=text",
+        "model.num_layers=4",
+        "task.seq_len=256",
+        "train.num_steps=600",
+        "train.eval_every=200",
+        "train.checkpoint_every=600",
+        "optimizer.name=adamw",
+        "optimizer.learning_rate=0.005",
+        "mixer.A.rope_fraction=0.5",
+        "mixer.A.rope_base=10000",
+        "mixer.A.qk_norm=false",
+        "mixer.A.local_start=0",
+    ),
 )
 TASKS = {"mqar": "recall, 2 layers: accuracy", "text": "text, 4 layers: bits a byte"}
 NAMES = {"mha": "every layer its own", "cla": "pairs of layers", "gqa": "half the KV heads"}

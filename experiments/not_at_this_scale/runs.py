@@ -27,6 +27,7 @@ TEXT = (
     "mixer.A.rope_fraction=0.5",
     "mixer.A.rope_base=10000",
     "mixer.A.qk_norm=false",
+    "mixer.A.local_start=0",
     "task.num_scored=128",
     "task.scored_in_chunks=true",
     "task.decode_len=16",

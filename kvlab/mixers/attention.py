@@ -30,6 +30,10 @@ class AttentionConfig(MixerConfig):
     softmax of each head has a learned logit that belongs to no token (gpt-oss, arXiv 2508.10925): what a head need not
     attend to costs no token, and no byte of the cache. A layer that `shares_kv` has neither keys nor values of its own:
     its queries read those of the nearest layer before it that fits (`kvlab.models.sharing`), and it holds no byte.
+
+    With a `local_start` above 0 a learned vector is added to every query and another to every key, before norm and
+    rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
+    and fall with the distance (`docs/findings/training.md`), where heads would else begin with the mean of all tokens.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -47,6 +51,7 @@ class AttentionConfig(MixerConfig):
     output_gate: bool = added(flag(False))
     sink_logits: bool = added(flag(False))
     shares_kv: bool = added(flag(False))
+    local_start: float = added(real(0.0, 0.0, 100.0))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -59,6 +64,10 @@ class AttentionConfig(MixerConfig):
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)
+        if self.local_start and not self.rope:
+            raise ConfigError(
+                "local_start", self.local_start, "must be 0 without rope: nothing else tells near from far"
+            )
 
     def knob(self, context_len: int) -> Knob | None:
         """The window, where there is one; of grouped queries the KV heads; full heads have none, nor has a layer that
@@ -104,6 +113,11 @@ class Attention(Mixer):
             self.query_norm = RMSNorm(dim, eps=config.norm_eps)
             if not config.shares_kv:
                 self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+        if config.local_start:
+            start = jnp.zeros(dim).at[: config.rotary_dim // 2].set(config.local_start)
+            self.query_start = nnx.Param(start)
+            if not config.shares_kv:
+                self.key_start = nnx.Param(start)
         if config.sink_logits:
             self.sink_logits = nnx.Param(jnp.zeros(heads, jnp.float32))
         self.config, self.dtype = config, dtype
@@ -134,11 +148,15 @@ class Attention(Mixer):
     def asked(self, x: Hidden, positions: Positions) -> Queries:
         """Queries of the step's tokens, normed and rotated."""
         queries = self._split(self.query(x))
+        if self.config.local_start:
+            queries = queries + self.query_start[...].astype(queries.dtype)[None, None, None, :]
         return self._rotated(self.query_norm(queries) if self.config.qk_norm else queries, positions)
 
     def stored(self, x: Hidden, positions: Positions) -> tuple[Keys, Values]:
         """Keys of the step's tokens, normed and rotated, and their values."""
         keys = self._split(self.key(x))
+        if self.config.local_start:
+            keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
         keys = self._rotated(self.key_norm(keys) if self.config.qk_norm else keys, positions)
         return keys, self._split(self.value(x))
 

@@ -9,6 +9,7 @@ from flax import nnx
 from kvlab.memory.views import whole
 from kvlab.mixers.attention import Attention, AttentionConfig
 from kvlab.rotary import rotary_angles, rotate
+from kvlab.schema import ConfigError
 
 
 def rotary_matrix(position: int, dim: int, rotary_dim: int, base: float) -> np.ndarray:
@@ -43,6 +44,8 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 2, "output_gate": True},
         {"num_kv_heads": 2, "output_gate": True, "bias": True},
         {"num_kv_heads": 2, "sink_logits": True, "window": 3},
+        {"num_kv_heads": 2, "local_start": 1.5, "rope_fraction": 0.5},
+        {"num_kv_heads": 2, "local_start": 1.5, "qk_norm": True},
     ],
 )
 def test_equals_the_formula(fields):
@@ -51,10 +54,34 @@ def test_equals_the_formula(fields):
     x = np.random.default_rng(0).standard_normal((1, 11, 16))
     if config.sink_logits:
         layer.sink_logits[...] = jnp.array([-1.0, 0.5, 2.0, 4.0])
+    if config.local_start:
+        layer.query_start[...] = layer.query_start[...] + jnp.linspace(-1, 1, 8)
+        layer.key_start[...] = layer.key_start[...] - jnp.linspace(0, 2, 8)
     positions = jnp.arange(11, dtype=jnp.int32)[None]
     (memory,) = whole([layer.states()], 1, 11)
     y, _ = jax.jit(lambda x: layer(x, positions, memory))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y[0], formula(layer, config, x[0]), atol=2e-5)
+
+
+def test_a_local_start_prefers_near_tokens_by_the_sum_of_cosines():
+    """Of tokens that project to nothing, the weights are a softmax of start^2 sum_i cos(base ** (-2i/r) distance)."""
+    config = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8, rope_fraction=0.5, rope_base=100.0, local_start=3)
+    layer = Attention(config, 6, dtype="float32", rngs=nnx.Rngs(0))
+    layer.query.kernel[...], layer.key.kernel[...] = jnp.zeros((6, 8)), jnp.zeros((6, 8))
+    layer.value.kernel[...], layer.out.kernel[...] = jnp.eye(6, 8), jnp.eye(8, 6)
+    (memory,) = whole([layer.states()], 1, 6)
+    y, _ = layer(jnp.eye(6)[None], jnp.arange(6, dtype=jnp.int32)[None], memory)  # token t has a one at place t
+    for t in range(6):
+        distances = t - np.arange(t + 1)
+        scores = 9 * (np.cos(distances) + np.cos(distances * 100.0**-0.5)) / np.sqrt(8)
+        expected = np.exp(scores) / np.exp(scores).sum()
+        np.testing.assert_allclose(y[0, t, : t + 1], expected, atol=1e-5)
+        assert t == 0 or expected[t] > 1 / (t + 1)
+
+
+def test_a_local_start_needs_positions():
+    with pytest.raises(ConfigError, match=r"local_start = 2\.0: must be 0 without rope"):
+        AttentionConfig(rope=False, local_start=2)
 
 
 def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndarray:
@@ -63,6 +90,10 @@ def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndar
     }
     bias = {name: np.asarray(getattr(layer, name).bias[...]) if config.bias else 0.0 for name in weight}
     heads = {name: (x @ weight[name] + bias[name]).reshape(len(x), -1, 8) for name in ("query", "key", "value")}
+    if config.local_start:
+        for name, moved in (("query", np.linspace(-1, 1, 8)), ("key", -np.linspace(0, 2, 8))):
+            start = np.where(np.arange(8) < config.rotary_dim // 2, config.local_start, 0.0)
+            heads[name] = heads[name] + start + moved
     if config.qk_norm:
         for name in ("query", "key"):
             heads[name] = heads[name] / np.sqrt((heads[name] ** 2).mean(-1, keepdims=True) + 1e-6)
