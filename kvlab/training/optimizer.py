@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -61,16 +62,37 @@ def _muon(momentum: float) -> optax.GradientTransformation:
     """Nesterov momentum of matrices [inputs, outputs], made nearly orthogonal by five Newton-Schulz steps, with the
     same root mean square whatever their shape: `MUON_RMS`."""
 
-    def kernels(updates: Any) -> Any:
-        return jax.tree.map(lambda _: MuonDimensionNumbers(), updates)
+    def axes(stacks: Any) -> Any:
+        return jax.tree.map(lambda _: MuonDimensionNumbers(1, 2), stacks)
 
-    def scaled(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda update: update * (MUON_RMS * max(update.shape) ** 0.5), updates)
+    def scaled(stacks: Any, _: Any) -> Any:
+        return jax.tree.map(lambda stack: stack * (MUON_RMS * max(stack.shape[1:]) ** 0.5), stacks)
 
-    return optax.chain(
-        scale_by_muon(beta=momentum, weight_dimension_numbers=kernels),
-        optax.stateless(scaled),
-    )
+    return _by_shape(optax.chain(scale_by_muon(beta=momentum, weight_dimension_numbers=axes), optax.stateless(scaled)))
+
+
+def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on stacks [count, inputs, outputs] of the matrices that are alike: one loop a shape is compiled, not one
+    a matrix."""
+
+    def name(matrix: jax.Array) -> str:
+        return "x".join(str(size) for size in matrix.shape)
+
+    def stacks(tree: Any) -> dict[str, jax.Array]:
+        groups: dict[str, list[jax.Array]] = {}
+        for leaf in jax.tree.leaves(tree):
+            groups.setdefault(name(leaf), []).append(leaf)
+        return {shape: jnp.stack(group) for shape, group in groups.items()}
+
+    def init(params: Any) -> Any:
+        return inner.init(stacks(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changed, state = inner.update(stacks(updates), state)
+        rows = {shape: iter(stack) for shape, stack in changed.items()}
+        return jax.tree.map(lambda leaf: next(rows[name(leaf)]), updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -66,13 +66,21 @@ def newton_schulz(x: np.ndarray) -> np.ndarray:
 
 
 def blocks_of(rng, *shape):
-    """Parameters of the names that a model has: one matrix of a block, and what is none of Muon's."""
+    """Parameters of the names that a model has: matrices of a block, two of them alike, and what is none of Muon's."""
 
     def draw(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     return {
-        "blocks": {0: {"out": {"kernel": draw(*shape)}, "norm": {"scale": draw(8)}, "conv": {"kernel": draw(3, 8)}}},
+        "blocks": {
+            0: {
+                "key": {"kernel": draw(*shape)},
+                "mlp": {"kernel": draw(8, 4)},
+                "out": {"kernel": draw(*shape)},
+                "norm": {"scale": draw(8)},
+                "conv": {"kernel": draw(3, 8)},
+            }
+        },
         "embedding": {"embedding": draw(32, 8)},
     }
 
@@ -96,16 +104,17 @@ def test_muon_orthogonalises_the_momentum_of_matrices(shape):
         name="muon", muon_momentum=0.9, weight_decay=0.2, warmup_fraction=0.0, final_fraction=1.0, clip_norm=None
     )
     params, *grads = (blocks_of(rng, *shape) for _ in range(4))
-    weight = np.asarray(params["blocks"][0]["out"]["kernel"], np.float64)
-    momentum = np.zeros(shape)
-    for count, (each, after) in enumerate(zip(grads, stepped(config, grads, params, 3), strict=True), start=1):
-        gradient = np.asarray(each["blocks"][0]["out"]["kernel"], np.float64)
-        momentum = 0.9 * momentum + 0.1 * gradient
-        ahead = 0.9 * momentum / (1 - 0.9 ** (count + 1)) + 0.1 * gradient / (1 - 0.9**count)
-        update = 0.2 * max(shape) ** 0.5 * newton_schulz(ahead)
-        assert 0.13 < np.sqrt((update**2).mean()) < 0.25
-        weight = weight - 0.03 * (update + 0.2 * weight)
-        np.testing.assert_allclose(after["blocks"][0]["out"]["kernel"], weight, atol=2e-5)
+    after = stepped(config, grads, params, 3)
+    for name in ("key", "mlp", "out"):
+        weight, *gradients = (np.asarray(tree["blocks"][0][name]["kernel"], np.float64) for tree in (params, *grads))
+        momentum = np.zeros(weight.shape)
+        for count, (gradient, tree) in enumerate(zip(gradients, after, strict=True), start=1):
+            momentum = 0.9 * momentum + 0.1 * gradient
+            ahead = 0.9 * momentum / (1 - 0.9 ** (count + 1)) + 0.1 * gradient / (1 - 0.9**count)
+            update = 0.2 * max(weight.shape) ** 0.5 * newton_schulz(ahead)
+            assert 0.13 < np.sqrt((update**2).mean()) < 0.25
+            weight = weight - 0.03 * (update + 0.2 * weight)
+            np.testing.assert_allclose(tree["blocks"][0][name]["kernel"], weight, atol=2e-5)
 
 
 def test_what_is_no_matrix_of_a_block_stays_with_adamw():
@@ -114,7 +123,8 @@ def test_what_is_no_matrix_of_a_block_stays_with_adamw():
     muon = stepped(OptimizerConfig(name="muon", clip_norm=None), grads, params, 3)[-1]
     adamw = stepped(OptimizerConfig(clip_norm=None), grads, params, 3)[-1]
     assert not np.allclose(muon["blocks"][0]["out"]["kernel"], adamw["blocks"][0]["out"]["kernel"], atol=1e-3)
-    muon["blocks"][0].pop("out"), adamw["blocks"][0].pop("out")
+    for name in ("key", "mlp", "out"):
+        muon["blocks"][0].pop(name), adamw["blocks"][0].pop(name)
     jax.tree.map(np.testing.assert_array_equal, muon, adamw)
 
 
