@@ -110,8 +110,8 @@ WRONG = [
     ("task.train_weights=[1]", "task.train_weights = [1]: must have 4 entries"),
     ("task.power=0", "task.power = 0: must be a finite number in (0, 10]"),
     ("task=text task.path=/no/such/file", "task.path = '/no/such/file': must be an existing file or folder"),
-    ("task=text task.decode_len=256", "task.decode_len = 256: must be in [1, 255], below seq_len"),
-    ("task=text task.num_scored=256", "task.num_scored = 256: must be in [1, 255], below seq_len, or null"),
+    ("task=text task.decode_len=128", "task.decode_len = 128: must be in [1, 127], below seq_len"),
+    ("task=text task.num_scored=128", "task.num_scored = 128: must be in [1, 127], below seq_len, or null"),
     ("task=text task.scored_in_chunks=true", "task.scored_in_chunks = True: must be false without num_scored"),
     (
         "task=text task.num_scored=9 task.scored_in_chunks=true",
