@@ -11,6 +11,7 @@ from kvlab.compose import GENERATE, RUN, compose, compose_generate
 from kvlab.config import Config
 from kvlab.ledger.states import QUANTISED, ROTATED
 from kvlab.memory.config import SEALED
+from tests.lab.small import FIRST_RECIPE
 
 
 def test_round_trip_and_identity():

@@ -17,6 +17,9 @@ TUNED = ["tune.learning_rate=[0.01,0.001]"]
 MEASURED = [*TUNED, "measure.context_len=40"]
 """The run of it that is done there."""
 
+FIRST_RECIPE = ["optimizer.name=adamw", "train.num_steps=1600", "train.eval_every=200"]
+"""How recall was trained in the first runs, whose hashes are known."""
+
 
 def small(results_dir, *overrides):
     """Its config, with its results in a folder."""
