@@ -83,13 +83,10 @@ def test_what_was_added_later_leaves_the_hashes_of_older_runs(task, change, tmp_
 
 def test_the_exact_format_is_no_part_of_a_runs_identity():
     """Runs keep the hashes that they had before formats could be chosen; another format is another run."""
-    exact, held = (compose([*FIRST, f"memory.format={format}"]) for format in ("model", "int8"))
+    exact, held = (compose([*FIRST_RECIPE, f"memory.format={format}"]) for format in ("model", "int8"))
     assert exact.run_id == "539e25bf8c" != held.run_id
 
 
-FIRST = ["model.dtype=float32", "optimizer.name=adamw", "optimizer.learning_rate=0.01", "train.num_steps=1600",
-         "train.eval_every=200", "train.checkpoint_every=800"]  # fmt: skip
-"""The recipe of the first runs on `mqar`, and their type."""
 GOLDEN = Path(__file__).parent / "golden"
 
 RESOLVED = {

@@ -17,7 +17,8 @@ TUNED = ["tune.learning_rate=[0.01,0.001]"]
 MEASURED = [*TUNED, "measure.context_len=40"]
 """The run of it that is done there."""
 
-FIRST_RECIPE = ["optimizer.name=adamw", "train.num_steps=1600", "train.eval_every=200"]
+FIRST_RECIPE = ["model.dtype=float32", "optimizer.name=adamw", "optimizer.learning_rate=0.01", "train.num_steps=1600",
+                "train.eval_every=200", "train.checkpoint_every=800"]  # fmt: skip
 """How recall was trained in the first runs, whose hashes are known."""
 
 
