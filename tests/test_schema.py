@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -212,7 +213,7 @@ def matches(node, value, whole):
             matches(node.get("items", {}), part, whole) for part in value
         )
     if isinstance(value, str):
-        return len(value) >= node.get("minLength", 0)
+        return len(value) >= node.get("minLength", 0) and bool(re.search(node.get("pattern", ""), value))
     if isinstance(value, int | float):
         return (
             node.get("minimum", value) <= value <= node.get("maximum", value)

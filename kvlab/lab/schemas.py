@@ -17,6 +17,7 @@ from kvlab.compression import COMPRESSIONS
 from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
+from kvlab.mixers.attention import AttentionConfig
 from kvlab.schema import Schema, json_schema
 from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
@@ -25,6 +26,8 @@ type Node = dict[str, Any]
 
 HYDRA: Node = {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
 """What Hydra reads of a file, and takes out of the config."""
+REFERENCE: Node = {"type": "string", "pattern": r"^\$\{.+\}$"}
+"""A value that is another's: ${mixer.A.num_heads}."""
 FREE_GROUPS = ("launcher", "experiment", "debug")
 """Groups of `kvlab run` whose files may set anything of the whole config."""
 
@@ -43,6 +46,7 @@ def all_schemas() -> dict[str, Node]:
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)
+    schemas["run.mixer.attention"] = json_schema(AttentionConfig)  # what a task brings for every layer of attention
     schemas["generate.memory"] = schemas["run.format"] = schemas["generate.format"] = json_schema(MemoryConfig)
     for name, registry in (("compression", COMPRESSIONS), ("selection", SELECTIONS)):
         schemas[f"run.{name}"] = schemas[f"generate.{name}"] = _method(name, registry)
@@ -76,9 +80,12 @@ def _method(name: str, registry: Mapping[str, type[Schema]]) -> Node:
 
 
 def _mixer() -> Node:
-    """A variant: layers have any name."""
+    """A variant: layers have any name, and may take their fields from one another."""
     named: Node = {"name": {"type": "string"}, "pattern": {"type": "string"}, "knob": {"type": ["string", "null"]}}
-    return {"type": "object", "properties": named, "additionalProperties": {"anyOf": _by_type(MIXERS)}}
+    layers = _by_type(MIXERS)
+    for layer in layers:
+        layer["properties"] = {name: {"anyOf": [node, REFERENCE]} for name, node in layer["properties"].items()}
+    return {"type": "object", "properties": named, "additionalProperties": {"anyOf": layers}}
 
 
 def _whole(node: Node) -> Node:

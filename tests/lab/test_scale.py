@@ -36,7 +36,8 @@ def scale():
 @pytest.fixture(scope="module")
 def model():
     """Two layers on text, as the experiment has them, with fresh weights."""
-    return Laboratory.of(compose(["task=text", "mixer=mha", "mixer.A.short_conv=0", "seed=0"])).model
+    words = ["mixer.A.short_conv=0", "mixer.A.rope_fraction=0.5", "mixer.A.rope_base=10000", "mixer.A.qk_norm=false"]
+    return Laboratory.of(compose(["task=text", "mixer=mha", *words, "mixer.A.local_start=0", "seed=0"])).model
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def test_outliers_that_are_put_in_change_no_bit(scale, model, tokens):
 
 @pytest.mark.parametrize("words", ["mixer.A.qk_norm=true", "mixer.A.bias=true", "mixer.A.rope=false"])
 def test_what_such_outliers_would_change_is_refused(scale, words):
-    model = Laboratory.of(compose(["task=text", "mixer=mha", words]), abstract=True).model
+    plain = ["mixer.A.qk_norm=false", "mixer.A.local_start=0"]
+    model = Laboratory.of(compose(["task=text", "mixer=mha", *plain, words]), abstract=True).model
     with pytest.raises(ConfigError, match="must be attention with rotary embeddings"):
         scale.toys.scaled_pairs(model, 4)
 

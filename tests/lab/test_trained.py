@@ -27,7 +27,8 @@ from kvlab.lab.runs import Run
 from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
 from kvlab.training.checkpoint import CheckpointError
 from kvlab.training.loop import params_digest
-from tests.lab.small import FIRST_RECIPE, MEASURED, TUNED, command, rows, small
+from tests.lab.small import MEASURED, TUNED, command, rows, small
+from tests.test_config import FIRST
 
 
 @pytest.fixture
@@ -93,9 +94,8 @@ def test_what_training_depends_on_is_another_training(tmp_path, overrides):
 
 def test_the_identity_of_a_run_is_what_it_was():
     """The hashes of runs that lie in folders since version 0.1.0."""
-    words = [*FIRST_RECIPE, "model.dtype=float32"]
-    assert compose(words).run_id == "539e25bf8c"
-    assert compose([*words, "memory=dense", "mixer=mamba2"]).run_id == "a2df1ee423"
+    assert compose(FIRST).run_id == "539e25bf8c"
+    assert compose([*FIRST, "memory=dense", "mixer=mamba2"]).run_id == "a2df1ee423"
 
 
 def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_path, monkeypatch, trainings):
