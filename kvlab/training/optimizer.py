@@ -88,6 +88,7 @@ def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformati
         return inner.init(stacks(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changed: Any
         changed, state = inner.update(stacks(updates), state)
         rows = {shape: iter(stack) for shape, stack in changed.items()}
         return jax.tree.map(lambda leaf: next(rows[name(leaf)]), updates), state
