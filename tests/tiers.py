@@ -1,6 +1,6 @@
 """Which test runs when. A test that no row names is fast: it belongs to `make test`.
 
-* `fast`: `make test`, 4 minutes on two cores. No child processes, no sweeps in simulators; of every
+* `fast`: `make test`, meant to take 4 minutes on two cores. No child processes, no sweeps in simulators; of every
   kernel and backend one case.
 * `ci`: `.ci/run` after `make test`. Child processes, what the simulators must prove, runs that train.
 * `slow`: only `make test-all`, which runs all three.
