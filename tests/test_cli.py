@@ -220,7 +220,7 @@ def test_a_corpus_that_is_too_short_is_answered_before_anything_is_written(tmp_p
     (tmp_path / "book.txt").write_text("tiny")
     done = kvlab("run", "task=text", f"task.path={tmp_path / 'book.txt'}", f"results_dir={tmp_path / 'results'}")
     assert done.returncode == 2
-    assert re.match(r"kvlab: task\.seq_len = 256: the \w+ split of", done.stderr)
+    assert re.match(r"kvlab: task\.seq_len = 128: the \w+ split of", done.stderr)
     assert not (tmp_path / "results").exists()
 
 
