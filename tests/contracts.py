@@ -146,6 +146,7 @@ def parallel_logits(
     return [logits[row, : len(tokens)] for row, tokens in enumerate(sequences)]
 
 
+@functools.cache
 def states_of(variant: str) -> list[State]:
     """Every state of every layer; nothing is computed."""
     config = ModelConfig(model_dim=16, dtype="float32")

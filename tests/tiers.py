@@ -13,6 +13,7 @@ beside the test itself before any row. A row that stands for no test any more fa
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -543,12 +544,15 @@ TIER_OF: dict[str, str] = {
 
 def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:
     """Marks collected tests with their tiers; returns the rows that stand for none of them."""
-    unused, rows = set(tier_of), sorted(tier_of, key=len)
-    patterns = {row: re.compile(".*".join(map(re.escape, row.split("*")))) for row in rows}
+    unused, rows_of = set(tier_of), defaultdict(list)
+    for row in sorted(tier_of, key=len):
+        pattern = re.compile(".*".join(map(re.escape, row.split("*"))))
+        rows_of[row.split("::")[0] if "::" in row else None].append((row, pattern))
     for item in items:
-        matching = [row for row in rows if patterns[row].match(item.nodeid)]
+        name = item.nodeid
+        matching = [row for file in (name.split("::")[0], None) for row, of in rows_of[file] if of.match(name)]
         unused.difference_update(matching)
-        tier = tier_of[matching[-1]] if matching else "fast"
+        tier = tier_of[max(matching, key=len)] if matching else "fast"
         if tier != "fast" and not any(map(item.get_closest_marker, MARKERS)):
             item.add_marker(tier)
     return sorted(unused)
