@@ -1,0 +1,170 @@
+"""Who tracks a state behind the length it was trained on: parity and S3, with and without negative eigenvalues.
+
+kvlab reproduce state_tracking
+python experiments/state_tracking/figure.py [results/state_tracking]
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.record import Done
+from kvlab.lab.results import read_records
+
+HERE = Path(__file__).resolve().parent
+TASKS = {
+    "parity": (
+        "task=state_tracking",
+        "task.group=parity",
+        "task.seq_len=40",
+        "task.test_len=256",
+        "optimizer.learning_rate=0.003",
+        "train.num_steps=500",
+        "train.batch_size=32",
+        "train.eval_every=500",
+        "train.checkpoint_every=500",
+    ),
+    "s3": (
+        "task=state_tracking",
+        "task.group=s3",
+        "task.seq_len=16",
+        "task.test_len=64",
+        "optimizer.learning_rate=0.01",
+        "optimizer.weight_decay=0",
+        "train.num_steps=800",
+        "train.batch_size=64",
+        "train.eval_every=800",
+        "train.checkpoint_every=800",
+    ),
+}
+CHANCE = {"parity": 1 / 2, "s3": 1 / 6}
+SIGN_ALONE = 1 / 3
+"""Of S3, for who knows whether a permutation is even, and guesses among the three that are."""
+CHUNKS = "mixer.L.chunk_len=20"
+"""Tokens of the training length are two whole chunks."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A mixer: the words that choose it, and whether it can reverse its state (negative eigenvalues of a delta rule);
+    None: another kind of mixer."""
+
+    name: str
+    words: tuple[str, ...]
+    reverses: bool | None
+    groups: tuple[str, ...] = ("parity",)
+
+    def is_of(self, config: dict[str, Any]) -> bool:
+        """Whether a record's configuration is of this arm."""
+        mixer = config["mixer"]
+        flag = mixer["L"]["negative_eigenvalues"] if "L" in mixer else None
+        return f"mixer={mixer['name']}" == self.words[0] and flag == self.reverses
+
+
+def delta(name: str, mixer: str, reverses: bool, groups: tuple[str, ...] = ("parity",)) -> Arm:
+    """A mixer of the delta rule without its convolution."""
+    words = (f"mixer={mixer}", "mixer.L.conv_len=0", CHUNKS, f"mixer.L.negative_eigenvalues={str(reverses).lower()}")
+    return Arm(f"{name}, {'negative' if reverses else 'positive'}", words, reverses, groups)
+
+
+BOTH = ("parity", "s3")
+DELTA, DELTA_PLUS = delta("DeltaNet", "deltanet", True, BOTH), delta("DeltaNet", "deltanet", False)
+GATED, GATED_PLUS = delta("Gated DeltaNet", "gated_deltanet", True), delta("Gated DeltaNet", "gated_deltanet", False)
+PRODUCT = delta("DeltaProduct", "deltaproduct", True, BOTH)
+MAMBA2 = Arm("Mamba-2", ("mixer=mamba2", "mixer.M.short_conv=0"), None)
+MAMBA3 = Arm("Mamba-3", ("mixer=mamba3", "mixer.M.short_conv=0"), None)
+MHA = Arm("MHA", ("mixer=mha", "mixer.A.short_conv=0"), None, BOTH)
+ARMS = (DELTA, DELTA_PLUS, GATED, GATED_PLUS, PRODUCT, MAMBA2, MAMBA3, MHA)
+RUNS = tuple((*TASKS[group], *arm.words) for group in TASKS for arm in ARMS if group in arm.groups)
+TRACKS, LOST = 0.99, 0.55
+"""What is behind the training length must be at least, or at most (METHODS B.4)."""
+SOLVE, FAIL = (DELTA, GATED, PRODUCT), (DELTA_PLUS, GATED_PLUS, MAMBA2)
+
+
+def table(records: Sequence[Done]) -> pd.DataFrame:
+    """A row a run: accuracy within the training length and behind it, over sequences of the test's length."""
+    rows = list[dict[str, Any]]()
+    for record in records:
+        task: Any = record.config["task"]
+        near, far = task["seq_len"], task["test_len"]
+        rows += [
+            {
+                "group": task["group"],
+                "mixer": arm.name,
+                "seed": record.config["seed"],
+                "within": record.quality.slices[f"0 to {near}"],
+                "behind": record.quality.slices[f"{near} to {far}"],
+                "num_params": record.num_params,
+                "held_bytes": record.memory.allocated_bytes // record.memory.batch_size,
+            }
+            for arm in ARMS
+            if arm.is_of(record.config)
+        ]
+    columns = ["group", "mixer", "seed", "within", "behind", "num_params", "held_bytes"]
+    order = {name: place for place, name in enumerate([*TASKS, *(arm.name for arm in ARMS)])}
+    return pd.DataFrame(rows, columns=columns).sort_values(
+        columns[:3], key=lambda column: column if column.name == "seed" else column.map(order), ignore_index=True
+    )
+
+
+def claims(frame: pd.DataFrame) -> list[Claim]:
+    """METHODS B.7, claim 6, of the seeds' mean: parity behind the training length is solved with negative eigenvalues,
+    and a guess without them and with Mamba-2."""
+    rows = list[Claim]()
+    for arm in (*SOLVE, *FAIL):
+        values = frame[(frame.group == "parity") & (frame.mixer == arm.name)].behind.tolist()
+        solves = arm in SOLVE
+        expected = f"at least {TRACKS}" if solves else f"at most {LOST}"
+        mean = statistics.fmean(values) if values else float("nan")
+        passed = mean >= TRACKS if solves else mean <= LOST
+        rows.append(Claim(f"parity behind 40 tokens: {arm.name}", expected, f"{mean:.4f}", passed))
+    return rows
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    """A panel a group: accuracy of every seed within the training length and behind it, a row a mixer."""
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    for panel, (group, chance) in zip(panels, CHANCE.items(), strict=True):
+        arms = [arm for arm in ARMS if group in arm.groups]
+        near, far = (next(word for word in TASKS[group] if part in word).split("=")[1] for part in ("seq_len", "test_"))
+        for place, arm in enumerate(reversed(arms)):
+            rows = frame[(frame.group == group) & (frame.mixer == arm.name)]
+            for column, colour, shift, label in (
+                ("within", "0.6", 0.13, f"tokens 0 to {near}, as trained"),
+                ("behind", "tab:red", -0.13, f"tokens {near} to {far}"),
+            ):
+                style = {"color": colour, "alpha": 0.75, "label": label if place == 0 else None}
+                panel.plot(rows[column], [place + shift] * len(rows), "o", **style)
+        panel.axvline(chance, color="0.4", ls=":", label="a guess")
+        if group == "s3":
+            panel.axvline(SIGN_ALONE, color="0.4", ls="--", label="a guess that knows the sign")
+        panel.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
+        panel.set(title={"parity": "parity", "s3": "S3"}[group], xlabel="accuracy, three seeds", xlim=(0, 1.03))
+        panel.grid(axis="x", alpha=0.25)
+        panel.legend(fontsize=8, loc="best")
+    figure.suptitle("A state behind the training length: two layers without convolutions")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(output: Path = HERE, results: Path = Path("results/state_tracking")) -> int:
+    """Writes tracking.csv and tracking.png; returns 1 if a claim fails."""
+    frame = table([record for record in read_records(results) if isinstance(record, Done)])
+    frame.to_csv(output / "tracking.csv", index=False, float_format="%.5g")
+    draw(frame, output / "tracking.png")
+    return verdict(claims(frame), "Parity behind the training length (methods B.7, claim 6)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(results=Path(sys.argv[1] if len(sys.argv) > 1 else "results/state_tracking")))
