@@ -8,6 +8,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 
     def follows(arms: tuple[Arm, ...]) -> Claim:
         found = [means("plain", arm) for arm in arms]
-        rises = all(low < high for low, high in zip(found, found[1:], strict=False))
+        rises = all(low < high for low, high in pairwise(found))
         what = "MQAR: recall follows state, " + ", ".join([arms[0].name, *(f"{arm.size[1]}" for arm in arms[1:])])
         return Claim(what, "rises", ", ".join(f"{value:.3f}" for value in found), rises)
 
