@@ -55,6 +55,7 @@ WITHOUT = {
     "the output gate": ["mixer.L.gate=none"],
     "the norm": ["mixer.L.type=unnormed"],
 }
+PARTS = os.environ.get("KVLAB_PARTS", ",".join(WITHOUT)).split(",")
 
 # %% [markdown]
 # ## The runs
@@ -88,7 +89,7 @@ for part in WITHOUT:
 
 # %%
 accuracy: dict[str, list[float]] = {}
-for part in WITHOUT:
+for part in PARTS:
     for seed in SEEDS:
         config = asked(part, seed)
         assert execute(config) in ("done", "skipped")
@@ -106,7 +107,7 @@ for place, (part, values) in enumerate(reversed(accuracy.items())):
     panel.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
     panel.plot(mean, place, "|", color="tab:blue", ms=18, mew=2)
     print(f"without {part}: {mean:.3f} ({', '.join(f'{value:.3f}' for value in values)})")
-panel.axvline(statistics.fmean(accuracy["nothing (whole)"]), color="0.4", ls=":")
+panel.axvline(statistics.fmean(accuracy[PARTS[0]]), color="0.4", ls=":")
 panel.set_yticks(range(len(accuracy)), [f"without {part}" for part in reversed(accuracy)])
 panel.set(xlabel="accuracy of recall", xlim=(-0.02, 1.03), title="Gated DeltaNet, every key written twice")
 panel.grid(axis="x", alpha=0.25)

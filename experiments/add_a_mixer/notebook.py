@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from flax import nnx
@@ -59,7 +60,7 @@ class Slots(Mixer):
 
     def __init__(self, config: SlotsConfig, model_dim: int, *, dtype: str, rngs: nnx.Rngs):
         def projection(inner: int, outer: int) -> Linear:
-            return Linear(inner, outer, use_bias=False, dtype=np.dtype(dtype), rngs=rngs)
+            return Linear(inner, outer, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
 
         self.config = config
         self.key, self.query = projection(model_dim, config.num_slots), projection(model_dim, config.num_slots)
@@ -72,10 +73,10 @@ class Slots(Mixer):
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         slots = memory["slots"]
         is_real = slots.valid(x.shape[1])[..., None]
-        write = jax.nn.softmax(self.key(x).astype(np.float32)) * is_real  # padding writes nothing
-        read = jax.nn.softmax(self.query(x).astype(np.float32))
+        write = jnp.where(is_real, jax.nn.softmax(self.key(x).astype(jnp.float32)), 0)  # padding writes nothing
+        read = jax.nn.softmax(self.query(x).astype(jnp.float32))
         keeps = (1 - write)[..., None]
-        written = write[..., None] * self.value(x).astype(np.float32)[:, :, None]  # [B, T, slots, P]
+        written = write[..., None] * self.value(x).astype(jnp.float32)[:, :, None]  # [B, T, slots, P]
         written = written.at[:, 0].add(keeps[:, 0] * slots.read()["slots"])
 
         def then(first, second):
@@ -132,7 +133,7 @@ layout = lab.layout(max_len=24, max_sequences=3)
 session = Session(MemoryStep.of(lab.model.structure, layout), lab.model.params, layout.allocate(float("nan")))
 tokens = np.random.default_rng(0).integers(0, lab.task.vocab_size, (3, 24)).astype(np.int32)
 complete = lab.model.merge()
-expected = np.asarray(complete.logits(complete.parallel(tokens)))
+expected = np.asarray(complete.logits(complete.parallel(jnp.asarray(tokens))))
 done = [0, 0, 0]
 worst = 0.0
 for chunk in (5, 1, 3, 4, 2, 7, 9, 1, 9):
@@ -155,7 +156,7 @@ print(f"a sequence holds {state.unit_bytes:,} bytes of slots")
 # it is done.
 
 # %%
-RUNS = {f"{slots} slots": words_of(slots) for slots in (4, 16, 64)} | {"MQA": ["task=mqar", "mixer=mqa"]}
+RUNS = {f"{slots} slots": words_of(slots) for slots in (8, 32)} | {"MQA": ["task=mqar", "mixer=mqa"]}
 found = {}
 for name, words in RUNS.items():
     config = asked(words)

@@ -143,6 +143,7 @@ def test_notebooks_on_mixers_run(name, tmp_path, monkeypatch, capsys):
     """From composing to the picture; the mixer that one adds meets its contract on the way."""
     monkeypatch.setenv("KVLAB_WORDS", " ".join([*FEW, *SMALL_RECALL, f"results_dir={tmp_path}"]))
     monkeypatch.setenv("KVLAB_SEEDS", "0")
+    monkeypatch.setenv("KVLAB_PARTS", "the norm")  # the part that is no switch of the layer
     runpy.run_path(str(EXPERIMENTS_DIR / name / "notebook.py"))
     assert (tmp_path / f"{name}.png").exists()
     assert len(capsys.readouterr().out.splitlines()) > 6
