@@ -1,6 +1,6 @@
 # %% [markdown]
 # # How many layers of attention recall needs
-# The committed table: means over seeds, at 128 tokens.
+# The table that a run leaves here: means over seeds, at 128 tokens.
 
 # %%
 import pandas as pd
@@ -9,8 +9,10 @@ from kvlab.compose import compose
 from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 from kvlab.lab.laboratory import Laboratory
 
-table = pd.read_csv(EXPERIMENTS_DIR / "hybrid_ratio" / "hybrid.csv")
-print(table.groupby(["attention", "pattern"]).mean(numeric_only=True).drop(columns="seed").to_string())
+path = EXPERIMENTS_DIR / "hybrid_ratio" / "hybrid.csv"
+if path.exists():  # once the experiment was run
+    table = pd.read_csv(path)
+    print(table.groupby(["attention", "pattern"]).mean(numeric_only=True).drop(columns="seed").to_string())
 
 # %% [markdown]
 # What a sequence holds, from its states alone, as it grows: layers of Gated DeltaNet hold what they hold, whatever its
