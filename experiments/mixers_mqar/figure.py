@@ -182,7 +182,7 @@ def by_state(panel: Any, frame: pd.DataFrame) -> None:
     panel.set(title="MQAR, state varied", xlabel="KiB of state a sequence", ylim=(None, 1.02))
     panel.set_xlim(left=0)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=9, loc="lower right")
+    panel.legend(fontsize=9, loc="best")
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:

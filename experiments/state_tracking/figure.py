@@ -157,25 +157,27 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """A panel a study: accuracy of every seed within the training length and behind it, a row a mixer."""
-    figure, panels = plt.subplots(1, len(STUDIES), figsize=(14, 4.2), layout="constrained")
+    figure, panels = plt.subplots(1, len(STUDIES), figsize=(15, 4.4), layout="constrained")
     for panel, study in zip(panels, STUDIES, strict=True):
         arms = [arm for arm in reversed(ARMS) if study in arm.studies]
-        near, far = study.lengths
         for place, arm in enumerate(arms):
             rows = frame[(frame.study == study.name) & (frame.mixer == arm.name)]
             for column, colour, shift, label in (
-                ("within", "0.6", 0.13, f"tokens 0 to {near}, as trained"),
-                ("behind", "tab:red", -0.13, f"tokens {near} to {far}"),
+                ("within", "0.6", 0.13, "within the training length"),
+                ("behind", "tab:red", -0.13, "behind it"),
             ):
                 style = {"color": colour, "alpha": 0.75, "label": label if place == 0 else None}
                 panel.plot(rows[column], [place + shift] * len(rows), "o", **style)
         panel.axvline(study.guess, color="0.4", ls=":", label="a guess")
-        if study is OF_THREE:
-            panel.axvline(SIGN_ALONE, color="0.4", ls="--", label="a guess that knows the sign")
+        panel.axvline(
+            SIGN_ALONE if study is OF_THREE else -1, color="0.4", ls="--", label="a guess that knows the sign"
+        )
         panel.set_yticks(range(len(arms)), [arm.name for arm in arms])
-        panel.set(title=study.name, xlabel="accuracy, three seeds", xlim=(0, 1.03))
+        title = "{}: trained on {} tokens, tested to {}".format(study.name, *study.lengths)
+        panel.set_title(title, fontsize=10)
+        panel.set(xlabel="accuracy, three seeds", xlim=(0, 1.03), ylim=(-0.6, len(arms) - 0.4))
         panel.grid(axis="x", alpha=0.25)
-        panel.legend(fontsize=8, loc="upper left")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle("A state behind the training length: two layers without convolutions")
     figure.savefig(path, dpi=130)
     plt.close(figure)
