@@ -194,6 +194,8 @@ SWEEPS = {
     f"{CONTRACT}[hybrid-dense-": "fast",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens": "ci",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[deepseek_v3-4-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[gemma3_text-4-7-": "fast",
+    f"{ENGINE}/test_golden.py::test_a_full_pass_gives_the_reference_probabilities": "ci",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-112-": "fast",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-32-": "fast",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-112-": "fast",

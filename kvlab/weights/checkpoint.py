@@ -114,8 +114,8 @@ def save_checkpoint(
     def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.model.params):
             entry = table[path_name(path)]
-            whole = np.asarray(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)))
-            yield from zip(entry.names, entry.unload(whole), strict=True)
+            for name, part in zip(entry.names, entry.unload(np.asarray(leaf)), strict=True):
+                yield name, part if dtype is None else part.astype(jnp.dtype(dtype))
 
     write_shards(directory, tensors(), max_shard_bytes)
     values |= {"dtype": dtype or architecture.model.dtype}

@@ -1,7 +1,7 @@
 """Which tensors of a file make each parameter, and how: names and transforms, read in both directions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ type Tensor = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Transform:
-    """A parameter from tensors of a file, and the tensors from it. `unload` makes views, never copies."""
+    """A parameter from tensors of a file, and the tensors from it. `unload` makes views; copies only
+    of vectors."""
 
     load: Callable[[Sequence[Tensor]], Tensor]
     unload: Callable[[Tensor], list[Tensor]]
@@ -26,6 +27,8 @@ SIDE_BY_SIDE = Transform(
     lambda whole: [half.T for half in np.split(whole, 2, axis=1)],
 )
 """Two linear layers as one product."""
+ONE_MORE = Transform(lambda parts: parts[0].astype(np.float32) + 1, lambda whole: [whole - 1])
+"""A norm that multiplies with one more than what the file holds: 1 is added in float32, which may cost its last bit."""
 CONVOLUTION = Transform(lambda parts: parts[0][:, 0, ::-1].T, lambda whole: [whole.T[:, None, ::-1]])
 """[channels, 1, width] with the oldest input first in the file, [width, channels] with the newest first here."""
 
@@ -56,6 +59,13 @@ class Entry:
 
 type Table = dict[str, Entry]
 """By the dotted path of the parameter."""
+
+
+def one_more(table: Table) -> Table:
+    """The same with the weight of every norm stored as what it is above one."""
+    return {
+        name: replace(entry, transform=ONE_MORE) if name.endswith(".scale") else entry for name, entry in table.items()
+    }
 
 
 def linear(ours: str, theirs: str, *, bias: bool = False, order: tuple[int, ...] | None = None) -> Table:

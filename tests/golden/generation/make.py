@@ -1,7 +1,7 @@
 """Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by
 numpy.
 
-    make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER]
+    make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER [FAMILY ...]]
 
 Runs in the peers' environment and imports nothing of kvlab.
 """
@@ -12,7 +12,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Mamba2Config, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    Qwen3Config,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "weights"))
@@ -71,6 +79,20 @@ FAMILIES = {
         eos_token_id=None,
         pad_token_id=None,
     ),
+    "gemma3_text": Gemma3TextConfig(
+        **{**DECODER, "num_hidden_layers": 3, "hidden_size": 80},
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+        final_logit_softcapping=20.0,
+        tie_word_embeddings=False,
+    ),
 }
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
@@ -105,12 +127,17 @@ def answers(model, ids: list[int], **options) -> dict:
     if options:
         return {"tokens": tokens, "score": float(out.sequences_scores[0])}
     chosen = [float(torch.log_softmax(x[0].double(), -1)[t]) for x, t in zip(out.logits, tokens, strict=True)]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + tokens]), use_cache=False).logits[0, len(ids) - 1 : -1]
+    whole = torch.log_softmax(logits.double(), -1)[torch.arange(NEW), tokens]
+    assert (whole - torch.tensor(chosen).double()).abs().max() < 1e-4, "a full pass says something else"
     return {"tokens": tokens, "logprobs": [round(value, 6) for value in chosen]}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
-    for family, config in FAMILIES.items():
+    for family in families or FAMILIES:
+        config = FAMILIES[family]
         model = build(config)
         shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
         if config.tie_word_embeddings:
@@ -140,4 +167,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE, sys.argv[2:])
