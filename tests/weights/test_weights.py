@@ -27,7 +27,7 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain"])
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain", "granitemoehybrid_rope"])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -94,6 +94,16 @@ def test_the_hubs_spelling_of_gemma_3(tmp_path):
     assert peek_architecture(folder).model.embed_scale == pytest.approx(80**0.5)
 
 
+def test_the_hubs_spelling_of_granite_4(tmp_path):
+    """Layers by their older names, positions "nope", and head dims left to the widths."""
+    folder = write_folder("granitemoehybrid", tmp_path)
+    older = {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope", "mamba_d_head": "auto"}
+    edit(folder, **older, embedding_multiplier=3)
+    assert load_checkpoint(folder).architecture == pretrained("granitemoehybrid").architecture
+    edit(folder, layer_types=None)
+    assert {layer.mixer for layer in peek_architecture(folder).layers} == {"mamba2"}
+
+
 def edit(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -132,6 +142,13 @@ def edit(folder: Path, **changes) -> None:
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .*: must be 3 of"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters = .*: must be an object with full"),
         ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts = 4: must be 0: experts are not built"),
+        ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts = 8: must be 0"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention", "moe"]}, "layer_types = .*: must be 3 of"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi': must be one of"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias = True: only False"),
+        ("granitemoehybrid", {"mamba_d_head": 8}, "mamba_n_heads . mamba_d_head = 64: must be .* = 128"),
+        ("granitemoehybrid", {"residual_multiplier": 0}, "residual_multiplier = 0: must be a finite positive number"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

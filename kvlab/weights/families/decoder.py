@@ -87,7 +87,7 @@ def attention_layers(
     return [LayerConfig("attention", local if kind == "sliding_attention" else config) for kind in kinds]
 
 
-def attention_config(file: DecoderFile, rope: DefaultRope, **more: Any) -> AttentionConfig:
+def attention_config(file: DecoderFile, rope: DefaultRope, /, **more: Any) -> AttentionConfig:
     """Full attention as the file has it."""
     return AttentionConfig(
         num_heads=file.num_attention_heads,

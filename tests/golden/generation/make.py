@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma3TextConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
@@ -57,6 +58,24 @@ LATENT = {
     "rms_norm_eps": 1e-3,
 }
 """Dense layers alone. The epsilon is not that of the norms inside attention."""
+GRANITE = {
+    **DECODER,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "shared_intermediate_size": 96,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 1.5,
+}
+"""Dense, and with the multipliers of none."""
 FAMILIES = {
     "llama_gqa": LlamaConfig(**DECODER, num_key_value_heads=2),
     "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
@@ -93,6 +112,8 @@ FAMILIES = {
         final_logit_softcapping=20.0,
         tie_word_embeddings=False,
     ),
+    "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
+    "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
