@@ -35,7 +35,8 @@ class AttentionConfig(MixerConfig):
     rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
     and fall with the distance (`docs/findings/training.md`), where heads would else begin with the mean of all tokens.
 
-    Scores are products of queries and keys times `scale` (null: head_dim ** -0.5).
+    Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). Every projection has a bias with
+    `bias`, that of the output alone with `out_bias`.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -55,6 +56,7 @@ class AttentionConfig(MixerConfig):
     shares_kv: bool = added(flag(False))
     local_start: float = added(real(0.0, 0.0, 100.0))
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
+    out_bias: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -63,6 +65,8 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
         if self.num_sinks and self.window is None:
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
+        if self.out_bias and self.bias:
+            raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
         check_scaling(self.rope_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
@@ -109,7 +113,7 @@ class Attention(Mixer):
         if not config.shares_kv:
             self.key = linear(model_dim, kv_heads * dim, config.bias)
             self.value = linear(model_dim, kv_heads * dim, config.bias)
-        self.out = linear(heads * dim, model_dim, config.bias)
+        self.out = linear(heads * dim, model_dim, config.bias or config.out_bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:

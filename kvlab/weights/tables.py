@@ -12,8 +12,7 @@ type Tensor = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Transform:
-    """A parameter from tensors of a file, and the tensors from it. `unload` makes views; copies only
-    of vectors."""
+    """A parameter from tensors of a file, and the tensors from it. `unload` makes views; copies of vectors only."""
 
     load: Callable[[Sequence[Tensor]], Tensor]
     unload: Callable[[Tensor], list[Tensor]]
@@ -27,10 +26,12 @@ SIDE_BY_SIDE = Transform(
     lambda whole: [half.T for half in np.split(whole, 2, axis=1)],
 )
 """Two linear layers as one product."""
-ONE_MORE = Transform(lambda parts: parts[0].astype(np.float32) + 1, lambda whole: [whole - 1])
-"""A norm that multiplies with one more than what the file holds: 1 is added in float32, which may cost its last bit."""
+END_TO_END = Transform(lambda parts: np.concatenate(parts), lambda whole: np.split(whole, 2))
+"""Two vectors as one."""
 CONVOLUTION = Transform(lambda parts: parts[0][:, 0, ::-1].T, lambda whole: [whole.T[:, None, ::-1]])
 """[channels, 1, width] with the oldest input first in the file, [width, channels] with the newest first here."""
+LESS_ONE = Transform(lambda parts: 1 + parts[0].astype(np.float32), lambda whole: [whole - 1])
+"""The scale of a norm that the file has as its distance from one. Rounded as transformers rounds it, to float32."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ type Table = dict[str, Entry]
 """By the dotted path of the parameter."""
 
 
-def one_more(table: Table) -> Table:
-    """The same with the weight of every norm stored as what it is above one."""
+def less_one(table: Table) -> Table:
+    """The same with the scale of every norm as its distance from one."""
     return {
-        name: replace(entry, transform=ONE_MORE) if name.endswith(".scale") else entry for name, entry in table.items()
+        name: replace(entry, transform=LESS_ONE) if name.endswith(".scale") else entry for name, entry in table.items()
     }
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,7 +18,7 @@ from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
 from kvlab.weights.architectures import table_of
 from kvlab.weights.checkpoint import peek_architecture
 from kvlab.weights.families import FAMILIES as LOADED
-from kvlab.weights.tables import ONE_MORE
+from kvlab.weights.tables import LESS_ONE
 from tests.engine.families import FAMILIES, golden, pretrained, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
         written |= load_file(path)
     assert written.keys() == original.keys()
     entries = table_of(model.architecture).values()
-    shifted = {name for entry in entries if entry.transform is ONE_MORE for name in entry.names}
+    shifted = {name for entry in entries if entry.transform is LESS_ONE for name in entry.names}
     for name in original:  # 1 is added to weights up to 2 in float32: half a unit in the last place
         np.testing.assert_allclose(written[name], original[name], 0, 2**-23 if name in shifted else 0, err_msg=name)
     with pytest.raises(FileExistsError, match="holds a model already"):
@@ -67,6 +68,28 @@ def test_dtypes(tmp_path):
         assert model.architecture.model.dtype == expected
         assert model.model.params["head"]["kernel"].dtype == expected
         assert model.model.params["norm"]["scale"].dtype == np.float32
+
+
+def test_distances_from_one_are_stored_in_their_own_precision(tmp_path):
+    """A file in bfloat16 has what a norm is above one, rounded; not one more than that, rounded."""
+    model = pretrained("gemma3_text")
+    save_checkpoint(model, tmp_path / "out", dtype="bfloat16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(write_folder("gemma3_text", tmp_path / "in") / "model.safetensors")
+    for name in original:
+        np.testing.assert_allclose(found[name].astype(np.float32), original[name], 2**-8, 2**-22, err_msg=name)
+
+
+def test_recurrent_gemma_computes_in_bfloat16(tmp_path):
+    """The gates' matrices too are then of that type; logits are near those of float32."""
+    folder, tokens = write_folder("recurrent_gemma", tmp_path), jnp.arange(8, dtype=jnp.int32)[None]
+
+    def logits(dtype):
+        model = load_checkpoint(folder, dtype).model.merge()
+        return np.asarray(jax.jit(lambda ids: model.logits(model.parallel(ids)))(tokens))
+
+    exact = logits("float32")
+    assert 1e-4 < np.abs(logits("bfloat16") - exact).mean() / np.abs(exact).mean() < 0.05
 
 
 def test_old_spellings_of_the_rotary_embedding(tmp_path):
@@ -102,6 +125,19 @@ def test_the_hubs_spelling_of_granite_4(tmp_path):
     assert load_checkpoint(folder).architecture == pretrained("granitemoehybrid").architecture
     edit(folder, layer_types=None)
     assert {layer.mixer for layer in peek_architecture(folder).layers} == {"mamba2"}
+
+
+def test_what_recurrent_gemma_does_not_say(tmp_path):
+    """Half of each head turns, in the hub's older spelling and unsaid; blocks are repeated; heads are tied."""
+    folder = write_folder("recurrent_gemma", tmp_path)
+    edit(folder, rope_parameters=None, rope_theta=1e4, partial_rotary_factor=0.5, head_dim=None)
+    assert load_checkpoint(folder).architecture == pretrained("recurrent_gemma").architecture
+    edit(folder, partial_rotary_factor=None, block_types=None, num_hidden_layers=4, lru_width=None)
+    architecture = peek_architecture(folder)
+    assert [layer.mixer for layer in architecture.layers] == ["rglru", "rglru", "attention", "rglru"]
+    assert architecture.layers[2].config.rope_fraction == 0.5
+    assert architecture.layers[0].config.width == 80
+    assert architecture.model.embed_scale == 8.9375  # sqrt(80) = 8.944 in bfloat16
 
 
 def edit(folder: Path, **changes) -> None:
@@ -149,6 +185,13 @@ def edit(folder: Path, **changes) -> None:
         ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias = True: only False"),
         ("granitemoehybrid", {"mamba_d_head": 8}, "mamba_n_heads . mamba_d_head = 64: must be .* = 128"),
         ("granitemoehybrid", {"residual_multiplier": 0}, "residual_multiplier = 0: must be a finite positive number"),
+        ("recurrent_gemma", {"block_types": ["recurrent", "mamba"]}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"block_types": []}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation = 'silu': only 'gelu_pytorch_tanh'"),
+        ("recurrent_gemma", {"conv1d_width": 1}, "conv_len = 1: must be 0"),
+        ("recurrent_gemma", {"lru_width": 90}, "num_heads = 4: must divide width = 90"),
+        ("recurrent_gemma", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "partial_rotary_factor = 0.45: must"),
+        ("recurrent_gemma", {"attention_bias": True}, "q_proj.bias: is missing"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

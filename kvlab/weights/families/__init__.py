@@ -10,9 +10,11 @@ from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
 from kvlab.weights.families.qwen3 import Qwen3
+from kvlab.weights.families.recurrent_gemma import RecurrentGemma
 
 FAMILIES: dict[str, Family[Any]] = {
-    family.model_type: family() for family in (Llama, Mistral, Qwen3, DeepseekV3, Mamba2, Gemma3, GraniteHybrid)
+    family.model_type: family()
+    for family in (Llama, Mistral, Qwen3, DeepseekV3, Mamba2, Gemma3, GraniteHybrid, RecurrentGemma)
 }
 """By the `model_type` of config.json."""
 
