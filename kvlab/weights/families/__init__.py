@@ -18,4 +18,12 @@ FAMILIES: dict[str, Family[Any]] = {
 }
 """By the `model_type` of config.json."""
 
-__all__ = ["FAMILIES", "Architecture", "Family"]
+NOT_BUILT = {
+    "gpt_oss": "its layers have experts; its attention is the mixer attention with sink_logits",
+    "gemma3n_text": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
+    "gemma3n": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
+    "gemma3": "images beside its text model, which alone is gemma3_text",
+}
+"""What is refused, and why."""
+
+__all__ = ["FAMILIES", "NOT_BUILT", "Architecture", "Family"]
