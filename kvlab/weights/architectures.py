@@ -18,7 +18,7 @@ def read_architecture(values: Mapping[str, Any], dtype: str) -> tuple[Architectu
     found: list[str] = []
     family = FAMILIES[name]
     file = read_part(family.File, values, found)
-    rope = read_rope(values, found) if family.has_rope else DefaultRope()
+    rope = read_rope(values, found, family.rope_fraction) if family.has_rope else DefaultRope()
     if file is None or rope is None or found:
         return None, found
     try:

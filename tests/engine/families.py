@@ -39,7 +39,8 @@ def golden(family: str) -> dict[str, Any]:
 def write_folder(family: str, directory: Path) -> Path:
     """The family's checkpoint as the hub would have it."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: draw(name, tuple(shape)) for name, shape in golden(family)["shapes"].items()}
+    near = golden(family).get("norms_near", 1.0)
+    tensors = {name: draw(name, tuple(shape), norms_near=near) for name, shape in golden(family)["shapes"].items()}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(golden(family)["config"]))
     return directory

@@ -1,18 +1,27 @@
 """Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by
 numpy.
 
-    make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER]
+    make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER] [--only FAMILY ...]
 
 Runs in the peers' environment and imports nothing of kvlab.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Mamba2Config, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "weights"))
@@ -49,12 +58,24 @@ LATENT = {
     "rms_norm_eps": 1e-3,
 }
 """Dense layers alone. The epsilon is not that of the norms inside attention."""
+HYBRID = {
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+"""Heads of keys serve two heads of values each."""
 FAMILIES = {
     "llama_gqa": LlamaConfig(**DECODER, num_key_value_heads=2),
     "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
     "llama_mha": LlamaConfig(**DECODER, num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-5),
     "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
     "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
+    "qwen3_next": Qwen3NextConfig(
+        **DECODER, **HYBRID, head_dim=32, num_experts=0, attention_bias=True, rms_norm_eps=1e-4
+    ),
     "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
     "deepseek_v3": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=40),
     "deepseek_v3_plain": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=None, rope_parameters=LLAMA3),
@@ -72,11 +93,13 @@ FAMILIES = {
         pad_token_id=None,
     ),
 }
+NORMS_NEAR = {"qwen3_next": 0.0}
+"""Families that store norms less one."""
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
 
 
-def build(config):
+def build(config, norms_near: float):
     """The model with every tensor drawn from its name."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -84,7 +107,7 @@ def build(config):
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name not in tied:
-                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape))))
+                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape), norms_near=norms_near)))
     return model
 
 
@@ -105,13 +128,18 @@ def answers(model, ids: list[int], **options) -> dict:
     if options:
         return {"tokens": tokens, "score": float(out.sequences_scores[0])}
     chosen = [float(torch.log_softmax(x[0].double(), -1)[t]) for x, t in zip(out.logits, tokens, strict=True)]
+    whole = torch.log_softmax(model(out.sequences, use_cache=False).logits[0, len(ids) - 1 : -1].double(), -1)
+    worst = max(abs(float(whole[i, t]) - chosen[i]) for i, t in enumerate(tokens))
+    assert worst < 1e-4, f"without a cache the reference differs from itself by {worst}"
     return {"tokens": tokens, "logprobs": [round(value, 6) for value in chosen]}
 
 
-def main(folder: Path) -> None:
+@torch.no_grad()
+def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
-    for family, config in FAMILIES.items():
-        model = build(config)
+    for family in families:
+        config, norms_near = FAMILIES[family], NORMS_NEAR.get(family, 1.0)
+        model = build(config, norms_near)
         shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
         if config.tie_word_embeddings:
             del shapes["lm_head.weight"]
@@ -122,6 +150,7 @@ def main(folder: Path) -> None:
             "made_with": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]},
             "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
             "shapes": shapes,
+            "norms_near": norms_near,
             "answers": results,
         }
         golden["config"]["architectures"] = [type(model).__name__]
@@ -140,4 +169,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", nargs="?", type=Path, default=HERE)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
+    given = parser.parse_args()
+    main(given.folder, given.only)
