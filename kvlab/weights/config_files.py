@@ -26,9 +26,9 @@ def size(default: int | None = REQUIRED, *, null: bool = False) -> Any:
     return value_of(SIZE | None if default is None or null else SIZE, default)
 
 
-def positive(default: float = REQUIRED) -> Any:
-    """A finite positive number."""
-    return value_of(POSITIVE, default)
+def positive(default: float | None = REQUIRED) -> Any:
+    """A finite positive number; with None as its default also absent."""
+    return value_of(POSITIVE | None if default is None else POSITIVE, default)
 
 
 def only(legal: Any) -> Any:

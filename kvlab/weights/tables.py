@@ -1,7 +1,7 @@
 """Which tensors of a file make each parameter, and how: names and transforms, read in both directions."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,13 @@ class Entry:
 
 type Table = dict[str, Entry]
 """By the dotted path of the parameter."""
+
+
+def less_one(table: Table) -> Table:
+    """The same with the scale of every norm as its distance from one."""
+    return {
+        name: replace(entry, transform=LESS_ONE) if name.endswith(".scale") else entry for name, entry in table.items()
+    }
 
 
 def linear(

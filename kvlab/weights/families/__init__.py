@@ -4,6 +4,8 @@ from typing import Any
 
 from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
+from kvlab.weights.families.gemma3 import Gemma3
+from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
@@ -11,7 +13,8 @@ from kvlab.weights.families.qwen3 import Qwen3
 from kvlab.weights.families.qwen3_next import Qwen3Next
 
 FAMILIES: dict[str, Family[Any]] = {
-    family.model_type: family() for family in (Llama, Mistral, Qwen3, Qwen3Next, DeepseekV3, Mamba2)
+    family.model_type: family()
+    for family in (Llama, Mistral, Qwen3, DeepseekV3, Mamba2, Gemma3, GraniteHybrid, Qwen3Next)
 }
 """By the `model_type` of config.json."""
 

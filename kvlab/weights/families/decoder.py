@@ -98,7 +98,7 @@ def attention_layers(
     return [LayerConfig("attention", local if kind == "sliding_attention" else config) for kind in kinds]
 
 
-def attention_config(file: DecoderFile, rope: DefaultRope, **more: Any) -> AttentionConfig:
+def attention_config(file: DecoderFile, rope: DefaultRope, /, **more: Any) -> AttentionConfig:
     """Full attention as the file has it."""
     head_dim = file.head_dim or max(1, file.hidden_size // file.num_attention_heads)
     if int(head_dim * rope.partial_rotary_factor) % 2:
