@@ -59,7 +59,7 @@ _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
 VARIANTS |= {
     name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
     for name, fields in {
-        "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
+        "gated_deltanet": {"num_value_heads": 4, "conv_len": 3, "conv_bias": False},
         "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
         "deltaproduct": {"householders": 2, "negative_eigenvalues": True, "conv_len": 2},
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},

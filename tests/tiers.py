@@ -202,6 +202,7 @@ SWEEPS = {
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-32-": "fast",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-112-": "fast",
     f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-1-1-": "fast",
+    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3_next-4-1-": "fast",
     f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
     f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
     f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",

@@ -42,6 +42,8 @@ class Entry:
     transform: Transform = AS_IS
     order: tuple[int, ...] | None = None
     """Rows of each tensor of the file, as they come here; None: as they are."""
+    num_rows: int | None = None
+    """Rows that each of those tensors has, where `order` are some of them and other parameters have the rest."""
 
     def load(self, parts: Sequence[Tensor]) -> Tensor:
         """The parameter."""
@@ -49,13 +51,17 @@ class Entry:
         return self.transform.load(ordered)
 
     def unload(self, whole: Tensor) -> list[Tensor]:
-        """The file's tensors; copies where rows are in another order there."""
+        """The file's tensors, or their rows `order` where others have the rest; copies where rows are in another order
+        there."""
         parts = self.transform.unload(whole)
-        return parts if self.order is None else [part[np.argsort(self.order)] for part in parts]
+        if self.order is None or self.num_rows is not None:
+            return parts
+        return [part[np.argsort(self.order)] for part in parts]
 
     def shapes(self, ours: Sequence[int]) -> list[tuple[int, ...]]:
         """The file's shapes for a parameter of that shape; nothing of that size is allocated."""
-        return [part.shape for part in self.transform.unload(np.broadcast_to(np.float32(0), tuple(ours)))]
+        shapes = [part.shape for part in self.transform.unload(np.broadcast_to(np.float32(0), tuple(ours)))]
+        return shapes if self.num_rows is None else [(self.num_rows, *shape[1:]) for shape in shapes]
 
 
 type Table = dict[str, Entry]
@@ -69,9 +75,21 @@ def less_one(table: Table) -> Table:
     }
 
 
-def linear(ours: str, theirs: str, *, bias: bool = False, order: tuple[int, ...] | None = None) -> Table:
-    """A linear layer, its rows in another order where one is given."""
-    table: Table = {f"{ours}.kernel": Entry((f"{theirs}.weight",), TRANSPOSED, order)}
+def linear(
+    ours: str, theirs: str, *, bias: bool = False, order: tuple[int, ...] | None = None, num_rows: int | None = None
+) -> Table:
+    """A linear layer; `order` and `num_rows` as in `Entry`."""
+    table: Table = {f"{ours}.kernel": Entry((f"{theirs}.weight",), TRANSPOSED, order, num_rows)}
     if bias:
-        table[f"{ours}.bias"] = Entry((f"{theirs}.bias",))
+        table[f"{ours}.bias"] = Entry((f"{theirs}.bias",), AS_IS, order, num_rows)
     return table
+
+
+def rows_by_group(num_groups: int, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Where the rows of several parameters lie in one tensor that has `num_groups` groups, each with `sizes` rows of
+    them in turn."""
+    end, found = 0, list[tuple[int, ...]]()
+    for size in sizes:
+        start, end = end, end + size
+        found.append(tuple(group * sum(sizes) + row for group in range(num_groups) for row in range(start, end)))
+    return found

@@ -140,6 +140,18 @@ def test_what_recurrent_gemma_does_not_say(tmp_path):
     assert architecture.model.embed_scale == 8.9375  # sqrt(80) = 8.944 in bfloat16
 
 
+def test_the_hubs_spelling_of_qwen3_next(tmp_path):
+    """An interval in place of layer types, the turned share and the base as fields of their own, dense layers by
+    name."""
+    folder = write_folder("qwen3_next", tmp_path)
+    edit(folder, full_attention_interval=2, num_experts=512, mlp_only_layers=[0, 1], layer_types=None)
+    edit(folder, rope_parameters=None, rope_theta=5e5, partial_rotary_factor=0.5)
+    linear, full = (layer.config for layer in load_checkpoint(folder).architecture.layers)
+    assert (full.rope_base, full.rope_fraction, full.head_dim, linear.heads) == (5e5, 0.5, 32, 4)
+    edit(folder, partial_rotary_factor=None)
+    assert peek_architecture(folder).layers[1].config.rope_fraction == 0.25  # what an absent field means there
+
+
 def edit(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -192,6 +204,22 @@ def edit(folder: Path, **changes) -> None:
         ("recurrent_gemma", {"lru_width": 90}, "num_heads = 4: must divide width = 90"),
         ("recurrent_gemma", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "partial_rotary_factor = 0.45: must"),
         ("recurrent_gemma", {"attention_bias": True}, "q_proj.bias: is missing"),
+        ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0, .*: layer 0 has experts, not built here"),
+        ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
+        ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention and"),
+        ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3: must be a multiple of"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "conv_len = 1: must be 0 .none. or a width"),
+        ("qwen3_next", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("qwen3_next", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5: must be"),
+        (
+            "qwen3_next",
+            {"rope_parameters": {"partial_rotary_factor": 0.1}},
+            "= 0.1: must turn an even part of a head of",
+        ),
+        ("qwen3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: only 1.0"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: only 1.0"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

@@ -21,6 +21,7 @@ from transformers import (
     Mamba2Config,
     MistralConfig,
     Qwen3Config,
+    Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
 
@@ -59,6 +60,15 @@ LATENT = {
     "rms_norm_eps": 1e-3,
 }
 """Dense layers alone. The epsilon is not that of the norms inside attention."""
+HYBRID = {
+    "num_key_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+"""Heads of keys serve two heads of values each."""
 GRANITE = {
     **DECODER,
     "num_hidden_layers": 3,
@@ -83,6 +93,9 @@ FAMILIES = {
     "llama_mha": LlamaConfig(**DECODER, num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-5),
     "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
     "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
+    "qwen3_next": Qwen3NextConfig(
+        **DECODER, **HYBRID, head_dim=32, num_experts=0, attention_bias=True, rms_norm_eps=1e-4
+    ),
     "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
     "deepseek_v3": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=40),
     "deepseek_v3_plain": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=None, rope_parameters=LLAMA3),
@@ -127,11 +140,13 @@ FAMILIES = {
 DOUBLE = ("recurrent_gemma",)
 """Families computed in float64: 1 - a^2 cancels where a channel hardly decays, and the peer's float32 differs by 2.6e-4
 from its own float64, from which kvlab's float32 differs by 2e-5."""
+NORMS_NEAR = {"qwen3_next": 0.0}
+"""Families that store norms less one."""
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
 
 
-def build(config):
+def build(config, norms_near: float):
     """The model with every tensor drawn from its name."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -139,7 +154,7 @@ def build(config):
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name not in tied:
-                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape))))
+                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape), norms_near=norms_near)))
     return model
 
 
@@ -180,8 +195,8 @@ def answers(model, ids: list[int], **options) -> dict:
 def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     for family in families or FAMILIES:
-        config = FAMILIES[family]
-        model = build(config).to(torch.float64 if family in DOUBLE else torch.float32)
+        config, norms_near = FAMILIES[family], NORMS_NEAR.get(family, 1.0)
+        model = build(config, norms_near).to(torch.float64 if family in DOUBLE else torch.float32)
         shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
         if config.tie_word_embeddings:
             del shapes["lm_head.weight"]
@@ -192,6 +207,7 @@ def main(folder: Path, families: list[str]) -> None:
             "made_with": {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]},
             "config": {k: v for k, v in config.to_dict().items() if k != "transformers_version"},
             "shapes": shapes,
+            "norms_near": norms_near,
             "answers": results,
         }
         golden["config"]["architectures"] = [type(model).__name__]
