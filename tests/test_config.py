@@ -45,7 +45,7 @@ ADDED = {
     "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start", "scale", "norms")
+ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start", "scale", "norms", "qk_norm_over")
 
 
 @pytest.mark.parametrize(
