@@ -45,7 +45,16 @@ ADDED = {
     "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start", "scale", "norms", "out_bias")
+ADDED_TO_ATTENTION = (
+    "output_gate",
+    "sink_logits",
+    "shares_kv",
+    "local_start",
+    "scale",
+    "norms",
+    "qk_norm_over",
+    "out_bias",
+)
 
 
 @pytest.mark.parametrize(

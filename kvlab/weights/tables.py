@@ -30,8 +30,19 @@ END_TO_END = Transform(lambda parts: np.concatenate(parts), lambda whole: np.spl
 """Two vectors as one."""
 CONVOLUTION = Transform(lambda parts: parts[0][:, 0, ::-1].T, lambda whole: [whole.T[:, None, ::-1]])
 """[channels, 1, width] with the oldest input first in the file, [width, channels] with the newest first here."""
+FLAT = Transform(lambda parts: parts[0].reshape(-1), lambda whole: [whole.reshape(1, 1, -1, 1)])
+"""A vector of heads that the file has as [1, 1, heads, 1]."""
 LESS_ONE = Transform(lambda parts: 1 + parts[0].astype(np.float32), lambda whole: [whole - 1])
 """The scale of a norm that the file has as its distance from one. Rounded as transformers rounds it, to float32."""
+
+
+def joined(parts: Transform, sizes: Sequence[int]) -> Transform:
+    """Several tensors, each read by `parts`, as one along its last axis, of which they take `sizes`."""
+    ends = np.cumsum(sizes)[:-1]
+    return Transform(
+        lambda tensors: np.concatenate([parts.load([tensor]) for tensor in tensors], axis=-1),
+        lambda whole: [parts.unload(part)[0] for part in np.split(whole, ends, axis=-1)],
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain", "granitemoehybrid_rope"])
+@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope"])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -152,6 +152,38 @@ def test_the_hubs_spelling_of_qwen3_next(tmp_path):
     assert peek_architecture(folder).layers[1].config.rope_fraction == 0.25  # what an absent field means there
 
 
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({"rope_parameters": None, "rope_theta": None}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}, "rope_theta": 5e5}, None),
+        ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_type": "default"}}, 1e4),
+    ],
+)
+def test_olmo_hybrids_base_of_null_turns_nothing(fields, base, tmp_path):
+    """What transformers makes of each."""
+    folder = write_folder("olmo_hybrid", tmp_path)
+    edit(folder, **fields)
+    attention = peek_architecture(folder).layers[1].config
+    assert (attention.rope_base if attention.rope else None) == base
+
+
+def test_what_an_olmo_hybrid_is_where_its_file_says_little(tmp_path):
+    """As transformers' config: heads of linear layers as of attention, keys of three quarters of the width."""
+    folder = write_folder("olmo_hybrid", tmp_path)
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    absent = {f"linear_{name}": None for name in (*names, "allow_neg_eigval")}
+    edit(folder, layer_types=None, num_hidden_layers=6, **absent)
+    layers = peek_architecture(folder).layers
+    assert [layer.mixer for layer in layers] == [*["linear"] * 3, "attention", *["linear"] * 2]
+    linear = layers[0].config
+    assert (linear.num_heads, linear.heads, linear.key_dim, linear.value_dim, linear.conv_len) == (4, 4, 12, 24, 4)
+    assert linear.negative_eigenvalues
+    edit(folder, num_hidden_layers=3)
+    assert [layer.mixer for layer in peek_architecture(folder).layers] == ["linear", "linear", "attention"]
+
+
 def edit(folder: Path, **changes) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -207,7 +239,7 @@ def edit(folder: Path, **changes) -> None:
         ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0, .*: layer 0 has experts, not built here"),
         ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
         ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
-        ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention and"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
         ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
         ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3: must be a multiple of"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "conv_len = 1: must be 0 .none. or a width"),
@@ -216,10 +248,21 @@ def edit(folder: Path, **changes) -> None:
         (
             "qwen3_next",
             {"rope_parameters": {"partial_rotary_factor": 0.1}},
-            "= 0.1: must turn an even part of a head of",
+            "= 0.1: must turn an even part of a head",
         ),
         ("qwen3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: only 1.0"),
         ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: only 1.0"),
+        (
+            "olmo_hybrid",
+            {"layer_types": ["linear_attention"] * 2},
+            "layer_types = .*: must be 2 of linear_attention",
+        ),
+        ("olmo_hybrid", {"linear_num_key_heads": 3}, "linear_num_value_heads = 4: must be a multiple of .* = 3"),
+        ("olmo_hybrid", {"linear_allow_neg_eigval": 1}, "linear_allow_neg_eigval = 1"),
+        ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
+        ("olmo_hybrid", {"num_experts": 4}, "num_experts = 4: only 0"),
+        ("olmo_hybrid", {"rope_theta": -1.0}, "rope_theta = -1.0: must be a finite positive number"),
+        ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

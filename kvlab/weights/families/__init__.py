@@ -9,13 +9,25 @@ from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
+from kvlab.weights.families.olmo_hybrid import OlmoHybrid
 from kvlab.weights.families.qwen3 import Qwen3
 from kvlab.weights.families.qwen3_next import Qwen3Next
 from kvlab.weights.families.recurrent_gemma import RecurrentGemma
 
 FAMILIES: dict[str, Family[Any]] = {
     family.model_type: family()
-    for family in (Llama, Mistral, Qwen3, DeepseekV3, Mamba2, Gemma3, GraniteHybrid, RecurrentGemma, Qwen3Next)
+    for family in (
+        Llama,
+        Mistral,
+        Qwen3,
+        Gemma3,
+        DeepseekV3,
+        Mamba2,
+        RecurrentGemma,
+        GraniteHybrid,
+        Qwen3Next,
+        OlmoHybrid,
+    )
 }
 """By the `model_type` of config.json."""
 

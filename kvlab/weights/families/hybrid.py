@@ -10,6 +10,7 @@ from kvlab.schema import ConfigError
 from kvlab.weights.config_files import size
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import DecoderFile
+from kvlab.weights.tables import CONVOLUTION, TRANSPOSED, Entry, Table, joined, linear
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -57,6 +58,20 @@ def delta_net(
         **more,
     )
     return LayerConfig("linear", config)
+
+
+def delta_table(ours: str, theirs: str, config: LinearConfig) -> Table:
+    """What the files of both OLMo-Hybrid and Kimi Linear have of a delta rule: projections and convolutions of
+    queries, keys and values by themselves."""
+    keys, values = config.num_heads * config.key_dim, config.heads * config.value_dim
+    widths = (keys, keys, values)
+    table: Table = {
+        f"{ours}.split.kernel": Entry(tuple(f"{theirs}.{x}_proj.weight" for x in "qkv"), joined(TRANSPOSED, widths)),
+        f"{ours}.conv.kernel": Entry(tuple(f"{theirs}.{x}_conv1d.weight" for x in "qkv"), joined(CONVOLUTION, widths)),
+    }
+    for mine, yours in (("dt_bias", "dt_bias"), ("log_rate", "A_log"), ("norm.scale", "o_norm.weight")):
+        table[f"{ours}.{mine}"] = Entry((f"{theirs}.{yours}",))
+    return table | linear(f"{ours}.beta", f"{theirs}.b_proj") | linear(f"{ours}.out", f"{theirs}.o_proj")
 
 
 def delta_net_values(config: LinearConfig) -> dict[str, Any]:

@@ -8,10 +8,12 @@ Runs in the peers' environment and imports nothing of kvlab.
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.numpy import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -20,6 +22,7 @@ from transformers import (
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
+    OlmoHybridConfig,
     Qwen3Config,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
@@ -134,6 +137,12 @@ FAMILIES = {
         block_types=["recurrent", "attention"],
         logits_soft_cap=20.0,
     ),
+    "olmo_hybrid": OlmoHybridConfig(
+        **DECODER, **HYBRID, rms_norm_eps=1e-4, rope_parameters={"rope_theta": None, "rope_type": "default"}
+    ),
+    "olmo_hybrid_rope": OlmoHybridConfig(
+        **DECODER, **HYBRID, linear_allow_neg_eigval=False, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}
+    ),
     "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
     "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
@@ -146,16 +155,38 @@ LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
 
 
+def published(model) -> dict[str, list[int]]:
+    """Names and shapes of the tensors as the hub's files have them. transformers renames some when it loads them, and
+    joins convolutions; its `save_pretrained` (5.23) does not undo that right, it cuts convolutions into equal parts."""
+    tensors, found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}, {}
+    family = model.config.model_type
+    for name, shape in tensors.items():
+        layer, _, last = name.rpartition("conv1d.weight")
+        if family == "olmo_hybrid" and layer and not last:
+            for part in "qkv":
+                found[f"{layer}{part}_conv1d.weight"] = [tensors[f"{layer}{part}_proj.weight"][0], *shape[1:]]
+            continue
+        if family == "olmo_hybrid" and f"{'.'.join(name.split('.')[:3])}.linear_attn.A_log" in tensors:
+            name = name.replace("input_layernorm", "attention_layer_norm")
+            name = name.replace("post_attention_layernorm", "feedforward_layer_norm")
+        found[name] = shape
+    if model.config.tie_word_embeddings:
+        del found["lm_head.weight"]
+    return found
+
+
 def build(config, norms_near: float):
-    """The model with every tensor drawn from its name."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name not in tied:
-                tensor.copy_(torch.from_numpy(draw(name, tuple(tensor.shape), norms_near=norms_near)))
-    return model
+    """The model as transformers loads it from a folder with every tensor drawn from its name; names and shapes."""
+    shapes = published(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    tensors = {name: draw(name, tuple(shape), norms_near=norms_near) for name, shape in shapes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        save_file(tensors, Path(folder) / "model.safetensors")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return model.eval(), shapes
 
 
 def forget(model) -> None:
@@ -196,10 +227,8 @@ def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     for family in families or FAMILIES:
         config, norms_near = FAMILIES[family], NORMS_NEAR.get(family, 1.0)
-        model = build(config, norms_near).to(torch.float64 if family in DOUBLE else torch.float32)
-        shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            del shapes["lm_head.weight"]
+        model, shapes = build(config, norms_near)
+        model = model.to(torch.float64 if family in DOUBLE else torch.float32)
         results = {}
         for length in LENGTHS:
             results[str(length)] = answers(model, prompt(length, VOCAB))
