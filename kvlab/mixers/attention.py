@@ -39,7 +39,7 @@ class AttentionConfig(MixerConfig):
 
     Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). With `qk_norm` queries and keys are
     normed before they are turned: each head by itself, or `qk_norm_over` "all" of them as one vector, as OLMo 2 does
-    (arXiv 2501.00656).
+    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -60,6 +60,7 @@ class AttentionConfig(MixerConfig):
     local_start: float = added(real(0.0, 0.0, 100.0))
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
     qk_norm_over: str = added(choice("head", QK_NORMS_OVER))
+    out_bias: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -70,6 +71,8 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
         if self.qk_norm_over != "head" and not self.qk_norm:
             raise ConfigError("qk_norm_over", self.qk_norm_over, "must be head without qk_norm")
+        if self.out_bias and self.bias:
+            raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
         check_scaling(self.rope_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
@@ -116,7 +119,7 @@ class Attention(Mixer):
         if not config.shares_kv:
             self.key = linear(model_dim, kv_heads * dim, config.bias)
             self.value = linear(model_dim, kv_heads * dim, config.bias)
-        self.out = linear(heads * dim, model_dim, config.bias)
+        self.out = linear(heads * dim, model_dim, config.bias or config.out_bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:

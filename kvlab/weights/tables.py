@@ -26,6 +26,8 @@ SIDE_BY_SIDE = Transform(
     lambda whole: [half.T for half in np.split(whole, 2, axis=1)],
 )
 """Two linear layers as one product."""
+END_TO_END = Transform(lambda parts: np.concatenate(parts), lambda whole: np.split(whole, 2))
+"""Two vectors as one."""
 CONVOLUTION = Transform(lambda parts: parts[0][:, 0, ::-1].T, lambda whole: [whole.T[:, None, ::-1]])
 """[channels, 1, width] with the oldest input first in the file, [width, channels] with the newest first here."""
 FLAT = Transform(lambda parts: parts[0].reshape(-1), lambda whole: [whole.reshape(1, 1, -1, 1)])

@@ -19,6 +19,8 @@ def draw(name: str, shape: tuple[int, ...], scale: float = 0.3, norms_near: floa
         values = np.log(rng.uniform(0.05, 1.0, shape) if "attn" in name else rng.uniform(1.0, 16.0, shape))
     elif name.endswith("dt_bias"):
         values = np.log(np.expm1(rng.uniform(1e-3, 1e-1, shape)))
+    elif name.endswith("recurrent_param"):  # of RG-LRU: the inverse softplus of -log radius
+        values = np.log(np.expm1(-np.log(rng.uniform(0.9, 0.999, shape))))
     elif name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight", ".D")):
         values = (1 if "linear_attn" in name else norms_near) + 0.1 * rng.standard_normal(shape)
     else:

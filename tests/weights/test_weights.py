@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -27,7 +28,10 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope"])
+OTHERS = ("deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -69,6 +73,28 @@ def test_dtypes(tmp_path):
         assert model.model.params["norm"]["scale"].dtype == np.float32
 
 
+def test_distances_from_one_are_stored_in_their_own_precision(tmp_path):
+    """A file in bfloat16 has what a norm is above one, rounded; not one more than that, rounded."""
+    model = pretrained("gemma3_text")
+    save_checkpoint(model, tmp_path / "out", dtype="bfloat16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(write_folder("gemma3_text", tmp_path / "in") / "model.safetensors")
+    for name in original:
+        np.testing.assert_allclose(found[name].astype(np.float32), original[name], 2**-8, 2**-22, err_msg=name)
+
+
+def test_recurrent_gemma_computes_in_bfloat16(tmp_path):
+    """The gates' matrices too are then of that type; logits are near those of float32."""
+    folder, tokens = write_folder("recurrent_gemma", tmp_path), jnp.arange(8, dtype=jnp.int32)[None]
+
+    def logits(dtype):
+        model = load_checkpoint(folder, dtype).model.merge()
+        return np.asarray(jax.jit(lambda ids: model.logits(model.parallel(ids)))(tokens))
+
+    exact = logits("float32")
+    assert 1e-4 < np.abs(logits("bfloat16") - exact).mean() / np.abs(exact).mean() < 0.05
+
+
 def test_old_spellings_of_the_rotary_embedding(tmp_path):
     folder = write_folder("llama3_rope", tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -104,6 +130,19 @@ def test_the_hubs_spelling_of_granite_4(tmp_path):
     assert {layer.mixer for layer in peek_architecture(folder).layers} == {"mamba2"}
 
 
+def test_what_recurrent_gemma_does_not_say(tmp_path):
+    """Half of each head turns, in the hub's older spelling and unsaid; blocks are repeated; heads are tied."""
+    folder = write_folder("recurrent_gemma", tmp_path)
+    edit(folder, rope_parameters=None, rope_theta=1e4, partial_rotary_factor=0.5, head_dim=None)
+    assert load_checkpoint(folder).architecture == pretrained("recurrent_gemma").architecture
+    edit(folder, partial_rotary_factor=None, block_types=None, num_hidden_layers=4, lru_width=None)
+    architecture = peek_architecture(folder)
+    assert [layer.mixer for layer in architecture.layers] == ["rglru", "rglru", "attention", "rglru"]
+    assert architecture.layers[2].config.rope_fraction == 0.5
+    assert architecture.layers[0].config.width == 80
+    assert architecture.model.embed_scale == 8.9375  # sqrt(80) = 8.944 in bfloat16
+
+
 def test_the_hubs_spelling_of_qwen3_next(tmp_path):
     """An interval in place of layer types, the turned share and the base as fields of their own, dense layers by
     name."""
@@ -114,6 +153,19 @@ def test_the_hubs_spelling_of_qwen3_next(tmp_path):
     assert (full.rope_base, full.rope_fraction, full.head_dim, linear.heads) == (5e5, 0.5, 32, 4)
     edit(folder, partial_rotary_factor=None)
     assert peek_architecture(folder).layers[1].config.rope_fraction == 0.25  # what an absent field means there
+
+
+def test_the_hubs_spelling_of_kimi_linear(tmp_path):
+    """Linear layers in an object of their own, counted from 1, and fields that are not read."""
+    folder = write_folder("kimi_linear", tmp_path)
+    linear = {"num_heads": 3, "head_dim": 24, "short_conv_kernel_size": 4}
+    edit(folder, layer_types=None, mlp_layer_types=None, linear_num_heads=None, linear_head_dim=None)
+    edit(folder, first_k_dense_replace=2, num_experts=256, rope_theta=1e4, head_dim=72, moe_layer_freq=1)
+    edit(folder, linear_attn_config=linear | {"kda_layers": [1], "full_attn_layers": [2]})
+    assert load_checkpoint(folder).architecture == pretrained("kimi_linear").architecture
+    edit(folder, linear_attn_config=linear, num_hidden_layers=9, first_k_dense_replace=9)
+    kinds = [layer.mixer for layer in peek_architecture(folder).layers]
+    assert [place for place, kind in enumerate(kinds) if kind == "latent"] == [4, 8]  # transformers' default
 
 
 @pytest.mark.parametrize(
@@ -193,6 +245,13 @@ def edit(folder: Path, **changes) -> None:
         ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias = True: only False"),
         ("granitemoehybrid", {"mamba_d_head": 8}, "mamba_n_heads . mamba_d_head = 64: must be .* = 128"),
         ("granitemoehybrid", {"residual_multiplier": 0}, "residual_multiplier = 0: must be a finite positive number"),
+        ("recurrent_gemma", {"block_types": ["recurrent", "mamba"]}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"block_types": []}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation = 'silu': only 'gelu_pytorch_tanh'"),
+        ("recurrent_gemma", {"conv1d_width": 1}, "conv_len = 1: must be 0"),
+        ("recurrent_gemma", {"lru_width": 90}, "num_heads = 4: must divide width = 90"),
+        ("recurrent_gemma", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "partial_rotary_factor = 0.45: must"),
+        ("recurrent_gemma", {"attention_bias": True}, "q_proj.bias: is missing"),
         ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0, .*: layer 0 has experts, not built here"),
         ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
         ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
@@ -220,6 +279,24 @@ def edit(folder: Path, **changes) -> None:
         ("olmo_hybrid", {"num_experts": 4}, "num_experts = 4: only 0"),
         ("olmo_hybrid", {"rope_theta": -1.0}, "rope_theta = -1.0: must be a finite positive number"),
         ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types = .*: must be 2 of dense: experts"),
+        (
+            "kimi_linear",
+            {"mlp_layer_types": None},
+            "first_k_dense_replace = 1: must be at least .* have experts",
+        ),
+        ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings = True: only False"),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope = False: only True"),
+        ("kimi_linear", {"attention_bias": True}, "attention_bias = True: only False"),
+        ("kimi_linear", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
+        ("kimi_linear", {"linear_attn_config": {"num_heads": 0}}, "linear_attn_config.num_heads = 0: must be"),
+        ("kimi_linear", {"linear_attn_config": 3}, "linear_attn_config = 3: must be"),
+        ("kimi_linear", {"layer_types": ["linear_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
+        (
+            "kimi_linear",
+            {"layer_types": None, "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
+            "full_attn_layers = .2.: must name, with kda_layers, every layer from 1 to 2 once",
+        ),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

@@ -10,7 +10,7 @@ from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import ConfigFile, DefaultRope, only, positive, size
 from kvlab.weights.families.base import Architecture, Family
-from kvlab.weights.tables import SIDE_BY_SIDE, Entry, Table, linear
+from kvlab.weights.tables import END_TO_END, SIDE_BY_SIDE, Entry, Table, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,14 +155,18 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     """Projections, and the norms of queries and keys where there are any."""
     table: Table = {}
     for mine, yours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=config.bias)
+        has_bias = config.bias or (mine == "out" and config.out_bias)
+        table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=has_bias)
     if config.qk_norm:
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_norm.weight",))
         table[f"{ours}.key_norm.scale"] = Entry((f"{theirs}.k_norm.weight",))
     return table
 
 
-def mlp_table(ours: str, theirs: str) -> Table:
+def mlp_table(ours: str, theirs: str, *, bias: bool = False) -> Table:
     """The gated MLP."""
-    both = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
-    return {f"{ours}.gate_up.kernel": Entry(both, SIDE_BY_SIDE), **linear(f"{ours}.down", f"{theirs}.down_proj")}
+    both = (f"{theirs}.gate_proj", f"{theirs}.up_proj")
+    table: Table = {f"{ours}.gate_up.kernel": Entry(tuple(f"{name}.weight" for name in both), SIDE_BY_SIDE)}
+    if bias:
+        table[f"{ours}.gate_up.bias"] = Entry(tuple(f"{name}.bias" for name in both), END_TO_END)
+    return table | linear(f"{ours}.down", f"{theirs}.down_proj", bias=bias)

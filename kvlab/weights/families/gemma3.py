@@ -42,8 +42,7 @@ class Gemma3File(DecoderFile):
 
 
 class Gemma3(Decoder[Gemma3File]):
-    """Attention and MLP between norms on both sides, queries and keys normed, embeddings times sqrt(E). Its norms
-    multiply with one more than what the file holds."""
+    """Attention and MLP between norms on both sides, queries and keys normed, embeddings times sqrt(E)."""
 
     model_type = "gemma3_text"
     transformers_class = "Gemma3ForCausalLM"
@@ -96,13 +95,15 @@ class Gemma3(Decoder[Gemma3File]):
         }
 
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
-        table = super().table(layers, model)
-        for index in range(len(layers)):
-            ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            table[f"{ours}.mixer_norm_after.scale"] = table.pop(f"{ours}.mlp_norm.scale")
-            table[f"{ours}.mlp_norm.scale"] = Entry((f"{theirs}.pre_feedforward_layernorm.weight",))
-            table[f"{ours}.mlp_norm_after.scale"] = Entry((f"{theirs}.post_feedforward_layernorm.weight",))
-        return less_one(table)
+        return less_one(super().table(layers, model))
+
+    def norms_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
+        return {
+            f"{ours}.mixer_norm.scale": Entry((f"{theirs}.input_layernorm.weight",)),
+            f"{ours}.mixer_norm_after.scale": Entry((f"{theirs}.post_attention_layernorm.weight",)),
+            f"{ours}.mlp_norm.scale": Entry((f"{theirs}.pre_feedforward_layernorm.weight",)),
+            f"{ours}.mlp_norm_after.scale": Entry((f"{theirs}.post_feedforward_layernorm.weight",)),
+        }
 
 
 def _ropes(file: Gemma3File) -> dict[str, DefaultRope]:

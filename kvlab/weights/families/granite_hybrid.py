@@ -89,33 +89,30 @@ class GraniteHybrid(Decoder[GraniteHybridFile]):
 
     def write_layers(self, architecture: Architecture) -> dict[str, Any]:
         kinds = [MAMBA[0] if layer.mixer == "mamba2" else ATTENTION[0] for layer in architecture.layers]
-        attention = [layer for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
+        attention = [layer.config for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
         mamba = [layer.config for layer in architecture.layers if isinstance(layer.config, Mamba2Config)]
         values: dict[str, Any] = {"layer_types": kinds, "num_attention_heads": 1}
         if attention:
-            config = attention[0].config
-            assert isinstance(config, AttentionConfig)
-            values |= attention_values(replace(architecture, layers=tuple(attention)))
-            values |= {"attention_multiplier": config.scale, "position_embedding_type": "rope" if config.rope else None}
+            positions = "rope" if attention[0].rope else None
+            values |= attention_values(architecture)
+            values |= {"attention_multiplier": attention[0].scale, "position_embedding_type": positions}
         return values | (_mamba_values(mamba[0], architecture.model) if mamba else {})
 
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
-        table: Table = {
-            "embedding.embedding": Entry(("model.embed_tokens.weight",)),
-            "norm.scale": Entry(("model.norm.weight",)),
-        }
-        for index, layer in enumerate(layers):
-            ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            table[f"{ours}.mixer_norm.scale"] = Entry((f"{theirs}.input_layernorm.weight",))
-            table[f"{ours}.mlp_norm.scale"] = Entry((f"{theirs}.post_attention_layernorm.weight",))
-            if isinstance(layer.config, AttentionConfig):
-                table |= attention_table(f"{ours}.mixer", f"{theirs}.self_attn", layer.config)
-            else:
-                table |= mamba2_table(f"{ours}.mixer", f"{theirs}.mamba")
-            both = f"{theirs}.shared_mlp.input_linear.weight"
-            table[f"{ours}.mlp.gate_up.kernel"] = Entry((both,), TRANSPOSED)
-            table |= linear(f"{ours}.mlp.down", f"{theirs}.shared_mlp.output_linear")
+        table = super().table(layers, model)
+        for index in range(len(layers)):
+            ours, theirs = f"blocks.{index}.mlp", f"model.layers.{index}.shared_mlp"
+            table[f"{ours}.gate_up.kernel"] = Entry((f"{theirs}.input_linear.weight",), TRANSPOSED)
+            table |= linear(f"{ours}.down", f"{theirs}.output_linear")
         return table
+
+    def mixer_name(self, layer: LayerConfig) -> str:
+        return "mamba" if layer.mixer == "mamba2" else "self_attn"
+
+    def mixer_table(self, ours: str, theirs: str, config: Any) -> Table:
+        if isinstance(config, AttentionConfig):
+            return attention_table(ours, theirs, config)
+        return mamba2_table(ours, theirs)
 
 
 def _mamba2(file: GraniteHybridFile) -> Mamba2Config:

@@ -1,5 +1,5 @@
 """Writes the expected tokens and log-probabilities beside it: transformers' `generate`, in float32, on weights drawn by
-numpy.
+numpy. Some are computed in float64.
 
     make peers && .peers/bin/python tests/golden/generation/make.py [FOLDER [FAMILY ...]]
 
@@ -19,12 +19,14 @@ from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
     GraniteMoeHybridConfig,
+    KimiLinearConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
     OlmoHybridConfig,
     Qwen3Config,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -71,6 +73,19 @@ HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 """Heads of keys serve two heads of values each."""
+KIMI = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 28,
+    "rms_norm_eps": 1e-4,
+    "linear_num_heads": 3,
+    "linear_head_dim": 24,
+    "layer_types": HYBRID["layer_types"],
+    "mlp_layer_types": ["dense", "dense"],
+}
+"""Dense layers alone; the epsilon is not that of the norms inside latent attention."""
 GRANITE = {
     **DECODER,
     "num_hidden_layers": 3,
@@ -134,9 +149,22 @@ FAMILIES = {
     "olmo_hybrid_rope": OlmoHybridConfig(
         **DECODER, **HYBRID, linear_allow_neg_eigval=False, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}
     ),
+    "recurrent_gemma": RecurrentGemmaConfig(
+        **{**DECODER, "num_hidden_layers": 3, "hidden_size": 80},
+        num_key_value_heads=1,
+        lru_width=96,
+        attention_window_size=WINDOW,
+        block_types=["recurrent", "attention"],
+        logits_soft_cap=20.0,
+    ),
+    "kimi_linear": KimiLinearConfig(**DECODER, **KIMI),
+    "kimi_linear_compressed": KimiLinearConfig(**DECODER, **KIMI, q_lora_rank=40),
     "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
     "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
+DOUBLE = ("recurrent_gemma",)
+"""Families computed in float64: 1 - a^2 cancels where a channel hardly decays, and the peer's float32 differs by 2.6e-4
+from its own float64, from which kvlab's float32 differs by 2e-5."""
 NORMS_NEAR = {"qwen3_next": 0.0}
 """Families that store norms less one."""
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
@@ -150,14 +178,14 @@ def published(model) -> dict[str, list[int]]:
     family = model.config.model_type
     for name, shape in tensors.items():
         layer, _, last = name.rpartition("conv1d.weight")
-        if family == "olmo_hybrid" and layer and not last:
+        if family in ("olmo_hybrid", "kimi_linear") and layer and not last:
             for part in "qkv":
                 found[f"{layer}{part}_conv1d.weight"] = [tensors[f"{layer}{part}_proj.weight"][0], *shape[1:]]
             continue
         if family == "olmo_hybrid" and f"{'.'.join(name.split('.')[:3])}.linear_attn.A_log" in tensors:
             name = name.replace("input_layernorm", "attention_layer_norm")
             name = name.replace("post_attention_layernorm", "feedforward_layer_norm")
-        found[name] = shape
+        found[name.replace(".forget_gate.", ".")] = shape
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found
@@ -177,8 +205,18 @@ def build(config, norms_near: float):
     return model.eval(), shapes
 
 
+def forget(model) -> None:
+    """RecurrentGemma keeps its states in its modules: a prompt of one token would go on from the last answer's, and of
+    a convolution as wide as the model."""
+    for module in model.modules():
+        if hasattr(module, "conv1d_state"):
+            module.conv1d_state = torch.zeros(1, module.lru_width, module.conv1d_width - 1)
+            module.rg_lru.recurrent_states = torch.zeros(1, module.lru_width)
+
+
 def answers(model, ids: list[int], **options) -> dict:
     """Greedy continuation of one prompt, and the log-probability of each of its tokens under the model."""
+    forget(model)
     inputs = torch.tensor([ids])
     out = model.generate(
         inputs,
@@ -206,6 +244,7 @@ def main(folder: Path, families: list[str]) -> None:
     for family in families or FAMILIES:
         config, norms_near = FAMILIES[family], NORMS_NEAR.get(family, 1.0)
         model, shapes = build(config, norms_near)
+        model = model.to(torch.float64 if family in DOUBLE else torch.float32)
         results = {}
         for length in LENGTHS:
             results[str(length)] = answers(model, prompt(length, VOCAB))
