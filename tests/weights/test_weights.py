@@ -456,5 +456,18 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
+def test_a_hybrid_of_one_kind_of_layer_is_not_written(family, tmp_path):
+    """Its config.json would say nothing of the other kind, or transformers not read it."""
+    from dataclasses import replace
+
+    model = pretrained(family)
+    for layer in model.architecture.layers:
+        odd = replace(model, architecture=replace(model.architecture, layers=(layer, layer)))
+        with pytest.raises(ValueError, match="cannot say"):
+            save_checkpoint(odd, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
 def test_every_family_of_the_golden_files_is_a_family_of_the_loader():
     assert {golden(family)["config"]["model_type"] for family in FAMILIES} == set(LOADED)
