@@ -52,8 +52,8 @@ ADDED_TO_ATTENTION = (
     "local_start",
     "scale",
     "norms",
-    "qk_norm_over",
     "out_bias",
+    "qk_norm_over",
 )
 
 

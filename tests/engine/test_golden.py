@@ -158,7 +158,7 @@ def test_every_combination(family, page_size, chunk_len):
         assert_exact(build(case), family, lengths_of(number))
 
 
-@pytest.mark.parametrize("family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope"])
+@pytest.mark.parametrize("family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed"])
 def test_a_full_pass_gives_the_reference_probabilities(family):
     """The parallel form on the longest prompt and its answer, where the engine and the reference decode from a
     cache."""

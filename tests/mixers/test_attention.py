@@ -41,6 +41,7 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
         {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5, "scale": 0.4},
         {"num_kv_heads": 2, "qk_norm": True, "qk_norm_over": "all"},
+        {"num_kv_heads": 2, "rope": False},
         {"num_kv_heads": 2, "rope": False, "out_bias": True},
         {"num_kv_heads": 2, "output_gate": True},
         {"num_kv_heads": 2, "output_gate": True, "bias": True},

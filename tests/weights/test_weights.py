@@ -28,7 +28,10 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope"])
+OTHERS = ("deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -152,6 +155,19 @@ def test_the_hubs_spelling_of_qwen3_next(tmp_path):
     assert peek_architecture(folder).layers[1].config.rope_fraction == 0.25  # what an absent field means there
 
 
+def test_the_hubs_spelling_of_kimi_linear(tmp_path):
+    """Linear layers in an object of their own, counted from 1, and fields that are not read."""
+    folder = write_folder("kimi_linear", tmp_path)
+    linear = {"num_heads": 3, "head_dim": 24, "short_conv_kernel_size": 4}
+    edit(folder, layer_types=None, mlp_layer_types=None, linear_num_heads=None, linear_head_dim=None)
+    edit(folder, first_k_dense_replace=2, num_experts=256, rope_theta=1e4, head_dim=72, moe_layer_freq=1)
+    edit(folder, linear_attn_config=linear | {"kda_layers": [1], "full_attn_layers": [2]})
+    assert load_checkpoint(folder).architecture == pretrained("kimi_linear").architecture
+    edit(folder, linear_attn_config=linear, num_hidden_layers=9, first_k_dense_replace=9)
+    kinds = [layer.mixer for layer in peek_architecture(folder).layers]
+    assert [place for place, kind in enumerate(kinds) if kind == "latent"] == [4, 8]  # transformers' default
+
+
 @pytest.mark.parametrize(
     ("fields", "base"),
     [
@@ -263,6 +279,24 @@ def edit(folder: Path, **changes) -> None:
         ("olmo_hybrid", {"num_experts": 4}, "num_experts = 4: only 0"),
         ("olmo_hybrid", {"rope_theta": -1.0}, "rope_theta = -1.0: must be a finite positive number"),
         ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types = .*: must be 2 of dense: experts"),
+        (
+            "kimi_linear",
+            {"mlp_layer_types": None},
+            "first_k_dense_replace = 1: must be at least .* have experts",
+        ),
+        ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings = True: only False"),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope = False: only True"),
+        ("kimi_linear", {"attention_bias": True}, "attention_bias = True: only False"),
+        ("kimi_linear", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
+        ("kimi_linear", {"linear_attn_config": {"num_heads": 0}}, "linear_attn_config.num_heads = 0: must be"),
+        ("kimi_linear", {"linear_attn_config": 3}, "linear_attn_config = 3: must be"),
+        ("kimi_linear", {"layer_types": ["linear_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
+        (
+            "kimi_linear",
+            {"layer_types": None, "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
+            "full_attn_layers = .2.: must name, with kda_layers, every layer from 1 to 2 once",
+        ),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),
@@ -419,6 +453,19 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path):
     odd = replace(model, architecture=replace(model.architecture, layers=layers))
     with pytest.raises(ValueError, match="cannot say what this model is"):
         save_checkpoint(odd, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
+def test_a_hybrid_of_one_kind_of_layer_is_not_written(family, tmp_path):
+    """Its config.json would say nothing of the other kind, or transformers not read it."""
+    from dataclasses import replace
+
+    model = pretrained(family)
+    for layer in model.architecture.layers:
+        odd = replace(model, architecture=replace(model.architecture, layers=(layer, layer)))
+        with pytest.raises(ValueError, match="cannot say"):
+            save_checkpoint(odd, tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
 
 

@@ -6,6 +6,7 @@ from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
 from kvlab.weights.families.gemma3 import Gemma3
 from kvlab.weights.families.granite_hybrid import GraniteHybrid
+from kvlab.weights.families.kimi_linear import KimiLinear
 from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
@@ -14,21 +15,20 @@ from kvlab.weights.families.qwen3 import Qwen3
 from kvlab.weights.families.qwen3_next import Qwen3Next
 from kvlab.weights.families.recurrent_gemma import RecurrentGemma
 
-FAMILIES: dict[str, Family[Any]] = {
-    family.model_type: family()
-    for family in (
-        Llama,
-        Mistral,
-        Qwen3,
-        Gemma3,
-        DeepseekV3,
-        Mamba2,
-        RecurrentGemma,
-        GraniteHybrid,
-        Qwen3Next,
-        OlmoHybrid,
-    )
-}
+READ: tuple[type[Family[Any]], ...] = (
+    Llama,
+    Mistral,
+    Qwen3,
+    DeepseekV3,
+    Mamba2,
+    Gemma3,
+    GraniteHybrid,
+    RecurrentGemma,
+    Qwen3Next,
+    OlmoHybrid,
+    KimiLinear,
+)
+FAMILIES: dict[str, Family[Any]] = {family.model_type: family() for family in READ}
 """By the `model_type` of config.json."""
 
 NOT_BUILT = {

@@ -14,6 +14,7 @@ from kvlab.weights.families.decoder import Decoder, attention_config, attention_
 from kvlab.weights.families.hybrid import (
     FULL,
     LINEAR,
+    NO_TOKENS,
     HybridFile,
     delta_net,
     delta_net_values,
@@ -81,7 +82,12 @@ class OlmoHybrid(Decoder[OlmoHybridFile]):
         if not first_config(architecture, AttentionConfig).rope:
             values["rope_parameters"] = {"rope_theta": None, "rope_type": "default"}
         kinds = layer_types(architecture)
-        return values | {"layer_types": kinds, "linear_allow_neg_eigval": delta.negative_eigenvalues}
+        return {
+            **values,
+            **NO_TOKENS,
+            "layer_types": kinds,
+            "linear_allow_neg_eigval": delta.negative_eigenvalues,
+        }
 
     def norms_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
         names = {"mixer_norm_after": "post_attention_layernorm", "mlp_norm_after": "post_feedforward_layernorm"}

@@ -19,6 +19,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
     GraniteMoeHybridConfig,
+    KimiLinearConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
@@ -72,6 +73,19 @@ HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 """Heads of keys serve two heads of values each."""
+KIMI = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 28,
+    "rms_norm_eps": 1e-4,
+    "linear_num_heads": 3,
+    "linear_head_dim": 24,
+    "layer_types": HYBRID["layer_types"],
+    "mlp_layer_types": ["dense", "dense"],
+}
+"""Dense layers alone; the epsilon is not that of the norms inside latent attention."""
 GRANITE = {
     **DECODER,
     "num_hidden_layers": 3,
@@ -129,6 +143,12 @@ FAMILIES = {
         final_logit_softcapping=20.0,
         tie_word_embeddings=False,
     ),
+    "olmo_hybrid": OlmoHybridConfig(
+        **DECODER, **HYBRID, rms_norm_eps=1e-4, rope_parameters={"rope_theta": None, "rope_type": "default"}
+    ),
+    "olmo_hybrid_rope": OlmoHybridConfig(
+        **DECODER, **HYBRID, linear_allow_neg_eigval=False, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}
+    ),
     "recurrent_gemma": RecurrentGemmaConfig(
         **{**DECODER, "num_hidden_layers": 3, "hidden_size": 80},
         num_key_value_heads=1,
@@ -137,12 +157,8 @@ FAMILIES = {
         block_types=["recurrent", "attention"],
         logits_soft_cap=20.0,
     ),
-    "olmo_hybrid": OlmoHybridConfig(
-        **DECODER, **HYBRID, rms_norm_eps=1e-4, rope_parameters={"rope_theta": None, "rope_type": "default"}
-    ),
-    "olmo_hybrid_rope": OlmoHybridConfig(
-        **DECODER, **HYBRID, linear_allow_neg_eigval=False, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}
-    ),
+    "kimi_linear": KimiLinearConfig(**DECODER, **KIMI),
+    "kimi_linear_compressed": KimiLinearConfig(**DECODER, **KIMI, q_lora_rank=40),
     "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
     "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
@@ -162,14 +178,14 @@ def published(model) -> dict[str, list[int]]:
     family = model.config.model_type
     for name, shape in tensors.items():
         layer, _, last = name.rpartition("conv1d.weight")
-        if family == "olmo_hybrid" and layer and not last:
+        if family in ("olmo_hybrid", "kimi_linear") and layer and not last:
             for part in "qkv":
                 found[f"{layer}{part}_conv1d.weight"] = [tensors[f"{layer}{part}_proj.weight"][0], *shape[1:]]
             continue
         if family == "olmo_hybrid" and f"{'.'.join(name.split('.')[:3])}.linear_attn.A_log" in tensors:
             name = name.replace("input_layernorm", "attention_layer_norm")
             name = name.replace("post_attention_layernorm", "feedforward_layer_norm")
-        found[name] = shape
+        found[name.replace(".forget_gate.", ".")] = shape
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found
