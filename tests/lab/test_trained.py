@@ -26,7 +26,7 @@ from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
 from kvlab.training.checkpoint import CheckpointError
-from kvlab.training.loop import params_digest
+from kvlab.training.trial import params_digest
 from tests.lab.small import FIRST_RECIPE, MEASURED, TUNED, command, rows, small
 
 
