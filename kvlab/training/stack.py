@@ -66,7 +66,7 @@ class Programs:
             self._compiled[num_trials, seq_len] = lowered.compile()
         return self._compiled[num_trials, seq_len]
 
-    def num_fitting(self, params: Params, wanted: int, room_bytes: float) -> int:
+    def num_fitting(self, params: Params, wanted: int, room_bytes: int) -> int:
         """How many trials with such parameters, at most `wanted`, fit: the program of the longest sequences, by the
         compiler's account, and the states once more, as they are stacked."""
         like = jax.eval_shape(lambda: init_state(params, self.step_fn.optimizer, 1.0))
@@ -120,8 +120,8 @@ def _with_axis(num_trials: int, leaf: Array | jax.ShapeDtypeStruct) -> jax.Shape
     return jax.ShapeDtypeStruct((num_trials, *leaf.shape), leaf.dtype)
 
 
-def room_bytes() -> float:
+def room_bytes() -> int:
     """Memory of this process' device that a stack may take."""
     stats = jax.devices()[0].memory_stats() or {}
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ROOM * stats.get("bytes_limit", whole)
+    return int(ROOM * stats.get("bytes_limit", whole))
