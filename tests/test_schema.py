@@ -21,6 +21,8 @@ from kvlab.schema import (
     ConfigError,
     Schema,
     added,
+    aside,
+    auto_or_some,
     choice,
     identity,
     integer,
@@ -127,6 +129,26 @@ def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
     assert to_plain(values[1]) == {**old, "since": None, "size": 4}
     with pytest.raises(ConfigError, match=r"size = 10: must be an integer in \[1, 9\]"):
         Younger(size=10)
+
+
+@dataclass(frozen=True)
+class Beside(Inner):
+    """A section with a field that changes no result."""
+
+    ways: tuple[str, ...] | str | None = aside(auto_or_some("auto", ("x", "y")))
+
+
+def test_a_field_aside_is_never_part_of_an_identity_and_older_runs_lack_it():
+    old = {"rate": 0.5, "kind": "a"}
+    for ways in (None, "auto", ["x"], ["y", "x"]):
+        section = Beside.build({"ways": ways})
+        assert identity(section) == old
+        assert to_plain(section) == {**old, "ways": ways}
+        assert Beside.build(to_plain(section)) == section
+    assert with_added(Beside, old) == {**old, "ways": "auto"}
+    for ways in ("x", [], ["x", "x"], ["z"], 3, True):
+        with pytest.raises(ConfigError, match=r"^ways = .*: must be null, auto, or a list of some of x, y, each once$"):
+            Beside.build({"ways": ways})
 
 
 @dataclass(frozen=True)
