@@ -15,7 +15,6 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
-    AfterValidator,
     AllowInfNan,
     BeforeValidator,
     ConfigDict,
@@ -116,20 +115,6 @@ def choice(default: str, options: Iterable[str], *, auto: Callable[[], str] | No
     return _field(default, kind)
 
 
-def auto_or_some(default: str | None, options: Iterable[str]) -> Any:
-    """null, "auto", or a list of some of the named options, each once."""
-    names = tuple(options)
-
-    def once(chosen: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(chosen)) < len(chosen):
-            raise ValueError("named twice")  # the sentence that is shown is `legal`
-        return chosen
-
-    legal = f"null, auto, or a list of some of {', '.join(names)}, each once"
-    some = Annotated[tuple[Literal[names], ...], Field(min_length=1), AfterValidator(once)]
-    return _field(default, Annotated[Literal["auto"] | some | None, Field(description=legal)])
-
-
 def text(default: str | None, *, legal: str | None = None, optional: bool = False) -> Any:
     """A non-empty string; `legal` says in an error what it must be."""
     return _field(default, text_type(legal), optional)
@@ -155,18 +140,12 @@ def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     return _field(tuple(default), list_type(text_type(), min_len))
 
 
-def added(declared: Any) -> Any:
+def added(declared: Any, *, aside: bool = False) -> Any:
     """The same field, marked as younger than runs that are kept: `identity` leaves it out at its default, so that those
-    runs keep their hashes. Its default must mean what they did."""
+    runs keep their hashes. Its default must mean what they did. One `aside` changes no result, and is always left
+    out."""
     assert declared.default is not dataclasses.MISSING
-    return field(default=declared.default, metadata={**declared.metadata, "added": True})
-
-
-def aside(declared: Any) -> Any:
-    """The same field, marked as no part of an identity, whatever its value: it says how a result is computed. Runs that
-    are kept may be older than it."""
-    marked = added(declared)
-    return field(default=marked.default, metadata={**marked.metadata, "aside": True})
+    return field(default=declared.default, metadata={**declared.metadata, "added": True, "aside": aside})
 
 
 def with_added(kind: type["Schema"], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,13 +383,8 @@ def identity(value: object) -> Any:
 
 def _identifying(section: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a section that are part of an identity."""
-
-    def is_said(item: dataclasses.Field[Any]) -> bool:
-        if "aside" in item.metadata:
-            return False
-        return "added" not in item.metadata or getattr(section, item.name) != item.default
-
-    return [item for item in dataclasses.fields(section) if is_said(item)]
+    fields = [item for item in dataclasses.fields(section) if not item.metadata.get("aside")]
+    return [item for item in fields if "added" not in item.metadata or getattr(section, item.name) != item.default]
 
 
 def _plain(value: object, fields_of: Callable[[Any], Iterable[dataclasses.Field[Any]]]) -> Any:

@@ -21,8 +21,6 @@ from kvlab.schema import (
     ConfigError,
     Schema,
     added,
-    aside,
-    auto_or_some,
     choice,
     identity,
     integer,
@@ -135,20 +133,16 @@ def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
 class Beside(Inner):
     """A section with a field that changes no result."""
 
-    ways: tuple[str, ...] | str | None = aside(auto_or_some("auto", ("x", "y")))
+    threads: int = added(integer(4, 1, 9), aside=True)
 
 
 def test_a_field_aside_is_never_part_of_an_identity_and_older_runs_lack_it():
     old = {"rate": 0.5, "kind": "a"}
-    for ways in (None, "auto", ["x"], ["y", "x"]):
-        section = Beside.build({"ways": ways})
+    for threads in (4, 5):
+        section = Beside(threads=threads)
         assert identity(section) == old
-        assert to_plain(section) == {**old, "ways": ways}
-        assert Beside.build(to_plain(section)) == section
-    assert with_added(Beside, old) == {**old, "ways": "auto"}
-    for ways in ("x", [], ["x", "x"], ["z"], 3, True):
-        with pytest.raises(ConfigError, match=r"^ways = .*: must be null, auto, or a list of some of x, y, each once$"):
-            Beside.build({"ways": ways})
+        assert to_plain(section) == {**old, "threads": threads}
+    assert with_added(Beside, old) == {**old, "threads": 4}
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Pointer:
 
 
 class Training:
-    """One training's folder. Everything but `locked` and `directory` is for the process that holds the lock."""
+    """One training's folder. Everything but locks, `is_done` and `directory` is for the process that holds the lock."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -116,6 +116,11 @@ class Training:
         trials = self.directory / "trials"
         rows = self.directory / METRICS if index == 0 else trials / f"{index}.jsonl"
         return trials / str(index), rows
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it says that it is finished; for any process."""
+        return (self.directory / POINTER).exists()
 
     @property
     def done(self) -> Trained | None:

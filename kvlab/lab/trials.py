@@ -18,7 +18,7 @@ from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.plan import explain_failure
 from kvlab.lab.record import TrainingReport
 from kvlab.lab.runs import Run
-from kvlab.lab.trained import POINTER, Trained, Training, TrainingFailed
+from kvlab.lab.trained import Trained, Training, TrainingFailed
 from kvlab.random import named_key
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs, room_bytes
@@ -158,8 +158,8 @@ def _joined(own: Trials, beside: Sequence[Config], varied: Collection[str]) -> I
                 continue
             seen.add(config.training_id)
             training = Training(config)
-            if not stack.enter_context(training.locked_now()) or (training.directory / POINTER).exists():
-                continue
+            if training.is_done or not stack.enter_context(training.locked_now()) or training.is_done:
+                continue  # done, or held by another process, or done by it meanwhile
             try:
                 attempt = training.begin(Run(config).known_attempt)
             except TrainingFailed:  # it stands in its folder, for the run to say

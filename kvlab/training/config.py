@@ -1,11 +1,26 @@
 """How long a training is, how often it is looked at, and which trainings are one program."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from kvlab.schema import ConfigError, Schema, aside, auto_or_some, integer, real
+from pydantic import AfterValidator, Field
+
+from kvlab.schema import ConfigError, Schema, added, integer, real
 
 VARIED = ("seed", "learning_rate")
 """In what trainings may differ that are one program."""
+
+
+def _each_once(chosen: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(chosen)) < len(chosen):
+        raise ValueError("named twice")  # the sentence that is shown is the field's description
+    return chosen
+
+
+SOME: Any = Annotated[tuple[Literal["seed", "learning_rate"], ...], Field(min_length=1), AfterValidator(_each_once)]
+LEGAL = f"null, auto, or a list of some of {', '.join(VARIED)}, each once"
+VMAP: Any = Annotated[Literal["auto"] | SOME | None, Field(description=LEGAL)]
+"""null, "auto", or some of `VARIED`."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class TrainConfig(Schema):
     keep_checkpoints: int = integer(2, 1, 1000)
     stop_at: float | None = real(None, 0.0, 1e6, optional=True)
     patience: int | None = integer(None, 1, optional=True)
-    vmap: tuple[str, ...] | str | None = aside(auto_or_some("auto", VARIED))
+    vmap: tuple[str, ...] | str | None = added(field(default="auto", metadata={"type": VMAP}), aside=True)
 
     def cross_check(self) -> None:
         if self.batch_size % self.accumulation:
