@@ -26,7 +26,7 @@ from kvlab.mixers.attention import AttentionConfig  # noqa: E402
 from kvlab.models.model import Model  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer  # noqa: E402
 from kvlab.weights import Pretrained  # noqa: E402
-from kvlab.weights.architectures import Architecture  # noqa: E402
+from kvlab.weights.families import Architecture  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER_PYTHON = ROOT / ".peers" / "bin" / "python"

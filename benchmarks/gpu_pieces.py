@@ -39,8 +39,8 @@ from kvlab.mixers.attention import AttentionConfig  # noqa: E402
 from kvlab.models.model import Model  # noqa: E402
 from kvlab.models.transformer import LayerConfig, ModelConfig, merge, path_name  # noqa: E402
 from kvlab.weights import Pretrained, load_checkpoint, save_checkpoint  # noqa: E402
-from kvlab.weights.architectures import Architecture  # noqa: E402
 from kvlab.weights.checkpoint import abstract_model  # noqa: E402
+from kvlab.weights.families import Architecture  # noqa: E402
 from pallas_kernels.bench.clock import ceilings  # noqa: E402
 from pallas_kernels.selection import recording  # noqa: E402
 

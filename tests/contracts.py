@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[LayerConfig]] = {
         "mqa": {"num_kv_heads": 1, "short_conv": 3},
         "no_positions": {"num_kv_heads": 2, "rope": False},
         "partial_rope": {"num_kv_heads": 2, "rope_fraction": 0.5, "rope_base": 500.0, "local_start": 1.0},
-        "norms_cap_bias": {"num_kv_heads": 2, "qk_norm": True, "soft_cap": 5.0, "bias": True},
+        "norms_cap_bias": {"num_kv_heads": 2, "qk_norm": True, "soft_cap": 5.0, "bias": True, "scale": 0.7},
         "output_gate": {"num_kv_heads": 1, "output_gate": True, "qk_norm": True},
         "sink_logits": {"num_kv_heads": 2, "sink_logits": True, "soft_cap": 5.0},
         "window": {"num_kv_heads": 2, "window": WINDOW},

@@ -43,9 +43,10 @@ ADDED = {
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
     "optimizer": {"name", "muon_momentum"},
     "train": {"vmap"},
+    "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start")
+ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start", "scale", "norms")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def _block(
 
 @partial(jax.jit, static_argnums=0)
 def _embedded(structure: nnx.GraphDef[_Ends], params: Any, tokens: Tokens) -> Hidden:
-    return nnx.merge(structure, params).model.embedding(tokens)
+    return nnx.merge(structure, params).model.embedded(tokens)
 
 
 @partial(jax.jit, static_argnums=0)

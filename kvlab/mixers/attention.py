@@ -34,6 +34,8 @@ class AttentionConfig(MixerConfig):
     With a `local_start` above 0 a learned vector is added to every query and another to every key, before norm and
     rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
     and fall with the distance (`docs/findings/training.md`), where heads would else begin with the mean of all tokens.
+
+    Scores are products of queries and keys times `scale` (null: head_dim ** -0.5).
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -52,6 +54,7 @@ class AttentionConfig(MixerConfig):
     sink_logits: bool = added(flag(False))
     shares_kv: bool = added(flag(False))
     local_start: float = added(real(0.0, 0.0, 100.0))
+    scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -135,7 +138,7 @@ class Attention(Mixer):
         """How the layer's queries read what is stored."""
         config = self.config
         rotary = Rotary(config.rotary_dim, config.rope_base, config.rope_scaling) if config.rope else None
-        return Readers(config.num_heads, soft_cap=config.soft_cap, rotary=rotary)
+        return Readers(config.num_heads, scale=config.scale, soft_cap=config.soft_cap, rotary=rotary)
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
         kv: TokenView = memory["kv"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from flax import nnx
 
 from kvlab.ledger.states import State
-from kvlab.schema import ConfigError, Schema, integer, real
+from kvlab.schema import ConfigError, Schema, added, choice, integer, real
 from kvlab.typing import Hidden, Positions
 
 # Modules are plain pytrees: no graph mode, no mutation under jit. Set once, where modules are first defined.
@@ -30,10 +30,12 @@ class Knob(NamedTuple):
 @dataclass(frozen=True)
 class MixerConfig(Schema):
     """What every mixer can be asked for: `short_conv` puts a causal convolution of that width in front of it (0: none);
-    `norm_eps` is that of the norms inside."""
+    `norm_eps` is that of the norms inside. `norms` says where its block has others: before mixer and MLP, after them,
+    or both."""
 
     short_conv: int = integer(0, 0, 64)
     norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
+    norms: str = added(choice("before", ("before", "after", "both")))
 
     def cross_check(self) -> None:
         if self.short_conv == 1:

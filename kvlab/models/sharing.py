@@ -19,7 +19,7 @@ type Sources = tuple[int | None, ...]
 
 SHARED = "kv"
 """The state that is shared, by the name that its mixer gives it."""
-SHAPE = ("num_heads", "num_kv_heads", "head_dim", "window", "num_sinks", "soft_cap", "rope")
+SHAPE = ("num_heads", "num_kv_heads", "head_dim", "window", "num_sinks", "soft_cap", "scale", "rope")
 ROTARY = ("rope_base", "rope_fraction", "rope_scaling")
 """Fields in which two layers must agree for one to read what the other stores; those of rotary embeddings where there
 are any."""

@@ -15,7 +15,7 @@ from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.models.sharing import lent, read_by_all, sources_of, take_back
-from kvlab.schema import Schema, choice, flag, integer, nearest, real
+from kvlab.schema import Schema, added, choice, flag, integer, nearest, real
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 from kvlab.units import counted
 
@@ -30,7 +30,12 @@ def dtype_for(platform: str) -> str:
 class ModelConfig(Schema):
     """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP.
     `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
-    the word."""
+    the word.
+
+    What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form), embeddings
+    times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then c tanh(logits / c)
+    with `logit_cap` = c.
+    """
 
     model_dim: int = integer(64, 1, 65536)
     num_layers: int | None = integer(None, 1, 1024, optional=True)
@@ -38,6 +43,11 @@ class ModelConfig(Schema):
     tie_embeddings: bool = flag(True)
     norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
     dtype: str = choice("float32", ("float32", "bfloat16"), auto=lambda: dtype_for(jax.default_backend()))
+    activation: str = added(choice("silu", ("silu", "gelu")))
+    embed_scale: float = added(real(1.0, 0.0, 1e6, open_low=True))
+    residual_scale: float = added(real(1.0, 0.0, 1e6, open_low=True))
+    logit_divisor: float = added(real(1.0, 0.0, 1e6, open_low=True))
+    logit_cap: float | None = added(real(None, 0.0, 1e6, open_low=True, optional=True))
 
 
 @dataclass(frozen=True)
@@ -49,26 +59,34 @@ class LayerConfig:
 
 
 class GatedMLP(nnx.Module):
-    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202."""
+    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place where the model says so."""
 
-    def __init__(self, model_dim: int, mlp_dim: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
+            return Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(model.dtype), rngs=rngs)
 
-        self.gate_up = linear(model_dim, 2 * mlp_dim)
-        self.down = linear(mlp_dim, model_dim)
+        self.gate_up = linear(model.model_dim, 2 * model.mlp_dim)
+        self.down = linear(model.mlp_dim, model.model_dim)
+        self.activation = model.activation
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
+        return self.down(gate * up)
 
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; a short convolution may stand before the mixer,
-    which then reads h + conv(h) in place of h = norm(x)."""
+    which then reads h + conv(h) in place of h = norm(x). `MixerConfig.norms` says whether a norm stands before mixer
+    and MLP, after them, or both."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        self.mixer_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
+        self.is_before, self.is_after = layer.config.norms != "after", layer.config.norms != "before"
+        self.residual_scale = model.residual_scale
+        if self.is_before:
+            self.mixer_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
+        if self.is_after:
+            self.mixer_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
         self.has_conv = layer.config.short_conv > 0
@@ -77,23 +95,30 @@ class Block(nnx.Module):
             self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
         self.has_mlp = model.mlp_dim > 0
         if self.has_mlp:
-            self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
-            self.mlp = GatedMLP(model.model_dim, model.mlp_dim, dtype=model.dtype, rngs=rngs)
+            if self.is_before:
+                self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
+            if self.is_after:
+                self.mlp_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
+            self.mlp = GatedMLP(model, rngs=rngs)
 
     def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
         return self.mixer.states() | ({"short_conv": self.short_conv.state()} if self.has_conv else {})
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:
-        h, conv_memory = self.mixer_norm(x), {}
+        h, conv_memory = self.mixer_norm(x) if self.is_before else x, {}
         if self.has_conv:
             mixed, history = self.short_conv(h, memory["short_conv"])
             h, conv_memory = h + mixed, {"short_conv": history}
         y, after = self.mixer(h, positions, memory)
-        x = x + y
+        x = self._sum(x, self.mixer_norm_after(y) if self.is_after else y)
         if self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
+            y = self.mlp(self.mlp_norm(x) if self.is_before else x)
+            x = self._sum(x, self.mlp_norm_after(y) if self.is_after else y)
         return x, {**after, **conv_memory}
+
+    def _sum(self, x: Hidden, y: Hidden) -> Hidden:
+        return x + y if self.residual_scale == 1 else x + y * self.residual_scale
 
 
 class Transformer(nnx.Module):
@@ -115,11 +140,16 @@ class Transformer(nnx.Module):
         """The named states of every layer; none where it reads another's alone."""
         return read_by_all([block.states() for block in self.blocks], self.sources)
 
+    def embedded(self, tokens: Tokens) -> Hidden:
+        """What the first layer reads, [B, T, E]."""
+        x = self.embedding(tokens)
+        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+
     def hidden(
         self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
     ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """Final hidden states [B, T, E]; memory as in `Mixer.__call__`, one entry a layer."""
-        x = self.embedding(tokens)
+        x = self.embedded(tokens)
         after = list[LayerMemory]()
         for block, layer_memory, source in zip(self.blocks, memory, self.sources, strict=True):
             x, mine = block(x, positions, lent(layer_memory, source, after))
@@ -144,7 +174,12 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Hidden) -> Logits:
         """Next-token logits [B, T, V] in float32."""
         outputs = self.embedding.attend(hidden) if self.config.tie_embeddings else self.head(hidden)
-        return outputs.astype(jnp.float32)
+        logits = outputs.astype(jnp.float32)
+        if self.config.logit_divisor != 1:
+            logits = logits / self.config.logit_divisor
+        if (cap := self.config.logit_cap) is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
 
     def __str__(self) -> str:
         return describe(self)

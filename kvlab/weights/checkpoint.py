@@ -15,7 +15,8 @@ from flax import nnx
 from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
 from kvlab.typing import Params
-from kvlab.weights.architectures import Architecture, read_architecture, write_architecture
+from kvlab.weights.architectures import read_architecture, table_of, write_architecture
+from kvlab.weights.families import Architecture
 from kvlab.weights.files import (
     FLOATS,
     Stored,
@@ -26,7 +27,7 @@ from kvlab.weights.files import (
     refuse_gguf,
     write_shards,
 )
-from kvlab.weights.tables import Table, table_of
+from kvlab.weights.tables import Table
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
 """What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too
@@ -54,7 +55,7 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     refuse_gguf(directory)
     headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
     abstract = abstract_model(architecture)
-    table = table_of(architecture.family, architecture.layers, architecture.model)
+    table = table_of(architecture)
     if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
@@ -108,7 +109,7 @@ def save_checkpoint(
     if found := [*directory.glob("*.safetensors"), *directory.glob("config.json")]:
         raise FileExistsError(f"{found[0]}: the folder holds a model already")
     directory.mkdir(parents=True, exist_ok=True)
-    table = table_of(architecture.family, architecture.layers, architecture.model)
+    table = table_of(architecture)
 
     def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.model.params):

@@ -1,7 +1,5 @@
-"""The config.json of each family of published checkpoints, field by field. Null counts as absent; other fields are
-ignored."""
+"""The fields of a config.json, and those that every family has. Null counts as absent; other fields are ignored."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -18,18 +16,19 @@ POSITIVE: Any = Annotated[
 REQUIRED: Any = object()
 
 
-def _field(kind: Any, default: Any) -> Any:
+def value_of(kind: Any, default: Any = REQUIRED) -> Any:
+    """A field of that type."""
     return field(metadata={"type": kind}) if default is REQUIRED else field(default=default, metadata={"type": kind})
 
 
-def size(default: int | None = REQUIRED) -> Any:
-    """A positive integer; with None as its default also absent."""
-    return _field(SIZE | None if default is None else SIZE, default)
+def size(default: int | None = REQUIRED, *, null: bool = False) -> Any:
+    """A positive integer; with None as its default also absent, and with `null` also null (`Part.null_counts`)."""
+    return value_of(SIZE | None if default is None or null else SIZE, default)
 
 
 def positive(default: float = REQUIRED) -> Any:
     """A finite positive number."""
-    return _field(POSITIVE, default)
+    return value_of(POSITIVE, default)
 
 
 def only(legal: Any) -> Any:
@@ -40,13 +39,15 @@ def only(legal: Any) -> Any:
             raise ValueError(f"only {legal!r} is supported")
         return legal
 
-    return _field(Annotated[Any, AfterValidator(check)], legal)
+    return value_of(Annotated[Any, AfterValidator(check)], legal)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part(Schema):
     """A JSON object of a config.json."""
 
+    null_counts: ClassVar[tuple[str, ...]] = ()
+    """Fields of which null says something else than nothing at all."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", validate_default=True)
 
 
@@ -56,7 +57,7 @@ class ConfigFile(Part):
 
     vocab_size: int = size()
     hidden_size: int = size()
-    num_hidden_layers: int = _field(integer_type(1, MAX_LAYERS), REQUIRED)
+    num_hidden_layers: int = value_of(integer_type(1, MAX_LAYERS), REQUIRED)
     tie_word_embeddings: bool = flag(False)
     hidden_act: str = only("silu")
     partial_rotary_factor: float = only(1.0)
@@ -64,77 +65,6 @@ class ConfigFile(Part):
     num_experts: int = only(0)
     num_local_experts: int = only(0)
     n_routed_experts: int = only(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderFile(ConfigFile):
-    """The family of Llama: attention and gated MLP in every layer."""
-
-    intermediate_size: int = size()
-    num_attention_heads: int = size()
-    num_key_value_heads: int | None = size(None)
-    head_dim: int | None = size(None)
-    rms_norm_eps: float = positive(1e-6)
-    attention_bias: bool = flag(False)
-    mlp_bias: bool = only(False)
-    layer_types: list[Any] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaFile(DecoderFile):
-    """Llama."""
-
-    pretraining_tp: int = only(1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MistralFile(DecoderFile):
-    """Mistral. transformers masks keys at distance `sliding_window` and beyond: the current token counts, as here.
-    Absent means transformers' default, null none."""
-
-    sliding_window: int | None = _field(SIZE | None, 4096)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Qwen3File(DecoderFile):
-    """Qwen 3."""
-
-    head_dim: int = size(128)
-    use_sliding_window: bool = only(False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepseekFile(DecoderFile):
-    """DeepSeek-V3 (arXiv 2412.19437), of which only dense layers are built: the first `first_k_dense_replace`. Absent
-    means transformers' default, of `q_lora_rank` null that queries are not compressed. Its heads share one row."""
-
-    kv_lora_rank: int = size()
-    q_lora_rank: int | None = _field(SIZE | None, 1536)
-    qk_nope_head_dim: int = size()
-    qk_rope_head_dim: int = size()
-    v_head_dim: int = size()
-    rope_interleave: bool = only(True)
-    attention_bias: bool = only(False)
-    first_k_dense_replace: int = _field(integer_type(0, 2**31 - 1), 3)
-    n_routed_experts: int = _field(integer_type(0, 2**31 - 1), 256)
-    num_local_experts: int = _field(integer_type(0, 2**31 - 1), 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2File(ConfigFile):
-    """Mamba-2."""
-
-    num_heads: int = size()
-    head_dim: int = size()
-    expand: int = size(2)
-    state_size: int = size(128)
-    n_groups: int = size(8)
-    conv_kernel: int = size(4)
-    chunk_size: int = size(256)
-    layer_norm_epsilon: float = positive(1e-5)
-    use_bias: bool = only(False)
-    use_conv_bias: bool = only(True)
-    time_step_limit: tuple[float, float] = only((0.0, math.inf))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +110,7 @@ ROPES: dict[str, type[DefaultRope]] = {"default": DefaultRope, "linear": LinearR
 
 def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str]) -> T | None:
     """The values as that part; or None, and everything that is wrong with them added to `found`."""
-    keeps_null = ("sliding_window", "q_lora_rank")
-    given = {name: value for name, value in values.items() if value is not None or name in keeps_null}
+    given = {name: value for name, value in values.items() if value is not None or name in kind.null_counts}
     try:
         return adapter(kind).validate_python(given)
     except ValidationError as error:

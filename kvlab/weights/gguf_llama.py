@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvlab.schema import shown
-from kvlab.weights.architectures import read_architecture
+from kvlab.weights.architectures import read_architecture, table_of
 from kvlab.weights.checkpoint import abstract_model, mismatches
 from kvlab.weights.files import Stored, WeightsError
 from kvlab.weights.gguf import GGUF
-from kvlab.weights.tables import table_of
 
 PREFIX = "llama."
 FIELDS = {
@@ -112,7 +111,7 @@ def read_llama(gguf: GGUF) -> Llama:
     found = _wrong_ends(gguf, architecture.vocab_size)
     found += [f"{name}: {_reason(name)}" for name in gguf.tensors if hub_name(name) is None]
     headers = {name: Stored(gguf.path, gguf.tensors[names[name]].shape, "F32") for name in names}
-    table = table_of(architecture.family, architecture.layers, architecture.model)
+    table = table_of(architecture)
     params = abstract_model(architecture).params
     found += [
         _in_its_words(problem, _file_name)

@@ -39,7 +39,7 @@ def test_rotation_is_the_published_matrix(fraction):
     [
         {"num_kv_heads": 4},
         {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
-        {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5},
+        {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5, "scale": 0.4},
         {"num_kv_heads": 2, "rope": False},
         {"num_kv_heads": 2, "output_gate": True},
         {"num_kv_heads": 2, "output_gate": True, "bias": True},
@@ -107,7 +107,7 @@ def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndar
         for t in range(len(x)):
             window = config.window or len(x) + 1
             seen = [p for p in range(t + 1) if t - p < window or p < config.num_sinks]
-            scores = heads["key"][seen, kv] @ heads["query"][t, head] / np.sqrt(8)
+            scores = heads["key"][seen, kv] @ heads["query"][t, head] * (config.scale or 8**-0.5)
             scores = config.soft_cap * np.tanh(scores / config.soft_cap) if config.soft_cap else scores
             probabilities = np.exp(scores - scores.max())
             sink = np.exp(layer.sink_logits[head] - scores.max()) if config.sink_logits else 0.0

@@ -65,6 +65,45 @@ def test_printing_shows_shapes_and_bytes():
     assert "64 B/token" in printed  # one KV head of 8, keys and values, float32
 
 
+@pytest.mark.parametrize("norms", ["before", "after", "both"])
+def test_norms_stand_where_they_are_said_to(norms):
+    """With gelu in the MLP and half of what a layer adds; all but the mixer in float64."""
+    config = replace(LAYER.config, norms=norms)
+    model = ModelConfig(model_dim=16, mlp_dim=24, activation="gelu", residual_scale=0.5)
+    structure, state = nnx.split(Block(LayerConfig("attention", config), model, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), state)
+    block, params = nnx.merge(structure, state), nnx.to_pure_dict(state)
+    x, positions = rng.standard_normal((1, 7, 16)), jnp.arange(7, dtype=jnp.int32)[None]
+    (memory,) = whole([block.states()], 1, 7)
+
+    def normed(h, name):
+        if name not in params:
+            return h
+        return h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * np.asarray(params[name]["scale"], np.float64)
+
+    h = normed(x, "mixer_norm")
+    mixed = np.asarray(block.mixer(jnp.asarray(h, jnp.float32), positions, memory)[0], np.float64)
+    expected = x + 0.5 * normed(mixed, "mixer_norm_after")
+    h = normed(expected, "mlp_norm")
+    gate, up = np.split(h @ np.asarray(params["mlp"]["gate_up"]["kernel"], np.float64), 2, axis=-1)
+    gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    added = (gate * up) @ np.asarray(params["mlp"]["down"]["kernel"], np.float64)
+    expected = expected + 0.5 * normed(added, "mlp_norm_after")
+    assert ("mixer_norm" in params, "mlp_norm_after" in params) == (norms != "after", norms != "before")
+    y, _ = block(jnp.asarray(x, jnp.float32), positions, memory)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_and_logits_are_scaled_and_capped():
+    tokens, hidden = jnp.arange(5, dtype=jnp.int32)[None], jnp.asarray(np.arange(32.0).reshape(1, 2, 16), jnp.float32)
+    plain, scaled = model_of(), model_of(embed_scale=4.0, logit_divisor=0.01, logit_cap=3.0)
+    np.testing.assert_allclose(scaled.embedded(tokens), 4 * plain.embedded(tokens), rtol=1e-6)
+    expected = 3 * np.tanh(np.asarray(plain.logits(hidden), np.float64) / 0.01 / 3)
+    np.testing.assert_allclose(scaled.logits(hidden), expected, rtol=1e-5)
+    assert abs(expected).max() > 2.9
+
+
 def test_a_short_convolution_stands_before_the_mixer():
     """Block output = x + mixer(h + conv(h)) with the convolution written out in numpy."""
     block = Block(

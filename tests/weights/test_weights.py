@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvlab.models.transformer import path_name
 from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
-from kvlab.weights.architectures import FAMILIES as LOADED
+from kvlab.weights.families import FAMILIES as LOADED
 from tests.engine.families import FAMILIES, golden, pretrained, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +222,7 @@ def test_loading_holds_little_more_than_the_model(tmp_path):
     from kvlab.models.model import Model
     from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer
     from kvlab.weights import Pretrained
-    from kvlab.weights.architectures import Architecture
+    from kvlab.weights.families import Architecture
 
     layers = (LayerConfig("attention", AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=64)),) * 40
     config = ModelConfig(model_dim=256, mlp_dim=1024, tie_embeddings=False)

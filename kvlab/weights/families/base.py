@@ -1,0 +1,42 @@
+"""What a family of published checkpoints is: how it spells a model in config.json, and its parameters in tensors."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvlab.models.transformer import LayerConfig, ModelConfig
+from kvlab.weights.config_files import ConfigFile, DefaultRope
+from kvlab.weights.tables import Table
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as its layers; `family` is the `model_type` of its config.json."""
+
+    family: str
+    layers: tuple[LayerConfig, ...]
+    model: ModelConfig
+    vocab_size: int
+
+
+class Family[F: ConfigFile](abc.ABC):
+    """One `model_type`. Reading and writing are inverse to each other, of the config and of the tensors."""
+
+    model_type: ClassVar[str]
+    transformers_class: ClassVar[str]
+    File: ClassVar[type[ConfigFile]]
+    """The fields of config.json."""
+    has_rope: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def read(self, file: F, rope: DefaultRope, dtype: str) -> Architecture:
+        """The model that a config.json describes. Raises ConfigError, in the file's words, for what is not built."""
+
+    @abc.abstractmethod
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The fields of config.json beside those that all families have."""
+
+    @abc.abstractmethod
+    def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
+        """The tensors of every parameter but the head."""
