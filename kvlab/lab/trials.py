@@ -138,7 +138,8 @@ def train_all(own: Trials, beside: Sequence[Config], stop: StopRequest, taken: T
             except (Interrupted, KeyboardInterrupt):
                 raise
             except Exception as error:
-                warnings.warn(f"trials cannot be one program: {error!r:.300}; they follow one another", stacklevel=2)
+                reason = f"trials cannot be one program: {error!r:.300}; they follow one another"
+                warnings.warn(reason, RuntimeWarning, stacklevel=2)
             for trials in others:
                 trials.finish_if_ended(taken)
     step_fn = own.lab.train_step()

@@ -154,7 +154,7 @@ def test_what_cannot_be_one_program_is_trained_one_by_one(tmp_path, monkeypatch)
         raise NotImplementedError("no batching rule")
 
     monkeypatch.setattr(trials, "train_together", unable)
-    with pytest.warns(UserWarning, match=r"cannot be one program: NotImplementedError\('no batching rule'\)"):
+    with pytest.warns(RuntimeWarning, match=r"cannot be one program: NotImplementedError\('no batching rule'\)"):
         assert execute(configs[0], configs) == "done"
     assert Training(configs[1]).status.status == "interrupted"
     assert Run(configs[0]).record.training.num_together == 1

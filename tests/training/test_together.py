@@ -16,7 +16,7 @@ from kvlab.training.checkpoint import CheckpointError
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs
 from kvlab.training.step import init_state
-from kvlab.training.trial import Member, NotFinite
+from kvlab.training.trial import Member, NotFinite, params_digest
 
 TINY = ["model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
         "task.test=[16:2]", "measure.decode_steps=4", "train.batch_size=4", "train.num_steps=16",
@@ -192,6 +192,18 @@ def test_a_group_that_is_cut_goes_on_in_other_company_and_alone(trained):
         trained.check(place, outcome)
     again = trained.together()
     assert [comparable(outcome) for outcome in again] == [comparable(outcome) for outcome in outcomes]
+
+
+def test_the_same_group_resumes_bit_for_bit(trained):
+    calm = trained.together("calm")
+    stopped_after(trained, 1)
+    with pytest.raises(Interrupted):
+        trained.together()
+    assert [len(trained.rows(place)) for place in range(4)] == [3] * 4  # the call after the request is the last
+    go_on(trained)
+    for place, outcome in enumerate(trained.together()):
+        assert params_digest(outcome.params) == params_digest(calm[place].params)
+        assert trained.rows(place) == trained.rows(place, "calm")
 
 
 @pytest.mark.filterwarnings("ignore:damaged checkpoint:RuntimeWarning")
