@@ -56,7 +56,7 @@ class Recorder:
 
     def attend(self, queries: Any, positions: Any, **options: Any) -> Any:
         self.log[-1]["queries"] = np.asarray(queries, np.float64)
-        self.log[-1]["soft_cap"] = self.view.state.soft_cap
+        self.log[-1] |= {"soft_cap": self.view.state.soft_cap, "scale": self.view.state.readers.scale}
         return self.view.attend(queries, positions, **options)
 
 
@@ -76,7 +76,7 @@ def true_weights(variant: str, tokens: np.ndarray, log: list[dict[str, Any]] | N
         queries, keys = each["queries"], each["keys"]
         batch, length, num_kv_heads, dim = keys.shape
         grouped = queries.reshape(batch, length, num_kv_heads, -1, dim)
-        scores = np.einsum("btkgd,bskd->bkgts", grouped, keys) * dim**-0.5
+        scores = np.einsum("btkgd,bskd->bkgts", grouped, keys) * (each["scale"] or dim**-0.5)
         if (cap := each["soft_cap"]) is not None:
             scores = cap * np.tanh(scores / cap)
         scores = np.where(np.tril(np.ones((length, length), bool)), scores, -np.inf)
