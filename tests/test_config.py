@@ -42,6 +42,7 @@ ADDED = {
     "memory": {"format", "residual", "quantised_prefill", "compression", "budget", "selection", "allow_underfill"},
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
     "optimizer": {"name", "muon_momentum"},
+    "train": {"vmap"},
     "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
