@@ -51,16 +51,6 @@ def stacked(states: list[TrainState]) -> TrainState:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
 
-def together(step_fn: TrainStep, data: Any, knobs: Array, length: int) -> Any:
-    """A call of `step_fn` for many members, one program: `(states, keys) -> (states, metrics)`. It gives the states
-    away."""
-
-    def member_step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        return step_fn(state, data, key, knobs, length)
-
-    return jax.jit(jax.vmap(member_step), donate_argnums=0)
-
-
 def train(name: str, size: str, scratch: Path) -> None:
     """Steps a second of all members in one program, and of a single one; and whether their losses are the same."""
     amount = AMOUNTS[size]
@@ -75,10 +65,10 @@ def train(name: str, size: str, scratch: Path) -> None:
         return init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, rate)
 
     with recording() as taken:
-        call = together(step_fn, data, knobs, amount.length)
-        many, all_keys = stacked([fresh(index) for index in range(len(members))]), jnp.stack(keys)
-        flops = _flops(call.lower(many, all_keys))
-        samples, losses, many = _timed(lambda state: call(state, all_keys), many, amount)
+        many = stacked([fresh(index) for index in range(len(members))])
+        given = data, jnp.stack(keys), knobs, amount.length, jnp.ones(len(members), jnp.bool_)
+        flops = _flops(type(step_fn).together.lower(step_fn, many, *given))
+        samples, losses, many = _timed(lambda state: step_fn.together(state, *given), many, amount)
     said = about(
         model=name,
         what=f"MQAR, {len(members)} members of {labs[0].model.num_params} parameters, "

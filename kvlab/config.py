@@ -42,7 +42,7 @@ from kvlab.schema import (
     with_added,
 )
 from kvlab.tasks import TASKS, Task
-from kvlab.training.loop import TrainConfig
+from kvlab.training.config import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
 from kvlab.units import counted
 from kvlab.weights.section import WeightsConfig, with_pretrained

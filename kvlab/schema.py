@@ -140,11 +140,12 @@ def texts(default: Iterable[str], *, min_len: int = 0) -> Any:
     return _field(tuple(default), list_type(text_type(), min_len))
 
 
-def added(declared: Any) -> Any:
+def added(declared: Any, *, aside: bool = False) -> Any:
     """The same field, marked as younger than runs that are kept: `identity` leaves it out at its default, so that those
-    runs keep their hashes. Its default must mean what they did."""
+    runs keep their hashes. Its default must mean what they did. One `aside` changes no result, and is always left
+    out."""
     assert declared.default is not dataclasses.MISSING
-    return field(default=declared.default, metadata={**declared.metadata, "added": True})
+    return field(default=declared.default, metadata={**declared.metadata, "added": True, "aside": aside})
 
 
 def with_added(kind: type["Schema"], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,13 +377,13 @@ def to_plain(value: object) -> Any:
 
 
 def identity(value: object) -> Any:
-    """As `to_plain`, without the fields that are `added` and at their default: what hashes are made of."""
+    """As `to_plain`, without the fields that are `added` and at their default, or `aside`: what hashes are made of."""
     return _plain(value, _identifying)
 
 
 def _identifying(section: Any) -> list[dataclasses.Field[Any]]:
     """The fields of a section that are part of an identity."""
-    fields = dataclasses.fields(section)
+    fields = [item for item in dataclasses.fields(section) if not item.metadata.get("aside")]
     return [item for item in fields if "added" not in item.metadata or getattr(section, item.name) != item.default]
 
 

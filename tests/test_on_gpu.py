@@ -103,8 +103,8 @@ def test_members_trained_together_are_what_each_is_alone():
     def fresh(lab, rate):
         return init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, rate)
 
-    call = gpu_training.together(step_fn, data, knobs, amount.length)
-    states, metrics = call(gpu_training.stacked([fresh(*member) for member in members]), jnp.stack(keys))
+    given = data, jnp.stack(keys), knobs, amount.length, jnp.ones(len(members), jnp.bool_)
+    states, metrics = step_fn.together(gpu_training.stacked([fresh(*member) for member in members]), *given)
     assert metrics["loss"].shape == (len(members), amount.num_steps)
     for index, member in enumerate(members):
         alone, own = step_fn(fresh(*member), data, keys[index], knobs, amount.length)

@@ -130,6 +130,22 @@ def test_an_added_field_is_part_of_an_identity_only_where_it_says_something():
 
 
 @dataclass(frozen=True)
+class Beside(Inner):
+    """A section with a field that changes no result."""
+
+    threads: int = added(integer(4, 1, 9), aside=True)
+
+
+def test_a_field_aside_is_never_part_of_an_identity_and_older_runs_lack_it():
+    old = {"rate": 0.5, "kind": "a"}
+    for threads in (4, 5):
+        section = Beside(threads=threads)
+        assert identity(section) == old
+        assert to_plain(section) == {**old, "threads": threads}
+    assert with_added(Beside, old) == {**old, "threads": 4}
+
+
+@dataclass(frozen=True)
 class Chooses(Schema):
     """A section with a choice of a registry."""
 

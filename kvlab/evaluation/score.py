@@ -3,6 +3,7 @@
 Scores are kept for every example and turn: what two memories do to the same example can be compared.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,12 @@ class Scorer:
         self._parallel = jax.jit(lambda params, batch: weighted_nll(merge(structure, params), batch))
         self._score = jax.jit(score)
         self._batches: dict[tuple[str, str, int], Batch] = {}
+
+    def with_key(self, key: Array) -> "Scorer":
+        """The same programs on other data."""
+        other = copy.copy(self)
+        other.key, other._batches = key, {}
+        return other
 
     def parallel(
         self,

@@ -32,11 +32,14 @@ from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.tasks.metrics import Metric
 from kvlab.typing import Params
-from pallas_kernels.selection import Taken, recording
+from pallas_kernels.selection import recording
 
 
-def execute(config: Config) -> str:
-    """Does whatever this run still needs; returns done, skipped, failed or interrupted. Only `RunLocked` is raised."""
+def execute(config: Config, beside: Sequence[Config] = ()) -> str:
+    """Does whatever this run still needs; returns done, skipped, failed or interrupted. Only `RunLocked` is raised.
+
+    Runs `beside` it are executed after it: their parameters are trained with its own where they are one program.
+    """
     run = Run(config)
     with run.locked():
         if run.state == "done":
@@ -46,10 +49,10 @@ def execute(config: Config) -> str:
         keep_freed_memory()
         jax.clear_caches()  # programs of earlier runs in this process would only accumulate
         with stop_on_signals() as stop:
-            return _recorded(config, run, stop)
+            return _recorded(config, run, stop, beside)
 
 
-def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
+def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Config]) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
     known_attempt = run.known_attempt
@@ -57,7 +60,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     run.begin(origin)
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
-            build = partial(Done, **_run(config, run, stop, known_attempt, taken))
+            build = partial(Done, **_run(config, run, stop, known_attempt=known_attempt, taken=taken, beside=beside))
         except (Interrupted, KeyboardInterrupt) as error:
             run.say("interrupted", reason=str(error) or "KeyboardInterrupt")
             return "interrupted"
@@ -86,11 +89,11 @@ def _recorded(config: Config, run: Run, stop: StopRequest) -> str:
     return record.status
 
 
-def _run(config: Config, run: Run, stop: StopRequest, known_attempt: int, taken: Taken) -> dict[str, Any]:
-    """What a finished run adds to its record."""
+def _run(config: Config, run: Run, stop: StopRequest, **given: Any) -> dict[str, Any]:
+    """What a finished run adds to its record; the rest is for `obtain`."""
     lab = Laboratory.of(config)
     scorer = Scorer(lab.model.structure, lab.task, named_key(config.seed, "eval"), config.measure.batch_size)
-    params, trained = obtain(lab, scorer, run, stop, known_attempt=known_attempt, taken=taken)
+    params, trained = obtain(lab, scorer, run, stop, **given)
     stop.check()
 
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)

@@ -27,10 +27,13 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
 
 
 def without_seed(config: Plain) -> dict[str, Any]:
-    """What the seeds of a point have in common: neither their number, nor where they ran, nor what was asked for and
-    what that would be solved for."""
+    """What the seeds of a point have in common: neither their number, nor where and in whose company they ran, nor what
+    was asked for and what that would be solved for."""
     common = {name: value for name, value in config.items() if name not in APART}
-    return common | {"mixer": {name: value for name, value in config["mixer"].items() if name != "knob"}}
+    for section, aside in (("mixer", "knob"), ("train", "vmap")):
+        if section in config:
+            common[section] = {name: value for name, value in config[section].items() if name != aside}
+    return common
 
 
 def point_labels(configs: Sequence[Plain]) -> list[str]:

@@ -24,6 +24,8 @@ from kvlab.methods import fitting
 
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
+_SWEEP: list[Config] = []
+"""Runs of a sweep whose jobs come one after the other in this process."""
 _LABELS: dict[Path, str] = {}
 """How the runs of sweeps in this process are called among each other; elsewhere they have their own label."""
 
@@ -36,7 +38,11 @@ def run_sweep(configs: list[Config], handed: list[str]) -> None:
     _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
     stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
     with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):
-        through_hydra(["--multirun", *handed])
+        try:
+            _SWEEP.extend(configs)
+            through_hydra(["--multirun", *handed])
+        finally:
+            _SWEEP.clear()
 
 
 def execute_one(config: Config) -> str:
@@ -44,7 +50,7 @@ def execute_one(config: Config) -> str:
     it."""
     use_compilation_cache()
     try:
-        status = execute(config)
+        status = execute(config, [other for other in _SWEEP if other.run_dir not in _BEGUN])
     except RunLocked as error:
         print(f"kvlab: {error}", file=sys.stderr)
         return "locked"

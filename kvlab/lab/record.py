@@ -103,7 +103,8 @@ SHOWN["lost"] = Shown(statistics.fmean)
 @dataclass(frozen=True, kw_only=True)
 class TrainingReport:
     """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are
-    empty in records from before trainings were shared."""
+    empty in records from before trainings were shared. `num_together` trials were one program (`train.vmap`): numbers
+    are those of one alone up to rounding, milliseconds of a step its share of theirs."""
 
     learning_rate: float
     trials: list[dict[str, float]]
@@ -113,6 +114,7 @@ class TrainingReport:
     data_sha256: str | None
     training_id: str = ""
     trained_by: str = ""
+    num_together: int = 1
     implementations: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
 

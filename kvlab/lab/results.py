@@ -18,7 +18,7 @@ from kvlab.evaluation.measure import AXES, per_sequence
 from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.labels import flatten, point_labels, without_seed
 from kvlab.lab.record import SHOWN, AnyRecord, Done, Part, Unfinished, damaged, read_record
-from kvlab.lab.trained import training_directory
+from kvlab.lab.trained import METRICS, training_directory
 from kvlab.training.checkpoint import CheckpointError
 
 
@@ -64,11 +64,12 @@ def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
     """The rows of a run's training; a last line that a killed process left half written is left out. None, with a
     warning, where the run's statement of its training is damaged."""
     try:
-        path = training_directory(Path(record.directory)) / "metrics.jsonl"
+        directory = training_directory(Path(record.directory))
     except CheckpointError as error:
         warnings.warn(f"{error}; its metrics are left out", RuntimeWarning, stacklevel=2)
         return []
-    lines = path.read_text().splitlines() if path.exists() else []
+    paths = [directory / METRICS, *sorted(directory.glob("trials/*.jsonl"))]  # of a finished one the first has all
+    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 

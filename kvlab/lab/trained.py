@@ -2,7 +2,8 @@
 
 results/<experiment>/trained/<training id>/
   lock  training.yaml  provenance.json   written first
-  status.json  metrics.jsonl  trials/    while it trains; failed trainings say why in status.json
+  status.json  metrics.jsonl  trials/    while it trains; failed trainings say why in status.json. Trials behind the
+                                         first have their rows in trials/
   params/                                the final parameters, the only copy
   trained.json                           last, by atomic rename: the training is done, and trials/ goes
 
@@ -29,11 +30,12 @@ from kvlab.interrupt import StopRequest
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
-from kvlab.training.loop import params_digest
+from kvlab.training.trial import params_digest
 from kvlab.typing import Params
 
 POINTER = "trained.json"
 """In a run's folder: where its parameters are. In the folder of a training: the training is done."""
+METRICS = "metrics.jsonl"
 POLL_S = 0.2
 
 
@@ -72,7 +74,7 @@ class Pointer:
 
 
 class Training:
-    """One training's folder. Everything but `locked` and `directory` is for the process that holds the lock."""
+    """One training's folder. Everything but locks, `is_done` and `directory` is for the process that holds the lock."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -97,6 +99,28 @@ class Training:
                 stop.check()
                 time.sleep(POLL_S)
             yield
+
+    @contextmanager
+    def locked_now(self) -> Iterator[bool]:
+        """Holds the training if no other process does; gives whether it is held."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.directory / "lock"))
+            except LockHeld:
+                yield False
+                return
+            yield True
+
+    def trial(self, index: int) -> tuple[Path, Path]:
+        """Where a trial has its checkpoints, and its rows: those of the first are what `metrics.jsonl` begins with."""
+        trials = self.directory / "trials"
+        rows = self.directory / METRICS if index == 0 else trials / f"{index}.jsonl"
+        return trials / str(index), rows
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it says that it is finished; for any process."""
+        return (self.directory / POINTER).exists()
 
     @property
     def done(self) -> Trained | None:
@@ -136,7 +160,7 @@ class Training:
 
     def discard(self) -> None:
         """Removes all that was trained."""
-        for name in (POINTER, "metrics.jsonl"):
+        for name in (POINTER, METRICS):
             (self.directory / name).unlink(missing_ok=True)
         for name in ("params", "trials"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -150,9 +174,17 @@ class Training:
     def finish(self, trained: Trained, params: Params, attempt: int) -> None:
         """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more."""
         save_params(self.directory / "params", params)
+        self._join_metrics(len(trained.report.trials))
         self.say("done", attempt)
         write_json(self.directory / POINTER, asdict(trained))
         shutil.rmtree(self.directory / "trials", ignore_errors=True)
+
+    def _join_metrics(self, num_trials: int) -> None:
+        """The rows of all trials in one file. Repeated where a process died over it, since the first trial's own rows
+        are then cut back to those of its checkpoint."""
+        files = [self.trial(index)[1] for index in range(num_trials)]
+        if len(files) > 1:
+            write_atomic(files[0], "".join(path.read_text() for path in files))
 
     def restore(self, like: Params, trained: Trained) -> Params:
         """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were

@@ -118,6 +118,24 @@ class TrainStep:
         A step whose loss or gradients are not finite changes nothing, nor do the steps after it: `ok` is then False and
         `state.step` is the step to blame.
         """
+        return self._steps(state, data, key, knobs, seq_len, jnp.asarray(True))
+
+    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+    def together(
+        self, states: TrainState, data: PyTree, keys: Array, knobs: Array, seq_len: int, moves: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The same call of several trainings: states, keys, `moves` [M] and metrics have an axis of trainings in front.
+        One that does not move stays as it is, and its metrics, `ok` among them, mean nothing."""
+
+        def of_one(state: TrainState, key: Array, moves: Array) -> tuple[TrainState, dict[str, Array]]:
+            return self._steps(state, data, key, knobs, seq_len, moves)
+
+        return jax.vmap(of_one)(states, keys, moves)
+
+    def _steps(
+        self, state: TrainState, data: PyTree, key: Array, knobs: Array, seq_len: int, moves: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """See `__call__`; nothing changes unless it `moves`."""
 
         def one_step(carry: tuple[TrainState, Array], knob: Array):
             state, ok = carry
@@ -130,7 +148,7 @@ class TrainStep:
             state = jax.tree.map(partial(jnp.where, ok), after, state)
             return (state, ok), {"loss": losses.labels, "beside": losses.beside, "grad_norm": grad_norm}
 
-        (state, ok), metrics = jax.lax.scan(one_step, (state, jnp.asarray(True)), knobs)
+        (state, ok), metrics = jax.lax.scan(one_step, (state, moves), knobs)
         return state, {**metrics, "ok": ok}
 
     def gradients(

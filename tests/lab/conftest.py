@@ -12,7 +12,7 @@ from kvlab.lab.provenance import provenance
 from kvlab.lab.record import TrainingReport
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Trained, Training, point_to
-from kvlab.training.loop import params_digest
+from kvlab.training.trial import params_digest
 from tests.lab.small import MEASURED, small
 
 

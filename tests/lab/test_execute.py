@@ -17,7 +17,7 @@ from kvlab.lab.compare import Scored
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
-from kvlab.training.loop import params_digest
+from kvlab.training.trial import params_digest
 from tests.lab.small import MEASURED, SMALL, TUNED, command, rows, small
 
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",

@@ -19,27 +19,27 @@ from kvlab.compose import compose
 from kvlab.files import locked
 from kvlab.interrupt import Interrupted, StopRequest
 from kvlab.lab import execute as executing
-from kvlab.lab import parameters
+from kvlab.lab import trials
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
 from kvlab.training.checkpoint import CheckpointError
-from kvlab.training.loop import params_digest
+from kvlab.training.trial import params_digest
 from tests.lab.small import FIRST_RECIPE, MEASURED, TUNED, command, rows, small
 
 
 @pytest.fixture
 def trainings(monkeypatch):
     """The labels of the trials that were trained in this process."""
-    labels, right = [], parameters.train
+    labels, right = [], trials.train
 
     def counted(*arguments, **options):
         labels.append(options["label"])
         return right(*arguments, **options)
 
-    monkeypatch.setattr(parameters, "train", counted)
+    monkeypatch.setattr(trials, "train", counted)
     return labels
 
 
@@ -99,13 +99,13 @@ def test_the_identity_of_a_run_is_what_it_was():
 
 def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_path, monkeypatch, trainings):
     configs = [small(tmp_path), small(tmp_path, "memory=dense")]
-    counted = parameters.train
+    counted = trials.train
 
     def broken(*arguments, **options):
         counted(*arguments, **options)
         raise RuntimeError("the loss is wrong")
 
-    monkeypatch.setattr(parameters, "train", broken)
+    monkeypatch.setattr(trials, "train", broken)
     for number in (1, 2):  # the command, and the same command again
         assert [execute(config) for config in configs] == ["failed", "failed"]
         assert len(trainings) == number
@@ -113,7 +113,7 @@ def test_a_failed_training_is_recorded_in_each_run_and_tried_once_a_command(tmp_
         assert first.reason == "RuntimeError: the loss is wrong"
         assert second.reason.startswith("RuntimeError: the loss is wrong (in the shared training ")
         assert first.training.attempt == second.training.attempt == number
-    monkeypatch.setattr(parameters, "train", counted)
+    monkeypatch.setattr(trials, "train", counted)
     assert [execute(config) for config in configs] == ["done", "done"]
 
 
@@ -127,7 +127,7 @@ def test_an_interrupted_retry_still_knows_which_failure_it_tries_again(tmp_path,
     def interrupted(*_, **__):
         raise Interrupted("the test")
 
-    monkeypatch.setattr(parameters, "train", broken)
+    monkeypatch.setattr(trials, "train", broken)
     assert execute(config) == "failed"
     with monkeypatch.context() as patch:
         patch.setattr(executing, "obtain", interrupted)  # before it reaches its training
