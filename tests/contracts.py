@@ -40,7 +40,7 @@ VARIANTS: dict[str, list[LayerConfig]] = {
         "no_positions": {"num_kv_heads": 2, "rope": False},
         "partial_rope": {"num_kv_heads": 2, "rope_fraction": 0.5, "rope_base": 500.0, "local_start": 1.0},
         "norms_cap_bias": {"num_kv_heads": 2, "qk_norm": True, "soft_cap": 5.0, "bias": True, "scale": 0.7},
-        "output_gate": {"num_kv_heads": 1, "output_gate": True, "qk_norm": True},
+        "output_gate": {"num_kv_heads": 2, "output_gate": True, "qk_norm": True, "qk_norm_over": "all"},
         "sink_logits": {"num_kv_heads": 2, "sink_logits": True, "soft_cap": 5.0},
         "window": {"num_kv_heads": 2, "window": WINDOW},
         "window_one": {"num_kv_heads": 1, "window": 1},
@@ -59,7 +59,7 @@ _linear = {"num_heads": 2, "key_dim": 5, "value_dim": 6, "chunk_len": 4}
 VARIANTS |= {
     name: [LayerConfig("linear", LinearConfig(**{**_linear, **fields}))]
     for name, fields in {
-        "gated_deltanet": {"num_value_heads": 4, "conv_len": 3},
+        "gated_deltanet": {"num_value_heads": 4, "conv_len": 3, "conv_bias": False},
         "deltanet": {"decay": "none", "negative_eigenvalues": True, "conv_len": 0, "short_conv": 2},
         "deltaproduct": {"householders": 2, "negative_eigenvalues": True, "conv_len": 2},
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},

@@ -43,10 +43,19 @@ ADDED = {
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
     "optimizer": {"name", "muon_momentum"},
     "train": {"vmap"},
-    "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap"},
+    "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
-ADDED_TO_ATTENTION = ("output_gate", "sink_logits", "shares_kv", "local_start", "scale", "norms")
+ADDED_TO_ATTENTION = (
+    "output_gate",
+    "sink_logits",
+    "shares_kv",
+    "local_start",
+    "scale",
+    "norms",
+    "out_bias",
+    "qk_norm_over",
+)
 
 
 @pytest.mark.parametrize(

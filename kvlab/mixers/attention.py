@@ -14,9 +14,11 @@ from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import check_scaling, rotary_angles, rotate
-from kvlab.schema import ConfigError, added, flag, integer, real, reals
+from kvlab.schema import ConfigError, added, choice, flag, integer, real, reals
 from kvlab.typing import HeadOutputs, Hidden, Keys, Positions, Queries, SinkLogits, Values
 from pallas_kernels.visible import Visible
+
+QK_NORMS_OVER = ("head", "all")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class AttentionConfig(MixerConfig):
     rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
     and fall with the distance (`docs/findings/training.md`), where heads would else begin with the mean of all tokens.
 
-    Scores are products of queries and keys times `scale` (null: head_dim ** -0.5).
+    Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). With `qk_norm` queries and keys are
+    normed before they are turned: each head by itself, or `qk_norm_over` "all" of them as one vector, as OLMo 2 does
+    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -55,6 +59,8 @@ class AttentionConfig(MixerConfig):
     shares_kv: bool = added(flag(False))
     local_start: float = added(real(0.0, 0.0, 100.0))
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
+    qk_norm_over: str = added(choice("head", QK_NORMS_OVER))
+    out_bias: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -63,6 +69,10 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide num_heads: one of {legal}")
         if self.num_sinks and self.window is None:
             raise ConfigError("num_sinks", self.num_sinks, "must be 0 without a window")
+        if self.qk_norm_over != "head" and not self.qk_norm:
+            raise ConfigError("qk_norm_over", self.qk_norm_over, "must be head without qk_norm")
+        if self.out_bias and self.bias:
+            raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
         check_scaling(self.rope_scaling)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
@@ -109,13 +119,14 @@ class Attention(Mixer):
         if not config.shares_kv:
             self.key = linear(model_dim, kv_heads * dim, config.bias)
             self.value = linear(model_dim, kv_heads * dim, config.bias)
-        self.out = linear(heads * dim, model_dim, config.bias)
+        self.out = linear(heads * dim, model_dim, config.bias or config.out_bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)
         if config.qk_norm:
-            self.query_norm = RMSNorm(dim, eps=config.norm_eps)
+            normed, normed_kv = (1, 1) if config.qk_norm_over == "head" else (heads, kv_heads)
+            self.query_norm = RMSNorm(normed * dim, eps=config.norm_eps)
             if not config.shares_kv:
-                self.key_norm = RMSNorm(dim, eps=config.norm_eps)
+                self.key_norm = RMSNorm(normed_kv * dim, eps=config.norm_eps)
         if config.local_start:
             start = jnp.zeros(dim).at[: config.rotary_dim // 2].set(config.local_start)
             self.query_start = nnx.Param(start)
@@ -153,15 +164,14 @@ class Attention(Mixer):
         queries = self._split(self.query(x))
         if self.config.local_start:
             queries = queries + self.query_start[...].astype(queries.dtype)[None, None, None, :]
-        return self._rotated(self.query_norm(queries) if self.config.qk_norm else queries, positions)
+        return self._rotated(self._normed(queries, "query_norm"), positions)
 
     def stored(self, x: Hidden, positions: Positions) -> tuple[Keys, Values]:
         """Keys of the step's tokens, normed and rotated, and their values."""
         keys = self._split(self.key(x))
         if self.config.local_start:
             keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
-        keys = self._rotated(self.key_norm(keys) if self.config.qk_norm else keys, positions)
-        return keys, self._split(self.value(x))
+        return self._rotated(self._normed(keys, "key_norm"), positions), self._split(self.value(x))
 
     @property
     def logits_of_sinks(self) -> SinkLogits | None:
@@ -177,6 +187,15 @@ class Attention(Mixer):
 
     def _split(self, projected: Float[Array, "B T E"]) -> Queries:
         return projected.reshape(*projected.shape[:2], -1, self.config.head_dim)
+
+    def _normed(self, heads: Queries, name: str) -> Queries:
+        config = self.config
+        if not config.qk_norm:
+            return heads
+        norm: RMSNorm = getattr(self, name)
+        if config.qk_norm_over == "head":
+            return norm(heads)
+        return norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
 
     def _rotated(self, heads: Queries, positions: Positions) -> Queries:
         config = self.config

@@ -10,17 +10,18 @@ from kvlab.typing import Channels
 
 
 class ShortConv(nnx.Module):
-    """y_t = bias + sum_{j < width} kernel_j * x_{t - j}, each channel by itself.
+    """y_t = bias + sum_{j < width} kernel_j * x_{t - j}, each channel by itself; no bias without `use_bias`.
 
     State: the last width - 1 inputs, (width - 1) * channels * itemsize bytes a sequence.
     """
 
-    def __init__(self, channels: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, use_bias: bool = True, dtype: str, rngs: nnx.Rngs):
         bound = width**-0.5
         shape = (width, channels)
         self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.width, self.channels, self.dtype = width, channels, dtype
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(channels))
+        self.width, self.channels, self.use_bias, self.dtype = width, channels, use_bias, dtype
 
     def state(self) -> RecurrentState:
         """The history of inputs this convolution needs."""
@@ -31,8 +32,8 @@ class ShortConv(nnx.Module):
         num_tokens = x.shape[1]
         before = memory.read()["history"].astype(x.dtype)
         extended = jnp.concatenate([before, x], axis=1)
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        outputs = bias[None, None, :]
+        kernel = self.kernel[...].astype(x.dtype)
+        outputs = self.bias[...].astype(x.dtype)[None, None, :] if self.use_bias else jnp.zeros((), x.dtype)
         for lag in range(self.width):
             first = self.width - 1 - lag
             outputs = outputs + kernel[lag][None, None, :] * extended[:, first : first + num_tokens]

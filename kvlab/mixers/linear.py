@@ -42,8 +42,8 @@ class LinearConfig(MixerConfig):
     With `householders` a delta rule writes as often a token, with keys, values and betas of their own.
 
     `num_value_heads` is a multiple of num_heads, whose queries and keys serve several of them; 0: as many. `conv_len`
-    is the width of the causal convolution over queries, keys and values; 0: none. Initial time steps are log-uniform in
-    `dt_range`, initial decay rates uniform in `rate_range`.
+    is the width of the causal convolution over queries, keys and values; 0: none. It has a bias unless `conv_bias` is
+    false. Initial time steps are log-uniform in `dt_range`, initial decay rates uniform in `rate_range`.
     """
 
     num_heads: int = integer(2, 1, 1024)
@@ -61,6 +61,7 @@ class LinearConfig(MixerConfig):
     rate_range: tuple[float, ...] = reals((1e-2, 16.0), 0.0, 1000.0, open_low=True, min_len=2)
     feature_map: str = added(choice("unit", FEATURE_MAPS))
     householders: int = added(integer(1, 1, 16))
+    conv_bias: bool = added(flag(True))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -136,7 +137,7 @@ class LinearAttention(Mixer):
         channels = self.key_channels + config.householders * (self.key_channels + self.value_channels)
         self.split = projection(model_dim, channels)
         if config.conv_len:
-            self.conv = ShortConv(channels, config.conv_len, dtype=dtype, rngs=rngs)
+            self.conv = ShortConv(channels, config.conv_len, use_bias=config.conv_bias, dtype=dtype, rngs=rngs)
         if config.write_gate:
             self.beta = projection(model_dim, config.householders * config.heads)
         if config.decay == "head":

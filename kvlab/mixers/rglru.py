@@ -112,7 +112,7 @@ class BlockDiagonal(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Channels) -> Channels:
-        kernel = self.kernel[...]
+        kernel = self.kernel[...].astype(x.dtype)
         blocks = jnp.einsum("bthi,hij->bthj", x.reshape(*x.shape[:2], kernel.shape[0], kernel.shape[1]), kernel)
         return blocks.reshape(x.shape) + self.bias[...][None, None, :]
 

@@ -32,9 +32,9 @@ class ModelConfig(Schema):
     `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
     the word.
 
-    What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form), embeddings
-    times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then c tanh(logits / c)
-    with `logit_cap` = c.
+    What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form) or with
+    biases, embeddings times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then
+    c tanh(logits / c) with `logit_cap` = c.
     """
 
     model_dim: int = integer(64, 1, 65536)
@@ -48,6 +48,7 @@ class ModelConfig(Schema):
     residual_scale: float = added(real(1.0, 0.0, 1e6, open_low=True))
     logit_divisor: float = added(real(1.0, 0.0, 1e6, open_low=True))
     logit_cap: float | None = added(real(None, 0.0, 1e6, open_low=True, optional=True))
+    mlp_bias: bool = added(flag(False))
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class LayerConfig:
 
 
 class GatedMLP(nnx.Module):
-    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place where the model says so."""
+    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place, and a bias in
+    each product, where the model says so."""
 
     def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=False, dtype=jnp.dtype(model.dtype), rngs=rngs)
+            return Linear(inputs, outputs, use_bias=model.mlp_bias, dtype=jnp.dtype(model.dtype), rngs=rngs)
 
         self.gate_up = linear(model.model_dim, 2 * model.mlp_dim)
         self.down = linear(model.mlp_dim, model.model_dim)

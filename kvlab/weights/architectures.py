@@ -6,19 +6,21 @@ from typing import Any
 
 from kvlab.schema import ConfigError, nearest, shown
 from kvlab.weights.config_files import DefaultRope, read_part, read_rope
-from kvlab.weights.families import FAMILIES, Architecture
+from kvlab.weights.families import FAMILIES, NOT_BUILT, Architecture
 from kvlab.weights.tables import Table, linear
 
 
 def read_architecture(values: Mapping[str, Any], dtype: str) -> tuple[Architecture | None, list[str]]:
     """The architecture of a config.json, or every reason why it cannot be built."""
     name = values.get("model_type")
+    if isinstance(name, str) and name in NOT_BUILT:
+        return None, [f"config.json: model_type = {shown(name)}: is not built here: {NOT_BUILT[name]}"]
     if not isinstance(name, str) or name not in FAMILIES:
         return None, [f"config.json: model_type = {shown(name)}: {nearest(str(name), FAMILIES)}"]
     found: list[str] = []
     family = FAMILIES[name]
     file = read_part(family.File, values, found)
-    rope = read_rope(values, found) if family.has_rope else DefaultRope()
+    rope = read_rope(values, found, family.rope_fraction) if family.has_rope else DefaultRope()
     if file is None or rope is None or found:
         return None, found
     try:

@@ -110,18 +110,32 @@ def save_checkpoint(
         raise FileExistsError(f"{found[0]}: the folder holds a model already")
     directory.mkdir(parents=True, exist_ok=True)
     table = table_of(architecture)
-
-    def tensors() -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.model.params):
-            entry = table[path_name(path)]
-            whole = np.asarray(leaf if dtype is None else leaf.astype(jnp.dtype(dtype)))
-            yield from zip(entry.names, entry.unload(whole), strict=True)
-
-    write_shards(directory, tensors(), max_shard_bytes)
+    write_shards(directory, file_tensors(pretrained.model.params, table, dtype), max_shard_bytes)
     values |= {"dtype": dtype or architecture.model.dtype}
     if pretrained.end_tokens:
         values["eos_token_id"] = list(pretrained.end_tokens)
     (directory / "config.json").write_text(json.dumps(values, indent=2))
+
+
+def file_tensors(params: Params, table: Table, dtype: str | None) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The file's tensors by name, each in `dtype` or as its parameter is; one that several parameters have rows of when
+    the last of them is there."""
+    unfinished: dict[str, tuple[npt.NDArray[Any], int]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        entry = table[path_name(path)]
+        for name, tensor in zip(entry.names, entry.unload(np.asarray(leaf)), strict=True):
+            part = tensor if dtype is None else tensor.astype(jnp.dtype(dtype))
+            if entry.num_rows is None:
+                yield name, part
+                continue
+            empty = np.empty((entry.num_rows, *part.shape[1:]), part.dtype)
+            whole, num_missing = unfinished.pop(name, (empty, entry.num_rows))
+            whole[np.asarray(entry.order)] = part
+            if num_missing == len(part):
+                yield name, whole
+            else:
+                unfinished[name] = whole, num_missing - len(part)
+    assert not unfinished, f"rows without a parameter: {list(unfinished)}"
 
 
 def abstract_model(architecture: Architecture) -> Model:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, AllowInfNan, ConfigDict, Field, Strict, ValidationError
 
-from kvlab.schema import Schema, adapter, flag, integer_type, problems, shown
+from kvlab.schema import Schema, adapter, flag, integer_type, problems, real_type, shown
 
 MAX_LAYERS = 10_000
 SIZE: Any = Annotated[integer_type(1, 2**31 - 1), Field(description="a positive integer")]
@@ -26,9 +26,9 @@ def size(default: int | None = REQUIRED, *, null: bool = False) -> Any:
     return value_of(SIZE | None if default is None or null else SIZE, default)
 
 
-def positive(default: float = REQUIRED) -> Any:
-    """A finite positive number."""
-    return value_of(POSITIVE, default)
+def positive(default: float | None = REQUIRED) -> Any:
+    """A finite positive number; with None as its default also absent."""
+    return value_of(POSITIVE | None if default is None else POSITIVE, default)
 
 
 def only(legal: Any) -> Any:
@@ -60,7 +60,6 @@ class ConfigFile(Part):
     num_hidden_layers: int = value_of(integer_type(1, MAX_LAYERS), REQUIRED)
     tie_word_embeddings: bool = flag(False)
     hidden_act: str = only("silu")
-    partial_rotary_factor: float = only(1.0)
     quantization_config: None = only(None)
     num_experts: int = only(0)
     num_local_experts: int = only(0)
@@ -69,10 +68,10 @@ class ConfigFile(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultRope(Part):
-    """The rotary embedding as it is."""
+    """The rotary embedding as it is, of that share of each head."""
 
     rope_theta: float = positive(10_000.0)
-    partial_rotary_factor: float = only(1.0)
+    partial_rotary_factor: float = value_of(real_type(0.0, 1.0, open_low=True), 1.0)
 
     @property
     def scaling(self) -> tuple[float, ...]:
@@ -118,8 +117,9 @@ def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str
         return None
 
 
-def read_rope(values: Mapping[str, Any], found: list[str]) -> DefaultRope | None:
-    """Base and scaling, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters)."""
+def read_rope(values: Mapping[str, Any], found: list[str], fraction: float | None = None) -> DefaultRope | None:
+    """Base and scaling, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters). `fraction` is the
+    share of a head that is turned where the file names none; None: another than the whole is refused."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
     if new and old and new != old:
         found.append("config.json: rope_parameters and rope_scaling: must not contradict each other")
@@ -131,4 +131,9 @@ def read_rope(values: Mapping[str, Any], found: list[str]) -> DefaultRope | None
     if not isinstance(kind, str) or kind not in ROPES:
         found.append(f"config.json: rope_type = {shown(kind)}: must be one of {', '.join(ROPES)}")
         return None
-    return read_part(ROPES[kind], {"rope_theta": values.get("rope_theta"), **given}, found)
+    older = {"rope_theta": values.get("rope_theta"), "partial_rotary_factor": values.get("partial_rotary_factor")}
+    given = {"partial_rotary_factor": fraction} | {k: v for k, v in {**older, **given}.items() if v is not None}
+    rope = read_part(ROPES[kind], given, found)
+    if rope is not None and fraction is None and rope.partial_rotary_factor != 1:
+        found.append(f"config.json: partial_rotary_factor = {rope.partial_rotary_factor}: only 1.0 is supported")
+    return rope

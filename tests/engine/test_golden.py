@@ -7,16 +7,30 @@ import random
 import subprocess
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
-from tests.engine.families import FAMILIES, GOLDEN, MAX_LEN, NUM_NEW, VOCAB, Oracle, engine_of, golden
+from tests.engine.families import (
+    FAMILIES,
+    FIRST,
+    GOLDEN,
+    LATER,
+    MAX_LEN,
+    NUM_NEW,
+    VOCAB,
+    Oracle,
+    engine_of,
+    golden,
+    pretrained,
+)
 from tests.weights.random_checkpoint import prompt
 
 AXES = {
-    "family": FAMILIES,
+    "family": FIRST,
     "page_size": (1, 4, 16),
     "chunk_len": (1, 7, 32, MAX_LEN),
     "pool": ("ample", "tight", "swapped", "minimal"),
@@ -98,7 +112,26 @@ def marked(cases: list[dict]) -> list:
     return params
 
 
-@pytest.mark.parametrize(("number", "case"), marked(pairwise()))
+WAYS = (
+    (4, 1, "tight", True, "none"),
+    (16, 32, "swapped", False, "oracle"),
+    (1, MAX_LEN, "ample", True, "ngram"),
+    (4, 7, "minimal", False, "none"),
+)
+"""How a later family is run: every value of every axis. The first two have rows in `tests/tiers.py`."""
+
+
+def later() -> list:
+    """The cases of the later families."""
+    params = []
+    for family, (number, way) in itertools.product(LATER, enumerate(WAYS)):
+        case = dict(zip(AXES, (family, *way), strict=True))
+        name, marks = "-".join(map(str, case.values())), pytest.mark.slow if number > 1 else ()
+        params.append(pytest.param(number, case, id=name, marks=marks))
+    return params
+
+
+@pytest.mark.parametrize(("number", "case"), [*marked(pairwise()), *later()])
 def test_every_way_gives_the_reference_tokens(number, case):
     engine = build(case)
     assert_exact(engine, case["family"], lengths_of(number))
@@ -123,6 +156,20 @@ def test_every_combination(family, page_size, chunk_len):
             **dict(zip(rest, values, strict=True)),
         }
         assert_exact(build(case), family, lengths_of(number))
+
+
+@pytest.mark.parametrize("family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed"])
+def test_a_full_pass_gives_the_reference_probabilities(family):
+    """The parallel form on the longest prompt and its answer, where the engine and the reference decode from a
+    cache."""
+    model = pretrained(family).model.merge()
+    length, answer = list(golden(family)["answers"].items())[-1]
+    tokens = [*prompt(int(length), VOCAB), *answer["tokens"]]
+    logits = jax.jit(lambda ids: model.logits(model.parallel(ids)))(jnp.asarray([tokens], jnp.int32))
+    logits = logits[0, int(length) - 1 : -1]
+    assert np.argmax(logits, axis=-1).tolist() == answer["tokens"]
+    found = jax.nn.log_softmax(logits)[np.arange(NUM_NEW), np.asarray(answer["tokens"])]
+    np.testing.assert_allclose(found, answer["logprobs"], atol=1e-4)
 
 
 def test_latent_attention_with_queries_as_they_are():

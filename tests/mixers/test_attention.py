@@ -40,7 +40,9 @@ def test_rotation_is_the_published_matrix(fraction):
         {"num_kv_heads": 4},
         {"num_kv_heads": 2, "window": 3, "num_sinks": 1},
         {"num_kv_heads": 1, "qk_norm": True, "soft_cap": 2.0, "bias": True, "rope_fraction": 0.5, "scale": 0.4},
+        {"num_kv_heads": 2, "qk_norm": True, "qk_norm_over": "all"},
         {"num_kv_heads": 2, "rope": False},
+        {"num_kv_heads": 2, "rope": False, "out_bias": True},
         {"num_kv_heads": 2, "output_gate": True},
         {"num_kv_heads": 2, "output_gate": True, "bias": True},
         {"num_kv_heads": 2, "sink_logits": True, "window": 3},
@@ -52,8 +54,14 @@ def test_equals_the_formula(fields):
     config = AttentionConfig(num_heads=4, head_dim=8, **fields)
     layer = Attention(config, 16, dtype="float32", rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).standard_normal((1, 11, 16))
+    for number, name in enumerate(("query", "key", "value", "out", "gate")):
+        if (bias := getattr(getattr(layer, name, None), "bias", None)) is not None:
+            bias[...] = jnp.sin(jnp.arange(bias.size) + number)
     if config.sink_logits:
         layer.sink_logits[...] = jnp.array([-1.0, 0.5, 2.0, 4.0])
+    if config.qk_norm:
+        layer.query_norm.scale[...] = jnp.linspace(0.5, 1.5, layer.query_norm.scale.size)
+        layer.key_norm.scale[...] = jnp.linspace(1.2, 0.4, layer.key_norm.scale.size)
     if config.local_start:
         layer.query_start[...] = layer.query_start[...] + jnp.linspace(-1, 1, 8)
         layer.key_start[...] = layer.key_start[...] - jnp.linspace(0, 2, 8)
@@ -84,19 +92,27 @@ def test_a_local_start_needs_positions():
         AttentionConfig(rope=False, local_start=2)
 
 
+def test_a_bias_of_the_output_is_named_once():
+    with pytest.raises(ConfigError, match="out_bias = True: must be false with bias"):
+        AttentionConfig(bias=True, out_bias=True)
+
+
 def formula(layer: Attention, config: AttentionConfig, x: np.ndarray) -> np.ndarray:
     weight = {
         name: np.asarray(getattr(layer, name).kernel[...], np.float64) for name in ("query", "key", "value", "out")
     }
-    bias = {name: np.asarray(getattr(layer, name).bias[...]) if config.bias else 0.0 for name in weight}
+    biased = ("query", "key", "value", "out") if config.bias else ("out",) if config.out_bias else ()
+    bias = {name: np.asarray(getattr(layer, name).bias[...]) if name in biased else 0.0 for name in weight}
     heads = {name: (x @ weight[name] + bias[name]).reshape(len(x), -1, 8) for name in ("query", "key", "value")}
     if config.local_start:
         for name, moved in (("query", np.linspace(-1, 1, 8)), ("key", -np.linspace(0, 2, 8))):
             start = np.where(np.arange(8) < config.rotary_dim // 2, config.local_start, 0.0)
             heads[name] = heads[name] + start + moved
     if config.qk_norm:
-        for name in ("query", "key"):
-            heads[name] = heads[name] / np.sqrt((heads[name] ** 2).mean(-1, keepdims=True) + 1e-6)
+        over = (-1,) if config.qk_norm_over == "head" else (-2, -1)
+        for name, norm in (("query", layer.query_norm), ("key", layer.key_norm)):
+            heads[name] = heads[name] / np.sqrt((heads[name] ** 2).mean(over, keepdims=True) + 1e-6)
+            heads[name] = heads[name] * np.asarray(norm.scale[...], np.float64).reshape(-1, 8)
     if config.rope:
         for name in ("query", "key"):
             turned = [heads[name][t] @ rotary_matrix(t, 8, config.rotary_dim, 10_000.0).T for t in range(len(x))]

@@ -40,7 +40,7 @@ def heads_of(layer: LinearAttention, x: np.ndarray) -> tuple[np.ndarray, np.ndar
         kernel, before = param(layer.conv.kernel), config.conv_len - 1
         padded = np.concatenate([np.zeros((before, channels.shape[1])), channels])
         lagged = [kernel[lag] * padded[before - lag : before - lag + tokens] for lag in range(config.conv_len)]
-        channels = silu(sum(lagged) + param(layer.conv.bias))
+        channels = silu(sum(lagged) + (param(layer.conv.bias) if config.conv_bias else 0))
     inner, num_steps = config.num_heads * config.key_dim, config.householders
     queries, keys, values = np.split(channels, [inner, (1 + num_steps) * inner], axis=-1)
     queries = queries.reshape(tokens, config.num_heads, config.key_dim)
@@ -98,6 +98,7 @@ CASES = {
     "deltanet": {"decay": "none", "conv_len": 3},
     "negative eigenvalues": {"decay": "none", "negative_eigenvalues": True, "gate": "sigmoid"},
     "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
+    "kda, convolved without a bias": {"decay": "channel", "gate": "low_rank", "conv_bias": False},
     "linear attention": {"rule": "plain", "decay": "none", "write_gate": False, "conv_len": 0, "gate": "none"},
     "linear attention, gated": {"rule": "plain", "decay": "none"},
     "retnet": {"rule": "plain", "decay": "constant", "write_gate": False},

@@ -67,9 +67,9 @@ def test_printing_shows_shapes_and_bytes():
 
 @pytest.mark.parametrize("norms", ["before", "after", "both"])
 def test_norms_stand_where_they_are_said_to(norms):
-    """With gelu in the MLP and half of what a layer adds; all but the mixer in float64."""
+    """With gelu and biases in the MLP and half of what a layer adds; all but the mixer in float64."""
     config = replace(LAYER.config, norms=norms)
-    model = ModelConfig(model_dim=16, mlp_dim=24, activation="gelu", residual_scale=0.5)
+    model = ModelConfig(model_dim=16, mlp_dim=24, mlp_bias=True, activation="gelu", residual_scale=0.5)
     structure, state = nnx.split(Block(LayerConfig("attention", config), model, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), state)
@@ -86,9 +86,10 @@ def test_norms_stand_where_they_are_said_to(norms):
     mixed = np.asarray(block.mixer(jnp.asarray(h, jnp.float32), positions, memory)[0], np.float64)
     expected = x + 0.5 * normed(mixed, "mixer_norm_after")
     h = normed(expected, "mlp_norm")
-    gate, up = np.split(h @ np.asarray(params["mlp"]["gate_up"]["kernel"], np.float64), 2, axis=-1)
+    mlp = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["mlp"])
+    gate, up = np.split(h @ mlp["gate_up"]["kernel"] + mlp["gate_up"]["bias"], 2, axis=-1)
     gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-    added = (gate * up) @ np.asarray(params["mlp"]["down"]["kernel"], np.float64)
+    added = (gate * up) @ mlp["down"]["kernel"] + mlp["down"]["bias"]
     expected = expected + 0.5 * normed(added, "mlp_norm_after")
     assert ("mixer_norm" in params, "mlp_norm_after" in params) == (norms != "after", norms != "before")
     y, _ = block(jnp.asarray(x, jnp.float32), positions, memory)

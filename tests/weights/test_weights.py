@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from kvlab.models.transformer import path_name
 from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
+from kvlab.weights.architectures import table_of
+from kvlab.weights.checkpoint import peek_architecture
 from kvlab.weights.families import FAMILIES as LOADED
+from kvlab.weights.tables import LESS_ONE
 from tests.engine.families import FAMILIES, golden, pretrained, write_folder
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +28,10 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v3_plain"])
+OTHERS = ("deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     """Through three shards, tied heads left out; and the tensors are those that transformers wrote."""
     model = pretrained(family)
@@ -39,8 +46,10 @@ def test_a_checkpoint_written_and_read_is_the_same(family, tmp_path):
     for path in (tmp_path / "out").glob("*.safetensors"):
         written |= load_file(path)
     assert written.keys() == original.keys()
-    for name in original:
-        np.testing.assert_array_equal(written[name], original[name], err_msg=name)
+    entries = table_of(model.architecture).values()
+    shifted = {name for entry in entries if entry.transform is LESS_ONE for name in entry.names}
+    for name in original:  # 1 is added to weights up to 2 in float32: half a unit in the last place
+        np.testing.assert_allclose(written[name], original[name], 0, 2**-23 if name in shifted else 0, err_msg=name)
     with pytest.raises(FileExistsError, match="holds a model already"):
         save_checkpoint(model, tmp_path / "out")
 
@@ -64,6 +73,28 @@ def test_dtypes(tmp_path):
         assert model.model.params["norm"]["scale"].dtype == np.float32
 
 
+def test_distances_from_one_are_stored_in_their_own_precision(tmp_path):
+    """A file in bfloat16 has what a norm is above one, rounded; not one more than that, rounded."""
+    model = pretrained("gemma3_text")
+    save_checkpoint(model, tmp_path / "out", dtype="bfloat16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    original = load_file(write_folder("gemma3_text", tmp_path / "in") / "model.safetensors")
+    for name in original:
+        np.testing.assert_allclose(found[name].astype(np.float32), original[name], 2**-8, 2**-22, err_msg=name)
+
+
+def test_recurrent_gemma_computes_in_bfloat16(tmp_path):
+    """The gates' matrices too are then of that type; logits are near those of float32."""
+    folder, tokens = write_folder("recurrent_gemma", tmp_path), jnp.arange(8, dtype=jnp.int32)[None]
+
+    def logits(dtype):
+        model = load_checkpoint(folder, dtype).model.merge()
+        return np.asarray(jax.jit(lambda ids: model.logits(model.parallel(ids)))(tokens))
+
+    exact = logits("float32")
+    assert 1e-4 < np.abs(logits("bfloat16") - exact).mean() / np.abs(exact).mean() < 0.05
+
+
 def test_old_spellings_of_the_rotary_embedding(tmp_path):
     folder = write_folder("llama3_rope", tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -71,6 +102,102 @@ def test_old_spellings_of_the_rotary_embedding(tmp_path):
     config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type": rope.pop("rope_type"), **rope}}
     (folder / "config.json").write_text(json.dumps(config))
     assert load_checkpoint(folder).architecture == pretrained("llama3_rope").architecture
+
+
+def test_the_hubs_spelling_of_gemma_3(tmp_path):
+    """A pattern in place of types, bases and scaling in fields of their own, as the first models were published."""
+    folder = write_folder("gemma3_text", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"], config["rope_parameters"], config["tie_word_embeddings"]
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    pattern = {"sliding_window_pattern": 2, "hidden_act": "not read"}
+    (folder / "config.json").write_text(json.dumps(config | old | pattern))
+    layers = [layer.config for layer in peek_architecture(folder).layers]
+    assert [(layer.window, layer.rope_base, layer.rope_scaling) for layer in layers] == [
+        (24, 2e4, ()), (None, 5e5, (4.0,)), (24, 2e4, ())
+    ]  # fmt: skip
+    assert peek_architecture(folder).model.tie_embeddings  # what an absent field means there
+    assert peek_architecture(folder).model.embed_scale == pytest.approx(80**0.5)
+
+
+def test_the_hubs_spelling_of_granite_4(tmp_path):
+    """Layers by their older names, positions "nope", and head dims left to the widths."""
+    folder = write_folder("granitemoehybrid", tmp_path)
+    older = {"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope", "mamba_d_head": "auto"}
+    edit(folder, **older, embedding_multiplier=3)
+    assert load_checkpoint(folder).architecture == pretrained("granitemoehybrid").architecture
+    edit(folder, layer_types=None)
+    assert {layer.mixer for layer in peek_architecture(folder).layers} == {"mamba2"}
+
+
+def test_what_recurrent_gemma_does_not_say(tmp_path):
+    """Half of each head turns, in the hub's older spelling and unsaid; blocks are repeated; heads are tied."""
+    folder = write_folder("recurrent_gemma", tmp_path)
+    edit(folder, rope_parameters=None, rope_theta=1e4, partial_rotary_factor=0.5, head_dim=None)
+    assert load_checkpoint(folder).architecture == pretrained("recurrent_gemma").architecture
+    edit(folder, partial_rotary_factor=None, block_types=None, num_hidden_layers=4, lru_width=None)
+    architecture = peek_architecture(folder)
+    assert [layer.mixer for layer in architecture.layers] == ["rglru", "rglru", "attention", "rglru"]
+    assert architecture.layers[2].config.rope_fraction == 0.5
+    assert architecture.layers[0].config.width == 80
+    assert architecture.model.embed_scale == 8.9375  # sqrt(80) = 8.944 in bfloat16
+
+
+def test_the_hubs_spelling_of_qwen3_next(tmp_path):
+    """An interval in place of layer types, the turned share and the base as fields of their own, dense layers by
+    name."""
+    folder = write_folder("qwen3_next", tmp_path)
+    edit(folder, full_attention_interval=2, num_experts=512, mlp_only_layers=[0, 1], layer_types=None)
+    edit(folder, rope_parameters=None, rope_theta=5e5, partial_rotary_factor=0.5)
+    linear, full = (layer.config for layer in load_checkpoint(folder).architecture.layers)
+    assert (full.rope_base, full.rope_fraction, full.head_dim, linear.heads) == (5e5, 0.5, 32, 4)
+    edit(folder, partial_rotary_factor=None)
+    assert peek_architecture(folder).layers[1].config.rope_fraction == 0.25  # what an absent field means there
+
+
+def test_the_hubs_spelling_of_kimi_linear(tmp_path):
+    """Linear layers in an object of their own, counted from 1, and fields that are not read."""
+    folder = write_folder("kimi_linear", tmp_path)
+    linear = {"num_heads": 3, "head_dim": 24, "short_conv_kernel_size": 4}
+    edit(folder, layer_types=None, mlp_layer_types=None, linear_num_heads=None, linear_head_dim=None)
+    edit(folder, first_k_dense_replace=2, num_experts=256, rope_theta=1e4, head_dim=72, moe_layer_freq=1)
+    edit(folder, linear_attn_config=linear | {"kda_layers": [1], "full_attn_layers": [2]})
+    assert load_checkpoint(folder).architecture == pretrained("kimi_linear").architecture
+    edit(folder, linear_attn_config=linear, num_hidden_layers=9, first_k_dense_replace=9)
+    kinds = [layer.mixer for layer in peek_architecture(folder).layers]
+    assert [place for place, kind in enumerate(kinds) if kind == "latent"] == [4, 8]  # transformers' default
+
+
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({"rope_parameters": None, "rope_theta": None}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}, "rope_theta": 5e5}, None),
+        ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_type": "default"}}, 1e4),
+    ],
+)
+def test_olmo_hybrids_base_of_null_turns_nothing(fields, base, tmp_path):
+    """What transformers makes of each."""
+    folder = write_folder("olmo_hybrid", tmp_path)
+    edit(folder, **fields)
+    attention = peek_architecture(folder).layers[1].config
+    assert (attention.rope_base if attention.rope else None) == base
+
+
+def test_what_an_olmo_hybrid_is_where_its_file_says_little(tmp_path):
+    """As transformers' config: heads of linear layers as of attention, keys of three quarters of the width."""
+    folder = write_folder("olmo_hybrid", tmp_path)
+    names = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    absent = {f"linear_{name}": None for name in (*names, "allow_neg_eigval")}
+    edit(folder, layer_types=None, num_hidden_layers=6, **absent)
+    layers = peek_architecture(folder).layers
+    assert [layer.mixer for layer in layers] == [*["linear"] * 3, "attention", *["linear"] * 2]
+    linear = layers[0].config
+    assert (linear.num_heads, linear.heads, linear.key_dim, linear.value_dim, linear.conv_len) == (4, 4, 12, 24, 4)
+    assert linear.negative_eigenvalues
+    edit(folder, num_hidden_layers=3)
+    assert [layer.mixer for layer in peek_architecture(folder).layers] == ["linear", "linear", "attention"]
 
 
 def edit(folder: Path, **changes) -> None:
@@ -104,6 +231,72 @@ def edit(folder: Path, **changes) -> None:
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
         ("deepseek_v3", {"qk_rope_head_dim": 11}, "rope_dim = 11: must be even"),
         ("deepseek_v3", {"q_lora_rank": None}, "q_a_proj.weight: is unexpected"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "hidden_activation = 'gelu': only 'gelu_pytorch_tanh'"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: only None"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma3_text", {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar = 0.5: must be a positive integer"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .*: must be 3 of"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters = .*: must be an object with full"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts = 4: must be 0: experts are not built"),
+        ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts = 8: must be 0"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention", "moe"]}, "layer_types = .*: must be 3 of"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi': must be one of"),
+        ("granitemoehybrid", {"mamba_proj_bias": True}, "mamba_proj_bias = True: only False"),
+        ("granitemoehybrid", {"mamba_d_head": 8}, "mamba_n_heads . mamba_d_head = 64: must be .* = 128"),
+        ("granitemoehybrid", {"residual_multiplier": 0}, "residual_multiplier = 0: must be a finite positive number"),
+        ("recurrent_gemma", {"block_types": ["recurrent", "mamba"]}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"block_types": []}, "block_types = .*: must be a list of at least 1"),
+        ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation = 'silu': only 'gelu_pytorch_tanh'"),
+        ("recurrent_gemma", {"conv1d_width": 1}, "conv_len = 1: must be 0"),
+        ("recurrent_gemma", {"lru_width": 90}, "num_heads = 4: must divide width = 90"),
+        ("recurrent_gemma", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "partial_rotary_factor = 0.45: must"),
+        ("recurrent_gemma", {"attention_bias": True}, "q_proj.bias: is missing"),
+        ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0, .*: layer 0 has experts, not built here"),
+        ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
+        ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
+        ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3: must be a multiple of"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 1}, "conv_len = 1: must be 0 .none. or a width"),
+        ("qwen3_next", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("qwen3_next", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5: must be"),
+        (
+            "qwen3_next",
+            {"rope_parameters": {"partial_rotary_factor": 0.1}},
+            "= 0.1: must turn an even part of a head",
+        ),
+        ("qwen3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5: only 1.0"),
+        ("qwen3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5: only 1.0"),
+        (
+            "olmo_hybrid",
+            {"layer_types": ["linear_attention"] * 2},
+            "layer_types = .*: must be 2 of linear_attention",
+        ),
+        ("olmo_hybrid", {"linear_num_key_heads": 3}, "linear_num_value_heads = 4: must be a multiple of .* = 3"),
+        ("olmo_hybrid", {"linear_allow_neg_eigval": 1}, "linear_allow_neg_eigval = 1"),
+        ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
+        ("olmo_hybrid", {"num_experts": 4}, "num_experts = 4: only 0"),
+        ("olmo_hybrid", {"rope_theta": -1.0}, "rope_theta = -1.0: must be a finite positive number"),
+        ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types = .*: must be 2 of dense: experts"),
+        (
+            "kimi_linear",
+            {"mlp_layer_types": None},
+            "first_k_dense_replace = 1: must be at least .* have experts",
+        ),
+        ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings = True: only False"),
+        ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope = False: only True"),
+        ("kimi_linear", {"attention_bias": True}, "attention_bias = True: only False"),
+        ("kimi_linear", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
+        ("kimi_linear", {"linear_attn_config": {"num_heads": 0}}, "linear_attn_config.num_heads = 0: must be"),
+        ("kimi_linear", {"linear_attn_config": 3}, "linear_attn_config = 3: must be"),
+        ("kimi_linear", {"layer_types": ["linear_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
+        (
+            "kimi_linear",
+            {"layer_types": None, "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
+            "full_attn_layers = .2.: must name, with kda_layers, every layer from 1 to 2 once",
+        ),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),
@@ -260,6 +453,19 @@ def test_what_a_config_cannot_say_is_not_written(tmp_path):
     odd = replace(model, architecture=replace(model.architecture, layers=layers))
     with pytest.raises(ValueError, match="cannot say what this model is"):
         save_checkpoint(odd, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "kimi_linear"])
+def test_a_hybrid_of_one_kind_of_layer_is_not_written(family, tmp_path):
+    """Its config.json would say nothing of the other kind, or transformers not read it."""
+    from dataclasses import replace
+
+    model = pretrained(family)
+    for layer in model.architecture.layers:
+        odd = replace(model, architecture=replace(model.architecture, layers=(layer, layer)))
+        with pytest.raises(ValueError, match="cannot say"):
+            save_checkpoint(odd, tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
 
 

@@ -4,14 +4,39 @@ from typing import Any
 
 from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
+from kvlab.weights.families.gemma3 import Gemma3
+from kvlab.weights.families.granite_hybrid import GraniteHybrid
+from kvlab.weights.families.kimi_linear import KimiLinear
 from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
+from kvlab.weights.families.olmo_hybrid import OlmoHybrid
 from kvlab.weights.families.qwen3 import Qwen3
+from kvlab.weights.families.qwen3_next import Qwen3Next
+from kvlab.weights.families.recurrent_gemma import RecurrentGemma
 
-FAMILIES: dict[str, Family[Any]] = {
-    family.model_type: family() for family in (Llama, Mistral, Qwen3, DeepseekV3, Mamba2)
-}
+READ: tuple[type[Family[Any]], ...] = (
+    Llama,
+    Mistral,
+    Qwen3,
+    DeepseekV3,
+    Mamba2,
+    Gemma3,
+    GraniteHybrid,
+    RecurrentGemma,
+    Qwen3Next,
+    OlmoHybrid,
+    KimiLinear,
+)
+FAMILIES: dict[str, Family[Any]] = {family.model_type: family() for family in READ}
 """By the `model_type` of config.json."""
 
-__all__ = ["FAMILIES", "Architecture", "Family"]
+NOT_BUILT = {
+    "gpt_oss": "its layers have experts; its attention is the mixer attention with sink_logits",
+    "gemma3n_text": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
+    "gemma3n": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
+    "gemma3": "images beside its text model, which alone is gemma3_text",
+}
+"""What is refused, and why."""
+
+__all__ = ["FAMILIES", "NOT_BUILT", "Architecture", "Family"]

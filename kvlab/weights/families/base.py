@@ -28,6 +28,8 @@ class Family[F: ConfigFile](abc.ABC):
     File: ClassVar[type[ConfigFile]]
     """The fields of config.json."""
     has_rope: ClassVar[bool] = True
+    rope_fraction: ClassVar[float | None] = None
+    """The share of a head that is turned where the file names none; None: always all of it."""
 
     @abc.abstractmethod
     def read(self, file: F, rope: DefaultRope, dtype: str) -> Architecture:

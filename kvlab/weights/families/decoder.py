@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.base import MixerConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import ConfigFile, DefaultRope, only, positive, size
 from kvlab.weights.families.base import Architecture, Family
-from kvlab.weights.tables import SIDE_BY_SIDE, Entry, Table, linear
+from kvlab.weights.tables import END_TO_END, SIDE_BY_SIDE, Entry, Table, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,21 @@ class Decoder[F: DecoderFile](Family[F]):
         }
         for index, layer in enumerate(layers):
             ours, theirs = f"blocks.{index}", f"model.layers.{index}"
-            table[f"{ours}.mixer_norm.scale"] = Entry((f"{theirs}.input_layernorm.weight",))
-            table[f"{ours}.mlp_norm.scale"] = Entry((f"{theirs}.post_attention_layernorm.weight",))
-            table |= self.mixer_table(f"{ours}.mixer", f"{theirs}.self_attn", layer.config)
+            table |= self.norms_table(ours, theirs, layer)
+            table |= self.mixer_table(f"{ours}.mixer", f"{theirs}.{self.mixer_name(layer)}", layer.config)
             table |= mlp_table(f"{ours}.mlp", f"{theirs}.mlp")
         return table
+
+    def norms_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
+        """The norms of one layer's block."""
+        return {
+            f"{ours}.mixer_norm.scale": Entry((f"{theirs}.input_layernorm.weight",)),
+            f"{ours}.mlp_norm.scale": Entry((f"{theirs}.post_attention_layernorm.weight",)),
+        }
+
+    def mixer_name(self, layer: LayerConfig) -> str:
+        """What the file calls the layer's mixer."""
+        return "self_attn"
 
     def mixer_table(self, ours: str, theirs: str, config: Any) -> Table:
         """The tensors of one layer's mixer."""
@@ -87,15 +98,20 @@ def attention_layers(
     return [LayerConfig("attention", local if kind == "sliding_attention" else config) for kind in kinds]
 
 
-def attention_config(file: DecoderFile, rope: DefaultRope, **more: Any) -> AttentionConfig:
+def attention_config(file: DecoderFile, rope: DefaultRope, /, **more: Any) -> AttentionConfig:
     """Full attention as the file has it."""
+    head_dim = file.head_dim or max(1, file.hidden_size // file.num_attention_heads)
+    if int(head_dim * rope.partial_rotary_factor) % 2:
+        legal = f"must turn an even part of a head of {head_dim}"
+        raise ConfigError("partial_rotary_factor", rope.partial_rotary_factor, legal)
     return AttentionConfig(
         num_heads=file.num_attention_heads,
         num_kv_heads=file.num_key_value_heads or file.num_attention_heads,
-        head_dim=file.head_dim or max(1, file.hidden_size // file.num_attention_heads),
+        head_dim=head_dim,
         bias=file.attention_bias,
         norm_eps=file.rms_norm_eps,
         rope_base=rope.rope_theta,
+        rope_fraction=rope.partial_rotary_factor,
         rope_scaling=rope.scaling,
         **more,
     )
@@ -103,20 +119,30 @@ def attention_config(file: DecoderFile, rope: DefaultRope, **more: Any) -> Atten
 
 def attention_values(architecture: Architecture) -> dict[str, Any]:
     """What config.json says of layers of attention."""
-    first = architecture.layers[0].config
-    assert isinstance(first, AttentionConfig)
+    first = first_config(architecture, AttentionConfig)
     return {
         "num_attention_heads": first.num_heads,
         "num_key_value_heads": first.num_kv_heads,
         "head_dim": first.head_dim,
         "attention_bias": first.bias,
-        "rope_parameters": rope_values(first.rope_base, first.rope_scaling),
+        "rope_parameters": rope_values(first.rope_base, first.rope_scaling, first.rope_fraction),
     }
 
 
-def rope_values(base: float, scaling: Sequence[float]) -> dict[str, Any]:
+def first_config[C: MixerConfig](architecture: Architecture, kind: type[C]) -> C:
+    """The first layer's config of that kind; files describe one for all. Raises ValueError where there is none."""
+    for layer in architecture.layers:
+        if isinstance(layer.config, kind):
+            return layer.config
+    legal = f"its config.json cannot say a model without {kind.__name__}"
+    raise ValueError(f"family = {architecture.family!r}: {legal}")
+
+
+def rope_values(base: float, scaling: Sequence[float], fraction: float = 1.0) -> dict[str, Any]:
     """`rope_parameters` of a rotary embedding."""
     rope: dict[str, Any] = {"rope_theta": base, "rope_type": "default"}
+    if fraction != 1:
+        rope["partial_rotary_factor"] = fraction
     if len(scaling) == 1:
         rope |= {"rope_type": "linear", "factor": scaling[0]}
     elif scaling:
@@ -129,14 +155,18 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     """Projections, and the norms of queries and keys where there are any."""
     table: Table = {}
     for mine, yours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=config.bias)
+        has_bias = config.bias or (mine == "out" and config.out_bias)
+        table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=has_bias)
     if config.qk_norm:
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_norm.weight",))
         table[f"{ours}.key_norm.scale"] = Entry((f"{theirs}.k_norm.weight",))
     return table
 
 
-def mlp_table(ours: str, theirs: str) -> Table:
+def mlp_table(ours: str, theirs: str, *, bias: bool = False) -> Table:
     """The gated MLP."""
-    both = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
-    return {f"{ours}.gate_up.kernel": Entry(both, SIDE_BY_SIDE), **linear(f"{ours}.down", f"{theirs}.down_proj")}
+    both = (f"{theirs}.gate_proj", f"{theirs}.up_proj")
+    table: Table = {f"{ours}.gate_up.kernel": Entry(tuple(f"{name}.weight" for name in both), SIDE_BY_SIDE)}
+    if bias:
+        table[f"{ours}.gate_up.bias"] = Entry(tuple(f"{name}.bias" for name in both), END_TO_END)
+    return table | linear(f"{ours}.down", f"{theirs}.down_proj", bias=bias)

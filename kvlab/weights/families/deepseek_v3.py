@@ -90,14 +90,16 @@ def latent_values(config: LatentConfig) -> dict[str, Any]:
 
 def latent_table(ours: str, theirs: str, config: LatentConfig) -> Table:
     """The file turns neighbours, here numbers half of `rope_dim` apart are turned: rows of what is turned are put so,
-    of each head's queries and of the shared key behind the compressed row."""
+    of each head's queries and of the shared key behind the compressed row. Without rope all rows stay."""
     table: Table = {}
     if config.query_rank:
         table |= linear(f"{ours}.compress", f"{theirs}.q_a_proj")
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_a_layernorm.weight",))
-    order = _apart(config.num_heads, config.head_dim, config.rope_dim)
-    table |= linear(f"{ours}.query", f"{theirs}.q_b_proj" if config.query_rank else f"{theirs}.q_proj", order=order)
-    table |= linear(f"{ours}.row", f"{theirs}.kv_a_proj_with_mqa", order=_apart(1, config.rank, config.rope_dim))
+    of_queries = _apart(config.num_heads, config.head_dim, config.rope_dim) if config.rope else None
+    of_row = _apart(1, config.rank, config.rope_dim) if config.rope else None
+    query = f"{theirs}.q_b_proj" if config.query_rank else f"{theirs}.q_proj"
+    table |= linear(f"{ours}.query", query, order=of_queries)
+    table |= linear(f"{ours}.row", f"{theirs}.kv_a_proj_with_mqa", order=of_row)
     table[f"{ours}.row_norm.scale"] = Entry((f"{theirs}.kv_a_layernorm.weight",))
     return table | linear(f"{ours}.expand", f"{theirs}.kv_b_proj") | linear(f"{ours}.out", f"{theirs}.o_proj")
 

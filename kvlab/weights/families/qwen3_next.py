@@ -1,0 +1,111 @@
+"""Qwen3-Next (2025): three layers of Gated DeltaNet to one of gated attention. Experts are not built."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvlab.mixers.linear import LinearConfig
+from kvlab.models.transformer import LayerConfig, ModelConfig
+from kvlab.schema import ConfigError, integer_type
+from kvlab.weights.config_files import DefaultRope, size, value_of
+from kvlab.weights.families.base import Architecture
+from kvlab.weights.families.decoder import Decoder, attention_config, attention_table, attention_values, first_config
+from kvlab.weights.families.hybrid import FULL, LINEAR, HybridFile, delta_net, delta_net_values, layer_types, layers_of
+from kvlab.weights.tables import CONVOLUTION, LESS_ONE, Entry, Table, linear, rows_by_group
+
+COUNT: Any = integer_type(0, 2**31 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3NextFile(HybridFile):
+    """Its own fields. Absent means transformers' default: of experts that there are 512 in every layer."""
+
+    num_key_value_heads: int = size(2)
+    head_dim: int = size(256)
+    linear_num_key_heads: int = size(16)
+    linear_num_value_heads: int = size(32)
+    linear_key_head_dim: int = size(128)
+    linear_value_head_dim: int = size(128)
+    full_attention_interval: int = size(4)
+    num_experts: int = value_of(COUNT, 512)
+    decoder_sparse_step: int = size(1)
+    mlp_only_layers: tuple[int, ...] = value_of(tuple[COUNT, ...], ())
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether that layer's MLP is a choice of several."""
+        is_sparse = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return is_sparse and layer not in self.mlp_only_layers
+
+
+class Qwen3Next(Decoder[Qwen3NextFile]):
+    """Every fourth layer attends, a quarter of each head turned, its outputs gated. Norms are stored less one, but
+    those of the linear layers' outputs."""
+
+    model_type = "qwen3_next"
+    transformers_class = "Qwen3NextForCausalLM"
+    File = Qwen3NextFile
+    rope_fraction = 0.25
+
+    def layers(self, file: Qwen3NextFile, rope: DefaultRope) -> list[LayerConfig]:
+        num_layers = file.num_hidden_layers
+        if sparse := [layer for layer in range(num_layers) if file.has_experts(layer)]:
+            legal = f"must be 0, or mlp_only_layers all layers: layer {sparse[0]} has experts, not built here"
+            raise ConfigError("num_experts", file.num_experts, legal)
+        default = [FULL if layer % file.full_attention_interval == 0 else LINEAR for layer in range(1, num_layers + 1)]
+        kinds = {
+            LINEAR: delta_net(
+                file.linear_num_key_heads,
+                file.linear_num_value_heads,
+                key_dim=file.linear_key_head_dim,
+                value_dim=file.linear_value_head_dim,
+                conv_len=file.linear_conv_kernel_dim,
+                norm_eps=file.rms_norm_eps,
+            ),
+            FULL: LayerConfig("attention", attention_config(file, rope, qk_norm=True, output_gate=True)),
+        }
+        return layers_of(file, default, kinds)
+
+    def write_layers(self, architecture: Architecture) -> dict[str, Any]:
+        return {
+            **attention_values(architecture),
+            **delta_net_values(first_config(architecture, LinearConfig)),
+            "layer_types": layer_types(architecture),
+            "num_experts": 0,
+        }
+
+    def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
+        table = super().table(layers, model)
+        for name, entry in table.items():
+            if name == "norm.scale" or name.endswith("_norm.scale"):  # a linear layer's own is mixer.norm
+                table[name] = replace(entry, transform=LESS_ONE)
+        return table
+
+    def mixer_name(self, layer: LayerConfig) -> str:
+        return "linear_attn" if layer.mixer == "linear" else "self_attn"
+
+    def mixer_table(self, ours: str, theirs: str, config: Any) -> Table:
+        if isinstance(config, LinearConfig):
+            return linear_table(ours, theirs, config)
+        table = attention_table(ours, theirs, config)
+        heads, dim = config.num_heads, config.head_dim
+        for name, rows in zip(("query", "gate"), rows_by_group(heads, (dim, dim)), strict=True):
+            projection = f"{theirs}.q_proj"
+            table |= linear(f"{ours}.{name}", projection, bias=config.bias, order=rows, num_rows=2 * heads * dim)
+        return table
+
+
+def linear_table(ours: str, theirs: str, config: LinearConfig) -> Table:
+    """Two products make all that a linear layer takes from its input; their rows come by heads of keys."""
+    groups, num_values = config.num_heads, config.heads // config.num_heads
+    sizes = (config.key_dim, config.key_dim, num_values * config.value_dim, num_values * config.value_dim)
+    queries, keys, values, gate = rows_by_group(groups, sizes)
+    beta, step = rows_by_group(groups, (num_values, num_values))
+    table = linear(f"{ours}.out", f"{theirs}.out_proj")
+    for name, rows in (("split", queries + keys + values), ("gate", gate)):
+        table |= linear(f"{ours}.{name}", f"{theirs}.in_proj_qkvz", order=rows, num_rows=groups * sum(sizes))
+    for name, rows in (("beta", beta), ("step", step)):
+        table |= linear(f"{ours}.{name}", f"{theirs}.in_proj_ba", order=rows, num_rows=2 * config.heads)
+    table[f"{ours}.conv.kernel"] = Entry((f"{theirs}.conv1d.weight",), CONVOLUTION)
+    for mine, yours in (("dt_bias", "dt_bias"), ("log_rate", "A_log"), ("norm.scale", "norm.weight")):
+        table[f"{ours}.{mine}"] = Entry((f"{theirs}.{yours}",))
+    return table
