@@ -332,6 +332,8 @@ MANY_PROGRAMS = {
     "tests/lab/test_memory_experiments.py": "ci",
     "tests/lab/test_memory_experiments.py::test_every_sweep_of_an_experiment_is_run": "fast",
     "tests/lab/test_memory_experiments.py::test_the_claims_on_axes_can_fail": "fast",
+    "tests/lab/test_mixer_experiments.py": "ci",
+    "tests/lab/test_mixer_experiments.py::test_the_claims_on_": "fast",
     "tests/lab/test_compare.py::test_a_resample_is_the_metric_of_the_drawn_sums": "ci",
     "tests/lab/test_compare.py::test_seeds_are_drawn_before_their_examples": "ci",
     "tests/lab/test_examples.py::test_a_run_keeps_its_examples_and_its_record_sums_them": "ci",

@@ -28,7 +28,18 @@ def test_reproduce_checks_and_draws(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [*ON_THE_HOST, "kivi_axes", "eviction_mqar", "frontier_memory", "indexer", "kv_sharing"]
+    "name",
+    [
+        *ON_THE_HOST,
+        "kivi_axes",
+        "eviction_mqar",
+        "frontier_memory",
+        "indexer",
+        "kv_sharing",
+        "state_tracking",
+        "hybrid_ratio",
+        "mixers_mqar",
+    ],
 )
 def test_notebooks_run(name, capsys):
     runpy.run_path(str(EXPERIMENTS_DIR / name / "notebook.py"))

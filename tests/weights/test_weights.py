@@ -95,6 +95,15 @@ def test_recurrent_gemma_computes_in_bfloat16(tmp_path):
     assert 1e-4 < np.abs(logits("bfloat16") - exact).mean() / np.abs(exact).mean() < 0.05
 
 
+def test_norms_less_one_keep_their_digits_in_fewer_bits(tmp_path):
+    """What is rounded is the distance from one, as the file has it."""
+    original = load_file(write_folder("qwen3_next", tmp_path / "in") / "model.safetensors")
+    save_checkpoint(pretrained("qwen3_next"), tmp_path / "out", dtype="float16")
+    (written,) = (tmp_path / "out").glob("*.safetensors")
+    name = "model.layers.1.self_attn.q_norm.weight"
+    np.testing.assert_allclose(load_file(written)[name], original[name], rtol=2**-11, atol=2**-23)
+
+
 def test_old_spellings_of_the_rotary_embedding(tmp_path):
     folder = write_folder("llama3_rope", tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -256,6 +265,7 @@ def edit(folder: Path, **changes) -> None:
         ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
         ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
         ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
+        ("qwen3_next", {"layer_types": ["full_attention", ["linear_attention"]]}, "layer_types = .*: must be 2 of"),
         ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
         ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3: must be a multiple of"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "conv_len = 1: must be 0 .none. or a width"),

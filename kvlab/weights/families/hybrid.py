@@ -33,7 +33,8 @@ def layers_of(file: DecoderFile, default: Sequence[str], kinds: dict[str, LayerC
     """Each layer as its kind, which is that of `layer_types` or else of `default`. Raises ConfigError for other kinds,
     and where one of the two is missing: config.json could not describe it when it is written."""
     names = default if file.layer_types is None else file.layer_types
-    if len(names) != file.num_hidden_layers or set(names) != set(kinds):
+    is_known = all(name in list(kinds) for name in names) and all(kind in names for kind in kinds)
+    if len(names) != file.num_hidden_layers or not is_known:
         legal = f"must be {file.num_hidden_layers} of {' and '.join(kinds)}, each at least once"
         raise ConfigError("layer_types", list(names), legal)
     return [kinds[name] for name in names]
