@@ -72,7 +72,9 @@ def profile_decoding(
             engine.submit(ids, Sampling(max_tokens=num_new + 1))
         prefill(engine)
         _timed(engine, steps // 2)
+        before = _spent(engine)
         quiet = _timed(engine, steps)
+        spent = {name: (_spent(engine)[name] - seconds) / steps * 1e3 for name, seconds in before.items()}
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 slowed = _timed(engine, steps)
@@ -81,10 +83,17 @@ def profile_decoding(
             engine.step()
         found[str(batch)] = {
             "step_ms": statistics.median(quiet) * 1e3,
+            **spent,
             "profiled_step_ms": statistics.median(slowed) * 1e3,
             **told(events, steps),
         }
         say(**about(model=name, what=f"a decode step after a prompt of {prompt_len} tokens"), batches=found)
+
+
+def _spent(engine: Engine) -> dict[str, float]:
+    """Seconds of the host until now: its own work, handing programs over, and waiting for what they draw."""
+    stats = engine.stats
+    return {"host_ms": stats.host_s, "handed_over_ms": stats.dispatch_s, "waited_ms": stats.wait_s}
 
 
 def _timed(engine: Engine, steps: int) -> list[float]:

@@ -27,6 +27,7 @@ from pallas_kernels.paged_attention.gpu_decode_tiles import (
     columns_for,
     fit,
     parts_of_columns,
+    producers_for,
     scratch_for,
     step_of,
 )
@@ -77,6 +78,7 @@ def decode(
     asked, how = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
     num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how)
     block_pages, all_columns = BLOCK_LEN // plan.page_size, num_parts * num_columns
+    num_producers = producers_for(num_columns, *asked, plan.page_size, **how)
     tiles = fit(*asked, num_columns, plan.page_size, most, **how)
     dtype = worked_in(pages, queries.dtype)
     arrays = _arrays(queries, pages, plan, all_columns, dtype)
@@ -103,7 +105,7 @@ def decode(
             scoring=scoring,
         )
         columns = {"group": group, "num_columns": num_columns, "first_column": first_column if num_parts > 1 else 0}
-        Columns(part, given(Queries, named, **columns)).run()
+        Columns(part, given(Queries, named, **columns), num_producers).run()
 
     made = plgpu.kernel(
         kernel,
@@ -111,7 +113,7 @@ def decode(
         scratch_types=list(scratch.values()),
         grid=(num_pieces * num_kv_heads * num_parts,),
         grid_names=("block",),
-        num_threads=2,
+        num_threads=1 + num_producers,
         thread_name="warpgroup",
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False),

@@ -60,29 +60,38 @@ class Queries:
 
 
 class Columns:
-    """One piece, for all columns: a producer and what attends."""
+    """One piece, for all columns: one or two producers, and what attends."""
 
-    def __init__(self, part: Part, queries: Queries) -> None:
-        self.part, self.tile, self.scoring = part, queries, part.scoring
+    def __init__(self, part: Part, queries: Queries, num_producers: int = 1) -> None:
+        self.part, self.tile, self.scoring, self.num_producers = part, queries, part.scoring, num_producers
         self.num_groups = 0
         """Groups of the values' channels that have weights of their own."""
         if queries.weights.shape[0] > 2 * queries.num_columns or part.values.zeros is not None:
             self.num_groups = queries.weights.shape[0] // (2 * queries.num_columns)
 
     def run(self) -> None:
+        """What each warpgroup does."""
         warpgroup = lax.axis_index("warpgroup")
-        pl.when((warpgroup == 1) & (self.part.count > 0))(self.fetch_all)
+        keys, values = self.part.keys, self.part.values
+        producers = [(keys,), (values,)] if self.num_producers > 1 else [(keys, values)]
+        for number, sides in enumerate(producers, 1):
+            pl.when((warpgroup == number) & (self.part.count > 0))(partial(self.produce, sides))
         pl.when((warpgroup == 0) & (self.part.count > 0))(self.attend)
 
-    def fetch_all(self) -> None:
-        """Queries, then pages."""
+    def produce(self, sides: tuple[Side, ...]) -> None:
+        """Queries, where keys are fetched; then pages."""
+        if sides[0] is self.part.keys:
+            self.fetch_queries()
+        Producer(self.part, sides).run()
+
+    def fetch_queries(self) -> None:
+        """Asks for the columns."""
         rows, mine = self.tile.rows.at[self.part.item, self.part.head], self.tile.mine
         rows = rows.at[:, mine] if self.part.keys.per == "channel" else rows.at[mine]
         into = self.tile.queries
         if into.shape[0] > self.tile.num_columns and self.part.keys.per != "channel":
             into = into.at[pl.ds(0, self.tile.num_columns)]
         plgpu.copy_gmem_to_smem(rows, into, self.tile.queries_arrived)
-        Producer(self.part).run()
 
     def attend(self) -> None:
         """Of all columns over the piece's pages."""

@@ -128,6 +128,28 @@ def parts_of_columns(
     return 0, 0
 
 
+MOST_OF_THREE = (36, 112)
+"""The same, of thread blocks of three warpgroups: of those that share their multiprocessor, whose threads may have 80
+registers, and of others, which may have 168. Found by compiling as well."""
+
+
+def producers_for(
+    num_columns: int,
+    dims: tuple[int, int],
+    schemes: tuple[Scheme, Scheme] | None,
+    page_size: int,
+    *,
+    with_page_mass: bool,
+    chip: Chip = "hopper",
+) -> int:
+    """Warpgroups that ask for pages. Quantised ones they also convert, which takes longer than they take to arrive: one
+    converts keys and one values, where registers suffice."""
+    held = registers_for(num_columns, dims, schemes, page_size, with_page_mass=with_page_mass, chip=chip)
+    tiles = fit(dims, schemes, num_columns, page_size, with_page_mass=with_page_mass, chip=chip)
+    is_alone = tiles.num_bytes > HALF_BYTES
+    return 2 if schemes and held <= MOST_OF_THREE[is_alone] else 1
+
+
 def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
     """Groups of the channels of values that have weights of their own; 0: scales are of whole tokens or of channels,
     and there are no zeros."""

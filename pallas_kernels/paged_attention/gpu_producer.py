@@ -1,6 +1,7 @@
-"""The warpgroup that asks for pages, as far ahead as the ring is deep, and turns quantised ones into 16 bits."""
+"""The warpgroup that asks for pages, as far ahead as the ring is deep, and turns quantised ones into 16 bits. Where
+registers allow it there are two: one for keys, one for values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from pallas_kernels.formats import INVERSE_STEPS, SHARED
 from pallas_kernels.paged_attention import gpu_scales
 from pallas_kernels.paged_attention.gpu_ring import Part, Side
 from pallas_kernels.paged_attention.plan import BLOCK_LEN
-from pallas_kernels.rounding import parts_of
+from pallas_kernels.rounding import part_of
 
 HEADROOM = 6
 """Keys scaled by channel are brought to at most 2 ** (this + 1) times their format's largest number, which float16
@@ -21,10 +22,10 @@ still holds."""
 
 
 class Producer:
-    """Of one piece."""
+    """Of one piece: of keys and values, or of one of the two."""
 
-    def __init__(self, part: Part) -> None:
-        self.part = part
+    def __init__(self, part: Part, sides: Sequence[Side] | None = None) -> None:
+        self.part, self.sides = part, sides or (part.keys, part.values)
 
     def run(self) -> None:
         """All of the piece's pages."""
@@ -44,7 +45,7 @@ class Producer:
                 slots = pl.ds(lax.rem(page, num_parts) * self.part.page_size, self.part.page_size)
                 page = lax.div(page, num_parts)
                 target = pl.ds(entry * self.part.page_size, self.part.page_size)
-                for side in (self.part.keys, self.part.values):
+                for side in self.sides:
                     (payload, *pools), ring = side.pages, side.ring
                     barrier = side.arrived.at[arrived]
                     source = payload.at[page, self.part.head, slots]
@@ -78,7 +79,7 @@ class Producer:
         def block(number, _):
             stage, slot = lax.rem(number, self.part.num_stages), lax.rem(number, self.part.num_staged)
             pl.when(number >= self.part.num_staged)(lambda: plgpu.barrier_wait(self.part.free.at[slot]))
-            for side in (self.part.keys, self.part.values):
+            for side in self.sides:
                 self.part.wait_for(side.arrived, number)
                 self.convert(side, stage, slot)
                 plgpu.commit_smem()  # all have read the ring and written what products take
@@ -93,25 +94,24 @@ class Producer:
         self.drain(self.part.num_staged)
 
     def convert(self, side: Side, stage: Any, slot: Any) -> None:
-        """A block's numbers of 8 or 4 bits in 16."""
+        """A block's numbers of 8 bits or fewer in 16."""
         into = side.blocks
-        for columns, numbers in self.unpacked(side, stage):
-            is_direct = numbers.dtype == jnp.int8 or (numbers.dtype != jnp.int32 and into.dtype == jnp.float16)
-            wide = numbers if is_direct else numbers.astype(jnp.float32)
-            into[slot, :, columns] = wide.astype(into.dtype)
+        for columns, numbers in list(self.unpacked(side, stage, into.dtype)):  # all, before any write waits for others
+            into[slot, :, columns] = numbers
 
-    def unpacked(self, side: Side, stage: Any) -> Iterator[tuple[Any, Array]]:
-        """The columns of a stage, some at a time, and what they hold in registers: several parts of them where a byte
-        holds as many."""
+    def unpacked(self, side: Side, stage: Any, dtype: Any) -> Iterator[tuple[Any, Array]]:
+        """The columns of a stage, some at a time, and what they hold in registers, in 16 bits: several parts of them
+        where a byte holds as many."""
         ring, shared = side.ring, SHARED.get(side.scheme.format, 1)
         width, step = ring.shape[2], side.step
         for at in range(0, width, step):
             raw = plgpu.load(ring.at[stage, :, pl.ds(at, step)], layout=plgpu.Layout.WGMMA)
             if shared == 1:
-                yield pl.ds(at, step), raw
+                is_direct = raw.dtype == jnp.int8 or dtype == jnp.float16
+                yield pl.ds(at, step), (raw if is_direct else raw.astype(jnp.float32)).astype(dtype)
                 continue
-            parts = parts_of(raw.astype(jnp.int32), shared, is_signed=side.zeros is None)
-            for number, part in enumerate(parts):
+            for number in range(shared):
+                part = part_of(raw, number, shared, dtype, is_signed=side.zeros is None)
                 yield pl.ds(at + number * width, step), part
 
 
@@ -144,7 +144,7 @@ class ScalingProducer(Producer):
         for values, of float16 for keys, which logits need more digits of, brought into its range by a power of two for
         each page."""
         into, fitting = side.blocks, self.fit_keys(stage, slot) if side is self.part.keys else None
-        for columns, numbers in self.unpacked(side, stage):
+        for columns, numbers in self.unpacked(side, stage, into.dtype):
             exact = numbers.astype(jnp.float32) * self.factors(side, side.scales, stage, columns)
             if side.zeros is not None:
                 exact = exact + self.factors(side, side.zeros, stage, columns)

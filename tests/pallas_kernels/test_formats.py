@@ -17,7 +17,7 @@ from pallas_kernels.formats import (
     scales_for,
     unpacked,
 )
-from pallas_kernels.rounding import inverses
+from pallas_kernels.rounding import inverses, part_of
 
 
 @pytest.mark.parametrize("per", ["token", "channel"])
@@ -33,6 +33,19 @@ def test_the_error_is_that_of_rounding(format, per, bound):
     largest = np.abs(tokens).max(axis=-1 if per == "token" else -2, keepdims=True)
     error = np.abs(np.asarray(pages.values()) - tokens)
     assert (error <= bound * (largest if format != "fp8" else np.abs(tokens) + largest * 2**-6) * 1.0001).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shared", [2, 4])
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_what_shares_a_byte_is_exact_in_16_bits(dtype, shared, is_signed):
+    """Every byte there is, and every place in it, as kernels take them apart: by Python's own whole numbers."""
+    bits = 8 // shared
+    for number in range(shared):
+        found = part_of(jnp.arange(256, dtype=jnp.uint8), number, shared, dtype, is_signed=is_signed)
+        codes = [byte >> bits * number & 2**bits - 1 for byte in range(256)]
+        assert found.dtype == dtype
+        assert found.tolist() == [code - 2**bits * (is_signed and code >= 2 ** (bits - 1)) for code in codes]
 
 
 def test_two_numbers_of_four_bits_share_a_byte():

@@ -19,7 +19,7 @@ from pallas_kernels.formats import FORMATS, Scheme, kivi, quantised
 from pallas_kernels.masking import Scoring
 from pallas_kernels.paged_attention import Lists, Pages, gpu, gpu_decode, paged_attention, plan_attention, proof
 from pallas_kernels.paged_attention.cases import CASES, KIVI, generated
-from pallas_kernels.paged_attention.gpu_decode_tiles import fit, parts_of_columns, scratch_for
+from pallas_kernels.paged_attention.gpu_decode_tiles import fit, parts_of_columns, producers_for, scratch_for
 from pallas_kernels.paged_attention.gpu_merge import merge
 from pallas_kernels.paged_attention.gpu_producer import Producer
 from pallas_kernels.paged_attention.gpu_ring import Part
@@ -325,6 +325,17 @@ def test_every_column_has_one_thread_block(dim, chip, step):
         assert reason is None, (schemes, page_size, asked)
         assert (num_parts - 1) * mine < asked <= num_parts * mine <= 64
         assert mine % (8 if schemes and schemes[1].group == 32 else step) == 0
+
+
+def test_two_warpgroups_convert_where_registers_leave_room_for_a_second_thread_block():
+    """By token at 8 columns: the problems of the bench. 16 bits have nothing to convert; scales by channel and 16
+    columns at 128 dims take the registers of one thread block, so that a third warpgroup would cost the other."""
+    ask = partial(producers_for, page_size=64, with_page_mass=False)
+    for format in ("int8", "fp8", "int4"):
+        by_token, by_channel = Scheme(format), Scheme(format, "channel")
+        assert [ask(8, (dim, dim), (by_token, by_token)) for dim in (64, 128, 256)] == [2, 2, 2]
+        assert ask(16, (128, 128), (by_token, by_token)) == ask(8, (128, 128), (by_channel, by_channel)) == 1
+    assert ask(8, (128, 128), None) == 1
 
 
 MOST_CARRIED = 80
