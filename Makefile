@@ -1,19 +1,19 @@
-# make demo | test | test-all | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs what it
-# needs. PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
+# make demo | test | test-all | seconds | lint | kernels-check | wheels | gpu | clean; each makes .venv and installs
+# what it needs. PYTHON=/path/to/python3.12 chooses the interpreter, TESTS=tests/engine a part of the tests.
 VENV ?= .venv
 BIN := $(VENV)/bin
 RESULTS ?= results
 CONSTRAINTS ?= constraints.txt
 PIP = python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-ci test-all test-generated lint clean install peers peers-ledger peers-kvpress kernels-check \
-	kernels-check-newest kernels-check-oldest wheels gpu
+.PHONY: demo test test-ci test-all test-generated seconds lint clean install peers peers-ledger peers-kvpress \
+	kernels-check kernels-check-newest kernels-check-oldest wheels gpu
 
 demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
 	$(BIN)/kvlab report $(RESULTS)/demo
 
-# tests/tiers.py says which test is in which tier. test-all takes all but the generated cases of kernels, which take an
+# tests/tiers.py sorts tests into tiers, by what they take. test-all takes all but the generated cases of kernels, which take an
 # hour of their own.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -28,6 +28,10 @@ test-all: $(VENV)/.installed
 
 test-generated: $(VENV)/.installed
 	$(PYTEST) -m generated $(TESTS)
+
+# What tests take, by which they are sorted into tiers: of all that TESTS names, added to what is known. Hours for all.
+seconds: $(VENV)/.installed
+	$(PYTEST) -p tests.timing --seconds-to tests/seconds.json -o timeout=1800 -m 'not generated' $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -106,6 +106,7 @@ def _ask(target: Target, *arguments: str) -> str:
         "JAX_PLATFORMS": "cpu",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # of the newest and the oldest at once
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
     }

@@ -33,7 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.tiers import TIER_OF, UNUSED_ROWS, mark  # noqa: E402
+from tests.tiers import CHILDREN, UNUSED_ROWS, mark, seconds_of_tests  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,7 +49,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Marks every test with its tier, before `-m` chooses among them."""
-    unused = mark(items, TIER_OF)
+    unused = mark(items, CHILDREN, seconds_of_tests())
     is_everything = config.args_source is config.ArgsSource.TESTPATHS and not config.option.ignore
     config.stash[UNUSED_ROWS] = unused if is_everything else []
 

@@ -1,8 +1,13 @@
-"""The table of tiers is true of the tests there are."""
+"""The tiers are true of the tests there are."""
+
+import math
 
 import pytest
 
-from tests.tiers import MARKERS, TIER_OF, UNUSED_ROWS, mark
+from tests.tiers import CHILDREN, MARKERS, UNUSED_ROWS, mark, seconds_of_tests
+
+BUDGETS = {"fast": 440.0, "ci": 1100.0}
+"""Processor seconds of a tier's tests that are known: two cores take half as long."""
 
 
 class Collected:
@@ -18,14 +23,36 @@ class Collected:
         return name if name in self.markers else None
 
 
-def test_every_row_stands_for_a_test(pytestconfig: pytest.Config):
-    assert not pytestconfig.stash[UNUSED_ROWS], "where a test has another name now, so must its row in tests/tiers.py"
-    assert set(TIER_OF.values()) <= {"fast", *MARKERS}
+def test_every_row_and_every_second_is_of_a_test(pytestconfig: pytest.Config):
+    assert not pytestconfig.stash[UNUSED_ROWS], "where a test has another name now, so must its row, and its seconds"
+    assert set(CHILDREN.values()) <= {"fast", *MARKERS}
+
+
+def test_a_tier_takes_what_it_is_meant_to():
+    """By what was measured: a test that is new counts from the next measurement on."""
+    seconds = seconds_of_tests()
+    tests = [Collected(name) for name in seconds]
+    mark(tests, CHILDREN, seconds)
+    for tier, budget in BUDGETS.items():
+        mine = [seconds[test.nodeid] for test in tests if test.markers == [tier] * (tier != "fast")]
+        assert sum(mine) <= budget, f"{tier}: {sum(mine):.0f} s of the processor"
+
+
+def test_cases_share_what_a_function_may_take():
+    """The cheapest first, whatever their order; what is not known costs nothing, what was never measured is slow."""
+    seconds = {"a.py::f[1]": 2.5, "a.py::f[2]": 0.5, "a.py::f[3]": 1.0, "a.py::f[4]": 18.0, "a.py::f[5]": 2.0}
+    seconds |= {"a.py::g": 40.0, "a.py::h": 70.0, "a.py::k[1]": math.inf, "a.py::k[2]": 4.0, "gone.py::f": 1.0}
+    tests = {name: Collected(name) for name in [*seconds, "a.py::f[6]"] if name != "gone.py::f"}
+    assert mark(tests.values(), {}, seconds) == ["gone.py::f"]
+    assert {name.partition("::")[2]: "".join(test.markers) for name, test in tests.items()} == {
+        "f[6]": "", "f[2]": "", "f[3]": "", "f[5]": "ci", "f[1]": "ci", "f[4]": "slow",
+        "g": "ci", "h": "slow", "k[2]": "ci", "k[1]": "slow",
+    }  # fmt: skip
 
 
 def test_the_longest_row_counts_and_a_tests_own_marker_before_it():
-    rows = {"a.py": "slow", "a.py::test_x": "ci", "a.py::test_x[*-8]": "fast", "gone.py": "ci"}
-    plain, other, eight = Collected("a.py::test_y"), Collected("a.py::test_x[mha-4]"), Collected("a.py::test_x[mha-8]")
+    rows = {"a.py": "slow", "a.py::test_x": "ci", "a.py::test_x[m": "fast", "gone.py": "ci"}
+    plain, other, more = Collected("a.py::test_y"), Collected("a.py::test_x[g]"), Collected("a.py::test_x[mha]")
     own, unnamed = Collected("a.py::test_x[9]", "generated"), Collected("b.py::test_z")
-    assert mark([plain, other, eight, own, unnamed], rows) == ["gone.py"]
-    assert [test.markers for test in (plain, other, eight, own, unnamed)] == [["slow"], ["ci"], [], ["generated"], []]
+    assert mark([plain, other, more, own, unnamed], rows, {"a.py::test_x[mha]": 50.0}) == ["gone.py"]
+    assert [test.markers for test in (plain, other, more, own, unnamed)] == [["slow"], ["ci"], [], ["generated"], []]

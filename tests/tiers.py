@@ -1,4 +1,4 @@
-"""Which test runs when. A test that no row names is fast: it belongs to `make test`.
+"""Which test runs when.
 
 * `fast`: `make test`, meant to take 4 minutes on two cores. No child processes, no sweeps in simulators; of every
   kernel and backend one case.
@@ -8,38 +8,40 @@
 
 A test that is named, `pytest tests/test_cli.py::test_tab_completion`, runs whatever its tier.
 
-A row stands for every test whose id begins with it, `*` for anything; of several rows the longest counts, and a marker
-beside the test itself before any row. A row that stands for no test any more fails `tests/test_tiers.py`.
+What a test takes decides. `tests/seconds.json` has processor seconds of every test that takes some, as `make seconds`
+measured them. The cases of one test function share `SHARES`, the cheapest first: what they leave of a tier's share is
+for the next case, and what does not fit goes a tier down. So a function with many cases takes no more than one with
+few, and the first case of each is as early as it can be. A test that the file does not name is taken to cost nothing.
+
+What starts processes is `ci` for that, whatever it takes: `CHILDREN`. A row there stands for every test whose id begins
+with it; of several rows the longest counts, and a marker beside the test itself before any row. A row that stands for
+no test any more, or an id of the file that is no test's, fails `tests/test_tiers.py`.
 """
 
-import re
+import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
-"""Where `tests/conftest.py` leaves the rows that stand for no test, once the whole suite is collected."""
+"""Where `tests/conftest.py` leaves the rows and ids that stand for no test, once the whole suite is collected."""
 
-ENGINE = "tests/engine"
-CONTRACT = "tests/mixers/test_contract.py::test_memory_equals_parallel_form"
-SERVED = "tests/capacity/test_simulator.py::test_everything_is_served_and_the_ledger_is_whole"
+SHARES = {"fast": 3.0, "ci": 20.0}
+"""Processor seconds of all cases of a function in a tier, and of its first case where that alone takes more: of tests
+that cannot be cut, `ci` takes those of up to `LONGEST`."""
+LONGEST = 60.0
+
+SECONDS = Path(__file__).parent / "seconds.json"
+"""Of each test, by id; null: it was too dear to be measured, and is `slow`."""
+
 KERNELS = "tests/pallas_kernels"
-DECODE = f"{KERNELS}/test_gpu_decode.py"
-TILED = f"{KERNELS}/test_paged_attention_gpu.py"
-ON_TPU = f"{KERNELS}/test_paged_attention_tpu.py"
-ON_HOST = f"{KERNELS}/test_paged_attention.py"
-PREFILL = f"{KERNELS}/test_chunks.py"
-WRITE = f"{KERNELS}/test_kv_write.py"
-SEALED = f"{KERNELS}/test_sealed_pages.py"
-BELONG = f"{SEALED}::test_pages_are_written_where_they_belong_and_nothing_else_is"
-RANGES = f"{SEALED}::test_every_page_has_ranges_of_its_own"
 
-UNCOUNTED = f"{KERNELS}/test_zero_points.py::test_slots_that_do_not_count_are_not_in_the_ranges"
-
-CHILDREN = {
+CHILDREN: dict[str, str] = {
     "tests/test_walls.py": "ci",
     "tests/test_wheel.py": "ci",
     "tests/test_on_gpu.py::test_a_window_leaves_lines_and_goes_on_where_it_stopped": "ci",
@@ -72,629 +74,50 @@ CHILDREN = {
     f"{KERNELS}/test_runner.py::test_what_knows_less_does_not_count": "fast",
     f"{KERNELS}/test_runner.py::test_a_record_has_no_nan": "fast",
     f"{KERNELS}/test_runner.py::test_the_digest_is_of_the_code": "fast",
+    "tests/weights/test_published.py::test_the_real_": "slow",
 }
-"""Tests that start processes."""
-
-SIMULATORS = {
-    "tests/memory/test_attention_plan.py::test_the_gpu_kernel_answers_by_it": "ci",
-    f"{DECODE}::test_equals_float64": "ci",
-    f"{DECODE}::test_equals_float64_without_a_race[its": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[slots that are not valid": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[int4 by channel, tiny": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[head dims of 80": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[KIVI in groups of 32": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[KIVI of 2 bits": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[int8 by token, head dims": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[fp8": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[head dims of 96, lists of each head, valid slots": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[values of 112 dims": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[int4 by token, head dims of 160": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[int8 by channel, values of 96 dims": "slow",
-    f"{DECODE}::test_blackwell_equals_float64_without_a_race": "ci",
-    f"{DECODE}::test_blackwell_equals_float64_without_a_race[int8 by token, window, soft cap]": "fast",
-    f"{DECODE}::test_registers_hold_what_a_thread_carries[64": "ci",
-    f"{DECODE}::test_what_fits_is_what_the_scratch_takes": "ci",
-    f"{DECODE}::test_what_fits_is_what_the_scratch_takes[hopper-int2 by channel and int2": "slow",
-    f"{DECODE}::test_what_fits_is_what_the_scratch_takes[hopper-int4 by channel and int2": "slow",
-    f"{DECODE}::test_equals_float64_without_a_race[int8 by token, window, soft cap]": "fast",
-    f"{DECODE}::test_live_pages_are_fetched_once": "slow",
-    f"{DECODE}::test_live_pages_are_fetched_once[ragged]": "ci",
-    f"{DECODE}::test_live_pages_are_fetched_once[int4 by channel]": "ci",
-    f"{DECODE}::test_a_wrong_page_is_caught": "ci",
-    f"{DECODE}::test_a_missing_barrier_is_caught": "ci",
-    f"{DECODE}::test_a_call_with_a_plan_equals_one_without": "ci",
-    f"{DECODE}::test_pieces_merge_to_float64s_answer": "ci",
-    f"{TILED}::": "ci",
-    f"{TILED}::test_equals_float64_without_a_race[": "slow",
-    f"{TILED}::test_equals_float64_without_a_race[its own chunk of 24": "ci",
-    f"{TILED}::test_blackwell_equals_float64_without_a_race[": "slow",
-    f"{TILED}::test_blackwell_equals_float64_without_a_race[KIVI of 2": "ci",
-    f"{TILED}::test_blackwell_equals_float64_without_a_race[lengths": "ci",
-    f"{TILED}::test_equals_float64_without_a_race[KIVI": "ci",
-    f"{TILED}::test_equals_float64_without_a_race[lengths": "ci",
-    f"{TILED}::test_live_pages_are_fetched_once": "slow",
-    f"{TILED}::test_live_pages_are_fetched_once[a window of 128 with sinks]": "ci",
-    f"{ON_TPU}::": "ci",
-    f"{ON_TPU}::test_live_pages_are_fetched_once[a window of 128 with sinks]": "slow",
-    f"{ON_TPU}::test_live_pages_are_fetched_once[chunks of 320]": "slow",
-    f"{ON_TPU}::test_live_pages_are_fetched_once[int8]": "slow",
-    f"{ON_TPU}::test_live_pages_are_fetched_once[int4 by channel]": "slow",
-    f"{ON_TPU}::test_equals_float64_without_a_race[": "slow",
-    f"{ON_TPU}::test_equals_float64_without_a_race[int8 by token, its own chunk": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[pages that several": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[a chunk in two tiles": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[slots that are not valid": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[KIVI of 4 bits, valid slots": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[lengths 0": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[int4 by channel-": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[fp8 by token, large": "ci",
-    f"{ON_TPU}::test_equals_float64_without_a_race[one head each-": "fast",
-    f"{PREFILL}::TestGPU": "ci",
-    f"{PREFILL}::TestGPU::test_equals_float64[each": "slow",
-    f"{PREFILL}::TestGPU::test_equals_float64[two": "slow",
-    f"{PREFILL}::TestGPU::test_every_tile_fetches_its_live_pages_once[a": "slow",
-    f"{PREFILL}::TestGPU::test_two_warpgroups_attend_where_rows_abound": "fast",
-    f"{PREFILL}::TestTPU": "ci",
-    f"{WRITE}::TestGPU": "ci",
-    f"{WRITE}::TestGPU::test_equals_numpy[int4 by token]": "slow",
-    f"{WRITE}::TestGPU::test_equals_numpy[fp8 by token, sizes": "slow",
-    f"{WRITE}::TestGPU::test_equals_numpy[pages of 8": "slow",
-    f"{WRITE}::test_tokens_are_written_in_every_scheme_by_token[int4": "ci",
-    f"{WRITE}::test_tokens_are_written_in_every_scheme_by_token[int2": "ci",
-    f"{WRITE}::test_tokens_are_written_in_every_scheme_by_token[int8 by token, scales of bfloat16]": "ci",
-    f"{BELONG}": "slow",
-    f"{BELONG}[int4 by channel": "ci",
-    f"{BELONG}[fp8": "ci",
-    f"{RANGES}": "slow",
-    f"{RANGES}[int4": "ci",
-    f"{RANGES}[int4 by token": "slow",
-    f"{RANGES}[int2 by token": "ci",
-    f"{WRITE}::TestGPU::test_equals_numpy[int8 by token]": "fast",
-    f"{WRITE}::TestTPU": "ci",
-    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait": "slow",
-    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[one token each, some dropped]": "ci",
-    f"{WRITE}::TestTPU::test_copies_that_arrive_at_the_wait[int4 by token]": "ci",
-    f"{WRITE}::TestTPU::test_equals_numpy[int8 by token]": "fast",
-    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays": "slow",
-    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[40-2-None-": "ci",
-    f"{WRITE}::TestTPU::test_tokens_come_once_and_of_pages_what_stays[0-0-int4-": "ci",
-}
-"""Kernels in the simulators of GPUs and TPUs. In `ci` are the cases of each proof, what a missing wait or a wrong page
-does, and the counts of bytes for two formats. The kernel in tiles reads formats as the decoding kernel does, whose
-cases are in `ci`."""
-
-REFERENCES = {
-    f"{ON_HOST}::test_equals_float64[reference-": "ci",
-    f"{ON_HOST}::test_equals_float64[reference-int8 by token, window, soft cap]": "fast",
-    f"{ON_HOST}::test_equals_float64[blocked-KIVI of 4 bits, valid slots, soft cap]": "fast",
-    f"{KERNELS}/test_zero_points.py::test_a_value_is_off_by_half_a_scale": "ci",
-    f"{KERNELS}/test_zero_points.py::test_a_value_is_off_by_half_a_scale_and_scales_are_tight[int4-channel-bf": "fast",
-    UNCOUNTED: "slow",
-    f"{UNCOUNTED}[int4 by channel with zeros, scales of bfloat16]": "ci",
-    f"{UNCOUNTED}[int2 by token in groups of 8 with zeros, scales of float32]": "ci",
-    f"{UNCOUNTED}[int8 by token": "ci",
-    f"{KERNELS}/test_zero_points.py::test_bytes_of_kivi": "ci",
-    f"{KERNELS}/test_zero_points.py::test_outliers_of_channels_cost_nothing_by_channel[1]": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-int8 by token, window, soft cap]": "fast",
-    f"{ON_HOST}::test_equals_float64[blocked-int4 by token, lists of each head]": "ci",
-    f"{ON_HOST}::test_equals_float64_over_the_option_space": "ci",
-    f"{PREFILL}::TestReference": "ci",
-    f"{KERNELS}/test_verify.py": "ci",
-    f"{KERNELS}/test_verify.py::test_every_case_of_a_chip_goes_through_the_reference[tpu, ": "slow",
-}
-"""The oracles themselves, and the cases that chips run, on this machine."""
-
-SWEEPS = {
-    f"{CONTRACT}[": "slow",
-    f"{CONTRACT}[gqa-paged-page1-chunk5]": "ci",
-    f"{CONTRACT}[latent-paged-page1-chunk5]": "ci",
-    f"{CONTRACT}[mamba2-paged-page1-chunk5]": "ci",
-    f"{CONTRACT}[window_sinks-paged-page1-chunk5]": "ci",
-    f"{CONTRACT}[hybrid-paged-page1-chunk5]": "ci",
-    f"{CONTRACT}[mamba2-paged-page4-chunk1]": "ci",
-    f"{CONTRACT}[gated_deltanet-paged-page4-chunk1]": "ci",
-    f"{CONTRACT}[retrieval-paged-page4-chunk1]": "ci",
-    f"{CONTRACT}[hybrid-paged-page4-chunk1]": "ci",
-    f"{CONTRACT}[cla-paged-page4-chunk1]": "ci",
-    f"{CONTRACT}[mha-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[window_sinks-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[mamba2-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[cla-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[*-paged-page4-chunk5]": "fast",
-    f"{CONTRACT}[deltanet-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[retnet-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[deltaproduct-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[based-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[output_gate-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[sink_logits-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[no_positions-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[latent_nope-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[window_one-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[retrieval_blocks-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[retrieval_pages-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[mamba2_groups-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[yoco-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[shared_windows-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[gqa-*-chunk1]": "fast",
-    f"{CONTRACT}[gqa-dense-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens": "slow",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-16-1-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mqa-16-112-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_mha-1-112-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama3_rope-4-32-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-4-7-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[deepseek_v3-1-7-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[deepseek_v3-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[gemma3_text-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[granitemoehybrid-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[recurrent_gemma-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_a_full_pass_gives_the_reference_probabilities": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[kimi_linear-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[llama_gqa-4-112-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mamba2-4-32-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[mistral-1-112-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[olmo_hybrid-4-1-": "fast",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3-1-1-": "ci",
-    f"{ENGINE}/test_golden.py::test_every_way_gives_the_reference_tokens[qwen3_next-4-1-": "fast",
-    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way": "ci",
-    f"{ENGINE}/test_engine.py::test_samples_of_one_prompt_are_what_separate_requests_would_say[way0-": "fast",
-    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form": "ci",
-    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[hybrid]": "slow",
-    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[window_sinks]": "slow",
-    f"{ENGINE}/test_engine.py::test_variants_without_a_reference_equal_their_parallel_form[mamba2_groups]": "fast",
-    "tests/ledger/test_machine.py::TestLedgerMachine": "ci",
-    f"{SERVED}[": "slow",
-    f"{SERVED}[17-True-recompute]": "ci",
-    f"{SERVED}[40-False-swap]": "ci",
-    f"{SERVED}[17-True-swap]": "ci",
-}
-"""Of what is tried in many ways, some ways are fast."""
-
-MANY_PROGRAMS = {
-    f"{ENGINE}/test_engine.py::test_the_way_it_runs_changes_no_token": "ci",
-    f"{ENGINE}/test_engine.py::test_a_draft_model_changes_no_token_and_a_perfect_one_is_always_right": "ci",
-    f"{ENGINE}/test_shared_kv.py": "ci",
-    f"{ENGINE}/test_shared_kv.py::test_the_way_it_runs_changes_no_token[plain]": "fast",
-    "tests/models/test_sharing.py::test_layer_by_layer_is_the_same": "ci",
-    "tests/memory/test_bytes.py::test_layers_that_share_are_as_many_bytes_less": "ci",
-    "tests/memory/test_bytes.py::test_layers_that_share_are_as_many_bytes_less[2-paged]": "fast",
-    f"{ENGINE}/test_steps.py::test_steps_are_padded_to_the_sizes_that_are_named": "ci",
-    f"{ENGINE}/test_steps.py::test_programs_are_few_and_bounded": "ci",
-    f"{ENGINE}/test_beams.py::test_beams_that_pause_make_room_for_each_other": "ci",
-    f"{ENGINE}/test_engine.py::test_a_drafted_sequence_may_miss_a_step": "ci",
-    f"{ENGINE}/test_soak.py": "ci",
-    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would": "ci",
-    f"{ENGINE}/test_tagged_memory.py::test_a_hit_and_a_fork_compute_what_the_whole_prompt_would[gqa]": "fast",
-    "tests/test_docs.py::test_the_recipe_for_a_task_meets_the_contract": "ci",
-    "tests/test_docs.py::test_the_engines_page_runs": "ci",
-    "tests/lab/test_execute.py::test_a_failed_run_is_a_row_with_a_reason_and_is_retried": "ci",
-    "tests/lab/test_execute.py::test_disagreement_between_memory_and_parallel_form_fails_the_run": "ci",
-    "tests/lab/test_execute.py::test_a_second_process_is_refused": "ci",
-    "tests/training/test_step.py::test_gradients_agree_with_finite_differences": "ci",
-    "tests/training/test_step.py::test_several_steps_per_call_equal_single_steps": "ci",
-    f"{ENGINE}/test_engine.py::test_the_place_of_pages_changes_no_token": "ci",
-    f"{KERNELS}/test_tiles.py::test_kernels_are_called_with_what_is_remembered": "ci",
-    f"{WRITE}::test_whole_pages_by_channel_hold_what_quantising_them_gives": "ci",
-    "tests/lab/test_execute.py::test_a_nan_is_a_failure_with_step_and_leaf": "ci",
-    "tests/lab/test_execute.py::test_out_of_memory_names_the_culprit": "ci",
-    "tests/lab/test_trained.py::test_a_failed_training_is_recorded": "ci",
-    "tests/lab/test_trials.py::test_a_nan_fails_its_own_run_and_no_other": "ci",
-    "tests/lab/test_trials.py::test_a_sweep_of_seeds_and_rates": "ci",
-    "tests/lab/test_trials.py::test_a_sweep_on_the_command_line_joins_its_runs": "ci",
-    "tests/lab/test_trials.py::test_a_sweep_that_is_killed_goes_on": "ci",
-    "tests/lab/test_trials.py::test_those_that_are_done_held_or_of_another_model_do_not_join": "ci",
-    "tests/lab/test_trials.py::test_what_cannot_be_one_program_is_trained_one_by_one": "ci",
-    "tests/lab/test_trials.py::test_where_there_is_no_room_each_is_alone": "ci",
-    "tests/training/test_together.py::test_so_it_does_with_muon": "ci",
-    "tests/lab/test_trained.py::test_a_folder_moved_as_a_whole": "ci",
-    "tests/lab/test_trained.py::test_damaged_parameters_are_trained_again": "ci",
-    "tests/lab/test_trained.py::test_runs_that_differ_in_evaluation_only_train_once": "ci",
-    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws": "ci",
-    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws[sharing]": "slow",
-    "tests/lab/test_experiments.py::test_reproduce_checks_and_draws[paged_waste]": "slow",
-    "tests/test_schema.py::test_every_field_refuses_wrong_types": "ci",
-    "tests/test_schema.py::test_every_field_refuses_wrong_types[generate]": "slow",
-    "tests/tasks/test_task_contract.py::test_contract[passkey-": "ci",
-    "tests/tasks/test_task_contract.py::test_contract[passkey-evaluation]": "slow",
-    "tests/memory/test_slots.py::test_a_compacted_sequence_goes_on_behind_its_slots": "ci",
-    "tests/memory/test_rotation.py::test_by_channel_the_error_does_not_depend_on_outliers": "ci",
-    "tests/memory/test_budgets.py::test_a_mixers_knob_is_solved_as_brute_force_would": "ci",
-    f"{ENGINE}/test_compression.py::test_a_second_pass_reads_on_behind_each_prompt": "ci",
-    f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token": "ci",
-    f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token[no cache": "slow",
-    f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token[page 7": "slow",
-    f"{ENGINE}/test_compression.py::test_the_way_it_runs_changes_no_token[budget of 3": "slow",
-    f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token": "ci",
-    f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token[by chunks": "slow",
-    f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token[after the prompt-no cache": "slow",
-    f"{ENGINE}/test_sealing.py::test_the_way_it_runs_changes_no_token[after the prompt-budget of 3": "slow",
-    f"{ENGINE}/test_compression.py::test_samples_share_the_prompt_and_are_compacted_apart": "ci",
-    f"{ENGINE}/test_sealing.py::test_samples_share_the_prompt_and_seal_apart": "ci",
-    f"{ENGINE}/test_beams.py::test_beams_may_all_stop_at_once_and_be_cancelled": "ci",
-    f"{ENGINE}/test_beams.py::test_beams_are_forked_and_nothing_of_them_is_computed_twice[way2]": "ci",
-    "tests/ledger/test_machine.py::test_the_operations_reach_every_corner": "ci",
-    "tests/memory/test_rotation.py::test_by_token_it_grows_with_them": "ci",
-    "tests/memory/test_sealed.py::test_a_replay_needs_plans_and_seals_and_nothing_else_of_the_host": "ci",
-    "tests/mixers/test_contract.py::test_quantised_memory_equals_the_parallel_form*[hybrid-": "ci",
-    "tests/evaluation/test_key_lengths.py::test_every_head_of_a_model_against_float64": "ci",
-    "tests/capacity/test_estimate.py::test_every_figure_of_the_byte_tables": "ci",
-    "tests/capacity/test_compressed.py::test_a_selection_reads_less_and_holds_its_index_beside[int8]": "ci",
-    "tests/lab/test_generation.py::test_the_last_line_counts_what_a_user_counts_and_times_no_compiling": "ci",
-    "tests/lab/test_compare.py::test_every_choice_of_a_group_finds_its_runs_and_no_others[compression]": "ci",
-    "tests/tasks/test_passkey.py::test_a_row_under_a_tokenizer_says_the_same": "ci",
-    "tests/evaluation/test_label_parts.py::test_a_record_has_both_parts_and_their_shares": "ci",
-    "tests/evaluation/test_label_parts.py::test_a_record_has_both_parts_and_their_shares[text-150": "slow",
-    "tests/evaluation/test_label_parts.py::test_a_record_has_both_parts_and_their_shares[text-0": "slow",
-    "tests/tasks/test_mad.py::test_every_pattern_meets_the_contract": "slow",
-    "tests/tasks/test_mad.py::test_every_pattern_meets_the_contract[fuzzy_recall-evaluation]": "ci",
-    "tests/tasks/test_mad.py::test_every_pattern_meets_the_contract[selective_copying-evaluation]": "ci",
-    "tests/tasks/test_mad.py::test_every_pattern_meets_the_contract[memorisation-evaluation]": "ci",
-    "tests/tasks/test_passkey.py::test_training_has_both_questions_in_a_row": "ci",
-    "tests/test_compose.py::test_a_sweep_starts_distinct_trainings_first[words2": "ci",
-    "tests/test_cli.py::test_plan_says_which_runs_share_a_training_and_which_repeat_another": "ci",
-    f"{KERNELS}/test_linear_scan.py::test_a_strong_decay_neither_overflows_nor_spoils_gradients": "ci",
-    f"{KERNELS}/test_linear_scan.py::test_a_strong_decay_neither_overflows_nor_spoils_gradients[head]": "slow",
-    f"{KERNELS}/test_linear_scan.py::test_gradients_are_those_of_the_steps": "ci",
-    f"{KERNELS}/test_ssd.py::test_gradients_are_finite_under_strong_decay": "ci",
-    f"{KERNELS}/test_sealed_pages.py::test_a_latent_pool_has_keys_alone": "ci",
-    f"{KERNELS}/test_bench.py::test_what_is_known_is_told_before_every_step": "ci",
-    f"{KERNELS}/test_bench.py::test_pieces_print_what_they_know": "ci",
-    f"{ENGINE}/test_compression.py::test_more_sequences_fit_where_they_are_compacted": "ci",
-    f"{ENGINE}/test_golden.py::test_beams_are_those_of_the_reference": "ci",
-    "tests/compression/test_dealing.py::test_what_was_dealt_is_attended_to_where_it_lies": "ci",
-    "tests/lab/test_experiments.py::test_notebooks_run": "ci",
-    "tests/lab/test_memory_experiments.py": "ci",
-    "tests/lab/test_memory_experiments.py::test_the_indexer_on_a_few_steps": "slow",
-    "tests/lab/test_memory_experiments.py::test_shared_keys_and_values_on_a_few_steps": "slow",
-    "tests/lab/test_memory_experiments.py::test_every_sweep_of_an_experiment_is_run": "fast",
-    "tests/lab/test_memory_experiments.py::test_the_claims_on_axes_can_fail": "fast",
-    "tests/lab/test_mixer_experiments.py": "ci",
-    "tests/lab/test_mixer_experiments.py::test_a_hybrid_on_a_few_steps": "slow",
-    "tests/lab/test_mixer_experiments.py::test_the_claims_on_": "fast",
-    "tests/lab/test_compare.py::test_a_resample_is_the_metric_of_the_drawn_sums": "ci",
-    "tests/lab/test_compare.py::test_seeds_are_drawn_before_their_examples": "ci",
-    "tests/lab/test_examples.py::test_a_run_keeps_its_examples_and_its_record_sums_them": "ci",
-    "tests/weights/test_weights.py::test_recurrent_gemma_computes_in_bfloat16": "ci",
-    "tests/weights/test_gguf_llama.py::test_a_float32_gguf_says_what_transformers_said": "ci",
-    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights": "ci",
-    "tests/weights/test_gguf_llama.py::test_logits_are_those_of_the_dequantised_weights[llama_gqa]": "fast",
-    "tests/lab/test_generation.py::test_a_prompt_of_which_less_is_to_stay_than_is_protected_is_refused": "ci",
-    "tests/lab/test_generation.py::test_a_draft_model_is_a_folder": "ci",
-    "tests/lab/test_generation.py::test_a_run_answers_text": "ci",
-    "tests/lab/test_generation.py::test_perplexity_of_published_weights_is_that_of_the_definition": "ci",
-    "tests/lab/test_generation.py::test_the_needle_grid_becomes_a_heat_map": "ci",
-    "tests/capacity/test_estimate.py::test_a_simulation_reports_waste_hits_and_typed_pools": "slow",
-    "tests/training/test_step.py::test_accumulation_changes_nothing_but_memory": "ci",
-    "tests/lab/test_scale.py::test_the_command_on_a_few_steps": "slow",
-    "tests/lab/test_scale.py::test_pass_keys": "ci",
-    "tests/lab/test_scale.py::test_the_notebook_runs": "ci",
-    "tests/lab/test_smollm2.py": "ci",
-    "tests/lab/test_smollm2.py::test_axes_and_sealed_pages": "slow",
-    "tests/lab/test_smollm2.py::test_tokens_are_those_of_the_text_from_a_character_on": "fast",
-    "tests/lab/test_smollm2.py::test_what_is_not_here_is_a_sentence_and_a_status": "fast",
-    "tests/evaluation/test_layerwise.py": "ci",
-    "tests/evaluation/test_layerwise.py::test_layers_apart_score_as_the_whole_program[full]": "slow",
-    "tests/evaluation/test_layerwise.py::test_layers_apart_score_as_the_whole_program[streaming]": "slow",
-    "tests/evaluation/test_layerwise.py::test_layers_apart_score_as_the_whole_program[kivi4]": "slow",
-    "tests/lab/test_execute.py::test_a_run_leaves_a_complete_record": "ci",
-    "tests/lab/test_execute.py::test_the_dense_baseline_and_text_run_too": "slow",
-    "tests/lab/test_execute.py::test_a_tuned_run_cut_in_its_second_trial_resumes": "ci",
-    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds": "ci",
-    "tests/lab/test_plan.py::test_a_plan_says_what_a_measurement_finds[snapkv]": "fast",
-}
-"""What compiles for five seconds or more, and is no family's, kernel's or run's only test."""
-
-DOWNLOADS = {"tests/weights/test_published.py::test_the_real_": "slow"}
-"""A published model of 100 MB, fetched once into the user's cache; skipped where it is not to be had."""
-
-SECOND_PASS = "tests/compression/test_second_pass.py"
-LOSSY = {
-    "tests/compression/test_heads.py": "ci",
-    "tests/compression/test_shared.py": "ci",
-    "tests/compression/test_shared.py::test_logits_are_those_of_the_mask[cla-h2o": "slow",
-    "tests/compression/test_shared.py::test_logits_are_those_of_the_mask[cla-snapkv": "slow",
-    "tests/compression/test_shared.py::test_logits_are_those_of_the_mask[yoco-tova": "slow",
-    "tests/compression/test_shared.py::test_logits_are_those_of_the_mask[yoco-expected": "slow",
-    "tests/compression/test_shared.py::test_logits_are_those_of_the_mask[shared_windows": "slow",
-    "tests/compression/test_shared.py::test_every_method_that_keeps_queries_says_whose": "fast",
-    "tests/compression/test_heads.py::test_a_run_is_verified_and_recorded[": "slow",
-    "tests/compression/test_heads.py::test_a_run_is_verified_and_recorded[overrides4]": "ci",
-    "tests/compression/test_dealing.py::test_a_run_equals_the_parallel_form_under_each_heads_own_mask": "ci",
-    "tests/compression/test_second_pass.py::test_kvzip_in_pieces_keeps_the_best_of_all_pieces": "ci",
-    f"{SECOND_PASS}::test_kvzip_keeps_what_repeating_the_prompt_attends_to": "ci",
-    f"{SECOND_PASS}::test_kvzip_keeps_what_repeating_the_prompt_attends_to[norms_cap_bias]": "slow",
-    f"{SECOND_PASS}::test_kvzip_keeps_what_repeating_the_prompt_attends_to[gqa]": "slow",
-    "tests/compression/test_second_pass.py::test_the_oracle_keeps_what_really_follows_attends_to": "ci",
-    "tests/compression/test_streaming.py::test_between_steps_exactly_the_budget_is_held": "ci",
-    "tests/compression/test_streaming.py::test_duo_is_the_parallel_form_under_a_mask_for_each_head": "ci",
-}
-"""Whole runs through compressed memories: each method has a fast one."""
-
-METHODS = "tests/compression/test_contract.py"
-BUDGET = f"{METHODS}::test_as_many_slots_stay_as_were_told_and_the_protected_ones_among_them"
-PERMUTED = f"{METHODS}::test_permuting_slots_permutes_scores"
-MIXERS = f"{METHODS}::test_every_mixer_gets_every_method"
-WAYS = f"{METHODS}::test_every_way_of_storing_and_every_time"
-CUTS = f"{METHODS}::test_the_same_tokens_stay_however_the_prompt_is_cut_and_where_pages_end"
-
-COMPRESSIONS = {
-    f"{METHODS}::test_logits_are_those_of_the_mask_while_prefilling_and_decoding": "slow",
-    f"{METHODS}::test_logits_are_those_of_the_mask_while_prefilling_and_decoding[snapkv]": "ci",
-    f"{METHODS}::test_logits_are_those_of_the_mask_while_prefilling_and_decoding[h2o]": "ci",
-    f"{METHODS}::test_logits_are_those_of_the_mask_while_prefilling_and_decoding[lagkv]": "ci",
-    f"{BUDGET}[": "slow",
-    f"{BUDGET}[snapkv]": "ci",
-    f"{BUDGET}[kvzip]": "ci",
-    f"{BUDGET}[lagkv]": "ci",
-    f"{BUDGET}[h2o]": "fast",
-    f"{BUDGET}[keydiff]": "fast",
-    f"{PERMUTED}[": "ci",
-    f"{PERMUTED}[h2o]": "fast",
-    f"{PERMUTED}[keydiff]": "fast",
-    f"{MIXERS}[": "slow",
-    f"{MIXERS}[hybrid-h2o]": "ci",
-    f"{MIXERS}[latent-expected]": "ci",
-    f"{MIXERS}[mqa-rkv]": "ci",
-    f"{METHODS}::test_every_mixer_in_every_format_under_a_compression": "slow",
-    f"{METHODS}::test_every_mixer_in_every_format_under_a_compression[partial_rope-rotated4]": "ci",
-    f"{METHODS}::test_every_mixer_in_every_format_under_a_compression[hybrid-kivi2]": "ci",
-    f"{METHODS}::test_every_mixer_in_every_format_under_a_compression[latent-int8]": "ci",
-    f"{WAYS}[": "slow",
-    f"{CUTS}[": "slow",
-    "tests/compression/test_compacting.py::test_a_planted_error_is_seen[*-equivalence": "ci",
-    "tests/compression/test_kvpress.py": "ci",
-    "tests/compression/test_kvpress.py::test_the_same_tokens_stay[llama3_rope": "slow",
-    "tests/compression/test_scores.py::test_a_score_is_the_papers[cap without rotary-": "ci",
-    "tests/test_docs.py::test_the_recipe_for_a_compression_meets_the_contract": "ci",
-}
-"""Each method through a model compiles its own programs. Scores against float64, and two methods through all of it, are
-fast."""
-
-SELECTED = "tests/memory/test_selected.py"
-SELECTION = {
-    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says": "slow",
-    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says[latent-": "ci",
-    f"{SELECTED}::test_it_composes_with_compressions_and_formats": "ci",
-    f"{SELECTED}::test_each_layer_that_reads_the_same_pages_chooses_for_itself": "ci",
-    f"{SELECTED}::test_every_way_of_chunks_computes_what_brute_force_says[shared-": "ci",
-    f"{SELECTED}::test_a_compaction_that_forgets_the_index_is_caught": "ci",
-    f"{SELECTED}::test_a_wrong_mask_is_caught": "ci",
-    f"{SELECTED}::test_the_index_travels_with_its_pages": "ci",
-    f"{SELECTED}::test_bytes_held_grow": "ci",
-    f"{SELECTED}::test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages[mean_key]": "slow",
-    f"{SELECTED}::test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages[recency]": "slow",
-    f"{SELECTED}::test_bytes_held_grow_by_the_index_and_bytes_read_are_those_of_the_pages[oracle]": "slow",
-    "tests/evaluation/test_page_recall.py::test_shares": "ci",
-    f"{ENGINE}/test_selection.py": "ci",
-    f"{ENGINE}/test_selection.py::test_answers_are_what_brute_force_says[dense]": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[no cache": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[budget of 3": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[looked up-dense": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[chunks of 5-dense": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[preempted-dense": "slow",
-    f"{ENGINE}/test_selection.py::test_the_way_it_runs_changes_no_token[swapped-sparse": "slow",
-}
-"""Of a memory that selects, a chunk, a draft and the bytes are fast."""
-
-T, E, M = "tests/tasks", "tests/evaluation", "tests/memory"
-SECONDS = {
-    # One case of each stays: the others compile the same kind of program once more.
-    f"{T}/test_task_contract.py::test_contract[needle-": "ci",
-    f"{T}/test_task_contract.py::test_contract[mqar-evaluation_fields": "ci",
-    f"{T}/test_task_contract.py::test_contract[state_tracking-evaluation": "ci",
-    f"{CONTRACT}[mha-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[mqa-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[norms_cap_bias-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[partial_rope-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[window-paged-page4-chunk5]": "ci",
-    f"{CONTRACT}[kda-paged-page4-chunk5]": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-": "slow",
-    f"{ON_HOST}::test_equals_float64[blocked-fp8 by token, large logits": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-int8 by token, its own chunk": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-pages that several": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-lengths 0": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-positions beyond 32 K": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-KIVI, keys of 2 bits": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-every KV head keeps": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-int8 by channel, a page of which": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-one-hot": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-a chunk in two tiles": "ci",
-    f"{ON_HOST}::test_equals_float64[blocked-one head each]": "fast",
-    f"{ON_HOST}::test_equals_float64[blocked-head dims that models have]": "fast",
-    f"{ON_HOST}::test_equals_float64[blocked-slots that are not valid, window, sinks]": "fast",
-    f"{ON_HOST}::test_equals_float64[blocked-values are the first columns of the keys]": "fast",
-    f"{ON_HOST}::test_flash_attention_equals_brute_force[*sinks=0, chunk=70": "ci",
-    f"{ON_HOST}::test_flash_attention_equals_brute_force[Visible(window=1, ": "ci",
-    f"{ON_HOST}::test_flash_attention_equals_brute_force[Visible(window=100, ": "ci",
-    f"{ON_HOST}::test_flash_attention_equals_brute_force[*sinks=0, chunk=24": "ci",
-    f"{ON_HOST}::test_what_is_not_finite_in_one_sequence_stays_there[reference": "ci",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[": "slow",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[False-int4 by channel and int2": "ci",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[True-16": "ci",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[True-int8 by channel": "ci",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[False-16": "fast",
-    f"{KERNELS}/test_targets.py::test_shared_memory_is_counted_as_mosaic_does[True-int4 by token": "fast",
-    f"{PREFILL}::TestBlocked::test_equals_float64[": "ci",
-    f"{PREFILL}::TestBlocked::test_equals_float64[int8": "fast",
-    f"{PREFILL}::TestBlocked::test_equals_float64[window": "fast",
-    f"{KERNELS}/test_linear_scan.py::test_the_chunked_form_is_the_recurrence": "ci",
-    f"{KERNELS}/test_linear_scan.py::test_one_key_over_a_chunk[1.0-none": "ci",
-    f"{KERNELS}/test_linear_scan.py::test_one_key_over_a_chunk[1.0-channel": "ci",
-    f"{KERNELS}/test_ssd.py::test_chunked_form_equals_the_recurrence": "ci",
-    f"{KERNELS}/test_formats.py::test_parts_of_columns_are_the_values[": "ci",
-    f"{KERNELS}/test_formats.py::test_parts_of_columns_are_the_values[channel-None-int4": "fast",
-    f"{KERNELS}/test_predict.py::test_the_turns_of_all_thread_blocks_are_the_blocks_that_are_seen[decode B": "ci",
-    f"{KERNELS}/test_predict.py::test_the_turns_of_all_thread_blocks_are_the_blocks_that_are_seen[decode B1 ": "fast",
-    f"{KERNELS}/test_sealed_pages.py::test_full_pages_of_an_open_pool_are_sealed_in_one_program": "ci",
-    f"{KERNELS}/test_zero_points.py::test_codes_are_those_of_numpy_bit_for_bit[int4-groups": "ci",
-    f"{KERNELS}/test_zero_points.py::test_codes_are_those_of_numpy_bit_for_bit[int4-token": "ci",
-    f"{KERNELS}/test_bench.py::test_what_is_read_is_no_constant_of_the_program[Problem": "ci",
-    f"{KERNELS}/test_bench.py::test_what_is_read_is_no_constant_of_the_program[Write": "ci",
-    f"{WRITE}::test_tiles_hold_every_token_where_a_copy_fetches_it_from": "ci",
-    f"{ENGINE}/test_golden.py::test_a_cache_that_is_off_by_one_page_fails[mistral": "ci",
-    f"{ENGINE}/test_golden.py::test_a_cache_that_is_off_by_one_page_fails[mamba2": "ci",
-    f"{ENGINE}/test_tagged_memory.py::test_attention_reads_exactly_the_history[window": "ci",
-    f"{ENGINE}/test_tagged_memory.py::test_attention_reads_exactly_the_history[full": "ci",
-    f"{ENGINE}/test_compression.py::test_beams_are_those_of_a_search_by_hand": "ci",
-    f"{ENGINE}/test_compression.py::test_a_prefix_is_found_up_to_the_first_compaction_and_not_behind": "ci",
-    f"{E}/test_score.py::test_every_example_and_turn_is_what_numpy_says[parallel": "ci",
-    f"{E}/test_score.py::test_the_data_are_told_apart_and_not_their_batches": "ci",
-    f"{E}/test_verification.py::test_a_lossy_memory_agrees_with_the_form_rounded_to_it": "ci",
-    f"{M}/test_views.py::test_quantised_tokens_are_the_rounded_ones[": "ci",
-    f"{M}/test_views.py::test_quantised_tokens_are_the_rounded_ones[memory0-int8": "fast",
-    f"{M}/test_views.py::test_quantised_tokens_are_the_rounded_ones[memory2-int4": "fast",
-    f"{M}/test_views.py::test_retrieval_reads_what_scores_highest_and_the_newer_of_equals[": "ci",
-    f"{M}/test_views.py::test_retrieval_reads_what_scores_highest_and_the_newer_of_equals[page4-chunk5-6-3": "fast",
-    f"{M}/test_views.py::test_retrieval_reads_what_scores_highest_and_the_newer_of_equals[page4-chunk1-8-4": "fast",
-    f"{M}/test_views.py::test_the_states_mask_is_applied[*sinks=0, chunk=None)": "ci",
-    f"{M}/test_sealed.py::test_bytes_stated_are_the_arrays_and_what_the_compiler_aliases[": "ci",
-    f"{M}/test_sealed.py::test_bytes_stated_are_the_arrays_and_what_the_compiler_aliases[gqa-kivi4-bf": "fast",
-    f"{M}/test_sealed.py::test_every_logit_is_that_of_the_parallel_form_rounded_alike[gqa-kivi4": "ci",
-    f"{M}/test_slots.py::test_slots_that_do_not_count_are_not_read": "ci",
-    f"{M}/test_rotation.py::test_rotation_lies_between": "ci",
-    f"{M}/test_bytes.py::test_bytes_read_for_a_token[": "ci",
-    f"{M}/test_bytes.py::test_bytes_read_for_a_token[mqa-int8": "fast",
-    f"{M}/test_bytes.py::test_a_step_of_the_engine_leaves_its_pool_in_place[": "ci",
-    f"{M}/test_bytes.py::test_a_step_of_the_engine_leaves_its_pool_in_place[bfloat16-model": "fast",
-    f"{M}/test_bytes.py::test_a_step_of_the_engine_leaves_its_pool_in_place[float32-int4": "fast",
-    f"{M}/test_reading_back.py::test_every_token_is_read_back": "ci",
-    f"{M}/test_selected.py::test_a_query_does_not_read_everything": "ci",
-    "tests/mixers/test_contract.py::test_bfloat16_memory_equals_parallel_form[": "ci",
-    "tests/mixers/test_contract.py::test_bfloat16_memory_equals_parallel_form[latent": "fast",
-    "tests/mixers/test_contract.py::test_quantised_memory_equals_the_parallel_form*[gqa-paged": "ci",
-    "tests/mixers/test_contract.py::test_quantised_memory_equals_the_parallel_form*[retrieval-": "ci",
-    "tests/capacity/test_compressed.py::test_users_are_those_that_a_ledger_really_holds[": "slow",
-    "tests/capacity/test_compressed.py::test_users_are_those_that_a_ledger_really_holds[evicted, then sealed": "ci",
-    "tests/capacity/test_compressed.py::test_users_are_those_that_a_ledger_really_holds[h2o chunks": "ci",
-    "tests/capacity/test_compressed.py::test_users_are_those_that_a_ledger_really_holds[snapkv]": "fast",
-    "tests/capacity/test_compressed.py::test_users_are_those_that_a_ledger_really_holds[kivi": "fast",
-    "tests/capacity/test_compressed.py::test_answers_say_what_is_dropped_and_what_is_left": "ci",
-    "tests/capacity/test_estimate.py::test_the_command_line_prints_and_draws": "ci",
-    "tests/compression/test_dealing.py::test_counts_are_adakvs_in_whole_tiles_and_their_sum_is_known[0": "ci",
-    "tests/compression/test_dealing.py::test_counts_are_adakvs_in_whole_tiles_and_their_sum_is_known[4": "ci",
-    "tests/compression/test_streaming.py::test_duo_is_the_parallel_form_under_a_mask_for_each_head[gqa": "ci",
-    "tests/ledger/test_machine.py::test_random_operations_keep_every_invariant[": "ci",
-    "tests/ledger/test_machine.py::test_random_operations_keep_every_invariant[0]": "fast",
-    "tests/ledger/test_machine.py::test_random_operations_keep_every_invariant[80]": "fast",
-    "tests/ledger/test_prefix.py::test_a_resent_prompt_of_any_length_hits[*'every'": "ci",
-    "tests/lab/test_plan.py::test_what_is_measured_holds_as_many_slots_as_what_was_scored": "ci",
-    "tests/lab/test_scale.py::test_outliers_that_are_put_in_change_no_bit": "ci",
-    "tests/selection/test_choose.py::test_means_over_slots_and_over_groups": "ci",
-    f"{T}/test_mqar.py::test_a_second_turn_is_the_later_half_of_the_places": "ci",
-    f"{T}/test_mqar.py::test_a_second_turn_is_the_later_half_of_the_places[False]": "slow",
-    f"{T}/test_state_tracking.py::test_what_lies_behind_the_training_length_is_scored_alone": "ci",
-    "tests/training/test_step.py::test_training_lowers_the_loss": "ci",
-    "tests/test_docs.py::test_the_recipe_for_a_format_holds": "ci",
-    "tests/test_docs.py::test_a_command_of_these_pages_composes": "ci",
-    "tests/test_methods.py::test_a_methods_field_beside_a_sweep": "ci",
-    f"{ENGINE}/test_sealing.py::test_answers_are_those_of_the_parallel_form_rounded_by_the_same_schedule": "ci",
-    f"{ENGINE}/test_steps.py::test_steps_stay_within_the_budget_and_always_progress": "ci",
-    f"{ENGINE}/test_steps.py::test_where_pages_are_short_every_row_is_reserved_ahead_or_none": "ci",
-    f"{ENGINE}/test_failures.py::test_a_torn_step_fails_its_requests_and_no_other[draw": "ci",
-    "tests/lab/test_trained.py::test_an_interrupted_retry_still_knows_which_failure_it_tries_again": "ci",
-    "tests/lab/test_generation.py::test_answers_stop_at_the_checkpoints_own_end": "ci",
-    f"{T}/test_passkey.py::test_each_question_is_asked_of_the_text_and_no_answer_stands_in_it[False": "ci",
-    f"{T}/test_needle.py::test_every_example_hides_its_answer_once_at_its_depth": "ci",
-    f"{METHODS}::test_logits_are_those_of_the_mask[h2o": "ci",
-    "tests/compression/test_streaming.py::test_prompts_are_never_held_whole": "ci",
-    f"{WRITE}::test_by_channel_with_zeros_pages_are_only_sealed": "ci",
-    f"{KERNELS}/test_alignment.py::test_page_sums_of_several_pages_a_block_leave_aligned[8": "ci",
-    f"{KERNELS}/test_bench.py::test_what_refuses_or_fails_is_a_line_of_the_table": "ci",
-    f"{KERNELS}/test_tiles.py::test_the_command_searches_every_problem": "ci",
-    "tests/lab/test_scale.py::test_ruler_answers_with_the_likeliest_token": "ci",
-    "tests/training/test_step.py::test_an_indexer_is_warmed_up_in_training_and_scoring_knows_nothing_of_it": "ci",
-    "tests/training/test_step.py::test_accumulation_changes_nothing_of_what_is_asked_beside_labels": "ci",
-    "tests/training/test_optimizer.py::test_the_state_of_muon_survives_a_checkpoint": "ci",
-    "tests/mixers/test_indexed.py::test_one_index_head_ties_and_later_tokens_change_nothing": "ci",
-    "tests/mixers/test_indexed.py::test_the_loss_beside_trains_the_indexer_and_nothing_else_does": "ci",
-    "tests/mixers/test_indexed.py::test_gradients_of_the_divergence_agree_with_finite_differences": "ci",
-    "tests/mixers/test_indexed.py::test_equals_the_formula[fields0": "ci",
-    "tests/mixers/test_mamba3.py::test_angles_keep_their_precision_over_many_turns": "ci",
-    "tests/mixers/test_mamba3.py::test_padding_leaves_the_state": "ci",
-    "tests/mixers/test_mamba3.py::test_equals_the_recurrence[fields1": "ci",
-    "tests/mixers/test_mamba3.py::test_gradients_are_finite_for_one_token_over_a_chunk": "ci",
-    "tests/mixers/test_mamba3.py::test_a_small_step_is_not_spoiled_by_a_large_one_behind_it": "ci",
-    "tests/mixers/test_rglru.py::test_gradients_stay_finite_where_nothing_decays": "ci",
-    "tests/mixers/test_rglru.py::test_padding_and_chunks_leave_what_they_should": "ci",
-    "tests/mixers/test_linear.py::test_gradients_are_finite_for_one_key_over_a_chunk[": "ci",
-    "tests/mixers/test_linear.py::test_gradients_are_finite_for_one_key_over_a_chunk[gated deltanet": "fast",
-    f"{CONTRACT}[mamba3-paged-page4-chunk5]": "ci",
-    "tests/models/test_sharing.py::test_a_stack_of_two_is_the_formula[1]": "ci",
-    f"{M}/test_budgets.py::test_layers_that_read_another_turn_with_its_knob": "ci",
-    f"{T}/test_task_contract.py::test_contract[mad-evaluation": "slow",
-    f"{T}/test_mad.py::test_recall_is_solved_by_a_dictionary[*of ": "ci",
-    f"{T}/test_mad.py::test_the_least_that_is_legal_can_be_drawn[noisy": "ci",
-    f"{T}/test_mad.py::test_the_share_of_noise_is_what_is_asked_for": "ci",
-    "tests/lab/test_scale.py::test_every_mixer_has_a_name": "ci",
-    "tests/lab/test_scale.py::test_every_run_has_a_name": "ci",
-    f"{M}/test_rotation.py::test_without_outliers_the_axes_tie_at_equal_group_size": "ci",
-    f"{KERNELS}/test_gpu_decode.py::test_registers_hold_what_a_thread_carries[128": "ci",
-    f"{E}/test_label_parts.py::test_tasks_of_one_kind_of_label_have_no_parts": "ci",
-    "tests/test_compose.py::test_a_sweep_starts_distinct_trainings_first[words1": "ci",
-    "tests/test_compose.py::test_a_sweep_starts_distinct_trainings_first[words3": "ci",
-    f"{E}/test_score.py::test_every_example_and_turn_is_what_numpy_says[memory]": "ci",
-    f"{ENGINE}/test_compression.py::test_what_is_held_behind_a_prompt_has_no_statistics": "ci",
-    "tests/mixers/test_indexed.py::test_equals_the_formula[fields3": "ci",
-    f"{ENGINE}/test_engine.py::test_dense_memory_gives_the_same_tokens": "ci",
-    f"{ENGINE}/test_engine.py::test_an_answer_may_stop_inside_accepted_drafts[llama_gqa]": "ci",
-    f"{M}/test_sealed.py::test_every_logit_is_that_of_the_parallel_form_rounded_alike[gqa-rotated8": "ci",
-    "tests/mixers/test_contract.py::test_quantised_memory_equals_the_parallel_form*[latent-paged": "ci",
-    f"{M}/test_bytes.py::test_stated_bytes_are_what_the_compiler_aliases[cla": "ci",
-    f"{M}/test_views.py::test_retrieval_of_whole_sequences_selects_alike": "ci",
-    f"{CONTRACT}[hybrid-dense-page16-chunk5]": "ci",
-    f"{CONTRACT}[sink_logits-paged-page4-chunk5]": "ci",
-    f"{ENGINE}/test_compression.py::test_answers_are_those_of_the_mask_that_compactions_imply": "ci",
-    f"{ENGINE}/test_sealing.py::test_a_prefix_is_found_up_to_the_first_sealing": "ci",
-    "tests/models/test_sharing.py::test_a_stack_of_two_is_the_formula[5]": "ci",
-    "tests/test_cli.py::test_plan_predicts_what_is_held": "ci",
-    f"{ENGINE}/test_golden.py::test_latent_attention_with_queries_as_they_are": "ci",
-    f"{M}/test_rotation.py::test_what_is_stored_is_what_rounding_the_turned_tokens_gives": "ci",
-    f"{M}/test_reading_back.py": "ci",
-    "tests/compression/test_streaming.py::test_heads_held_apart_are_attended_to_as_if_they_were_not": "ci",
-    "tests/mixers/test_indexed.py::test_equals_the_formula[fields2": "ci",
-    "tests/mixers/test_attention.py::test_a_local_start_prefers_near_tokens_by_the_sum_of_cosines": "ci",
-    f"{M}/test_bytes.py::test_layers_that_share_are_as_many_bytes_less[2-paged]": "ci",
-    f"{KERNELS}/test_zero_points.py::test_outliers_of_channels_cost_nothing_by_channel[4]": "ci",
-    f"{CONTRACT}[cla-paged-page4-chunk5]": "ci",
-    "tests/training/test_optimizer.py::test_muon_orthogonalises_the_momentum_of_matrices[shape2": "ci",
-    "tests/training/test_optimizer.py::test_weight_decay_spares_vectors_and_convolutions": "ci",
-    f"{T}/test_passkey.py::test_each_question_is_asked_of_the_text_and_no_answer_stands_in_it": "ci",
-    f"{T}/test_passkey.py::test_when_a_memory_compresses_changes_validation_but_no_first_turn": "ci",
-    f"{T}/test_mqar.py::test_closed_form_describes_the_sampler": "ci",
-    "tests/capacity/test_compressed.py::test_a_selection_reads_less_and_holds_its_index_beside": "ci",
-    f"{ENGINE}/test_steps.py::test_the_most_urgent_has_a_token_in_every_step": "ci",
-    f"{ENGINE}/test_tagged_memory.py::test_attention_reads_exactly_the_history": "ci",
-    "tests/mixers/test_contract.py::test_quantised_memory_equals_the_parallel_form*[window_sinks-": "ci",
-    f"{KERNELS}/test_bench.py::test_a_clock_that_fails_in_a_round_is_dropped": "ci",
-    f"{M}/test_sealed.py::test_bytes_stated_are_the_arrays_and_what_the_compiler_aliases[hybrid-kivi2-float": "ci",
-}
-"""What compiles for a second or more beside another case of its kind, found on a machine without any cache."""
-
-TIER_OF: dict[str, str] = {
-    **CHILDREN,
-    **SIMULATORS,
-    **REFERENCES,
-    **SWEEPS,
-    **COMPRESSIONS,
-    **MANY_PROGRAMS,
-    **DOWNLOADS,
-    **LOSSY,
-    **SELECTION,
-    **SECONDS,
-}
+"""Tests that start processes, or fetch a published model of 100 MB."""
 
 
-def mark(items: Iterable[Any], tier_of: Mapping[str, str]) -> list[str]:
-    """Marks collected tests with their tiers; returns the rows that stand for none of them."""
-    unused, rows_of = set(tier_of), defaultdict(list)
-    for row in sorted(tier_of, key=len):
-        pattern = re.compile(".*".join(map(re.escape, row.split("*"))))
-        rows_of[row.split("::")[0] if "::" in row else None].append((row, pattern))
+def seconds_of_tests() -> dict[str, float]:
+    """What each test takes, as far as it is known; endless where that was never measured."""
+    known: dict[str, float | None] = json.loads(SECONDS.read_text())
+    return {name: math.inf if seconds is None else seconds for name, seconds in known.items()}
+
+
+def mark(items: Iterable[Any], tier_of: Mapping[str, str], seconds: Mapping[str, float]) -> list[str]:
+    """Marks collected tests with their tiers; returns the rows of `tier_of` that stand for none of them, and the ids of
+    `seconds` that are none's."""
+    rows, used = sorted(tier_of, key=len, reverse=True), set[str]()
+    functions = defaultdict[str, list[Any]](list)
     for item in items:
-        name = item.nodeid
-        matching = [row for file in (name.split("::")[0], None) for row, of in rows_of[file] if of.match(name)]
-        unused.difference_update(matching)
-        tier = tier_of[max(matching, key=len)] if matching else "fast"
-        if tier != "fast" and not any(map(item.get_closest_marker, MARKERS)):
-            item.add_marker(tier)
-    return sorted(unused)
+        matching = [row for row in rows if item.nodeid.startswith(row)]
+        used.update(matching)
+        if any(map(item.get_closest_marker, MARKERS)):
+            continue
+        if matching:
+            _add(item, tier_of[matching[0]])
+        else:
+            functions[item.nodeid.partition("[")[0]].append(item)
+    for cases in functions.values():
+        _share_out(sorted(cases, key=lambda case: seconds.get(case.nodeid, 0.0)), seconds)
+    return sorted({*tier_of, *seconds} - used - {item.nodeid for item in items})
+
+
+def _share_out(cases: Iterable[Any], seconds: Mapping[str, float]) -> None:
+    """Marks the cases of one function, the cheapest first."""
+    left, is_first = dict(SHARES), True
+    for case in cases:
+        cost = seconds.get(case.nodeid, 0.0)
+        tier = next((tier for tier, share in left.items() if cost <= share), "slow")
+        if tier == "slow" and is_first and cost <= LONGEST:
+            tier = "ci"
+        if tier in left:
+            left[tier] -= cost
+        is_first = False
+        _add(case, tier)
+
+
+def _add(item: Any, tier: str) -> None:
+    if tier != "fast":
+        item.add_marker(tier)
