@@ -58,11 +58,24 @@ def problems() -> list[Any]:
     from pallas_kernels.bench.others import Write
     from pallas_kernels.bench.paged import Problem
     from pallas_kernels.bench.problems import PROBLEMS
+    from pallas_kernels.paged_attention.gpu import refusal
+    from pallas_kernels.selection import Asked
+
+    def is_taken(problem: Problem) -> bool:
+        asked = Asked(
+            problem.format,
+            problem.page_size,
+            (problem.dim, problem.value_dim),
+            problem.num_heads // problem.num_kv_heads,
+            is_latent=problem.latent_dim > 0,
+            num_queries=problem.num_queries,
+        )
+        return refusal(asked) is None
 
     return [
         problem
         for problem in PROBLEMS["full"]
-        if isinstance(problem, Write) or (isinstance(problem, Problem) and max(problem.dim, problem.value_dim) <= 256)
+        if isinstance(problem, Write) or (isinstance(problem, Problem) and is_taken(problem))
     ]
 
 
@@ -79,7 +92,8 @@ def program_of(problem: Any, sharding: Any) -> Call:
     def pages(num_pages: int) -> Pages:
         shape = num_pages, problem.num_kv_heads, problem.page_size, problem.dim
         pool = stored_as(problem.format, "token", shape, sharding)
-        return Pages(pool, pool)
+        latent_dim = getattr(problem, "latent_dim", 0)
+        return Pages(pool, value_dim=latent_dim) if latent_dim else Pages(pool, pool)
 
     (op,) = problem.ops
     kernel = OPS[op].kernel("gpu")
@@ -159,7 +173,7 @@ def predict(problem: Any) -> Predicted:
     with_products = [kernel for kernel in kernels if kernel.attending]
     times: dict[str, float | None] = {gpu.name: None for gpu in GPUS}
     if isinstance(problem, Problem) and with_products:
-        num_bytes = 64 * bytes_of(problem.dim + problem.value_dim, problem.format)
+        num_bytes = 64 * bytes_of(problem.dim + (not problem.latent_dim) * problem.value_dim, problem.format)
         is_cached = problem.num_queries > 1  # but for the first tile of a chunk, pages come from the second-level cache
         times = {
             gpu.name: sum(

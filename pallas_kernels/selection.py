@@ -37,13 +37,23 @@ class Asked:
     """Whether values are columns of the keys."""
     schemes: tuple[Scheme, Scheme] | None = None
     """Of keys and values, where `format` and `per` do not say all."""
+    num_queries: int = 1
+    """Of each sequence."""
 
     @staticmethod
-    def of(pages: Pages, group: int, dtype: Any) -> "Asked":
+    def of(pages: Pages, group: int, dtype: Any, num_queries: int = 1) -> "Asked":
         """What such pages ask for."""
-        per: Scaling = pages.per or "token"
-        schemes = None if pages.is_plain else pages.schemes
-        return Asked(pages.format, pages.page_size, pages.head_dims, group, per, dtype, pages.is_latent, schemes)
+        return Asked(
+            pages.format,
+            pages.page_size,
+            pages.head_dims,
+            group,
+            pages.per or "token",
+            dtype,
+            pages.is_latent,
+            None if pages.is_plain else pages.schemes,
+            num_queries,
+        )
 
     @property
     def pools(self) -> tuple[Scheme, Scheme] | None:

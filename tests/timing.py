@@ -4,6 +4,7 @@ Seconds are of the processor, children's among them, so that a busy machine hard
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 LEAST = 0.2
 """Seconds of a test that is written down: of what takes less nobody asks."""
+KEPT_EVERY_S = 10.0
+"""How often the file is written: a run that is cut keeps what it knew."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,24 +48,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[pytest.T
 
 
 class Table:
-    """What the tests of a run took, by id."""
+    """What tests took, by id: what was known, and what this run adds as it goes."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.seconds = path, dict[str, float]()
+        self.path, self.kept_at = path, time.monotonic()
+        self.known: dict[str, float | None] = json.loads(path.read_text()) if path.exists() else {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keeps what a worker, or this process, says."""
+        """Takes what a worker, or this process, says; keeps it where the last time was a while ago."""
         if report.when == "teardown":
-            self.seconds[report.nodeid] = dict(report.user_properties)["seconds"]
+            seconds = dict(report.user_properties)["seconds"]
+            self.known.pop(report.nodeid, None)
+            if seconds >= LEAST:
+                self.known[report.nodeid] = round(seconds, 1)
+            if time.monotonic() - self.kept_at > KEPT_EVERY_S:
+                self.pytest_sessionfinish()
 
     def pytest_sessionfinish(self) -> None:
-        """Adds this run to the file."""
-        known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        for name, seconds in self.seconds.items():
-            known.pop(name, None)
-            if seconds >= LEAST:
-                known[name] = round(seconds, 1)
-        self.path.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n")
+        """Writes the file."""
+        self.path.write_text(json.dumps(self.known, indent=0, sort_keys=True) + "\n")
+        self.kept_at = time.monotonic()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -62,7 +62,8 @@ class Problem(Shape):
 
     def implementations(self, inputs: "Inputs") -> list[str]:
         """Ours that can run here, the one that `None` takes first."""
-        asked = Asked.of(inputs.pages, self.num_heads // self.num_kv_heads, inputs.queries.dtype)
+        group = self.num_heads // self.num_kv_heads
+        asked = Asked.of(inputs.pages, group, inputs.queries.dtype, self.num_queries)
         return OPS["paged_attention"].available(asked)
 
     def wanted(self) -> Any:

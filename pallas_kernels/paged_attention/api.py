@@ -84,7 +84,7 @@ def paged_attention(
     _check(queries, pages, lists, query_positions, kv_lens)
     if plan is not None:
         plan.check(queries.shape, pages, lists, visible)
-    asked = Asked.of(pages, queries.shape[2] // pages.num_kv_heads, queries.dtype)
+    asked = Asked.of(pages, queries.shape[2] // pages.num_kv_heads, queries.dtype, queries.shape[1])
     name, run = selection.select("paged_attention", implementation, IMPLEMENTATIONS, refusals(asked))
     check_tables("paged_attention", lists.table, lists.starts, pages.num_pages)
     if 0 in (*queries.shape[:2], lists.num_entries):  # no sequences, no queries, or no entries to list

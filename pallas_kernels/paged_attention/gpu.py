@@ -37,7 +37,7 @@ def refusal(asked: Asked) -> str | None:
         return f"pages of {format} whose values are columns of the keys: the numbers of a byte are far apart"
     for dim, scheme in zip(head_dims, schemes or (None, None), strict=True):
         step = 16 if scheme is None else 64 if scheme.format == "int2" else 32
-        if dim % step or not step <= dim <= 256:
+        if dim % step or not step <= dim <= (WIDEST if in_columns_alone(asked) else 256):
             kept = format if scheme is None else scheme.format
             return f"head dims = {head_dims}: must be multiples of {step} in [{step}, 256] for pages of {kept}"
     if asked.schemes is not None:
@@ -46,9 +46,21 @@ def refusal(asked: Asked) -> str | None:
             return f"pages of {asked.stored_as}: {reason}"
     if asked.group > ROWS:
         return f"group size = {asked.group}: must be at most {ROWS} query heads for a KV head"
-    if not fit(head_dims, schemes, page_size=page_size).num_stages:
+    if not in_columns_alone(asked) and not fit(head_dims, schemes, page_size=page_size).num_stages:
         return f"head dims = {head_dims}: shared memory does not hold a block of {asked.stored_as}"
     return None
+
+
+WIDEST = 576
+"""Most dims of keys whose first columns are the values (DeepSeek's 512 and 64, arXiv 2405.04434), in decoding."""
+
+
+def in_columns_alone(asked: Asked) -> bool:
+    """Whether these pages are wider than tiles with queries in rows hold, and `gpu_decode` takes them: latent ones of
+    16 bits, few queries at once."""
+    dims, num_columns = asked.head_dims, gpu_decode.columns_for(asked.num_queries, asked.group)
+    is_one = asked.is_latent and asked.pools is None and max(dims) > 256 and not any(dim % 64 for dim in dims)
+    return is_one and gpu_decode.refusal(dims, None, num_columns, asked.page_size, is_latent=True) is None
 
 
 NARROW = 64
@@ -103,7 +115,7 @@ def paged_attention(
     chip = chip or this_chip()
     num_queries, num_heads = queries.shape[1:3]
     num_columns = gpu_decode.columns_for(num_queries, num_heads // pages.num_kv_heads)
-    asked = pages.head_dims, pages.schemes, num_columns, pages.page_size, chip
+    asked = pages.head_dims, pages.schemes, num_columns, pages.page_size, chip, pages.is_latent
     if gpu_decode.refusal(*asked):
         return in_tiles(
             queries,

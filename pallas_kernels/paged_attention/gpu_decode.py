@@ -45,6 +45,7 @@ def refusal(
     num_columns: int,
     page_size: int,
     chip: Chip = "hopper",
+    is_latent: bool = False,
 ) -> str | None:
     """Why this kernel cannot serve what `gpu.refusal` lets pass; None: it can."""
     page_size = min(page_size, BLOCK_LEN)
@@ -54,7 +55,8 @@ def refusal(
         return f"head dim of values = {dims[1]}: must be at least {ROW_BLOCK}, the rows of a product"
     if schemes and schemes[0].per == "channel" and dims[0] < ROW_BLOCK:
         return f"head dim of keys = {dims[0]}: must be at least {ROW_BLOCK}, where their channels have scales"
-    if not parts_of_columns(num_columns, dims, schemes, page_size, with_page_mass=True, chip=chip)[0]:
+    how = {"with_page_mass": True, "chip": chip, "is_latent": is_latent}
+    if not parts_of_columns(num_columns, dims, schemes, page_size, **how)[0]:
         return f"head dims = {dims}: shared memory does not hold a block"
     return None
 
@@ -76,10 +78,11 @@ def decode(
     num_kv_heads, group = pages.num_kv_heads, num_heads // pages.num_kv_heads
     num_pieces, most = len(plan.pieces), max_stages or MAX_STAGES
     asked, how = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
-    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how)
+    latent = {"is_latent": pages.is_latent}
+    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how, **latent)
     block_pages, all_columns = BLOCK_LEN // plan.page_size, num_parts * num_columns
-    num_producers = producers_for(num_columns, *asked, plan.page_size, **how)
-    tiles = fit(*asked, num_columns, plan.page_size, most, **how)
+    num_producers = producers_for(num_columns, *asked, plan.page_size, **how, **latent)
+    tiles = fit(*asked, num_columns, plan.page_size, most, **how, **latent)
     dtype = worked_in(pages, queries.dtype)
     arrays = _arrays(queries, pages, plan, all_columns, dtype)
     out_type = _outputs(num_pieces, items, pages, plan, all_columns, with_page_mass=scoring.with_page_mass)

@@ -72,15 +72,14 @@ class Columns:
     def run(self) -> None:
         """What each warpgroup does."""
         warpgroup = lax.axis_index("warpgroup")
-        keys, values = self.part.keys, self.part.values
-        producers = [(keys,), (values,)] if self.num_producers > 1 else [(keys, values)]
+        producers = [(self.part.keys,), (self.part.values,)] if self.num_producers > 1 else [None]
         for number, sides in enumerate(producers, 1):
             pl.when((warpgroup == number) & (self.part.count > 0))(partial(self.produce, sides))
         pl.when((warpgroup == 0) & (self.part.count > 0))(self.attend)
 
-    def produce(self, sides: tuple[Side, ...]) -> None:
-        """Queries, where keys are fetched; then pages."""
-        if sides[0] is self.part.keys:
+    def produce(self, sides: tuple[Side, ...] | None) -> None:
+        """Queries, where keys are fetched; then pages: of keys and values (None), or of one of them."""
+        if sides is None or sides[0] is self.part.keys:
             self.fetch_queries()
         Producer(self.part, sides).run()
 

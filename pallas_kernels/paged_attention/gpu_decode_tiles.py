@@ -110,6 +110,7 @@ def parts_of_columns(
     *,
     with_page_mass: bool,
     chip: Chip = "hopper",
+    is_latent: bool = False,
 ) -> tuple[int, int]:
     """How many thread blocks share an item's columns, each with the same pages, and how many of them each takes: the
     fewest for which registers and shared memory suffice; the most, where registers never do. (0, 0): shared memory does
@@ -122,8 +123,8 @@ def parts_of_columns(
         mine = columns_for(1, -(-num_columns // num_parts), step)
         held = registers_for(most, dims, schemes, page_size, with_page_mass=with_page_mass, chip=chip)
         is_held = (held <= MOST_REGISTERS and num_groups * most <= MAX_COLUMNS) or most == step
-        tiles = fit(dims, schemes, mine, page_size, with_page_mass=with_page_mass, chip=chip)
-        if is_held and tiles.num_stages:
+        how = {"with_page_mass": with_page_mass, "chip": chip, "is_latent": is_latent}
+        if is_held and fit(dims, schemes, mine, page_size, **how).num_stages:
             return num_parts, mine
     return 0, 0
 
@@ -141,13 +142,15 @@ def producers_for(
     *,
     with_page_mass: bool,
     chip: Chip = "hopper",
+    is_latent: bool = False,
 ) -> int:
     """Warpgroups that ask for pages. Quantised ones they also convert, which takes longer than they take to arrive: one
     converts keys and one values, where registers suffice."""
-    held = registers_for(num_columns, dims, schemes, page_size, with_page_mass=with_page_mass, chip=chip)
-    tiles = fit(dims, schemes, num_columns, page_size, with_page_mass=with_page_mass, chip=chip)
-    is_alone = tiles.num_bytes > HALF_BYTES
-    return 2 if schemes and held <= MOST_OF_THREE[is_alone] else 1
+    if schemes is None:
+        return 1
+    how = {"with_page_mass": with_page_mass, "chip": chip}
+    is_alone = fit(dims, schemes, num_columns, page_size, **how, is_latent=is_latent).num_bytes > HALF_BYTES
+    return 2 if registers_for(num_columns, dims, schemes, page_size, **how) <= MOST_OF_THREE[is_alone] else 1
 
 
 def groups_of(value_dim: int, schemes: tuple[Scheme, Scheme] | None) -> int:
@@ -178,6 +181,7 @@ def fit(
     *,
     with_page_mass: bool = True,
     chip: Chip = "hopper",
+    is_latent: bool = False,
 ) -> Tiles:
     """The deepest ring of at most `max_stages` with which two thread blocks fit on a multiprocessor, or else one."""
     block_pages = max(1, BLOCK_LEN // page_size)
@@ -186,9 +190,8 @@ def fit(
         for num_staged in (2, 1) if schemes else (0,):
             for num_stages in range(most, least - 1, -1):
                 depth = num_stages, num_staged
-                sizes = scratch_bytes(
-                    dims, schemes, num_columns, block_pages, *depth, with_page_mass=with_page_mass, chip=chip
-                )
+                how = {"with_page_mass": with_page_mass, "chip": chip, "is_latent": is_latent}
+                sizes = scratch_bytes(dims, schemes, num_columns, block_pages, *depth, **how)
                 if sizes <= limit:
                     return Tiles(num_stages, num_staged, sizes)
     return Tiles(0, 0, 0)
@@ -204,15 +207,17 @@ def scratch_bytes(
     *,
     with_page_mass: bool,
     chip: Chip,
+    is_latent: bool = False,
 ) -> int:
-    """Bytes of all that `scratch_for` asks for, each in whole KiB."""
+    """Bytes of all that `scratch_for` asks for, each in whole KiB. Where values are columns of keys of 16 bits they are
+    read where those lie."""
     num_groups = groups_of(dims[1], schemes)
     stripe, num_weights = stripe_of(dims[1], num_columns, num_groups, chip), 2 * max(1, num_groups) * num_columns
     sizes = [num_weights * BLOCK_LEN * 2, stripe * num_columns * 4, num_columns * 4]
     if with_page_mass:
         sizes.append(block_pages * aligned(num_columns) * 4)
     if schemes is None:
-        sizes += [num_stages * BLOCK_LEN * width * 2 for width in dims]
+        sizes += [num_stages * BLOCK_LEN * width * 2 for width in dims[: 2 - is_latent]]
     for width, scheme in zip(dims, schemes or (), strict=False):
         sizes += [num_stages * scheme.payload_bytes(BLOCK_LEN, width), num_staged * BLOCK_LEN * width * 2]
         of_scales = (num_stages + num_staged) * place_bytes(scheme, width, block_pages)
@@ -254,6 +259,8 @@ def scratch_for(
         width, step, pool = dims[side], steps[side], pages.pools[-side]
         num_arrivals = len(arrays_of(pool))
         arrived = plgpu.Barrier(num_arrivals=num_arrivals, num_barriers=depth * block_pages)
+        if schemes is None and side and pages.is_latent:
+            continue  # the keys' ring holds them
         scratch[f"{name}_arrived"] = arrived
         if schemes is None:
             scratch[name] = shared((depth, BLOCK_LEN, width), pool.dtype, step)
@@ -294,5 +301,5 @@ def step_of(pages: Pages, side: int) -> int:
     apart."""
     width, schemes = pages.head_dims[side], pages.schemes
     if schemes is None:
-        return math.gcd(width, 64)
+        return math.gcd(*pages.head_dims, 64) if pages.is_latent else math.gcd(width, 64)
     return gpu_scales.step_of(width, schemes[side], min(pages.page_size, 64) if schemes[side].per == "channel" else 64)

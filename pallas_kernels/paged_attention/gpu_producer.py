@@ -25,7 +25,9 @@ class Producer:
     """Of one piece: of keys and values, or of one of the two."""
 
     def __init__(self, part: Part, sides: Sequence[Side] | None = None) -> None:
-        self.part, self.sides = part, sides or (part.keys, part.values)
+        """Without `sides` of both, but for values that are columns of the keys' ring."""
+        both = (part.keys,) if part.values.arrived is None else (part.keys, part.values)
+        self.part, self.sides = part, sides or both
 
     def run(self) -> None:
         """All of the piece's pages."""

@@ -79,7 +79,7 @@ class Side:
     blocks: Any
     """[places, 64, D] what is multiplied: the ring, or staged blocks."""
     arrived: Any
-    """A barrier for each page of each stage."""
+    """A barrier for each page of each stage; None: nothing arrives, these are columns of the keys' ring."""
     scales: Any
     """Of each place: see `gpu_scales`."""
     zeros: Any
@@ -104,6 +104,9 @@ class Side:
     @staticmethod
     def of(named: dict[str, Any], name: str, step: int, scheme: Scheme | None) -> "Side":
         """That of "keys" or "values" in a kernel's refs by name."""
+        if name not in named:  # values that are the first columns of the keys
+            mine = named["keys"].at[:, :, pl.ds(0, named["outputs"].shape[2])]
+            return Side([], mine, mine, None, None, None, None, step, scheme)
         blocks = named[name]
         parts = ("ring", "scales", "zeros", "staged")
         ring, scales, zeros, staged = (named.get(f"{name}_{part}") for part in parts)
@@ -164,7 +167,7 @@ class Part:
         """Until a block of keys or values is in its place of the ring, or of the staged blocks."""
         if self.is_quantised:
             plgpu.barrier_wait(side.staged.at[place])
-        else:
+        elif side.arrived is not None:
             self.wait_for(side.arrived, number)
 
     # What is seen of a block: tokens lie along `axis` of an array, or alone.

@@ -40,7 +40,7 @@ def simulated(*arrays: Any, chip: Chip = "hopper", **options: Any) -> Any:
     queries, pages, *_ = arrays
     columns = gpu_decode.columns_for(queries.shape[1], queries.shape[2] // pages.num_kv_heads)
     asked = pages.head_dims, pages.schemes, columns, pages.page_size
-    assert gpu_decode.refusal(*asked, chip) is None
+    assert gpu_decode.refusal(*asked, chip, pages.is_latent) is None
     return gpu.paged_attention(*arrays, interpret=HOW, chip=chip, **SMALL, **options)
 
 

@@ -10,7 +10,7 @@ from jax import Array
 
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.plan import ClassPlan
-from kvlab.ledger.states import TokenState
+from kvlab.ledger.states import LatentState, TokenState
 from kvlab.memory.pools import stored
 from kvlab.memory.rotation import turned, turned_back
 from kvlab.memory.views.base import PlannedTokens
@@ -103,17 +103,21 @@ def attention_plan(
     """What all layers of a class share when they decode: which pages are live and how they are shared out. None where
     nothing is decoded, where each layer reads pages of its own choice, or where no kernel that serves such pages here
     takes one, as `is_taken` says."""
-    spec = cast(TokenState, state.spec)
+    spec = cast(TokenState | LatentState, state.spec)
     if plan.write_slots.shape[1] != 1 or spec.reading is not None:
         return None
-    kind = spec.dtype if spec.format == "model" else spec.format
-    if not is_taken(Asked(kind, state.page_size, (spec.key_dim, spec.value_dim), dtype=spec.dtype)):
+    kind, num_kv_heads = spec.dtype if spec.format == "model" else spec.format, 1
+    if is_latent := isinstance(spec, LatentState):
+        head_dims = spec.rank + spec.rope_dim, spec.rank
+    else:
+        head_dims, num_kv_heads = (spec.key_dim, spec.value_dim), spec.num_kv_heads
+    if not is_taken(Asked(kind, state.page_size, head_dims, dtype=spec.dtype, is_latent=is_latent)):
         return None
     return plan_attention(
         lists_of(plan),
         starts[:, None],
         starts + counts,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=num_kv_heads,
         page_size=state.page_size,
         visible=cast(Visible, spec.visible),
     )
