@@ -77,17 +77,17 @@ def decode(
     items, num_queries, num_heads, _ = queries.shape
     num_kv_heads, group = pages.num_kv_heads, num_heads // pages.num_kv_heads
     num_pieces, most = len(plan.pieces), max_stages or MAX_STAGES
-    asked, how = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
-    latent = {"is_latent": pages.is_latent}
-    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how, **latent)
+    asked, places = (pages.head_dims, pages.schemes), {"with_page_mass": scoring.with_page_mass, "chip": chip}
+    how: dict[str, Any] = {**places, "is_latent": pages.is_latent}
+    num_parts, num_columns = parts_of_columns(columns_for(num_queries, group), *asked, plan.page_size, **how)
     block_pages, all_columns = BLOCK_LEN // plan.page_size, num_parts * num_columns
-    num_producers = producers_for(num_columns, *asked, plan.page_size, **how, **latent)
-    tiles = fit(*asked, num_columns, plan.page_size, most, **how, **latent)
+    num_producers = producers_for(num_columns, *asked, plan.page_size, **how)
+    tiles = fit(*asked, num_columns, plan.page_size, most, **how)
     dtype = worked_in(pages, queries.dtype)
     arrays = _arrays(queries, pages, plan, all_columns, dtype)
     out_type = _outputs(num_pieces, items, pages, plan, all_columns, with_page_mass=scoring.with_page_mass)
     of_rows = arrays["rows"].dtype
-    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **how)
+    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **places)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""
