@@ -7,13 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from pallas_kernels.selection import this_device
+
 
 class Linear(nnx.Linear):
     """`nnx.Linear` on the flattened leading axes: its weight gradient is then one matrix product, which XLA on CPU runs
-    twice as fast as the contraction over two axes (docs/findings/training.md)."""
+    twice as fast as the contraction over two axes (docs/findings/training.md). On a GPU there are two rows at least: of
+    one, XLA writes all products of weights to memory before it adds them up (docs/findings/kernels.md)."""
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
-        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]), out_sharding)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if len(rows) == 1 and this_device().platform == "gpu":
+            rows = jnp.pad(rows, ((0, 1), (0, 0)))
+        flat = super().__call__(rows, out_sharding)[: inputs.size // inputs.shape[-1]]
         return flat.reshape(*inputs.shape[:-1], -1)
 
 
