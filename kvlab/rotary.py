@@ -9,6 +9,9 @@ from jax import Array
 from kvlab.schema import ConfigError
 from kvlab.typing import Positions
 
+YARN = 5
+"""Numbers of a `rope_scaling` after YaRN."""
+
 
 def rotary_angles(
     positions: Positions, rotary_dim: int, base: float, scaling: tuple[float, ...] = ()
@@ -16,20 +19,49 @@ def rotary_angles(
     """Cosine and sine [B, T, 1, rotary_dim / 2] of position * base ** (-2 i / rotary_dim), in float32; scaled as
     `AttentionConfig.rope_scaling` says."""
     frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    length = length_of(scaling)
     if scaling:
-        factor, low, high, original_len = (*scaling, 1.0, 1.0, 0.0)[:4]
-        turns = original_len * frequencies / (2 * math.pi)
-        kept = jnp.clip((turns - low) / max(high - low, 1e-9), 0, 1)  # of one factor alone: nothing
-        frequencies = frequencies * (kept + (1 - kept) / factor)
+        kept = _kept(frequencies, base, scaling)
+        frequencies = frequencies * (kept + (1 - kept) / scaling[0])
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if length == 1 else (cos * length, sin * length)
 
 
-def check_scaling(scaling: Sequence[float]) -> None:
+def length_of(scaling: Sequence[float]) -> float:
+    """How much longer queries and keys become as they are turned: 1, but for YaRN."""
+    return scaling[4] if len(scaling) == YARN else 1.0
+
+
+def back(cos: Array, sin: Array, scaling: Sequence[float]) -> tuple[Array, Array]:
+    """The angles that `rotate` undoes those of `rotary_angles` with."""
+    stretched = length_of(scaling) ** 2
+    return (cos, -sin) if stretched == 1 else (cos / stretched, -sin / stretched)
+
+
+def _kept(frequencies: Array, base: float, scaling: tuple[float, ...]) -> Array | float:
+    """[rotary_dim / 2]: the share of each frequency that is not divided."""
+    if len(scaling) == 1:
+        return 0.0
+    _, low, high, original_len = scaling[:4]
+    if len(scaling) < YARN:
+        turns = original_len * frequencies / (2 * math.pi)
+        return jnp.clip((turns - low) / max(high - low, 1e-9), 0, 1)
+    # YaRN's ramp is linear in the number of the pair, between those that turn so often.
+    dim = 2 * len(frequencies)
+    place = [dim * math.log(original_len / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (high, low)]
+    first, last = max(math.floor(place[0]), 0), min(math.ceil(place[1]), dim - 1)
+    numbers = jnp.arange(dim // 2, dtype=jnp.float32)
+    return 1 - jnp.clip((numbers - first) / (last - first or 1e-3), 0, 1)
+
+
+def check_scaling(scaling: Sequence[float], base: float) -> None:
     """Raises ConfigError for a `rope_scaling` that `AttentionConfig` does not describe."""
-    if len(scaling) not in (0, 1, 4) or (len(scaling) == 4 and not scaling[1] < scaling[2]):
-        legal = "must be [], [factor] or [factor, low, high, original_len] with low < high"
+    if len(scaling) not in (0, 1, 4, YARN) or (len(scaling) >= 4 and not scaling[1] < scaling[2]):
+        legal = "must be [], [factor] or [factor, low, high, original_len], for YaRN with a length, with low < high"
         raise ConfigError("rope_scaling", list(scaling), legal)
+    if len(scaling) == YARN and base == 1:
+        raise ConfigError("rope_base", base, "must be above 1 for YaRN, whose ramp is over frequencies that differ")
 
 
 def rotate(x: Array, cos: Array, sin: Array, start: int = 0) -> Array:

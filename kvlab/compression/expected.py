@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from kvlab.compression.base import Attended, Compression, Noted, Shape, Slots, by_group
 from kvlab.ledger.states import ArraySpec, PerToken
-from kvlab.rotary import rotary_angles, rotate
+from kvlab.rotary import back, rotary_angles, rotate
 from kvlab.schema import flag, integer, real
 from pallas_kernels.masking import masked_softmax
 
@@ -82,7 +82,7 @@ def unrotated(seen: Attended) -> Float[Array, "B T H D"]:
     if rotary is None:
         return seen.queries
     cos, sin = rotary_angles(seen.positions, rotary.dim, rotary.base, rotary.scaling)
-    return rotate(seen.queries, cos, -sin, rotary.start)
+    return rotate(seen.queries, *back(cos, sin, rotary.scaling), rotary.start)
 
 
 class _MeanTurn(NamedTuple):

@@ -27,11 +27,14 @@ class AttentionConfig(MixerConfig):
 
     `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
     2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
-    tokens, and blends up to `high` turns (arXiv 2407.21783). With an `output_gate` each number of a head's output is
-    multiplied with the sigmoid of one of a projection of the layer's input (arXiv 2505.06708). With `sink_logits` the
-    softmax of each head has a learned logit that belongs to no token (gpt-oss, arXiv 2508.10925): what a head need not
-    attend to costs no token, and no byte of the cache. A layer that `shares_kv` has neither keys nor values of its own:
-    its queries read those of the nearest layer before it that fits (`kvlab.models.sharing`), and it holds no byte.
+    tokens, and blends up to `high` turns (arXiv 2407.21783); [factor, low, high, original_len, length] is YaRN (arXiv
+    2309.00071), which blends by the number of the pair, and makes what it turns `length` times as long.
+
+    With an `output_gate` each number of a head's output is multiplied with the sigmoid of one of a projection of the
+    layer's input (arXiv 2505.06708). With `sink_logits` the softmax of each head has a learned logit that belongs to no
+    token (gpt-oss, arXiv 2508.10925): what a head need not attend to costs no token, and no byte of the cache. A layer
+    that `shares_kv` has neither keys nor values of its own: its queries read those of the nearest layer before it that
+    fits (`kvlab.models.sharing`), and it holds no byte.
 
     With a `local_start` above 0 a learned vector is added to every query and another to every key, before norm and
     rotation. Both start as that number in the first of each rotated pair: logits then start highest at the token itself
@@ -73,7 +76,7 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("qk_norm_over", self.qk_norm_over, "must be head without qk_norm")
         if self.out_bias and self.bias:
             raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
-        check_scaling(self.rope_scaling)
+        check_scaling(self.rope_scaling, self.rope_base)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
             raise ConfigError("rope_fraction", self.rope_fraction, legal_low)

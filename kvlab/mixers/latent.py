@@ -12,7 +12,7 @@ from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.rotary import check_scaling, rotary_angles, rotate
-from kvlab.schema import ConfigError, flag, integer, real, reals
+from kvlab.schema import ConfigError, added, flag, integer, real, reals
 from kvlab.typing import Hidden, Positions
 
 
@@ -23,7 +23,8 @@ class LatentConfig(MixerConfig):
     A token's row is `rank` numbers, from which the keys and values of all heads are expanded, and behind them a rotary
     key of `rope_dim`, which all heads share. A head's keys have `head_dim` numbers beside that, its values `value_dim`.
     Queries are compressed to `query_rank` numbers first; 0: they are projected as they are. Without `rope` nothing is
-    turned (Kimi Linear, arXiv 2510.26692). `rope_scaling` is that of `AttentionConfig`.
+    turned (Kimi Linear, arXiv 2510.26692). `rope_scaling` is that of `AttentionConfig`. Scores are multiplied with
+    `scale` (null: (head_dim + rope_dim) ** -0.5); behind YaRN DeepSeek has a larger one.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -35,10 +36,11 @@ class LatentConfig(MixerConfig):
     rope: bool = flag(True)
     rope_base: float = real(10_000.0, 1.0, 1e9)
     rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
+    scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
 
     def cross_check(self) -> None:
         super().cross_check()
-        check_scaling(self.rope_scaling)
+        check_scaling(self.rope_scaling, self.rope_base)
         if self.rope and self.rope_dim % 2:
             raise ConfigError("rope_dim", self.rope_dim, "must be even to be turned, or rope false")
 
@@ -82,7 +84,8 @@ class LatentAttention(Mixer):
         rotary = None
         if config.rope:
             rotary = Rotary(config.rope_dim, config.rope_base, config.rope_scaling, start=config.rank)
-        readers = Readers(config.num_heads, scale=(config.head_dim + config.rope_dim) ** -0.5, rotary=rotary)
+        scale = config.scale or (config.head_dim + config.rope_dim) ** -0.5
+        readers = Readers(config.num_heads, scale=scale, rotary=rotary)
         return {"latents": LatentState(config.rank, config.rope_dim, self.dtype, readers=readers)}
 
     def __call__(self, x: Hidden, positions: Positions, memory: LayerMemory) -> tuple[Hidden, LayerMemory]:

@@ -1,5 +1,6 @@
 """The fields of a config.json, and those that every family has. Null counts as absent; other fields are ignored."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -104,7 +105,45 @@ class Llama3Rope(DefaultRope):
         return (self.factor, self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings)
 
 
-ROPES: dict[str, type[DefaultRope]] = {"default": DefaultRope, "linear": LinearRope, "llama3": Llama3Rope}
+@dataclass(frozen=True, kw_only=True)
+class YarnRope(DefaultRope):
+    """YaRN (arXiv 2309.00071): low frequencies divided, and what is turned made longer by `attention_factor`; absent,
+    it comes of the factor, and of `mscale` over `mscale_all_dim` where both are there."""
+
+    factor: float = value_of(real_type(1.0, 1e9))
+    original_max_position_embeddings: float = positive()
+    attention_factor: float | None = positive(None)
+    beta_fast: float = positive(32.0)
+    beta_slow: float = positive(1.0)
+    mscale: float | None = value_of(real_type(0.0, 1e3) | None, None)
+    mscale_all_dim: float | None = value_of(real_type(0.0, 1e3) | None, None)
+    truncate: bool = only(True)
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        longer = self.attention_factor
+        if longer is None and self.mscale and self.mscale_all_dim:
+            longer = lengthened(self.factor, self.mscale) / lengthened(self.factor, self.mscale_all_dim)
+        longer = lengthened(self.factor, 1.0) if longer is None else longer
+        return (self.factor, self.beta_slow, self.beta_fast, self.original_max_position_embeddings, longer)
+
+    @property
+    def of_scores(self) -> float:
+        """What latent attention multiplies its scores with beside (DeepSeek)."""
+        return lengthened(self.factor, self.mscale_all_dim or 0.0) ** 2
+
+
+def lengthened(factor: float, mscale: float) -> float:
+    """By how much YaRN lengthens what is turned, for a context `factor` times as long."""
+    return 1 + 0.1 * mscale * math.log(factor)
+
+
+ROPES: dict[str, type[DefaultRope]] = {
+    "default": DefaultRope,
+    "linear": LinearRope,
+    "llama3": Llama3Rope,
+    "yarn": YarnRope,
+}
 
 
 def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str]) -> T | None:

@@ -158,7 +158,12 @@ def test_every_combination(family, page_size, chunk_len):
         assert_exact(build(case), family, lengths_of(number))
 
 
-@pytest.mark.parametrize("family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed"])
+YARN = ("qwen3_yarn", "deepseek_v3_yarn")
+
+
+@pytest.mark.parametrize(
+    "family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed", *YARN]
+)
 def test_a_full_pass_gives_the_reference_probabilities(family):
     """The parallel form on the longest prompt and its answer, where the engine and the reference decode from a
     cache."""
@@ -170,6 +175,12 @@ def test_a_full_pass_gives_the_reference_probabilities(family):
     assert np.argmax(logits, axis=-1).tolist() == answer["tokens"]
     found = jax.nn.log_softmax(logits)[np.arange(NUM_NEW), np.asarray(answer["tokens"])]
     np.testing.assert_allclose(found, answer["logprobs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("family", YARN)
+def test_a_context_stretched_by_yarn(family):
+    engine = engine_of(family, page_size=4, chunk_len=7, max_batch=2)
+    assert_exact(engine, family, lengths_of(1))
 
 
 def test_latent_attention_with_queries_as_they_are():

@@ -22,6 +22,7 @@ CASES = {
     "nothing turned": {"rope": False, "rope_dim": 3},
     "another base, stretched": {"rope_base": 50.0, "rope_scaling": (4.0,)},
     "stretched in part": {"rope_scaling": (8.0, 1.0, 4.0, 32.0)},
+    "YaRN, and its own scale": {"rope_dim": 8, "rope_scaling": (8.0, 0.3, 4.0, 32.0, 1.3), "scale": 0.6},
     "a coarse epsilon": {"norm_eps": 0.1, "query_rank": 8},
 }
 
@@ -53,13 +54,17 @@ def turn(config, position):
     for i in range(half):
         frequency = config.rope_base ** (-2 * i / config.rope_dim)
         share = 0.0  # of the frequency as it is
-        if len(config.rope_scaling) == 4:
-            _, low, high, original_len = config.rope_scaling
+        if len(config.rope_scaling) >= 4:
+            _, low, high, original_len = config.rope_scaling[:4]
             share = min(max((original_len * frequency / (2 * np.pi) - low) / (high - low), 0), 1)
+        if len(config.rope_scaling) == 5:  # arXiv 2309.00071, equations 20 to 23, over pairs as its code counts them
+            pairs = half * np.log(original_len / (2 * np.pi * np.array([high, low]))) / np.log(config.rope_base)
+            first, last = max(np.floor(pairs[0]), 0), min(np.ceil(pairs[1]), config.rope_dim - 1)
+            share = 1 - min(max((i - first) / (last - first), 0), 1)
         angle = position * frequency * (share + (1 - share) / config.rope_scaling[0])
         matrix[i, i] = matrix[half + i, half + i] = np.cos(angle)
         matrix[half + i, i], matrix[i, half + i] = np.sin(angle), -np.sin(angle)
-    return matrix
+    return matrix * (config.rope_scaling[4] if len(config.rope_scaling) == 5 else 1)
 
 
 def unabsorbed(layer, x):
@@ -77,7 +82,7 @@ def unabsorbed(layer, x):
             query = np.concatenate([queries[t, head, :dim], turn(config, t) @ queries[t, head, dim:]])
             keys = [np.concatenate([expanded[s, head, :dim], turn(config, s) @ rows[s, config.rank :]])
                     for s in range(t + 1)]  # fmt: skip
-            scores = np.array(keys) @ query / np.sqrt(dim + config.rope_dim)
+            scores = np.array(keys) @ query * (config.scale or (dim + config.rope_dim) ** -0.5)
             weights = np.exp(scores - scores.max())
             outputs[t, head] = weights @ expanded[: t + 1, head, dim:] / weights.sum()
     return outputs.reshape(tokens, -1) @ kernel(layer.out)

@@ -28,7 +28,14 @@ def leaves(params):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-OTHERS = ("deepseek_v3_plain", "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed")
+OTHERS = (
+    "deepseek_v3_plain",
+    "deepseek_v3_yarn",
+    "qwen3_yarn",
+    "granitemoehybrid_rope",
+    "olmo_hybrid_rope",
+    "kimi_linear_compressed",
+)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
@@ -225,9 +232,11 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"num_hidden_layers": -1}, "num_hidden_layers = -1"),
         ("llama_gqa", {"num_key_value_heads": 3}, "num_kv_heads = 3: must divide"),
         ("llama_gqa", {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
-        ("llama_gqa", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "linear"}}, "factor = None"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor = 0.5: must be"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate = False: only True"),
         ("llama_gqa", {"eos_token_id": 320}, "eos_token_id = 320"),
         ("llama_gqa", {"eos_token_id": ["x"]}, "eos_token_id = 'x'"),
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
@@ -236,7 +245,7 @@ def edit(folder: Path, **changes) -> None:
         ("deepseek_v3", {"first_k_dense_replace": 1}, "= 1: must be at least num_hidden_layers = 2: .* have experts"),
         ("deepseek_v3", {"first_k_dense_replace": None, "num_hidden_layers": 4}, "first_k_dense_replace = 3"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False: only True"),
-        ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "mscale": 1.0}}, "rope_type = 'yarn'"),
+        ("deepseek_v3", {"rope_parameters": {"rope_type": "longrope", "mscale": 1.0}}, "rope_type = 'longrope'"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
         ("deepseek_v3", {"qk_rope_head_dim": 11}, "rope_dim = 11: must be even"),
         ("deepseek_v3", {"q_lora_rank": None}, "q_a_proj.weight: is unexpected"),
@@ -246,7 +255,7 @@ def edit(folder: Path, **changes) -> None:
         ("gemma3_text", {"query_pre_attn_scalar": 0.5}, "query_pre_attn_scalar = 0.5: must be a positive integer"),
         ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer_types = .*: must be 3 of"),
         ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters = .*: must be an object with full"),
-        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope_type = 'yarn'"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type = 'longrope'"),
         ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts = 4: must be 0: experts are not built"),
         ("granitemoehybrid", {"num_local_experts": None}, "num_local_experts = 8: must be 0"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention", "moe"]}, "layer_types = .*: must be 3 of"),
@@ -269,7 +278,7 @@ def edit(folder: Path, **changes) -> None:
         ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
         ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3: must be a multiple of"),
         ("qwen3_next", {"linear_conv_kernel_dim": 1}, "conv_len = 1: must be 0 .none. or a width"),
-        ("qwen3_next", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ("qwen3_next", {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "rope_type = 'longrope'"),
         ("qwen3_next", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5: must be"),
         (
             "qwen3_next",
@@ -288,7 +297,7 @@ def edit(folder: Path, **changes) -> None:
         ("olmo_hybrid", {"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
         ("olmo_hybrid", {"num_experts": 4}, "num_experts = 4: only 0"),
         ("olmo_hybrid", {"rope_theta": -1.0}, "rope_theta = -1.0: must be a finite positive number"),
-        ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type = 'yarn'"),
+        ("olmo_hybrid_rope", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
         ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mlp_layer_types = .*: must be 2 of dense: experts"),
         (
             "kimi_linear",

@@ -7,6 +7,7 @@ from typing import Any
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.base import MixerConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig
+from kvlab.rotary import YARN
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import ConfigFile, DefaultRope, only, positive, size
 from kvlab.weights.families.base import Architecture, Family
@@ -145,6 +146,9 @@ def rope_values(base: float, scaling: Sequence[float], fraction: float = 1.0) ->
         rope["partial_rotary_factor"] = fraction
     if len(scaling) == 1:
         rope |= {"rope_type": "linear", "factor": scaling[0]}
+    elif len(scaling) == YARN:
+        names = ("factor", "beta_slow", "beta_fast", "original_max_position_embeddings", "attention_factor")
+        rope |= {"rope_type": "yarn", **dict(zip(names, scaling, strict=True))}
     elif scaling:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3", **dict(zip(names, scaling, strict=True))}

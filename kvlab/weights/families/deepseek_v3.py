@@ -1,12 +1,14 @@
 """DeepSeek-V3 (arXiv 2412.19437): latent attention. Experts are not built."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvlab.mixers.latent import LatentConfig
 from kvlab.models.transformer import LayerConfig
+from kvlab.rotary import YARN
 from kvlab.schema import ConfigError, integer_type
-from kvlab.weights.config_files import DefaultRope, only, size, value_of
+from kvlab.weights.config_files import DefaultRope, YarnRope, only, size, value_of
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, DecoderFile, rope_values
 from kvlab.weights.tables import Entry, Table, linear
@@ -58,6 +60,7 @@ class DeepseekV3(Decoder[DeepseekFile]):
             query_rank=file.q_lora_rank or 0,
             rope_base=rope.rope_theta,
             rope_scaling=rope.scaling,
+            scale=scale_of(file.qk_nope_head_dim + file.qk_rope_head_dim, rope),
         )
         return [LayerConfig("latent", config)] * num_layers
 
@@ -66,13 +69,30 @@ class DeepseekV3(Decoder[DeepseekFile]):
         assert isinstance(first, LatentConfig)
         return {
             **latent_values(first),
-            "rope_parameters": rope_values(first.rope_base, first.rope_scaling),
+            "rope_parameters": rope_values(first.rope_base, first.rope_scaling) | mscale_of(first),
             "first_k_dense_replace": len(architecture.layers),
             "num_nextn_predict_layers": 0,
         }
 
     def mixer_table(self, ours: str, theirs: str, config: LatentConfig) -> Table:
         return latent_table(ours, theirs, config)
+
+
+def scale_of(dim: int, rope: DefaultRope) -> float | None:
+    """What scores are multiplied with, of keys of so many numbers; None: what they always are."""
+    more = rope.of_scores if isinstance(rope, YarnRope) else 1.0
+    return None if more == 1 else dim**-0.5 * more
+
+
+def mscale_of(config: LatentConfig) -> dict[str, float]:
+    """What `rope_parameters` says of a `scale`."""
+    if config.scale is None:
+        return {}
+    longer = math.sqrt(config.scale) * (config.head_dim + config.rope_dim) ** 0.25
+    if len(config.rope_scaling) != YARN or config.rope_scaling[0] == 1:
+        legal = "must be null without a `rope_scaling` after YaRN: its config.json has no other place for it"
+        raise ConfigError("scale", config.scale, legal)
+    return {"mscale_all_dim": 10 * (longer - 1) / math.log(config.rope_scaling[0])}
 
 
 def latent_values(config: LatentConfig) -> dict[str, Any]:

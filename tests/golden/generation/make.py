@@ -53,6 +53,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""Of pairs of a head of 32, of which each third is kept, blended and divided."""
 LATENT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 24,
@@ -110,12 +118,16 @@ FAMILIES = {
     "llama_mha": LlamaConfig(**DECODER, num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-5),
     "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
     "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
+    "qwen3_yarn": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32, rope_parameters=YARN),
     "qwen3_next": Qwen3NextConfig(
         **DECODER, **HYBRID, head_dim=32, num_experts=0, attention_bias=True, rms_norm_eps=1e-4
     ),
     "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
     "deepseek_v3": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=40),
     "deepseek_v3_plain": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=None, rope_parameters=LLAMA3),
+    "deepseek_v3_yarn": DeepseekV3Config(
+        **DECODER, **LATENT, q_lora_rank=40, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
+    ),
     "mamba2": Mamba2Config(
         vocab_size=VOCAB,
         hidden_size=64,
