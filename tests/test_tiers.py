@@ -1,6 +1,10 @@
 """The tiers are true of the tests there are."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,34 @@ def test_the_longest_row_counts_and_a_tests_own_marker_before_it():
     own, unnamed = Collected("a.py::test_x[9]", "generated"), Collected("b.py::test_z")
     assert mark([plain, other, more, own, unnamed], rows, {"a.py::test_x[mha]": 50.0}) == ["gone.py"]
     assert [test.markers for test in (plain, other, more, own, unnamed)] == [["slow"], ["ci"], [], ["generated"], []]
+
+
+BUSY = """
+import time
+import pytest
+
+@pytest.fixture
+def busy():
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+
+def test_busy(busy): ...
+def test_idle(): time.sleep(0.3)
+"""
+
+
+def test_what_tests_take_is_written_down(tmp_path):
+    """Processor seconds, with fixtures; by workers as well. What was known stays, but of tests that ran."""
+    (tmp_path / "test_it.py").write_text(BUSY)
+    told = tmp_path / "seconds.json"
+    told.write_text(json.dumps({"test_it.py::test_idle": 9.0, "test_it.py::test_other": None}))
+    words = ["-p", "tests.timing", "--seconds-to", str(told), "-c", "/dev/null", f"--rootdir={tmp_path}", "-n", "2"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "pytest", "-q", *words, str(tmp_path / "test_it.py")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    seconds = json.loads(told.read_text())
+    assert seconds.keys() == {"test_it.py::test_busy", "test_it.py::test_other"}
+    assert seconds["test_it.py::test_other"] is None
+    assert 0.3 <= seconds["test_it.py::test_busy"] < 0.9

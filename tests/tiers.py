@@ -43,6 +43,7 @@ KERNELS = "tests/pallas_kernels"
 
 CHILDREN: dict[str, str] = {
     "tests/test_walls.py": "ci",
+    "tests/test_tiers.py::test_what_tests_take_is_written_down": "ci",
     "tests/test_wheel.py": "ci",
     "tests/test_on_gpu.py::test_a_window_leaves_lines_and_goes_on_where_it_stopped": "ci",
     "tests/test_wrong_config.py::test_the_command_line_answers_in_one_line": "ci",
