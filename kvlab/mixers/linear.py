@@ -18,7 +18,7 @@ from kvlab.schema import ConfigError, added, choice, flag, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
 from pallas_kernels.linear_scan import RULES, Rule, linear_scan, linear_scan_step
 
-DECAYS = ("none", "constant", "head", "channel")
+DECAYS = ("none", "constant", "slopes", "head", "channel")
 FEATURE_MAPS = ("unit", "taylor")
 GATES = ("none", "silu", "sigmoid", "low_rank")
 UNIT_EPS = 1e-6
@@ -29,8 +29,9 @@ UNIT_EPS = 1e-6
 class LinearConfig(MixerConfig):
     """Hyper-parameters of one layer: a state of key_dim x value_dim numbers for each of num_value_heads heads.
 
-    `rule` "delta" replaces what a key held, "plain" adds to it. `decay` "constant" is RetNet's, "head" a learned one a
-    head, "channel" one for each key channel, through a bottleneck of value_dim. With `negative_eigenvalues` a delta
+    `rule` "delta" replaces what a key held, "plain" adds to it. `decay` "constant" is RetNet's, "slopes" is Lightning
+    Attention's, constant too, "head" a learned one a head, "channel" one for each key channel, through a bottleneck of
+    value_dim. With `negative_eigenvalues` a delta
     rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
     "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim. Without a
     `write_gate` beta is 1.
@@ -110,7 +111,8 @@ class LinearAttention(Mixer):
 
     Gated DeltaNet (arXiv 2412.06464) by default, DeltaNet (2406.06484) without decay, KDA (2510.26692) with one a
     channel; with the plain rule linear attention (2006.16236), RetNet (2307.08621) and GLA (2312.06635) by their
-    decays. Queries and keys have length 1, queries are scaled by key_dim ** -0.5.
+    decays; Lightning Attention (2401.04658) keeps e^{-slope}, with ALiBi's slopes 2^{-8 h / H} of heads 1 to H
+    (2108.12409). Queries and keys have length 1, queries are scaled by key_dim ** -0.5.
 
     DeltaProduct (2502.10297) takes several such steps a token, its `householders`, before it is read. The state decays
     before the first of them.
@@ -248,8 +250,11 @@ class LinearAttention(Mixer):
         config = self.config
         if config.decay == "none":
             return None
-        if config.decay == "constant":  # 1 - 2^-5, 1 - 2^-6, ...
-            rates = jnp.log1p(-jnp.exp2(-5.0 - jnp.arange(config.heads, dtype=jnp.float32)))
+        if config.decay in ("constant", "slopes"):
+            numbers = jnp.arange(config.heads, dtype=jnp.float32)
+            slopes = -jnp.exp2(-8 * (numbers + 1) / config.heads)
+            # 1 - 2^-5, 1 - 2^-6, ...
+            rates = jnp.log1p(-jnp.exp2(-5.0 - numbers)) if config.decay == "constant" else slopes
             return jnp.broadcast_to(rates[None, None, :, None], (*x.shape[:2], config.heads, 1))
         step = self.step(self.step_in(x) if config.decay == "channel" else x).astype(jnp.float32)
         step = step.reshape(*x.shape[:2], config.heads, -1)

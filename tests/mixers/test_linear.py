@@ -69,6 +69,8 @@ def by_hand(layer: LinearAttention, x: np.ndarray) -> np.ndarray:
     decay = np.zeros((tokens, heads, 1))
     if config.decay == "constant":
         decay = np.log(1 - 2.0 ** -(5 + np.arange(heads)))[None, :, None] * np.ones((tokens, 1, 1))
+    elif config.decay == "slopes":
+        decay = -np.array([[[2 ** (-8 * h / heads)] for h in range(1, heads + 1)]]) * np.ones((tokens, 1, 1))
     elif config.decay != "none":
         step = x if config.decay == "head" else x @ param(layer.step_in.kernel)
         step = (step @ param(layer.step.kernel)).reshape(tokens, heads, -1)
@@ -102,6 +104,7 @@ CASES = {
     "linear attention": {"rule": "plain", "decay": "none", "write_gate": False, "conv_len": 0, "gate": "none"},
     "linear attention, gated": {"rule": "plain", "decay": "none"},
     "retnet": {"rule": "plain", "decay": "constant", "write_gate": False},
+    "lightning": {"rule": "plain", "decay": "slopes", "write_gate": False, "gate": "sigmoid"},
     "gla": {"rule": "plain", "decay": "channel"},
     "mamba's decay": {"rule": "plain", "decay": "head"},
     "deltaproduct": {"householders": 2, "decay": "none", "negative_eigenvalues": True},
@@ -202,6 +205,7 @@ NAMED = {
     "kda": ("delta", "channel"),
     "linear_attention": ("plain", "none"),
     "retnet": ("plain", "constant"),
+    "lightning": ("plain", "slopes"),
     "gla": ("plain", "channel"),
     "based": ("plain", "none"),
     "deltaproduct": ("delta", "none"),
