@@ -30,7 +30,6 @@ from kvlab.interrupt import StopRequest
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
-from kvlab.training.trial import params_digest
 from kvlab.typing import Params
 
 POINTER = "trained.json"
@@ -262,9 +261,9 @@ def restore_params(directory: Path, like: Params, digest: str) -> Params | None:
         return None
     checkpoints = Checkpoints(directory, keep=1)
     try:
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(like, digest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: not the parameters that were trained: {error}") from None
     finally:
         checkpoints.close()
-    if restored is not None and params_digest(restored[1]) != digest:
-        raise CheckpointError(f"{directory}: not the parameters that were trained")
     return None if restored is None else restored[1]

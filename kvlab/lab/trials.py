@@ -20,10 +20,11 @@ from kvlab.lab.record import TrainingReport
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Trained, Training, TrainingFailed
 from kvlab.random import named_key
+from kvlab.training.checkpoint import tree_sha256
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs, room_bytes
 from kvlab.training.step import TrainStep
-from kvlab.training.trial import Member, Outcome, TrialResult, params_digest
+from kvlab.training.trial import Member, Outcome, TrialResult
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken
 
@@ -110,7 +111,7 @@ class Trials:
             trials=trials,
             num_steps=best.num_steps,
             num_tokens=best.num_tokens,
-            params_sha256=params_digest(best.params),
+            params_sha256=tree_sha256(best.params),
             data_sha256=self.lab.task.fingerprint(),
             training_id=self.lab.config.training_id,
             trained_by=self.lab.config.run_id,

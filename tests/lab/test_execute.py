@@ -17,7 +17,7 @@ from kvlab.lab.compare import Scored
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
-from kvlab.training.trial import params_digest
+from kvlab.training.checkpoint import tree_sha256
 from tests.lab.small import MEASURED, SMALL, TUNED, command, rows, small
 
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
@@ -49,7 +49,7 @@ def test_a_run_leaves_a_complete_record(results):
     best = max(record.training.trials, key=lambda trial: trial["validation"])
     assert record.training.learning_rate == best["learning_rate"]
     assert len(rows(config)) == 16  # two trials of eight calls
-    assert params_digest(load_params(config)[1]) == record.training.params_sha256
+    assert tree_sha256(load_params(config)[1]) == record.training.params_sha256
     assert execute(config) == "skipped"
     frame = kvlab.load(results)
     assert len(frame) == 1
