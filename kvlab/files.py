@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +17,44 @@ def cache_folder() -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there wholly or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        temporary.write_bytes(content)
-    temporary.replace(path)
+    """Writes a file so that it is there wholly or not at all, also where the machine stops: file and folder are
+    synced. Several processes may write the same one; the last wins. A link in its place is replaced, not followed."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was made, renamed or removed in a folder stays so where the machine stops."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems do not sync folders
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file. Raises OSError for what is no file, such as a pipe, which might never end, and ValueError
+    for one of more than `max_bytes`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path}: is no regular file")
+        if status.st_size > max_bytes:
+            raise ValueError(f"{path}: of {status.st_size:,} bytes, where at most {max_bytes:,} are read")
+        return file.read()
 
 
 def write_json(path: Path, value: Any) -> None:

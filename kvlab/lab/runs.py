@@ -48,7 +48,7 @@ class Run:
             return None
         try:
             return read_record(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return damaged(error, self.config.run_id, self.config.as_dict())
 
     @property

@@ -115,8 +115,14 @@ def _digest(tree: PyTree, note: dict[str, Any]) -> str:
 
 
 def truncate_jsonl(path: Path, keep: int) -> None:
-    """Keeps the first `keep` lines of a JSONL file, by atomic rename: rows after a checkpoint are written again."""
-    lines = path.read_text().splitlines(keepends=True)[:keep] if path.exists() else []
+    """Keeps the first `keep` lines of a JSONL file, by atomic rename: rows after a checkpoint are written again. Raises
+    `CheckpointError` when there are fewer, or one of them is damaged."""
+    lines = path.read_bytes().splitlines(keepends=True)[:keep] if path.exists() else []
     if len(lines) < keep:
         raise CheckpointError(f"{path}: {counted(len(lines), 'row')}, but the checkpoint was taken after {keep}")
-    write_atomic(path, "".join(lines))
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except ValueError:
+            raise CheckpointError(f"{path}: row {number} is damaged") from None
+    write_atomic(path, b"".join(lines))
