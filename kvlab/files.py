@@ -5,10 +5,14 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+PATIENCE_S = 0.2
+"""Seconds for which a lock is tried."""
 
 
 def cache_folder() -> Path:
@@ -74,15 +78,16 @@ class LockHeld(RuntimeError):
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock file against other processes; the kernel lets go when this one dies, however it dies.
 
-    Raises `LockHeld` at once if another process holds it.
+    Raises `LockHeld` if another process holds it, and still does after `PATIENCE_S`: `is_locked` may have looked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise LockHeld(path, lock.read().strip() or "unknown") from None
+        until = time.monotonic() + PATIENCE_S
+        while not _taken(lock, fcntl.LOCK_EX):
+            if time.monotonic() > until:
+                lock.seek(0)
+                raise LockHeld(path, lock.read(40).strip() or "unknown")
+            time.sleep(PATIENCE_S / 20)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
@@ -93,9 +98,14 @@ def is_locked(path: Path) -> bool:
     """Whether another process holds a lock file now."""
     if not path.exists():
         return False
-    with path.open("r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with path.open() as lock:
+        return not _taken(lock, fcntl.LOCK_SH)  # shared: those that look do not see each other
+
+
+def _taken(lock: TextIO, how: int) -> bool:
+    """Takes a lock, or says that another process holds it."""
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

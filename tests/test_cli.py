@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -251,6 +252,22 @@ def test_sigterm_to_a_sweep_stops_its_workers_and_saves(tmp_path):
     begun = [json.loads(path.read_text()) for path in tmp_path.rglob("status.json")]
     assert [status["status"] for status in begun] == ["interrupted"] * 4  # two runs, and the training of each
     assert not any(_alive(status["pid"]) for status in begun)
+
+
+def test_a_killed_worker_leaves_no_run_untried(tmp_path):
+    """Two workers side by side, four runs, one worker is killed: all runs are done."""
+    steps = ["train.num_steps=2000", "train.eval_every=1000", "train.checkpoint_every=100"]
+    command = [sys.executable, "-m", "kvlab", "run", "-m", *TINY, *steps, "launcher=joblib", "seed=0,1,2,3"]
+    process = subprocess.Popen([*command, f"results_dir={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while not (rows := list(tmp_path.rglob("metrics.jsonl"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(json.loads((rows[0].parent / "status.json").read_text())["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "the launcher gave up: TerminatedWorkerError" in errors
+    assert [record.status for record in read_records(tmp_path)] == ["done"] * 4
+    assert "Traceback" not in errors
 
 
 def _alive(pid: int) -> bool:

@@ -105,7 +105,8 @@ SHOWN["lost"] = Shown(statistics.fmean)
 class TrainingReport:
     """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are
     empty in records from before trainings were shared. `num_together` trials were one program (`train.vmap`): numbers
-    are those of one alone up to rounding, milliseconds of a step its share of theirs."""
+    are those of one alone up to rounding, milliseconds of a step its share of theirs. `diverged` are learning rates
+    that were tried and met what is not finite, and where."""
 
     learning_rate: float
     trials: list[dict[str, float]]
@@ -116,6 +117,7 @@ class TrainingReport:
     training_id: str = ""
     trained_by: str = ""
     num_together: int = 1
+    diverged: dict[str, str] = field(default_factory=dict)
     implementations: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
 

@@ -170,10 +170,11 @@ class Training:
             self.directory / "status.json", {"status": status, "attempt": attempt, "pid": os.getpid(), **details}
         )
 
-    def finish(self, trained: Trained, params: Params, attempt: int) -> None:
-        """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more."""
+    def finish(self, trained: Trained, params: Params, attempt: int, num_trials: int) -> None:
+        """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more.
+        Raises `CheckpointError` where somebody has removed the rows of a trial meanwhile."""
         save_params(self.directory / "params", params)
-        self._join_metrics(len(trained.report.trials))
+        self._join_metrics(num_trials)
         self.say("done", attempt)
         write_json(self.directory / POINTER, asdict(trained))
         shutil.rmtree(self.directory / "trials", ignore_errors=True)
@@ -182,8 +183,10 @@ class Training:
         """The rows of all trials in one file. Repeated where a process died over it, since the first trial's own rows
         are then cut back to those of its checkpoint."""
         files = [self.trial(index)[1] for index in range(num_trials)]
+        if gone := [path for path in files if not path.exists()]:
+            raise CheckpointError(f"{gone[0]}: was removed while the training wrote it")
         if len(files) > 1:
-            write_atomic(files[0], "".join(path.read_text() for path in files))
+            write_atomic(files[0], b"".join(path.read_bytes() for path in files))
 
     def restore(self, like: Params, trained: Trained) -> Params:
         """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were

@@ -79,7 +79,7 @@ def finished(made_once, tmp_path):
             data_sha256=None,
         )
         training.begin(0)
-        training.finish(Trained(report, 0.5, 1.0), params, 1)
+        training.finish(Trained(report, 0.5, 1.0), params, 1, 0)
         run = Run(config)
         run.directory.mkdir(parents=True)
         run.begin(provenance())
