@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,18 @@ PATIENCE_S = 0.2
 
 def cache_folder() -> Path:
     """Where what can be had again is kept: `kvlab` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"kvlab-{os.getuid()}"
+
+
+def home_expanded(path: str | Path) -> Path:
+    """A path in which a leading ~ is the user's home; as it is where there is no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

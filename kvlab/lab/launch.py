@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
-from kvlab.files import cache_folder
+from kvlab.files import cache_folder, home_expanded
 from kvlab.interrupt import StopRequest, stop_sweep, sweep_stops_together
 from kvlab.lab.execute import execute
 from kvlab.lab.labels import run_labels
@@ -41,7 +41,7 @@ def run_sweep(configs: list[Config], handed: list[str]) -> list[str]:
     _BEGUN.clear()
     labels = run_labels([config.as_dict() for config in configs])
     _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
-    with sweep_stops_together(Path(configs[0].results_dir)) as stop:
+    with sweep_stops_together(home_expanded(configs[0].results_dir)) as stop:
         _SWEEP.extend(configs)
         try:
             through_hydra(["--multirun", *handed])

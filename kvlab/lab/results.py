@@ -15,7 +15,7 @@ from scipy import stats
 
 from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
-from kvlab.files import read_regular
+from kvlab.files import home_expanded, read_regular
 from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.foreign import check_config, plain, printable, read_yaml
 from kvlab.lab.labels import flatten, point_labels, without_seed
@@ -44,7 +44,7 @@ def read_records(path: str | Path) -> list[AnyRecord]:
 
     Raises FileNotFoundError when the folder does not exist or holds no run.
     """
-    root = Path(path)
+    root = home_expanded(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of results")
     folders = {path.parent for name in ("config.yaml", RECORD) for path in root.rglob(name)}
