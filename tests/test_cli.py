@@ -92,6 +92,33 @@ def test_help_imports_nothing_heavy():
     assert "reproduce" in done.stdout
 
 
+def test_ctrl_c_before_a_run_begins_is_one_line(capsys, monkeypatch):
+    def plan(options):
+        """As if somebody pressed it."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan", plan)
+    assert call(capsys, monkeypatch, "plan") == (130, "", "kvlab: interrupted\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError()])
+def test_an_error_without_words_is_named(capsys, monkeypatch, error):
+    def plan(options):
+        """As if there were no memory."""
+        raise error
+
+    monkeypatch.setattr(cli, "plan", plan)
+    assert call(capsys, monkeypatch, "plan") == (2, "", f"kvlab: {type(error).__name__}\n")
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["seed=1"]])
+def test_a_folder_of_configs_that_is_not_there(capsys, monkeypatch, words):
+    status, out, errors = call(capsys, monkeypatch, "run", "--config-dir", "/nowhere", *words)
+    assert (status, out) == (2, "")
+    assert errors.startswith("kvlab: config = ['--config-dir', '/nowhere', ")
+    assert errors.endswith("Additional config directory '/nowhere' not found\n")
+
+
 def test_results_that_are_not_there(capsys, monkeypatch, tmp_path):
     for command in ("show", "report", "track"):
         status, _, errors = call(capsys, monkeypatch, command, str(tmp_path / "nowhere"))

@@ -8,7 +8,9 @@ from typing import Any
 
 import hydra
 import jax
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
@@ -20,6 +22,7 @@ from kvlab.lab.labels import run_labels
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
 from kvlab.methods import fitting
+from kvlab.schema import ConfigError
 from kvlab.units import counted
 
 _BEGUN: set[Path] = set()
@@ -107,11 +110,15 @@ def execute_one(config: Config) -> str:
 
 def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
     """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process. What it
-    or a launcher raises comes out, where Hydra alone would print it and end the process."""
+    or a launcher raises comes out, where Hydra alone would print it and end the process; of what cannot be composed it
+    is a ConfigError."""
     register()
     sys.argv = ["kvlab", *arguments]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    hydra.main(version_base="1.3", config_path=str(root.path), config_name=root.file)(_job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(root.path), config_name=root.file)(_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("config", list(arguments), " ".join(str(error).split())) from None
 
 
 def _job(composed: Any) -> None:
