@@ -11,6 +11,8 @@ One process trains. Others that need the same parameters wait for the lock; the 
 and the next one resumes from the last checkpoint.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -27,6 +29,7 @@ from pydantic import TypeAdapter
 from kvlab.config import Config
 from kvlab.files import LockHeld, locked, write_atomic, write_json
 from kvlab.interrupt import StopRequest
+from kvlab.lab.foreign import plain, read_json
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
@@ -35,6 +38,8 @@ from kvlab.typing import Params
 POINTER = "trained.json"
 """In a run's folder: where its parameters are. In the folder of a training: the training is done."""
 METRICS = "metrics.jsonl"
+DIGEST = "sha256"
+"""In a statement: the digest of all the rest of it."""
 POLL_S = 0.2
 
 
@@ -176,7 +181,7 @@ class Training:
         save_params(self.directory / "params", params)
         self._join_metrics(num_trials)
         self.say("done", attempt)
-        write_json(self.directory / POINTER, asdict(trained))
+        _state(self.directory / POINTER, trained)
         shutil.rmtree(self.directory / "trials", ignore_errors=True)
 
     def _join_metrics(self, num_trials: int) -> None:
@@ -201,7 +206,7 @@ class Training:
 def point_to(training: Training, run_directory: Path) -> None:
     """Writes into a run's folder where its parameters, metrics and checkpoints are."""
     where = Pointer(training.config.training_id, str(training.directory.absolute()))
-    write_json(run_directory / POINTER, asdict(where))
+    _state(run_directory / POINTER, where)
 
 
 def training_directory(run_directory: Path) -> Path:
@@ -240,11 +245,29 @@ def _stated_digest(run_directory: Path, directory: Path) -> str | None:
 
 
 def _read[Statement](kind: type[Statement], path: Path) -> Statement | None:
-    """What a file states; None where there is none. Raises `CheckpointError` when it is damaged."""
+    """What a file states; None where there is none. Raises `CheckpointError` when it is damaged; files from before they
+    had a digest are taken as they are."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes()) if path.exists() else None
-    except ValueError as error:
+        if not path.exists():
+            return None
+        data = read_json(path)
+        stated = data.pop(DIGEST, None) if isinstance(data, dict) else None
+        statement = TypeAdapter(kind).validate_python(data)
+        if stated is not None and stated != _statement_sha256(data):
+            raise ValueError("its SHA-256 differs")
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {first_error(error)}") from None
+    return statement
+
+
+def _state(path: Path, statement: Any) -> None:
+    """Writes a statement with its digest."""
+    data = json.loads(json.dumps(asdict(statement), allow_nan=False))
+    write_json(path, {**data, DIGEST: _statement_sha256(plain(data))})
+
+
+def _statement_sha256(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def save_params(directory: Path, params: Params) -> None:

@@ -17,7 +17,9 @@ from kvlab.lab.foreign import plain, printable, read_yaml
 from kvlab.lab.report import write_report
 from kvlab.lab.results import load, read_metrics, read_records
 from kvlab.lab.runs import Run
+from kvlab.lab.source import load_source
 from kvlab.lab.tables import print_records
+from kvlab.schema import ConfigError
 from tests.lab.small import small
 from tests.lab.test_results import record, write
 
@@ -140,6 +142,22 @@ def test_a_record_of_another_version_says_so(results):
 def test_a_done_run_whose_config_is_damaged_does_not_vanish(results, config):
     (results / "made" / "run0" / "config.yaml").write_bytes(config)
     assert [row.status for row in read_records(results)] == ["done", "done"]
+
+
+def test_generating_from_a_run_whose_config_is_damaged_is_a_sentence(results):
+    folder = results / "made" / "run0"
+    for content, said in ((b"a: [", "is damaged: no YAML"), (b"\xff", "is damaged: "), (b"3", "must be a mapping")):
+        (folder / "config.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=said):
+            load_source(folder)
+
+
+def test_a_reason_of_a_megabyte_fills_no_screen(results):
+    path = results / "made" / "run0" / "record.json"
+    data = json.loads(path.read_text())
+    known = {name: data[name] for name in ("run_id", "experiment", "config", "seed")}
+    path.write_text(json.dumps({**known, "status": "failed", "reason": "x" * 1_000_000}))
+    assert shown(results).replace("\n", "").count("x") < 1600
 
 
 def test_a_begun_run_whose_config_is_damaged_is_a_row(results):

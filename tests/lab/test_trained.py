@@ -1,8 +1,10 @@
 """Train once, evaluate many: which runs share parameters, who trains, who waits, and what a failure means for the
 others."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -178,6 +180,23 @@ def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):
     assert main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"kvlab: {finished.training_dir / 'params'}: not the parameters that were trained: ")
+
+
+def test_a_flipped_bit_of_a_statement_is_found(finished):
+    """Where the parameters are, and what validation they had."""
+    for folder, read in (
+        (finished.training_dir, lambda: Training(finished).done),
+        (finished.run_dir, lambda: training_directory(finished.run_dir)),
+    ):
+        path = folder / "trained.json"
+        whole, right = path.read_bytes(), read()
+        for place in random.Random(0).sample(range(8 * len(whole)), 300):
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            with contextlib.suppress(CheckpointError):
+                assert read() == right, place
+        path.write_bytes(whole)
 
 
 def test_a_training_is_no_run(finished, monkeypatch, capsys):
