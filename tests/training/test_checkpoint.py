@@ -116,6 +116,7 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(tmp_path):
     assert set(what_comes_back(3, tmp_path)) == {4, 8}  # 8: of what says when it was written
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(CANCELLED)
 def test_a_flipped_bit_anywhere_is_found(tmp_path):
     assert set(what_comes_back(100, tmp_path)) == {4, 8}
