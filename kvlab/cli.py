@@ -20,6 +20,10 @@ Hydra's own options.
 """
 
 
+MAX_MESSAGE = 2000
+"""Characters of a message."""
+
+
 def main() -> int:
     """Entry point; returns the exit status: 0 fine, 1 something failed, 2 a wrong command or config, 130
     interrupted."""
@@ -55,8 +59,11 @@ def main() -> int:
 
         if isinstance(error, ValueError | RuntimeError) and not isinstance(error, ConfigError | CheckpointError):
             raise
-        print(f"kvlab: {error or type(error).__name__}", file=sys.stderr)
+        print(f"kvlab: {str(error)[:MAX_MESSAGE] or type(error).__name__}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("kvlab: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -130,18 +137,13 @@ def run(options: argparse.Namespace) -> int:
 def _run(overrides: list[str], multirun: bool) -> int:
     from kvlab.compose import expand
     from kvlab.lab.launch import execute_one, run_sweep
-    from kvlab.lab.runs import Run
     from kvlab.lab.tables import print_runs
 
     configs, handed = expand(overrides, multirun)
     configs = list({config.run_dir: config for config in configs}.values())
-    if len(configs) == 1:
-        statuses = [execute_one(configs[0])]
-    else:
-        run_sweep(configs, handed)
-        statuses = ["locked" if Run(config).held_elsewhere else Run(config).state for config in configs]
+    statuses = [execute_one(configs[0])] if len(configs) == 1 else run_sweep(configs, handed)
     print_runs(configs)
-    if {"interrupted", "cut", "new"} & set(statuses):
+    if "interrupted" in statuses:
         return 130
     return 0 if all(status in ("done", "skipped") for status in statuses) else 1
 

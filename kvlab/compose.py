@@ -3,6 +3,7 @@ names."""
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +86,13 @@ SHORT = {"budget": "memory.budget", "format": "memory.format"}
 
 
 def spelled_out(words: Sequence[str], root: Root) -> list[str]:
-    """Overrides in which short names of fields are whole: budget=0.25 is memory.budget=0.25."""
+    """Overrides in which short names of fields are whole: budget=0.25 is memory.budget=0.25. Raises ConfigError for a
+    number that Python would not read."""
     names = root.short
     heads = [word.split("=", 1)[0] for word in words]
+    for head, word in zip(heads, words, strict=True):
+        if re.search(r"\d{4000}", word):
+            raise ConfigError(head, word[len(head) + 1 :], "must be a number of less than 4,000 digits")
     return [
         names[head] + word[len(head) :] if head in names and "=" in word else word
         for head, word in zip(heads, words, strict=True)
@@ -162,10 +167,9 @@ def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
     check_choices(overrides, root)
     with _hydra(root):
         try:
-            composed = hydra_compose(root.file, overrides=list(overrides))
+            plain: Any = OmegaConf.to_container(hydra_compose(root.file, overrides=list(overrides)), resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(list(overrides), error, root) from None
-        plain: Any = OmegaConf.to_container(composed, resolve=True)
     return plain
 
 
@@ -301,7 +305,7 @@ def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]
                 and not override.key_or_group.startswith(tuple(f"memory.{group}." for group in METHODS))
             ]
             hydra_config = hydra_compose(RUN.file, overrides=fixed, return_hydra_config=True).hydra
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: hydra=null
             raise _explained(overrides, error, RUN) from None
     axes = dict(hydra_config.sweeper.params or {})
     return given, axes if axes or str(hydra_config.mode or "").endswith("MULTIRUN") else None

@@ -20,6 +20,7 @@ from kvlab.compression import Budget
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.sampling import Sampling
 from kvlab.evaluation.measure import MeasureConfig
+from kvlab.files import home_expanded
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.config import SEALED
@@ -285,12 +286,12 @@ class Config(Schema):
     @property
     def run_dir(self) -> Path:
         """Where the run lives: results_dir / experiment / run_id."""
-        return Path(self.results_dir) / self.experiment / self.run_id
+        return home_expanded(self.results_dir) / self.experiment / self.run_id
 
     @property
     def training_dir(self) -> Path:
         """Where the parameters are trained and kept: results_dir / experiment / trained / training_id."""
-        return Path(self.results_dir) / self.experiment / "trained" / self.training_id
+        return home_expanded(self.results_dir) / self.experiment / "trained" / self.training_id
 
     @property
     def label(self) -> str:

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and the end of a sweep as a request: the loop finishes its device call, saves, and leaves."""
 
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -83,14 +84,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def sweep_stops_together(stop_file: Path) -> Iterator[None]:
-    """For the process that leads a sweep: SIGINT and SIGTERM create the stop file, on which every job saves and
-    leaves."""
-    os.environ |= {STOP_FILE: str(stop_file.absolute()), SWEEP_PROCESS: str(os.getpid())}
+def sweep_stops_together(folder: Path) -> Iterator[StopRequest]:
+    """For the process that leads a sweep: SIGINT and SIGTERM create a stop file in a folder, on which every job saves
+    and leaves. Its name is of this sweep alone: what another one left, perhaps under this process id, stops nobody."""
+    stop_file = folder.absolute() / f".stop-{os.getpid()}-{secrets.token_hex(4)}"
+    os.environ |= {STOP_FILE: str(stop_file), SWEEP_PROCESS: str(os.getpid())}
     stop_file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _handling(lambda number: stop_file.touch()):
-            yield
+            yield StopRequest()
     finally:
         stop_file.unlink(missing_ok=True)
         del os.environ[STOP_FILE], os.environ[SWEEP_PROCESS]

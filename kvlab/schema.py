@@ -40,7 +40,7 @@ class ConfigError(ValueError):
     """A wrong value in a configuration: names the field, the value and what would be legal."""
 
     def __init__(self, name: str, value: object, legal: str):
-        super().__init__(f"{name} = {shown(value)}: {legal}")
+        super().__init__(f"{name:.200} = {shown(value)}: {legal:.1500}")
         self.name, self.value, self.legal = name, value, legal
 
     def __reduce__(self) -> tuple[Any, ...]:

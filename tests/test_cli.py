@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,33 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "\n"
     assert "reproduce" in done.stdout
+
+
+def test_ctrl_c_before_a_run_begins_is_one_line(capsys, monkeypatch):
+    def plan(options):
+        """As if somebody pressed it."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan", plan)
+    assert call(capsys, monkeypatch, "plan") == (130, "", "kvlab: interrupted\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError()])
+def test_an_error_without_words_is_named(capsys, monkeypatch, error):
+    def plan(options):
+        """As if there were no memory."""
+        raise error
+
+    monkeypatch.setattr(cli, "plan", plan)
+    assert call(capsys, monkeypatch, "plan") == (2, "", f"kvlab: {type(error).__name__}\n")
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job"], ["seed=1"]])
+def test_a_folder_of_configs_that_is_not_there(capsys, monkeypatch, words):
+    status, out, errors = call(capsys, monkeypatch, "run", "--config-dir", "/nowhere", *words)
+    assert (status, out) == (2, "")
+    assert errors.startswith("kvlab: config = ['--config-dir', '/nowhere', ")
+    assert errors.endswith("Additional config directory '/nowhere' not found\n")
 
 
 def test_results_that_are_not_there(capsys, monkeypatch, tmp_path):
@@ -251,6 +279,22 @@ def test_sigterm_to_a_sweep_stops_its_workers_and_saves(tmp_path):
     begun = [json.loads(path.read_text()) for path in tmp_path.rglob("status.json")]
     assert [status["status"] for status in begun] == ["interrupted"] * 4  # two runs, and the training of each
     assert not any(_alive(status["pid"]) for status in begun)
+
+
+def test_a_killed_worker_leaves_no_run_untried(tmp_path):
+    """Two workers side by side, four runs, one worker is killed: all runs are done."""
+    steps = ["train.num_steps=2000", "train.eval_every=1000", "train.checkpoint_every=100"]
+    command = [sys.executable, "-m", "kvlab", "run", "-m", *TINY, *steps, "launcher=joblib", "seed=0,1,2,3"]
+    process = subprocess.Popen([*command, f"results_dir={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while not (rows := list(tmp_path.rglob("metrics.jsonl"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(json.loads((rows[0].parent / "status.json").read_text())["pid"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "the launcher gave up: TerminatedWorkerError" in errors
+    assert [record.status for record in read_records(tmp_path)] == ["done"] * 4
+    assert "Traceback" not in errors
 
 
 def _alive(pid: int) -> bool:

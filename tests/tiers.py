@@ -56,6 +56,7 @@ CHILDREN: dict[str, str] = {
     "tests/test_cli.py::test_sweeps_through_every_local_launcher[submitit": "slow",
     "tests/test_cli.py::test_a_corpus_that_is_too_short_is_answered_before_anything_is_written": "ci",
     "tests/test_cli.py::test_a_sweep_goes_on_after_a_failure_and_says_so": "ci",
+    "tests/test_cli.py::test_a_killed_worker_leaves_no_run_untried": "slow",
     "tests/test_cli.py::test_sigterm_to_a_sweep_stops_its_workers_and_saves": "ci",
     "tests/test_cli.py::test_runs_need_none_of_what_only_pages_and_development_need": "ci",
     "tests/lab/test_execute.py::test_kill_9_and_resume_is_bit_for_bit[1]": "ci",

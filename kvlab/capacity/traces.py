@@ -8,10 +8,12 @@ output_length, hash_ids): a hash id stands for a block of 512 tokens, and equal 
 import contextlib
 import csv
 import datetime
+import heapq
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
@@ -93,23 +95,39 @@ CSV_ROWS = (AzureRow, ProcessedRow)
 """Each with its columns in the order arrival, prompt, output."""
 
 
-def read_trace(path: Path) -> list[Request]:
-    """Every request of a CSV or JSONL trace, sorted by arrival, the first one at 0 s.
+def read_trace(path: Path, num_requests: int | None = None) -> list[Request]:
+    """Every request of a CSV or JSONL trace, or the first `num_requests`, sorted by arrival, the first one at 0 s. No
+    more requests are held at once than are asked for.
 
     Raises ConfigError naming the file, the line and the field of the first row that is malformed or truncated.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        with path.open(encoding="utf-8-sig") as file:
+            lines = _without_blank_end(file)
+            rows = _json_rows(path, lines) if path.suffix in (".jsonl", ".json") else _csv_rows(path, lines)
+            if num_requests is None:
+                found = sorted(rows, key=attrgetter("arrival_s"))
+            else:
+                found = heapq.nsmallest(num_requests, rows, key=attrgetter("arrival_s"))
     except UnicodeDecodeError as error:
         raise ConfigError("workload.path", str(path), f"is no text ({error})") from None
-    rows = _json_rows(path, lines) if path.suffix in (".jsonl", ".json") else _csv_rows(path, lines)
-    try:
-        found = sorted(rows, key=lambda request: request.arrival_s)
     except csv.Error as error:
         raise ConfigError("workload.path", str(path), f"is no CSV ({error})") from None
     if not found:
         raise ConfigError("workload.path", str(path), "holds no request")
     return [request._replace(arrival_s=request.arrival_s - found[0].arrival_s) for request in found]
+
+
+def _without_blank_end(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends, and without blank ones behind the last that is not."""
+    blank: list[str] = []
+    for line in lines:
+        if line.strip():
+            yield from blank
+            blank.clear()
+            yield line.rstrip("\n")
+        elif len(blank) < 2:  # one is an error already
+            blank.append("")
 
 
 def _wrong(path: Path, line: int, field: str, value: object, legal: str) -> ConfigError:
@@ -124,7 +142,7 @@ def _row[T](path: Path, line: int, kind: type[T], values: object) -> T:
         raise _wrong(path, line, error.name, error.value, error.legal) from None
 
 
-def _csv_rows(path: Path, lines: list[str]) -> Iterator[Request]:
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Request]:
     rows = csv.reader(lines)
     header = [name.strip() for name in next(rows, [])]
     kind = next((kind for kind in CSV_ROWS if set(kind.__annotations__) <= set(header)), None)
@@ -141,7 +159,7 @@ def _csv_rows(path: Path, lines: list[str]) -> Iterator[Request]:
             yield Request(arrival_s, prompt_len, output_len)
 
 
-def _json_rows(path: Path, lines: list[str]) -> Iterator[Request]:
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Request]:
     for line, content in enumerate(lines, 1):
         try:
             values = json.loads(content)

@@ -105,7 +105,7 @@ def _from_trace(config: WorkloadConfig) -> list[Request]:
     path = Path(config.path)
     if not path.is_file():
         raise ConfigError("workload.path", config.path, "must be a file")
-    found = read_trace(path)[: config.num_requests]
+    found = read_trace(path, config.num_requests)
     if config.arrival == "saturated":
         return [request._replace(arrival_s=0.0) for request in found]
     if config.arrival == "poisson":

@@ -40,13 +40,13 @@ class Budget:
     def of(cls, value: object) -> "Budget":
         """From a config: 256, 0.25 or "64KiB". Raises ConfigError for anything else."""
         if isinstance(value, str):
-            if found := _BYTES.fullmatch(value.strip()):
-                num_bytes = math.floor(float(found[1]) * _UNITS[found[2].upper()])
-                if num_bytes > 0:
-                    return cls(num_bytes=num_bytes)
             try:
+                if found := _BYTES.fullmatch(value.strip()):
+                    num_bytes = math.floor(float(found[1]) * _UNITS[found[2].upper()])
+                    if num_bytes > 0:
+                        return cls(num_bytes=num_bytes)
                 value = float(value) if "." in value else int(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise ConfigError("budget", value, LEGAL) from None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError("budget", value, LEGAL)

@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,14 @@ from pallas_kernels.selection import recording
 
 
 def execute(config: Config, beside: Sequence[Config] = ()) -> str:
-    """Does whatever this run still needs; returns done, skipped, failed or interrupted. Only `RunLocked` is raised.
+    """Does whatever this run still needs; returns done, skipped, failed or interrupted. Raises `RunLocked`, and OSError
+    where nothing can be written.
 
     Runs `beside` it are executed after it: their parameters are trained with its own where they are one program.
     """
     run = Run(config)
+    if run.state == "done":  # nothing is written, not even a lock
+        return "skipped"
     with run.locked():
         if run.state == "done":
             return "skipped"
@@ -65,11 +69,11 @@ def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Conf
             run.say("interrupted", reason=str(error) or "KeyboardInterrupt")
             return "interrupted"
         except TrainingFailed as error:
-            (run.directory / "traceback.txt").write_text(traceback.format_exc())
+            _keep_traceback(run)
             failed = FailedTraining(training_id=config.training_id, attempt=error.attempt)
             build = partial(Unfinished, status="failed", reason=str(error), training=failed)
         except Exception as error:
-            (run.directory / "traceback.txt").write_text(traceback.format_exc())
+            _keep_traceback(run)
             build = partial(Unfinished, status="failed", reason=explain_failure(config, error))
     kernels = summary(taken)
     record = build(
@@ -87,6 +91,12 @@ def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Conf
     )
     run.finish(record)
     return record.status
+
+
+def _keep_traceback(run: Run) -> None:
+    """As far as there is room: the record tells the reason."""
+    with suppress(OSError):
+        (run.directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
 
 def _run(config: Config, run: Run, stop: StopRequest, **given: Any) -> dict[str, Any]:

@@ -13,6 +13,9 @@ APART = ("seed", "results_dir", "hardware", "equal_budget")
 METHODS = ("compression", "selection")
 """Choices of a memory that have fields of their own, which are compared among runs of the same choice."""
 
+MAX_VALUE = 80
+"""Characters of a value in a label."""
+
 type Plain = Mapping[str, Any]
 
 
@@ -24,6 +27,12 @@ def flatten(value: Any, path: str) -> dict[str, Any]:
     for name, entry in value.items():
         flat |= flatten(entry, f"{path}.{name}")
     return flat
+
+
+def in_short(value: Any) -> str:
+    """A value as a label shows it."""
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]}..."
 
 
 def without_seed(config: Plain) -> dict[str, Any]:
@@ -102,7 +111,7 @@ class _Telling:
     def details(self, fields: Plain) -> list[str]:
         """What differs, as field=value of one of them."""
         mine = [name for name in self.differing if name in fields or not _method_of(name)]
-        return [f"{self._short(name)}={fields.get(name)}" for name in mine]
+        return [f"{self._short(name)}={in_short(fields.get(name))}" for name in mine]
 
     def _short(self, name: str) -> str:
         """The last words of a dotted name, as many as tell it from the others; a section stands for its `name`. The

@@ -1,6 +1,5 @@
 """Runs started from the command line: one in this process, or a sweep through Hydra's launchers."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,18 +8,22 @@ from typing import Any
 
 import hydra
 import jax
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
-from kvlab.files import cache_folder
-from kvlab.interrupt import stop_sweep, sweep_stops_together
+from kvlab.files import cache_folder, home_expanded
+from kvlab.interrupt import StopRequest, stop_sweep, sweep_stops_together
 from kvlab.lab.execute import execute
 from kvlab.lab.labels import run_labels
 from kvlab.lab.runs import Run, RunLocked
 from kvlab.lab.tables import sweep_summary
 from kvlab.methods import fitting
+from kvlab.schema import ConfigError
+from kvlab.units import counted
 
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
@@ -30,19 +33,59 @@ _LABELS: dict[Path, str] = {}
 """How the runs of sweeps in this process are called among each other; elsewhere they have their own label."""
 
 
-def run_sweep(configs: list[Config], handed: list[str]) -> None:
-    """All of them, by Hydra's launcher. The runs' states tell what happened."""
+def run_sweep(configs: list[Config], handed: list[str]) -> list[str]:
+    """All of them, by Hydra's launcher. Returns how each stands: done, failed, locked by another process, or, where
+    somebody asked to stop, interrupted.
+
+    Where a launcher on this machine gives up, as joblib's does when one worker is killed, what it left goes on in this
+    process, one run after the other.
+    """
     print(sweep_summary(configs), file=sys.stderr)
     _BEGUN.clear()
     labels = run_labels([config.as_dict() for config in configs])
     _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
-    stop_file = Path(configs[0].results_dir) / f".stop-{os.getpid()}"
-    with sweep_stops_together(stop_file), contextlib.suppress(SystemExit):
+    with sweep_stops_together(home_expanded(configs[0].results_dir)) as stop:
+        _SWEEP.extend(configs)
         try:
-            _SWEEP.extend(configs)
             through_hydra(["--multirun", *handed])
+        except (SystemExit, Exception) as error:  # whatever a launcher raises, or Hydra has printed and made an exit of
+            _go_on(configs, error, stop, is_here=not any("slurm" in word or "submitit" in word for word in handed))
         finally:
             _SWEEP.clear()
+        return [_status(Run(config), stop) for config in configs]
+
+
+def _status(run: Run, stop: StopRequest) -> str:
+    """How a run of a sweep stands after it. One that nobody asked to stop and that is not done has failed."""
+    state = run.state
+    if state == "done":
+        return state
+    if run.held_elsewhere:
+        return "locked"
+    return "interrupted" if stop.reason and state in ("new", "cut") else "failed"
+
+
+def _go_on(configs: list[Config], error: BaseException, stop: StopRequest, *, is_here: bool) -> None:
+    """Executes here what a launcher on this machine has left: what was not begun first, then what was cut."""
+    states = {config.run_dir: Run(config).state for config in configs if not Run(config).held_elsewhere}
+    left = [config for state in ("new", "cut") for config in configs if states.get(config.run_dir) == state]
+    if stop.reason or not left:
+        return
+    gave_up = f"kvlab: the launcher gave up: {first_line(error)}"
+    if not is_here:
+        print(f"{gave_up}; the same command tries again", file=sys.stderr)
+        return
+    print(f"{gave_up}; {counted(len(left), 'run')} that it left: here, one after the other", file=sys.stderr)
+    for config in left:
+        if stop.reason:
+            break
+        if execute_one(config) == "interrupted":
+            stop_sweep()
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
 def execute_one(config: Config) -> str:
@@ -54,19 +97,28 @@ def execute_one(config: Config) -> str:
     except RunLocked as error:
         print(f"kvlab: {error}", file=sys.stderr)
         return "locked"
-    reason = ""
-    if status == "failed":
-        reason = f": {getattr(Run(config).record, 'reason', None)}"
+    except Exception as error:  # such as a full disk: there is no record, and the others are tried all the same
+        Run(config).give_up(first_line(error))
+        status, reason = "failed", f": {first_line(error)}; there is no room for its record, or no right to write it"
+        reason = reason if isinstance(error, OSError) else f": {first_line(error)}"
+    else:
+        reason = f": {getattr(Run(config).record, 'reason', None)}" if status == "failed" else ""
     label = _LABELS.get(config.run_dir, config.label)
     print(f"{label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
     return status
 
 
 def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
-    """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process."""
+    """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process. What it
+    or a launcher raises comes out, where Hydra alone would print it and end the process; of what cannot be composed it
+    is a ConfigError."""
     register()
     sys.argv = ["kvlab", *arguments]
-    hydra.main(version_base="1.3", config_path=str(root.path), config_name=root.file)(_job)()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        hydra.main(version_base="1.3", config_path=str(root.path), config_name=root.file)(_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("config", list(arguments), " ".join(str(error).split())) from None
 
 
 def _job(composed: Any) -> None:

@@ -23,6 +23,9 @@ from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
 from kvlab.units import human_bytes
 
+MAX_REASON = 1500
+"""Characters of an error that a record tells."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -173,7 +176,11 @@ def explain_out_of_memory(config: Config) -> str:
 
 def explain_failure(config: Config, error: Exception) -> str:
     """The reason that a record gives for an error; for exhausted memory also the culprit and a remedy."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {error}".removesuffix(": ")
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-        return f"out of memory: {explain_out_of_memory(config)} ({reason.splitlines()[0]})"
-    return reason
+        try:
+            culprit = explain_out_of_memory(config)
+        except Exception as second:  # there may be no memory for the answer either
+            culprit = f"the largest part could not be found ({type(second).__name__})"
+        reason = f"out of memory: {culprit} ({reason.splitlines()[0]})"
+    return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}... (all of it: traceback.txt)"

@@ -2,6 +2,8 @@
 everywhere."""
 
 import hashlib
+import io
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -10,9 +12,11 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from kvlab.evaluation.measure import AXES
+from kvlab.files import write_atomic
 from kvlab.lab.results import Point, non_dominated
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
@@ -74,9 +78,7 @@ def draw_frontier(found: list[Point], title: str, paths: list[Path], axis: str =
     for panel, (task, members) in zip(axes[0], tasks.items(), strict=True):
         _draw_panel(panel, task, members, axis)
     figure.suptitle(title)
-    for path in paths:
-        figure.savefig(path, dpi=160, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-    plt.close(figure)
+    _save(figure, paths)
 
 
 def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None:
@@ -90,7 +92,7 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
         size = point.bytes_per_sequence[axis]
         errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
         style = {"color": colour(point.variant), "ms": 8, "capsize": 3, "zorder": 3}
-        panel.errorbar(size, point.value, yerr=errors, fmt="o", label=point.name, **style)
+        panel.errorbar(size, point.value, yerr=errors, fmt="o", label=_plainly(point.name), **style)
     first = members[0]
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
@@ -103,6 +105,20 @@ def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None
     panel.set_title(f"{task}: {metric_label(first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8, loc="lower right" if first.higher_is_better else "upper right", framealpha=0.9)
+
+
+def _save(figure: Figure, paths: list[Path]) -> None:
+    """The picture in each file, wholly or not at all: a link in its place is replaced, not followed."""
+    for path in paths:
+        buffer, metadata = io.BytesIO(), {"CreationDate": None} if path.suffix == ".pdf" else None
+        figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
+        write_atomic(path, buffer.getvalue())
+    plt.close(figure)
+
+
+def _plainly(name: str) -> str:
+    """A name as matplotlib draws it as it is: dollars would begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def draw_needle(found: list[Point], paths: list[Path]) -> None:
@@ -118,7 +134,8 @@ def draw_needle(found: list[Point], paths: list[Path]) -> None:
     )
     image = None
     for panel, point in zip(axes.flat, members, strict=False):
-        cells = {tuple(int(part) for part in name.split("@")): value for name, value in point.slices.items()}
+        named = [(re.fullmatch(r"(\d{1,9})@(\d{1,3})", name), value) for name, value in point.slices.items()]
+        cells = {(int(found[1]), int(found[2])): value for found, value in named if found}
         contexts, depths = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
         grid = [[cells.get((context, depth), float("nan")) for context in contexts] for depth in depths]
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -138,11 +155,9 @@ def draw_needle(found: list[Point], paths: list[Path]) -> None:
         panel.set_xlabel("context, tokens")
         panel.set_ylabel("depth of the needle")
         size = human_bytes(point.bytes_per_sequence["allocated_bytes"])
-        panel.set_title(f"{point.name}\n{size} a sequence", fontsize=9)
+        panel.set_title(f"{_plainly(point.name)}\n{size} a sequence", fontsize=9)
     for panel in list(axes.flat)[len(members) :]:
         panel.axis("off")
     assert image is not None
     figure.colorbar(image, ax=axes, label="accuracy of the digits")
-    for path in paths:
-        figure.savefig(path, dpi=160, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
-    plt.close(figure)
+    _save(figure, paths)

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from kvlab.config import completed
-from kvlab.evaluation.measure import MemoryReport, SpeedReport
+from kvlab.config import SCHEMA_VERSION, completed
+from kvlab.evaluation.measure import AXES, MemoryReport, SpeedReport
 from kvlab.evaluation.verify import EXACT
+from kvlab.lab.foreign import check_config, read_json
 from kvlab.memory.naming import FULL, choice_of
 
 
@@ -104,7 +105,8 @@ SHOWN["lost"] = Shown(statistics.fmean)
 class TrainingReport:
     """Where the parameters come from: `training_id` names the folder, `trained_by` the run that trained them; both are
     empty in records from before trainings were shared. `num_together` trials were one program (`train.vmap`): numbers
-    are those of one alone up to rounding, milliseconds of a step its share of theirs."""
+    are those of one alone up to rounding, milliseconds of a step its share of theirs. `diverged` are learning rates
+    that were tried and met what is not finite, and where."""
 
     learning_rate: float
     trials: list[dict[str, float]]
@@ -115,6 +117,7 @@ class TrainingReport:
     training_id: str = ""
     trained_by: str = ""
     num_together: int = 1
+    diverged: dict[str, str] = field(default_factory=dict)
     implementations: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
 
@@ -185,22 +188,56 @@ class Done(Record):
         return statistics.fmean(self.lossy.evicted_fraction.values())
 
 
+MAX_REASON = 500
+"""Characters of what is wrong with a file that a row tells."""
+
 type AnyRecord = Done | Unfinished
 _READER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[Done | Unfinished, Field(discriminator="status")])
 
 
 def read_record(path: Path) -> AnyRecord:
     """The record of a file, its configuration with what was added since (`completed`). Raises ValueError (pydantic's,
-    with field and value) when it is none."""
-    record = _READER.validate_json(path.read_bytes())
+    with field and value) when it is none, or of another version, and OSError when there is no readable file."""
+    data = read_json(path)
+    if isinstance(data, dict) and (version := data.get("schema", SCHEMA_VERSION)) != SCHEMA_VERSION:
+        raise ValueError(f"schema: {version!r:.40} is of another kvlab, this one reads {SCHEMA_VERSION}")
+    record = _READER.validate_python(data)
+    check_config(record.config)
+    if isinstance(record, Done):
+        _check_memory(record.memory)
     return replace(record, config=completed(record.config), directory=str(path.parent))
 
 
-def damaged(error: ValueError, run_id: str, config: dict[str, Any]) -> Unfinished:
+def _check_memory(memory: MemoryReport) -> None:
+    """Raises ValueError for sizes that are none, and for layers that do not say theirs."""
+    for name in (*AXES, "context_len", "batch_size"):
+        value, least = getattr(memory, name), int(name in ("context_len", "batch_size"))
+        if value is not None and value < least:
+            raise ValueError(f"memory.{name}: must be at least {least}")
+    for row in memory.layers:
+        if not {"layer", "state", "allocated_bytes"} <= row.keys() or not isinstance(row["allocated_bytes"], int):
+            raise ValueError("memory.layers: must each have layer, state and allocated_bytes")
+
+
+UNKNOWN_CONFIG: dict[str, Any] = {
+    "mixer": {"name": "unknown"},
+    "task": {"type": "unknown"},
+    "seed": 0,
+    "experiment": "unknown",
+}
+"""The configuration of a run of which nothing can be read."""
+
+
+def damaged(error: Exception, run_id: str, config: dict[str, Any]) -> Unfinished:
     """The record of a run whose file is none: it failed, and says how."""
     reason = f"record.json is damaged: {first_error(error)}"
-    known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
-    return Unfinished(**known, status="failed", reason=reason)
+    return unfinished("failed", reason, run_id, config)
+
+
+def unfinished(status: Literal["failed", "cut"], reason: str, run_id: str, config: dict[str, Any]) -> Unfinished:
+    """The record of a run that has none."""
+    experiment, seed = config.get("experiment", "unknown"), config["seed"]
+    return Unfinished(run_id=run_id, experiment=experiment, seed=seed, config=config, status=status, reason=reason)
 
 
 def as_json(record: AnyRecord) -> dict[str, Any]:
@@ -208,11 +245,11 @@ def as_json(record: AnyRecord) -> dict[str, Any]:
     return {name: value for name, value in asdict(record).items() if name != "directory" and value is not None}
 
 
-def first_error(error: ValueError) -> str:
+def first_error(error: Exception) -> str:
     """The first thing that is wrong with a record, in one line."""
     errors = getattr(error, "errors", None)
     if errors is None:
-        return str(error).splitlines()[0]
+        return (str(error) or type(error).__name__).splitlines()[0][:MAX_REASON]
     first = errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "record"
-    return f"{place}: {first['msg']}"
+    return f"{place}: {first['msg']}"[:MAX_REASON]

@@ -218,7 +218,7 @@ def _provenance_rows(records: list[AnyRecord], labels: Labels) -> list[dict[str,
         commit = f"{(origin.git_commit or 'no checkout')[:12]}{' (dirty)' if origin.git_dirty else ''}"
         versions = " ".join(f"{name} {version}" for name, version in origin.versions.items())
         row = {"run": record.run_id, "variant": labels[id(record)], "seed": record.seed}
-        row |= {"commit": commit, "device": f"{origin.device['kind']} x{origin.device['count']}"}
+        row |= {"commit": commit, "device": f"{origin.device.get('kind')} x{origin.device.get('count')}"}
         row |= {"versions": versions, "XLA flags": origin.xla_flags, "wall s": record.wall_s}
         kernels = " ".join(f"{op}={name}" for op, name in origin.implementations.items())
         kernels += "".join(f" ({op}: {reason})" for op, reason in origin.passed_over.items())

@@ -10,16 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+from pydantic_core import from_json
 from scipy import stats
 
 from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
+from kvlab.files import home_expanded, read_regular
 from kvlab.lab.ceilings import Ceilings, is_discriminative
+from kvlab.lab.foreign import check_config, plain, printable, read_yaml
 from kvlab.lab.labels import flatten, point_labels, without_seed
-from kvlab.lab.record import SHOWN, AnyRecord, Done, Part, Unfinished, damaged, read_record
+from kvlab.lab.record import (
+    SHOWN,
+    UNKNOWN_CONFIG,
+    AnyRecord,
+    Done,
+    Part,
+    Unfinished,
+    damaged,
+    first_error,
+    read_record,
+    unfinished,
+)
 from kvlab.lab.trained import METRICS, training_directory
 from kvlab.training.checkpoint import CheckpointError
+from kvlab.units import counted
+
+RECORD = "record.json"
+MAX_METRICS_BYTES = 2**30
 
 
 def read_records(path: str | Path) -> list[AnyRecord]:
@@ -27,50 +44,68 @@ def read_records(path: str | Path) -> list[AnyRecord]:
 
     Raises FileNotFoundError when the folder does not exist or holds no run.
     """
-    root = Path(path)
+    root = home_expanded(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of results")
-    records = []
-    for config_path in sorted(root.rglob("config.yaml")):
-        record = _read_record(config_path)
-        if record is not None:
-            records.append(replace(record, directory=str(config_path.parent)))
-    if not records:
+    folders = {path.parent for name in ("config.yaml", RECORD) for path in root.rglob(name)}
+    found = [(folder, record) for folder in sorted(folders) if (record := _record_of(folder)) is not None]
+    if not found:
         raise FileNotFoundError(f"{root}: holds no run (no config.yaml in any folder below it)")
-    return records
+    return [replace(record, directory=str(folder)) for folder, record in found]
 
 
-def _read_record(config_path: Path) -> AnyRecord | None:
-    """The record beside a config, one made up for a run without a readable one; None where the config is not a
-    run's."""
+def _record_of(folder: Path) -> AnyRecord | None:
+    """The record of a folder, one made up for a run without a readable one; None where the folder is not a run's."""
+    run_id = printable(folder.name)
     try:
-        config = yaml.safe_load(config_path.read_text())
-    except yaml.YAMLError:
+        config = read_yaml(folder / "config.yaml")
+        is_run = isinstance(config, dict) and {"mixer", "task", "seed", "experiment"} <= set(config)
+        if is_run:
+            check_config(config)
+        wrong, config = "", completed(config) if is_run else UNKNOWN_CONFIG
+    except (ValueError, OSError) as error:
+        is_run, config, wrong = False, UNKNOWN_CONFIG, f"config.yaml is damaged: {first_error(error)}"
+    has_record = (folder / RECORD).exists()
+    if not is_run and not has_record and not (wrong and (folder / "status.json").exists()):
         return None
-    if not isinstance(config, dict) or not {"mixer", "task", "seed", "experiment"} <= set(config):
-        return None
-    config = completed(config)
-    path, run_id = config_path.with_name("record.json"), config_path.parent.name
-    if not path.exists():
-        known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
-        return Unfinished(**known, status="cut", reason="never finished")
+    if not has_record:
+        return unfinished("failed" if wrong else "cut", wrong or "never finished", run_id, config)
     try:
-        return read_record(path)
-    except ValueError as error:
+        return read_record(folder / RECORD)
+    except (ValueError, OSError) as error:
+        if not is_run and not (folder / "status.json").exists():
+            return None  # a record of something else
         return damaged(error, run_id, config)
 
 
 def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
-    """The rows of a run's training; a last line that a killed process left half written is left out. None, with a
-    warning, where the run's statement of its training is damaged."""
+    """The rows of a run's training; a last line that a killed process left half written is left out. Other lines that
+    are none are left out too, with a warning; so are all where the run's statement of its training is damaged."""
+    rows: list[dict[str, Any]] = []
     try:
         directory = training_directory(Path(record.directory))
-    except CheckpointError as error:
+        # of a finished one the first has all
+        paths = [path for path in (directory / METRICS, *sorted(directory.glob("trials/*.jsonl"))) if path.exists()]
+        for path in paths:
+            lines = read_regular(path, MAX_METRICS_BYTES).split(b"\n")
+            found = [row for line in lines if (row := _metrics_row(line)) is not None]
+            if wrong := sum(map(bool, lines[:-1])) + bool(lines[-1].endswith(b"}")) - len(found):
+                message = f"{path}: {counted(wrong, 'damaged row')}, left out"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            rows += found
+    except (CheckpointError, ValueError, OSError) as error:
         warnings.warn(f"{error}; its metrics are left out", RuntimeWarning, stacklevel=2)
-        return []
-    paths = [directory / METRICS, *sorted(directory.glob("trials/*.jsonl"))]  # of a finished one the first has all
-    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return rows
+
+
+def _metrics_row(line: bytes) -> dict[str, Any] | None:
+    """A row that has what curves are drawn of; None for anything else."""
+    try:
+        row = plain(from_json(line, allow_inf_nan=False))
+    except ValueError:
+        return None
+    numbers = [row.get(name) for name in ("learning_rate", "step", "loss")] if isinstance(row, dict) else [None]
+    return row if all(isinstance(number, int | float) for number in numbers) else None
 
 
 def load(path: str | Path) -> pd.DataFrame:
@@ -191,7 +226,7 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         num_seeds=len(group),
         bytes_per_sequence=per_sequence(first.memory),
         context_len=first.memory.context_len,
-        slices={name: statistics.mean(r.quality.slices[name] for r in group) for name in first.quality.slices},
+        slices=_slices(group),
         learning_rates=[record.training.learning_rate for record in group],
         num_params=first.num_params,
         speeds={name: _median([getattr(r.speed, name) for r in group]) for name in asdict(first.speed)},
@@ -217,6 +252,14 @@ def _median(values: list[float | None]) -> float | None:
     """The median of what is known; None where nothing is, such as compactions of a memory that makes none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def _slices(group: list[Done]) -> dict[str, float]:
+    """Each slice that all seeds have, over them."""
+    slices = [record.quality.slices for record in group]
+    return {
+        name: statistics.mean(each[name] for each in slices) for name in slices[0] if all(name in s for s in slices)
+    }
 
 
 def _dropped(group: list[Done]) -> float | None:

@@ -10,7 +10,7 @@ results/<experiment>/<run id>/
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Run:
             return None
         try:
             return read_record(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return damaged(error, self.config.run_id, self.config.as_dict())
 
     @property
@@ -101,6 +101,15 @@ class Run:
         """Where the run is, for people and schedulers that look from outside."""
         known = {"known_attempt": attempt} if (attempt := self.known_attempt) else {}
         write_json(self.directory / "status.json", {"status": status, "pid": os.getpid(), **known, **details})
+
+    def give_up(self, reason: str) -> None:
+        """Says that the run has failed where not even its record could be written; no folder says that it still
+        runs."""
+        try:
+            self.say("failed", reason=reason)
+        except OSError:
+            with suppress(OSError):
+                (self.directory / "status.json").unlink(missing_ok=True)
 
     def finish(self, record: AnyRecord) -> None:
         """The record, last."""

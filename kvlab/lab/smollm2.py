@@ -20,6 +20,7 @@ from kvlab.compose import compose
 from kvlab.evaluation.layerwise import Blockwise, LayerwiseCheck, LayerwiseStep
 from kvlab.evaluation.score import Scorer, SliceScore
 from kvlab.evaluation.verify import verify
+from kvlab.files import home_expanded
 from kvlab.lab.laboratory import Laboratory
 from kvlab.memory.layout import MemoryLayout
 from kvlab.random import named_key
@@ -68,7 +69,7 @@ def material() -> Material:
     Missing with the reason where either cannot be had."""
     try:
         named = os.environ.get(VARIABLE)
-        folder = Path(named).expanduser() if named else make("smollm2").folder
+        folder = home_expanded(named) if named else make("smollm2").folder
         if not (folder / "config.json").is_file():
             raise Missing(f"{VARIABLE} = {folder}: no converted model is there; `kvlab weights smollm2` makes it")
         return Material(folder, b"".join(read_works(WORK)).decode())

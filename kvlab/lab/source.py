@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from kvlab.config import Config, GenerateConfig
 from kvlab.engine.engine import Engine
 from kvlab.lab.execute import load_params
+from kvlab.lab.foreign import read_yaml
+from kvlab.lab.record import first_error
 from kvlab.memory.budgets import in_slots
 from kvlab.models.model import Model
 from kvlab.schema import ConfigError
@@ -37,7 +38,7 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
     if (folder / "config.yaml").exists():
         if dtype not in (None, "stored"):
             raise ConfigError("dtype", dtype, 'must be "stored" for a run: it computes as it was trained')
-        config = Config.build(yaml.safe_load((folder / "config.yaml").read_text()))
+        config = Config.build(_config_of(folder / "config.yaml"))
         lab, params = load_params(config, folder)
         is_bytes = isinstance(lab.task, Text) and lab.task.vocab_size == ByteTokenizer.vocab_size
         return Source(Model(lab.model.structure, params), ByteTokenizer() if is_bytes else None)
@@ -45,6 +46,14 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
         raise FileNotFoundError(f"{folder}: neither a run's directory (config.yaml) nor a checkpoint (config.json)")
     loaded = load_checkpoint(folder, None if dtype == "stored" else dtype)
     return Source(loaded.model, load_tokenizer(folder), loaded.end_tokens)
+
+
+def _config_of(path: Path) -> Any:
+    """A run's configuration as plain data. Raises ConfigError for a damaged file."""
+    try:
+        return read_yaml(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError("config", str(path), f"is damaged: {first_error(error)}") from None
 
 
 def make_engine(source: Source, config: GenerateConfig) -> Engine:

@@ -28,6 +28,10 @@ SPARE_PLANNED = ("optimizer", "activations", "weights", "temporaries", "state", 
 """What tables of plans leave out first where there is no room."""
 
 
+MAX_REASON = 1500
+"""Characters of a reason that tables show."""
+
+
 def as_cell(value: Any) -> str:
     """A value as tables for people show it; what is not known is a dash."""
     if value is None:
@@ -130,7 +134,7 @@ def print_records(records: list[AnyRecord]) -> None:
         print_rows(console, rows, kept=("variant", "value"), spare=(*shares, *SPARE))
     for record, label in zip(records, run_labels([record.config for record in records]), strict=True):
         if isinstance(record, Unfinished):
-            console.print(f"{record.status}: {label} [{record.run_id}] {record.reason}", markup=False)
+            console.print(f"{record.status}: {label} [{record.run_id}] {record.reason[:MAX_REASON]}", markup=False)
 
 
 def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:

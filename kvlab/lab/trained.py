@@ -11,6 +11,8 @@ One process trains. Others that need the same parameters wait for the lock; the 
 and the next one resumes from the last checkpoint.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -27,15 +29,17 @@ from pydantic import TypeAdapter
 from kvlab.config import Config
 from kvlab.files import LockHeld, locked, write_atomic, write_json
 from kvlab.interrupt import StopRequest
+from kvlab.lab.foreign import plain, read_json
 from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
-from kvlab.training.trial import params_digest
 from kvlab.typing import Params
 
 POINTER = "trained.json"
 """In a run's folder: where its parameters are. In the folder of a training: the training is done."""
 METRICS = "metrics.jsonl"
+DIGEST = "sha256"
+"""In a statement: the digest of all the rest of it."""
 POLL_S = 0.2
 
 
@@ -171,20 +175,23 @@ class Training:
             self.directory / "status.json", {"status": status, "attempt": attempt, "pid": os.getpid(), **details}
         )
 
-    def finish(self, trained: Trained, params: Params, attempt: int) -> None:
-        """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more."""
+    def finish(self, trained: Trained, params: Params, attempt: int, num_trials: int) -> None:
+        """The parameters, then the statement that they are there; checkpoints of the trials are of no use any more.
+        Raises `CheckpointError` where somebody has removed the rows of a trial meanwhile."""
         save_params(self.directory / "params", params)
-        self._join_metrics(len(trained.report.trials))
+        self._join_metrics(num_trials)
         self.say("done", attempt)
-        write_json(self.directory / POINTER, asdict(trained))
+        _state(self.directory / POINTER, trained)
         shutil.rmtree(self.directory / "trials", ignore_errors=True)
 
     def _join_metrics(self, num_trials: int) -> None:
         """The rows of all trials in one file. Repeated where a process died over it, since the first trial's own rows
         are then cut back to those of its checkpoint."""
         files = [self.trial(index)[1] for index in range(num_trials)]
+        if gone := [path for path in files if not path.exists()]:
+            raise CheckpointError(f"{gone[0]}: was removed while the training wrote it")
         if len(files) > 1:
-            write_atomic(files[0], "".join(path.read_text() for path in files))
+            write_atomic(files[0], b"".join(path.read_bytes() for path in files))
 
     def restore(self, like: Params, trained: Trained) -> Params:
         """The parameters of a finished training. Raises `CheckpointError` when they are not the ones that were
@@ -199,7 +206,7 @@ class Training:
 def point_to(training: Training, run_directory: Path) -> None:
     """Writes into a run's folder where its parameters, metrics and checkpoints are."""
     where = Pointer(training.config.training_id, str(training.directory.absolute()))
-    write_json(run_directory / POINTER, asdict(where))
+    _state(run_directory / POINTER, where)
 
 
 def training_directory(run_directory: Path) -> Path:
@@ -238,11 +245,29 @@ def _stated_digest(run_directory: Path, directory: Path) -> str | None:
 
 
 def _read[Statement](kind: type[Statement], path: Path) -> Statement | None:
-    """What a file states; None where there is none. Raises `CheckpointError` when it is damaged."""
+    """What a file states; None where there is none. Raises `CheckpointError` when it is damaged; files from before they
+    had a digest are taken as they are."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes()) if path.exists() else None
-    except ValueError as error:
+        if not path.exists():
+            return None
+        data = read_json(path)
+        stated = data.pop(DIGEST, None) if isinstance(data, dict) else None
+        statement = TypeAdapter(kind).validate_python(data)
+        if stated is not None and stated != _statement_sha256(data):
+            raise ValueError("its SHA-256 differs")
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {first_error(error)}") from None
+    return statement
+
+
+def _state(path: Path, statement: Any) -> None:
+    """Writes a statement with its digest."""
+    data = json.loads(json.dumps(asdict(statement), allow_nan=False))
+    write_json(path, {**data, DIGEST: _statement_sha256(plain(data))})
+
+
+def _statement_sha256(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def save_params(directory: Path, params: Params) -> None:
@@ -262,9 +287,9 @@ def restore_params(directory: Path, like: Params, digest: str) -> Params | None:
         return None
     checkpoints = Checkpoints(directory, keep=1)
     try:
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(like, digest)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: not the parameters that were trained: {error}") from None
     finally:
         checkpoints.close()
-    if restored is not None and params_digest(restored[1]) != digest:
-        raise CheckpointError(f"{directory}: not the parameters that were trained")
     return None if restored is None else restored[1]

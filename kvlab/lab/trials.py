@@ -20,10 +20,11 @@ from kvlab.lab.record import TrainingReport
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Trained, Training, TrainingFailed
 from kvlab.random import named_key
+from kvlab.training.checkpoint import tree_sha256
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs, room_bytes
 from kvlab.training.step import TrainStep
-from kvlab.training.trial import Member, Outcome, TrialResult, params_digest
+from kvlab.training.trial import Member, NotFinite, Outcome, TrialResult
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken
 
@@ -84,12 +85,22 @@ class Trials:
                 self.finish(taken)
 
     def finish(self, taken: Taken) -> tuple[Params, Trained]:
-        """Keeps the best trial by validation; ties go to the first. Raises the error of the first that has failed."""
+        """Keeps the best trial by validation; ties go to the first. A rate that diverged is noted where another did
+        not. Raises the error of the first that has failed otherwise, or of the first of all."""
         done: list[tuple[TrialResult, float]] = []
+        diverged: dict[float, NotFinite] = {}
         for index, rate in enumerate(self.rates):
-            if isinstance(outcome := self.outcomes[index], Exception):
+            outcome = self.outcomes[index]
+            if isinstance(outcome, NotFinite):
+                diverged[rate] = outcome
+            elif isinstance(outcome, Exception):
                 raise outcome
-            done.append((outcome, rate))
+            else:
+                done.append((outcome, rate))
+        if not done:
+            raise next(iter(diverged.values()))
+        for rate, error in diverged.items():
+            warnings.warn(f"learning rate {rate:g} diverged: {error}", RuntimeWarning, stacklevel=2)
         best, learning_rate = done[0]
         for outcome, rate in done[1:]:
             if self.lab.task.metric.is_better(outcome.validation, best.validation):
@@ -99,18 +110,25 @@ class Trials:
             for outcome, rate in done
             if self.lab.config.train.num_steps
         ]
-        return self._kept(best, learning_rate, trials, taken)
+        noted = {f"{rate:g}": str(error) for rate, error in diverged.items()}
+        return self._kept(best, learning_rate, trials, noted, taken)
 
     def _kept(
-        self, best: TrialResult, learning_rate: float, trials: list[dict[str, float]], taken: Taken
+        self,
+        best: TrialResult,
+        learning_rate: float,
+        trials: list[dict[str, float]],
+        diverged: dict[str, str],
+        taken: Taken,
     ) -> tuple[Params, Trained]:
         kernels = summary(taken)
         report = TrainingReport(
             learning_rate=learning_rate,
             trials=trials,
+            diverged=diverged,
             num_steps=best.num_steps,
             num_tokens=best.num_tokens,
-            params_sha256=params_digest(best.params),
+            params_sha256=tree_sha256(best.params),
             data_sha256=self.lab.task.fingerprint(),
             training_id=self.lab.config.training_id,
             trained_by=self.lab.config.run_id,
@@ -119,7 +137,8 @@ class Trials:
             passed_over={op: chosen.reason for op, chosen in kernels.items() if chosen.reason},
         )
         trained = Trained(report, best.validation, best.train_step_ms)
-        self.training.finish(trained, best.params, self.attempt)
+        num_trials = len(self.rates) if self.lab.config.train.num_steps else 0
+        self.training.finish(trained, best.params, self.attempt, num_trials)
         return best.params, trained
 
 
@@ -145,7 +164,10 @@ def train_all(own: Trials, beside: Sequence[Config], stop: StopRequest, taken: T
     step_fn = own.lab.train_step()
     for index in range(len(own.rates)):
         if index not in own.outcomes:
-            own.train_alone(index, step_fn, stop)
+            try:
+                own.train_alone(index, step_fn, stop)
+            except NotFinite as error:
+                own.outcomes[index] = error
     return own.finish(taken)
 
 
@@ -226,5 +248,6 @@ def failures_are_said(training: Training, attempt: int) -> Iterator[None]:
         raise
     except Exception as error:
         reason = explain_failure(training.config, error)
-        training.say("failed", attempt, reason=reason)
+        with suppress(OSError):  # where the disk is full the run says so
+            training.say("failed", attempt, reason=reason)
         raise TrainingFailed(reason, attempt) from error

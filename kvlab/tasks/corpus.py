@@ -4,12 +4,13 @@ is present on every machine. Each is cut into splits that share nothing."""
 import hashlib
 import sysconfig
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvlab.files import home_expanded
 from kvlab.schema import ConfigError, text
 from kvlab.tasks import library
 
@@ -33,9 +34,18 @@ def check_path(path: str | None) -> None:
         return
     if library.is_named(path):
         library.names_of(path)
-    elif not Path(path).expanduser().exists():
+    elif not home_expanded(path).exists():
         legal = "must be an existing file or folder, shakespeare for works of the library, or null for the standard"
         raise ConfigError("path", path, f"{legal} library")
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ConfigError, field `pattern`, for what does not match below a folder alone."""
+    parts = PurePosixPath(pattern).parts
+    is_below = bool(parts) and not pattern.startswith("/") and ".." not in parts and "\0" not in pattern
+    if not is_below or any("**" in part and part != "**" for part in parts):
+        legal = "must match names of files below the folder, such as *.txt or docs/**/*.md; no .. and no leading /"
+        raise ConfigError("pattern", pattern, legal)
 
 
 @lru_cache(maxsize=8)
@@ -45,7 +55,7 @@ def read_splits(path: str | None, pattern: str) -> tuple[dict[str, Bytes], str]:
     if path is not None and library.is_named(path):
         parts = _split_each(library.read_works(path))
     else:
-        root = Path(path).expanduser() if path else Path(sysconfig.get_paths()["stdlib"])
+        root = home_expanded(path) if path else Path(sysconfig.get_paths()["stdlib"])
         parts = _split_each([root.read_bytes()]) if root.is_file() else _split_folder(root, pattern)
     digest = hashlib.sha256()
     for name in SPLITS:

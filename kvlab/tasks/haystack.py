@@ -12,7 +12,7 @@ from jax import Array
 
 from kvlab.schema import ConfigError, Schema, added, flag, integer, integers, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
-from kvlab.tasks.corpus import SPLITS, check_path, path_field
+from kvlab.tasks.corpus import SPLITS, check_path, check_pattern, path_field
 from kvlab.tasks.metrics import ACCURACY
 from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of
 from kvlab.tokenizers import ByteTokenizer, Tokenizer
@@ -36,6 +36,7 @@ class HaystackConfig(Schema):
 
     def cross_check(self) -> None:
         check_path(self.path)
+        check_pattern(self.pattern)
         check_tokenizer(self.tokenizer)
         if len(set(self.contexts)) < len(self.contexts):
             raise ConfigError("contexts", list(self.contexts), "must not name a value twice")

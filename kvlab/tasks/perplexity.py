@@ -4,13 +4,13 @@ through any memory."""
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax import Array
 
+from kvlab.files import home_expanded
 from kvlab.schema import ConfigError, flag, text
 from kvlab.tasks.base import Batch, EvalSlice
 from kvlab.tasks.corpus import read_splits, read_whole
@@ -81,14 +81,14 @@ class Perplexity(Text):
 @lru_cache(maxsize=8)
 def tokenizer_of(path: str) -> FileTokenizer:
     """The tokenizer of a file, read once a process."""
-    return FileTokenizer(Path(path).expanduser())
+    return FileTokenizer(home_expanded(path))
 
 
 def check_tokenizer(path: str | None) -> None:
     """Raises ConfigError for a file that is not there or no tokenizer."""
     if path is None:
         return
-    if not Path(path).expanduser().is_file():
+    if not home_expanded(path).is_file():
         raise ConfigError("tokenizer", path, "must be an existing tokenizer.json, or null for bytes")
     try:
         tokenizer_of(path)
@@ -98,7 +98,7 @@ def check_tokenizer(path: str | None) -> None:
 
 def file_digest(path: str) -> str:
     """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    return hashlib.sha256(home_expanded(path).read_bytes()).hexdigest()
 
 
 @lru_cache(maxsize=8)

@@ -13,7 +13,7 @@ from jax import Array
 from kvlab.schema import ConfigError, Schema, added, flag, integer, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.bigrams import BigramCounts, repeats
-from kvlab.tasks.corpus import check_path, path_field, read_splits
+from kvlab.tasks.corpus import check_path, check_pattern, path_field, read_splits
 from kvlab.tasks.metrics import BITS_PER_BYTE
 from kvlab.typing import PyTree
 from kvlab.units import counted
@@ -50,6 +50,7 @@ class TextConfig(Schema):
         if self.decode_len >= self.seq_len:
             raise ConfigError("decode_len", self.decode_len, f"must be in [1, {self.seq_len - 1}], below seq_len")
         check_path(self.path)
+        check_pattern(self.pattern)
         if self.num_scored is None:
             if self.scored_in_chunks:
                 raise ConfigError("scored_in_chunks", True, "must be false without num_scored")

@@ -1,7 +1,6 @@
 """What the host knows of one training: rows, validation, early stop and checkpoints. Its arrays lie with the loop,
 alone or in a stack of several trainings."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -137,8 +135,8 @@ def opened(step_fn: TrainStep, config: TrainConfig, member: Member) -> Iterator[
         state, at = placement.put(init_state(member.params, step_fn.optimizer, member.learning_rate), ""), Progress()
         restored = checkpoints.restore(state)
         if restored is not None:
-            _, tree, note = restored
-            state, at = cast(TrainState, tree), Progress(**note)
+            step, tree, note = restored
+            state, at = cast(TrainState, tree), _progress(note, member.directory / str(step))
         truncate_jsonl(member.metrics_path, at.num_rows)  # rows after the checkpoint are written again
         with member.metrics_path.open("a", buffering=1) as metrics_file:
             trial = Trial(member, step_fn, config, checkpoints, metrics_file, at, lambda: state)
@@ -149,6 +147,13 @@ def opened(step_fn: TrainStep, config: TrainConfig, member: Member) -> Iterator[
             yield trial
     finally:
         checkpoints.close()
+
+
+def _progress(note: dict[str, Any], path: Path) -> Progress:
+    """What a checkpoint's note says. Raises `CheckpointError` for one whose fields are others."""
+    if unknown := note.keys() - vars(Progress()).keys():
+        raise CheckpointError(f"{path}: its note has {', '.join(sorted(unknown))}, which this kvlab does not know")
+    return Progress(**note)
 
 
 def _judge(at: Progress, metric: Metric, config: TrainConfig) -> bool:
@@ -164,12 +169,3 @@ def _median_ms(call_ms: dict[int, list[float]]) -> float:
     """Median step time over sequence lengths, each weighted by its calls; a shape's first call compiled."""
     medians = [float(np.median(calls[1:] or calls)) for calls in call_ms.values()]
     return float(np.average(medians, weights=[len(calls) for calls in call_ms.values()]))
-
-
-def params_digest(params: Params) -> str:
-    """SHA-256 over names and bytes of every parameter: two runs are equal iff their digests are."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

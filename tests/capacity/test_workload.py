@@ -1,6 +1,7 @@
 """Generators by their moments, traces by their rows, and every way in which a trace can be wrong."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -125,6 +126,19 @@ def test_malformed_traces_name_file_line_and_field(tmp_path, name, text, message
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_trace(tmp_path / name)
+
+
+def test_of_a_long_trace_no_more_is_held_than_is_asked_for(tmp_path):
+    arrivals = [(7919 * place) % 20_011 for place in range(20_000)]
+    lines = ["arrived_at,num_prefill_tokens,num_decode_tokens", *(f"{arrival},3,4" for arrival in arrivals)]
+    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n\n")
+    tracemalloc.start()
+    found = read_trace(tmp_path / "long.csv", 10)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    first = sorted(arrivals)[:10]
+    assert [request.arrival_s for request in found] == [arrival - first[0] for arrival in first]
+    assert peak_bytes < 2**20  # the file has 200 KB, its requests have 3 MB
 
 
 def test_binary_and_missing_traces(tmp_path):

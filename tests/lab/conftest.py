@@ -12,7 +12,7 @@ from kvlab.lab.provenance import provenance
 from kvlab.lab.record import TrainingReport
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Trained, Training, point_to
-from kvlab.training.trial import params_digest
+from kvlab.training.checkpoint import tree_sha256
 from tests.lab.small import MEASURED, small
 
 
@@ -75,11 +75,11 @@ def finished(made_once, tmp_path):
             trials=[],
             num_steps=0,
             num_tokens=0,
-            params_sha256=params_digest(params),
+            params_sha256=tree_sha256(params),
             data_sha256=None,
         )
         training.begin(0)
-        training.finish(Trained(report, 0.5, 1.0), params, 1)
+        training.finish(Trained(report, 0.5, 1.0), params, 1, 0)
         run = Run(config)
         run.directory.mkdir(parents=True)
         run.begin(provenance())

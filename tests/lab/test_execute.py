@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from kvlab.lab.compare import Scored
 from kvlab.lab.execute import execute, load_params
 from kvlab.lab.record import Done
 from kvlab.lab.runs import Run, RunLocked
-from kvlab.training.trial import params_digest
+from kvlab.training.checkpoint import tree_sha256
 from tests.lab.small import MEASURED, SMALL, TUNED, command, rows, small
 
 FIELDS = {"schema", "run_id", "experiment", "status", "config", "seed", "num_params", "quality", "memory", "speed",
@@ -49,7 +50,7 @@ def test_a_run_leaves_a_complete_record(results):
     best = max(record.training.trials, key=lambda trial: trial["validation"])
     assert record.training.learning_rate == best["learning_rate"]
     assert len(rows(config)) == 16  # two trials of eight calls
-    assert params_digest(load_params(config)[1]) == record.training.params_sha256
+    assert tree_sha256(load_params(config)[1]) == record.training.params_sha256
     assert execute(config) == "skipped"
     frame = kvlab.load(results)
     assert len(frame) == 1
@@ -89,6 +90,35 @@ def test_a_tuned_run_cut_in_its_second_trial_resumes(finished_runs, tmp_path, mo
     assert execute(cut) == "done"
     assert rows(cut) == rows(calm)
     assert Run(cut).record.training.params_sha256 == Run(calm).record.training.params_sha256
+
+
+@pytest.mark.parametrize("removed", ["trials", "metrics.jsonl"])
+def test_what_somebody_removed_of_a_cut_training_is_made_again(finished_runs, tmp_path, monkeypatch, removed):
+    """No row is lost, none doubled; where rows are gone the first command says so, and the next begins anew."""
+    from kvlab.interrupt import Interrupted
+    from kvlab.training.loop import TrainStep
+
+    calm, cut = small(finished_runs, *MEASURED), small(tmp_path, *MEASURED)
+    right, calls = TrainStep.__call__, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 8 + 5:
+            raise Interrupted("the test")
+        return right(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    assert execute(cut) == "interrupted"
+    monkeypatch.undo()
+    path = cut.training_dir / removed
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+        assert execute(cut) == "failed"
+        assert "metrics.jsonl: 0 rows, but the checkpoint was taken after 8" in Run(cut).record.reason
+    assert execute(cut) == "done"
+    assert rows(cut) == rows(calm)
 
 
 def test_a_failed_run_is_a_row_with_a_reason_and_is_retried(trained, monkeypatch):

@@ -1,8 +1,10 @@
 """Train once, evaluate many: which runs share parameters, who trains, who waits, and what a failure means for the
 others."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -25,8 +27,7 @@ from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.results import read_metrics, read_records
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import Training, TrainingStatus, save_params, training_directory
-from kvlab.training.checkpoint import CheckpointError
-from kvlab.training.trial import params_digest
+from kvlab.training.checkpoint import CheckpointError, tree_sha256
 from tests.lab.small import FIRST_RECIPE, MEASURED, TUNED, command, rows, small
 
 
@@ -53,7 +54,7 @@ def test_runs_that_differ_in_evaluation_only_train_once(results, tmp_path, train
     assert records[1].training.trained_by == first.run_id
     assert len(list(results.rglob("params"))) == 1  # one copy on disk
     assert not list(results.rglob("trials"))
-    assert params_digest(load_params(second)[1]) == records[1].training.params_sha256
+    assert tree_sha256(load_params(second)[1]) == records[1].training.params_sha256
     assert [read_metrics(record) for record in read_records(results)] == [rows(first)] * 2
 
     alone = small(tmp_path / "alone", *others)
@@ -166,7 +167,7 @@ def test_damaged_parameters_are_trained_again(results, trainings, damage):
 
 def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):
     digest = Training(finished).done.report.params_sha256
-    assert params_digest(load_params(finished)[1]) == digest
+    assert tree_sha256(load_params(finished)[1]) == digest
     like = Laboratory.of(finished).model.params
     first, *others = jax.tree.leaves(like)
     flipped = np.asarray(first).copy()
@@ -178,7 +179,24 @@ def test_parameters_are_those_that_were_trained(finished, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["kvlab", "generate", str(finished.run_dir), "--prompt", "1"])
     assert main() == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"kvlab: {finished.training_dir / 'params'}: not the parameters that were trained"
+    assert line.startswith(f"kvlab: {finished.training_dir / 'params'}: not the parameters that were trained: ")
+
+
+def test_a_flipped_bit_of_a_statement_is_found(finished):
+    """Where the parameters are, and what validation they had."""
+    for folder, read in (
+        (finished.training_dir, lambda: Training(finished).done),
+        (finished.run_dir, lambda: training_directory(finished.run_dir)),
+    ):
+        path = folder / "trained.json"
+        whole, right = path.read_bytes(), read()
+        for place in random.Random(0).sample(range(8 * len(whole)), 300):
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            path.write_bytes(damaged)
+            with contextlib.suppress(CheckpointError):
+                assert read() == right, place
+        path.write_bytes(whole)
 
 
 def test_a_training_is_no_run(finished, monkeypatch, capsys):
@@ -224,12 +242,12 @@ def test_a_folder_moved_as_a_whole_and_one_from_before_are_read(results, tmp_pat
     digest = Run(config).record.training.params_sha256
     results.rename(tmp_path / "moved")
     moved = tmp_path / "moved" / config.experiment / config.run_id
-    assert params_digest(load_params(config, moved)[1]) == digest
+    assert tree_sha256(load_params(config, moved)[1]) == digest
     (moved / "trained.json").unlink()  # as runs were: parameters and metrics in the run's own folder
     trained = tmp_path / "moved" / config.experiment / "trained" / config.training_id
     for name in ("params", "metrics.jsonl"):
         shutil.move(trained / name, moved / name)
-    assert params_digest(load_params(config, moved)[1]) == digest
+    assert tree_sha256(load_params(config, moved)[1]) == digest
     assert len(read_metrics(read_records(tmp_path / "moved")[0])) == 16
     like = Laboratory.of(config).model.params
     save_params(moved / "params", jax.tree.map(lambda leaf: leaf + 1, like))

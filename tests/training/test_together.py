@@ -12,11 +12,11 @@ from kvlab.compose import compose
 from kvlab.interrupt import Interrupted, StopRequest
 from kvlab.lab.laboratory import Laboratory
 from kvlab.random import named_key
-from kvlab.training.checkpoint import CheckpointError
+from kvlab.training.checkpoint import CheckpointError, tree_sha256
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs
 from kvlab.training.step import init_state
-from kvlab.training.trial import Member, NotFinite, params_digest
+from kvlab.training.trial import Member, NotFinite
 
 TINY = ["model.model_dim=16", "mixer.A.head_dim=4", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
         "task.test=[16:2]", "measure.decode_steps=4", "train.batch_size=4", "train.num_steps=16",
@@ -202,7 +202,7 @@ def test_the_same_group_resumes_bit_for_bit(trained):
     assert [len(trained.rows(place)) for place in range(4)] == [3] * 4  # the call after the request is the last
     go_on(trained)
     for place, outcome in enumerate(trained.together()):
-        assert params_digest(outcome.params) == params_digest(calm[place].params)
+        assert tree_sha256(outcome.params) == tree_sha256(calm[place].params)
         assert trained.rows(place) == trained.rows(place, "calm")
 
 
