@@ -18,7 +18,7 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.random import named_key
 from kvlab.schema import ConfigError
-from kvlab.weights.checkpoint import abstract_model, peek_architecture
+from kvlab.weights.checkpoint import abstract_model
 
 
 def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
@@ -128,7 +128,7 @@ def _shapes(config: Config, vocab_size: int) -> Model:
     if config.weights.path is None:
         key = named_key(config.seed, "init")
         return Model.of(nnx.eval_shape(partial(draw, config, vocab_size), key))
-    architecture = peek_architecture(config.weights.folder, config.weights.compute_dtype)
+    architecture = config.weights.architecture()
     if vocab_size > architecture.vocab_size:
         legal = f"its vocabulary of {architecture.vocab_size} must hold the task's {vocab_size} tokens"
         raise ConfigError("weights.path", config.weights.path, legal)

@@ -28,6 +28,7 @@ from kvlab.weights.files import (
     write_shards,
 )
 from kvlab.weights.tables import Table
+from kvlab.weights.windows import windowed
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
 """What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too
@@ -44,16 +45,21 @@ class Pretrained:
     """Tokens that end an answer, as the folder says; nothing stops at them unless `Sampling.stop_tokens` asks."""
 
 
-def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrained:
+def load_checkpoint(
+    directory: str | Path, dtype: str | None = None, *, window: int | None = None, num_sinks: int = 0
+) -> Pretrained:
     """A model from a folder with config.json and safetensors, one file or sharded.
 
     `dtype` ("float32", "bfloat16"; None: as stored) is that of matrices and of the computation; norms, decays and time
-    steps are float32. Holds one parameter at a time beside the model. Raises WeightsError naming every missing,
-    unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
+    steps are float32. With a `window` every layer of attention sees at most that many tokens, the current one included,
+    and the first `num_sinks` (`kvlab.weights.windows`). Holds one parameter at a time beside the model. Raises
+    WeightsError naming every missing, unexpected or mismatching tensor and every option that is not supported, before
+    anything is allocated, and ConfigError for a window that its layers cannot have.
     """
     directory = Path(directory).expanduser()
     refuse_gguf(directory)
-    headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
+    headers = read_headers(directory)
+    architecture = peek_architecture(directory, dtype, window=window, num_sinks=num_sinks)
     abstract = abstract_model(architecture)
     table = table_of(architecture)
     if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
@@ -69,15 +75,16 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
     return Pretrained(architecture, Model(abstract.structure, params), end_tokens)
 
 
-def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
-    """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not
-    supported."""
+def peek_architecture(
+    directory: Path, dtype: str | None = None, *, window: int | None = None, num_sinks: int = 0
+) -> Architecture:
+    """What model `load_checkpoint` makes of a folder, from config.json and the headers alone. Raises as it does."""
     refuse_gguf(directory)
     values = read_json(directory / "config.json")
     architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
     if architecture is None:
         raise WeightsError(directory, problems)
-    return architecture
+    return windowed(architecture, window, num_sinks)
 
 
 def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:

@@ -18,12 +18,13 @@ from kvlab.compose import compose, compose_generate
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
-from kvlab.lab import laboratory
 from kvlab.lab.execute import execute
+from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.live import summary
 from kvlab.lab.request_lines import read_requests
 from kvlab.lab.source import load_source
 from kvlab.schema import ConfigError
+from kvlab.weights import section
 from tests.engine.families import golden, pretrained, write_folder
 from tests.weights.random_checkpoint import prompt
 
@@ -276,13 +277,13 @@ def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded
         assert len(states) == 2
         raise ConfigError("memory.format", memory.format, "must be another")
 
-    def load(*_):
+    def load(*_, **_kwargs):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(blueprint, "parts_of", refuse)
-    monkeypatch.setattr(laboratory, "load_checkpoint", load)
+    monkeypatch.setattr(section, "load_checkpoint", load)
     with pytest.raises(ConfigError, match="must be another"):
-        laboratory.Laboratory.of(config, abstract=abstract)
+        Laboratory.of(config, abstract=abstract)
 
 
 def test_the_needle_grid_becomes_a_heat_map(tmp_path, monkeypatch):
