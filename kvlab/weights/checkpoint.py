@@ -27,6 +27,7 @@ from kvlab.weights.files import (
     refuse_gguf,
     write_shards,
 )
+from kvlab.weights.heads import HEAD, as_stored, with_embedding
 from kvlab.weights.tables import Table
 from kvlab.weights.windows import windowed
 
@@ -62,6 +63,8 @@ def load_checkpoint(
     architecture = peek_architecture(directory, dtype, window=window, num_sinks=num_sinks)
     abstract = abstract_model(architecture)
     table = table_of(architecture)
+    if architecture.model.tie_embeddings:
+        table = with_embedding(table, headers)
     if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
@@ -78,13 +81,14 @@ def load_checkpoint(
 def peek_architecture(
     directory: Path, dtype: str | None = None, *, window: int | None = None, num_sinks: int = 0
 ) -> Architecture:
-    """What model `load_checkpoint` makes of a folder, from config.json and the headers alone. Raises as it does."""
+    """What model `load_checkpoint` makes of a folder, from config.json and the headers; a head that a tied model stores
+    is compared with the embedding. Raises as it does."""
     refuse_gguf(directory)
-    values = read_json(directory / "config.json")
-    architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
+    values, headers = read_json(directory / "config.json"), read_headers(directory)
+    architecture, problems = read_architecture(values, dtype or _stored_dtype(headers))
     if architecture is None:
         raise WeightsError(directory, problems)
-    return windowed(architecture, window, num_sinks)
+    return windowed(as_stored(architecture, table_of(architecture), headers), window, num_sinks)
 
 
 def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
@@ -180,7 +184,7 @@ def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied:
                 problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
             if stored.dtype not in FLOATS:
                 problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
-    ignored = {"lm_head.weight"} if tied else set()  # some files store a tied head twice
+    ignored = {HEAD} if tied else set()  # some files store a tied head twice
     unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
     problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]
     return problems
