@@ -10,6 +10,8 @@ from typing import Any, cast
 
 from kvlab.models.model import Model
 from kvlab.schema import ConfigError, Schema, added, choice, integer, shown, text, to_plain
+from kvlab.tasks import TASKS, Text
+from kvlab.tokenizers import ByteTokenizer
 from kvlab.weights.checkpoint import load_checkpoint, peek_architecture
 from kvlab.weights.families import Architecture
 from kvlab.weights.files import WeightsError
@@ -73,8 +75,8 @@ class WeightsConfig(Schema):
 
 
 def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str, Any]:
-    """The fields with the sections that a published checkpoint determines: mixer, model, and the task's tokenizer
-    where it has one and none is named."""
+    """The fields with the sections that a published checkpoint determines: mixer, model, and the tokenizer of a task
+    that reads text where none is named. Raises ConfigError where there is none: bytes are no ids of its vocabulary."""
     folder, architecture = weights.folder, weights.architecture()
     kinds = list(dict.fromkeys(architecture.layers))
     names = {layer: f"L{index}" for index, layer in enumerate(kinds)}
@@ -84,9 +86,30 @@ def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str,
         **{names[layer]: {"type": layer.mixer, **to_plain(layer.config)} for layer in kinds},
     }
     task = dict(cast(Mapping[str, Any], fields.get("task", {})))
-    if task.get("tokenizer", "") is None and (folder / "tokenizer.json").exists():
-        task["tokenizer"] = str(folder / "tokenizer.json")
+    kind = TASKS.get(str(task.get("type")))
+    has_bytes = architecture.vocab_size == ByteTokenizer.vocab_size
+    if kind is Text and not has_bytes:
+        legal = (
+            f"is text by the byte, and the vocabulary of these weights has {architecture.vocab_size} tokens, not 256"
+        )
+        raise ConfigError("task.type", task["type"], f"{legal}; task=perplexity reads text with their tokenizer")
+    if kind is not None and "tokenizer" in kind.Config.defaults() and task.get("tokenizer") is None:
+        if (folder / "tokenizer.json").exists():
+            task["tokenizer"] = str(folder / "tokenizer.json")
+        elif not has_bytes:
+            raise ConfigError("task.tokenizer", None, _no_tokenizer(folder, architecture.vocab_size))
     return {**fields, "mixer": mixer, "model": to_plain(architecture.model), "task": task}
+
+
+def _no_tokenizer(folder: Path, vocab_size: int) -> str:
+    """What to do where a folder has no tokenizer.json."""
+    others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+    why = f"{folder} has no tokenizer.json, and bytes are not the {vocab_size} tokens of its vocabulary"
+    if others:
+        return (
+            f"must name a tokenizer.json: {why}; it has {others[0]}, of which transformers' save_pretrained makes one"
+        )
+    return f"must name a tokenizer.json: {why}"
 
 
 def _laid_over(weights: WeightsConfig) -> str:

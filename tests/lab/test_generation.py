@@ -261,6 +261,7 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
 
 def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
     folder = write_folder("llama_gqa", tmp_path)
+    word_tokenizer(folder / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"weights\.path"):
         compose(["task=perplexity", f"weights.path={tmp_path / 'none'}"])
     with pytest.raises(ConfigError, match=r"task\.whole = True: must be false to train"):
@@ -271,7 +272,8 @@ def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("abstract", [True, False])
 def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded(tmp_path, monkeypatch, abstract):
-    config = compose(["task=perplexity", f"weights.path={write_folder('llama_gqa', tmp_path)}"])
+    words = ["task=mqar", "task.vocab_size=320", "train.num_steps=0"]
+    config = compose([*words, f"weights.path={write_folder('llama_gqa', tmp_path)}"])
 
     def refuse(states, memory, **_):
         assert len(states) == 2

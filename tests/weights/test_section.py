@@ -21,10 +21,8 @@ MASKED = -1e30
 @pytest.fixture
 def words(tmp_path):
     folder = write_folder("llama_gqa", tmp_path / "llama")
-    book = tmp_path / "book.txt"
-    book.write_text("kvlab " * 2_000)
-    text = ["task=text", f"task.path={book}", "train.num_steps=0", "task.seq_len=64"]
-    return [*text, f"weights.path={folder}", f"results_dir={tmp_path / 'r'}"]
+    task = ["task=mqar", "task.vocab_size=320", "train.num_steps=0"]
+    return [*task, f"weights.path={folder}", f"results_dir={tmp_path / 'r'}"]
 
 
 def reference_logits(family: str, ids: list[int], window: int | None, num_sinks: int) -> np.ndarray:
@@ -112,7 +110,7 @@ def test_a_window_narrows_and_never_widens(tmp_path):
 def test_a_window_that_cannot_be_is_refused(family, given, message, tmp_path):
     folder = write_folder(family, tmp_path / "model")
     with pytest.raises(ConfigError, match=message):
-        compose(["task=text", f"weights.path={folder}", "train.num_steps=0", given])
+        compose(["task=mqar", "task.vocab_size=320", f"weights.path={folder}", "train.num_steps=0", given])
 
 
 @pytest.mark.parametrize("given", ["weights.window=8", "weights.num_sinks=2", "weights.dtype=bfloat16"])
@@ -163,3 +161,65 @@ def test_sections_beside_weights_in_a_mapping_must_agree_with_them(words):
         Config.build(other)
     with pytest.raises(ConfigError, match=r"model\.dtype = 'bfloat16': .*weights\.path says 'float32'.*weights\.dtype"):
         Config.build({**values, "model": {**values["model"], "dtype": "bfloat16"}})
+
+
+def bytes_words(tmp_path, family="llama_gqa", task="perplexity"):
+    folder = write_folder(family, tmp_path / "model")
+    book = tmp_path / "book.txt"
+    book.write_text("w1 w2 w3 7 0 1 2 3 4 5 6 8 9 w5 " * 400)
+    words = [f"task={task}", f"task.path={book}", "train.num_steps=0", f"weights.path={folder}"]
+    return folder, [
+        *words,
+        *(["task.seq_len=32", "task.decode_len=4"] if task in ("text", "perplexity") else ["task.contexts=[300]"]),
+    ]
+
+
+@pytest.mark.parametrize("task", ["perplexity", "needle", "passkey"])
+def test_a_folder_without_a_tokenizer_is_refused_where_text_is_asked_for(task, tmp_path):
+    """Its bytes would be taken for token ids."""
+    folder, words = bytes_words(tmp_path, task=task)
+    with pytest.raises(ConfigError, match=rf"task\.tokenizer = None: .*{folder}.* has no tokenizer\.json") as error:
+        compose(words)
+    assert "320" in str(error.value), "what the vocabulary is"
+    (folder / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"has tokenizer\.model"):
+        compose(words)
+
+
+def test_text_by_the_byte_needs_weights_of_bytes(tmp_path):
+    folder, words = bytes_words(tmp_path, task="text")
+    with pytest.raises(ConfigError, match=r"task\.type = 'text': .*by the byte.* 320 tokens.*perplexity"):
+        compose(words)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    assert compose(words).make_task().vocab_size == 256
+    _, needle = bytes_words(tmp_path / "b", task="needle")
+    assert compose([*needle[:-2], f"weights.path={folder}", needle[-1]]).task.tokenizer is None
+
+
+def test_a_mapping_without_the_field_gets_the_folders_tokenizer(tmp_path):
+    from tests.test_tokenizers import saved
+
+    folder, words = bytes_words(tmp_path)
+    saved(folder / "tokenizer.json")
+    values = compose(words).as_dict()
+    del values["task"]["tokenizer"]
+    assert Config.build(values).task.tokenizer == str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("task", ["perplexity", "needle", "passkey"])
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused_only_where_text_has_them(task, tmp_path):
+    """As with transformers: published folders have a token more that no text contains."""
+    from tests.test_tokenizers import saved
+
+    folder, words = bytes_words(tmp_path, task=task)
+    saved(folder / "tokenizer.json", added=("<extra>",))
+    ((config,), _) = expand(words, False)
+    assert config.make_task().vocab_size == 321
+    (tmp_path / "book.txt").write_text("w1 w2 <extra> 7 0 1 2 3 4 5 6 8 9 w5 " * 400)
+    from kvlab.tasks import corpus, perplexity
+
+    for cached in (corpus.read_splits, corpus.read_whole, perplexity.token_splits, perplexity.whole_tokens):
+        cached.cache_clear()
+    with pytest.raises(ConfigError, match=r"weights\.path = .*vocabulary of 320 does not hold token 320"):
+        expand(words, False)
