@@ -14,9 +14,10 @@ from flax import nnx
 
 from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
+from kvlab.schema import shown
 from kvlab.typing import Params
 from kvlab.weights.architectures import read_architecture, table_of, write_architecture
-from kvlab.weights.families import Architecture
+from kvlab.weights.families import FAMILIES, Architecture
 from kvlab.weights.files import (
     FLOATS,
     Stored,
@@ -73,7 +74,7 @@ def load_checkpoint(
         whole = entry.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
-    end_tokens = read_end_tokens(directory, architecture.vocab_size)
+    end_tokens = read_end_tokens(directory, architecture)
     params = jax.tree_util.tree_map_with_path(tensor, abstract.params)
     return Pretrained(architecture, Model(abstract.structure, params), end_tokens)
 
@@ -91,18 +92,22 @@ def peek_architecture(
     return windowed(as_stored(architecture, table_of(architecture), headers), window, num_sinks)
 
 
-def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. Raises WeightsError
-    for anything else."""
+def read_end_tokens(directory: Path, architecture: Architecture) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none (null). Where neither
+    has the field it is the family's default, if the vocabulary holds that. Raises WeightsError for anything else."""
+    vocab_size, is_given = architecture.vocab_size, False
     for name in ("generation_config.json", "config.json"):
-        if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
+        values = read_json(directory / name) if (directory / name).exists() else {}
+        is_given |= "eos_token_id" in values
+        if (given := values.get("eos_token_id")) is None:
             continue
         ids = tuple(given) if isinstance(given, list) else (given,)
         if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
             legal = f"must be token ids in [0, {vocab_size})"
-            raise WeightsError(directory, [f"{name}: eos_token_id = {wrong[0]!r}: {legal}"])
+            raise WeightsError(directory, [f"{name}: eos_token_id = {shown(wrong[0])}: {legal}"])
         return ids
-    return ()
+    default = FAMILIES[architecture.family].default_end
+    return () if is_given or default is None or default >= vocab_size else (default,)
 
 
 def save_checkpoint(

@@ -22,6 +22,8 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),  # numpy learns it from there
 }
 FLOATS = tuple(NUMPY)
+MAX_DEPTH = 32
+"""Levels of a JSON file; published ones have three."""
 
 
 class WeightsError(ValueError):
@@ -58,7 +60,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(path, [f"not JSON ({type(error).__name__}: {error})"]) from None
     if not isinstance(value, dict):
         raise WeightsError(path, [f"is a {type(value).__name__}, not an object"])
+    if _is_deeper(value, MAX_DEPTH):
+        raise WeightsError(path, [f"is nested more than {MAX_DEPTH} deep"])
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists stand in each other more than `most` deep."""
+    level: list[Any] = [value]
+    for _ in range(most):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for part in inner for each in part]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:

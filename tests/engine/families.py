@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
@@ -46,6 +46,17 @@ def write_folder(family: str, directory: Path) -> Path:
     tensors = {name: draw(name, tuple(shape), norms_near=near) for name, shape in golden(family)["shapes"].items()}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(golden(family)["config"]))
+    return directory
+
+
+def write_byte_folder(directory: Path) -> Path:
+    """A Llama whose tokens are bytes: no tokenizer belongs to it."""
+    write_folder("llama_gqa", directory)
+    tensors = load_file(directory / "model.safetensors")
+    by_token = ("model.embed_tokens.weight", "lm_head.weight")
+    save_file(tensors | {name: tensors[name][:256].copy() for name in by_token}, directory / "model.safetensors")
+    config = golden("llama_gqa")["config"] | {"vocab_size": 256}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

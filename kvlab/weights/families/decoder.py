@@ -152,6 +152,8 @@ def rope_values(base: float, scaling: Sequence[float], fraction: float = 1.0) ->
     elif scaling:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3", **dict(zip(names, scaling, strict=True))}
+        if scaling[-1].is_integer():
+            rope[names[-1]] = int(scaling[-1])
     return rope
 
 

@@ -19,3 +19,4 @@ class Llama(Decoder[LlamaFile]):
     model_type = "llama"
     transformers_class = "LlamaForCausalLM"
     File = LlamaFile
+    default_end = 2

@@ -26,6 +26,7 @@ class Mistral(Decoder[MistralFile]):
     model_type = "mistral"
     transformers_class = "MistralForCausalLM"
     File = MistralFile
+    default_end = 2
 
     def layers(self, file: MistralFile, rope: DefaultRope) -> list[LayerConfig]:
         return attention_layers(file, rope, window=file.sliding_window)
