@@ -49,7 +49,7 @@ class AttentionConfig(MixerConfig):
     num_kv_heads: int = integer(4, 1, 1024)
     head_dim: int = integer(16, 1, 1024)
     rope: bool = flag(True)
-    rope_base: float = real(10_000.0, 1.0, 1e9)
+    rope_base: float = real(10_000.0, 1.0, 1e15)
     rope_fraction: float = real(1.0, 0.0, 1.0, open_low=True)
     rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
     window: int | None = integer(None, 1, optional=True)

@@ -16,6 +16,7 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
 from kvlab.schema import shown
 from kvlab.typing import Params
+from kvlab.units import counted
 from kvlab.weights.architectures import read_architecture, table_of, write_architecture
 from kvlab.weights.families import FAMILIES, Architecture
 from kvlab.weights.files import (
@@ -89,6 +90,9 @@ def peek_architecture(
     architecture, problems = read_architecture(values, dtype or _stored_dtype(headers))
     if architecture is None:
         raise WeightsError(directory, problems)
+    if (num_layers := len(architecture.layers)) > len(headers):  # before any of them is built
+        held = f"the folder has {counted(len(headers), 'tensor')}"
+        raise WeightsError(directory, [f"config.json: num_hidden_layers = {num_layers}: {held}"])
     return windowed(as_stored(architecture, table_of(architecture), headers), window, num_sinks)
 
 

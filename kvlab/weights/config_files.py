@@ -71,7 +71,7 @@ class ConfigFile(Part):
 class DefaultRope(Part):
     """The rotary embedding as it is, of that share of each head."""
 
-    rope_theta: float = positive(10_000.0)
+    rope_theta: float = value_of(real_type(1.0, 1e15), 10_000.0)
     partial_rotary_factor: float = value_of(real_type(0.0, 1.0, open_low=True), 1.0)
 
     @property

@@ -1,5 +1,6 @@
 """A folder of safetensors: headers first, then one tensor at a time, so that a model never lies in memory twice."""
 
+import itertools
 import json
 import math
 import os
@@ -26,13 +27,19 @@ MAX_DEPTH = 32
 """Levels of a JSON file; published ones have three."""
 
 
+MAX_LINE, MAX_MESSAGE = 400, 1400
+"""Characters of a problem, and of all that are listed."""
+
+
 class WeightsError(ValueError):
-    """A checkpoint that cannot be loaded: says which files, names, shapes or options, all of them at once."""
+    """A checkpoint that cannot be loaded: says which files, names, shapes or options, as many at once as fit."""
 
     def __init__(self, where: Path, problems: Iterable[str]):
-        listed = list(problems)
-        more = f"\n  and {len(listed) - 40} more" if len(listed) > 40 else ""
-        super().__init__(f"{where}: " + "\n  ".join(["cannot be loaded:", *listed[:40]]) + more)
+        lines = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in problems]
+        ends = itertools.accumulate(len(line) + 3 for line in lines)
+        listed = lines[: max(1, sum(end <= MAX_MESSAGE for end in ends))]
+        more = f"\n  and {len(lines) - len(listed)} more" if len(lines) > len(listed) else ""
+        super().__init__(f"{where}: " + "\n  ".join(["cannot be loaded:", *listed]) + more)
 
 
 @dataclass(frozen=True)
