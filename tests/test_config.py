@@ -55,6 +55,7 @@ ADDED_TO_ATTENTION = (
     "scale",
     "norms",
     "out_bias",
+    "qkv_bias",
     "qk_norm_over",
 )
 

@@ -22,7 +22,10 @@ from tests.weights.random_checkpoint import draw, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "generation"
 FIRST = ("llama_gqa", "llama_mqa", "llama_mha", "llama3_rope", "qwen3", "mistral", "deepseek_v3", "mamba2")
-LATER = ("gemma3_text", "granitemoehybrid", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "kimi_linear")
+LATER = (
+    *("gemma3_text", "granitemoehybrid", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "kimi_linear"),
+    *("qwen2", "gemma"),
+)
 """Families that are run in the same few ways each: one more changes nothing for the others."""
 FAMILIES = (*FIRST, *LATER)
 VOCAB, WINDOW, NUM_NEW = 320, 24, 40

@@ -26,6 +26,8 @@ DEFAULTED = {
     "llama": DECODER | {"head_dim"},
     "mistral": DECODER - {"attention_bias"} | {"head_dim", "sliding_window"},
     "qwen3": DECODER - TOKENS | {"head_dim"},
+    "qwen2": DECODER - TOKENS - {"attention_bias"} | {"use_sliding_window", "sliding_window", "max_window_layers"},
+    "gemma": DECODER | {"head_dim", "hidden_activation"},
     "deepseek_v3": DECODER | LATENT - {"attention_bias"},
     "mamba2": SHAPE
     | TOKENS
@@ -88,7 +90,7 @@ def test_a_base_and_a_context_that_are_not_defaults_stand_in_both_spellings(tmp_
     [
         *(("llama_gqa", 2), ("mistral", 2), ("deepseek_v3", 1), ("mamba2", 2), ("gemma3_text", 1)),
         *(("recurrent_gemma", 1), ("granitemoehybrid", 2), ("qwen3", None), ("qwen3_next", None)),
-        *(("olmo_hybrid", None), ("kimi_linear", None)),
+        *(("qwen2", None), ("gemma", 1), ("olmo_hybrid", None), ("kimi_linear", None)),
     ],
 )
 def test_an_absent_end_is_the_readers_and_null_is_none(family, end, tmp_path):

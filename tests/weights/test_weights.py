@@ -137,6 +137,19 @@ def test_the_hubs_spelling_of_gemma_3(tmp_path):
     assert peek_architecture(folder).model.embed_scale == pytest.approx(80**0.5)
 
 
+def test_the_hubs_spelling_of_gemma_and_qwen2(tmp_path):
+    """Gemma says gelu and means its tanh form; most of Qwen 2 name a window that is not used."""
+    folder = write_folder("gemma", tmp_path / "gemma")
+    edit(folder, hidden_act="gelu", hidden_activation=None, head_dim=32, rope_parameters=None, rope_theta=1e4)
+    assert load_checkpoint(folder).architecture == pretrained("gemma").architecture
+    folder = write_folder("qwen2", tmp_path / "qwen2")
+    edit(folder, layer_types=None)
+    assert load_checkpoint(folder).architecture == pretrained("qwen2").architecture
+    assert [layer.config.window for layer in peek_architecture(folder).layers] == [None, 24]
+    edit(folder, use_sliding_window=False)
+    assert [layer.config.window for layer in peek_architecture(folder).layers] == [None, None]
+
+
 def test_the_hubs_spelling_of_granite_4(tmp_path):
     """Layers by their older names, positions "nope", and head dims left to the widths."""
     folder = write_folder("granitemoehybrid", tmp_path)
@@ -253,6 +266,15 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"eos_token_id": ["x"]}, "eos_token_id = 'x'"),
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
+            "layer_types = .*: must be 2",
+        ),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers = -1: must be an integer in"),
+        ("qwen2", {"use_mrope": True}, "use_mrope = True: only False"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu': must be one of gelu_pytorch_tanh, gelu"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: only False"),
         ("mistral", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
         ("deepseek_v3", {"first_k_dense_replace": 1}, "= 1: must be at least num_hidden_layers = 2: .* have experts"),
         ("deepseek_v3", {"first_k_dense_replace": None, "num_hidden_layers": 4}, "first_k_dense_replace = 3"),

@@ -161,7 +161,7 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     """Projections, and the norms of queries and keys where there are any."""
     table: Table = {}
     for mine, yours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        has_bias = config.bias or (mine == "out" and config.out_bias)
+        has_bias = config.bias or (config.out_bias if mine == "out" else config.qkv_bias)
         table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=has_bias)
     if config.qk_norm:
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_norm.weight",))
