@@ -42,8 +42,8 @@ class AttentionConfig(MixerConfig):
 
     Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). With `qk_norm` queries and keys are
     normed before they are turned: each head by itself, or `qk_norm_over` "all" of them as one vector, as OLMo 2 does
-    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`, those of queries,
-    keys and values alone with `qkv_bias`.
+    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`, those of
+    queries, keys and values alone with `qkv_bias`.
     """
 
     num_heads: int = integer(4, 1, 1024)

@@ -310,3 +310,21 @@ def test_a_line_may_have_a_name_a_priority_and_a_namespace():
     line = '{"prompt": [1, 2], "name": "a", "priority": 3, "namespace": "mine", "sampling": {"top_k": 4}}'
     (request,) = read_requests([line, "  "], Sampling(max_tokens=5))
     assert request == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
+
+
+def test_printed_answers_are_the_text_byte_for_byte(capsys):
+    """Tabs stay tabs, and neither :names: nor brackets are anything else than text, in names and reasons too."""
+    import io
+
+    from rich.console import Console
+
+    from kvlab.engine.requests import Answer, Completion
+    from kvlab.lab.live import print_answers
+
+    text = "a\tb :warning: [red]x[/red] [bold] [/] \\[y] " + "long " * 60
+    name = "[red]n[/red] :warning:"
+    out = io.StringIO()
+    answer = Answer(name, [1], [Completion([1], [0.0], "stop", text), Completion([7, 8], [0.0], "stop")], "[/] :x:")
+    print_answers([answer], Console(file=out, highlight=False, width=80))
+    assert f"failed: [/] :x:\n{text}\n[7, 8]\n" in out.getvalue()
+    assert name in out.getvalue()
