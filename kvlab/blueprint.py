@@ -18,7 +18,7 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.random import named_key
 from kvlab.schema import ConfigError
-from kvlab.weights.checkpoint import abstract_model, peek_architecture
+from kvlab.weights.checkpoint import abstract_model
 
 
 def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
@@ -30,9 +30,10 @@ def abstract(config: Config, vocab_size: int) -> Model:
     """The model with shapes in place of parameters, in a second and without memory.
 
     Raises ConfigError for states that the config's memory cannot hold, or not in its format, or not under its
-    compression and budget, and for a published checkpoint whose vocabulary does not hold the task's `vocab_size`
-    tokens.
+    compression and budget, and for a published checkpoint whose vocabulary does not hold the tokens of the task's
+    sequences; a tokenizer may know more.
     """
+    _check_vocabulary(config)
     shapes = _shapes(config, vocab_size)
     parts_of(shapes.states, config.memory, max_len=config.context_len)
     return shapes
@@ -41,6 +42,7 @@ def abstract(config: Config, vocab_size: int) -> Model:
 def check(configs: Iterable[Config]) -> None:
     """Raises what `abstract` would, of the first config for which it would; equal models are built once."""
     for config in configs:
+        _check_vocabulary(config)
         parts_of(_states(config), config.memory, max_len=config.context_len)
 
 
@@ -128,8 +130,14 @@ def _shapes(config: Config, vocab_size: int) -> Model:
     if config.weights.path is None:
         key = named_key(config.seed, "init")
         return Model.of(nnx.eval_shape(partial(draw, config, vocab_size), key))
-    architecture = peek_architecture(config.weights.folder, config.weights.compute_dtype)
-    if vocab_size > architecture.vocab_size:
-        legal = f"its vocabulary of {architecture.vocab_size} must hold the task's {vocab_size} tokens"
+    return abstract_model(config.weights.architecture())
+
+
+def _check_vocabulary(config: Config) -> None:
+    """Raises ConfigError for a published checkpoint whose vocabulary does not hold a token of the task's sequences."""
+    task = config.make_task()
+    if config.weights.path is None or task.vocab_size <= (held := config.weights.architecture().vocab_size):
+        return
+    if (highest := task.highest_token()) >= held:
+        legal = f"its vocabulary of {held} does not hold token {highest} of the task"
         raise ConfigError("weights.path", config.weights.path, legal)
-    return abstract_model(architecture)

@@ -33,7 +33,9 @@ from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
 from kvlab.selection import SELECTIONS
+from kvlab.sweep_order import trainings_first
 from kvlab.tasks import TASKS
+from kvlab.weights.section import DETERMINED, refuse_beside, without_determined
 
 
 def configs_dir() -> Path:
@@ -170,7 +172,19 @@ def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
             plain: Any = OmegaConf.to_container(hydra_compose(root.file, overrides=list(overrides)), resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(list(overrides), error, root) from None
-    return plain
+        modelled = without_determined(plain) if root is RUN else plain
+        if modelled.keys() != plain.keys():
+            _refuse_beside_weights(overrides, plain)
+    return modelled
+
+
+def _refuse_beside_weights(overrides: Sequence[str], composed: dict[str, Any]) -> None:
+    """Raises ConfigError where words, or an experiment, say something of the model that published weights determine:
+    where a section is not what the task alone brings."""
+    given = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] in DETERMINED]
+    choices = hydra_compose(RUN.file, overrides=list(overrides), return_hydra_config=True).hydra.runtime.choices
+    plain: Any = OmegaConf.to_container(hydra_compose(RUN.file, overrides=[f"task={choices['task']}"]), resolve=True)
+    refuse_beside(given, composed, plain)
 
 
 def _with_fields(overrides: Sequence[str], root: Root) -> list[str]:
@@ -226,13 +240,13 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
     jobs = _jobs(words, RUN)
     composed = [fitting(_composed(job, RUN), [word.split("=")[0].lstrip("+") for word in for_some]) for job in jobs]
     configs = _checked(composed, planned)
-    ordered = _trainings_first(words, jobs, [config.training_id for config in configs])
+    ordered = trainings_first(words, jobs, [config.training_id for config in configs], RUN.groups)
     if ordered == words or any("." in name for name in axes or {}):
         handed = [*overrides, *(f"~hydra.sweeper.params.{name}" for name in replaced)]
     else:  # the axes of the experiment stand among the words
         handed = [*ordered, *(f"~hydra.sweeper.params.{name}" for name in axes or {})]
     # Another machine might choose another type: another run.
-    if all(values["model"]["dtype"] == "auto" for values in composed):
+    if all(values["model"]["dtype"] == "auto" for values in composed if "model" in values):
         handed.append(f"model.dtype={ModelConfig(dtype='auto').dtype}")
     return configs, handed
 
@@ -260,33 +274,9 @@ def _checked(composed: Sequence[dict[str, Any]], planned: bool) -> list[Config]:
 def _for_hardware(values: dict[str, Any]) -> dict[str, Any]:
     """Composed values in which "auto" is the type of the hardware that they name, not this machine's."""
     device = HardwareConfig.build(values.get("hardware", {}), "hardware").device
-    if device is None or values["model"]["dtype"] != "auto":
+    if device is None or "model" not in values or values["model"]["dtype"] != "auto":
         return values
     return {**values, "model": {**values["model"], "dtype": dtype_for(device.platform)}}
-
-
-def _trainings_first(words: list[str], jobs: list[list[str]], trainings: list[str]) -> list[str]:
-    """A sweep's words with the axes that change the evaluation alone before all others. Hydra varies the first axis
-    slowest, so that a sweep then begins with one run of every training, and no worker waits for another's."""
-
-    def key_of(word: str) -> str:
-        return word.split("=", 1)[0].lstrip("+")
-
-    def is_apart(key: str) -> bool:
-        """Whether its place among the words means nothing: no other sets the same field."""
-        others = {key_of(word) for word in words} - {key, *RUN.groups}
-        nested = any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in others)
-        return key in RUN.groups or (not nested and [*map(key_of, words)].count(key) == 1)
-
-    evaluation = set[str]()
-    for axis, word in enumerate(jobs[0]):
-        found: dict[tuple[str, ...], set[str]] = {}
-        for job, training in zip(jobs, trainings, strict=True):
-            found.setdefault((*job[:axis], *job[axis + 1 :]), set()).add(training)
-        is_swept = len({job[axis] for job in jobs}) > 1
-        if is_swept and is_apart(key_of(word)) and all(len(each) == 1 for each in found.values()):
-            evaluation.add(key_of(word))
-    return sorted(words, key=lambda word: key_of(word) not in evaluation)
 
 
 def _sweep(overrides: list[str]) -> tuple[list[Override], dict[str, Any] | None]:

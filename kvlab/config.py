@@ -46,7 +46,7 @@ from kvlab.tasks import TASKS, Task
 from kvlab.training.config import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
 from kvlab.units import counted
-from kvlab.weights.section import WeightsConfig, with_pretrained
+from kvlab.weights.section import WeightsConfig, refuse_other, with_pretrained
 
 SCHEMA_VERSION = 1
 NOT_IDENTITY = ("hardware", "results_dir", "equal_budget")
@@ -75,6 +75,16 @@ def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str,
     if not isinstance(name, str) or name not in registry:
         raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
     return name, registry[name].Config.build(fields, path)
+
+
+def _spelled_out(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections that say what a model is, where they are given, with every default. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    if "mixer" in fields:
+        found["mixer"] = MixerConfig.build(fields["mixer"]).as_dict()
+    if "model" in fields:
+        found["model"] = to_plain(ModelConfig.build(fields["model"], "model"))
+    return found
 
 
 SECTIONS: dict[str, type[Schema]] = {
@@ -161,12 +171,13 @@ class Config(Schema):
         if not isinstance(values, Mapping):
             raise ConfigError(path or "config", values, "must be a mapping of sections")
         fields = dict(cast(Mapping[str, object], values))
-        for name in ("mixer", "task"):
+        weights = WeightsConfig.build(fields.get("weights", {}), "weights")
+        for name in ("mixer", "task") if weights.path is None else ("task",):
             if name not in fields:
                 raise ConfigError(name, None, "is missing and has no default")
-        weights = WeightsConfig.build(fields.get("weights", {}), "weights")
         if weights.path is not None:
-            fields = with_pretrained(fields, weights)
+            given, fields = fields, with_pretrained(fields, weights)
+            refuse_other(_spelled_out(given), fields)
         mixer = MixerConfig.build(fields.pop("mixer"))
         task_name, task = _typed(fields.pop("task"), "task", TASKS)
         if fields.get("equal_budget") is not None:

@@ -30,7 +30,8 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json of the Hugging Face hub. Needs the extra `hf`."""
+    """A tokenizer.json of the Hugging Face hub. Needs the extra `hf`. What a file was saved with that cuts a text, pads
+    it or merges it at random (truncation, padding, dropout) is switched off."""
 
     def __init__(self, path: Path):
         """Raises ImportError without the extra, and ValueError for a file that is no tokenizer."""
@@ -42,7 +43,11 @@ class FileTokenizer:
             self._loaded = Loaded.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
-        self.vocab_size: int = self._loaded.get_vocab_size()
+        self._loaded.no_truncation()
+        self._loaded.no_padding()
+        if getattr(self._loaded.model, "dropout", None) is not None:
+            self._loaded.model.dropout = None
+        self.vocab_size: int = max(self._loaded.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         return self._loaded.encode(text, add_special_tokens=special).ids

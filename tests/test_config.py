@@ -43,6 +43,7 @@ ADDED = {
     "task": {"num_turns", "writes", "num_scored", "scored_in_chunks", "query_aware", "max_bigram_count"},
     "optimizer": {"name", "muon_momentum"},
     "train": {"vmap"},
+    "weights": {"window", "num_sinks"},
     "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
@@ -54,6 +55,7 @@ ADDED_TO_ATTENTION = (
     "scale",
     "norms",
     "out_bias",
+    "qkv_bias",
     "qk_norm_over",
 )
 

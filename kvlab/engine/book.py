@@ -114,18 +114,21 @@ class Book:
 
     # Ends of requests.
 
-    def cancel(self, name: str) -> Event:
-        """Ends a request now; its answer has what was generated so far. Raises KeyError for an unknown name."""
+    def cancel(self, name: str) -> list[Event]:
+        """Ends a request now; its answer has what was generated so far, and events tell the text that was held back.
+        Raises KeyError for an unknown name."""
         if name not in self.requests:
             raise KeyError(f"request {name!r}: is not running")
         request = self.requests[name]
+        held = {sample.index: text for sample in request.samples if (text := _held_back(sample))}
         if name in self.beams:
             self.beams[name].end("cancelled")
             self.end_beams(self.beams[name])
         else:
             for sample in request.samples[:]:
                 self.finish(sample, "cancelled")
-        return Event(name, 0, None, float("nan"), "", "cancelled")
+        last = Event(name, 0, None, float("nan"), held.pop(0, ""), "cancelled")
+        return [*(last._replace(sample=index, text=text, finish_reason=None) for index, text in held.items()), last]
 
     def end_beams(self, group: BeamGroup) -> list[Event]:
         """A beam search has ended: its beams go, and the best one is told."""
@@ -159,6 +162,7 @@ class Book:
         """The answer of a request that failed: what its sequences have said until now. They are the caller's to
         drop."""
         self.stats.failed += 1
+        text = "".join(_held_back(sample) for sample in request.samples if sample.index == index)
         if request.name in self.beams:
             group = self.beams[request.name]
             group.end("error")
@@ -166,7 +170,7 @@ class Book:
         for sample in request.samples:
             request.completions.setdefault(sample.index, _completion(sample, "error"))
         self.answer(request, reason)
-        return Event(request.name, index, None, float("nan"), "", "error", reason)
+        return Event(request.name, index, None, float("nan"), text, "error", reason)
 
     def answer(self, request: Request, error: str | None = None) -> None:
         """A request is over."""
@@ -181,6 +185,11 @@ class Book:
         for stream in list(self.streams):
             stream.take(events)
         return events
+
+
+def _held_back(sample: Sample) -> str:
+    """Text of a sequence that nobody was told, since more could have changed it."""
+    return "" if sample.transcript is None or sample.request.sampling.beam_width else sample.transcript.finish()
 
 
 def _completion(sample: Sample, reason: FinishReason) -> Completion:

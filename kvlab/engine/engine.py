@@ -135,7 +135,7 @@ class Engine:
 
     def cancel(self, name: str) -> None:
         """Ends a request now; its answer has what was generated so far. Raises KeyError for an unknown name."""
-        self.book.tell([self.book.cancel(name)])
+        self.book.tell(self.book.cancel(name))
 
     def generate(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None

@@ -176,6 +176,7 @@ def filter_threshold(scores: Float[Array, "B M V"], choices: Choices) -> Float[A
     before = jnp.cumsum(weights, axis=-1) - weights
     nucleus = (before < choices.top_p[:, None, None]).sum(axis=-1, keepdims=True, dtype=jnp.int32)
     pth = jnp.take_along_axis(ranked, jnp.maximum(nucleus - 1, 0), axis=-1)
+    pth = jnp.where(jnp.asarray(choices.top_p)[:, None, None] < 1, pth, -jnp.inf)  # rounded sums reach 1 before the end
     floor = ranked[:, :, :1] + jnp.log(choices.min_p)[:, None, None]
     return jnp.maximum(jnp.maximum(kth, pth), floor)[:, :, 0]
 

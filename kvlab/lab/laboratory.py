@@ -15,7 +15,6 @@ from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.training.optimizer import make_optimizer
 from kvlab.training.step import TrainStep
-from kvlab.weights import load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Laboratory:
         if abstract:
             return cls(config, task, shapes, placement)
         if config.weights.path is not None:
-            model = load_checkpoint(config.weights.folder, config.weights.compute_dtype).model
+            model = config.weights.load()
             return cls(config, task, Model(model.structure, placement.put(model.params, "")), placement)
         key = named_key(config.seed, "init")
         draw = partial(blueprint.draw, config, task.vocab_size)

@@ -24,6 +24,7 @@ from kvlab.lab.tables import sweep_summary
 from kvlab.methods import fitting
 from kvlab.schema import ConfigError
 from kvlab.units import counted
+from kvlab.weights.section import without_determined
 
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
@@ -123,7 +124,7 @@ def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
 
 def _job(composed: Any) -> None:
     values: Any = OmegaConf.to_container(composed, resolve=True)
-    config = blueprint.resolved(Config.build(fitting(values)))
+    config = blueprint.resolved(Config.build(without_determined(fitting(values))))
     if config.run_dir in _BEGUN:  # another job of this sweep that came out equal, whatever became of it
         return
     _BEGUN.add(config.run_dir)

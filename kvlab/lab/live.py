@@ -19,7 +19,9 @@ def status(engine: Engine, seconds: float, most: int = 12) -> Group:
     for sample in shown[:most]:
         text = sample.transcript.text[-60:] if sample.transcript else " ".join(map(str, sample.answer[-12:]))
         length = f"{len(sample.answer)}/{sample.request.sampling.max_tokens}"
-        requests.add_row(str(sample.name), sample.state, str(len(sample.request.prompt)), length, RichText(text))
+        requests.add_row(
+            RichText(str(sample.name)), sample.state, str(len(sample.request.prompt)), length, RichText(text)
+        )
     if len(shown) > most:
         requests.add_row(f"and {len(shown) - most} more", "", "", "", "")
     accounts = engine.ledger.audit()
@@ -56,10 +58,11 @@ def summary(engine: Engine, seconds: float) -> str:
 
 
 def print_answers(answers: Sequence[Answer], console: Console) -> None:
-    """Prompts and answers for reading."""
+    """Prompts and answers for reading. Texts are written as they are: nothing in them is markup, an emoji's name or a
+    tab to be expanded."""
     for answer in answers:
-        console.rule(answer.name, align="left")
+        console.rule(RichText(answer.name), align="left")
         if answer.error:
-            console.print(f"failed: {answer.error}", markup=False)
+            console.file.write(f"failed: {answer.error}\n")
         for completion in answer.completions:
-            console.print(completion.text or str(completion.tokens), markup=False, highlight=False, soft_wrap=True)
+            console.file.write(f"{completion.text or completion.tokens}\n")

@@ -42,14 +42,15 @@ class AttentionConfig(MixerConfig):
 
     Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). With `qk_norm` queries and keys are
     normed before they are turned: each head by itself, or `qk_norm_over` "all" of them as one vector, as OLMo 2 does
-    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`.
+    (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`, those of
+    queries, keys and values alone with `qkv_bias`.
     """
 
     num_heads: int = integer(4, 1, 1024)
     num_kv_heads: int = integer(4, 1, 1024)
     head_dim: int = integer(16, 1, 1024)
     rope: bool = flag(True)
-    rope_base: float = real(10_000.0, 1.0, 1e9)
+    rope_base: float = real(10_000.0, 1.0, 1e15)
     rope_fraction: float = real(1.0, 0.0, 1.0, open_low=True)
     rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
     window: int | None = integer(None, 1, optional=True)
@@ -64,6 +65,7 @@ class AttentionConfig(MixerConfig):
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
     qk_norm_over: str = added(choice("head", QK_NORMS_OVER))
     out_bias: bool = added(flag(False))
+    qkv_bias: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -76,6 +78,8 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("qk_norm_over", self.qk_norm_over, "must be head without qk_norm")
         if self.out_bias and self.bias:
             raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
+        if self.qkv_bias and (self.bias or self.out_bias):
+            raise ConfigError("qkv_bias", True, "must be false with bias or out_bias: bias is of all projections")
         check_scaling(self.rope_scaling, self.rope_base)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
@@ -118,10 +122,11 @@ class Attention(Mixer):
             return Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
 
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.query = linear(model_dim, heads * dim, config.bias)
+        qkv_bias = config.bias or config.qkv_bias
+        self.query = linear(model_dim, heads * dim, qkv_bias)
         if not config.shares_kv:
-            self.key = linear(model_dim, kv_heads * dim, config.bias)
-            self.value = linear(model_dim, kv_heads * dim, config.bias)
+            self.key = linear(model_dim, kv_heads * dim, qkv_bias)
+            self.value = linear(model_dim, kv_heads * dim, qkv_bias)
         self.out = linear(heads * dim, model_dim, config.bias or config.out_bias)
         if config.output_gate:
             self.gate = linear(model_dim, heads * dim, config.bias)

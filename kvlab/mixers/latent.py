@@ -34,7 +34,7 @@ class LatentConfig(MixerConfig):
     value_dim: int = integer(16, 1, 1024)
     query_rank: int = integer(0, 0, 65536)
     rope: bool = flag(True)
-    rope_base: float = real(10_000.0, 1.0, 1e9)
+    rope_base: float = real(10_000.0, 1.0, 1e15)
     rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
 

@@ -114,6 +114,10 @@ class Task(abc.ABC):
         is in one of them. The names are those of all batches; none: the labels are of one kind."""
         return {}
 
+    def highest_token(self) -> int:
+        """The highest token that its sequences may have. Reads the data where these say it."""
+        return self.vocab_size - 1
+
     def fingerprint(self) -> str | None:
         """Hash of the data where it comes from outside; None where the key determines it."""
         return None

@@ -66,6 +66,15 @@ class Haystack[C: HaystackConfig](Task):
     def knobs(self, key: Array, batch_size: int) -> Array:
         """The knobs of a training batch."""
 
+    @property
+    @abc.abstractmethod
+    def fixed_parts(self) -> tuple[np.ndarray, ...]:
+        """The tokens of what stands in every example beside text and digits."""
+
+    def highest_token(self) -> int:
+        parts = [self.digits, *self.fixed_parts, *self.haystack.values()]
+        return max(int(part.max()) for part in parts if part.size)
+
     def ids(self, words: str) -> np.ndarray:
         """The tokens of a part of an example."""
         return np.array(self.tokenizer.encode(words, special=False), np.int32)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kvlab.schema import ConfigError, integer, integers, text
@@ -41,6 +42,10 @@ class Needle(Haystack[NeedleConfig]):
     def __init__(self, config: NeedleConfig):
         super().__init__(config)
         self._statement, self._stop = self.ids(config.statement), self.ids(".\n")
+
+    @property
+    def fixed_parts(self) -> tuple[np.ndarray, ...]:
+        return self._statement, self._stop
 
     @property
     def least_context(self) -> int:

@@ -66,6 +66,10 @@ class Passkey(Haystack[PasskeyConfig]):
         self._opening, self._between, self._closing, self._first, self._second = map(np.stack, zip(*alike, strict=True))
 
     @property
+    def fixed_parts(self) -> tuple[np.ndarray, ...]:
+        return self._opening, self._between, self._closing, self._first, self._second
+
+    @property
     def needle_len(self) -> int:
         """Tokens of a statement, in which its key is twice."""
         return self._opening.shape[1] + self._between.shape[1] + self._closing.shape[1] + 2 * NUM_DIGITS

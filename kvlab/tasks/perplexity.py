@@ -65,6 +65,9 @@ class Perplexity(Text):
         """The whole text."""
         return jnp.asarray(self.corpus["test"])
 
+    def highest_token(self) -> int:
+        return max(int(part.max()) for part in self.corpus.values())
+
     def fingerprint(self) -> str | None:
         return hashlib.sha256(
             repr([self.corpus_digest, self.tokenizer and file_digest(self.tokenizer)]).encode()

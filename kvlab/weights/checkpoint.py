@@ -14,9 +14,11 @@ from flax import nnx
 
 from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer, path_name
+from kvlab.schema import shown
 from kvlab.typing import Params
+from kvlab.units import counted
 from kvlab.weights.architectures import read_architecture, table_of, write_architecture
-from kvlab.weights.families import Architecture
+from kvlab.weights.families import FAMILIES, Architecture
 from kvlab.weights.files import (
     FLOATS,
     Stored,
@@ -27,7 +29,9 @@ from kvlab.weights.files import (
     refuse_gguf,
     write_shards,
 )
+from kvlab.weights.heads import HEAD, as_stored, with_embedding
 from kvlab.weights.tables import Table
+from kvlab.weights.windows import windowed
 
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
 """What a model computes in by default, from the type its tensors are stored in. float16 is widened: its range is too
@@ -44,18 +48,25 @@ class Pretrained:
     """Tokens that end an answer, as the folder says; nothing stops at them unless `Sampling.stop_tokens` asks."""
 
 
-def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrained:
+def load_checkpoint(
+    directory: str | Path, dtype: str | None = None, *, window: int | None = None, num_sinks: int = 0
+) -> Pretrained:
     """A model from a folder with config.json and safetensors, one file or sharded.
 
     `dtype` ("float32", "bfloat16"; None: as stored) is that of matrices and of the computation; norms, decays and time
-    steps are float32. Holds one parameter at a time beside the model. Raises WeightsError naming every missing,
-    unexpected or mismatching tensor and every option that is not supported, before anything is allocated.
+    steps are float32. With a `window` every layer of attention sees at most that many tokens, the current one included,
+    and the first `num_sinks` (`kvlab.weights.windows`). Holds one parameter at a time beside the model. Raises
+    WeightsError naming every missing, unexpected or mismatching tensor and every option that is not supported, before
+    anything is allocated, and ConfigError for a window that its layers cannot have.
     """
     directory = Path(directory).expanduser()
     refuse_gguf(directory)
-    headers, architecture = read_headers(directory), peek_architecture(directory, dtype)
+    headers = read_headers(directory)
+    architecture = peek_architecture(directory, dtype, window=window, num_sinks=num_sinks)
     abstract = abstract_model(architecture)
     table = table_of(architecture)
+    if architecture.model.tie_embeddings:
+        table = with_embedding(table, headers)
     if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
@@ -64,34 +75,43 @@ def load_checkpoint(directory: str | Path, dtype: str | None = None) -> Pretrain
         whole = entry.load([read_tensor(headers[name], name) for name in entry.names])
         return jax.device_put(np.ascontiguousarray(whole.astype(like.dtype, copy=False)))
 
-    end_tokens = read_end_tokens(directory, architecture.vocab_size)
+    end_tokens = read_end_tokens(directory, architecture)
     params = jax.tree_util.tree_map_with_path(tensor, abstract.params)
     return Pretrained(architecture, Model(abstract.structure, params), end_tokens)
 
 
-def peek_architecture(directory: Path, dtype: str | None = None) -> Architecture:
-    """What model a folder holds, from config.json and the headers alone. Raises WeightsError for what is not
-    supported."""
+def peek_architecture(
+    directory: Path, dtype: str | None = None, *, window: int | None = None, num_sinks: int = 0
+) -> Architecture:
+    """What model `load_checkpoint` makes of a folder, from config.json and the headers; a head that a tied model stores
+    is compared with the embedding. Raises as it does."""
     refuse_gguf(directory)
-    values = read_json(directory / "config.json")
-    architecture, problems = read_architecture(values, dtype or _stored_dtype(read_headers(directory)))
+    values, headers = read_json(directory / "config.json"), read_headers(directory)
+    architecture, problems = read_architecture(values, dtype or _stored_dtype(headers))
     if architecture is None:
         raise WeightsError(directory, problems)
-    return architecture
+    if (num_layers := len(architecture.layers)) > len(headers):  # before any of them is built
+        held = f"the folder has {counted(len(headers), 'tensor')}"
+        raise WeightsError(directory, [f"config.json: num_hidden_layers = {num_layers}: {held}"])
+    return windowed(as_stored(architecture, table_of(architecture), headers), window, num_sinks)
 
 
-def read_end_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none. Raises WeightsError
-    for anything else."""
+def read_end_tokens(directory: Path, architecture: Architecture) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, or else of config.json: one id, several or none (null). Where neither
+    has the field it is the family's default, if the vocabulary holds that. Raises WeightsError for anything else."""
+    vocab_size, is_given = architecture.vocab_size, False
     for name in ("generation_config.json", "config.json"):
-        if not (directory / name).exists() or (given := read_json(directory / name).get("eos_token_id")) is None:
+        values = read_json(directory / name) if (directory / name).exists() else {}
+        is_given |= "eos_token_id" in values
+        if (given := values.get("eos_token_id")) is None:
             continue
         ids = tuple(given) if isinstance(given, list) else (given,)
         if wrong := [token for token in ids if type(token) is not int or not 0 <= token < vocab_size]:
             legal = f"must be token ids in [0, {vocab_size})"
-            raise WeightsError(directory, [f"{name}: eos_token_id = {wrong[0]!r}: {legal}"])
+            raise WeightsError(directory, [f"{name}: eos_token_id = {shown(wrong[0])}: {legal}"])
         return ids
-    return ()
+    default = FAMILIES[architecture.family].default_end
+    return () if is_given or default is None or default >= vocab_size else (default,)
 
 
 def save_checkpoint(
@@ -173,7 +193,7 @@ def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied:
                 problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
             if stored.dtype not in FLOATS:
                 problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
-    ignored = {"lm_head.weight"} if tied else set()  # some files store a tied head twice
+    ignored = {HEAD} if tied else set()  # some files store a tied head twice
     unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
     problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]
     return problems

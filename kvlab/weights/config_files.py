@@ -71,7 +71,7 @@ class ConfigFile(Part):
 class DefaultRope(Part):
     """The rotary embedding as it is, of that share of each head."""
 
-    rope_theta: float = positive(10_000.0)
+    rope_theta: float = value_of(real_type(1.0, 1e15), 10_000.0)
     partial_rotary_factor: float = value_of(real_type(0.0, 1.0, open_low=True), 1.0)
 
     @property
@@ -156,16 +156,53 @@ def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str
         return None
 
 
+TAGGED = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def untagged(value: Any) -> Any:
+    """A value of a config.json with the numbers that JSON lacks: transformers 5 saves {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [untagged(each) for each in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+        return TAGGED.get(value["__float__"], value)
+    return {name: untagged(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def read_context(values: Mapping[str, Any], name: str | None, found: list[str]) -> int | None:
+    """The context that a field of that name gives; None where there is none."""
+    value = values.get(name) if name else None
+    if value is None or (type(value) is int and 0 < value < 2**31):
+        return value
+    found.append(f"config.json: {name} = {shown(value)}: must be a positive integer")
+    return None
+
+
+def older_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads in place of `rope_parameters`: base and share at the top, and `rope_scaling`. It knows
+    one embedding for all layers, of Gemma 3 the one of full attention."""
+    rope = dict(values.get("rope_parameters") or {})
+    older: dict[str, Any] = {}
+    if "sliding_attention" in rope:
+        older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    names = {"rope_theta", "partial_rotary_factor"}
+    older |= {name: rope[name] for name in names if rope.get(name) is not None}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name not in names}
+    return dict(sorted(older.items()))
+
+
 def read_rope(values: Mapping[str, Any], found: list[str], fraction: float | None = None) -> DefaultRope | None:
     """Base and scaling, in the old spelling (rope_theta, rope_scaling) or the new (rope_parameters). `fraction` is the
     share of a head that is turned where the file names none; None: another than the whole is refused."""
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
-    if new and old and new != old:
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        if value and not isinstance(value, Mapping):
+            found.append(f"config.json: {name} = {shown(value)}: must be an object")
+            return None
+    if new and old and any(new.get(name, value) != value for name, value in old.items()):
         found.append("config.json: rope_parameters and rope_scaling: must not contradict each other")
-    given = new or old or {}
-    if not isinstance(given, Mapping):
-        found.append(f"config.json: rope_parameters = {shown(given)}: must be an object")
-        return None
+    given = {**(new or {}), **(old or {})}
     kind = given.get("rope_type", given.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPES:
         found.append(f"config.json: rope_type = {shown(kind)}: must be one of {', '.join(ROPES)}")

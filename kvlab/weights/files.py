@@ -1,5 +1,6 @@
 """A folder of safetensors: headers first, then one tensor at a time, so that a model never lies in memory twice."""
 
+import itertools
 import json
 import math
 import os
@@ -22,15 +23,23 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),  # numpy learns it from there
 }
 FLOATS = tuple(NUMPY)
+MAX_DEPTH = 32
+"""Levels of a JSON file; published ones have three."""
+
+
+MAX_LINE, MAX_MESSAGE = 400, 1400
+"""Characters of a problem, and of all that are listed."""
 
 
 class WeightsError(ValueError):
-    """A checkpoint that cannot be loaded: says which files, names, shapes or options, all of them at once."""
+    """A checkpoint that cannot be loaded: says which files, names, shapes or options, as many at once as fit."""
 
     def __init__(self, where: Path, problems: Iterable[str]):
-        listed = list(problems)
-        more = f"\n  and {len(listed) - 40} more" if len(listed) > 40 else ""
-        super().__init__(f"{where}: " + "\n  ".join(["cannot be loaded:", *listed[:40]]) + more)
+        lines = [line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..." for line in problems]
+        ends = itertools.accumulate(len(line) + 3 for line in lines)
+        listed = lines[: max(1, sum(end <= MAX_MESSAGE for end in ends))]
+        more = f"\n  and {len(lines) - len(listed)} more" if len(lines) > len(listed) else ""
+        super().__init__(f"{where}: " + "\n  ".join(["cannot be loaded:", *listed]) + more)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,18 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(path, [f"not JSON ({type(error).__name__}: {error})"]) from None
     if not isinstance(value, dict):
         raise WeightsError(path, [f"is a {type(value).__name__}, not an object"])
+    if _is_deeper(value, MAX_DEPTH):
+        raise WeightsError(path, [f"is nested more than {MAX_DEPTH} deep"])
     return value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether objects and lists stand in each other more than `most` deep."""
+    level: list[Any] = [value]
+    for _ in range(most):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for part in inner for each in part]
+    return any(isinstance(each, dict | list) for each in level)
 
 
 def read_headers(directory: Path) -> dict[str, Stored]:

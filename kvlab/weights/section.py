@@ -2,25 +2,47 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 from kvlab.files import home_expanded
-from kvlab.schema import ConfigError, Schema, choice, text, to_plain
-from kvlab.weights.checkpoint import peek_architecture
+from kvlab.models.model import Model
+from kvlab.schema import ConfigError, Schema, added, choice, integer, shown, text, to_plain
+from kvlab.tasks import TASKS, Text
+from kvlab.tokenizers import ByteTokenizer
+from kvlab.weights.checkpoint import load_checkpoint, peek_architecture
+from kvlab.weights.families import Architecture
 from kvlab.weights.files import WeightsError
+
+DETERMINED = ("mixer", "model")
+"""Sections of a run that published weights determine."""
+INSTEAD = "what can be laid over given weights is weights.window, weights.num_sinks and weights.dtype"
 
 
 @dataclass(frozen=True)
 class WeightsConfig(Schema):
     """Where the parameters come from: `path` is a folder in the layout of the Hugging Face hub (null: drawn from the
-    seed). Its config.json then takes the place of `mixer` and `model`. `dtype` "stored" computes in the file's own."""
+    seed). Its config.json then takes the place of `mixer` and `model`, which must not be given beside it.
+
+    Over given weights lie `dtype`, in which they are computed ("stored": the file's own), and with a `window` a mask:
+    every layer of attention sees at most that many tokens, the current one included, and the first `num_sinks`. A
+    layer's own window stays where it is narrower; `num_sinks` without `window` are of these alone."""
 
     path: str | None = text(None, legal="a folder with config.json and safetensors", optional=True)
     dtype: str = choice("stored", ("stored", "float32", "bfloat16"))
+    window: int | None = added(integer(None, 1, optional=True))
+    num_sinks: int = added(integer(0, 0, 4096))
+
+    def cross_check(self) -> None:
+        if self.path is not None:
+            return
+        for name, nothing in (("dtype", "stored"), ("window", None), ("num_sinks", 0)):
+            if (value := getattr(self, name)) != nothing:
+                legal = "null" if nothing is None else nothing
+                raise ConfigError(name, value, f"must be {legal} without weights.path: there are no given weights")
 
     @property
     def folder(self) -> Path:
@@ -33,6 +55,19 @@ class WeightsConfig(Schema):
         """`dtype` as `load_checkpoint` takes it."""
         return None if self.dtype == "stored" else self.dtype
 
+    def architecture(self) -> Architecture:
+        """The model that the folder holds, under the window. Raises ConfigError."""
+        try:
+            return peek_architecture(self.folder, self.compute_dtype, window=self.window, num_sinks=self.num_sinks)
+        except WeightsError as error:
+            raise ConfigError("weights.path", self.path, str(error)) from None
+        except ConfigError as error:
+            raise error.under("weights") from None
+
+    def load(self) -> Model:
+        """The model with its parameters. Raises WeightsError."""
+        return load_checkpoint(self.folder, self.compute_dtype, window=self.window, num_sinks=self.num_sinks).model
+
     def fingerprint(self) -> str:
         """SHA-256 over the folder's config and tensors: two folders that differ are two runs."""
         paths = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
@@ -41,24 +76,83 @@ class WeightsConfig(Schema):
 
 
 def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str, Any]:
-    """The fields with the sections that a published checkpoint determines: mixer, model, and the task's tokenizer
-    where it has one and none is named."""
-    folder = weights.folder
-    try:
-        architecture = peek_architecture(folder, weights.compute_dtype)
-    except WeightsError as error:
-        raise ConfigError("weights.path", weights.path, str(error)) from None
+    """The fields with the sections that a published checkpoint determines: mixer, model, and the tokenizer of a task
+    that reads text where none is named. Raises ConfigError where there is none: bytes are no ids of its vocabulary."""
+    folder, architecture = weights.folder, weights.architecture()
     kinds = list(dict.fromkeys(architecture.layers))
     names = {layer: f"L{index}" for index, layer in enumerate(kinds)}
     mixer = {
-        "name": re.sub(r"[^\w.\-]", "_", folder.resolve().name),
+        "name": re.sub(r"[^\w.\-]", "_", folder.resolve().name) + _laid_over(weights),
         "pattern": " ".join(names[layer] for layer in architecture.layers),
         **{names[layer]: {"type": layer.mixer, **to_plain(layer.config)} for layer in kinds},
     }
     task = dict(cast(Mapping[str, Any], fields.get("task", {})))
-    if task.get("tokenizer", "") is None and (folder / "tokenizer.json").exists():
-        task["tokenizer"] = str(folder / "tokenizer.json")
+    kind = TASKS.get(str(task.get("type")))
+    has_bytes = architecture.vocab_size == ByteTokenizer.vocab_size
+    if kind is Text and not has_bytes:
+        legal = (
+            f"is text by the byte, and the vocabulary of these weights has {architecture.vocab_size} tokens, not 256"
+        )
+        raise ConfigError("task.type", task["type"], f"{legal}; task=perplexity reads text with their tokenizer")
+    if kind is not None and "tokenizer" in kind.Config.defaults() and task.get("tokenizer") is None:
+        if (folder / "tokenizer.json").exists():
+            task["tokenizer"] = str(folder / "tokenizer.json")
+        elif not has_bytes:
+            raise ConfigError("task.tokenizer", None, _no_tokenizer(folder, architecture.vocab_size))
     return {**fields, "mixer": mixer, "model": to_plain(architecture.model), "task": task}
+
+
+def _no_tokenizer(folder: Path, vocab_size: int) -> str:
+    """What to do where a folder has no tokenizer.json."""
+    others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).exists()]
+    why = f"{folder} has no tokenizer.json, and bytes are not the {vocab_size} tokens of its vocabulary"
+    if others:
+        return (
+            f"must name a tokenizer.json: {why}; it has {others[0]}, of which transformers' save_pretrained makes one"
+        )
+    return f"must name a tokenizer.json: {why}"
+
+
+def _laid_over(weights: WeightsConfig) -> str:
+    """What a variant's name says of the mask."""
+    window = "" if weights.window is None else f"-window{weights.window}"
+    return window + (f"-sinks{weights.num_sinks}" if weights.num_sinks else "")
+
+
+def without_determined(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """Composed values without the sections that published weights determine: there they say what the task's own model
+    would be."""
+    given = composed.get("weights")
+    is_given = isinstance(given, Mapping) and given.get("path") is not None
+    return {name: section for name, section in composed.items() if not (is_given and name in DETERMINED)}
+
+
+def refuse_beside(words: Sequence[str], composed: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+    """Raises ConfigError for words beside published weights that say something of `mixer` or `model`, and for sections
+    that are not the `plain` ones of the task: an experiment says it."""
+    for word in words:
+        name, _, value = word.lstrip("+~").partition("=")
+        raise ConfigError(name, value, f"weights.path says what the model is; {INSTEAD}")
+    refuse_other(composed, plain, "an experiment chooses it, and weights.path says what the model is")
+
+
+def refuse_other(given: Mapping[str, Any], own: Mapping[str, Any], why: str = "weights.path says {}") -> None:
+    """Raises ConfigError for the first field of the sections that weights determine whose value is not their `own`."""
+    for section in DETERMINED:
+        if section in given and (found := _difference(given[section], own[section], section)) is not None:
+            name, value, expected = found
+            raise ConfigError(name, value, f"{why.format(shown(expected))}; {INSTEAD}")
+
+
+def _difference(given: Any, own: Any, name: str) -> tuple[str, Any, Any] | None:
+    """A field in which two sections differ: its name, and both values."""
+    if isinstance(given, Mapping) and isinstance(own, Mapping):
+        names = [*given, *(key for key in own if key not in given)]
+        for key in sorted(names, key=lambda key: isinstance(given.get(key), Mapping)):  # what is short comes first
+            if (found := _difference(given.get(key), own.get(key), f"{name}.{key}")) is not None:
+                return found
+        return None
+    return None if given == own else (name, given, own)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
@@ -22,7 +22,10 @@ from tests.weights.random_checkpoint import draw, prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "generation"
 FIRST = ("llama_gqa", "llama_mqa", "llama_mha", "llama3_rope", "qwen3", "mistral", "deepseek_v3", "mamba2")
-LATER = ("gemma3_text", "granitemoehybrid", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "kimi_linear")
+LATER = (
+    *("gemma3_text", "granitemoehybrid", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "kimi_linear"),
+    *("qwen2", "gemma"),
+)
 """Families that are run in the same few ways each: one more changes nothing for the others."""
 FAMILIES = (*FIRST, *LATER)
 VOCAB, WINDOW, NUM_NEW = 320, 24, 40
@@ -46,6 +49,17 @@ def write_folder(family: str, directory: Path) -> Path:
     tensors = {name: draw(name, tuple(shape), norms_near=near) for name, shape in golden(family)["shapes"].items()}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(golden(family)["config"]))
+    return directory
+
+
+def write_byte_folder(directory: Path) -> Path:
+    """A Llama whose tokens are bytes: no tokenizer belongs to it."""
+    write_folder("llama_gqa", directory)
+    tensors = load_file(directory / "model.safetensors")
+    by_token = ("model.embed_tokens.weight", "lm_head.weight")
+    save_file(tensors | {name: tensors[name][:256].copy() for name in by_token}, directory / "model.safetensors")
+    config = golden("llama_gqa")["config"] | {"vocab_size": 256}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

@@ -156,3 +156,12 @@ def test_shared_noise_accepts_a_draft_models_tokens_as_often_as_the_theory_says(
 def test_wrong_sampling_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         Sampling.build(fields)
+
+
+def test_a_row_without_filters_draws_from_the_whole_vocabulary_beside_one_that_has_them():
+    """Sums of 50,000 rounded weights reach 1 long before the last token."""
+    scores = jnp.linspace(0.0, -30.0, 50_000, dtype=jnp.float32)[None, None, :].repeat(2, axis=0)
+    samplings = [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=5)]
+    choices = Choices.of([(sampling, 0, 0) for sampling in samplings], 2)
+    kept = (scores >= filter_threshold(scores, choices)[:, :, None]).sum(axis=-1)
+    assert kept[:, 0].tolist() == [50_000, 5]

@@ -150,3 +150,25 @@ def test_text_is_written_while_steps_are_planned_ahead():
     assert found == expected
     assert ahead > never == 0
     assert {event.finish_reason for event in found} == {None, "stop", "length"}
+
+
+def test_text_that_was_held_back_is_told_when_a_request_is_cancelled():
+    """Of every sample: joined, the events' text is the answers'."""
+
+    class Signs(ByteTokenizer):
+        def decode(self, ids):
+            return "ab" * len(ids)
+
+    engine = engine_of("llama_gqa", tokenizer=Signs())
+    sampling = Sampling(max_tokens=30, num_samples=2, temperature=1.0, stop=("ab" * 20 + "c",))
+    stream = engine.stream([PROMPTS[1]], sampling)
+    events = [next(stream) for _ in range(6)]
+    assert not any(event.text for event in events)
+    engine.cancel(events[0].name)
+    events += list(stream)
+    assert [event.finish_reason for event in events[-2:]] == [None, "cancelled"]
+    for index in (0, 1):
+        told = [event for event in events if event.sample == index]
+        tokens = [event.token for event in told if event.token is not None]
+        assert tokens
+        assert "".join(event.text for event in told) == "ab" * len(tokens)

@@ -18,12 +18,13 @@ from kvlab.compose import compose, compose_generate
 from kvlab.engine.config import EngineConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
-from kvlab.lab import laboratory
 from kvlab.lab.execute import execute
+from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.live import summary
 from kvlab.lab.request_lines import read_requests
 from kvlab.lab.source import load_source
 from kvlab.schema import ConfigError
+from kvlab.weights import section
 from tests.engine.families import golden, pretrained, write_folder
 from tests.weights.random_checkpoint import prompt
 
@@ -260,6 +261,7 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
 
 def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
     folder = write_folder("llama_gqa", tmp_path)
+    word_tokenizer(folder / "tokenizer.json")
     with pytest.raises(ConfigError, match=r"weights\.path"):
         compose(["task=perplexity", f"weights.path={tmp_path / 'none'}"])
     with pytest.raises(ConfigError, match=r"task\.whole = True: must be false to train"):
@@ -270,19 +272,20 @@ def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):
 
 @pytest.mark.parametrize("abstract", [True, False])
 def test_weights_whose_states_no_memory_holds_are_refused_before_they_are_loaded(tmp_path, monkeypatch, abstract):
-    config = compose(["task=perplexity", f"weights.path={write_folder('llama_gqa', tmp_path)}"])
+    words = ["task=mqar", "task.vocab_size=320", "train.num_steps=0"]
+    config = compose([*words, f"weights.path={write_folder('llama_gqa', tmp_path)}"])
 
     def refuse(states, memory, **_):
         assert len(states) == 2
         raise ConfigError("memory.format", memory.format, "must be another")
 
-    def load(*_):
+    def load(*_, **_kwargs):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(blueprint, "parts_of", refuse)
-    monkeypatch.setattr(laboratory, "load_checkpoint", load)
+    monkeypatch.setattr(section, "load_checkpoint", load)
     with pytest.raises(ConfigError, match="must be another"):
-        laboratory.Laboratory.of(config, abstract=abstract)
+        Laboratory.of(config, abstract=abstract)
 
 
 def test_the_needle_grid_becomes_a_heat_map(tmp_path, monkeypatch):
@@ -307,3 +310,21 @@ def test_a_line_may_have_a_name_a_priority_and_a_namespace():
     line = '{"prompt": [1, 2], "name": "a", "priority": 3, "namespace": "mine", "sampling": {"top_k": 4}}'
     (request,) = read_requests([line, "  "], Sampling(max_tokens=5))
     assert request == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
+
+
+def test_printed_answers_are_the_text_byte_for_byte(capsys):
+    """Tabs stay tabs, and neither :names: nor brackets are anything else than text, in names and reasons too."""
+    import io
+
+    from rich.console import Console
+
+    from kvlab.engine.requests import Answer, Completion
+    from kvlab.lab.live import print_answers
+
+    text = "a\tb :warning: [red]x[/red] [bold] [/] \\[y] " + "long " * 60
+    name = "[red]n[/red] :warning:"
+    out = io.StringIO()
+    answer = Answer(name, [1], [Completion([1], [0.0], "stop", text), Completion([7, 8], [0.0], "stop")], "[/] :x:")
+    print_answers([answer], Console(file=out, highlight=False, width=80))
+    assert f"failed: [/] :x:\n{text}\n[7, 8]\n" in out.getvalue()
+    assert name in out.getvalue()

@@ -20,7 +20,7 @@ from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.smollm2 import Material
 from kvlab.schema import ConfigError
 from kvlab.tokenizers import ByteTokenizer
-from tests.engine.families import write_folder
+from tests.engine.families import write_byte_folder
 
 HERE = EXPERIMENTS_DIR / "not_at_this_scale"
 TABLES = ("runs", "heads", "axes", "smollm2", "mixers", "lengths", "ruler")
@@ -243,7 +243,7 @@ def test_the_command_on_a_few_steps(scale, tmp_path, monkeypatch, capsys):
 def test_pass_keys(scale, tmp_path):
     """Bytes are the tokens here, since the folder has no tokenizer."""
     (tmp_path / "hay.txt").write_text("abcdefgh" * 2000)
-    material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
+    material = Material(write_byte_folder(tmp_path / "weights"), "")
     sizes = load_figure("passkey_smollm2").Sizes(330, 2, 2, 64, text=str(tmp_path / "hay.txt"))
     found = scale.smollm2.measure(material, tmp_path, scale.smollm2.CELLS[-4:], sizes)
     assert found.groupby("method").size().to_dict() == {"KVzip": 4, **dict.fromkeys(found.method[4:], 2)}
@@ -331,10 +331,10 @@ def test_a_prompt_fills_its_context(scale):
 
 
 def test_ruler_answers_with_the_likeliest_token(scale, tmp_path, monkeypatch):
-    """Bytes are the tokens, though the vocabulary has some more. Token by token the parallel form says the same,
+    """Bytes are the tokens. Token by token the parallel form says the same,
     whatever the prompts' lengths."""
     (tmp_path / "hay.txt").write_text("abcdefgh" * 20_000)
-    material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
+    material = Material(write_byte_folder(tmp_path / "weights"), "")
     monkeypatch.setattr(ByteTokenizer, "decode", lambda self, ids: bytes(each % 256 for each in ids).decode("latin-1"))
     sizes = scale.ruler.Sizes((1500,), 2, 2, 2, 64, 5, str(tmp_path / "hay.txt"))
     found = scale.ruler.measure(material, tmp_path, sizes)

@@ -11,7 +11,7 @@ from kvlab.lab import smollm2
 from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure, load_part
 from kvlab.lab.smollm2 import MISSING, Bench, Material, Missing, Window
 from kvlab.schema import ConfigError
-from tests.engine.families import write_folder
+from tests.engine.families import write_byte_folder, write_folder
 from tests.lab.test_generation import word_tokenizer
 
 WITH_WEIGHTS = ("sinks_smollm2", "quest_recall", "passkey_smollm2")
@@ -75,7 +75,7 @@ def test_axes_and_sealed_pages(tiny, tmp_path):
 def test_passkeys(tmp_path):
     """Bytes are the tokens here, since the folder has no tokenizer."""
     (tmp_path / "hay.txt").write_text("abcdefgh" * 2000)
-    material = Material(write_folder("llama_gqa", tmp_path / "weights"), "")
+    material = Material(write_byte_folder(tmp_path / "weights"), "")
     figure = load_figure("passkey_smollm2")
     sizes = figure.Sizes(330, 2, 2, 64, methods=("h2o",), text=str(tmp_path / "hay.txt"))
     figure.draw(figure.measure(material, sizes, tmp_path), tmp_path / "passkey.png")

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from kvlab.models.transformer import path_name
 from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
-from kvlab.weights.architectures import table_of
+from kvlab.weights.architectures import read_architecture, table_of
 from kvlab.weights.checkpoint import peek_architecture
 from kvlab.weights.families import FAMILIES as LOADED
 from kvlab.weights.tables import LESS_ONE
@@ -132,8 +132,22 @@ def test_the_hubs_spelling_of_gemma_3(tmp_path):
     assert [(layer.window, layer.rope_base, layer.rope_scaling) for layer in layers] == [
         (24, 2e4, ()), (None, 5e5, (4.0,)), (24, 2e4, ())
     ]  # fmt: skip
-    assert peek_architecture(folder).model.tie_embeddings  # what an absent field means there
+    read, _ = read_architecture(config | old | pattern, "float32")
+    assert read.model.tie_embeddings  # what an absent field means there; the file has a head of its own, which counts
     assert peek_architecture(folder).model.embed_scale == pytest.approx(80**0.5)
+
+
+def test_the_hubs_spelling_of_gemma_and_qwen2(tmp_path):
+    """Gemma says gelu and means its tanh form; most of Qwen 2 name a window that is not used."""
+    folder = write_folder("gemma", tmp_path / "gemma")
+    edit(folder, hidden_act="gelu", hidden_activation=None, head_dim=32, rope_parameters=None, rope_theta=1e4)
+    assert load_checkpoint(folder).architecture == pretrained("gemma").architecture
+    folder = write_folder("qwen2", tmp_path / "qwen2")
+    edit(folder, layer_types=None)
+    assert load_checkpoint(folder).architecture == pretrained("qwen2").architecture
+    assert [layer.config.window for layer in peek_architecture(folder).layers] == [None, 24]
+    edit(folder, use_sliding_window=False)
+    assert [layer.config.window for layer in peek_architecture(folder).layers] == [None, None]
 
 
 def test_the_hubs_spelling_of_granite_4(tmp_path):
@@ -182,6 +196,17 @@ def test_the_hubs_spelling_of_kimi_linear(tmp_path):
     edit(folder, linear_attn_config=linear, num_hidden_layers=9, first_k_dense_replace=9)
     kinds = [layer.mixer for layer in peek_architecture(folder).layers]
     assert [place for place, kind in enumerate(kinds) if kind == "latent"] == [4, 8]  # transformers' default
+
+
+@pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid"])
+def test_numbers_that_json_lacks_are_read_as_transformers_5_saves_them(family, tmp_path):
+    folder = write_folder(family, tmp_path)
+    edit(folder, time_step_limit=[0.0, {"__float__": "Infinity"}])
+    assert load_checkpoint(folder).architecture == pretrained(family).architecture
+    for wrong in ([0.0, {"__float__": "-Infinity"}], [0.0, {"__float__": "NaN"}], [0.0, {"__float__": "many"}]):
+        edit(folder, time_step_limit=wrong)
+        with pytest.raises(WeightsError, match="time_step_limit = "):
+            load_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +266,15 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"eos_token_id": ["x"]}, "eos_token_id = 'x'"),
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
+            "layer_types = .*: must be 2",
+        ),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers = -1: must be an integer in"),
+        ("qwen2", {"use_mrope": True}, "use_mrope = True: only False"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu': must be one of gelu_pytorch_tanh, gelu"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: only False"),
         ("mistral", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
         ("deepseek_v3", {"first_k_dense_replace": 1}, "= 1: must be at least num_hidden_layers = 2: .* have experts"),
         ("deepseek_v3", {"first_k_dense_replace": None, "num_hidden_layers": 4}, "first_k_dense_replace = 3"),
@@ -404,9 +438,11 @@ def test_damaged_files_are_named(tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(WeightsError, match="is a pickle, which is never read"):
         load_checkpoint(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(WeightsError):
-        load_checkpoint(folder)
+    for damaged in ("{", '{"layer_types": ' + "[" * 900 + "]" * 900 + "}", "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(WeightsError) as error:
+            peek_architecture(folder)
+        assert len(str(error.value)) < 2_000
     with pytest.raises(WeightsError, match="holds neither"):
         load_checkpoint(tmp_path / "nowhere")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
+from kvlab.weights.families.gemma import Gemma
 from kvlab.weights.families.gemma3 import Gemma3
 from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.kimi_linear import KimiLinear
@@ -11,6 +12,7 @@ from kvlab.weights.families.llama import Llama
 from kvlab.weights.families.mamba2 import Mamba2
 from kvlab.weights.families.mistral import Mistral
 from kvlab.weights.families.olmo_hybrid import OlmoHybrid
+from kvlab.weights.families.qwen2 import Qwen2
 from kvlab.weights.families.qwen3 import Qwen3
 from kvlab.weights.families.qwen3_next import Qwen3Next
 from kvlab.weights.families.recurrent_gemma import RecurrentGemma
@@ -18,9 +20,11 @@ from kvlab.weights.families.recurrent_gemma import RecurrentGemma
 READ: tuple[type[Family[Any]], ...] = (
     Llama,
     Mistral,
+    Qwen2,
     Qwen3,
     DeepseekV3,
     Mamba2,
+    Gemma,
     Gemma3,
     GraniteHybrid,
     RecurrentGemma,

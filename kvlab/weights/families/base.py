@@ -18,6 +18,8 @@ class Architecture:
     layers: tuple[LayerConfig, ...]
     model: ModelConfig
     vocab_size: int
+    context_len: int | None = None
+    """Tokens that the model was made for, as its file says; None: it says nothing."""
 
 
 class Family[F: ConfigFile](abc.ABC):
@@ -30,6 +32,11 @@ class Family[F: ConfigFile](abc.ABC):
     has_rope: ClassVar[bool] = True
     rope_fraction: ClassVar[float | None] = None
     """The share of a head that is turned where the file names none; None: always all of it."""
+
+    context_field: ClassVar[str | None] = "max_position_embeddings"
+    """How config.json calls the context; None: it has no such field."""
+    default_end: ClassVar[int | None] = None
+    """`eos_token_id` where the file has none, as transformers has it."""
 
     @abc.abstractmethod
     def read(self, file: F, rope: DefaultRope, dtype: str) -> Architecture:

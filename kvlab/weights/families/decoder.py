@@ -152,6 +152,8 @@ def rope_values(base: float, scaling: Sequence[float], fraction: float = 1.0) ->
     elif scaling:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3", **dict(zip(names, scaling, strict=True))}
+        if scaling[-1].is_integer():
+            rope[names[-1]] = int(scaling[-1])
     return rope
 
 
@@ -159,7 +161,7 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     """Projections, and the norms of queries and keys where there are any."""
     table: Table = {}
     for mine, yours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        has_bias = config.bias or (mine == "out" and config.out_bias)
+        has_bias = config.bias or (config.out_bias if mine == "out" else config.qkv_bias)
         table |= linear(f"{ours}.{mine}", f"{theirs}.{yours}_proj", bias=has_bias)
     if config.qk_norm:
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_norm.weight",))

@@ -42,6 +42,7 @@ class DeepseekV3(Decoder[DeepseekFile]):
     model_type = "deepseek_v3"
     transformers_class = "DeepseekV3ForCausalLM"
     File = DeepseekFile
+    default_end = 1
 
     def layers(self, file: DeepseekFile, rope: DefaultRope) -> list[LayerConfig]:
         num_layers, heads = file.num_hidden_layers, file.num_attention_heads

@@ -47,6 +47,7 @@ class Gemma3(Decoder[Gemma3File]):
     model_type = "gemma3_text"
     transformers_class = "Gemma3ForCausalLM"
     File = Gemma3File
+    default_end = 1
     has_rope = False  # one for each kind of layer
 
     def read(self, file: Gemma3File, rope: DefaultRope, dtype: str) -> Architecture:

@@ -17,7 +17,7 @@ from kvlab.weights.tables import TRANSPOSED, Entry, Table, linear
 
 MAMBA = ("linear_attention", "mamba")
 ATTENTION = ("full_attention", "attention")
-"""What a layer is called in config.json, now and in the hub's files."""
+"""What a layer is called in config.json, by transformers 5.23 and before; the latter is written, which all read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class GraniteHybrid(Decoder[GraniteHybridFile]):
     model_type = "granitemoehybrid"
     transformers_class = "GraniteMoeHybridForCausalLM"
     File = GraniteHybridFile
+    default_end = 2
 
     def read(self, file: GraniteHybridFile, rope: DefaultRope, dtype: str) -> Architecture:
         if file.num_local_experts:
@@ -88,7 +89,7 @@ class GraniteHybrid(Decoder[GraniteHybridFile]):
         }
 
     def write_layers(self, architecture: Architecture) -> dict[str, Any]:
-        kinds = [MAMBA[0] if layer.mixer == "mamba2" else ATTENTION[0] for layer in architecture.layers]
+        kinds = [MAMBA[1] if layer.mixer == "mamba2" else ATTENTION[1] for layer in architecture.layers]
         attention = [layer.config for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
         mamba = [layer.config for layer in architecture.layers if isinstance(layer.config, Mamba2Config)]
         values: dict[str, Any] = {"layer_types": kinds, "num_attention_heads": 1}

@@ -13,9 +13,6 @@ from kvlab.weights.families.decoder import DecoderFile
 from kvlab.weights.tables import CONVOLUTION, TRANSPOSED, Entry, Table, joined, linear
 
 LINEAR, FULL = "linear_attention", "full_attention"
-NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""What config.json says of special tokens where it is not to mean transformers' defaults, ids of the published
-vocabulary: a smaller one cannot be loaded with them."""
 
 
 @dataclass(frozen=True, kw_only=True)

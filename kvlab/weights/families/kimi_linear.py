@@ -12,7 +12,7 @@ from kvlab.weights.config_files import DefaultRope, Part, only, positive, size, 
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, DecoderFile, first_config
 from kvlab.weights.families.deepseek_v3 import latent_table, latent_values
-from kvlab.weights.families.hybrid import FULL, LINEAR, NO_TOKENS, delta_table, layer_types, layers_of
+from kvlab.weights.families.hybrid import FULL, LINEAR, delta_table, layer_types, layers_of
 from kvlab.weights.tables import FLAT, Entry, Table, linear
 
 COUNT: Any = integer_type(0, 2**31 - 1)
@@ -62,6 +62,8 @@ class KimiLinear(Decoder[KimiLinearFile]):
     transformers_class = "KimiLinearForCausalLM"
     File = KimiLinearFile
     has_rope = False
+    context_field = "model_max_length"
+    default_end = 163586
 
     def layers(self, file: KimiLinearFile, rope: DefaultRope) -> list[LayerConfig]:
         refuse_experts(file)
@@ -102,7 +104,6 @@ class KimiLinear(Decoder[KimiLinearFile]):
             "kda_layers": [layer for layer, kind in enumerate(kinds, 1) if kind == LINEAR],
         }
         return {
-            **NO_TOKENS,
             **latent_values(first_config(architecture, LatentConfig)),
             "linear_attn_config": linear_attn,
             "mla_use_nope": True,

@@ -36,6 +36,8 @@ class Mamba2(Family[Mamba2File]):
     model_type = "mamba2"
     transformers_class = "Mamba2ForCausalLM"
     File = Mamba2File
+    default_end = 2
+    context_field = None
     has_rope = False
 
     def read(self, file: Mamba2File, rope: DefaultRope, dtype: str) -> Architecture:

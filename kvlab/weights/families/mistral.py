@@ -13,10 +13,11 @@ from kvlab.weights.families.decoder import Decoder, DecoderFile, attention_layer
 @dataclass(frozen=True, kw_only=True)
 class MistralFile(DecoderFile):
     """transformers masks keys at distance `sliding_window` and beyond: the current token counts, as here. Absent means
-    transformers' default, null none."""
+    transformers' default, null no window, and as many key-value heads as heads."""
 
-    null_counts: ClassVar[tuple[str, ...]] = ("sliding_window",)
+    null_counts: ClassVar[tuple[str, ...]] = ("sliding_window", "num_key_value_heads")
 
+    num_key_value_heads: int | None = size(8, null=True)
     sliding_window: int | None = size(4096, null=True)
 
 
@@ -26,6 +27,7 @@ class Mistral(Decoder[MistralFile]):
     model_type = "mistral"
     transformers_class = "MistralForCausalLM"
     File = MistralFile
+    default_end = 2
 
     def layers(self, file: MistralFile, rope: DefaultRope) -> list[LayerConfig]:
         return attention_layers(file, rope, window=file.sliding_window)

@@ -14,7 +14,6 @@ from kvlab.weights.families.decoder import Decoder, attention_config, attention_
 from kvlab.weights.families.hybrid import (
     FULL,
     LINEAR,
-    NO_TOKENS,
     HybridFile,
     delta_net,
     delta_net_values,
@@ -54,6 +53,7 @@ class OlmoHybrid(Decoder[OlmoHybridFile]):
     model_type = "olmo_hybrid"
     transformers_class = "OlmoHybridForCausalLM"
     File = OlmoHybridFile
+    default_end = 100257
 
     def layers(self, file: OlmoHybridFile, rope: DefaultRope) -> list[LayerConfig]:
         num_layers = file.num_hidden_layers
@@ -84,7 +84,6 @@ class OlmoHybrid(Decoder[OlmoHybridFile]):
         kinds = layer_types(architecture)
         return {
             **values,
-            **NO_TOKENS,
             "layer_types": kinds,
             "linear_allow_neg_eigval": delta.negative_eigenvalues,
         }

@@ -52,6 +52,8 @@ class RecurrentGemma(Decoder[RecurrentGemmaFile]):
     model_type = "recurrent_gemma"
     transformers_class = "RecurrentGemmaForCausalLM"
     File = RecurrentGemmaFile
+    default_end = 1
+    context_field = None
     rope_fraction = 0.5
 
     def read(self, file: RecurrentGemmaFile, rope: DefaultRope, dtype: str) -> Architecture:

@@ -18,12 +18,14 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GraniteMoeHybridConfig,
     KimiLinearConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
     OlmoHybridConfig,
+    Qwen2Config,
     Qwen3Config,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
@@ -117,6 +119,10 @@ FAMILIES = {
     "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
     "llama_mha": LlamaConfig(**DECODER, num_key_value_heads=4, attention_bias=True, rms_norm_eps=1e-5),
     "llama3_rope": LlamaConfig(**DECODER, num_key_value_heads=2, rope_parameters=LLAMA3),
+    "qwen2": Qwen2Config(
+        **DECODER, num_key_value_heads=2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "gemma": GemmaConfig(**{**DECODER, "hidden_size": 80}, num_key_value_heads=1, head_dim=32),
     "qwen3": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32),
     "qwen3_yarn": Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=32, rope_parameters=YARN),
     "qwen3_next": Qwen3NextConfig(
@@ -177,7 +183,7 @@ FAMILIES = {
 DOUBLE = ("recurrent_gemma",)
 """Families computed in float64: 1 - a^2 cancels where a channel hardly decays, and the peer's float32 differs by 2.6e-4
 from its own float64, from which kvlab's float32 differs by 2e-5."""
-NORMS_NEAR = {"qwen3_next": 0.0}
+NORMS_NEAR = {"qwen3_next": 0.0, "gemma": 0.0}
 """Families that store norms less one."""
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
