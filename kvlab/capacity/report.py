@@ -58,10 +58,12 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
         rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
     if found := answer.simulated:
         ended = f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit"
+        again = f"{found['recomputed_tokens']:,.0f} tokens computed again, {found['found_again_tokens']:,.0f} found"
+        preempted = f"{found['preempted']:,.0f} preempted" + (f": {again}" if found["preempted"] else "")
         hits, shared = f"{found['prefix_hits']:.1%} of prompt tokens", f"{found['shared']:.1%} of held bytes"
         saving = f"one pool for all needs {found['unified_saving']:.1%} less"
         rows += [
-            ("simulated requests", f"{ended}, {found['preempted']:,.0f} preempted"),
+            ("simulated requests", f"{ended}, {preempted}"),
             ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
             ("of held bytes", _held(found)),
             ("prefix hits", f"{hits}, sharing saves {shared}"),

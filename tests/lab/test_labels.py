@@ -138,7 +138,7 @@ def test_nouns_are_counted():
 def test_one_of_each_is_singular(capsys):
     """In the footer of `kvlab generate`, and below the claims of an experiment."""
     stats = Stats(told_tokens=1, decoded_tokens=1, compacted=1, sealed_pages=1, drafted_tokens=1)
-    counters = SimpleNamespace(hit_tokens=0, preempted=0)
+    counters = SimpleNamespace(hit_tokens=0, found_again_tokens=0, preempted=0)
     dropped = SimpleNamespace(counters=SimpleNamespace(dropped_slots=1))
     engine: Any = SimpleNamespace(stats=stats, scheduler=SimpleNamespace(counters=counters), ledger=dropped)
     said = summary(engine, 1.0)
