@@ -20,7 +20,7 @@ from kvlab.units import counted, human_bytes
 
 SIZES = {"logical_bytes": "live/seq", "allocated_bytes": "held/seq", "read_bytes_per_token": "read/tok"}
 """The bytes that tables show, and their headings."""
-SPARE = ("step ms", "live/seq", "context", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
+SPARE = ("step ms", "live/seq", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
 """What tables of records leave out first where there is no room."""
 PLANNED = ("held/seq", "peak/seq", "read/tok")
 """Headings of what a plan says of one sequence's memory."""
@@ -141,7 +141,8 @@ def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:
     row["seeds"] = str(point.num_seeds)
     sizes = {heading: point.bytes_per_sequence.get(axis) for axis, heading in SIZES.items()}
     row |= {heading: "-" if size is None else human_bytes(size) for heading, size in sizes.items()}
-    row |= {"context": str(point.context_len), "step ms": f"{point.speeds['train_step_ms']:.1f}"}
+    row |= {"context": str(point.context_len), "batch": str(point.batch_size)}
+    row |= {"step ms": f"{point.speeds['train_step_ms']:.1f}"}
     row["tok/s"] = f"{point.speeds['decode_tokens_per_s']:,.0f}"
     cells = {name: as_cell(value) for name, value in added.items()}
     if "dropped" in added:
