@@ -222,28 +222,27 @@ def track(options: argparse.Namespace) -> int:
 
 def capacity(options: argparse.Namespace) -> int:
     """Answers for one deployment, or with -m for each of a comma list, side by side with a picture."""
-    from dataclasses import replace
-
     from kvlab.capacity.estimate import estimate
-    from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer, write
+    from kvlab.capacity.report import one_answer
     from kvlab.compose import compose_capacity, expand_capacity
-    from kvlab.lab.labels import deployment_labels
+    from kvlab.lab.deployment_picture import write
+    from kvlab.lab.deployments import KEPT, SPARE, Deployment, answer_each, rows_of
     from kvlab.lab.narrow import print_rows
     from kvlab.lab.tables import wide_console
-    from kvlab.schema import to_plain
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
         return _print_yaml(configs)
-    memories = deployment_labels([config.memory.label for config in configs], [to_plain(c.memory) for c in configs])
-    answers = [replace(estimate(config), memory=name) for config, name in zip(configs, memories, strict=True)]
     console = wide_console()
-    if len(answers) == 1:
-        console.print(one_answer(configs[0], answers[0]))
+    if len(configs) == 1:
+        answer = estimate(configs[0])
+        console.print(one_answer(configs[0], answer))
+        found = [Deployment(answer.model, configs[0], answer, configs[0].hardware.total_chips)]
     else:
-        print_rows(console, many_answers(answers), kept=KEPT, spare=SPARE)
-    if options.output is not None or len(answers) > 1:
-        for path in write(options.output or Path("results/capacity"), configs, answers):
+        found = answer_each(configs)
+        print_rows(console, rows_of(found), kept=KEPT, spare=SPARE)
+    if options.output is not None or len(found) > 1:
+        for path in write(options.output or Path("results/capacity"), found):
             print(path)
     return 0
 
