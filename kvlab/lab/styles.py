@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from colorsys import hsv_to_rgb
 from itertools import chain, count
 from typing import Any, NamedTuple
 
-from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.colors import to_hex
 
 from kvlab.lab.choose import differences, fields_of
 
@@ -88,7 +89,7 @@ def colours(values: Iterable[str], *, of_mixers: bool = False) -> dict[str, str]
 def _more() -> Iterator[str]:
     """Hues without end, neighbours far apart."""
     for number in count():
-        yield to_hex(hsv_to_rgb((number * 0.618 % 1, 0.7, 0.75)))
+        yield to_hex(hsv_to_rgb(number * 0.618 % 1, 0.7, 0.75))
 
 
 def swept(configs: Sequence[Mapping[str, Any]]) -> list[str]:
