@@ -128,18 +128,21 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(overrides: list[str], multirun: bool) -> int:
-    from kvlab.compose import expand
     from kvlab.lab.launch import execute_one, run_sweep
     from kvlab.lab.runs import Run
+    from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_runs
 
-    configs, handed = expand(overrides, multirun)
-    configs = list({config.run_dir: config for config in configs}.values())
-    if len(configs) == 1:
-        statuses = [execute_one(configs[0])]
-    else:
-        run_sweep(configs, handed)
-        statuses = ["locked" if Run(config).held_elsewhere else Run(config).state for config in configs]
+    sweeps, statuses = sweeps_of(overrides, multirun), list[str]()
+    for configs, handed in sweeps:
+        if len(configs) == 1 and len(sweeps) == 1:
+            statuses = [execute_one(configs[0])]
+        else:
+            run_sweep(configs, handed)
+            statuses += ["locked" if Run(config).held_elsewhere else Run(config).state for config in configs]
+        if {"interrupted", "cut", "new"} & set(statuses):
+            break
+    configs = [config for sweep in sweeps for config in sweep.configs]
     print_runs(configs)
     if {"interrupted", "cut", "new"} & set(statuses):
         return 130
@@ -148,15 +151,15 @@ def _run(overrides: list[str], multirun: bool) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Prints every run of an invocation with what it would hold and cost; trains nothing, writes nothing."""
-    from kvlab.compose import expand
     from kvlab.lab.laboratory import Laboratory
     from kvlab.lab.launch import use_compilation_cache
     from kvlab.lab.plan import Plan, predict
+    from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_plans
 
     use_compilation_cache()
-    configs, _ = expand(options.overrides, options.multirun, planned=True)
-    configs = list({config.run_dir: config for config in configs}.values())
+    sweeps = sweeps_of(options.overrides, options.multirun, planned=True)
+    configs = [config for sweep in sweeps for config in sweep.configs]
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:
