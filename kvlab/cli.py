@@ -100,7 +100,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     arguments.add_weights(
         add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read")
     )
-    arguments.add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
+    arguments.add_reproduce(add(reproduce, "EXPERIMENT: its figures, and its claims checked, where it makes some"))
     target = "[TARGET ...]: simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x"
     add(kernels, target).add_argument("targets", nargs="*", metavar="TARGET")
     output = add(schema, "the JSON schemas that editors complete YAML with")
@@ -144,6 +144,8 @@ def _run(overrides: list[str], multirun: bool) -> int:
             break
     configs = [config for sweep in sweeps for config in sweep.configs]
     print_runs(configs)
+    for folder in dict.fromkeys(config.run_dir.parent for config in configs):
+        print(f"next: kvlab report {shlex.quote(str(folder))}", file=sys.stderr)
     if {"interrupted", "cut", "new"} & set(statuses):
         return 130
     return 0 if all(status in ("done", "skipped") for status in statuses) else 1

@@ -284,3 +284,10 @@ def test_runs_need_none_of_what_only_pages_and_development_need():
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kvlab.lab.execute, kvlab.lab.report"
     code += ", kvlab.cli, kvlab.lab.launch"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_finished_run_says_what_comes_next(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kvlab.lab.launch.execute_one", lambda config: "done")
+    status, _, errors = call(capsys, monkeypatch, "run", *TINY, "name=my_first", f"results_dir={tmp_path}")
+    assert status == 0
+    assert f"next: kvlab report {tmp_path}/my_first" in errors

@@ -119,3 +119,21 @@ def test_numbers_of_overrides_and_conditions_mean_the_same():
     assert Condition("optimizer.learning_rate", ("1e-5",)).holds(fields)
     assert not Condition("seed", ("010",)).holds(fields)
     assert Condition("seed", ("8",)).holds(fields)
+
+
+def test_a_name_of_ones_own_is_the_folder_and_leaves_the_identity_alone(tmp_path):
+    words = ["mixer=mha", f"results_dir={tmp_path}"]
+    plain, named = compose(words), compose([*words, "name=ablation1"])
+    assert named.run_id == plain.run_id
+    assert named.training_id == plain.training_id
+    assert named.run_dir == tmp_path / "ablation1" / plain.run_id
+    assert plain.run_dir == tmp_path / "default" / plain.run_id
+    assert named.training_dir.parent == tmp_path / "ablation1" / "trained"
+    assert Config.build(named.as_dict()) == named
+    assert "name" not in plain.as_dict(), "older runs have none"
+    (config,), handed = expand([*words, "name=ablation1", "seed=3"], multirun=True)
+    assert "name=ablation1" in handed
+    assert config.folder == "ablation1"
+    for wrong in ("../up", "a/b", ".hidden"):
+        with pytest.raises(ConfigError, match=r"name = .*: must be a word of letters"):
+            compose([*words, f"name={wrong}"])

@@ -75,7 +75,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Conf
     kernels = summary(taken)
     record = build(
         run_id=config.run_id,
-        experiment=config.experiment,
+        experiment=config.folder,
         config=config.as_dict(),
         seed=config.seed,
         schema=SCHEMA_VERSION,

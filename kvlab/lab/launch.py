@@ -58,7 +58,7 @@ def execute_one(config: Config) -> str:
     if status == "failed":
         reason = f": {getattr(Run(config).record, 'reason', None)}"
     label = _LABELS.get(config.run_dir, config.label)
-    print(f"{label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
+    print(f"{label} [{config.run_id}] {status}{reason}, in {config.run_dir}", file=sys.stderr, flush=True)
     return status
 
 

@@ -199,8 +199,13 @@ def read_record(path: Path) -> AnyRecord:
 def damaged(error: ValueError, run_id: str, config: dict[str, Any]) -> Unfinished:
     """The record of a run whose file is none: it failed, and says how."""
     reason = f"record.json is damaged: {first_error(error)}"
-    known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
-    return Unfinished(**known, status="failed", reason=reason)
+    return Unfinished(**basics(run_id, config), status="failed", reason=reason)
+
+
+def basics(run_id: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What every record of a run says, by its configuration."""
+    experiment = config.get("name") or config["experiment"]
+    return {"run_id": run_id, "experiment": experiment, "seed": config["seed"], "config": config}
 
 
 def as_json(record: AnyRecord) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
 from kvlab.lab.ceilings import Ceilings, is_discriminative
 from kvlab.lab.labels import flatten, point_labels, without_seed
-from kvlab.lab.record import SHOWN, AnyRecord, Done, Part, Unfinished, damaged, read_record
+from kvlab.lab.record import SHOWN, AnyRecord, Done, Part, Unfinished, basics, damaged, read_record
 from kvlab.lab.trained import METRICS, training_directory
 from kvlab.training.checkpoint import CheckpointError
 
@@ -52,8 +52,7 @@ def _read_record(config_path: Path) -> AnyRecord | None:
     config = completed(config)
     path, run_id = config_path.with_name("record.json"), config_path.parent.name
     if not path.exists():
-        known = {"run_id": run_id, "experiment": config["experiment"], "seed": config["seed"], "config": config}
-        return Unfinished(**known, status="cut", reason="never finished")
+        return Unfinished(**basics(run_id, config), status="cut", reason="never finished")
     try:
         return read_record(path)
     except ValueError as error:

@@ -94,7 +94,7 @@ def test_a_run_of_a_sweep_ends_with_its_name(capsys, monkeypatch, tmp_path):
     launch.run_sweep(configs, [])
     said = capsys.readouterr().err
     for config, size in zip(configs, (8, 16), strict=True):
-        assert f"mha/mqar/seed0 page_size={size} [{config.run_id}] done" in said
+        assert f"mha/mqar/seed0 page_size={size} [{config.run_id}] done, in {config.run_dir}" in said
     compressed = compose(["compression=snapkv", "budget=48", f"results_dir={tmp_path}"])
     launch.execute_one(compressed)
     assert f"mha/mqar/seed0 snapkv 48 [{compressed.run_id}] done" in capsys.readouterr().err
