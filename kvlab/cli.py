@@ -1,4 +1,4 @@
-"""The command line: kvlab run | plan | show | report | compare | best | track | capacity | generate | weights |
+"""The command line: kvlab run | plan | show | report | plot | compare | best | track | capacity | generate | weights |
 reproduce | kernels | schema."""
 
 import argparse
@@ -84,6 +84,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         arguments.add_overrides(add(command, f"{composed}: {summary}"))
     arguments.add_results(add(show, "RESULTS: a table in the terminal"))
     arguments.add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
+    arguments.add_plot(add(plot, "RESULTS --x COLUMN --y COLUMN: a picture of what one chooses, and its data"))
     arguments.add_compare(
         add(compare, "A B ...: paired differences on the same examples; run folders, run ids or field=value,...")
     )
@@ -187,6 +188,15 @@ def report(options: argparse.Namespace) -> int:
     from kvlab.lab.report import write_report
 
     for path in write_report(options.results, options.output or options.results):
+        print(path)
+    return 0
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draws any column of results against any other; runs of other tasks, contexts or batches have a panel each."""
+    from kvlab.lab.own_plots import write
+
+    for path in write(options):
         print(path)
     return 0
 

@@ -4,6 +4,7 @@ backend alone, and draw into a figure of the caller's where one is given; those 
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -93,12 +94,15 @@ def _draw_panel(panel: Axes, name: str, members: list[Point], axis: str, looks: 
     beside_legend(panel)
 
 
-def beside_legend(panel: Axes) -> None:
-    """A legend to the right of a panel, where it hides no point; of many entries in small print."""
-    entries = len(panel.get_legend_handles_labels()[0])
-    if entries:
-        size = 8 if entries <= 20 else max(3, 160 / entries)
-        panel.legend(fontsize=size, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False)
+def beside_legend(panel: Axes, handles: Sequence[Artist] = (), labels: Sequence[str] = ()) -> None:
+    """A legend to the right of a panel, where it hides no point, of what was drawn with a label unless entries are
+    given; of many in small print."""
+    if not handles:
+        handles, labels = panel.get_legend_handles_labels()
+    if handles:
+        size = 8 if len(handles) <= 20 else max(3, 160 / len(handles))
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0}
+        panel.legend(handles, labels, fontsize=size, frameon=False, **place)
 
 
 def draw_needle(found: list[Point], paths: list[Path]) -> None:
