@@ -16,6 +16,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
+    def options(self) -> list[str]:
+        """Every option, as it is typed."""
+        return [word for action in self._actions for word in action.option_strings]
+
 
 def add_overrides(parser: Parser) -> None:
     """Words that Hydra composes."""

@@ -35,7 +35,7 @@ def main() -> int:
         print(f"kvlab {version('kvlab')}")
         return 0
     if name in ("-sc", "--shell-completion"):
-        return complete(rest, list(commands))
+        return complete(rest, commands)
     if name not in commands:
         from kvlab.schema import nearest
 
@@ -114,11 +114,14 @@ def _hydras_own(arguments: Sequence[str]) -> int | None:
     any."""
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
-    from kvlab.compose import RUN, check_choices, spelled_out
+    from kvlab.compose import RUN, check_choices, compose, spelled_out
     from kvlab.lab.launch import through_hydra
 
     arguments = spelled_out(arguments, RUN)
-    check_choices([word for word in arguments if "=" in word])
+    words = [word for word in arguments if "=" in word and not word.startswith(("-", "hydra"))]
+    check_choices(words)
+    if "--cfg" in arguments and not {"-m", "--multirun"} & set(arguments):
+        compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
     through_hydra(arguments)
     return 0
 
@@ -379,16 +382,16 @@ def kernels(options: argparse.Namespace) -> int:
     return int(status)
 
 
-def complete(arguments: list[str], commands: list[str]) -> int:
-    """Tab completion: commands here, groups and fields by Hydra. Installed by `eval "$(kvlab -sc install=bash)"`."""
+def complete(arguments: list[str], commands: dict[str, Parser]) -> int:
+    """Tab completion: commands, options and choices at once, fields by Hydra. Installed by
+    `eval "$(kvlab -sc install=bash)"`."""
+    from kvlab.choices import at_once
+
     line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    typing_command = len(words) < 2 or (len(words) == 2 and not line.endswith(" "))
-    if arguments[:1] == ["query=bash"] and typing_command:
-        prefix = words[1] if len(words) == 2 else ""
-        print(" ".join(command for command in commands if command.startswith(prefix)))
+    if arguments[:1] == ["query=bash"] and (found := at_once(line, commands)) is not None:
+        print(*found)
         return 0
     from kvlab.lab.completion import complete_by_hydra
 
-    complete_by_hydra(arguments, words, is_new_word=line.endswith(" "))
+    complete_by_hydra(arguments, line.split(), is_new_word=line.endswith(" "))
     return 0
