@@ -1,6 +1,6 @@
 """Pictures of what one chooses: any column of `kvlab.load` against any other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def plot(
     panel, unless that is what x, color, marker or facet show. `color` is by default the mixer where it varies, else the
     point's name. With `lines` marks of one colour and marker are joined. Draws into `figure`, or into a new one of
     pyplot's. Raises ConfigError for a column that is not there, or is no number on an axis."""
-    rows = frame[frame["status"] == "done"] if "status" in frame else frame
+    rows: Any = frame[frame["status"] == "done"] if "status" in frame else frame  # pandas' own types are too wide
     if rows.empty:
         raise ConfigError("runs", len(frame), "there is no finished run to draw")
     x, y = (_numbers(rows, column(rows, name)) for name in (x, y))
@@ -47,7 +47,7 @@ def plot(
     marker = column(rows, marker) if marker else None
     facets = [column(rows, facet)] if facet else []
     facets += _apart(rows, [x, y, color, marker, *facets])
-    means = _points(rows, x, y, [name for name in (color, marker, *facets) if name])
+    means: Any = _points(rows, x, y, [name for name in (color, marker, *facets) if name])
     panels = list(means.groupby(facets, sort=True, dropna=False)) if facets else [((), means)]
     figure = figure or _of_pyplot()
     figure.set_layout_engine("constrained")
@@ -79,13 +79,13 @@ def write(options: Any) -> list[Path]:
     save(figure, [path])
     used = [column(frame, name) for name in (options.x, options.y, *filter(None, list(names.values())[:3]))]
     kept = [name for name in dict.fromkeys(["run_id", "point", "seed", *frame.attrs["varied"], *used]) if name in frame]
-    table = path.with_suffix(".csv")
-    write_atomic(table, frame[frame["status"] == "done"][kept].to_csv(index=False))
+    table, done = path.with_suffix(".csv"), pd.DataFrame(frame[frame["status"] == "done"], columns=kept)
+    write_atomic(table, done.to_csv(index=False))
     assert axes
     return [path, table]
 
 
-def column(frame: pd.DataFrame, name: str) -> str:
+def column(frame: Any, name: str) -> str:
     """The column of a name, or of the end of one. Raises ConfigError with the nearest names."""
     names = list(map(str, frame))
     endings = [each for each in names if each.endswith(f".{name}")]
@@ -98,17 +98,17 @@ def column(frame: pd.DataFrame, name: str) -> str:
     raise ConfigError("column", name, legal)
 
 
-def _numbers(frame: pd.DataFrame, name: str) -> str:
+def _numbers(frame: Any, name: str) -> str:
     if not pd.api.types.is_numeric_dtype(frame[name].infer_objects()):
         raise ConfigError("column", name, "must have numbers to be an axis")
     return name
 
 
-def _varies(frame: pd.DataFrame, name: str) -> bool:
-    return name in frame and frame[name].astype(str).nunique() > 1
+def _varies(frame: Any, name: str) -> bool:
+    return bool(name in frame and frame[name].astype(str).nunique() > 1)
 
 
-def _apart(frame: pd.DataFrame, seen: Sequence[str | None]) -> list[str]:
+def _apart(frame: Any, seen: Sequence[str | None]) -> list[str]:
     """Columns that tell tasks, contexts and batches of these rows apart, unless they are `seen` already: as many as it
     takes."""
     fields = [name for name in map(str, frame) if name.startswith("task.") and name != "task.type"]
@@ -124,7 +124,7 @@ def _apart(frame: pd.DataFrame, seen: Sequence[str | None]) -> list[str]:
     return found
 
 
-def _points(frame: pd.DataFrame, x: str, y: str, others: Sequence[str]) -> pd.DataFrame:
+def _points(frame: Any, x: str, y: str, others: Sequence[str]) -> pd.DataFrame:
     """One row a point: means, and half of the interval of y over its seeds."""
     known = frame.dropna(subset=[x, y])
     names = list(dict.fromkeys([*others, "point"]))
@@ -136,7 +136,7 @@ def _points(frame: pd.DataFrame, x: str, y: str, others: Sequence[str]) -> pd.Da
     return pd.DataFrame(rows)
 
 
-def _ordered(values: "pd.Series[str]") -> list[str]:
+def _ordered(values: Iterable[str]) -> list[str]:
     """Different values, numbers by size."""
     found = list(dict.fromkeys(values))
     try:
@@ -151,7 +151,7 @@ def _marks() -> tuple[str, ...]:
 
 def _draw(
     panel: Axes,
-    members: pd.DataFrame,
+    members: Any,
     names: tuple[str, str, str, str | None],
     palette: dict[str, str],
     marks: dict[str, str],
