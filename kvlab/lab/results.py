@@ -84,7 +84,8 @@ def load(path: str | Path) -> pd.DataFrame:
 def frame_of(records: Sequence[AnyRecord]) -> pd.DataFrame:
     """`load` for records at hand."""
     names = point_labels([without_seed(record.config) for record in records])
-    frame = pd.DataFrame([{"point": name} | _row(record) for name, record in zip(names, records, strict=True)])
+    known = [{"run_id": record.run_id, "point": name} for name, record in zip(names, records, strict=True)]
+    frame = pd.DataFrame([first | _row(record) for first, record in zip(known, records, strict=True)])
     config_columns = [name for name in frame if name.startswith("config.")]
     frame = frame.rename(columns={name: name.removeprefix("config.") for name in config_columns})
     config_columns = [name.removeprefix("config.") for name in config_columns]
