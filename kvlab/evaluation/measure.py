@@ -191,7 +191,7 @@ class MemoryReport:
 @dataclass(frozen=True)
 class SpeedReport:
     """How fast: one training step, and tokens a second that the whole batch decodes. Each is a median over samples, of
-    calls or decoded tokens, the compiling ones left out; `low` and `high` are the quartiles of these samples. Another
+    calls or decoded tokens, the compiling ones left out; `low` and `high` are the quartiles of several samples. Another
     run on another day differs by more. Records from before these were kept have none."""
 
     train_step_ms: float = measured(lambda seen: seen.train_step_ms.median, column="step ms (median)")
@@ -200,10 +200,10 @@ class SpeedReport:
     )
     compaction_ms: float | None = measured(lambda seen: seen.compaction_s and seen.compaction_s * 1e3, default=None)
     train_step_low_ms: float | None = measured(
-        lambda seen: seen.train_step_ms.low if seen.train_step_ms.num_samples else None, default=None
+        lambda seen: seen.train_step_ms.low if seen.train_step_ms.num_samples > 1 else None, default=None
     )
     train_step_high_ms: float | None = measured(
-        lambda seen: seen.train_step_ms.high if seen.train_step_ms.num_samples else None, default=None
+        lambda seen: seen.train_step_ms.high if seen.train_step_ms.num_samples > 1 else None, default=None
     )
     num_train_samples: int | None = measured(lambda seen: seen.train_step_ms.num_samples or None, default=None)
     decode_low_tokens_per_s: float | None = measured(

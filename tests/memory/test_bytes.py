@@ -292,3 +292,6 @@ def test_speeds_are_medians_with_the_quartiles_of_their_samples(monkeypatch):
     assert (speeds.num_decode_samples, speeds.num_train_samples) == (4, 4)
     low, high = np.quantile([1, 2, 3, 4], [0.25, 0.75])
     assert (speeds.train_step_low_ms, speeds.train_step_ms, speeds.train_step_high_ms) == (low, 2.5, high)
+    monkeypatch.undo()
+    _, speeds = measure(step, params, VOCAB, prompt_len=24, decode_steps=4, train_step_ms=Spread.of([4.0]))
+    assert (speeds.train_step_ms, speeds.train_step_low_ms) == (4.0, None), "one sample has no spread"
