@@ -37,6 +37,7 @@ from kvlab.ledger.plan import Plan  # noqa: E402
 from kvlab.memory.config import MemoryConfig  # noqa: E402
 from kvlab.memory.layout import MemoryLayout  # noqa: E402
 from kvlab.typing import Params  # noqa: E402
+from kvlab.units import UNTIMED  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compression.json"
 VOCAB = 8192
@@ -104,7 +105,7 @@ class Decoding:
         """What was measured of this memory."""
         ledger = self.session.ledger
         ledger.check()
-        seen = Observed(self.layout, ledger.audit(), None, 0.0, 0.0, ledger, None)
+        seen = Observed(self.layout, ledger.audit(), None, UNTIMED, UNTIMED, ledger, None)
         names = ("logical_bytes", "allocated_bytes", "pool_bytes", "read_bytes_per_token", "held_peak_bytes", "stored")
         found = {name: measures(MemoryReport)[name].take(seen) for name in names}
         of_pages = sum(account.allocated for account in seen.accounts)

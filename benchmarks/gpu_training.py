@@ -13,6 +13,7 @@ from jax import Array
 
 from benchmarks.answers import about, kernels, limits_of, say, spread
 from kvlab.compose import compose
+from kvlab.lab.flops import flops_of
 from kvlab.lab.laboratory import Laboratory
 from kvlab.random import named_key
 from kvlab.training.step import TrainState, TrainStep, init_state
@@ -67,7 +68,7 @@ def train(name: str, size: str, scratch: Path) -> None:
     with recording() as taken:
         many = stacked([fresh(index) for index in range(len(members))])
         given = data, jnp.stack(keys), knobs, amount.length, jnp.ones(len(members), jnp.bool_)
-        flops = _flops(type(step_fn).together.lower(step_fn, many, *given))
+        flops = flops_of(type(step_fn).together.trace(step_fn, many, *given).jaxpr) / amount.num_steps
         samples, losses, many = _timed(lambda state: step_fn.together(state, *given), many, amount)
     said = about(
         model=name,
@@ -113,8 +114,3 @@ def _timed(call: Any, state: TrainState, amount: Amount) -> tuple[list[float], n
         losses.append(np.asarray(metrics["loss"]))
         seconds.append((time.perf_counter() - began) / amount.num_steps)
     return seconds[1:], np.stack(losses), state
-
-
-def _flops(lowered: Any) -> float:
-    """Of one step, by XLA's count, which takes a loop's body once; 0 where it does not count."""
-    return float((lowered.cost_analysis() or {}).get("flops", 0.0))

@@ -4,7 +4,7 @@
 
 Model: 2 layers of [short convolution, attention], width 64, 4 heads of 16, vocabulary 512, with and without a gated MLP
 of 128; batch 64 x 128 tokens, 32 labelled positions; AdamW with clipping. The peer runs in its own process and
-environment (.peers); the two take turns, a round each. The floor is the compiled FLOPs over this machine's measured
+environment (.peers); the two take turns, a round each. The floor is the FLOPs of a step over this machine's measured
 matrix product.
 """
 
@@ -24,12 +24,13 @@ BATCH, LENGTH, PAIRS, STEPS = 64, 128, 32, 10
 
 
 def ours(with_mlp: bool):
-    """A function that runs STEPS steps and returns milliseconds a step; and the compiled FLOPs of one step."""
+    """A function that runs STEPS steps and returns milliseconds a step; and the FLOPs of one step."""
     import jax
     import jax.numpy as jnp
 
     from kvlab.compose import compose
     from kvlab.host import keep_freed_memory
+    from kvlab.lab.flops import flops_of
     from kvlab.lab.laboratory import Laboratory
     from kvlab.random import named_key
     from kvlab.training.step import init_state
@@ -50,8 +51,7 @@ def ours(with_mlp: bool):
     step_fn = lab.train_step()
     state = init_state(jax.tree.map(jnp.copy, lab.model.params), step_fn.optimizer, 1e-3)
     key, knobs = named_key(0, "train"), jnp.full(STEPS, PAIRS, jnp.int32)
-    compiled = type(step_fn).__call__.lower(step_fn, state, (), key, knobs, LENGTH).compile()
-    flops = float((compiled.cost_analysis() or {})["flops"])
+    flops = flops_of(type(step_fn).__call__.trace(step_fn, state, (), key, knobs, LENGTH).jaxpr) / STEPS
 
     def round_ms() -> float:
         nonlocal state

@@ -1,12 +1,13 @@
 """kvlab: how much quality a sequence model loses for each byte of memory it stops holding, and how fast
 it then runs."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 def load(path: "str | Path") -> "pd.DataFrame":
@@ -16,4 +17,11 @@ def load(path: "str | Path") -> "pd.DataFrame":
     return results.load(path)
 
 
-__all__ = ["load"]
+def plot(frame: "pd.DataFrame", x: str, y: str, **options: Any) -> "list[Axes]":
+    """Any column of `load` against any other; see `kvlab.lab.own_plots.plot`."""
+    from kvlab.lab import own_plots
+
+    return own_plots.plot(frame, x, y, **options)
+
+
+__all__ = ["load", "plot"]

@@ -16,6 +16,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
+    def options(self) -> list[str]:
+        """Every option, as it is typed."""
+        return [word for action in self._actions for word in action.option_strings]
+
 
 def add_overrides(parser: Parser) -> None:
     """Words that Hydra composes."""
@@ -28,6 +32,21 @@ def add_results(parser: Parser, default: str | None = None) -> None:
     parser.add_argument("results", type=Path)
     if default:
         parser.add_argument("--output", type=Path, help=f"where to write; default: {default}")
+
+
+def add_plot(parser: Parser) -> None:
+    """Of `kvlab plot`."""
+    parser.add_argument("results", type=Path, help="a folder of results")
+    column = "a column of kvlab.load, or the end of its name"
+    parser.add_argument("--x", default="per_sequence.allocated_bytes", help=f"{column}; per_sequence.allocated_bytes")
+    parser.add_argument("--y", default="quality.value", help=f"{column}; quality.value")
+    parser.add_argument("--color", help="what colours tell apart; the mixer, or the point where there is one mixer")
+    parser.add_argument("--marker", help="what markers tell apart")
+    parser.add_argument("--facet", help="one panel for each of its values")
+    conditions = "conditions on runs, such as mixer=gqa,mha,seed=0; may be given again"
+    parser.add_argument("--filter", action="append", default=[], metavar="FIELD=VALUE,...", help=conditions)
+    parser.add_argument("--lines", action="store_true", help="join the marks of one colour and marker")
+    parser.add_argument("--save", type=Path, help="a .png, .pdf or .svg, its data beside as .csv; RESULTS/plot.png")
 
 
 def add_compare(parser: Parser) -> None:

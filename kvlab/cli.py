@@ -1,4 +1,4 @@
-"""The command line: kvlab run | plan | show | report | compare | best | track | capacity | generate | weights |
+"""The command line: kvlab run | plan | show | report | plot | compare | best | track | capacity | generate | weights |
 reproduce | kernels | schema."""
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> int:
         print(f"kvlab {version('kvlab')}")
         return 0
     if name in ("-sc", "--shell-completion"):
-        return complete(rest, list(commands))
+        return complete(rest, commands)
     if name not in commands:
         from kvlab.schema import nearest
 
@@ -91,6 +91,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         arguments.add_overrides(add(command, f"{composed}: {summary}"))
     arguments.add_results(add(show, "RESULTS: a table in the terminal"))
     arguments.add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
+    arguments.add_plot(add(plot, "RESULTS --x COLUMN --y COLUMN: a picture of what one chooses, and its data"))
     arguments.add_compare(
         add(compare, "A B ...: paired differences on the same examples; run folders, run ids or field=value,...")
     )
@@ -107,7 +108,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     arguments.add_weights(
         add(weights, "smollm2 | PATH.gguf: a published model as a folder that generate and weights.path read")
     )
-    arguments.add_reproduce(add(reproduce, "EXPERIMENT: its figures, checked against published values"))
+    arguments.add_reproduce(add(reproduce, "EXPERIMENT: its figures, and its claims checked, where it makes some"))
     target = "[TARGET ...]: simulates the kernels, and compiles them for H100, H200, B200, v4, v5e, v5p, v6e, 7x"
     add(kernels, target).add_argument("targets", nargs="*", metavar="TARGET")
     output = add(schema, "the JSON schemas that editors complete YAML with")
@@ -120,11 +121,14 @@ def _hydras_own(arguments: Sequence[str]) -> int | None:
     any."""
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
-    from kvlab.compose import RUN, check_choices, spelled_out
+    from kvlab.compose import RUN, check_choices, compose, spelled_out
     from kvlab.lab.launch import through_hydra
 
     arguments = spelled_out(arguments, RUN)
-    check_choices([word for word in arguments if "=" in word])
+    words = [word for word in arguments if "=" in word and not word.startswith(("-", "hydra"))]
+    check_choices(words)
+    if "--cfg" in arguments and not {"-m", "--multirun"} & set(arguments):
+        compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
     through_hydra(arguments)
     return 0
 
@@ -135,14 +139,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(overrides: list[str], multirun: bool) -> int:
-    from kvlab.compose import expand
     from kvlab.lab.launch import execute_one, run_sweep
+    from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_runs
 
-    configs, handed = expand(overrides, multirun)
-    configs = list({config.run_dir: config for config in configs}.values())
-    statuses = [execute_one(configs[0])] if len(configs) == 1 else run_sweep(configs, handed)
+    sweeps, statuses = sweeps_of(overrides, multirun), list[str]()
+    for configs, handed in sweeps:
+        is_one = len(configs) == 1 and len(sweeps) == 1
+        statuses += [execute_one(configs[0])] if is_one else run_sweep(configs, handed)
+        if "interrupted" in statuses:
+            break
+    configs = [config for sweep in sweeps for config in sweep.configs]
     print_runs(configs)
+    for folder in dict.fromkeys(config.run_dir.parent for config in configs):
+        print(f"next: kvlab report {shlex.quote(str(folder))}", file=sys.stderr)
     if "interrupted" in statuses:
         return 130
     return 0 if all(status in ("done", "skipped") for status in statuses) else 1
@@ -150,15 +160,15 @@ def _run(overrides: list[str], multirun: bool) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Prints every run of an invocation with what it would hold and cost; trains nothing, writes nothing."""
-    from kvlab.compose import expand
     from kvlab.lab.laboratory import Laboratory
     from kvlab.lab.launch import use_compilation_cache
     from kvlab.lab.plan import Plan, predict
+    from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_plans
 
     use_compilation_cache()
-    configs, _ = expand(options.overrides, options.multirun, planned=True)
-    configs = list({config.run_dir: config for config in configs}.values())
+    sweeps = sweeps_of(options.overrides, options.multirun, planned=True)
+    configs = [config for sweep in sweeps for config in sweep.configs]
     alike: dict[str, Plan] = {}
     plans = []
     for config in configs:
@@ -184,6 +194,15 @@ def report(options: argparse.Namespace) -> int:
     from kvlab.lab.report import write_report
 
     for path in write_report(options.results, options.output or options.results):
+        print(path)
+    return 0
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draws any column of results against any other; runs of other tasks, contexts or batches have a panel each."""
+    from kvlab.lab.own_plots import write
+
+    for path in write(options):
         print(path)
     return 0
 
@@ -224,28 +243,27 @@ def track(options: argparse.Namespace) -> int:
 
 def capacity(options: argparse.Namespace) -> int:
     """Answers for one deployment, or with -m for each of a comma list, side by side with a picture."""
-    from dataclasses import replace
-
     from kvlab.capacity.estimate import estimate
-    from kvlab.capacity.report import KEPT, SPARE, many_answers, one_answer, write
+    from kvlab.capacity.report import one_answer
     from kvlab.compose import compose_capacity, expand_capacity
-    from kvlab.lab.labels import deployment_labels
+    from kvlab.lab.deployment_picture import write
+    from kvlab.lab.deployments import KEPT, SPARE, Deployment, answer_each, rows_of
     from kvlab.lab.narrow import print_rows
     from kvlab.lab.tables import wide_console
-    from kvlab.schema import to_plain
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
         return _print_yaml(configs)
-    memories = deployment_labels([config.memory.label for config in configs], [to_plain(c.memory) for c in configs])
-    answers = [replace(estimate(config), memory=name) for config, name in zip(configs, memories, strict=True)]
     console = wide_console()
-    if len(answers) == 1:
-        console.print(one_answer(configs[0], answers[0]))
+    if len(configs) == 1:
+        answer = estimate(configs[0])
+        console.print(one_answer(configs[0], answer))
+        found = [Deployment(answer.model, configs[0], answer, configs[0].hardware.total_chips)]
     else:
-        print_rows(console, many_answers(answers), kept=KEPT, spare=SPARE)
-    if options.output is not None or len(answers) > 1:
-        for path in write(options.output or Path("results/capacity"), configs, answers):
+        found = answer_each(configs)
+        print_rows(console, rows_of(found), kept=KEPT, spare=SPARE)
+    if options.output is not None or len(found) > 1:
+        for path in write(options.output or Path("results/capacity"), found):
             print(path)
     return 0
 
@@ -367,16 +385,16 @@ def kernels(options: argparse.Namespace) -> int:
     return int(status)
 
 
-def complete(arguments: list[str], commands: list[str]) -> int:
-    """Tab completion: commands here, groups and fields by Hydra. Installed by `eval "$(kvlab -sc install=bash)"`."""
+def complete(arguments: list[str], commands: dict[str, Parser]) -> int:
+    """Tab completion: commands, options and choices at once, fields by Hydra. Installed by
+    `eval "$(kvlab -sc install=bash)"`."""
+    from kvlab.choices import at_once
+
     line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    typing_command = len(words) < 2 or (len(words) == 2 and not line.endswith(" "))
-    if arguments[:1] == ["query=bash"] and typing_command:
-        prefix = words[1] if len(words) == 2 else ""
-        print(" ".join(command for command in commands if command.startswith(prefix)))
+    if arguments[:1] == ["query=bash"] and (found := at_once(line, commands)) is not None:
+        print(*found)
         return 0
     from kvlab.lab.completion import complete_by_hydra
 
-    complete_by_hydra(arguments, words, is_new_word=line.endswith(" "))
+    complete_by_hydra(arguments, line.split(), is_new_word=line.endswith(" "))
     return 0

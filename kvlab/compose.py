@@ -33,6 +33,7 @@ from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
 from kvlab.schema import ConfigError, nearest
 from kvlab.selection import SELECTIONS
+from kvlab.spelling import elsewhere
 from kvlab.sweep_order import trainings_first
 from kvlab.tasks import TASKS
 from kvlab.weights.section import DETERMINED, refuse_beside, without_determined
@@ -357,13 +358,16 @@ def _no_such_choice(group: str, value: Any, root: Root) -> ConfigError:
 
 def _no_such_field(override: Override, node: Any, root: Root) -> ConfigError | None:
     """The first part of an override's name that the composed config lacks."""
-    place: list[str] = []
+    place, whole = list[str](), node
     for part in override.key_or_group.split("."):
         if not isinstance(node, dict) or part not in node:
             if not isinstance(node, dict):
                 return ConfigError(override.key_or_group, override.value(), _why_no_section(place, node, root))
             legal = [*node, *(root.groups if not place else ())]
-            return ConfigError(".".join([*place, part]), override.value(), f"no such field; {nearest(part, legal)}")
+            said = nearest(part, legal)
+            if not said.startswith("did") and (meant := elsewhere(override.key_or_group, whole)):
+                said = f"did you mean {' or '.join(meant[:3])}? {said}"
+            return ConfigError(".".join([*place, part]), override.value(), f"no such field; {said}")
         node = node[part]
         place.append(part)
     return None

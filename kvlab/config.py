@@ -49,7 +49,9 @@ from kvlab.units import counted
 from kvlab.weights.section import WeightsConfig, refuse_other, with_pretrained
 
 SCHEMA_VERSION = 1
-NOT_IDENTITY = ("hardware", "results_dir", "equal_budget")
+TOP = ("name", "experiment", "seed", "results_dir")
+"""Fields of a config that are in no section."""
+NOT_IDENTITY = ("hardware", "results_dir", "equal_budget", "name")
 """Sections that say where a run happens, or what it was asked for, not what it is."""
 TRAINING = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
 """Sections that determine the trained parameters; the others choose how these are evaluated."""
@@ -162,6 +164,7 @@ class Config(Schema):
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     equal_budget: EqualBudget | None = None
     experiment: str = text("default")
+    name: str | None = text(None, optional=True)
     seed: int = integer(0, 0)
     results_dir: str = text("results")
 
@@ -185,15 +188,16 @@ class Config(Schema):
         for name in fields:
             if name == "equal_budget":
                 continue
-            if name not in SECTIONS and name not in ("experiment", "seed", "results_dir"):
-                legal = ["mixer", "task", *SECTIONS, "experiment", "seed", "results_dir"]
+            if name not in SECTIONS and name not in TOP:
+                legal = ["mixer", "task", *SECTIONS, *TOP]
                 raise ConfigError(str(name), fields[name], f"no such section; {nearest(str(name), legal)}")
         built = {name: kind.build(fields.pop(name), name) for name, kind in SECTIONS.items() if name in fields}
         return cls(mixer=mixer, task=task, task_name=task_name, **built, **cast(dict[str, Any], fields))
 
     def cross_check(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", self.experiment):
-            raise ConfigError("experiment", self.experiment, "must be a word of letters, digits, '_', '-' and '.'")
+        for name, value in (("experiment", self.experiment), ("name", self.name)):
+            if value is not None and not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", value):
+                raise ConfigError(name, value, "must be a word of letters, digits, '_', '-' and '.'")
         try:
             self.layers()
         except ValueError as error:
@@ -259,7 +263,8 @@ class Config(Schema):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["task_name"]
         task = {"type": self.task_name, **plain(self.task)}
-        sections = {name: plain(value) for name, value in fields.items() if name != "equal_budget" or value}
+        optional = ("equal_budget", "name")
+        sections = {name: plain(value) for name, value in fields.items() if name not in optional or value}
         return sections | {"mixer": self.mixer.as_dict(plain), "task": task}
 
     @property
@@ -295,14 +300,19 @@ class Config(Schema):
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     @property
+    def folder(self) -> str:
+        """The folder of the sweep, and its title: its own name, else that of its experiment."""
+        return self.name or self.experiment
+
+    @property
     def run_dir(self) -> Path:
-        """Where the run lives: results_dir / experiment / run_id."""
-        return home_expanded(self.results_dir) / self.experiment / self.run_id
+        """Where the run lives: results_dir / folder / run_id."""
+        return home_expanded(self.results_dir) / self.folder / self.run_id
 
     @property
     def training_dir(self) -> Path:
-        """Where the parameters are trained and kept: results_dir / experiment / trained / training_id."""
-        return home_expanded(self.results_dir) / self.experiment / "trained" / self.training_id
+        """Where the parameters are trained and kept: results_dir / folder / trained / training_id."""
+        return home_expanded(self.results_dir) / self.folder / "trained" / self.training_id
 
     @property
     def label(self) -> str:
@@ -359,6 +369,6 @@ class GenerateConfig(Schema):
 def defaults() -> dict[str, Any]:
     """The defaults of every section that is not chosen by name: the base that Hydra composes upon. Here the model's
     type is "auto": it becomes the one that this machine's kernels read, and part of the run's identity."""
-    top = {"experiment": "default", "seed": 0, "results_dir": "results"}
+    top = {"name": None, "experiment": "default", "seed": 0, "results_dir": "results"}
     sections = {name: kind.defaults() for name, kind in SECTIONS.items()}
     return top | sections | {"model": {**sections["model"], "dtype": "auto"}}

@@ -105,6 +105,10 @@ class HardwareConfig(Schema):
         """How people write it: h100x2."""
         return _parts(self.name)[0] + (f"x{self.total_chips}" if self.total_chips > 1 else "")
 
+    def with_chips(self, count: int) -> "HardwareConfig":
+        """So many of the same chips."""
+        return HardwareConfig(_parts(self.name)[0], count)
+
     @property
     def chip(self) -> Chip:
         """One of the chips. Raises ConfigError for the host, of which no datasheet is known."""

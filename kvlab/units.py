@@ -1,5 +1,34 @@
 """Numbers with their units and nouns, as people read them; and the sizes that they are rounded up to."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Spread(NamedTuple):
+    """A number that was sampled: its median and quartiles over `num_samples`."""
+
+    median: float
+    low: float
+    high: float
+    num_samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Quartiles are interpolated linearly."""
+        ordered = sorted(samples)
+
+        def at(share: float) -> float:
+            place = share * (len(ordered) - 1)
+            below = int(place)
+            above = min(below + 1, len(ordered) - 1)
+            return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+        return cls(at(0.5), at(0.25), at(0.75), len(ordered))
+
+
+UNTIMED = Spread(0.0, 0.0, 0.0, 0)
+"""Of what nobody timed."""
+
 
 def human_bytes(count: int | float) -> str:
     """1536 as "1.5 KiB"."""

@@ -72,11 +72,11 @@ def test_every_command_prints_its_composed_config(capsys, monkeypatch, tmp_path)
 
 
 def test_short_names_of_fields_work_with_hydras_own_options(capsys, monkeypatch):
-    words = ["compression=snapkv", "budget=0.25", "format=int8"]
+    words = ["compression=snapkv", "budget=0.75", "format=int8"]
     status, out, _ = call(capsys, monkeypatch, "run", "--cfg", "job", *words)
     assert status == 0
     memory = yaml.safe_load(out)["memory"]
-    assert (memory["budget"], memory["format"], memory["compression"]["type"]) == (0.25, "int8", "snapkv")
+    assert (memory["budget"], memory["format"], memory["compression"]["type"]) == (0.75, "int8", "snapkv")
     status, _, errors = call(capsys, monkeypatch, "run", "--cfg", "job", "compression=null")
     assert status == 2
     assert "compression = None: did you mean none" in errors
@@ -190,7 +190,7 @@ def test_hydra_options_still_work():
 def test_tab_completion():
     done = kvlab("-sc", "query=bash", COMP_LINE="kvlab run mixer=mq")
     assert done.stdout.split() == ["mixer=mqa"]
-    assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan"]
+    assert kvlab("-sc", "query=bash", COMP_LINE="kvlab pl").stdout.split() == ["plan", "plot"]
 
 
 @pytest.mark.parametrize(
@@ -328,3 +328,32 @@ def test_runs_need_none_of_what_only_pages_and_development_need():
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kvlab.lab.execute, kvlab.lab.report"
     code += ", kvlab.cli, kvlab.lab.launch"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_finished_run_says_what_comes_next(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("kvlab.lab.launch.execute_one", lambda config: "done")
+    status, _, errors = call(capsys, monkeypatch, "run", *TINY, "name=my_first", f"results_dir={tmp_path}")
+    assert status == 0
+    assert f"next: kvlab report {tmp_path}/my_first" in errors
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("run mixer=mq", ["mixer=mqa"]),
+        ("run -m mixer=mqa,mh", ["mixer=mqa,mha"]),
+        ("capacity model=gpt", ["model=gpt-oss-120b", "model=gpt-oss-20b"]),
+        ("plot results --fa", ["--facet"]),
+        ("report results --o", ["--output"]),
+        ("reproduce pag", ["paged_waste"]),
+        ("weights smo", ["smollm2"]),
+        ("show ", []),
+    ],
+)
+def test_choices_and_options_complete_without_hydra_or_jax(line, found, monkeypatch, capsys):
+    """What makes completion slow is never imported: these are answered in a tenth of a second."""
+    monkeypatch.setitem(sys.modules, "kvlab.lab.completion", None)
+    monkeypatch.setenv("COMP_LINE", f"kvlab {line}")
+    status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
+    assert status == 0
+    assert out.split() == found

@@ -2,8 +2,10 @@
 
 import pytest
 
-from kvlab.compose import compose, expand
+from kvlab.compose import compose, compose_generate, expand
 from kvlab.config import Config
+from kvlab.lab.choose import Condition, said_by_hydra
+from kvlab.lab.sweeps import sweeps_of
 from kvlab.schema import ConfigError
 
 
@@ -79,3 +81,59 @@ def test_a_plan_has_the_type_of_the_hardware_that_it_names():
     assert {config.model.dtype for config in expand(words, True)[0]} == {"float32"}  # a run's: this machine's
     (named,), _ = expand(["hardware=h100", "model.dtype=float32"], False, planned=True)
     assert named.model.dtype == "float32"
+
+
+def test_each_experiment_of_a_sweep_brings_its_own_axes():
+    """Swept together neither lost its axes to the other; runs that both have are made once."""
+    sweeps = sweeps_of(["experiment=eviction_mqar,mqar_frontier", "seed=1"], multirun=True)
+    assert [{config.experiment for config in sweep.configs} for sweep in sweeps] == [
+        {"eviction_mqar"},
+        {"mqar_frontier"},
+    ]
+    mixers = [[config.mixer.name for config in sweep.configs] for sweep in sweeps]
+    assert mixers[0] == ["mha"]
+    assert len(set(mixers[1])) == len(mixers[1]) == 9, "the axis of the second alone"
+    # What Hydra is handed is the same sweep.
+    assert {config.run_dir for config in expand(sweeps[0].handed, multirun=True)[0]} == {
+        config.run_dir for config in sweeps[0].configs
+    }
+    assert len(sweeps_of(["+experiment=glob(e*_mqar)", "seed=1"], multirun=True)) == 1
+    twice = sweeps_of(["experiment=eviction_mqar,eviction_mqar", "seed=1"], multirun=True)
+    assert [len(sweep.configs) for sweep in twice] == [1]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("1e-5", 1e-5), ("010", "010"), ("0x10", "0x10"), ("1:30", "1:30"), ("on", "on"), ("yes", "yes")]
+)
+def test_values_are_read_as_hydra_reads_them(word, said):
+    """YAML 1.1 makes a string of 1e-5, 8 of 010, 90 of 1:30 and true of on."""
+    assert said_by_hydra(word) == said
+    assert type(said_by_hydra(word)) is type(said)
+
+
+def test_numbers_of_overrides_and_conditions_mean_the_same():
+    assert compose_generate(["sampling.temperature=1e-5"]).sampling.temperature == 1e-5
+    with pytest.raises(ConfigError, match="seed = '010': must be an integer"):
+        compose(["seed=010"])
+    fields = {"optimizer.learning_rate": 1e-5, "seed": 8}
+    assert Condition("optimizer.learning_rate", ("1e-5",)).holds(fields)
+    assert not Condition("seed", ("010",)).holds(fields)
+    assert Condition("seed", ("8",)).holds(fields)
+
+
+def test_a_name_of_ones_own_is_the_folder_and_leaves_the_identity_alone(tmp_path):
+    words = ["mixer=mha", f"results_dir={tmp_path}"]
+    plain, named = compose(words), compose([*words, "name=ablation1"])
+    assert named.run_id == plain.run_id
+    assert named.training_id == plain.training_id
+    assert named.run_dir == tmp_path / "ablation1" / plain.run_id
+    assert plain.run_dir == tmp_path / "default" / plain.run_id
+    assert named.training_dir.parent == tmp_path / "ablation1" / "trained"
+    assert Config.build(named.as_dict()) == named
+    assert "name" not in plain.as_dict(), "older runs have none"
+    (config,), handed = expand([*words, "name=ablation1", "seed=3"], multirun=True)
+    assert "name=ablation1" in handed
+    assert config.folder == "ablation1"
+    for wrong in ("../up", "a/b", ".hidden"):
+        with pytest.raises(ConfigError, match=r"name = .*: must be a word of letters"):
+            compose([*words, f"name={wrong}"])

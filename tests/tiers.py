@@ -52,6 +52,7 @@ CHILDREN: dict[str, str] = {
     "tests/test_cli.py::test_tab_completion": "ci",
     "tests/test_cli.py::test_readmes_words_on_a_tiny_run_are_answered_with_what_fits": "ci",
     "tests/test_cli.py::test_help_imports_nothing_heavy": "ci",
+    "tests/lab/test_report.py::test_drawing_leaves_the_backend_alone": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher[submitit": "slow",
     "tests/test_cli.py::test_a_corpus_that_is_too_short_is_answered_before_anything_is_written": "ci",

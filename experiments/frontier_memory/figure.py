@@ -23,10 +23,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from kvlab.lab.claims import Claim, verdict
-from kvlab.lab.plots import by_task, colour
+from kvlab.lab.panels import by_panel
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord
 from kvlab.lab.results import Point, non_dominated, points, read_records
+from kvlab.lab.styles import colour
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
@@ -139,7 +140,7 @@ def frame_of(found: list[Point], records: list[AnyRecord]) -> pd.DataFrame:
     """A row a point: architecture, cache method, budget, quality with its interval, bytes held, at their most, and
     read, and whether no other point has better quality with no more bytes."""
     best = {
-        axis: {id(point) for members in by_task(found).values() for point in non_dominated(members, axis)}
+        axis: {id(point) for members in by_panel(found).values() for point in non_dominated(members, axis)}
         for axis in ("allocated_bytes", "read_bytes_per_token")
     }
     rows = []
@@ -210,7 +211,7 @@ def _beats(one: Any, other: Any) -> bool:
 def draw(found: list[Point], path: Path) -> None:
     """A row a task. Left: quality against bytes held at the sequence's end; right: against bytes that decoding a token
     reads. Dashed: what no other point beats."""
-    tasks = by_task(found)
+    tasks = by_panel(found)
     figure, panels = plt.subplots(len(tasks), 2, figsize=(12.5, 4.6 * len(tasks)), squeeze=False, layout="constrained")
     axes = {
         "allocated_bytes": "bytes of the pages and states held a sequence",

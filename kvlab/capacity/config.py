@@ -73,7 +73,8 @@ class ServingMemory(MemoryConfig):
 @dataclass(frozen=True)
 class CapacityConfig(Schema):
     """`kvlab capacity`: a model on chips under a workload. `context_len` (null: the workload's mean) is where users are
-    counted; `price` is dollars an hour for one chip; `max_batch` caps the sequences of a step."""
+    counted, which may be longer than any request of the workload, whose own lengths are those that are simulated.
+    `price` is dollars an hour for one chip; `max_batch` caps the sequences of a step."""
 
     model: Preset
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -83,8 +84,3 @@ class CapacityConfig(Schema):
     max_batch: int = integer(256, 1, 1 << 20)
     price: float | None = real(None, 0.0, 1e6, optional=True)
     simulate: bool = flag(True)
-
-    def cross_check(self) -> None:
-        if self.context_len is not None and self.context_len > self.workload.max_total:
-            legal = f"must be at most workload.max_total = {self.workload.max_total}"
-            raise ConfigError("context_len", self.context_len, legal)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvlab.capacity.config import CapacityConfig
+from kvlab.capacity.fit import DoesNotFit, fewest_chips
 from kvlab.capacity.roofline import decode_roofline
 from kvlab.capacity.room import room_for, users_that_fit
 from kvlab.capacity.serving import Serving
@@ -16,7 +17,6 @@ from kvlab.engine.scheduler import Schedule
 from kvlab.ledger.growth import bytes_at
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.budgets import Context
-from kvlab.schema import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Answer:
     hardware: str
     memory: str
     workload: str
+    workload_len: float
+    """Tokens of a request of the workload on average, prompt and answer: what is simulated."""
     weight_bytes: int
     budget_bytes: int
     bytes_per_token: int
@@ -68,11 +70,15 @@ class Answer:
 
 
 def estimate(config: CapacityConfig) -> Answer:
-    """Answers for one config. Raises ConfigError when the weights, or one sequence beside them, do not fit."""
+    """Answers for one config. Raises `DoesNotFit`, with the number of chips that would do, when the weights, or one
+    sequence beside them, do not fit."""
     model, memory = config.model, config.memory
-    budget = _budget(config)
     asked = requests(config.workload)
-    room = _room(config, budget, asked)
+    try:
+        room = _room(config, asked)
+    except DoesNotFit as error:
+        chips = fewest_chips(config, lambda larger: _room(larger, asked))
+        raise error.answered(chips, config.hardware.with_chips(chips or 1).label) from None
     serving, batch, context = room.serving, min(room.users, config.max_batch), room.context
     roof = decode_roofline(config, [context] * batch, serving)
     tokens_per_s = batch / roof["seconds"]
@@ -83,8 +89,9 @@ def estimate(config: CapacityConfig) -> Answer:
         hardware=config.hardware.label,
         memory=memory.label,
         workload=config.workload.name,
+        workload_len=_mean_len(asked),
         weight_bytes=model.weight_bytes,
-        budget_bytes=budget,
+        budget_bytes=room.budget,
         bytes_per_token=serving.token_bytes,
         context_len=context.context_len,
         sequence_bytes=serving.logical_bytes(context),
@@ -112,8 +119,10 @@ def estimate(config: CapacityConfig) -> Answer:
 
 @dataclass(frozen=True)
 class _Room:
-    """The ledger, the context at which users are counted, the users, and the most bytes that one of them held."""
+    """The bytes that the weights leave, the ledger over them, the context at which users are counted, the users, and
+    the most bytes that one of them held."""
 
+    budget: int
     ledger: Ledger
     serving: Serving
     context: Context
@@ -122,7 +131,7 @@ class _Room:
 
 
 def _budget(config: CapacityConfig) -> int:
-    """Bytes that the weights leave. Raises ConfigError for the host, and when nothing is left."""
+    """Bytes that the weights leave. Raises ConfigError for the host, and `DoesNotFit` when nothing is left."""
     model, hardware = config.model, config.hardware
     _ = hardware.chip  # of the host no datasheet is known: that is the first error to make
     usable = hardware.memory_bytes() * config.memory.utilization
@@ -131,16 +140,20 @@ def _budget(config: CapacityConfig) -> int:
         legal = (
             f"{model.weight_bytes / 1e9:,.1f} GB of weights do not fit in {usable / 1e9:,.1f} GB of {hardware.label}"
         )
-        raise ConfigError("model", model.name, legal)
+        raise DoesNotFit("model", model.name, legal)
     return budget
 
 
-def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> _Room:
-    """Raises ConfigError when not one sequence fits."""
-    mean_total = sum(request.prompt_len + request.output_len for request in asked) / len(asked)
+def _mean_len(asked: list[Request]) -> float:
+    return sum(request.prompt_len + request.output_len for request in asked) / len(asked)
+
+
+def _room(config: CapacityConfig, asked: list[Request]) -> _Room:
+    """Raises `DoesNotFit` when not one sequence fits."""
+    budget, mean_total = _budget(config), _mean_len(asked)
     context_len = config.context_len or max(1, round(mean_total))
     longest = max(request.prompt_len + request.output_len for request in asked)
-    max_len = max(longest, context_len) if config.workload.path else config.workload.max_total
+    max_len = max(context_len, longest if config.workload.path else config.workload.max_total)
     prompt_share = sum(request.prompt_len for request in asked) / (mean_total * len(asked))
     context = Context(context_len, max(1, round(context_len * prompt_share)))
     serving = Serving.of(config, max_len, context)
@@ -151,11 +164,11 @@ def _room(config: CapacityConfig, budget: int, asked: list[Request]) -> _Room:
         state = f"{serving.logical_bytes(context) / 1e9:,.2f} GB"
         sizes = f"{state} beside {model.weight_bytes / 1e9:,.1f} GB of weights"
         legal = f"one sequence does not fit: {sizes} on {config.hardware.label}"
-        raise ConfigError("context_len", context_len, legal)
+        raise DoesNotFit("context_len", context_len, legal)
     peak_bytes = ledger.counters.peak_bytes
     if config.memory.reservation is not None:  # users' blocks were all given out, and a block never changes
         peak_bytes //= users
-    return _Room(ledger, serving, context, users, peak_bytes)
+    return _Room(budget, ledger, serving, context, users, peak_bytes)
 
 
 def _simulate(config: CapacityConfig, ledger: Ledger, asked: list[Request], serving: Serving) -> dict[str, float]:
@@ -189,10 +202,11 @@ def summary(ledger: Ledger, outcome: Outcome) -> dict[str, float]:
         "reserved": (outcome.mean("reserved") + outcome.mean("padding")) / held,
         "stranded": outcome.mean("stranded") / outcome.mean("pool"),
         "shared": outcome.mean("shared") / held,
-        "prefix_hits": counters.hit_tokens / max(1, counters.looked_up_tokens),
+        "prefix_hits": outcome.hit_tokens / max(1, outcome.looked_up_tokens),
         "unified_saving": 1 - counters.peak_bytes / max(1, split),
         "preempted": float(outcome.preempted),
         "recomputed_tokens": float(outcome.recomputed_tokens),
+        "found_again_tokens": float(outcome.found_again_tokens),
         "compacted": float(outcome.compacted),
         "sealed_pages": float(outcome.sealed_pages),
         "dropped_slots": float(outcome.dropped_slots),

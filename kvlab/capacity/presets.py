@@ -15,7 +15,8 @@ from pallas_kernels.visible import Visible
 
 KINDS = ("full", "window", "chunked", "latent", "retrieval", "recurrent")
 VARIANTS = ("published", "mha", "gqa", "mqa", "mla", "window", "recurrent")
-WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+WEIGHT_BYTES = {"bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "mxfp4": 17 / 32, "int4": 0.5}
+"""Of one parameter. MXFP4 has 4 bits and a scale of 8 for each 32 (OCP Microscaling 1.0)."""
 WIDE = ("bfloat16", "float16")
 """What models compute keys and values in."""
 
@@ -99,8 +100,9 @@ class Preset(Schema):
     """A published model: its parameters, its states, and where both are printed.
 
     `num_active_params` is what one token uses of a mixture of experts, of which `experts_per_token` in `num_experts`
-    are chosen. `variant` replaces the attention of every layer by another one of the same width: one model, many
-    memories.
+    are chosen. `weight_dtype` is the type in which the weights are published; `num_wide_params` of them, none of an
+    expert, have 16 bits whatever it is. `variant` replaces the attention of every layer by another one of the same
+    width: one model, many memories.
     """
 
     name: str = text("none")
@@ -110,6 +112,7 @@ class Preset(Schema):
     num_experts: int = integer(1, 1, 65536)
     experts_per_token: int = integer(1, 1, 65536)
     weight_dtype: str = choice("bfloat16", WEIGHT_BYTES)
+    num_wide_params: int = integer(0, 0, 1 << 62)
     variant: str = choice("published", VARIANTS)
     layers: dict[str, LayerGroup] = field(
         kw_only=True, metadata={"type": Annotated[dict[str, LayerGroup], Field(min_length=1)]}
@@ -121,6 +124,8 @@ class Preset(Schema):
             raise ConfigError("experts_per_token", self.experts_per_token, legal)
         if self.num_active_params is not None and self.num_active_params > self.num_params:
             raise ConfigError("num_active_params", self.num_active_params, f"must be at most {self.num_params}")
+        if self.num_wide_params > self.num_params:
+            raise ConfigError("num_wide_params", self.num_wide_params, f"must be at most {self.num_params}")
         self.sources()
 
     @property
@@ -131,7 +136,12 @@ class Preset(Schema):
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters."""
-        return int(self.num_params * WEIGHT_BYTES[self.weight_dtype])
+        return int(self.num_params * WEIGHT_BYTES[self.weight_dtype] + self.num_wide_params * self._widening)
+
+    @property
+    def _widening(self) -> float:
+        """Bytes by which a wide parameter is larger than the others."""
+        return 2.0 - WEIGHT_BYTES[self.weight_dtype]
 
     def read_weight_bytes(self, batch_size: int) -> float:
         """Expected bytes of parameters that a step of `batch_size` tokens reads: every dense one, and the experts that
@@ -139,8 +149,9 @@ class Preset(Schema):
         active = self.num_active_params or self.num_params
         chosen = self.experts_per_token / self.num_experts
         routed = 0.0 if chosen == 1 else (self.num_params - active) / (1 - chosen)
-        touched = self.num_params - routed + routed * (1 - (1 - chosen) ** batch_size)
-        return touched * WEIGHT_BYTES[self.weight_dtype]
+        dense = self.num_params - routed
+        touched = dense + routed * (1 - (1 - chosen) ** batch_size)
+        return touched * WEIGHT_BYTES[self.weight_dtype] + min(dense, self.num_wide_params) * self._widening
 
     def groups(self) -> tuple[LayerGroup, ...]:
         """The layers under `variant`."""

@@ -1,16 +1,12 @@
-"""Answers for people: a table, a CSV and one picture."""
+"""One answer for people, a line each."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.estimate import Answer
-from kvlab.capacity.serving import Serving
-from kvlab.memory.budgets import Context
 from kvlab.units import counted
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
@@ -21,10 +17,11 @@ BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def both_units(num_bytes: float) -> str:
     """Bytes in powers of 1,000 and of 1,024: the two that published figures confuse."""
-    return f"{_scaled(num_bytes, 1000, DECIMAL)} ({_scaled(num_bytes, 1024, BINARY)})"
+    return f"{scaled(num_bytes, 1000, DECIMAL)} ({scaled(num_bytes, 1024, BINARY)})"
 
 
-def _scaled(value: float, base: int, units: Sequence[str]) -> str:
+def scaled(value: float, base: int, units: Sequence[str]) -> str:
+    """A number in the largest unit of which there is one."""
     unit = 0
     while value >= base and unit < len(units) - 1:
         value, unit = value / base, unit + 1
@@ -33,7 +30,7 @@ def _scaled(value: float, base: int, units: Sequence[str]) -> str:
 
 def one_answer(config: CapacityConfig, answer: Answer) -> Table:
     """Everything about one deployment, one line each."""
-    title = f"{_title(answer)} on {answer.hardware}, {answer.memory}, {answer.workload}"
+    title = f"{title_of(answer)} on {answer.hardware}, {answer.memory}, {answer.workload}"
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1, 0, 0), pad_edge=False)
     one_token = both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow"
     decoded = f"{answer.decode_tokens_per_s:,.0f} tokens/s: {answer.decode_ms:.2f} ms for"
@@ -58,10 +55,13 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
         rows.append(("cost of a million tokens", f"${answer.cost_per_million:,.3f} at the roofline"))
     if found := answer.simulated:
         ended = f"{found['finished']:,.0f} done, {found['rejected']:,.0f} can never fit"
+        again = f"{found['recomputed_tokens']:,.0f} tokens computed again, {found['found_again_tokens']:,.0f} found"
+        preempted = counted(found["preempted"], "time") + (f": {again}" if found["preempted"] else "")
         hits, shared = f"{found['prefix_hits']:.1%} of prompt tokens", f"{found['shared']:.1%} of held bytes"
         saving = f"one pool for all needs {found['unified_saving']:.1%} less"
         rows += [
-            ("simulated requests", f"{ended}, {found['preempted']:,.0f} preempted"),
+            ("simulated requests", f"{counted(round(answer.workload_len), 'token')} on average; {ended}"),
+            ("preempted", preempted),
             ("simulated batch", f"{found['batch']:,.1f} on average, {found['tokens_per_s']:,.0f} tokens/s decoded"),
             ("of held bytes", _held(found)),
             ("prefix hits", f"{hits}, sharing saves {shared}"),
@@ -122,84 +122,9 @@ def _shortened_on_the_way(found: dict[str, float]) -> list[tuple[str, str]]:
     return rows + ([("sealed", counted(found["sealed_pages"], "page"))] if found["sealed_pages"] else [])
 
 
-KEPT = ("users", "tok/s")
-"""Columns of `many_answers` that always stand in the table."""
-SPARE = ("B/token", "live", "hits", "weights", "workload", "hardware", "bound", "read/tok", "held/seq", "$/M tok")
-"""What it leaves out first where there is no room."""
-
-
-def many_answers(answers: Sequence[Answer]) -> list[dict[str, str]]:
-    """One row a deployment, by heading. `held/seq` is what one sequence of the context keeps, `read/tok` what decoding
-    its next token reads of that, and `tok/s` the roofline."""
-    rows = []
-    for answer in answers:
-        found, cost = answer.simulated, answer.cost_per_million
-        row = {"model": _title(answer), "hardware": answer.hardware, "memory": answer.memory}
-        row |= {"workload": answer.workload, "context": f"{answer.context_len:,}"}
-        row |= {"weights": _scaled(answer.weight_bytes, 1000, DECIMAL), "B/token": f"{answer.bytes_per_token:,}"}
-        row |= {"held/seq": _scaled(answer.sequence_bytes, 1024, BINARY)}
-        row |= {"read/tok": _scaled(answer.read_bytes, 1024, BINARY), "users": f"{answer.users:,}"}
-        row |= {"tok/s": f"{answer.decode_tokens_per_s:,.0f}", "bound": answer.bound}
-        row |= {
-            "live": f"{found['live']:.1%}" if found else "-",
-            "hits": f"{found['prefix_hits']:.1%}" if found else "-",
-        }
-        rows.append(row | {"$/M tok": "-" if cost is None else f"{cost:,.3f}"})
-    return rows
-
-
-def write(folder: Path, configs: Sequence[CapacityConfig], answers: Sequence[Answer]) -> list[Path]:
-    """capacity.csv and capacity.png: one colour a deployment."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "capacity.csv", folder / "capacity.png"]
-    pd.DataFrame([answer.as_dict() for answer in answers]).to_csv(paths[0], index=False, float_format="%.6g")
-    figure, (grows, fits, speed) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=[1.3, 1, 1], layout="constrained")
-    colours = [plt.get_cmap("tab10")(index) for index in range(10)]
-    labels = _labels(answers)
-    lengths = [2**power for power in range(7, 21)]
-    for index, (config, answer, label) in enumerate(zip(configs, answers, labels, strict=True)):
-        sizes = [_state_bytes(config, answer, n) for n in lengths]
-        grows.loglog(lengths, sizes, color=colours[index % 10], label=label, linewidth=2)
-    grows.set(xlabel="context, tokens", ylabel="state of one sequence, bytes", title="What a sequence holds")
-    grows.legend(fontsize=8)
-    grows.grid(alpha=0.3)
-    bar_colours = [colours[index % 10] for index in range(len(answers))]
-    contexts = sorted({answer.context_len for answer in answers})
-    at = f"{contexts[0]:,}" if len(contexts) == 1 else "their mean"
-    fits.barh(labels, [answer.users for answer in answers], color=bar_colours)
-    fits.set(xscale="log", xlabel=f"sequences of {at} tokens that fit", title="Users")
-    speed.barh(labels, [answer.decode_tokens_per_s for answer in answers], color=bar_colours)
-    speed.set(xscale="log", xlabel="tokens/s, roofline", title="Decode")
-    speed.set_yticklabels([])
-    for axes in (fits, speed):
-        axes.invert_yaxis()
-        axes.grid(axis="x", alpha=0.3)
-    figure.savefig(paths[1], dpi=130)
-    plt.close(figure)
-    return paths
-
-
-def _state_bytes(config: CapacityConfig, answer: Answer, num_tokens: int) -> int:
-    """What stays of one sequence, whose prompt has its share of these tokens."""
-    context = Context(num_tokens, max(1, round(num_tokens * answer.prompt_len / answer.context_len)))
-    counted = Context(answer.context_len, answer.prompt_len)
-    return Serving.of(config, max(num_tokens, answer.context_len), counted).logical_bytes(context)
-
-
-def _title(answer: Answer) -> str:
+def title_of(answer: Answer) -> str:
+    """The model, and its variant where it is not as published."""
     return answer.model + (f", {answer.variant}" if answer.variant != "published" else "")
-
-
-def _labels(answers: Sequence[Answer]) -> list[str]:
-    """The parts of a deployment's name that differ."""
-    parts = [(answer.model, answer.variant, answer.hardware, answer.memory, answer.workload) for answer in answers]
-    varying = [place for place in range(5) if len({part[place] for part in parts}) > 1] or [0]
-    return [" ".join(part[place] for place in varying) for part in parts]
 
 
 def _batch(config: CapacityConfig, answer: Answer) -> str:

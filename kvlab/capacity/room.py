@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kvlab.capacity.config import CapacityConfig
+from kvlab.capacity.fit import DoesNotFit
 from kvlab.capacity.serving import Serving, most_pages
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import Lengths, StateClass
@@ -12,7 +13,6 @@ from kvlab.ledger.growth import grow, pages_at
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.replacement import POLICIES
 from kvlab.memory.budgets import Context
-from kvlab.schema import ConfigError
 
 
 def make_ledger(
@@ -44,7 +44,7 @@ def room_for(config: CapacityConfig, serving: Serving, budget: int, context: Con
         num_pages = more + math.floor(shared * need / sum(needs) / state.page_bytes)
         if num_pages < 1 + state.has_null_page:
             legal = f"leaves no page of {state.page_bytes:,} bytes for {state.name}"
-            raise ConfigError("hardware", config.hardware.label, legal)
+            raise DoesNotFit("hardware", config.hardware.label, legal)
         sized.append(replace(state, num_pages=num_pages, num_host_pages=int(num_pages * host)))
     checkpoints = Checkpoints(memory.checkpoints, memory.checkpoint_interval)
     return Ledger(

@@ -38,6 +38,11 @@ class Outcome:
     rejected: list[str] = field(default_factory=list)
     preempted: int = 0
     recomputed_tokens: int = 0
+    looked_up_tokens: int = 0
+    """Of prompts, each once; below, what others had left of them in the prefix index, and what preempted sequences
+    found again of their own."""
+    hit_tokens: int = 0
+    found_again_tokens: int = 0
     compacted: int = 0
     """Compactions of a sequence, and below the pages that were sealed."""
     sealed_pages: int = 0
@@ -89,8 +94,10 @@ class Simulator:
             while arriving and arriving[0].request.arrival_s <= self.clock:
                 scheduler.submit(arriving.popleft())
             self.step()
-        self.outcome.preempted = scheduler.counters.preempted
-        self.outcome.recomputed_tokens = scheduler.counters.recomputed_tokens
+        counters = scheduler.counters
+        self.outcome.preempted, self.outcome.recomputed_tokens = counters.preempted, counters.recomputed_tokens
+        self.outcome.looked_up_tokens, self.outcome.hit_tokens = counters.looked_up_tokens, counters.hit_tokens
+        self.outcome.found_again_tokens = counters.found_again_tokens
         self.outcome.dropped_slots = self.ledger.counters.dropped_slots
         self.outcome.seconds = self.clock
         return self.outcome

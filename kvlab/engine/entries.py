@@ -42,6 +42,9 @@ class Entry:
     """It computes up to here and then waits for the caller to branch it and to lift this; beyond, it has no effect."""
     paused: bool = False
     """Takes part in nothing: it waits for others of its group."""
+    once_computed: int = 0
+    """The most tokens that it, or whoever it branched from, had computed when it last had to make room. Below, what it
+    computes is computed again, and what it finds in the index is no prefix hit: it was its own."""
     arrival: int = -1
     state: Literal["new", "waiting", "running", "swapped", "gone"] = "new"
 
@@ -117,8 +120,12 @@ class Step:
 
 @dataclass
 class Counters:
-    """What scheduling did so far."""
+    """What scheduling did so far. Each prompt counts once among `looked_up_tokens`, and among `hit_tokens` what others
+    had left of it in the index. What a sequence finds again of its own after a preemption is neither a hit nor computed
+    again. (The ledger's counters are of lookups: every admission counts there.)"""
 
     preempted: int = 0
     recomputed_tokens: int = 0
+    looked_up_tokens: int = 0
     hit_tokens: int = 0
+    found_again_tokens: int = 0

@@ -79,6 +79,7 @@ class Scheduler:
             child.prefill_len, child.told_len = parent.prefill_len, parent.told_len
             self._run(child)
         else:
+            child.once_computed = parent.num_computed
             self._queue(child)
 
     def remove(self, entry: Entry, *, keep: bool = True) -> None:
@@ -120,6 +121,9 @@ class Scheduler:
         if not step.work and not step.rejected and len(self.swapped) == num_swapped:
             self._unblock(step)
         work = [step.work[entry] for entry in self.running if entry in step.work]
+        for entry, num_new, _ in work:
+            again = min(entry.once_computed, entry.num_computed + num_new) - entry.num_computed
+            self.counters.recomputed_tokens += max(0, again)
         return Step(work, step.before, step.rejected)
 
     def schedule_ahead(self) -> list[Work] | None:
@@ -257,8 +261,9 @@ class Scheduler:
         answer = self.ledger.reserve(entry.name, count, hit=hit, lengths=Lengths(prompt_len, entry.final_len))
         if isinstance(answer, Ready):
             entry.prefill_len = prompt_len  # what was decoded before is decoded again, where it was compacted
+            if hit:
+                self._count_hit(entry, start)
             entry.told_len = hit.prompt_len if hit else entry.num_known
-            self.counters.hit_tokens += start
             return count
         if hit:
             self.ledger.unpin(hit)
@@ -269,6 +274,13 @@ class Scheduler:
         entry.state = "gone"
         step.rejected.append(Rejection(entry, answer.reason))
         return 0
+
+    def _count_hit(self, entry: Entry, found: int) -> None:
+        """An admission found this many tokens in the index; those that the sequence had computed itself are no hit."""
+        if not entry.told_len:
+            self.counters.looked_up_tokens += max(0, entry.num_known - entry.once_computed)
+        self.counters.found_again_tokens += min(found, entry.once_computed)
+        self.counters.hit_tokens += max(0, found - entry.once_computed)
 
     # Making room.
 
@@ -299,7 +311,7 @@ class Scheduler:
                     entry.state = "swapped"
                     return
             self.ledger.release(entry.name)
-            self.counters.recomputed_tokens += entry.num_computed
+        entry.once_computed = max(entry.once_computed, entry.num_computed)
         entry.num_computed = 0
         self._queue(entry)
 

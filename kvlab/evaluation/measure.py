@@ -17,6 +17,7 @@ from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.schema import Schema, integer
 from kvlab.typing import Params
+from kvlab.units import UNTIMED, Spread
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class MeasureConfig(Schema):
 @dataclass(frozen=True)
 class Observed:
     """What was seen while every sequence was filled: the ledger's accounts, the compiled decode step, seconds of one
-    decode step, and milliseconds of a training step, which was timed before."""
+    decode step, and milliseconds of a training step, which was timed before: medians with their quartiles."""
 
     layout: MemoryLayout
     accounts: tuple[Account, ...]
     compiled: Any
-    decode_s: float
-    train_step_ms: float
+    decode_s: Spread
+    train_step_ms: Spread
     ledger: Ledger
     compaction_s: float | None
     """Of one compaction; None: there was none."""
@@ -189,11 +190,29 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """How fast: one training step, and tokens a second that the whole batch decodes."""
+    """How fast: one training step, and tokens a second that the whole batch decodes. Each is a median over samples, of
+    calls or decoded tokens, the compiling ones left out; `low` and `high` are the quartiles of several samples. Another
+    run on another day differs by more. Records from before these were kept have none."""
 
-    train_step_ms: float = measured(lambda seen: seen.train_step_ms, column="step ms")
-    decode_tokens_per_s: float = measured(lambda seen: seen.layout.max_sequences / seen.decode_s, column="decode tok/s")
+    train_step_ms: float = measured(lambda seen: seen.train_step_ms.median, column="step ms (median)")
+    decode_tokens_per_s: float = measured(
+        lambda seen: seen.layout.max_sequences / seen.decode_s.median, column="decode tok/s (median)"
+    )
     compaction_ms: float | None = measured(lambda seen: seen.compaction_s and seen.compaction_s * 1e3, default=None)
+    train_step_low_ms: float | None = measured(
+        lambda seen: seen.train_step_ms.low if seen.train_step_ms.num_samples > 1 else None, default=None
+    )
+    train_step_high_ms: float | None = measured(
+        lambda seen: seen.train_step_ms.high if seen.train_step_ms.num_samples > 1 else None, default=None
+    )
+    num_train_samples: int | None = measured(lambda seen: seen.train_step_ms.num_samples or None, default=None)
+    decode_low_tokens_per_s: float | None = measured(
+        lambda seen: seen.layout.max_sequences / seen.decode_s.high, default=None
+    )
+    decode_high_tokens_per_s: float | None = measured(
+        lambda seen: seen.layout.max_sequences / seen.decode_s.low, default=None
+    )
+    num_decode_samples: int | None = measured(lambda seen: seen.decode_s.num_samples, default=None)
 
 
 AXES = {name: measure.axis for name, measure in measures(MemoryReport).items() if measure.axis}
@@ -224,7 +243,7 @@ def measure(
     *,
     prompt_len: int,
     decode_steps: int,
-    train_step_ms: float = 0.0,
+    train_step_ms: Spread = UNTIMED,
 ) -> tuple[MemoryReport, SpeedReport]:
     """Fills every sequence up to layout.max_len, decoding what is behind a prompt of `prompt_len` tokens and timing the
     last `decode_steps` of it, and takes all measures.
@@ -253,7 +272,7 @@ def measure(
         times.append(time.perf_counter() - began)
     session.ledger.check()
     # The first step may have compiled.
-    decode_s = float(np.median(times[1:][-decode_steps:] or times))
+    decode_s = Spread.of(times[1:][-decode_steps:] or times)
     session_s = float(np.median(session.compaction_s[1:] or session.compaction_s)) if session.compaction_s else None
     seen = Observed(layout, session.ledger.audit(), compiled, decode_s, train_step_ms, session.ledger, session_s)
     return take_all(MemoryReport, seen), take_all(SpeedReport, seen)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from kvlab.lab.labels import flatten, without_seed
 from kvlab.lab.record import AnyRecord, Done, Unfinished
@@ -16,7 +18,7 @@ from kvlab.schema import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Condition:
-    """A field of the configuration, by a dotted name, that has one of some values, as they are written in YAML; a
+    """A field of the configuration, by a dotted name, that has one of some values, as Hydra reads them; a
     section is named by its `type` or `name`, and what holds and reads everything by the choices of its group, such as
     compression=none or selection=all."""
 
@@ -34,11 +36,19 @@ class Condition:
 def _is_said(value: Any, text: str) -> bool:
     if str(value) == text:
         return True
-    try:
-        said = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return False
+    said = said_by_hydra(text)
     return said == value and isinstance(said, bool) == isinstance(value, bool)
+
+
+@cache
+def said_by_hydra(text: str) -> Any:
+    """A value as it would be read behind the equals sign of an override: 1e-5 is a number and 010 is none, unlike in
+    YAML 1.1. What cannot be read there is text."""
+    try:
+        (override,) = OverridesParser.create().parse_overrides([f"value={text}"])
+        return override.value()
+    except HydraException:
+        return text
 
 
 def split_conditions(words: str) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,4 +1,4 @@
-"""Claims of an experiment against published values: a table that passes or fails."""
+"""Claims of an experiment against published values, exact formulas or bounds: a table that passes or fails."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -33,6 +33,7 @@ from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.tasks.metrics import Metric
 from kvlab.typing import Params
+from kvlab.units import Spread
 from pallas_kernels.selection import recording
 
 
@@ -78,7 +79,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Conf
     kernels = summary(taken)
     record = build(
         run_id=config.run_id,
-        experiment=config.experiment,
+        experiment=config.folder,
         config=config.as_dict(),
         seed=config.seed,
         schema=SCHEMA_VERSION,
@@ -114,10 +115,10 @@ def _run(config: Config, run: Run, stop: StopRequest, **given: Any) -> dict[str,
     verified_by = verify(through, parallel, lab.task.metric, **given)
     stop.check()
 
-    memory, speed = measure_memory(lab, params, config.context_len, trained.train_step_ms)
+    memory, speed = measure_memory(lab, params, config.context_len, trained.step_ms)
     elsewhere = None
     if config.context_len != lab.task.context_len:
-        elsewhere, _ = measure_memory(lab, params, lab.task.context_len, trained.train_step_ms)
+        elsewhere, _ = measure_memory(lab, params, lab.task.context_len, trained.step_ms)
     return {
         "num_params": lab.model.num_params,
         "quality": quality_of(lab.task, through, parallel, validation=trained.validation, verified_by=verified_by),
@@ -170,7 +171,7 @@ def parts_of(score: SliceScore, metric: Metric) -> dict[str, Part]:
 
 
 def measure_memory(
-    lab: Laboratory, params: Params, context_len: int, train_step_ms: float
+    lab: Laboratory, params: Params, context_len: int, train_step_ms: Spread
 ) -> tuple[MemoryReport, SpeedReport]:
     """Bytes and speed at a context of `context_len` tokens and the configured batch."""
     config, prompt_len = lab.config, lab.config.context_of(context_len).prompt_len

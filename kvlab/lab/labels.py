@@ -63,14 +63,25 @@ def deployment_labels(labels: Sequence[str], memories: Sequence[Plain]) -> list[
     return _told_apart(labels, labels, [flatten({"memory": _untold_memory(memory)}, "") for memory in memories])
 
 
+def differing_fields(kinds: Sequence[Hashable], configs: Sequence[Plain]) -> list[dict[str, Any]]:
+    """Of each configuration the fields in which those of its kind differ, by the shortest names that tell them."""
+    fields = [flatten(config, "") for config in configs]
+    return _telling(kinds, fields)
+
+
 def _told_apart(heads: Sequence[str], kinds: Sequence[Hashable], fields: Sequence[Plain]) -> list[str]:
     """Heads, and of each kind the flat fields in which its members differ."""
+    found = zip(heads, _telling(kinds, fields), strict=True)
+    return [" ".join([head, *(f"{name}={in_short(value)}" for name, value in told.items())]) for head, told in found]
+
+
+def _telling(kinds: Sequence[Hashable], fields: Sequence[Plain]) -> list[dict[str, Any]]:
+    """What tells each from the others of its kind."""
     members: dict[Hashable, list[Plain]] = defaultdict(list)
     for kind, mine in zip(kinds, fields, strict=True):
         members[kind].append(mine)
     telling = {kind: _Telling(alike) for kind, alike in members.items()}
-    each = zip(heads, kinds, fields, strict=True)
-    return [" ".join([head, *telling[kind].details(mine)]) for head, kind, mine in each]
+    return [telling[kind].details(mine) for kind, mine in zip(kinds, fields, strict=True)]
 
 
 def _kind(config: Plain) -> tuple[str, str]:
@@ -108,10 +119,10 @@ class _Telling:
                     told[name].add(str(fields.get(name)))
         self.differing = sorted(name for name, values in told.items() if len(values) > 1)
 
-    def details(self, fields: Plain) -> list[str]:
-        """What differs, as field=value of one of them."""
+    def details(self, fields: Plain) -> dict[str, Any]:
+        """What differs of one of them, by short names."""
         mine = [name for name in self.differing if name in fields or not _method_of(name)]
-        return [f"{self._short(name)}={in_short(fields.get(name))}" for name in mine]
+        return {self._short(name): fields.get(name) for name in mine}
 
     def _short(self, name: str) -> str:
         """The last words of a dotted name, as many as tell it from the others; a section stands for its `name`. The

@@ -105,7 +105,7 @@ def execute_one(config: Config) -> str:
     else:
         reason = f": {getattr(Run(config).record, 'reason', None)}" if status == "failed" else ""
     label = _LABELS.get(config.run_dir, config.label)
-    print(f"{label} [{config.run_id}] {status}{reason}", file=sys.stderr, flush=True)
+    print(f"{label} [{config.run_id}] {status}{reason}, in {config.run_dir}", file=sys.stderr, flush=True)
     return status
 
 

@@ -43,6 +43,7 @@ def summary(engine: Engine, seconds: float) -> str:
     rates["GB/s read"] = f"{stats.read_bytes / running / 1e9:.1f}"
     words = [f"{counted(stats.told_tokens, 'token')} generated, {stats.prefilled_tokens:,} prefilled"]
     words += [f"{counters.hit_tokens:,} found in memory"] * (counters.hit_tokens > 0)
+    words += [f"{counters.found_again_tokens:,} found again"] * (counters.found_again_tokens > 0)
     words += [f"{rate} {unit}" for unit, rate in rates.items() if float(rate.replace(",", ""))]
     if (compiling := f"{stats.first_calls_s:.1f}") != "0.0":
         words.append(f"{compiling} s of compiling not counted")

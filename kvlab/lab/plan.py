@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kvlab.config import Config
 from kvlab.engine.step import MemoryStep
 from kvlab.evaluation.measure import Observed, read_bytes_per_token
+from kvlab.lab.flops import flops_of
 from kvlab.lab.kernels import Chosen, chosen_kernels
 from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.classes import Lengths
@@ -21,7 +22,7 @@ from kvlab.memory.formats import skipped
 from kvlab.memory.layout import MemoryLayout, stored_states
 from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
-from kvlab.units import human_bytes
+from kvlab.units import UNTIMED, human_bytes
 
 MAX_REASON = 1500
 """Characters of an error that a record tells."""
@@ -32,7 +33,8 @@ class Plan:
     """Predicted bytes by component, and FLOPs of the whole training.
 
     activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those
-    of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. kernels: what
+    of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. train_flops:
+    every step of every loop, as this machine would run them (`flops_of`). kernels: what
     each op takes on the named hardware. format_is_idle: a format is named, and no state is stored in it.
 
     held_bytes: pages that a sequence holds at the measured context; peak_bytes: the most that the batch holds on the
@@ -83,18 +85,17 @@ def predict(lab: Laboratory) -> Plan:
     data = jax.eval_shape(lab.task.train_data)
     num_steps = config.train.steps_per_call
     knobs = jax.ShapeDtypeStruct((num_steps,), jnp.int32)
-    activations, flops_of = 0, {}
+    activations, call_flops = 0, {}
     for seq_len in lab.task.train_shapes():
-        compiled = type(step_fn).__call__.lower(step_fn, state, data, key, knobs, seq_len).compile()
-        activations = max(activations, _temp_bytes(compiled))
-        # XLA counts a loop's body once: the call's body is one optimizer step, and that step's is one accumulated part.
-        flops_of[seq_len] = _flops(compiled) * config.train.accumulation
+        traced = type(step_fn).__call__.trace(step_fn, state, data, key, knobs, seq_len)
+        activations = max(activations, _temp_bytes(traced.lower().compile()))
+        call_flops[seq_len] = flops_of(traced.jaxpr)
     num_calls = config.train.num_steps // num_steps
-    flops = sum(num_steps * flops_of[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
+    flops = sum(call_flops[lab.task.train_call(call, num_steps)[0]] for call in range(num_calls))
     context, batch_size = config.context, config.measure.batch_size
     layout = lab.layout(context.context_len, batch_size, prompt_len=context.prompt_len)
     ledger, peak_bytes = filled(layout, context)
-    seen = Observed(layout, ledger.audit(), None, 0.0, 0.0, ledger, None)
+    seen = Observed(layout, ledger.audit(), None, UNTIMED, UNTIMED, ledger, None)
     step = MemoryStep.of(lab.model.structure, layout)
     decode = step.compiled(lab.model.params, jax.eval_shape(layout.allocate), 1)
     weights = num_bytes(lab.model.params)
@@ -150,11 +151,6 @@ def _format_is_idle(lab: Laboratory) -> bool:
 
 def _temp_bytes(compiled: Any) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
-
-
-def _flops(compiled: Any) -> float:
-    analysis = compiled.cost_analysis() or {}
-    return float(analysis.get("flops", 0.0))
 
 
 def explain_out_of_memory(config: Config) -> str:

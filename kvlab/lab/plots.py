@@ -1,119 +1,114 @@
-"""The frontier as a picture: quality against the bytes a sequence holds, one colour and name per variant,
-everywhere."""
+"""The frontier as a picture: quality against the bytes a sequence holds. Functions that return axes leave matplotlib's
+backend alone, and draw into a figure of the caller's where one is given; those that write files open no window."""
 
-import hashlib
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from kvlab.evaluation.measure import AXES
 from kvlab.files import write_atomic
+from kvlab.lab.panels import by_panel, names_within, styles_of, where
 from kvlab.lab.results import Point, non_dominated
+from kvlab.lab.styles import Style
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import human_bytes
 
-COLOURS = {
-    "mha": "#0072b2",
-    "gqa": "#56b4e9",
-    "mqa": "#009e73",
-    "mla": "#1b9e9e",
-    "swa": "#e69f00",
-    "swa16": "#f5c26b",
-    "swa32": "#e69f00",
-    "swa64": "#a86f00",
-    "gated_deltanet": "#5b3a8c",
-    "deltanet": "#8a6fb8",
-    "deltaproduct": "#b9a3d9",
-    "kda": "#2f6b4f",
-    "linear_attention": "#7f7f7f",
-    "retnet": "#b0b0b0",
-    "gla": "#9c755f",
-    "mamba2": "#cc79a7",
-    "mamba2_n16": "#e0a9c8",
-    "mamba2_n64": "#a8487c",
-    "mamba3": "#7a2f5c",
-    "based": "#86bcb6",
-    "rglru": "#b07aa1",
-    "griffin": "#d37295",
-    "hybrid": "#d55e00",
-    "indexed": "#1b6e8c",
-}
-OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
+COLUMNS = 3
+"""Panels beside each other, before a new row begins."""
 
 
-def colour(variant: str) -> str:
-    """The variant's colour; unknown names get one of a second palette, always the same."""
-    if variant in COLOURS:
-        return COLOURS[variant]
-    return OTHERS[hashlib.sha256(variant.encode()).digest()[0] % len(OTHERS)]
-
-
-def by_task(found: list[Point]) -> dict[str, list[Point]]:
-    """Points of each task, tasks in order of appearance."""
-    tasks: dict[str, list[Point]] = {}
-    for point in found:
-        tasks.setdefault(point.task, []).append(point)
-    return tasks
-
-
-def draw_frontier(found: list[Point], title: str, paths: list[Path], axis: str = "allocated_bytes") -> None:
-    """One panel a task, bytes on a log axis, intervals over seeds, the non-dominated points joined by a step line.
+def frontier(found: Sequence[Point], axis: str = "allocated_bytes", figure: Figure | None = None) -> list[Axes]:
+    """One panel for each task, context and batch: bytes on a log axis, intervals over seeds, the non-dominated points
+    joined by a step line; colour and marker are by what is swept. Draws into `figure`, or into a new one of pyplot's.
 
     Bits per byte point downwards and start at zero, so that up is better everywhere and no difference is magnified.
     Raises ValueError when there is no point.
     """
     if not found:
         raise ValueError("there is no finished run to draw")
-    tasks = by_task(found)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6.2 * len(tasks), 4.6), squeeze=False, layout="constrained")
-    for panel, (task, members) in zip(axes[0], tasks.items(), strict=True):
-        _draw_panel(panel, task, members, axis)
+    panels = by_panel(found)
+    looks = styles_of(found)
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    if figure is None:
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure()
+    figure.set_layout_engine("constrained")
+    figure.set_size_inches(7.4 * columns, 4.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for panel, (name, members) in zip(axes.flat, panels.items(), strict=False):
+        _draw_panel(panel, name, members, axis, [looks[id(point)] for point in members])
+    for panel in list(axes.flat)[len(panels) :]:
+        panel.axis("off")
+    return list(axes.flat)[: len(panels)]
+
+
+def draw_frontier(found: Sequence[Point], title: str, paths: Sequence[Path], axis: str = "allocated_bytes") -> None:
+    """`frontier` with a title, as files."""
+    figure = Figure()
+    frontier(found, axis, figure)
     figure.suptitle(title)
-    _save(figure, paths)
+    save(figure, paths)
 
 
-def _draw_panel(panel: Axes, task: str, members: list[Point], axis: str) -> None:
-    members = [point for point in members if axis in point.bytes_per_sequence]
-    if not members:
-        raise ValueError(f"no point of {task} has {axis}: their records are from before it was measured")
-    frontier = non_dominated(members, axis)
-    sizes = [point.bytes_per_sequence[axis] for point in frontier]
-    panel.step(sizes, [p.value for p in frontier], where="post", color="0.6", lw=1.2, ls="--", zorder=1)
-    for point in members:
-        size = point.bytes_per_sequence[axis]
-        errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
-        style = {"color": colour(point.variant), "ms": 8, "capsize": 3, "zorder": 3}
-        panel.errorbar(size, point.value, yerr=errors, fmt="o", label=_plainly(point.name), **style)
-    first = members[0]
+def save(figure: Figure, paths: Sequence[Path]) -> None:
+    """The picture in each file, wholly or not at all, the same bytes each time: a link in its place is replaced, not
+    followed."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer, metadata = io.BytesIO(), {"CreationDate": None} if path.suffix == ".pdf" else None
+        figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
+        write_atomic(path, buffer.getvalue())
+
+
+def byte_axis(panel: Axes) -> None:
+    """Makes a panel's x-axis one of bytes, in powers of two."""
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
-    panel.set_xlabel(AXES[axis] + f"\nat {first.context_len} tokens")
+
+
+def _draw_panel(panel: Axes, name: str, members: list[Point], axis: str, looks: Sequence[Style]) -> None:
+    each = zip(members, names_within(members), looks, strict=True)
+    known = [(point, label, style) for point, label, style in each if axis in point.bytes_per_sequence]
+    if not known:
+        raise ValueError(f"no point of {name} has {axis}: their records are from before it was measured")
+    best = non_dominated([point for point, *_ in known], axis)
+    sizes = [point.bytes_per_sequence[axis] for point in best]
+    panel.step(sizes, [p.value for p in best], where="post", color="0.6", lw=1.2, ls="--", zorder=1)
+    for point, label, style in known:
+        size = point.bytes_per_sequence[axis]
+        errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
+        look = {"color": style.colour, "fmt": style.marker, "ms": 8, "capsize": 3, "zorder": 3}
+        panel.errorbar(size, point.value, yerr=errors, label=_plainly(label), **look)
+    first = members[0]
+    byte_axis(panel)
+    panel.set_xlabel(f"{AXES[axis]}\n{where(first)}")
     panel.set_ylabel(metric_label(first.metric))
     if first.higher_is_better:
         panel.set_ylim(-0.03, 1.05)
     else:
         panel.set_ylim(1.15 * max(point.high for point in members), 0)
-    panel.set_title(f"{task}: {metric_label(first.metric)} against memory")
+    panel.set_title(f"{_plainly(name)}: {metric_label(first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
-    panel.legend(fontsize=8, loc="lower right" if first.higher_is_better else "upper right", framealpha=0.9)
+    beside_legend(panel)
 
 
-def _save(figure: Figure, paths: list[Path]) -> None:
-    """The picture in each file, wholly or not at all: a link in its place is replaced, not followed."""
-    for path in paths:
-        buffer, metadata = io.BytesIO(), {"CreationDate": None} if path.suffix == ".pdf" else None
-        figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
-        write_atomic(path, buffer.getvalue())
-    plt.close(figure)
+def beside_legend(panel: Axes, handles: Sequence[Artist] = (), labels: Sequence[str] = ()) -> None:
+    """A legend to the right of a panel, where it hides no point, of what was drawn with a label unless entries are
+    given; of many in small print."""
+    if not handles:
+        handles, labels = panel.get_legend_handles_labels()
+    if handles:
+        size = 8 if len(handles) <= 20 else max(3, 160 / len(handles))
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0}
+        panel.legend(handles, labels, fontsize=size, frameon=False, **place)
 
 
 def _plainly(name: str) -> str:
@@ -129,9 +124,8 @@ def draw_needle(found: list[Point], paths: list[Path]) -> None:
         raise ValueError("there is no finished run of task=needle to draw")
     columns = min(len(members), 4)
     rows = -(-len(members) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns + 0.8, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3.4 * columns + 0.8, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     image = None
     for panel, point in zip(axes.flat, members, strict=False):
         named = [(re.fullmatch(r"(\d{1,9})@(\d{1,3})", name), value) for name, value in point.slices.items()]
@@ -155,9 +149,9 @@ def draw_needle(found: list[Point], paths: list[Path]) -> None:
         panel.set_xlabel("context, tokens")
         panel.set_ylabel("depth of the needle")
         size = human_bytes(point.bytes_per_sequence["allocated_bytes"])
-        panel.set_title(f"{_plainly(point.name)}\n{size} a sequence", fontsize=9)
+        panel.set_title(f"{_plainly(point.name)}\n{size} a sequence of {point.context_len:,}", fontsize=9)
     for panel in list(axes.flat)[len(members) :]:
         panel.axis("off")
     assert image is not None
     figure.colorbar(image, ax=axes, label="accuracy of the digits")
-    _save(figure, paths)
+    save(figure, paths)

@@ -236,8 +236,13 @@ def damaged(error: Exception, run_id: str, config: dict[str, Any]) -> Unfinished
 
 def unfinished(status: Literal["failed", "cut"], reason: str, run_id: str, config: dict[str, Any]) -> Unfinished:
     """The record of a run that has none."""
-    experiment, seed = config.get("experiment", "unknown"), config["seed"]
-    return Unfinished(run_id=run_id, experiment=experiment, seed=seed, config=config, status=status, reason=reason)
+    return Unfinished(**basics(run_id, config), status=status, reason=reason)
+
+
+def basics(run_id: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What every record of a run says, by its configuration."""
+    experiment = config.get("name") or config.get("experiment", "unknown")
+    return {"run_id": run_id, "experiment": experiment, "seed": config["seed"], "config": config}
 
 
 def as_json(record: AnyRecord) -> dict[str, Any]:

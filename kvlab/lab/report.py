@@ -14,11 +14,13 @@ import pandas as pd
 
 from kvlab.evaluation.measure import AXES, SpeedReport, measures
 from kvlab.files import write_atomic
-from kvlab.lab.labels import point_labels
-from kvlab.lab.plots import by_task, colour, draw_frontier, draw_needle
+from kvlab.lab.labels import point_labels, without_seed
+from kvlab.lab.panels import by_panel, names_within, styles_of, where
+from kvlab.lab.plots import draw_frontier, draw_needle
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord, Done, Unfinished
 from kvlab.lab.results import Point, non_dominated, points, read_metrics, read_records
+from kvlab.lab.styles import SYMBOLS, Style, styles
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import counted, human_bytes
 
@@ -55,12 +57,13 @@ def write_report(results: Path, output: Path) -> list[Path]:
 
 def frontier_frame(found: list[Point], protocol: list[dict[str, Any]] | None = None) -> pd.DataFrame:
     """The plotted data: one row a point, with what `protocol_rows` adds where it is given."""
-    best = {id(point) for members in by_task(found).values() for point in non_dominated(members)}
+    best = {id(point) for members in by_panel(found).values() for point in non_dominated(members)}
     rows = []
     for point, added in zip(found, protocol or [{}] * len(found), strict=True):
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         low, high = point.interval or (None, None)
-        row |= {"low": low, "high": high, "num_seeds": point.num_seeds, "context_len": point.context_len}
+        row |= {"low": low, "high": high, "num_seeds": point.num_seeds}
+        row |= {"context_len": point.context_len, "batch_size": point.batch_size}
         row |= {csv_name(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
         row |= {"non_dominated": id(point) in best, "num_params": point.num_params}
         row |= {name.replace(" ", "_"): value for name, value in added.items()}
@@ -89,14 +92,14 @@ def render_page(
 
     template = Template(importlib.resources.files("kvlab.lab").joinpath("page.html").read_text())
     failed = [record for record in records if isinstance(record, Unfinished)]
-    tasks = by_task(found)
+    panels = by_panel(found)
     labels = dict(zip(map(id, records), point_labels([record.config for record in records]), strict=True))
     summary = f"{counted(len(records), 'run')}, {len(records) - len(failed)} done, {len(failed)} not; "
     summary += f"{counted(len(found), 'point')}."
     charts = "".join(
         f'<section><h2>{html.escape(task)}: quality against memory</h2><div class="chart" id="frontier-{index}"></div>'
         "</section>"
-        for index, task in enumerate(tasks)
+        for index, task in enumerate(panels)
     )
     if heat_map is not None:
         encoded = base64.b64encode(heat_map).decode()
@@ -115,7 +118,7 @@ def render_page(
         table=_table(_point_rows(found, protocol), "points", sortable=True),
         failed=_table([_failed_row(record, labels[id(record)]) for record in failed], "failed"),
         provenance=_table(_provenance_rows(records, labels), "provenance"),
-        data=_script_json(_page_data(records, tasks, labels)),
+        data=_script_json(_page_data(records, panels, labels)),
         plotly=get_plotlyjs(),
     )
 
@@ -129,37 +132,41 @@ type Labels = Mapping[int, str]
 """How records are called among each other, by their `id`: a run id may be in several folders."""
 
 
-def _page_data(records: list[AnyRecord], tasks: dict[str, list[Point]], labels: Labels) -> dict[str, Any]:
+def _page_data(records: list[AnyRecord], panels: dict[str, list[Point]], labels: Labels) -> dict[str, Any]:
+    found = [point for members in panels.values() for point in members]
+    looks = styles_of(found)
+    lines = styles([without_seed(record.config) for record in records])
+    curves = (_curve(record, labels[id(record)], style) for record, style in zip(records, lines, strict=True))
     return {
         "axes": AXES,
-        "tasks": [_task_data(task, members) for task, members in tasks.items()],
-        "curves": [curve for record in records if (curve := _curve(record, labels[id(record)]))],
+        "tasks": [_panel_data(name, members, looks) for name, members in panels.items()],
+        "curves": [curve for curve in curves if curve],
         "layers": [
             {
                 "name": html.escape(f"{point.name} ({point.task})"),
                 "layers": [html.escape(f"{row['layer']}: {row['state']}") for row in point.layers],
                 "bytes": [row["allocated_bytes"] for row in point.layers],
             }
-            for members in tasks.values()
-            for point in members
+            for point in found
         ],
     }
 
 
-def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
+def _panel_data(name: str, members: list[Point], looks: Mapping[int, Style]) -> dict[str, Any]:
     first = members[0]
     return {
-        "task": html.escape(task),
+        "task": html.escape(name),
         "metric": html.escape(metric_label(first.metric)),
         "higher_is_better": first.higher_is_better,
-        "context_len": first.context_len,
+        "where": where(first),
         "frontiers": {
             axis: [[p.bytes_per_sequence[axis], p.value] for p in non_dominated(members, axis)] for axis in AXES
         },
         "points": [
             {
-                "name": html.escape(point.name),
-                "colour": colour(point.variant),
+                "name": html.escape(label),
+                "colour": looks[id(point)].colour,
+                "symbol": SYMBOLS[looks[id(point)].marker],
                 "value": point.value,
                 "plus": point.high - point.value,
                 "minus": point.value - point.low,
@@ -167,12 +174,12 @@ def _task_data(task: str, members: list[Point]) -> dict[str, Any]:
                 "seeds": counted(point.num_seeds, "seed"),
                 "bytes": point.bytes_per_sequence,
             }
-            for point in members
+            for point, label in zip(members, names_within(members), strict=True)
         ],
     }
 
 
-def _curve(record: AnyRecord, label: str) -> dict[str, Any] | None:
+def _curve(record: AnyRecord, label: str, style: Style) -> dict[str, Any] | None:
     """Loss over steps of a run's chosen trial (of all its rows while there is none), thinned."""
     chosen = record.training.learning_rate if isinstance(record, Done) else None
     rows = [row for row in read_metrics(record) if chosen is None or row["learning_rate"] == chosen]
@@ -182,7 +189,7 @@ def _curve(record: AnyRecord, label: str) -> dict[str, Any] | None:
     return {
         "name": html.escape(f"{label} seed {record.seed}"),
         "task": html.escape(record.config["task"]["type"]),
-        "colour": colour(record.config["mixer"]["name"]),
+        "colour": style.colour,
         "steps": [row["step"] for row in rows],
         "losses": [row["loss"] for row in rows],
     }
@@ -194,7 +201,7 @@ def _point_rows(found: list[Point], protocol: list[dict[str, Any]]) -> list[dict
         row: dict[str, Any] = {"task": point.task, "variant": point.name, "metric": point.metric, "value": point.value}
         row |= {"± 95%": point.half_width, "seeds": point.num_seeds}
         row |= {_heading(axis): point.bytes_per_sequence.get(axis) for axis in AXES}
-        row |= {"context": point.context_len, "parameters": point.num_params}
+        row |= {"context": point.context_len, "batch": point.batch_size, "parameters": point.num_params}
         row |= {each.column: point.speeds[name] for name, each in measures(SpeedReport).items() if each.column}
         rows.append(row | added)
     return rows

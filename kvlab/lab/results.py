@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,17 @@ def _metrics_row(line: bytes) -> dict[str, Any] | None:
 def load(path: str | Path) -> pd.DataFrame:
     """A folder of results as a DataFrame: one row a run; configuration columns that vary come first, then status,
     quality, memory and speed, then the constant ones. Names are dotted paths, such as `mixer.name` and
-    `quality.value`."""
-    records = read_records(path)
-    rows = [_row(record) for record in records]
-    frame = pd.DataFrame(rows)
+    `quality.value`; `memory.*_bytes` are of the whole batch that was measured, `per_sequence.*` of one sequence; the
+    seeds of a point have its name in `point`. `frame.attrs` parts the columns: "varied" and "constant" ones of the
+    configuration, and what was "measured"."""
+    return frame_of(read_records(path))
+
+
+def frame_of(records: Sequence[AnyRecord]) -> pd.DataFrame:
+    """`load` for records at hand."""
+    names = point_labels([without_seed(record.config) for record in records])
+    known = [{"run_id": record.run_id, "point": name} for name, record in zip(names, records, strict=True)]
+    frame = pd.DataFrame([first | _row(record) for first, record in zip(known, records, strict=True)])
     config_columns = [name for name in frame if name.startswith("config.")]
     frame = frame.rename(columns={name: name.removeprefix("config.") for name in config_columns})
     config_columns = [name.removeprefix("config.") for name in config_columns]
@@ -123,7 +130,9 @@ def load(path: str | Path) -> pd.DataFrame:
     varying = named + [name for name in varying if name not in named]
     constant = [name for name in config_columns if name not in varying]
     other = [name for name in frame if name not in config_columns]
-    return frame.reindex(columns=[*varying, *other, *constant])
+    frame = frame.reindex(columns=[*varying, *other, *constant])
+    frame.attrs = {"varied": varying, "constant": constant, "measured": other}
+    return frame
 
 
 def _row(record: AnyRecord) -> dict[str, Any]:
@@ -139,6 +148,7 @@ def _row(record: AnyRecord) -> dict[str, Any]:
             row |= {f"quality.{name} {part} share": each.share for part, each in parts.items()}
         row |= {"dropped": record.dropped}
         row |= {f"memory.{name}": getattr(memory, name) for name in (*AXES, "context_len", "batch_size")}
+        row |= {f"per_sequence.{name}": value for name, value in per_sequence(memory).items()}
         row |= {f"speed.{name}": value for name, value in asdict(record.speed).items()}
         row |= {"num_params": record.num_params, "learning_rate": record.training.learning_rate}
     row |= {"wall_s": record.wall_s, "directory": record.directory}

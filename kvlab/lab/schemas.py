@@ -38,7 +38,8 @@ def all_schemas() -> dict[str, Node]:
     sections = {name: json_schema(kind) for name, kind in SECTIONS.items()}
     sections |= {"mixer": _mixer(), "task": {"anyOf": _by_type(TASKS)}}
     word: Node = {"type": "string"}
-    top = {"experiment": word, "seed": {"type": "integer", "minimum": 0}, "results_dir": word}
+    top: Node = {"name": {"type": ["string", "null"]}, "experiment": word, "results_dir": word}
+    top["seed"] = {"type": "integer", "minimum": 0}
     run: Node = {"type": "object", "properties": sections | top, "additionalProperties": False}
     schemas = {"run": run, "capacity": json_schema(CapacityConfig), "generate": json_schema(GenerateConfig)}
     # A task's file may bring a model and a schedule: it is then a part of the whole.

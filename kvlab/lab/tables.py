@@ -20,7 +20,7 @@ from kvlab.units import counted, human_bytes
 
 SIZES = {"logical_bytes": "live/seq", "allocated_bytes": "held/seq", "read_bytes_per_token": "read/tok"}
 """The bytes that tables show, and their headings."""
-SPARE = ("step ms", "live/seq", "context", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
+SPARE = ("step ms", "live/seq", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
 """What tables of records leave out first where there is no room."""
 PLANNED = ("held/seq", "peak/seq", "read/tok")
 """Headings of what a plan says of one sequence's memory."""
@@ -132,6 +132,9 @@ def print_records(records: list[AnyRecord]) -> None:
         rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
         shares = [heading for heading in rows[0] if heading.endswith(SHARE)]
         print_rows(console, rows, kept=("variant", "value"), spare=(*shares, *SPARE))
+        if any(point.speeds.get("num_decode_samples") for point in found):
+            said = "step ms, tok/s: medians of one process's samples [quartiles]; other runs differ by more"
+            console.print(said, markup=False)
     for record, label in zip(records, run_labels([record.config for record in records]), strict=True):
         if isinstance(record, Unfinished):
             console.print(f"{record.status}: {label} [{record.run_id}] {record.reason[:MAX_REASON]}", markup=False)
@@ -145,8 +148,10 @@ def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:
     row["seeds"] = str(point.num_seeds)
     sizes = {heading: point.bytes_per_sequence.get(axis) for axis, heading in SIZES.items()}
     row |= {heading: "-" if size is None else human_bytes(size) for heading, size in sizes.items()}
-    row |= {"context": str(point.context_len), "step ms": f"{point.speeds['train_step_ms']:.1f}"}
-    row["tok/s"] = f"{point.speeds['decode_tokens_per_s']:,.0f}"
+    row |= {"context": str(point.context_len), "batch": str(point.batch_size)}
+    row |= {"step ms": _speed(point, "train_step_ms", "train_step_low_ms", "train_step_high_ms", ".1f")}
+    speeds = ("decode_tokens_per_s", "decode_low_tokens_per_s", "decode_high_tokens_per_s")
+    row["tok/s"] = _speed(point, *speeds, ",.0f")
     cells = {name: as_cell(value) for name, value in added.items()}
     if "dropped" in added:
         cells["dropped"] = _dropped_cell(added["dropped"])
@@ -155,6 +160,15 @@ def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:
         cells["flips"] = flips_of(cells, *(flips := ("right to wrong", "wrong to right", "labels")))
         cells = {name: text for name, text in cells.items() if name not in flips}
     return row | cells
+
+
+def _speed(point: Point, median: str, low: str, high: str, form: str) -> str:
+    """A median, and the quartiles of its samples where they are known."""
+    found, below, above = (point.speeds.get(name) for name in (median, low, high))
+    if found is None:
+        return UNKNOWN
+    spread = "" if below is None or above is None else f" [{below:{form}}, {above:{form}}]"
+    return f"{found:{form}}{spread}"
 
 
 def _dropped_cell(fraction: float | None) -> str:

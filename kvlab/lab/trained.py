@@ -34,6 +34,7 @@ from kvlab.lab.provenance import provenance
 from kvlab.lab.record import Done, TrainingReport, first_error, read_record
 from kvlab.training.checkpoint import CheckpointError, Checkpoints
 from kvlab.typing import Params
+from kvlab.units import Spread
 
 POINTER = "trained.json"
 """In a run's folder: where its parameters are. In the folder of a training: the training is done."""
@@ -53,11 +54,18 @@ class TrainingFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: what its runs report of it, the validation metric, and milliseconds of a step."""
+    """A finished training: what its runs report of it, the validation metric, and milliseconds of a step, with the
+    spread of its samples (null: it is from before that was kept)."""
 
     report: TrainingReport
     validation: float
     train_step_ms: float
+    spread: Spread | None = None
+
+    @property
+    def step_ms(self) -> Spread:
+        """Milliseconds of a step; of no samples where the spread is not known."""
+        return self.spread or Spread(self.train_step_ms, self.train_step_ms, self.train_step_ms, 0)
 
 
 @dataclass(frozen=True)

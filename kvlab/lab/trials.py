@@ -26,6 +26,7 @@ from kvlab.training.stack import Programs, room_bytes
 from kvlab.training.step import TrainStep
 from kvlab.training.trial import Member, NotFinite, Outcome, TrialResult
 from kvlab.typing import Params
+from kvlab.units import UNTIMED
 from pallas_kernels.selection import Taken
 
 MOST_TOGETHER = 64
@@ -136,7 +137,7 @@ class Trials:
             implementations={op: chosen.taken for op, chosen in kernels.items()},
             passed_over={op: chosen.reason for op, chosen in kernels.items() if chosen.reason},
         )
-        trained = Trained(report, best.validation, best.train_step_ms)
+        trained = Trained(report, best.validation, best.train_step_ms.median, best.train_step_ms)
         num_trials = len(self.rates) if self.lab.config.train.num_steps else 0
         self.training.finish(trained, best.params, self.attempt, num_trials)
         return best.params, trained
@@ -148,7 +149,7 @@ def train_all(own: Trials, beside: Sequence[Config], stop: StopRequest, taken: T
     follow one another, as they do without `train.vmap`."""
     config = own.lab.config
     if config.train.num_steps == 0:
-        own.outcomes[0] = TrialResult(own.lab.model.params, own.validate(own.lab.model.params), 0, 0, 0.0)
+        own.outcomes[0] = TrialResult(own.lab.model.params, own.validate(own.lab.model.params), 0, 0, UNTIMED)
         return own.finish(taken)
     if varied := config.train.varied(jax.default_backend()):
         with _joined(own, beside, varied) as others:

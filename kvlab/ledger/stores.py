@@ -19,8 +19,10 @@ from kvlab.units import counted
 
 @dataclass
 class Counters:
-    """What happened so far. `peak_bytes` is the most that sequences and hits held at once, `peak_pages` the same for
-    each class on its own: their difference is what pools of fixed types cost beside one pool for all."""
+    """What happened so far. Tokens looked up and hit are those of every sequence that began with a hit, a second time
+    too: what a preempted one finds again of its own is told apart by the scheduler. `peak_bytes` is the most that
+    sequences and hits held at once, `peak_pages` the same for each class on its own: their difference is what pools of
+    fixed types cost beside one pool for all."""
 
     looked_up_tokens: int = 0
     hit_tokens: int = 0

@@ -17,6 +17,7 @@ from kvlab.training.checkpoint import CheckpointError, Checkpoints, truncate_jso
 from kvlab.training.config import TrainConfig
 from kvlab.training.step import TrainState, TrainStep, init_state
 from kvlab.typing import Params, PyTree
+from kvlab.units import Spread
 
 
 class NotFinite(RuntimeError):
@@ -25,14 +26,15 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One finished trial: final parameters, the validation metric, and median milliseconds a step (compilation
-    aside). Of several in one program that is a step's time divided by the trials that it moved."""
+    """One finished trial: final parameters, the validation metric, and milliseconds a step (compilation aside): the
+    median, and the quartiles over calls. Of several in one program that is a step's time divided by the trials that it
+    moved."""
 
     params: Params
     validation: float
     num_steps: int
     num_tokens: int
-    train_step_ms: float
+    train_step_ms: Spread
 
 
 type Outcome = TrialResult | NotFinite | CheckpointError
@@ -63,7 +65,19 @@ class Progress:
     num_bad: int = 0
     validation: float | None = None
     train_step_ms: float = 0.0
+    train_step_low_ms: float = 0.0
+    train_step_high_ms: float = 0.0
+    num_timed: int = 0
     finished: bool = False
+
+    @property
+    def step_ms(self) -> Spread:
+        """Milliseconds of a step, as far as they are known."""
+        return Spread(self.train_step_ms, self.train_step_low_ms, self.train_step_high_ms, self.num_timed)
+
+    @step_ms.setter
+    def step_ms(self, known: Spread) -> None:
+        self.train_step_ms, self.train_step_low_ms, self.train_step_high_ms, self.num_timed = known
 
 
 @dataclass
@@ -83,7 +97,7 @@ class Trial:
     def save(self) -> None:
         """A checkpoint of where it is; nothing where that is saved."""
         if self.call_ms:
-            self.at.train_step_ms = _median_ms(self.call_ms)
+            self.at.step_ms = _step_ms(self.call_ms)
         self.checkpoints.save(self.at.call * self.config.steps_per_call, self.state(), vars(self.at))
 
     def account(self, metrics: dict[str, np.ndarray], seq_len: int, call_ms: float, *, is_last: bool) -> dict[str, Any]:
@@ -122,7 +136,7 @@ class Trial:
         """What a finished trial has come to."""
         at, state = self.at, self.state()
         assert at.validation is not None
-        return TrialResult(state.params, at.validation, int(state.step), at.num_tokens, at.train_step_ms)
+        return TrialResult(state.params, at.validation, int(state.step), at.num_tokens, at.step_ms)
 
 
 @contextmanager
@@ -165,7 +179,10 @@ def _judge(at: Progress, metric: Metric, config: TrainConfig) -> bool:
     return reached or (config.patience is not None and at.num_bad >= config.patience)
 
 
-def _median_ms(call_ms: dict[int, list[float]]) -> float:
-    """Median step time over sequence lengths, each weighted by its calls; a shape's first call compiled."""
-    medians = [float(np.median(calls[1:] or calls)) for calls in call_ms.values()]
-    return float(np.average(medians, weights=[len(calls) for calls in call_ms.values()]))
+def _step_ms(call_ms: dict[int, list[float]]) -> Spread:
+    """Median and quartiles of a step's time over sequence lengths, each weighted by its calls; a shape's first call
+    compiled."""
+    spreads = [Spread.of(calls[1:] or calls) for calls in call_ms.values()]
+    weights = [len(calls) for calls in call_ms.values()]
+    median, low, high = (float(np.average([each[part] for each in spreads], weights=weights)) for part in range(3))
+    return Spread(median, low, high, sum(each.num_samples for each in spreads))

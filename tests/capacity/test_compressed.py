@@ -6,7 +6,7 @@ import math
 import pytest
 
 from kvlab.capacity.estimate import estimate
-from kvlab.capacity.report import many_answers, one_answer
+from kvlab.capacity.report import one_answer
 from kvlab.capacity.roofline import decode_roofline
 from kvlab.capacity.room import make_ledger, users_that_fit
 from kvlab.capacity.serving import Serving
@@ -14,6 +14,7 @@ from kvlab.capacity.simulator import Simulator
 from kvlab.capacity.traces import Request
 from kvlab.compose import compose_capacity, expand_capacity
 from kvlab.engine.scheduler import Schedule
+from kvlab.lab.deployments import answer_each, rows_of
 from kvlab.ledger.classes import Lengths
 from kvlab.ledger.growth import bytes_at, grow
 from kvlab.ledger.states import QUANTISED, ROTATED, TokenState
@@ -245,7 +246,7 @@ def test_answers_say_what_is_dropped_and_what_is_left():
     assert "with a prompt of" in told["in pages, at rest"]
     assert "at most on the way" in told
     assert answer.memory == "paged h2o 0.5"
-    (row,) = many_answers([answer])
+    (row,) = rows_of(answer_each([config]))
     assert (row["memory"], row["users"]) == ("paged h2o 0.5", f"{answer.users:,}")
     assert math.isclose(answer.weight_share + answer.state_share + answer.compute_share, 1)
 

@@ -112,3 +112,51 @@ def test_caching_changes_what_is_computed_and_nothing_else():
     assert outcomes[0].finished == outcomes[1].finished
     assert outcomes[0].decoded_tokens == outcomes[1].decoded_tokens
     assert outcomes[0].prefilled_tokens < outcomes[1].prefilled_tokens == sum(request.prompt_len for request in asked)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_what_a_preempted_sequence_finds_of_its_own_is_no_prefix_hit(preemption):
+    """Prompts of tokens that occur once: whatever the index gives back, its owner had put there."""
+    for seed in range(4):
+        rng, asked, clock = random.Random(seed), [], 0.0
+        numbers = iter(range(100_000))
+        for _ in range(30):
+            clock += rng.expovariate(0.5)
+            ids = np.array([next(numbers) for _ in range(rng.randrange(2, 40))])
+            prompt_len = rng.randrange(1, len(ids))
+            asked.append(Request(clock, prompt_len, len(ids) - prompt_len, ids[:prompt_len], ids[prompt_len:]))
+        computed = 0
+
+        def step_time(decoding, chunks):
+            nonlocal computed
+            computed += len(decoding) + sum(chunks)
+            return 1.0
+
+        ledger = make(num_pages=17, slots=20, host=30, checkpoints=Checkpoints("junctions"))
+        outcome = Simulator(ledger, step_time, Schedule(max_batch=8, preemption=preemption), caches=True).run(asked)
+        needed = sum(request.prompt_len + request.output_len - 1 for request in asked)
+        assert outcome.preempted
+        assert ledger.counters.hit_tokens == 0 or preemption == "recompute"
+        assert outcome.looked_up_tokens == sum(request.prompt_len for request in asked), "each prompt once"
+        assert outcome.hit_tokens == 0, "nothing is shared"
+        assert computed == needed + outcome.recomputed_tokens, "what was found again was not computed again"
+        assert outcome.found_again_tokens == ledger.counters.hit_tokens
+
+
+def test_hits_and_what_was_computed_again_add_up_where_prompts_share():
+    for seed in range(6):
+        asked, computed = traffic(seed), 0
+
+        def step_time(decoding, chunks):
+            nonlocal computed
+            computed += len(decoding) + sum(chunks)
+            return 1.0
+
+        ledger = make(17, slots=20)
+        outcome = Simulator(ledger, step_time, Schedule(max_batch=8), caches=True).run(asked)
+        needed = sum(request.prompt_len + request.output_len - 1 for request in asked)
+        assert outcome.preempted
+        assert outcome.found_again_tokens
+        assert computed == needed - outcome.hit_tokens + outcome.recomputed_tokens
+        assert outcome.hit_tokens + outcome.found_again_tokens == ledger.counters.hit_tokens
+        assert 0 < outcome.hit_tokens < outcome.looked_up_tokens == sum(request.prompt_len for request in asked)

@@ -94,7 +94,7 @@ def test_a_run_of_a_sweep_ends_with_its_name(capsys, monkeypatch, tmp_path):
     launch.run_sweep(configs, [])
     said = capsys.readouterr().err
     for config, size in zip(configs, (8, 16), strict=True):
-        assert f"mha/mqar/seed0 page_size={size} [{config.run_id}] done" in said
+        assert f"mha/mqar/seed0 page_size={size} [{config.run_id}] done, in {config.run_dir}" in said
     compressed = compose(["compression=snapkv", "budget=48", f"results_dir={tmp_path}"])
     launch.execute_one(compressed)
     assert f"mha/mqar/seed0 snapkv 48 [{compressed.run_id}] done" in capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_nouns_are_counted():
 def test_one_of_each_is_singular(capsys):
     """In the footer of `kvlab generate`, and below the claims of an experiment."""
     stats = Stats(told_tokens=1, decoded_tokens=1, compacted=1, sealed_pages=1, drafted_tokens=1)
-    counters = SimpleNamespace(hit_tokens=0, preempted=0)
+    counters = SimpleNamespace(hit_tokens=0, found_again_tokens=0, preempted=0)
     dropped = SimpleNamespace(counters=SimpleNamespace(dropped_slots=1))
     engine: Any = SimpleNamespace(stats=stats, scheduler=SimpleNamespace(counters=counters), ledger=dropped)
     said = summary(engine, 1.0)

@@ -12,6 +12,7 @@ from kvlab.lab.plan import filled
 from kvlab.lab.tables import budget_lines
 from kvlab.memory.budgets import Context
 from kvlab.random import named_key
+from kvlab.units import UNTIMED
 from tests.lab.small import small
 
 MEMORIES = {
@@ -28,14 +29,14 @@ MEMORIES = {
 def test_a_plan_says_what_a_measurement_finds(memory, tmp_path):
     config = small(tmp_path, *MEMORIES[memory])
     lab = Laboratory.of(config)
-    found, _ = measure_memory(lab, lab.model.params, config.context_len, 0.0)
+    found, _ = measure_memory(lab, lab.model.params, config.context_len, UNTIMED)
     layout = lab.layout(config.context_len, config.measure.batch_size, prompt_len=config.context.prompt_len)
     ledger, peak_bytes = filled(layout, config.context)
     accounts = ledger.audit()
     assert sum(account.allocated for account in accounts) == found.allocated_bytes
     assert sum(account.logical for account in accounts) == found.logical_bytes
     assert peak_bytes == found.held_peak_bytes
-    seen = Observed(layout, accounts, None, 0.0, 0.0, ledger, None)
+    seen = Observed(layout, accounts, None, UNTIMED, UNTIMED, ledger, None)
     assert read_bytes_per_token(seen) == found.read_bytes_per_token
     if config.equal_budget is not None:
         assert per_sequence(found)["allocated_bytes"] == config.equal_budget.held_bytes
@@ -73,7 +74,7 @@ def test_what_is_measured_holds_as_many_slots_as_what_was_scored(tmp_path):
     words = ["memory.compression={type:knorm,sinks:1,recent:3}", "budget=0.5", "task.test=['32:4']"]
     config = small(tmp_path, *words, "measure.decode_steps=3")
     lab = Laboratory.of(config)
-    found, _ = measure_memory(lab, lab.model.params, config.context_len, 0.0)
+    found, _ = measure_memory(lab, lab.model.params, config.context_len, UNTIMED)
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
     check = MaskCheck(lab.model.structure, lab.model.params, layout)
     scorer = Scorer(lab.model.structure, lab.task, named_key(0, "eval"), config.measure.batch_size)

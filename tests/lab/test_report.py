@@ -1,18 +1,26 @@
 """The report: files, escaping, and the page as headless Chromium sees it, without a network."""
 
+import html
+import os
+import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from kvlab.evaluation.verify import EXACT
-from kvlab.lab.plots import _draw_panel
+from kvlab.lab.plots import frontier
 from kvlab.lab.record import Unfinished
-from kvlab.lab.report import write_report
+from kvlab.lab.report import frontier_frame, render_page, write_report
 from kvlab.lab.results import load, points
+from kvlab.lab.styles import colour, styles
 from kvlab.lab.tables import print_records
 from tests.lab.test_results import record, write
 
@@ -178,8 +186,103 @@ def test_the_page_in_chromium(results, tmp_path, browser):
 
 
 def test_a_point_of_one_seed_is_drawn_without_an_interval():
-    figure, panel = plt.subplots()
     found = points([*(record("mha", seed, 0.9 + seed / 100) for seed in (0, 1)), record("mqa")])
-    _draw_panel(panel, "mqar", found, "allocated_bytes")
+    (panel,) = frontier(found, figure=Figure())
     assert {each.get_label(): each.has_yerr for each in panel.containers} == {"mha": True, "mqa": False}
-    plt.close(figure)
+
+
+def measured_at(made, context_len, batch_size=2, **config):
+    """The record with its memory measured elsewhere, as its configuration says."""
+    config = made.config | {"measure": {"context_len": context_len, "batch_size": batch_size}} | config
+    memory = replace(made.memory, context_len=context_len, batch_size=batch_size)
+    return replace(made, config=config, memory=memory, run_id=f"{made.run_id}{context_len}{batch_size}{len(config)}")
+
+
+def test_points_share_an_axis_only_where_they_mean_the_same():
+    """Contexts, batches and fields of a task that differ have panels of their own, which say so; the frontier is each
+    panel's own, in picture, page and CSV."""
+    many = {"task": {"type": "mqar", "writes": 2}}
+    made = [
+        measured_at(record("mha", 0, 0.99, 8000), 256),
+        measured_at(record("mqa", 0, 0.98, 2000), 256),
+        measured_at(record("mha", 0, 0.90, 9000), 512),
+        measured_at(record("mha", 0, 0.80, 9000), 512, 4),
+        measured_at(record("mha", 0, 0.70, 9000), 512, 4, **many),
+    ]
+    found = points(made)
+    axes = frontier(found, figure=Figure())
+    titles = {axis.get_title().partition(":")[0]: axis for axis in axes}
+    shared = "batch 4, writes="
+    assert sorted(titles) == sorted(
+        [
+            "mqar, 256 tokens, batch 2, writes=None",
+            "mqar, 512 tokens, batch 2, writes=None",
+            f"mqar, 512 tokens, {shared}None",
+            f"mqar, 512 tokens, {shared}2",
+        ]
+    )
+    labels = [axis.get_xlabel().splitlines()[-1] for axis in axes]
+    assert labels == [f"at {place}" for place in (
+        "256 tokens, batch of 2", "512 tokens, batch of 2", "512 tokens, batch of 4", "512 tokens, batch of 4"
+    )]  # fmt: skip
+    assert [len(axis.containers) for axis in axes] == [2, 1, 1, 1]
+    assert {handle.get_label() for axis in axes for handle in axis.containers} == {"mha", "mqa"}
+    looks = styles([point.config for point in found])
+    assert len({look for look, point in zip(looks, found, strict=True) if point.variant == "mha"}) == 1
+    frame = frontier_frame(found)
+    assert frame.non_dominated.all(), "each is the best of its panel, or holds less"
+    assert set(zip(frame.context_len, frame.batch_size, strict=True)) == {(256, 2), (512, 2), (512, 4)}
+    page = render_page("made", made, found, [{}] * len(found))
+    assert [html.unescape(name) for name in re.findall("<h2>(mqar[^<:]*):", page)] == list(titles)
+
+
+def test_a_table_says_every_context_and_batch_that_differ(capsys):
+    made = [measured_at(record("mha", 0, 0.9), 256), measured_at(record("mqa", 0, 0.9), 512, 4)]
+    print_records(made)
+    printed = capsys.readouterr().out
+    assert re.search("context +batch", printed)
+    for variant, place in (("mha", "256 +2 "), ("mqa", "512 +4 ")):
+        assert re.search(f"^ *{variant} .* {place.strip()}$", printed, re.MULTILINE)
+
+
+def test_one_mixer_is_coloured_by_what_is_swept():
+    """Formats and budgets of one mixer: colours and markers by them, no two points alike, and the legend beside."""
+    memories = [{"format": name, "page_size": size} for name in ("model", "int8", "int4") for size in (4, 16)]
+    found = points([replace(record(memory=memory), run_id=str(n)) for n, memory in enumerate(memories)])
+    looks = dict(zip([point.name for point in found], styles([point.config for point in found]), strict=True))
+    assert len(set(looks.values())) == 6
+    assert len({look.colour for look in looks.values()}) == 3
+    assert looks["mha int8 page_size=4"].colour == looks["mha int8 page_size=16"].colour
+    assert looks["mha int8 page_size=4"].marker == looks["mha int4 page_size=4"].marker
+    figure = Figure()
+    (panel,) = frontier(found, figure=figure)
+    FigureCanvasAgg(figure).draw()
+    assert panel.get_legend().get_window_extent().x0 >= panel.get_window_extent().x1, "it hides no point"
+    assert panel.get_legend().get_window_extent().x1 <= figure.bbox.x1, "nor is it cut"
+
+
+def test_mixers_have_their_colour_and_no_two_share_one():
+    names = ["mha", "mqa", *(f"mine{number}" for number in range(30))]
+    looks = styles([record(name).config for name in names])
+    assert looks[0].colour == colour("mha")
+    assert len({look.colour for look in looks}) == len(names)
+
+
+def test_drawing_leaves_the_backend_alone(tmp_path):
+    code = """
+import matplotlib
+matplotlib.use("svg")
+from pathlib import Path
+from kvlab.lab.plots import draw_frontier
+import kvlab.lab.report, kvlab.capacity.report
+from kvlab.lab.results import points
+from tests.lab.test_results import record
+draw_frontier(points([record()]), "made", [Path("made.png")])
+import sys
+assert "matplotlib.pyplot" not in sys.modules
+assert matplotlib.get_backend() == "svg", matplotlib.get_backend()
+"""
+    root = Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")

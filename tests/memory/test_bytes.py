@@ -3,6 +3,7 @@ place."""
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.memory.pools import allocate_pages, num_bytes, write_tokens
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, merge, split
+from kvlab.units import Spread
 from pallas_kernels.formats import quantised
 from tests.contracts import VOCAB, build, pairs_with, states_of
 
@@ -275,3 +277,21 @@ def test_an_older_record_has_no_bytes_read():
     report = MemoryReport(600, 900, 30, 60, None, 1200, 64, 3, (), ())
     sizes = {"logical_bytes": 200, "allocated_bytes": 300, "temp_bytes": 10, "peak_bytes": 20}
     assert per_sequence(report) == sizes
+
+
+def test_speeds_are_medians_with_the_quartiles_of_their_samples(monkeypatch):
+    """A clock on which the steps take 9 s (compiling), then 1, 2, 3, 4 and 5 s: of the last four the median is 3.5."""
+    step, params = layout_of("mqa", MemoryConfig(page_size=4, chunk_len=4), rows=2, max_len=30)
+    times = iter([at for length in (9, 1, 2, 3, 4, 5) for at in (0.0, float(length))])
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    trained = Spread.of([4.0, 1.0, 2.0, 3.0])
+    _, speeds = measure(step, params, VOCAB, prompt_len=24, decode_steps=4, train_step_ms=trained)
+    assert speeds.decode_tokens_per_s == pytest.approx(2 / 3.5)
+    assert speeds.decode_low_tokens_per_s == pytest.approx(2 / np.quantile([2, 3, 4, 5], 0.75))
+    assert speeds.decode_high_tokens_per_s == pytest.approx(2 / np.quantile([2, 3, 4, 5], 0.25))
+    assert (speeds.num_decode_samples, speeds.num_train_samples) == (4, 4)
+    low, high = np.quantile([1, 2, 3, 4], [0.25, 0.75])
+    assert (speeds.train_step_low_ms, speeds.train_step_ms, speeds.train_step_high_ms) == (low, 2.5, high)
+    monkeypatch.undo()
+    _, speeds = measure(step, params, VOCAB, prompt_len=24, decode_steps=4, train_step_ms=Spread.of([4.0]))
+    assert (speeds.train_step_ms, speeds.train_step_low_ms) == (4.0, None), "one sample has no spread"

@@ -1,0 +1,50 @@
+"""What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields take
+Hydra, and seconds (`kvlab.lab.completion`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kvlab.arguments import Parser
+
+_PACKAGE = Path(__file__).resolve().parent
+COMPOSING = {"run": ".", "plan": ".", "generate": ".", "capacity": "capacity"}
+"""Commands that take choices, and where in the folder of configurations their groups are."""
+ASKING = ("compare", "best")
+"""Commands that take conditions on fields."""
+
+
+def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
+    """Words that complete the last one of a command line; None: that takes Hydra."""
+    words = line.split()
+    typed = "" if line.endswith(" ") or not words else words[-1]
+    if len(words) < 2 or (len(words) == 2 and typed):
+        return [command for command in commands if command.startswith(typed if len(words) == 2 else "")]
+    command = words[1]
+    if command not in commands:
+        return None
+    if typed.startswith("-"):
+        return sorted(option for option in commands[command].options() if option.startswith(typed))
+    if command in COMPOSING:
+        return _choices(_folder("configs") / COMPOSING[command], typed)
+    if command == "reproduce":
+        names = sorted(path.parent.name for path in _folder("experiments").glob("*/figure.py"))
+        return [name for name in names if name.startswith(typed)]
+    if command == "weights":
+        return ["smollm2"] if "smollm2".startswith(typed) else []
+    return None if command in ASKING else []
+
+
+def _choices(groups: Path, typed: str) -> list[str] | None:
+    """The choices of the group that is being typed, without those before it; None for anything but a group."""
+    name, equals, value = typed.partition("=")
+    if not equals or not name.isidentifier() or not (groups / name).is_dir():
+        return None
+    before, comma, last = value.rpartition(",")
+    names = sorted(path.stem for path in (groups / name).glob("*.yaml") if path.stem.startswith(last))
+    return [f"{name}={before}{comma}{each}" for each in names if each not in before.split(",")]
+
+
+def _folder(name: str) -> Path:
+    """Beside the package in a checkout, inside it in an installed wheel."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name

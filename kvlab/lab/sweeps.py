@@ -1,0 +1,44 @@
+"""What a command line asks for, as sweeps: each experiment that it names brings its own axes and launcher."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
+from hydra.errors import HydraException
+
+from kvlab.compose import RUN, expand
+from kvlab.config import Config
+
+
+class Sweep(NamedTuple):
+    """The runs of one sweep, and the words that Hydra's launcher is handed for them."""
+
+    configs: list[Config]
+    handed: list[str]
+
+
+def sweeps_of(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -> list[Sweep]:
+    """One sweep, or with `experiment=a,b` one for each of them: an experiment's own axes are composed with it alone. A
+    run that several of them have is in the first. Raises ConfigError, before anything is run."""
+    found, seen = list[Sweep](), set[str]()
+    for words in _by_experiment(list(overrides)) if multirun else [list(overrides)]:
+        configs, handed = expand(words, multirun, planned=planned)
+        fresh = {str(config.run_dir): config for config in configs if str(config.run_dir) not in seen}
+        seen |= fresh.keys()
+        found.append(Sweep(list(fresh.values()), handed))
+    return [sweep for sweep in found if sweep.configs]
+
+
+def _by_experiment(overrides: list[str]) -> list[list[str]]:
+    """The words of a command line with each of the experiments that it sweeps over."""
+    try:
+        given = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:
+        return [overrides]  # `expand` says what is wrong
+    for place, override in enumerate(given):
+        if override.key_or_group == "experiment" and override.is_sweep_override():
+            value = override.value()
+            names = value.filter(RUN.options("experiment")) if isinstance(value, Glob) else override.sweep_iterator()
+            return [[*overrides[:place], f"experiment={name}", *overrides[place + 1 :]] for name in names]
+    return [overrides]

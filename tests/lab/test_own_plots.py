@@ -1,0 +1,79 @@
+"""Pictures of what one chooses, and the frame that they are drawn from."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+import kvlab
+from kvlab.cli import main
+from kvlab.lab.own_plots import plot
+from kvlab.schema import ConfigError
+from tests.lab.test_report import measured_at
+from tests.lab.test_results import record, write
+
+
+@pytest.fixture
+def results(tmp_path):
+    made = [measured_at(record("mha", seed, 0.9 + seed / 100, 8000), 256) for seed in range(3)]
+    made += [measured_at(record("mqa", 0, 0.8, 2000), 256), measured_at(record("mqa", 0, 0.7, 4000), 512)]
+    made += [measured_at(record("mha", 0, 2.5, 8000, "text", "bits_per_byte"), 256)]
+    return write(tmp_path / "results", *made)
+
+
+def test_the_frame_parts_configuration_from_measurement(results):
+    frame = kvlab.load(results)
+    varied, measured = frame.attrs["varied"], frame.attrs["measured"]
+    assert varied[:3] == ["mixer.name", "task.type", "seed"]
+    assert set(varied) | set(measured) | set(frame.attrs["constant"]) == set(frame)
+    assert {"quality.value", "per_sequence.allocated_bytes"} <= set(measured)
+    first = frame[frame.point == "mqa context_len=256"].iloc[0]
+    assert first["memory.allocated_bytes"] == 4000
+    assert first["per_sequence.allocated_bytes"] == 2000
+
+
+def test_seeds_are_one_mark_and_other_contexts_and_tasks_have_their_panel(results):
+    axes = plot(kvlab.load(results), "memory.allocated_bytes", "quality.value", color="mixer.name", figure=Figure())
+    assert [axis.get_title() for axis in axes] == [
+        "task=mqar, memory.context_len=256", "task=mqar, memory.context_len=512", "task=text, memory.context_len=256",
+    ]  # fmt: skip
+    drawn = {len(axis.containers) for axis in axes}
+    assert drawn == {2, 1}
+    (mha,) = [bar for bar in axes[0].containers if np.allclose(bar.lines[0].get_ydata(), 0.91)]
+    assert mha.has_yerr
+    assert mha.lines[0].get_xdata().tolist() == [16_000]
+    assert axes[0].get_xlabel() == "memory.allocated_bytes (whole batch)"
+
+
+def test_what_the_picture_shows_is_no_panel(results):
+    frame = kvlab.load(results)
+    frame = frame[frame["task.type"] == "mqar"]
+    (axis,) = plot(frame, "measure.context_len", "value", color="mixer", figure=Figure(), lines=True)
+    assert axis.get_xlabel() == "measure.context_len"
+
+
+def test_columns_that_are_not_there_are_answered_with_the_nearest(results):
+    frame = kvlab.load(results)
+    with pytest.raises(ConfigError, match=r"column = 'quality.valu': no such column; did you mean quality.value"):
+        plot(frame, "num_params", "quality.valu", figure=Figure())
+    with pytest.raises(ConfigError, match=r"column = 'mixer.name': must have numbers"):
+        plot(frame, "mixer", "quality.value", figure=Figure())
+    with pytest.raises(ConfigError, match="is ambiguous; legal: "):
+        plot(frame, "allocated_bytes", "quality.value", figure=Figure())
+
+
+def test_the_command_saves_a_picture_and_its_data(results, tmp_path, monkeypatch, capsys):
+    backend = matplotlib.get_backend()
+    words = ["plot", str(results), "--y", "value", "--color", "mixer.name", "--facet", "task", "--filter", "task=mqar"]
+    monkeypatch.setattr("sys.argv", ["kvlab", *words, "--save", str(tmp_path / "made" / "own.pdf")])
+    assert main() == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "made" / f"own.{kind}") for kind in ("pdf", "csv")]
+    assert (tmp_path / "made" / "own.pdf").read_bytes().startswith(b"%PDF")
+    data = pd.read_csv(tmp_path / "made" / "own.csv")
+    assert len(data) == 5
+    assert set(data["per_sequence.allocated_bytes"]) == {8000, 2000, 4000}
+    assert matplotlib.get_backend() == backend
+    monkeypatch.setattr("sys.argv", ["kvlab", *words, "--save", str(tmp_path / "own.gif")])
+    assert main() == 2
+    assert "must end in .png, .pdf or .svg" in capsys.readouterr().err
