@@ -13,8 +13,8 @@ demo: $(VENV)/.installed
 	$(BIN)/kvlab run -m experiment=demo results_dir=$(RESULTS)
 	$(BIN)/kvlab report $(RESULTS)/demo
 
-# tests/tiers.py sorts tests into tiers, by what they take. test-all takes all but the generated cases of kernels, which take an
-# hour of their own.
+# tests/tiers.py sorts tests into tiers, by what they take. test-all takes all but the generated cases of kernels, which
+# take an hour of their own.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/.installed
@@ -31,7 +31,7 @@ test-generated: $(VENV)/.installed
 
 # What tests take, by which they are sorted into tiers: of all that TESTS names, added to what is known. Hours for all.
 seconds: $(VENV)/.installed
-	$(PYTEST) -p tests.timing --seconds-to tests/seconds.json -o timeout=1800 -m 'not generated' $(TESTS)
+	$(PYTEST) --seconds-to tests/seconds.json -o timeout=1800 -m 'not generated' $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -33,14 +33,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests import timing  # noqa: E402
 from tests.tiers import CHILDREN, UNUSED_ROWS, mark, seconds_of_tests  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seconds-to", type=Path, help="write what each test takes into this file, JSON")
+
+
 def pytest_configure(config):
     """A test that is named runs, whatever its tier."""
+    if (path := config.getoption("--seconds-to")) is not None:
+        timing.register(config, path)
     is_chosen = any(word.startswith("-m") for word in config.invocation_params.args)
     if any("::" in argument for argument in config.args) and not is_chosen:
         config.option.markexpr = ""

@@ -75,17 +75,37 @@ def busy():
 def test_busy(busy): ...
 def test_idle(): time.sleep(0.3)
 """
+CONFTEST = """
+from pathlib import Path
+from tests.timing import register
+
+def pytest_configure(config):
+    register(config, Path("seconds.json"))
+"""
 
 
 def test_what_tests_take_is_written_down(tmp_path):
     """Processor seconds, with fixtures; by workers as well. What was known stays, but of tests that ran."""
     (tmp_path / "test_it.py").write_text(BUSY)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     told = tmp_path / "seconds.json"
     told.write_text(json.dumps({"test_it.py::test_idle": 9.0, "test_it.py::test_other": None}))
-    words = ["-p", "tests.timing", "--seconds-to", str(told), "-c", "/dev/null", f"--rootdir={tmp_path}", "-n", "2"]
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "pytest", "-q", *words, str(tmp_path / "test_it.py")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        f"--rootdir={tmp_path}",
+        "-n",
+        "2",
+        "test_it.py",
+    ]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     seconds = json.loads(told.read_text())
     assert seconds.keys() == {"test_it.py::test_busy", "test_it.py::test_other"}

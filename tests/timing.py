@@ -1,4 +1,4 @@
-"""Writes down what tests take: `pytest -p tests.timing --seconds-to FILE`, and FILE is made or added to.
+"""Writes down what tests take: `pytest --seconds-to FILE`, and FILE is made or added to.
 
 Seconds are of the processor, children's among them, so that a busy machine hardly changes them."""
 
@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,11 +14,14 @@ LEAST = 0.2
 """Seconds of a test that is written down: of what takes less nobody asks."""
 KEPT_EVERY_S = 10.0
 """How often the file is written: a run that is cut keeps what it knew."""
+BEGAN = pytest.StashKey[float]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where to."""
-    parser.addoption("--seconds-to", type=Path, help="write what each test takes into this file, JSON")
+def register(config: pytest.Config, path: Path) -> None:
+    """Times the tests of this process, and where it is the one that workers report to, writes the file."""
+    config.pluginmanager.register(Clock())
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Table(path))
 
 
 def spent() -> float:
@@ -27,24 +29,23 @@ def spent() -> float:
     return sum(os.times()[:4])
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Times a test with its fixtures, and gives it along as a property, which workers send to whoever started them."""
-    began = spent()
-    item.stash[BEGAN] = began
-    return (yield)
+class Clock:
+    """Times each test with its fixtures, and gives it along as a property, which workers send to whoever started
+    them."""
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Begins to count."""
+        item.stash[BEGAN] = spent()
+        return (yield)
 
-BEGAN = pytest.StashKey[float]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[pytest.TestReport]:
-    """The last report of a test says what it took."""
-    report = yield
-    if report.when == "teardown":
-        report.user_properties.append(("seconds", spent() - item.stash[BEGAN]))
-    return report
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """The last report of a test says what it took."""
+        report = yield
+        if report.when == "teardown":
+            report.user_properties.append(("seconds", spent() - item.stash[BEGAN]))
+        return report
 
 
 class Table:
@@ -68,10 +69,3 @@ class Table:
         """Writes the file."""
         self.path.write_text(json.dumps(self.known, indent=0, sort_keys=True) + "\n")
         self.kept_at = time.monotonic()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Only where it is asked for, and once for all workers."""
-    path = config.getoption("--seconds-to")
-    if path is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Table(path))
