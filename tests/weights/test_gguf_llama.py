@@ -320,7 +320,7 @@ def test_wrong_commands_are_answered_in_a_sentence(capsys, monkeypatch, tmp_path
 def test_runs_take_the_folder(tmp_path):
     path, _ = pair("llama_gqa", tmp_path)
     convert(path, tmp_path / "tiny", ORIGIN)
-    config = compose(["task=perplexity", f"weights.path={tmp_path / 'tiny'}"])
+    config = compose(["task=mqar", f"weights.path={tmp_path / 'tiny'}"])
     assert (config.mixer.name, config.model.model_dim) == ("tiny", 64)
 
 
