@@ -88,7 +88,7 @@ def part_of(
     raw: Shaped[Array, "*shape"], number: int, shared: int, dtype: Any, *, is_signed: bool
 ) -> Shaped[Array, "*shape"]:
     """One of the `shared` numbers in bytes (uint8), as `parts_of` has them, in a type of 16 bits. It is not moved in
-    its byte: GPUs convert bytes four times as fast as words. A power of two puts it in its place, which is exact."""
+    its byte, which Mosaic converts without the words' slow `I2F`: a power of two puts it in its place, exactly."""
     bits = 8 // shared
     place, is_last = bits * number, number == shared - 1
     kept, added = raw & (((1 << bits) - 1) << place), 0
