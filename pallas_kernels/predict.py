@@ -138,7 +138,9 @@ def turns_of(problem: Any, grid: tuple[int, int, int]) -> list[int]:
     block_pages = BLOCK_LEN // page_size
     pieces = np.asarray(split(jnp.array(counts, jnp.int32), block_pages, max(1, PIECES // heads), problem.table_len))
     sizes = -np.sort(-pieces[:, 2]) if problem.num_queries == 1 else pieces[:, 2]
-    turns = [-(-int(count) // block_pages) for count in sizes for _ in range(heads)]
+    turns = [-(-int(count) // block_pages) for count in sizes]
+    # Heads of a piece, or of a chunk the pieces of a head, come one after the other.
+    turns = [count for count in turns for _ in range(heads)] if problem.num_queries == 1 else turns * heads
     size = grid[0] * grid[1] * grid[2]
     if len(turns) == size:
         return turns

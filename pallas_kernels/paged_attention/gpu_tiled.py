@@ -2,7 +2,8 @@
 
 A tile is the queries, at one or several positions of one sequence, of all heads that share a KV head. XLA lists for
 every tile the pages in which some row sees something and cuts the lists into pieces of nearly equal length (`split`); a
-thread block takes a piece of one KV head. Of its warpgroups
+thread block takes a piece of one KV head. All pieces of a head come one after the other, since tiles of one sequence
+read the same pages: those lie in the L2 cache then. Of a block's warpgroups
 
 * one asks for pages, as far ahead as the ring is deep, and another attends (`gpu_piece`); or
 * for quantised pages, the one that asks also turns what arrives into 16 bits, a block ahead of the other; or
@@ -221,8 +222,8 @@ def _attend(
             named,
             (step_of(pages, 0), step_of(pages, 1)),
             pages.schemes,
-            piece=lax.div(lax.axis_index("block"), num_kv_heads),
-            head=lax.rem(lax.axis_index("block"), num_kv_heads),
+            piece=lax.rem(lax.axis_index("block"), num_pieces),
+            head=lax.div(lax.axis_index("block"), num_pieces),
             num_stages=tiles.num_stages,
             num_staged=tiles.num_staged,
             num_scale_places=tiles.num_stages + (0 if tiles.num_halves == 2 else tiles.num_staged),
