@@ -21,6 +21,8 @@ REGISTERS = 64
 """Most registers of a thread for the outputs that are read side by side."""
 STRIPE = 64
 """Dims that are put together at once."""
+PART = 128
+"""Dims of a thread block, where values have a multiple of it: 64 latent caches of 512 would fill half a chip only."""
 
 
 def merge(
@@ -43,12 +45,17 @@ def merge(
         merged = merged.reshape(items, num_kv_heads, num_queries, group, value_dim).swapaxes(1, 2)
         return merged.reshape(items, num_queries, num_kv_heads * group, value_dim), sums
 
+    part_dim = PART if value_dim % PART == 0 else value_dim
+    num_parts = value_dim // part_dim
+
     def kernel(outputs, log_sum_exp, shares, merged, merged_sums, rows, sums):
         block = lax.axis_index("block")
-        item, head = lax.div(block, num_kv_heads), lax.rem(block, num_kv_heads)
-        begin, end = shares[item, 0], shares[item, 1]
-        for columns in stripes_of(value_dim, STRIPE):
-            found, highest, total = _of_stripe(outputs, log_sum_exp, (begin, end), head, columns)
+        part, of_part = lax.rem(block, num_parts), lax.div(block, num_parts)
+        item, head = lax.div(of_part, num_kv_heads), lax.rem(of_part, num_kv_heads)
+        begin, end, dims = shares[item, 0], shares[item, 1], pl.ds(part * part_dim, part_dim)
+        for columns in stripes_of(part_dim, STRIPE):
+            there = pl.ds(part * part_dim + columns.start, columns.size)
+            found, highest, total = _of_stripe(outputs, log_sum_exp, (begin, end), head, there)
             divisor = jnp.where(total == 0, 1.0, total)
             found = (found / lax.broadcast_in_dim(divisor, found.shape, [1])).astype(dtype)
             turned = plgpu.layout_cast(found, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -58,8 +65,12 @@ def merge(
         plgpu.commit_smem()
         for query in range(num_queries):
             mine = pl.ds(query * group, group)
-            plgpu.copy_smem_to_gmem(rows.at[mine], merged.at[item, query, pl.ds(head * group, group)])
-        plgpu.copy_smem_to_gmem(sums, merged_sums.at[item, head])
+            plgpu.copy_smem_to_gmem(rows.at[mine], merged.at[item, query, pl.ds(head * group, group), dims])
+
+        @pl.when(part == 0)
+        def _():
+            plgpu.copy_smem_to_gmem(sums, merged_sums.at[item, head])
+
         plgpu.wait_smem_to_gmem(0)
 
     merged, merged_sums = plgpu.kernel(
@@ -68,8 +79,8 @@ def merge(
             jax.ShapeDtypeStruct((items, num_queries, num_kv_heads * group, value_dim), dtype),
             jax.ShapeDtypeStruct((items, num_kv_heads, num_columns), jnp.float32),
         ],
-        scratch_types=[plgpu.SMEM((num_columns, value_dim), dtype), plgpu.SMEM((num_columns,), jnp.float32)],
-        grid=(items * num_kv_heads,),
+        scratch_types=[plgpu.SMEM((num_columns, part_dim), dtype), plgpu.SMEM((num_columns,), jnp.float32)],
+        grid=(items * num_kv_heads * num_parts,),
         grid_names=("block",),
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
