@@ -4,15 +4,20 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
 from benchmarks.answers import about, say
 from benchmarks.engine_setup import prefill, prompts
+from kvlab.engine import runner
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
+from kvlab.engine.step import MemoryStep
 
 STEPS = 12
 """Most steps of a profile; half as many go before."""
@@ -73,7 +78,8 @@ def profile_decoding(
         prefill(engine)
         _timed(engine, steps // 2)
         before = _spent(engine)
-        quiet = _timed(engine, steps)
+        with _calls_timed() as calls:
+            quiet = _timed(engine, steps)
         spent = {name: (_spent(engine)[name] - seconds) / steps * 1e3 for name, seconds in before.items()}
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
@@ -84,6 +90,7 @@ def profile_decoding(
         found[str(batch)] = {
             "step_ms": statistics.median(quiet) * 1e3,
             **spent,
+            "calls_ms": {name: seconds / steps * 1e3 for name, seconds in calls.items()},
             "profiled_step_ms": statistics.median(slowed) * 1e3,
             **told(events, steps),
         }
@@ -94,6 +101,25 @@ def _spent(engine: Engine) -> dict[str, float]:
     """Seconds of the host until now: its own work, handing programs over, and waiting for what they draw."""
     stats = engine.stats
     return {"host_ms": stats.host_s, "handed_over_ms": stats.dispatch_s, "waited_ms": stats.wait_s}
+
+
+@contextmanager
+def _calls_timed() -> Iterator[dict[str, float]]:
+    """Seconds in which each program was handed over: the model's, and that which draws."""
+    spent = {"model": 0.0, "drawing": 0.0}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            answer = call(*given, **named)
+            spent[name] += time.perf_counter() - began
+            return answer
+
+        return wrapped
+
+    model, drawing = timed("model", MemoryStep.next_logits), timed("drawing", runner.draw_tokens)
+    with mock.patch.object(MemoryStep, "next_logits", model), mock.patch.object(runner, "draw_tokens", drawing):
+        yield spent
 
 
 def _timed(engine: Engine, steps: int) -> list[float]:
