@@ -86,8 +86,7 @@ def decode(
     dtype = worked_in(pages, queries.dtype)
     arrays = _arrays(queries, pages, plan, all_columns, dtype)
     out_type = _outputs(num_pieces, items, pages, plan, all_columns, with_page_mass=scoring.with_page_mass)
-    of_rows = arrays["rows"].dtype
-    scratch = scratch_for(tiles, pages, dtype, of_rows, num_columns, block_pages, **places)
+    scratch = scratch_for(tiles, pages, dtype, arrays["rows"].dtype, num_columns, block_pages, **places)
 
     def kernel(*refs: Any) -> None:
         """Gives every ref its name."""

@@ -41,9 +41,7 @@ def merge(
     if num_queries > 1 and group * value_dim * jnp.dtype(dtype).itemsize % ALIGNMENT:
         # A copy could not begin where a query's rows do: all columns leave as one query's, and XLA parts them.
         merged, sums = merge(outputs, log_sum_exp, shares, 1, num_columns, dtype, interpret=interpret)
-        merged = merged.reshape(items, num_kv_heads, num_columns, value_dim)[:, :, : num_queries * group]
-        merged = merged.reshape(items, num_kv_heads, num_queries, group, value_dim).swapaxes(1, 2)
-        return merged.reshape(items, num_queries, num_kv_heads * group, value_dim), sums
+        return _parted(merged, num_kv_heads, num_queries, group), sums
 
     part_dim = PART if value_dim % PART == 0 else value_dim
     num_parts = value_dim // part_dim
@@ -86,6 +84,16 @@ def merge(
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(outputs, log_sum_exp, shares)
     return merged, merged_sums
+
+
+def _parted(
+    merged: Float[Array, "items 1 columns Dv"], num_kv_heads: int, num_queries: int, group: int
+) -> Float[Array, "items T H Dv"]:
+    """The rows of each query, from the columns of every KV head."""
+    items, _, _, value_dim = merged.shape
+    merged = merged.reshape(items, num_kv_heads, -1, value_dim)[:, :, : num_queries * group]
+    merged = merged.reshape(items, num_kv_heads, num_queries, group, value_dim).swapaxes(1, 2)
+    return merged.reshape(items, num_queries, num_kv_heads * group, value_dim)
 
 
 def _of_stripe(outputs: Any, log_sum_exp: Any, pieces: tuple[Any, Any], head: Any, columns: Any) -> tuple[Array, ...]:
