@@ -48,12 +48,12 @@ class Task:
 
 TASKS = (
     Task("gpu_pieces", "ceilings", "-", 40),
-    Task("gpu_pieces", "agree", "31m", 60),
+    Task("gpu_pieces", "agree", "31m", 110),
     Task("gpu_pieces", "decode", "1b", 120),
     Task("gpu_peer", "decode", "1b", 75),
-    Task("gpu_pieces", "profile", "1b", 60),
-    Task("gpu_pieces", "train", "mqar", 80),
-    Task("gpu_pieces", "requests", "1b", 75),
+    Task("gpu_pieces", "profile", "1b", 80),
+    Task("gpu_pieces", "train", "mqar", 125),
+    Task("gpu_pieces", "requests", "1b", 110),
     Task("gpu_peer", "requests", "1b", 75),
     Task("gpu_pieces", "decode", "31m-float32", 50),
     Task("gpu_peer", "decode", "31m-float32", 50),
@@ -62,7 +62,7 @@ TASKS = (
     Task("gpu_pieces", "requests", "31m", 60),
     Task("gpu_peer", "requests", "31m", 60),
 )
-"""In the order in which a window is spent."""
+"""In the order in which a window is spent. On an H200 training took 109 s, requests 82, most of it compiling."""
 
 
 def summary(lines: list[Line]) -> list[dict[str, Any]]:
