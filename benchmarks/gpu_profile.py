@@ -11,10 +11,11 @@ from typing import Any
 from unittest import mock
 
 import jax
+import numpy as np
 
 from benchmarks.answers import about, say
 from benchmarks.engine_setup import prefill, prompts
-from kvlab.engine import runner
+from kvlab.engine import runner as running
 from kvlab.engine.engine import Engine
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.step import MemoryStep
@@ -85,16 +86,36 @@ def profile_decoding(
             with jax.profiler.trace(folder):
                 slowed = _timed(engine, steps)
             events = device_events(Path(folder))
+        in_a_row = _in_a_row(engine)
         while engine.requests:
             engine.step()
         found[str(batch)] = {
             "step_ms": statistics.median(quiet) * 1e3,
             **spent,
             "calls_ms": {name: seconds / steps * 1e3 for name, seconds in calls.items()},
+            "model_in_a_row_ms": in_a_row * 1e3,
             "profiled_step_ms": statistics.median(slowed) * 1e3,
             **told(events, steps),
         }
         say(**about(model=name, what=f"a decode step after a prompt of {prompt_len} tokens"), batches=found)
+
+
+def _in_a_row(engine: Engine, calls: int = 8) -> float:
+    """Seconds of a call of the model's program alone: several in a row, that nobody waits for, on one plan. They write
+    the same keys and values to the same places."""
+    samples: list[Any] = list(engine.scheduler.running)
+    plan = engine.ledger.plan([sample.name for sample in samples], len(samples), 1)
+    tokens = np.array([[sample.ids[start]] for sample, start in zip(samples, plan.starts, strict=True)], np.int32)
+    plan, tokens = jax.device_put((plan, tokens))
+    runner, spent = engine.runner, 0.0
+    for _ in range(2):  # the first compiles, if the batch had another size
+        jax.block_until_ready(runner.pools)
+        began = time.perf_counter()
+        for _ in range(calls):
+            _, _, runner.pools = runner.step_fn.next_logits(runner.params, runner.pools, plan, tokens)
+        jax.block_until_ready(runner.pools)
+        spent = time.perf_counter() - began
+    return spent / calls
 
 
 def _spent(engine: Engine) -> dict[str, float]:
@@ -117,8 +138,8 @@ def _calls_timed() -> Iterator[dict[str, float]]:
 
         return wrapped
 
-    model, drawing = timed("model", MemoryStep.next_logits), timed("drawing", runner.draw_tokens)
-    with mock.patch.object(MemoryStep, "next_logits", model), mock.patch.object(runner, "draw_tokens", drawing):
+    model, drawing = timed("model", MemoryStep.next_logits), timed("drawing", running.draw_tokens)
+    with mock.patch.object(MemoryStep, "next_logits", model), mock.patch.object(running, "draw_tokens", drawing):
         yield spent
 
 
