@@ -7,7 +7,7 @@ speculation threw away.
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from kvlab.engine.entries import Before, Counters, Entry, Move, Planned, Rejection, Step, Work
@@ -88,6 +88,10 @@ class Scheduler:
             self.ledger.release(entry.name, keep=keep)
         {"running": self.running, "waiting": self.waiting, "swapped": self.swapped}[entry.state].remove(entry)
         entry.state = "gone"
+
+    def forget(self, entries: Collection[Entry]) -> None:
+        """None of these has begun, and none of them waits any more."""
+        self.waiting = [entry for entry in self.waiting if entry not in entries]
 
     def start_over(self, ledger: Ledger, waiting: list[Entry]) -> None:
         """Only these are left, and none of them has begun in this ledger, which is a new one."""
