@@ -129,8 +129,9 @@ class Engine:
         interrupt what runs; prompts share pages within a namespace only.
 
         Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a prompt of
-        which a fraction is to stay that is less than what is protected, a name in use, text or stop strings without a
-        tokenizer, and a priority or namespace of another type. Nothing has then changed.
+        which a fraction is to stay that is less than what is protected, a name in use or not printable, text or stop
+        strings without a tokenizer, text that UTF-8 cannot write, and anything of another type. Nothing has then
+        changed.
         """
         name = self._submit(prompt, sampling, name=name, priority=priority, namespace=namespace, owned={})
         self._let_go()
