@@ -79,7 +79,7 @@ def profile_decoding(
         prefill(engine)
         _timed(engine, steps // 2)
         before = _spent(engine)
-        with _calls_timed() as calls:
+        with _calls_timed(engine.runner.step_fn) as calls:
             quiet = _timed(engine, steps)
         spent = {name: (_spent(engine)[name] - seconds) / steps * 1e3 for name, seconds in before.items()}
         with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def _spent(engine: Engine) -> dict[str, float]:
 
 
 @contextmanager
-def _calls_timed() -> Iterator[dict[str, float]]:
+def _calls_timed(step: MemoryStep) -> Iterator[dict[str, float]]:
     """Seconds in which each program was handed over: the model's, and that which draws."""
     spent = {"model": 0.0, "drawing": 0.0}
 
@@ -138,8 +138,9 @@ def _calls_timed() -> Iterator[dict[str, float]]:
 
         return wrapped
 
-    model, drawing = timed("model", MemoryStep.next_logits), timed("drawing", running.draw_tokens)
-    with mock.patch.object(MemoryStep, "next_logits", model), mock.patch.object(running, "draw_tokens", drawing):
+    model, drawing = timed("model", step.next_logits), timed("drawing", running.draw_tokens)
+    # A step's programs are its own.
+    with mock.patch.dict(vars(step), next_logits=model), mock.patch.object(running, "draw_tokens", drawing):
         yield spent
 
 

@@ -12,6 +12,8 @@ class BeamGroup:
 
     request: Request
     finished: list[Completion] = field(default_factory=list)
+    is_advancing: bool = False
+    """Whether its next beams are being made: some of them may be missing."""
 
     @property
     def ready(self) -> bool:
@@ -59,11 +61,10 @@ class BeamGroup:
         attainable = (best.score + logprob) / length**self.request.sampling.length_penalty
         return attainable <= (self.finished[-1].score or 0.0)
 
-    def end(self, reason: FinishReason) -> None:
-        """The search ends here, by a cancellation or an error: live beams count as they are."""
-        self.finished += [self.completion(beam, [], [], reason) for beam in self.request.samples]
-        self.finished.sort(key=lambda completion: -(completion.score or 0.0))
-        del self.finished[self.request.sampling.beam_width :]
+    def ended(self, reason: FinishReason) -> list[Completion]:
+        """What was found if the search ends here, by a cancellation or an error: live beams count as they are."""
+        found = self.finished + [self.completion(beam, [], [], reason) for beam in self.request.samples]
+        return sorted(found, key=lambda completion: -(completion.score or 0.0))[: self.request.sampling.beam_width]
 
     def completion(self, beam: Sample, tokens: list[int], logprobs: list[float], reason: FinishReason) -> Completion:
         """A beam's answer with these tokens added."""

@@ -1,12 +1,13 @@
 """The book of requests: which are under way, by which sequences, what became of those that ended, and who is told."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 from kvlab.engine.beam import BeamGroup
 from kvlab.engine.config import Stats
+from kvlab.engine.entries import Entry
 from kvlab.engine.requests import Answer, Completion, Event, FinishReason, Request, Sample
 from kvlab.engine.scheduler import Scheduler
 from kvlab.engine.speculative import Speculation
@@ -42,7 +43,7 @@ class Book:
     # Beginnings.
 
     def open(self, request: Request) -> None:
-        """Queues a request."""
+        """Queues a request; touches nothing that others have."""
         self.requests[request.name] = request
         if request.sampling.beam_width:
             self.beams[request.name] = BeamGroup(request)
@@ -52,6 +53,12 @@ class Book:
         self.scheduler.submit(first)
         if first.hold == 0 or not self.shares:
             self.start_others(first)
+
+    def take_back(self, request: Request) -> None:
+        """Nothing of a request was ever queued, however far `open` came."""
+        self.scheduler.forget(request.samples)
+        self.beams.pop(request.name, None)
+        self.requests.pop(request.name, None)
 
     def sample(self, request: Request, index: int, ids: Sequence[int]) -> Sample:
         """A sequence of a request, not scheduled yet."""
@@ -97,8 +104,8 @@ class Book:
     def finish(self, sample: Sample, reason: FinishReason) -> None:
         """A sequence has its completion; the last one of a request makes the answer."""
         request = sample.request
-        self.drop(sample)
         request.completions[sample.index] = _completion(sample, reason)
+        self.drop(sample)
         if not request.samples:
             if reason == "cancelled":  # samples that were never started
                 for index in range(request.sampling.num_samples):
@@ -115,14 +122,12 @@ class Book:
     # Ends of requests.
 
     def cancel(self, name: str) -> list[Event]:
-        """Ends a request now; its answer has what was generated so far, and events tell the text that was held back.
-        Raises KeyError for an unknown name."""
-        if name not in self.requests:
-            raise KeyError(f"request {name!r}: is not running")
+        """Ends a request now; its answer has what was generated so far, and events tell the text that was held
+        back."""
         request = self.requests[name]
         held = {sample.index: text for sample in request.samples if (text := _held_back(sample))}
         if name in self.beams:
-            self.beams[name].end("cancelled")
+            self.beams[name].finished = self.beams[name].ended("cancelled")
             self.end_beams(self.beams[name])
         else:
             for sample in request.samples[:]:
@@ -147,15 +152,42 @@ class Book:
         events = [Event(request.name, 0, *pair, "", None) for pair in zip(best.tokens, best.logprobs, strict=True)]
         return [*events[:-1], events[-1]._replace(text=best.text, finish_reason=best.finish_reason)]
 
-    def tear(self, requests: Sequence[Request], reason: str) -> list[Event]:
-        """Requests of a torn step end in error. Scheduler and ledger have forgotten their sequences already."""
-        events = []
-        for request in requests:
+    def untorn(self, waiting: Iterable[Entry]) -> list[Entry]:
+        """Of those waiting, the sequences of requests that no interrupt can have torn: all that there is of them waits,
+        and nothing of them was in the midst of a change."""
+        idle = {entry for entry in waiting if entry.state == "waiting" and not entry.num_computed}
+        whole = {
+            sample
+            for request in self.requests.values()
+            if idle.issuperset(request.samples) and self._is_complete(request)
+            for sample in request.samples
+        }
+        return [entry for entry in waiting if entry in whole]
+
+    def _is_complete(self, request: Request) -> bool:
+        """Whether a request has every sequence that it should have now, or its completion."""
+        if not request.samples or request.name in self.answers:
+            return False
+        if request.name in self.beams:
+            return not self.beams[request.name].is_advancing
+        should = 1 if request.samples[0].hold is not None else request.sampling.num_samples
+        return len(request.samples) + len(request.completions) == request.num_started == should
+
+    def tear(self, untorn: Collection[Entry], reason: str) -> list[Event]:
+        """Requests end in error, all but those of these sequences; scheduler and ledger have forgotten them already.
+        Cut short, it is called again."""
+        events, kept = list[Event](), set(untorn)
+        for request in list(self.requests.values()):
+            if request.samples and kept.issuperset(request.samples):
+                continue
             for sample in request.samples:
                 sample.state = "gone"
                 del sample.ids[len(request.prompt) + len(sample.logprobs) :]
-            events.append(self._end_in_error(request, 0, reason))
-            request.samples.clear()
+                del sample.alternatives[len(sample.logprobs) :]
+            if request.name in self.answers:
+                self._close(request)
+            else:
+                events.append(self._end_in_error(request, 0, reason))
         return events
 
     def _end_in_error(self, request: Request, index: int, reason: str) -> Event:
@@ -164,9 +196,7 @@ class Book:
         self.stats.failed += 1
         text = "".join(_held_back(sample) for sample in request.samples if sample.index == index)
         if request.name in self.beams:
-            group = self.beams[request.name]
-            group.end("error")
-            request.completions = dict(enumerate(group.finished))
+            request.completions = dict(enumerate(self.beams[request.name].ended("error")))
         for sample in request.samples:
             request.completions.setdefault(sample.index, _completion(sample, "error"))
         self.answer(request, reason)
@@ -176,6 +206,9 @@ class Book:
         """A request is over."""
         completions = [request.completions[index] for index in sorted(request.completions)]
         self.answers[request.name] = Answer(request.name, request.prompt, completions, error)
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
         self.beams.pop(request.name, None)
         del self.requests[request.name]
 

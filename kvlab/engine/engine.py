@@ -10,8 +10,8 @@ what they mean is settled: tokens accepted, pages published, sequences ended. Wh
 launched before this one is settled, so that the device never waits for the host."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from kvlab.engine.book import Book
 from kvlab.engine.config import EngineConfig, Stats
@@ -31,6 +31,14 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.models.model import Model
 from kvlab.schema import ConfigError
 from kvlab.tokenizers import Tokenizer
+
+
+class Change(NamedTuple):
+    """Something that must be done wholly: what to say of it where it is not, and the request that it opens, if it
+    touches nothing else."""
+
+    reason: str
+    opened: Request | None
 
 
 class Engine:
@@ -77,7 +85,10 @@ class Engine:
         self.settler = Settler(self.scheduler, self.book, self.stats, rolls_back=not has_states)
         self._flight: list[Launched] = []
         """The next step, where it is under way already."""
-        self._stepping, self._unheard = False, list[str]()
+        self._change: Change | None = None
+        """What is done now; behind an interrupt, what it tore and nobody has mended yet."""
+        self._unheard: dict[str, None] = {}
+        """Requests that nobody wants any more, and that have not been ended yet."""
 
     def _listener(self) -> Callable[[Entry], Planned | Wait] | None:
         """What plans second passes behind prompts; None: this memory needs none."""
@@ -118,24 +129,21 @@ class Engine:
         interrupt what runs; prompts share pages within a namespace only.
 
         Raises ValueError for an empty prompt, ids outside the vocabulary, an answer that could not fit, a prompt of
-        which a fraction is to stay that is less than what is protected, a name in use, text or stop strings without a
-        tokenizer, and a priority or namespace of another type. Nothing has then changed.
+        which a fraction is to stay that is less than what is protected, a name in use or not printable, text or stop
+        strings without a tokenizer, text that UTF-8 cannot write, and anything of another type. Nothing has then
+        changed.
         """
-        request = self.intake.request(
-            prompt,
-            sampling,
-            name=name,
-            priority=priority,
-            namespace=namespace,
-            ledger=self.ledger,
-            taken=self.requests.keys() | self.answers.keys(),
-        )
-        self.book.open(request)
-        return request.name
+        name = self._submit(prompt, sampling, name=name, priority=priority, namespace=namespace, owned={})
+        self._let_go()
+        return name
 
     def cancel(self, name: str) -> None:
         """Ends a request now; its answer has what was generated so far. Raises KeyError for an unknown name."""
-        self.book.tell(self.book.cancel(name))
+        self._mend()
+        if name not in self.requests:
+            raise KeyError(f"request {name!r}: is not running")
+        self._do("a cancellation", lambda: self.book.tell(self.book.cancel(name)))
+        self._let_go()
 
     def generate(
         self, prompts: Sequence[Sequence[int] | str], sampling: Sampling | Sequence[Sampling] | None = None
@@ -144,14 +152,13 @@ class Engine:
 
         Raises ValueError for the first bad prompt before anything is computed, and GenerationError, with every answer,
         when requests failed."""
-        names = self._submit_all(prompts, sampling)
+        stream = self._open(prompts, sampling)
         try:
-            while any(name in self.requests for name in names):
+            while any(name in self.requests for name in stream.names):
                 self.step()
-        except BaseException:
-            self._abandon(names)
-            raise
-        answers = [self.answers.pop(name) for name in names]
+            answers = [self.answers[name] for name in stream.names]
+        finally:
+            stream.close()
         if any(answer.error for answer in answers):
             raise GenerationError(answers)
         return answers
@@ -161,31 +168,98 @@ class Engine:
     ) -> Stream:
         """Events of these requests as they happen; of a beam search, the best beam's when it has ended. Whoever stops
         listening cancels what is left. Bad prompts raise here."""
-        names = self._submit_all(prompts, sampling)
-        stream = Stream(names, self.step, self.requests.__contains__, self._abandon)
+        stream = self._open(prompts, sampling)
         self.book.streams.add(stream)
         return stream
 
-    def _submit_all(self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None) -> dict[str, None]:
-        names: dict[str, None] = {}
+    def _open(self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None) -> Stream:
+        """Queues requests that a stream, which nobody tells anything yet, is to end."""
+        stream = Stream(self)
         try:
             for prompt, wanted in each_sampling(prompts, sampling):
-                names[self.submit(prompt, wanted)] = None
+                self._submit(prompt, wanted, owned=stream.names)
         except BaseException:
-            self._abandon(names)
+            stream.close()
             raise
-        return names
+        return stream
 
-    def _abandon(self, names: Collection[str]) -> None:
-        """Ends these requests, whatever became of them, and forgets their answers; after the step, if one is under way:
-        Python may let go of a stream anywhere."""
-        if self._stepping:
-            self._unheard += names
-            return
-        for name in names:
+    def _submit(
+        self,
+        prompt: Sequence[int] | str,
+        sampling: Sampling | None,
+        *,
+        name: str | None = None,
+        priority: int = 0,
+        namespace: str = "",
+        owned: dict[str, None],
+    ) -> str:
+        """`submit`. The name is among those that are `owned` before the request is queued: whatever happens then, its
+        owner can end it."""
+        self._mend()
+        request = self.intake.request(
+            prompt,
+            sampling,
+            name=name,
+            priority=priority,
+            namespace=namespace,
+            ledger=self.ledger,
+            taken=self.requests.keys() | self.answers.keys(),
+        )
+        owned[request.name] = None
+        self._do("a submission", lambda: self.book.open(request), opened=request)
+        return request.name
+
+    def abandon(self, names: Iterable[str], *, later: bool = False) -> None:
+        """Ends these requests, whatever became of them, and forgets their answers; with `later`, after what is done
+        now, if anything is: Python may let go of a stream anywhere."""
+        self._unheard |= dict.fromkeys(names)
+        if not (later and self._change is not None):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends who was abandoned. What an interrupt leaves is done by the next call."""
+        while self._unheard:
+            name = next(reversed(self._unheard))
+            self._mend()
             if name in self.requests:
-                self.cancel(name)
+                self._do("a cancellation", lambda name=name: self.book.tell(self.book.cancel(name)))
             self.answers.pop(name, None)
+            self._unheard.pop(name, None)
+
+    # Changes, and what an interrupt leaves of one.
+
+    def _do[T](self, what: str, change: Callable[[], T], opened: Request | None = None) -> T:
+        """Makes a change that is done wholly or mended: by the next call, where mending is interrupted too."""
+        self._mend()
+        self._change = Change(f"{what} was interrupted", opened)
+        try:
+            done = change()
+        except BaseException as error:
+            self._change = Change(f"{what} was interrupted: {type(error).__name__}: {error}", opened)
+            self._mend()
+            raise
+        self._change = None
+        return done
+
+    def _mend(self) -> None:
+        """Undoes a submission that was cut short. Otherwise nobody knows which part of a torn change was done: requests
+        that had begun fail, and ledger, pools and drafter are made anew. What was published is gone with them, since it
+        may not be finite. Cut short itself, it begins again."""
+        if self._change is None:
+            return
+        reason, opened = self._change
+        if opened is not None:
+            self.book.take_back(opened)
+        else:
+            self._flight = []
+            waiting = self.book.untorn(self.scheduler.waiting)
+            ledger = self.layout.ledger(self.config.policy, self.config.checkpoints)
+            ledger.counters = self.ledger.counters
+            self.runner.start_over()
+            self.speculation.start_over()
+            self.scheduler.start_over(ledger, waiting)
+            self.book.tell(self.book.tear(waiting, reason))
+        self._change = None
 
     # A step.
 
@@ -194,17 +268,9 @@ class Engine:
 
         Where a step does not end, by an interrupt or an error of the device, what took part in it fails, what waits
         goes on in memory made anew, and the exception is raised."""
-        self._stepping = True
-        try:
-            events = self._advance()
-        except BaseException as error:
-            self.book.tell(self._start_over(f"a step was interrupted: {type(error).__name__}: {error}"))
-            raise
-        finally:
-            self._stepping = False
-        unheard, self._unheard = self._unheard, []
-        self._abandon(unheard)
-        return self.book.tell(events)
+        events = self._do("a step", lambda: self.book.tell(self._advance()))
+        self._let_go()
+        return events
 
     def _advance(self) -> list[Event]:
         stats, began = self.stats, time.perf_counter()
@@ -259,22 +325,3 @@ class Engine:
             return []
         self.stats.planned_ahead += 1
         return [self.runner.launch(self.ledger, Group(work, 1, False), launched)]
-
-    def _start_over(self, reason: str) -> list[Event]:
-        """Nobody knows which part of a torn step was done: its requests fail, and ledger, pools and drafter are made
-        anew. What was published is gone with them, since it may not be finite."""
-        scheduler = self.scheduler
-        waiting = [entry for entry in scheduler.waiting if not entry.num_computed and entry.state == "waiting"]
-        torn = [
-            request
-            for request in self.requests.values()
-            if not request.samples or any(sample not in waiting for sample in request.samples)
-        ]
-        ledger = self.layout.ledger(self.config.policy, self.config.checkpoints)
-        ledger.counters = self.ledger.counters
-        self._flight = []
-        self.runner.start_over()
-        self.speculation.start_over()
-        lost = {sample for request in torn for sample in request.samples}
-        scheduler.start_over(ledger, [entry for entry in waiting if entry not in lost])
-        return self.book.tear(torn, reason)

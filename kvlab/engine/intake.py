@@ -11,9 +11,12 @@ from kvlab.engine.requests import Request
 from kvlab.engine.sampling import Sampling
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.config import MemoryConfig
-from kvlab.schema import ConfigError
+from kvlab.schema import ConfigError, shown
 from kvlab.tokenizers import Tokenizer
 from kvlab.units import counted
+
+MAX_NAME = 256
+"""Characters of a request's name, and of a namespace."""
 
 
 class Intake:
@@ -35,6 +38,8 @@ class Intake:
         taken: Collection[str],
     ) -> Request:
         """A request that can be answered; its name is none of those `taken`."""
+        if not isinstance(sampling, Sampling | None):
+            raise ConfigError("sampling", sampling, "must be a Sampling, or None")
         sampling = sampling or Sampling()
         ids = self._encoded(prompt)
         self._check_ids(ids)
@@ -43,12 +48,13 @@ class Intake:
         self._check_sampling(sampling)
         if name is None:
             name = self._free_name(taken)
-        elif not isinstance(name, str) or name in taken:
-            raise ValueError(f"name = {name!r}: {'is in use' if isinstance(name, str) else 'must be a string'}")
+        else:
+            _check_name(name, taken)
         if type(priority) is not int:
-            raise ValueError(f"priority = {priority!r}: must be an integer")
-        if not isinstance(namespace, str):
-            raise ValueError(f"namespace = {namespace!r}: must be a string")
+            raise ConfigError("priority", priority, "must be an integer")
+        if not isinstance(namespace, str) or len(namespace) > MAX_NAME or not _is_unicode(namespace):
+            legal = f"must be a string of at most {MAX_NAME} characters that UTF-8 can write"
+            raise ConfigError("namespace", namespace, legal)
         seed = sampling.seed
         if seed is None:
             seed = int(np.random.default_rng([self.config.seed, self._num_submitted]).integers(2**31))
@@ -62,12 +68,15 @@ class Intake:
         return name
 
     def _encoded(self, prompt: Sequence[int] | str) -> list[Any]:
-        if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, str | bytes):
+        listed = prompt.ndim == 1 if isinstance(prompt, np.ndarray) else isinstance(prompt, Sequence)
+        if listed and not isinstance(prompt, str | bytes):
             return list(prompt)
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt = {prompt!r}: must be text or a list of token ids")
+            raise ConfigError("prompt", prompt, "must be text or a list of token ids")
         if self.tokenizer is None:
             raise ValueError("prompt: is text, and the engine has no tokenizer; give token ids")
+        if not _is_unicode(prompt):
+            raise ConfigError("prompt", prompt, "must be text that UTF-8 can write: it has half of a surrogate pair")
         return self.tokenizer.encode(prompt)
 
     def _check_ids(self, ids: list[Any]) -> None:
@@ -75,9 +84,10 @@ class Intake:
             raise ValueError("prompt = []: must have at least one token")
         wrong = [token for token in ids if not isinstance(token, int | np.integer) or isinstance(token, bool)]
         if wrong:
-            raise ValueError(f"prompt: token {wrong[0]!r}: must be an integer")
+            raise ValueError(f"prompt: token {shown(wrong[0])}: must be an integer")
         if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
-            raise ValueError(f"prompt: token {outside[0]}: must be in [0, {self.vocab_size})")
+            said = outside[0] if abs(outside[0]) < 1 << 64 else "of more than 64 bits"
+            raise ValueError(f"prompt: token {said}: must be in [0, {self.vocab_size})")
 
     def _check_lengths(self, prompt_len: int, sampling: Sampling, ledger: Ledger) -> None:
         longest = self.config.max_len - prompt_len + 1
@@ -103,7 +113,7 @@ class Intake:
     def _check_sampling(self, sampling: Sampling) -> None:
         beam_width, max_batch = sampling.beam_width or 0, self.config.max_batch
         if sampling.stop and self.tokenizer is None:
-            raise ValueError(f"stop = {list(sampling.stop)}: stop strings need a tokenizer")
+            raise ConfigError("stop", list(sampling.stop), "stop strings need a tokenizer")
         if beam_width > max_batch:
             raise ValueError(f"beam_width = {beam_width}: must be at most max_batch = {max_batch}")
         if beam_width and self.memory.name != "paged":
@@ -112,6 +122,23 @@ class Intake:
         for field_name, value in (("num_logprobs", sampling.num_logprobs), ("beam_width", beam_width)):
             if value > most:
                 raise ValueError(f"{field_name} = {value}: must be at most {most} of a vocabulary of {self.vocab_size}")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write a text: it has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_name(name: Any, taken: Collection[str]) -> None:
+    """Raises ConfigError for what cannot name a request beside those `taken`, or be shown on a terminal."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable():
+        raise ConfigError("name", name, f"must be a string of 1 to {MAX_NAME} printable characters")
+    if name in taken:
+        raise ConfigError("name", name, "is in use")
 
 
 def each_sampling(

@@ -25,6 +25,7 @@ from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.plan import Compaction, Plan, Seals
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
+from kvlab.programs import make_room
 from kvlab.units import power_of_two
 
 
@@ -152,6 +153,7 @@ class Runner:
         if program not in self._called:
             self._called.add(program)
             self.stats.first_calls_s += seconds
+            make_room()
         return seconds
 
     def groups(self, work: Sequence[Work], chunk_len: int) -> list[Group]:

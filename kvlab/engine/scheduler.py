@@ -7,7 +7,7 @@ speculation threw away.
 
 Pure host code: the engine runs it with a device, the capacity simulator with a clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from kvlab.engine.entries import Before, Counters, Entry, Move, Planned, Rejection, Step, Work
@@ -89,6 +89,10 @@ class Scheduler:
         {"running": self.running, "waiting": self.waiting, "swapped": self.swapped}[entry.state].remove(entry)
         entry.state = "gone"
 
+    def forget(self, entries: Collection[Entry]) -> None:
+        """None of these has begun, and none of them waits any more."""
+        self.waiting = [entry for entry in self.waiting if entry not in entries]
+
     def start_over(self, ledger: Ledger, waiting: list[Entry]) -> None:
         """Only these are left, and none of them has begun in this ledger, which is a new one."""
         self.ledger, self.waiting = ledger, waiting
@@ -115,7 +119,9 @@ class Scheduler:
         if len(step.work) < len(self.running):
             budget = self._continue(step, budget)
         if self.counters.preempted == preempted:  # whoever made room is not let in again at once
-            self._admit(step, budget)
+            budget = self._admit(step, budget)
+        if config.mixed and budget > 0 and len(step.work) < len(self.running):
+            self._decode(step, budget)  # what was kept for a prompt that found no room
         if not config.mixed and not step.work:
             self._decode(step, config.token_budget)
         if not step.work and not step.rejected and len(self.swapped) == num_swapped:
@@ -179,21 +185,22 @@ class Scheduler:
         if not prompts:
             return budget
         first = min(entry.order for entry in prompts)
-        ahead = sum(entry.order < first for entry in self.running if entry.num_computed >= entry.prefill_len)
+        ready = [entry for entry in self.running if entry.num_computed >= entry.prefill_len and not entry.paused]
+        ahead = sum(entry.order < first for entry in ready)
         return budget if ahead >= budget else max(ahead, budget - 1)
 
     def _decode(self, step: _Unfinished, budget: int) -> None:
-        """One token and the drafts of every sequence whose prompt is computed; drafts are the first to go when
-        short."""
-        work = step.work
-        active = [entry for entry in self.running if not entry.paused]
+        """One token and the drafts of every sequence whose prompt is computed and that has no part yet; drafts are the
+        first to go when short."""
+        work, had = step.work, len(step.work)
+        active = [entry for entry in self.running if not entry.paused and entry not in work]
         ready = [entry for entry in active if entry.prefill_len <= entry.num_computed < entry.num_known]
         plain = [entry for entry in ready[:budget] if entry.decodes]
         for entry, done in zip(plain, self.ledger.reserve_each([entry.name for entry in plain]), strict=True):
             if done:  # nearly always: the token falls into a page that the sequence has
                 work[entry] = Work(entry, 1, 0)
-        budget -= len(work)
-        if len(work) == len(ready):
+        budget -= len(work) - had
+        if len(work) - had == len(ready):
             return
         for entry in ready:
             count = entry.num_known - entry.num_computed
@@ -224,32 +231,34 @@ class Scheduler:
     def _chunk(self, entry: Entry, left: int, budget: int) -> int:
         return self.ledger.clip(entry.name, min(left, budget, self.ledger.chunk_len))
 
-    def _admit(self, step: _Unfinished, budget: int) -> None:
-        """Brings sequences back from the host and begins those waiting, in order; who must wait lets nobody past."""
+    def _admit(self, step: _Unfinished, budget: int) -> int:
+        """Brings sequences back from the host and begins those waiting, in order; who must wait lets nobody past.
+        Returns what is left of the budget."""
         candidates = [entry for entry in (*self.swapped, *self.waiting) if not entry.paused]
         if self.swapped:
             candidates.sort(key=lambda entry: entry.order)
         for entry in candidates:
             if len(self.running) >= self.schedule_config.max_batch:
-                return
+                return budget
             if entry.state == "swapped":
                 swap = self.ledger.swap_in(entry.name)
                 if isinstance(swap, Wait):
-                    return
+                    return budget
                 step.before.append(Move("in", swap))
                 self.swapped.remove(entry)
                 self._run(entry)
                 continue
             if budget <= 0:
-                return
+                return budget
             count = self._begin(entry, step, budget)
             if count is None:
-                return
+                return budget
             if count:
                 self.waiting.remove(entry)
                 self._run(entry)
                 step.work[entry] = Work(entry, count, 0)
                 budget -= count
+        return budget
 
     def _begin(self, entry: Entry, step: _Unfinished, budget: int) -> int | None:
         """Reserves a sequence's first chunk and returns its size; 0 if it can never fit, None if it must wait."""

@@ -158,6 +158,7 @@ class Settler:
 
     def _advance(self, group: BeamGroup) -> list[Event]:
         """The group's next beams: the first child of each goes on in its place, the others are forked from it."""
+        group.is_advancing = True
         chosen = group.select()
         if not chosen:
             return self.book.end_beams(group)
@@ -174,6 +175,7 @@ class Settler:
                 _extend(child, token, logprob)
                 self.scheduler.branch(parent, child)
             _extend(parent, *tokens[0])
+        group.is_advancing = False
         return []
 
 

@@ -8,7 +8,7 @@ least (1 - d) / (1 + d), d being the total variation distance; the paper's rule 
 import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from kvlab.ledger.plan import ClassPlan, Plan
 from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.models.model import Model
 from kvlab.models.transformer import logits_at
+from kvlab.programs import LET_GO, program
 from kvlab.schema import ConfigError
 from kvlab.typing import Params, Tokens
 
@@ -78,7 +79,13 @@ class _DraftStep:
     step: MemoryStep
     num_drafts: int
 
-    @partial(jax.jit, static_argnums=0, static_argnames="mode", donate_argnums=2)
+    @classmethod
+    @lru_cache(maxsize=16)
+    def of(cls, step: MemoryStep, num_drafts: int) -> "_DraftStep":
+        """The same one for all who ask for the same: drafters made anew compile nothing anew."""
+        return cls(step, num_drafts)
+
+    @program(static_argnames="mode", donate_argnums=1)
     def __call__(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, choices: Choices, *, mode: Mode
     ) -> tuple[Array, Pools]:
@@ -105,6 +112,9 @@ class _DraftStep:
         pools, first = guess(pools, starts, known, tokens[:, : tokens.shape[1] - rest], None)
         (pools, _), others = jax.lax.scan(follow, (pools, first), jnp.arange(rest, dtype=jnp.int32))
         return jnp.concatenate([first, others[:, :, 0].T], axis=1), pools
+
+
+LET_GO.append(_DraftStep.of.cache_clear)
 
 
 def _columns(plan: ClassPlan, per_token: bool, offset: Array | None, width: int) -> ClassPlan:
@@ -144,7 +154,7 @@ class ModelDrafter(Drafter):
             spare_states=max_sequences,  # a step that may be rejected writes beside what it reads
         )
         self.step, self.ledger, self.pools = MemoryStep.of(model.structure, layout), layout.ledger(), layout.allocate()
-        self._draft_step = _DraftStep(self.step, num_drafts)
+        self._draft_step = _DraftStep.of(self.step, num_drafts)
         self._in_flight: dict[Sample, tuple[int, list[int]]] = {}
         """Of the last round: known tokens when it began, and the drafts."""
 

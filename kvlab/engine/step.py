@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import copy_pages, padded_pages, poison_pages
 from kvlab.memory.reading_back import Given, read_back, read_sealed
 from kvlab.models.transformer import Transformer, logits_at, merge
+from kvlab.programs import LET_GO, make_room, program
 from kvlab.typing import Hidden, LabelLogits, Logits, Params, Tokens
 
 type Pools = tuple[Mapping[str, Any], ...]
@@ -32,8 +33,7 @@ its list of pages."""
 class MemoryStep:
     """`step(params, pools, plan, tokens) -> (logits, pools)`; pools are donated, so nothing is copied.
 
-    Programs belong to a step, by identity, which costs nothing to look up; `of` gives the same one to all who ask for
-    the same."""
+    Programs belong to a step and go with it; `of` gives the same one to all who ask for the same."""
 
     structure: nnx.GraphDef[Transformer]
     layout: MemoryLayout
@@ -42,23 +42,24 @@ class MemoryStep:
     @lru_cache(maxsize=256)
     def of(cls, structure: nnx.GraphDef[Transformer], layout: MemoryLayout) -> "MemoryStep":
         """The step of a model in a memory: engines and sessions that are alike share their programs, and compile them
-        once."""
+        once. Where the process runs short of mappings, those that nobody uses are let go of (`kvlab.programs`)."""
+        make_room()
         return cls(structure, layout)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @program(donate_argnums=1)
     def __call__(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools]:
         """Logits [B, T, V] of tokens [B, T], which continue what the plan's sequences hold; rows past counts are
         noise."""
         model, hidden, pools = self.forward(params, pools, plan, tokens)
         return model.logits(hidden), pools
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @program(donate_argnums=1)
     def observe(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> tuple[Logits, Pools, IsRead]:
         """As a call, and by layer and state which entries of its list of pages each query read: for verification."""
         model, hidden, views = self._advance(params, pools, plan, tokens)
         return model.logits(hidden), self.layout.pools(views), self.layout.read_by(views)
 
-    @partial(jax.jit, static_argnums=0, static_argnames="everywhere", donate_argnums=2)
+    @program(static_argnames="everywhere", donate_argnums=1)
     def next_logits(
         self, params: Params, pools: Pools, plan: Plan, tokens: Tokens, *, everywhere: bool = False
     ) -> tuple[LabelLogits, Bool[Array, "B"], Pools]:
@@ -71,7 +72,7 @@ class MemoryStep:
         logits = model.logits(hidden) if everywhere else logits_at(model, hidden, jnp.maximum(counts - 1, 0))
         return logits, finite.all(axis=1), pools
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    @program(donate_argnums=1)
     def listen(self, params: Params, pools: Pools, plan: Plan, tokens: Tokens) -> Pools:
         """The pools after tokens [B, T] that are read only for what they attend to: there are no logits."""
         return self.forward(params, pools, plan, tokens, listens=True)[2]
@@ -100,7 +101,7 @@ class MemoryStep:
         tokens = jax.ShapeDtypeStruct((batch_size, num_tokens), jnp.int32)
         return type(self).__call__.lower(self, params, pools, plan, tokens).compile()
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @program(donate_argnums=0)
     def copy(self, pools: Pools, copies: tuple[Array, ...]) -> Pools:
         """The pools with every class's (source, destination) pages copied: what comes before a step that shares
         pages."""
@@ -126,7 +127,7 @@ class MemoryStep:
         """The compaction itself."""
         return self.compact_program(pools, compaction)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @program(donate_argnums=0)
     def compact_program(self, pools: Pools, compaction: Compaction) -> tuple[Pools, Kept]:
         """All layers' in one program."""
         return compact(self.layout, pools, compaction)
@@ -149,12 +150,12 @@ class MemoryStep:
         """The sealing itself."""
         return self.seal_program(pools, seals)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @program(donate_argnums=0)
     def seal_program(self, pools: Pools, seals: Seals) -> Pools:
         """All layers' in one program."""
         return seal_layers(self.layout, pools, seals)
 
-    @partial(jax.jit, static_argnums=0)
+    @program()
     def read_back(self, pools: Pools, plan: Plan) -> Given:
         """What a step's tokens are as they are stored, where that is in a format: for verification."""
         return read_back(self.layout, pools, plan)
@@ -163,11 +164,11 @@ class MemoryStep:
         """What these pages are once sealed, the padded ones of `seal` behind them: for verification."""
         return self._read_sealed(pools, self._padded_seals(seals))
 
-    @partial(jax.jit, static_argnums=0)
+    @program()
     def _read_sealed(self, pools: Pools, seals: Seals) -> Given:
         return read_sealed(self.layout, pools, seals)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    @program(donate_argnums=0)
     def poison(self, pools: Pools, pages: tuple[Array, ...]) -> Pools:
         """The pools with NaN, or the largest whole number, in these pages [n] of every class: what nobody may read. A
         page out of range is passed over."""
@@ -202,3 +203,6 @@ class MemoryStep:
             copies = (padded_pages(planned.copies, (0, state.num_pages)) for planned, state in classes)
             pools = self.copy(pools, tuple(map(jnp.asarray, copies)))
         return plan.without_copies(), pools
+
+
+LET_GO.append(MemoryStep.of.cache_clear)

@@ -57,8 +57,7 @@ class Transcript:
         if end <= self._taken:
             return
         new, begin = decoded[self._taken : end], len(self.text)
-        self.text += new
-        self._taken = end
+        self.text, self._taken = self.text + new, end  # both or none, whatever interrupts
         found = [place for matcher in self._matchers if (place := matcher.find(new, begin)) is not None]
         if found:
             self.text, self.stopped = self.text[: min(found)], True

@@ -3,8 +3,9 @@ memory."""
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -16,7 +17,7 @@ from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
 from kvlab.host import keep_freed_memory
 from kvlab.lab.live import print_answers, status, summary
-from kvlab.lab.request_lines import Asked, as_line, read_requests
+from kvlab.lab.request_lines import Asked, Line, as_line, read_requests
 from kvlab.lab.source import load_source, make_engine
 from kvlab.schema import ConfigError
 
@@ -31,33 +32,41 @@ def generate(
     loaded = load_source(folder, config.dtype)
     engine = make_engine(loaded, config)
     asked = [Asked(_prompt(word, engine), config.sampling, {}) for word in prompts]
-    if source is not None or (jsonl and not prompts):
-        asked += _lines(source, config)
-    if not asked:
+    lines = list(_lines(source, config)) if source is not None or (jsonl and not prompts) else []
+    if not asked and not lines:
         legal = "give --prompt TEXT, --input FILE, or --jsonl with requests on standard input"
         raise ConfigError("prompt", None, legal)
     if config.stop_at_end:
         asked = [_stopping(request, loaded.end_tokens) for request in asked]
+        lines = [
+            line if isinstance(line.asked, str) else line._replace(asked=_stopping(line.asked, loaded.end_tokens))
+            for line in lines
+        ]
     console = Console(stderr=True, highlight=False)
     names = submit_all(engine, asked)
+    known, refused = submit_lines(engine, lines)
+    names += known
     began = time.perf_counter()
     if output is not None:
         with output.open("w", encoding="utf-8") as file:
-            answers = answer_all(engine, names, console, file)
+            answers = answer_all(engine, names, console, file, refused)
     else:
-        answers = answer_all(engine, names, console, sys.stdout if jsonl else None)
+        answers = answer_all(engine, names, console, sys.stdout if jsonl else None, refused)
     if not jsonl and output is None:
         print_answers(answers, Console(highlight=False))
     console.print(summary(engine, time.perf_counter() - began), markup=False, soft_wrap=True)
     return 1 if any(answer.error for answer in answers) else 0
 
 
-def _lines(source: Path | None, config: GenerateConfig) -> list[Asked]:
-    """Requests of a JSONL file, or of standard input."""
+def _lines(source: Path | None, config: GenerateConfig) -> Iterator[Line]:
+    """Requests of a JSONL file, or of standard input. Bytes that are no UTF-8 spoil their own line alone."""
     if source is None or str(source) == "-":
-        return list(read_requests(sys.stdin, config.sampling))
-    with source.open(encoding="utf-8") as lines:
-        return list(read_requests(lines, config.sampling))
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        yield from read_requests(sys.stdin, config.sampling)
+        return
+    with source.open(encoding="utf-8", errors="surrogateescape") as lines:
+        yield from read_requests(lines, config.sampling)
 
 
 def _stopping(request: Asked, end_tokens: tuple[int, ...]) -> Asked:
@@ -88,12 +97,31 @@ def submit_all(engine: Engine, requests: Iterable[Asked]) -> list[str]:
     return names
 
 
-def answer_all(engine: Engine, names: Sequence[str], console: Console, output: TextIO | None) -> list[Answer]:
+def submit_lines(engine: Engine, lines: Iterable[Line]) -> tuple[list[str], list[Answer]]:
+    """Queues what lines ask, and returns the names, and an answer for each line that cannot be asked."""
+    names, refused = list[str](), list[Answer]()
+    for line in lines:
+        if isinstance(line.asked, str):
+            refused.append(line.refused(line.asked))
+            continue
+        try:
+            names.append(engine.submit(line.asked.prompt, line.asked.sampling, **line.asked.options))
+        except ValueError as error:
+            refused.append(line.refused(error))
+    return names, refused
+
+
+def answer_all(
+    engine: Engine, names: Sequence[str], console: Console, output: TextIO | None, refused: Sequence[Answer] = ()
+) -> list[Answer]:
     """Answers the queued requests, showing the live table on a terminal; each answer is written to `output` as soon
-    as it is there."""
+    as it is there, those `refused` first, and all are returned in the order of the names, those last."""
     answers: list[Answer] = []
     began = time.perf_counter()
     live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    if output is not None:
+        for answer in refused:
+            print(as_line(answer), file=output, flush=True)
     if live:
         live.start()
     try:
@@ -108,4 +136,4 @@ def answer_all(engine: Engine, names: Sequence[str], console: Console, output: T
     finally:
         if live:
             live.stop()
-    return sorted(answers, key=lambda answer: names.index(answer.name))
+    return [*sorted(answers, key=lambda answer: names.index(answer.name)), *refused]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvlab.engine.intake import MAX_NAME
 from kvlab.engine.requests import Answer
 from kvlab.engine.sampling import Sampling
 from kvlab.schema import Schema, integer, integer_type, list_type
@@ -37,22 +38,44 @@ class Asked(NamedTuple):
     options: dict[str, Any]
 
 
-def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[Asked]:
-    """Requests of a JSONL stream, each a `RequestLine`; the sampling's other fields as given. Raises ValueError
-    naming the line."""
+class Line(NamedTuple):
+    """A request with the number of its line, or the reason why there is none."""
+
+    number: int
+    asked: Asked | str
+    name: str
+    """The request's own, or one that says which line it is."""
+
+    def refused(self, reason: object) -> Answer:
+        """The answer to a line that is no request, or one that cannot be answered."""
+        return Answer(self.name, [], [], f"line {self.number}: {reason}")
+
+
+def read_requests(lines: Iterable[str], sampling: Sampling) -> Iterator[Line]:
+    """Requests of a JSONL stream, each a `RequestLine`; the sampling's other fields as given. A bad line spoils no
+    other."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        name: object = None
         try:
             values = json.loads(line)
-            if not isinstance(values, Mapping) or "prompt" not in values:
-                raise ValueError('must be an object with "prompt"')
-            request = RequestLine.build(values)
-            own = Sampling.build({**sampling_values(sampling), **(request.sampling or {})}, "sampling")
+            name = values.get("name") if isinstance(values, Mapping) else None
+            asked = _request(values, sampling)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: {error}") from None
-        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-        yield Asked(prompt, own, request.options)
+            asked = str(error)
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME):
+            name = f"line-{number}"
+        yield Line(number, asked, name)
+
+
+def _request(values: object, sampling: Sampling) -> Asked:
+    if not isinstance(values, Mapping) or "prompt" not in values:
+        raise ValueError('must be an object with "prompt"')
+    request = RequestLine.build(values)
+    own = Sampling.build({**sampling_values(sampling), **(request.sampling or {})}, "sampling")
+    prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+    return Asked(prompt, own, request.options)
 
 
 def sampling_values(sampling: Sampling) -> dict[str, Any]:

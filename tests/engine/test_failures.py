@@ -1,28 +1,63 @@
 """Requests that are refused, that break or are torn: they end with an error, and nobody else notices."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import GenerationError
 from kvlab.engine.runner import Group
 from kvlab.engine.sampling import Sampling
 from kvlab.engine.speculative import Drafter
+from kvlab.lab.live import status
 from kvlab.memory.layout import MemoryConfig
 from kvlab.models.model import Model
 from kvlab.schema import ConfigError
+from kvlab.tokenizers import ByteTokenizer
+from tests.engine.deviceless import deviceless
 from tests.engine.families import PROMPTS, checked, config_of, engine_of, pretrained, shared
 
 
 @pytest.mark.parametrize(
-    "bad", [{"priority": None}, {"priority": float("nan")}, {"namespace": [1]}, {"namespace": None}]
+    "bad",
+    [
+        *({"priority": value} for value in (None, float("nan"), "1", True)),
+        *({"namespace": value} for value in ([1], None, b"a", "\ud800", "n" * 10_000)),
+        *({"name": value} for value in (1, b"a", "", "\ud800", "a\nb", "\x1b[31m", "n" * 10_000)),
+        *({"sampling": value} for value in ({}, 3, "greedy")),
+        *({"prompt": value} for value in (None, 1, b"a", {1: 2}, {1}, [None], [[1]], [b"a"], ["a"], [1e3], [2**70])),
+        *({"prompt": value} for value in ("\ud800", "a\udfff", np.zeros((2, 2), int), np.array(1), [10**5000], "")),
+    ],
+    ids=lambda bad: next(iter(bad)),
 )
-def test_who_asks_with_the_wrong_type_changes_nothing(bad):
-    engine = engine_of("llama_gqa")
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        engine.submit(PROMPTS[0], **bad)
-    assert not engine.requests
-    assert engine.generate(PROMPTS[:1], Sampling(max_tokens=3))
+def test_a_bad_request_is_refused_alone_in_words(bad):
+    """Whatever is wrong with it, it is refused before it is queued, shortly, and what runs beside it goes on."""
+    engine = deviceless(tokenizer=ByteTokenizer())
+    beside = engine.submit([1, 2, 3], Sampling(max_tokens=4))
+    engine.step()
+    with pytest.raises(ValueError, match=next(iter(bad))) as caught:
+        engine.submit(**{"prompt": [1, 2], "sampling": Sampling(max_tokens=4), **bad})
+    assert len(str(caught.value)) < 2000
+    assert list(engine.requests) == [beside]
+    while engine.requests:
+        engine.step()
+    assert not engine.answers[beside].error
+
+
+@pytest.mark.parametrize("odd", ["[/b]", "[red]", ":warning:", "\N{SNOWMAN}", "request-7", "a/b", "../x", "n" * 256])
+def test_an_odd_name_or_namespace_is_a_name_as_any_other(odd):
+    engine = deviceless(tokenizer=ByteTokenizer())
+    assert engine.submit("text", Sampling(max_tokens=4), name=odd, namespace=odd) == odd
+    while engine.requests:
+        engine.step()
+        print_status(engine)
+    assert len(engine.answers[odd].tokens) == 4
+
+
+def print_status(engine):
+    Console(file=io.StringIO()).print(status(engine, 1.0))
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "mamba2"])

@@ -175,22 +175,48 @@ def test_bad_commands_say_what_is_legal(words, message, tmp_path, monkeypatch, c
     assert message in capsys.readouterr().err
 
 
-def test_bad_lines_and_folders_say_where(tmp_path, monkeypatch, capsys):
+BAD_LINES = (
+    ("{", ": "),
+    ('{"prompt": [1], "sampler": 1}', ": sampler = 1: no such field; did you mean sampling"),
+    ('{"prompt": [1], "sampling": {"top_k": -1}}', ": sampling.top_k = -1"),
+    ('{"prompt": [1], "priority": "high"}', ": priority = 'high': must be an integer"),
+    ('{"prompt": [1, 0.5]}', ": prompt = [1, 0.5]: must be a string or a list, each an integer"),
+    ('{"prompt": [null]}', ": prompt = [None]: must be a string or a list, each an integer"),
+    ('{"prompt": [1], "sampling": 3}', ": sampling = 3: must be a mapping or null"),
+    ('{"prompt": [1], "name": 7}', ": name = 7: must be a string or null"),
+    ('{"prompt": [1], "name": "\\u001b[31m"}', ": name = '\\x1b[31m': must be a string of 1 to 256 printable"),
+    ('{"prompt": [1], "name": "twice"}', ": name = 'twice': is in use"),
+    ('{"prompt": [1], "namespace": "\\ud800"}', ": namespace = '\\ud800': must be a string of at most 256 characters"),
+    ('{"prompt": [999999]}', ": prompt: token 999999: must be in [0, 320)"),
+    ('{"prompt": [1], "namespace": "\udcff"}', ": namespace = '\\udcff': must be"),
+    ("[1]", ': must be an object with "prompt"'),
+    ('{"prompt": "text"}', ": prompt: is text, and the engine has no tokenizer"),
+)
+
+
+def test_a_bad_line_is_refused_alone(tmp_path, monkeypatch, capsys):
+    """Good lines stand between the bad ones: these are answered as if nothing had been, those say why they are not."""
     folder = write_folder("llama_gqa", tmp_path / "model")
-    source = tmp_path / "in.jsonl"
-    for line, message in (
-        ("{", "line 2: "),
-        ('{"prompt": [1], "sampler": 1}', "line 2: sampler = 1: no such field; did you mean sampling"),
-        ('{"prompt": [1], "sampling": {"top_k": -1}}', "line 2: sampling.top_k = -1"),
-        ('{"prompt": [1], "priority": "high"}', "line 2: priority = 'high': must be an integer"),
-        ('{"prompt": [1, 0.5]}', "line 2: prompt = [1, 0.5]: must be a string or a list, each an integer"),
-        ('{"prompt": [1], "sampling": 3}', "line 2: sampling = 3: must be a mapping or null"),
-        ('{"prompt": [1], "name": 7}', "line 2: name = 7: must be a string or null"),
-        ("[1]", 'line 2: must be an object with "prompt"'),
-    ):
-        source.write_text('{"prompt": [1]}\n' + line)
-        assert command(monkeypatch, "generate", str(folder), "--input", str(source)) == 2
-        assert message in capsys.readouterr().err
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = ['{"prompt": [1, 2], "name": "twice"}', '{"prompt": [3], "name": "[/b] :x:"}']
+    lines = [good[0], *(line for line, _ in BAD_LINES), good[1]]
+    source.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
+    words = ["generate", str(folder), "--input", str(source), "sampling.max_tokens=3"]
+    assert command(monkeypatch, *words, "--output", str(output)) == 1
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    refused, answered = answers[: len(BAD_LINES)], answers[len(BAD_LINES) :]
+    for number, (answer, (_, message)) in enumerate(zip(refused, BAD_LINES, strict=True), 2):
+        assert f"line {number}{message}" in answer["error"]
+        assert answer["name"] in (f"line-{number}", "twice")
+    lengths = {answer["name"]: len(answer["completions"][0]["tokens"]) for answer in answered}
+    assert lengths == {"twice": 3, "[/b] :x:": 3}
+    assert command(monkeypatch, *words) == 1
+    said = capsys.readouterr().out
+    assert "failed: line 2: " in said
+    assert "[/b] :x:" in said
+
+
+def test_bad_folders_say_where(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "generate", str(tmp_path), "--prompt", "1") == 2
     assert "neither a run's directory" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="dtype"):
@@ -308,8 +334,8 @@ def test_the_command_works_as_installed(tmp_path):
 
 def test_a_line_may_have_a_name_a_priority_and_a_namespace():
     line = '{"prompt": [1, 2], "name": "a", "priority": 3, "namespace": "mine", "sampling": {"top_k": 4}}'
-    (request,) = read_requests([line, "  "], Sampling(max_tokens=5))
-    assert request == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
+    (read,) = read_requests([line, "  "], Sampling(max_tokens=5))
+    assert read.asked == ([1, 2], Sampling(max_tokens=5, top_k=4), {"name": "a", "priority": 3, "namespace": "mine"})
 
 
 def test_printed_answers_are_the_text_byte_for_byte(capsys):
