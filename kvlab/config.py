@@ -27,7 +27,7 @@ from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.memory.naming import words_of
 from kvlab.mixers import MIXERS
-from kvlab.models.sharing import readers_of, sources_of
+from kvlab.models.sharing import sources_of
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
 from kvlab.schema import (
     ConfigError,
@@ -42,6 +42,7 @@ from kvlab.schema import (
     to_plain,
     with_added,
 )
+from kvlab.sections import MixerConfig, typed
 from kvlab.tasks import TASKS, Task
 from kvlab.training.config import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -68,17 +69,6 @@ class TuneConfig(Schema):
             raise ConfigError("learning_rate", list(self.learning_rate), "must not name a rate twice")
 
 
-def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Any]:
-    """A section {type: name, ...} as the registered name and its config."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(path, values, "must be a mapping with a `type`")
-    fields = dict(cast(Mapping[str, object], values))
-    name = fields.pop("type", None)
-    if not isinstance(name, str) or name not in registry:
-        raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
-    return name, registry[name].Config.build(fields, path)
-
-
 def _spelled_out(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The sections that say what a model is, where they are given, with every default. Raises ConfigError."""
     found: dict[str, Any] = {}
@@ -100,51 +90,6 @@ SECTIONS: dict[str, type[Schema]] = {
     "hardware": HardwareConfig,
 }
 """Sections with one schema each; `mixer` and `task` choose theirs by `type`."""
-
-
-@dataclass(frozen=True)
-class MixerConfig:
-    """A named variant: a pattern over named layers, such as pattern "M A" with layers M and A. `knob`, such as
-    "M.state_dim", says what a budget of bytes is solved for where several layers have a knob."""
-
-    name: str
-    pattern: str
-    layers: dict[str, LayerConfig]
-    knob: str | None = None
-
-    @classmethod
-    def build(cls, values: object) -> "MixerConfig":
-        """From {name, pattern, A: {type: attention, ...}, M: {...}}, and knob where it is named."""
-        if not isinstance(values, Mapping):
-            raise ConfigError("mixer", values, "must be a mapping with name, pattern and layers")
-        fields = dict(cast(Mapping[str, object], values))
-        name, pattern = fields.pop("name", None), fields.pop("pattern", None)
-        knob = fields.pop("knob", None)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+", name):
-            raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
-        if not isinstance(pattern, str):
-            raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
-        layers = {layer: LayerConfig(*_typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
-        if knob is not None and not (isinstance(knob, str) and knob.partition(".")[0] in layers):
-            legal = f"must be null, or a layer's field such as {next(iter(layers), 'A')}.window"
-            raise ConfigError("mixer.knob", knob, legal)
-        return cls(name, pattern, layers, knob)
-
-    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
-        """The mapping that `build` takes; `plain` makes it of each section. The knob is no part of an identity."""
-        layers = {name: {"type": layer.mixer, **plain(layer.config)} for name, layer in self.layers.items()}
-        knob = {"knob": self.knob} if self.knob is not None and plain is not identity else {}
-        return {"name": self.name, "pattern": self.pattern, **knob, **layers}
-
-    def with_knob(self, place: str, value: int) -> "MixerConfig":
-        """The same variant with another value of a field of a layer, and of those that read its keys and values. Raises
-        ConfigError for one that it cannot have."""
-        name, _, field = place.partition(".")
-        changed = dict(self.layers)
-        for each in (name, *readers_of(name, {key: value.config for key, value in changed.items()}, self.pattern)):
-            config = dataclasses.replace(changed[each].config, **{field: value})
-            changed[each] = dataclasses.replace(changed[each], config=config)
-        return dataclasses.replace(self, layers=changed)
 
 
 @dataclass(frozen=True)
@@ -182,7 +127,7 @@ class Config(Schema):
             given, fields = fields, with_pretrained(fields, weights)
             refuse_other(_spelled_out(given), fields)
         mixer = MixerConfig.build(fields.pop("mixer"))
-        task_name, task = _typed(fields.pop("task"), "task", TASKS)
+        task_name, task = typed(fields.pop("task"), "task", TASKS)
         if fields.get("equal_budget") is not None:
             fields["equal_budget"] = EqualBudget.build(fields["equal_budget"], "equal_budget")
         for name in fields:
