@@ -102,7 +102,7 @@ def _knob(config: Config) -> tuple[str, Sequence[int]] | None:
 
 def _states(config: Config) -> tuple[LayerStates, ...]:
     """Every layer's states, of equal models drawn once."""
-    vocab_size = config.make_task().vocab_size
+    vocab_size = config.vocab_size
     key = repr((config.mixer.layers, config.mixer.pattern, config.model, config.weights, vocab_size))
     return _drawn(_Shapes(key, config, vocab_size))
 
@@ -134,7 +134,9 @@ def _shapes(config: Config, vocab_size: int) -> Model:
 
 
 def _check_vocabulary(config: Config) -> None:
-    """Raises ConfigError for a published checkpoint whose vocabulary does not hold a token of the task's sequences."""
+    """Raises ConfigError for a published checkpoint whose vocabulary does not hold a token of the task's sequences,
+    and for a task that is not of the vocabulary of the model's own."""
+    config.check_vocabulary()
     task = config.make_task()
     if config.weights.path is None or task.vocab_size <= (held := config.weights.architecture().vocab_size):
         return

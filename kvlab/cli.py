@@ -1,5 +1,5 @@
-"""The command line: kvlab run | plan | show | report | plot | compare | best | track | capacity | generate | weights |
-reproduce | kernels | schema."""
+"""The command line: kvlab run | eval | plan | show | report | plot | compare | best | track | capacity | generate |
+weights | reproduce | kernels | schema."""
 
 import argparse
 import sys
@@ -10,13 +10,13 @@ from kvlab import arguments
 from kvlab.arguments import Parser, UsageError
 from kvlab.commands.models import capacity, generate, weights
 from kvlab.commands.results import best, compare, plot, report, show, track
-from kvlab.commands.runs import hydras_own, plan, reproduce, run
+from kvlab.commands.runs import evaluate, hydras_own, plan, reproduce, run
 from kvlab.commands.tools import complete, kernels, schema
 
 EPILOG = """Groups: mixer model memory format compression selection task optimizer train launcher experiment debug, and
 hardware=h100x2 for chips; of capacity: model memory format compression selection workload; of generate: memory format
-compression selection. --cfg job prints the composed config, also of capacity and generate; `kvlab run --help` prints
-Hydra's own options.
+compression selection; of eval these and task. --cfg job prints the composed config, also of eval, capacity and
+generate; `kvlab run --help` prints Hydra's own options.
 """
 
 
@@ -78,8 +78,10 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", prog="kvlab", metavar="<command>")
 
-    def add(command: Any, summary: str) -> Parser:
-        added = commands.add_parser(command.__name__, help=summary, description=command.__doc__, allow_abbrev=False)
+    def add(command: Any, summary: str, name: str | None = None) -> Parser:
+        added = commands.add_parser(
+            name or command.__name__, help=summary, description=command.__doc__, allow_abbrev=False
+        )
         added.set_defaults(command=command)
         return added
 
@@ -89,6 +91,8 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         (plan, "the dry run: identity, state, bytes, FLOPs, fits or not"),
     ):
         arguments.add_overrides(add(command, f"{composed}: {summary}"))
+    scored = f"RUN {composed}: scores a finished run's parameters otherwise, without training"
+    arguments.add_eval(add(evaluate, scored, "eval"))
     arguments.add_results(add(show, "RESULTS: a table in the terminal"))
     arguments.add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
     arguments.add_plot(add(plot, "RESULTS --x COLUMN --y COLUMN: a picture of what one chooses, and its data"))

@@ -1,4 +1,5 @@
-"""Sections of a run that choose by name: the variant of a model, as a pattern over named layers."""
+"""Sections of a run that choose by name: the variant of a model, as a pattern over named layers, and the task of its
+training where it is scored on another."""
 
 import dataclasses
 import re
@@ -9,7 +10,8 @@ from typing import Any, cast
 from kvlab.mixers import MIXERS
 from kvlab.models.sharing import readers_of
 from kvlab.models.transformer import LayerConfig
-from kvlab.schema import ConfigError, identity, nearest, to_plain
+from kvlab.schema import ConfigError, Schema, identity, nearest, to_plain
+from kvlab.tasks import TASKS
 
 
 def typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Any]:
@@ -66,3 +68,38 @@ class MixerConfig:
             config = dataclasses.replace(changed[each].config, **{field: value})
             changed[each] = dataclasses.replace(changed[each], config=config)
         return dataclasses.replace(self, layers=changed)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What the parameters of a run were trained on, where the run is scored on something else: the task, and the batch
+    in which validation was summed. Such a run trains nothing: its training is there already."""
+
+    task_name: str
+    task: Schema
+    validation_batch_size: int
+
+    @classmethod
+    def build(cls, values: object) -> "TrainedOn":
+        """From {task: {type: mqar, ...}, validation_batch_size: 32}. Raises ConfigError."""
+        names = ("task", "validation_batch_size")
+        if not isinstance(values, Mapping) or set(values) != set(names):
+            raise ConfigError("trained_on", values, f"must be null, or a mapping with {' and '.join(names)}")
+        name, task = typed(values["task"], "trained_on.task", TASKS)
+        size = values["validation_batch_size"]
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ConfigError("trained_on.validation_batch_size", size, "must be an integer of at least 1")
+        return cls(name, task, size)
+
+    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
+        """The mapping that `build` takes; `plain` makes it of the task."""
+        task = {"type": self.task_name, **plain(self.task)}
+        return {"task": task, "validation_batch_size": self.validation_batch_size}
+
+    @property
+    def training_half(self) -> dict[str, Any]:
+        """What of it determines the parameters, as plain data: fields that only evaluate are left out."""
+        evaluated_only = TASKS[self.task_name].evaluation_fields
+        task = self.as_dict(identity)["task"]
+        kept = {name: value for name, value in task.items() if name not in evaluated_only}
+        return {"task": kept, "validation_batch_size": self.validation_batch_size}

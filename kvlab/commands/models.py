@@ -3,11 +3,10 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvlab.arguments import UsageError
+from kvlab.commands.tools import print_yaml
 
 
 def capacity(options: argparse.Namespace) -> int:
@@ -22,7 +21,7 @@ def capacity(options: argparse.Namespace) -> int:
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
-        return _print_yaml(configs)
+        return print_yaml(configs)
     console = wide_console()
     if len(configs) == 1:
         answer = estimate(configs[0])
@@ -44,12 +43,12 @@ def generate(options: argparse.Namespace) -> int:
 
     folders, overrides = options.words[:1], options.words[1:]
     if options.cfg and all("=" in word for word in folders):
-        return _print_yaml([compose_generate(options.words)])
+        return print_yaml([compose_generate(options.words)])
     if not folders:
         raise UsageError("kvlab generate: give a run's directory or a checkpoint's folder; see kvlab generate --help")
     config = compose_generate(overrides)
     if options.cfg:
-        return _print_yaml([config])
+        return print_yaml([config])
     from kvlab.lab.generation import generate as run_requests
     from kvlab.lab.launch import use_compilation_cache
 
@@ -82,14 +81,4 @@ def weights(options: argparse.Namespace) -> int:
     has_text = (made.folder / "tokenizer.json").exists()
     prompt = '"The capital of France is"' if has_text else "1,2,3"
     print(f"next: kvlab generate {shlex.quote(str(made.folder))} --prompt {prompt} sampling.max_tokens=16")
-    return 0
-
-
-def _print_yaml(configs: Sequence[Any]) -> int:
-    """What --cfg job prints: every field of the composed configs."""
-    import yaml
-
-    from kvlab.schema import to_plain
-
-    print(yaml.safe_dump_all([to_plain(config) for config in configs], sort_keys=False), end="")
     return 0

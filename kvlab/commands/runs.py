@@ -1,9 +1,13 @@
-"""Commands that run: run, plan, reproduce."""
+"""Commands that run: run, eval, plan, reproduce."""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from kvlab.arguments import UsageError
+from kvlab.commands.tools import print_yaml
 
 
 def run(options: argparse.Namespace) -> int:
@@ -26,6 +30,28 @@ def _run(overrides: list[str], multirun: bool) -> int:
     print_runs(configs)
     for folder in dict.fromkeys(config.run_dir.parent for config in configs):
         print(f"next: kvlab report {shlex.quote(str(folder))}", file=sys.stderr)
+    if "interrupted" in statuses:
+        return 130
+    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Scores a finished run's parameters otherwise, without training: memory=..., compression=..., other test lengths
+    (task.test=[256:16]), another task of the same vocabulary. The result is a run of its own beside the first."""
+    from kvlab.lab.evaluations import evaluations_of
+    from kvlab.lab.launch import evaluate_here
+    from kvlab.lab.tables import print_runs
+
+    if not options.words or "=" in options.words[0]:
+        raise UsageError("kvlab eval: give a finished run's folder first; see kvlab eval --help")
+    found = evaluations_of(Path(options.words[0]), options.words[1:], options.multirun)
+    if options.cfg:
+        return print_yaml(found.configs)
+    print(found.said, file=sys.stderr)
+    statuses = evaluate_here(found.configs)
+    print_runs(list({config.run_dir: config for config in (found.base, *found.configs)}.values()))
+    folder = shlex.quote(str(found.base.run_dir.parent))
+    print(f"next: kvlab show {folder}, or kvlab report {folder}", file=sys.stderr)
     if "interrupted" in statuses:
         return 130
     return 0 if all(status in ("done", "skipped") for status in statuses) else 1

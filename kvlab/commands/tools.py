@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from kvlab.arguments import Parser
 
@@ -60,4 +62,14 @@ def complete(arguments: list[str], commands: dict[str, Parser]) -> int:
     from kvlab.lab.completion import complete_by_hydra
 
     complete_by_hydra(arguments, line.split(), is_new_word=line.endswith(" "))
+    return 0
+
+
+def print_yaml(configs: Sequence[Any]) -> int:
+    """What --cfg job prints: every field of the composed configs."""
+    import yaml
+
+    from kvlab.schema import to_plain
+
+    print(yaml.safe_dump_all([to_plain(config) for config in configs], sort_keys=False), end="")
     return 0

@@ -32,14 +32,14 @@ class Laboratory:
         shapes in their place: nothing is held. On the mesh of a `placement` the parameters lie whole on every
         device."""
         task, placement = config.make_task(), placement or Placement()
-        shapes = blueprint.abstract(config, task.vocab_size)  # refuses what cannot be held, before anything is loaded
+        shapes = blueprint.abstract(config, config.vocab_size)  # refuses what cannot be held, before anything is loaded
         if abstract:
             return cls(config, task, shapes, placement)
         if config.weights.path is not None:
             model = config.weights.load()
             return cls(config, task, Model(model.structure, placement.put(model.params, "")), placement)
         key = named_key(config.seed, "init")
-        draw = partial(blueprint.draw, config, task.vocab_size)
+        draw = partial(blueprint.draw, config, config.vocab_size)
         params = jax.jit(lambda key: split(draw(key))[1])(key)  # one program instead of one an array
         return cls(config, task, Model(shapes.structure, placement.put(params, "")), placement)
 

@@ -139,17 +139,17 @@ def refuse_beside(words: Sequence[str], composed: Mapping[str, Any], plain: Mapp
 def refuse_other(given: Mapping[str, Any], own: Mapping[str, Any], why: str = "weights.path says {}") -> None:
     """Raises ConfigError for the first field of the sections that weights determine whose value is not their `own`."""
     for section in DETERMINED:
-        if section in given and (found := _difference(given[section], own[section], section)) is not None:
+        if section in given and (found := difference(given[section], own[section], section)) is not None:
             name, value, expected = found
             raise ConfigError(name, value, f"{why.format(shown(expected))}; {INSTEAD}")
 
 
-def _difference(given: Any, own: Any, name: str) -> tuple[str, Any, Any] | None:
+def difference(given: Any, own: Any, name: str) -> tuple[str, Any, Any] | None:
     """A field in which two sections differ: its name, and both values."""
     if isinstance(given, Mapping) and isinstance(own, Mapping):
         names = [*given, *(key for key in own if key not in given)]
         for key in sorted(names, key=lambda key: isinstance(given.get(key), Mapping)):  # what is short comes first
-            if (found := _difference(given.get(key), own.get(key), f"{name}.{key}")) is not None:
+            if (found := difference(given.get(key), own.get(key), f"{name}.{key}")) is not None:
                 return found
         return None
     return None if given == own else (name, given, own)
