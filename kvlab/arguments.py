@@ -27,6 +27,12 @@ def add_overrides(parser: Parser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="group=choice | field=value")
 
 
+def add_show(parser: Parser) -> None:
+    """Of `kvlab show`."""
+    add_results(parser)
+    add_forms(parser, ("markdown", "latex"))
+
+
 def add_eval(parser: Parser) -> None:
     """Of `kvlab eval`."""
     parser.add_argument("-m", "--multirun", action="store_true", help="sweep over comma lists")

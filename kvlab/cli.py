@@ -93,7 +93,7 @@ def make_parsers() -> tuple[Parser, dict[str, Parser]]:
         arguments.add_overrides(add(command, f"{composed}: {summary}"))
     scored = f"RUN {composed}: scores a finished run's parameters otherwise, without training"
     arguments.add_eval(add(evaluate, scored, "eval"))
-    arguments.add_results(add(show, "RESULTS: a table in the terminal"))
+    arguments.add_show(add(show, "RESULTS: a table in the terminal, in Markdown or LaTeX"))
     arguments.add_results(add(report, "RESULTS: report.html, frontier.png, frontier.pdf, frontier.csv"), "RESULTS")
     arguments.add_plot(add(plot, "RESULTS --x COLUMN --y COLUMN: a picture of what one chooses, and its data"))
     arguments.add_compare(

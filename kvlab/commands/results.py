@@ -6,11 +6,16 @@ from kvlab.arguments import UsageError
 
 
 def show(options: argparse.Namespace) -> int:
-    """A folder of results as a table, one row a point; failed and cut runs below with their reasons."""
+    """A folder of results as a table, one row a point; failed and cut runs below with their reasons. --markdown and
+    --latex print it to be pasted."""
     from kvlab.lab.results import read_records
-    from kvlab.lab.tables import print_records
+    from kvlab.lab.tables import print_records, written_records
 
-    print_records(read_records(options.results))
+    records = read_records(options.results)
+    if options.form is None:
+        print_records(records)
+    else:
+        print(written_records(records, options.form))
     return 0
 
 
