@@ -18,7 +18,6 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.random import named_key
 from kvlab.schema import ConfigError
-from kvlab.weights.checkpoint import abstract_model
 
 
 def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
@@ -130,7 +129,7 @@ def _shapes(config: Config, vocab_size: int) -> Model:
     if config.weights.path is None:
         key = named_key(config.seed, "init")
         return Model.of(nnx.eval_shape(partial(draw, config, vocab_size), key))
-    return abstract_model(config.weights.architecture())
+    return config.weights.abstract()
 
 
 def _check_vocabulary(config: Config) -> None:

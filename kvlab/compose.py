@@ -57,10 +57,12 @@ class Root:
     more_short: tuple[str, ...] = ()
     """Fields of the memory that have a group elsewhere: they are chosen by their name alone here, too."""
 
+    sections: tuple[tuple[str, str], ...] = ()  # of which a word is one field
+
     @property
     def short(self) -> dict[str, str]:
         """Short names of fields, and what they stand for."""
-        return SHORT | {name: f"memory.{name}" for name in self.more_short}
+        return SHORT | {name: f"memory.{name}" for name in self.more_short} | dict(self.sections)
 
     @property
     def path(self) -> Path:
@@ -97,12 +99,12 @@ def spelled_out(words: Sequence[str], root: Root) -> list[str]:
         if re.search(r"\d{4000}", word):
             raise ConfigError(head, word[len(head) + 1 :], "must be a number of less than 4,000 digits")
     return [
-        names[head] + word[len(head) :] if head in names and "=" in word else word
+        names[head] + word[len(head) :] if f"{head}=" in word and head in names and f"{head}={{" not in word else word
         for head, word in zip(heads, words, strict=True)
     ]
 
 
-RUN = Root("config", ".", "kvlab run and kvlab plan")
+RUN = Root("config", ".", "kvlab run and kvlab plan", sections=(("weights", "weights.path"),))
 CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression", "selection"))
 GENERATE = Root("generate", ".", "kvlab generate")
 EVALUATE = Root("eval", ".", "kvlab eval")

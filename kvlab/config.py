@@ -229,9 +229,11 @@ class Config(Schema):
 
     def check_vocabulary(self) -> None:
         """Raises ConfigError for a task whose tokens are not those of the task that the model was trained on."""
-        if self.trained_on is None:
+        given = self.weights.run if self.weights.path is not None else None
+        if self.trained_on is None and given is None:
             return
-        ours, theirs = self.make_task().vocabulary, self._training_task.vocabulary
+        ours = self.make_task().vocabulary
+        theirs = given.vocabulary if given is not None else self._training_task.vocabulary
         if ours != theirs:
             legal = f"has a vocabulary of {ours}, and the model was trained on one of {theirs}"
             raise ConfigError("task.type", self.task_name, legal)

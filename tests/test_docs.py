@@ -301,7 +301,7 @@ SWEEPS = [
     line.split("#")[0]
     for page in ("README.md", "docs/budgets.md")
     for line in (ROOT / page).read_text().splitlines()
-    if re.match(r"kvlab (run|plan) ", line) and "weights.path" not in line
+    if re.match(r"kvlab (run|plan) ", line) and "weights.path" not in line and "weights=" not in line
 ]
 
 

@@ -7,6 +7,7 @@ import jax
 
 from kvlab import blueprint
 from kvlab.config import Config
+from kvlab.lab.trained import trained_params
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
 from kvlab.models.transformer import split
@@ -15,6 +16,18 @@ from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.training.optimizer import make_optimizer
 from kvlab.training.step import TrainStep
+from kvlab.weights.runs import in_types_of
+from kvlab.weights.section import WeightsConfig
+
+
+def given_model(weights: WeightsConfig) -> Model:
+    """The model of given weights with its parameters: of a published checkpoint, or of a finished run. Raises
+    WeightsError, FileNotFoundError and `CheckpointError`."""
+    run = weights.run
+    if run is None:
+        return weights.load()
+    shapes, params = weights.abstract(), trained_params(weights.folder, run.stored().params)
+    return Model(shapes.structure, in_types_of(params, shapes.params))
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class Laboratory:
         if abstract:
             return cls(config, task, shapes, placement)
         if config.weights.path is not None:
-            model = config.weights.load()
+            model = given_model(config.weights)
             return cls(config, task, Model(model.structure, placement.put(model.params, "")), placement)
         key = named_key(config.seed, "init")
         draw = partial(blueprint.draw, config, config.vocab_size)
