@@ -27,6 +27,21 @@ def add_overrides(parser: Parser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="group=choice | field=value")
 
 
+def add_show(parser: Parser) -> None:
+    """Of `kvlab show`."""
+    add_results(parser)
+    add_forms(parser, ("markdown", "latex"))
+
+
+def add_eval(parser: Parser) -> None:
+    """Of `kvlab eval`."""
+    parser.add_argument("-m", "--multirun", action="store_true", help="sweep over comma lists")
+    words = "RUN [group=choice] [field=value]"
+    run = "a finished run's folder, such as results/default/1a2b3c4d5e; then what is scored otherwise"
+    parser.add_argument("words", nargs="*", metavar=words, help=run)
+    parser.add_argument("--cfg", choices=["job"], help="print the composed config, score nothing")
+
+
 def add_results(parser: Parser, default: str | None = None) -> None:
     """A folder of results, and where what is made of it is written."""
     parser.add_argument("results", type=Path)

@@ -18,7 +18,6 @@ from kvlab.models.model import Model
 from kvlab.models.transformer import Transformer
 from kvlab.random import named_key
 from kvlab.schema import ConfigError
-from kvlab.weights.checkpoint import abstract_model
 
 
 def draw(config: Config, vocab_size: int, key: Array) -> Transformer:
@@ -102,7 +101,7 @@ def _knob(config: Config) -> tuple[str, Sequence[int]] | None:
 
 def _states(config: Config) -> tuple[LayerStates, ...]:
     """Every layer's states, of equal models drawn once."""
-    vocab_size = config.make_task().vocab_size
+    vocab_size = config.vocab_size
     key = repr((config.mixer.layers, config.mixer.pattern, config.model, config.weights, vocab_size))
     return _drawn(_Shapes(key, config, vocab_size))
 
@@ -130,11 +129,13 @@ def _shapes(config: Config, vocab_size: int) -> Model:
     if config.weights.path is None:
         key = named_key(config.seed, "init")
         return Model.of(nnx.eval_shape(partial(draw, config, vocab_size), key))
-    return abstract_model(config.weights.architecture())
+    return config.weights.abstract()
 
 
 def _check_vocabulary(config: Config) -> None:
-    """Raises ConfigError for a published checkpoint whose vocabulary does not hold a token of the task's sequences."""
+    """Raises ConfigError for a published checkpoint whose vocabulary does not hold a token of the task's sequences,
+    and for a task that is not of the vocabulary of the model's own."""
+    config.check_vocabulary()
     task = config.make_task()
     if config.weights.path is None or task.vocab_size <= (held := config.weights.architecture().vocab_size):
         return

@@ -7,8 +7,10 @@ from pathlib import Path
 from kvlab.arguments import Parser
 
 _PACKAGE = Path(__file__).resolve().parent
-COMPOSING = {"run": ".", "plan": ".", "generate": ".", "capacity": "capacity"}
+COMPOSING = {"run": ".", "plan": ".", "eval": ".", "generate": ".", "capacity": "capacity"}
 """Commands that take choices, and where in the folder of configurations their groups are."""
+TRAINING = ("mixer", "model", "optimizer", "train", "launcher", "experiment", "debug")
+"""Groups that `kvlab eval` does not have."""
 ASKING = ("compare", "best")
 """Commands that take conditions on fields."""
 
@@ -24,6 +26,8 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
         return None
     if typed.startswith("-"):
         return sorted(option for option in commands[command].options() if option.startswith(typed))
+    if command == "eval" and typed.partition("=")[0] in TRAINING:
+        return []
     if command in COMPOSING:
         return _choices(_folder("configs") / COMPOSING[command], typed)
     if command == "reproduce":

@@ -57,10 +57,12 @@ class Root:
     more_short: tuple[str, ...] = ()
     """Fields of the memory that have a group elsewhere: they are chosen by their name alone here, too."""
 
+    sections: tuple[tuple[str, str], ...] = ()  # of which a word is one field
+
     @property
     def short(self) -> dict[str, str]:
         """Short names of fields, and what they stand for."""
-        return SHORT | {name: f"memory.{name}" for name in self.more_short}
+        return SHORT | {name: f"memory.{name}" for name in self.more_short} | dict(self.sections)
 
     @property
     def path(self) -> Path:
@@ -97,14 +99,15 @@ def spelled_out(words: Sequence[str], root: Root) -> list[str]:
         if re.search(r"\d{4000}", word):
             raise ConfigError(head, word[len(head) + 1 :], "must be a number of less than 4,000 digits")
     return [
-        names[head] + word[len(head) :] if head in names and "=" in word else word
+        names[head] + word[len(head) :] if f"{head}=" in word and head in names and f"{head}={{" not in word else word
         for head, word in zip(heads, words, strict=True)
     ]
 
 
-RUN = Root("config", ".", "kvlab run and kvlab plan")
+RUN = Root("config", ".", "kvlab run and kvlab plan", sections=(("weights", "weights.path"),))
 CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression", "selection"))
 GENERATE = Root("generate", ".", "kvlab generate")
+EVALUATE = Root("eval", ".", "kvlab eval")
 ROOTS = (RUN, CAPACITY, GENERATE)
 
 
@@ -146,26 +149,27 @@ def _hydra(root: Root) -> Iterator[None]:
 
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The config that `kvlab run <overrides>` would run; for notebooks and tests. Raises ConfigError."""
-    return blueprint.resolved(Config.build(_composed(overrides, RUN)))
+    return blueprint.resolved(Config.build(composed_of(overrides, RUN)))
 
 
 def compose_generate(overrides: Sequence[str] = ()) -> GenerateConfig:
     """The config that `kvlab generate FOLDER <overrides>` would answer with. Raises ConfigError."""
-    return GenerateConfig.build(_composed(overrides, GENERATE))
+    return GenerateConfig.build(composed_of(overrides, GENERATE))
 
 
 def compose_capacity(overrides: Sequence[str] = ()) -> CapacityConfig:
     """The config that `kvlab capacity <overrides>` would answer. Raises ConfigError."""
-    return CapacityConfig.build(_composed(overrides, CAPACITY))
+    return CapacityConfig.build(composed_of(overrides, CAPACITY))
 
 
 def expand_capacity(overrides: Sequence[str]) -> list[CapacityConfig]:
     """Every config of `kvlab capacity -m <overrides>`: comma lists are swept. Raises ConfigError."""
-    jobs = [spelled_out(job, CAPACITY) for job in _jobs(overrides, CAPACITY)]
+    jobs = [spelled_out(job, CAPACITY) for job in jobs_of(overrides, CAPACITY)]
     return [compose_capacity(job) for job in for_their_methods(jobs, CAPACITY.more_short)]
 
 
-def _composed(overrides: Sequence[str], root: Root) -> dict[str, Any]:
+def composed_of(overrides: Sequence[str], root: Root) -> dict[str, Any]:
+    """The values that a command composes, as plain data. Raises ConfigError."""
     overrides = _with_fields(spelled_out(overrides, root), root)
     check_choices(overrides, root)
     with _hydra(root):
@@ -204,7 +208,7 @@ def _with_fields(overrides: Sequence[str], root: Root) -> list[str]:
     return words
 
 
-def _jobs(overrides: Sequence[str], root: Root) -> list[list[str]]:
+def jobs_of(overrides: Sequence[str], root: Root) -> list[list[str]]:
     """The overrides of every job of a sweep. Raises ConfigError for what cannot be swept."""
     overrides = spelled_out(overrides, root)
     with _hydra(root):
@@ -230,16 +234,15 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
     check_choices(overrides)
     given, axes = _sweep(overrides)
     if axes is None and not multirun:
-        if swept := [str(override.input_line) for override in given if override.is_sweep_override()]:
-            raise ConfigError(swept[0].split("=")[0], swept[0].split("=", 1)[1], "sweeps over values need -m")
-        return _checked([_composed(overrides, RUN)], planned), overrides
+        refuse_sweeps(given)
+        return _checked([composed_of(overrides, RUN)], planned), overrides
     replaced = [name for name in axes or {} if name in {override.key_or_group for override in given}]
     kept = [f"{name}={value}" for name, value in (axes or {}).items() if name not in replaced]
-    for_some = fields_for_some([*kept, *overrides], _swept_methods([*kept, *overrides]))
+    for_some = fields_for_some([*kept, *overrides], swept_methods([*kept, *overrides]))
     overrides = [for_some.get(word, word) for word in overrides]
     words = [*kept, *overrides]
-    jobs = _jobs(words, RUN)
-    composed = [fitting(_composed(job, RUN), [word.split("=")[0].lstrip("+") for word in for_some]) for job in jobs]
+    jobs = jobs_of(words, RUN)
+    composed = [fitting(composed_of(job, RUN), [word.split("=")[0].lstrip("+") for word in for_some]) for job in jobs]
     configs = _checked(composed, planned)
     ordered = trainings_first(words, jobs, [config.training_id for config in configs], RUN.groups)
     if ordered == words or any("." in name for name in axes or {}):
@@ -252,7 +255,13 @@ def expand(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -
     return configs, handed
 
 
-def _swept_methods(words: Sequence[str]) -> dict[str, list[str]]:
+def refuse_sweeps(given: Sequence[Override]) -> None:
+    """Raises ConfigError for a sweep without -m."""
+    if swept := [str(override.input_line) for override in given if override.is_sweep_override()]:
+        raise ConfigError(swept[0].split("=")[0], swept[0].split("=", 1)[1], "sweeps over values need -m")
+
+
+def swept_methods(words: Sequence[str]) -> dict[str, list[str]]:
     """The choices of every group of methods that a sweep goes over."""
     swept: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(list(words)):

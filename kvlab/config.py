@@ -27,7 +27,7 @@ from kvlab.memory.config import SEALED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.memory.naming import words_of
 from kvlab.mixers import MIXERS
-from kvlab.models.sharing import readers_of, sources_of
+from kvlab.models.sharing import sources_of
 from kvlab.models.transformer import LayerConfig, ModelConfig, parse_pattern
 from kvlab.schema import (
     ConfigError,
@@ -42,6 +42,7 @@ from kvlab.schema import (
     to_plain,
     with_added,
 )
+from kvlab.sections import MixerConfig, TrainedOn, typed
 from kvlab.tasks import TASKS, Task
 from kvlab.training.config import TrainConfig
 from kvlab.training.optimizer import OptimizerConfig
@@ -68,17 +69,6 @@ class TuneConfig(Schema):
             raise ConfigError("learning_rate", list(self.learning_rate), "must not name a rate twice")
 
 
-def _typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, Any]:
-    """A section {type: name, ...} as the registered name and its config."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(path, values, "must be a mapping with a `type`")
-    fields = dict(cast(Mapping[str, object], values))
-    name = fields.pop("type", None)
-    if not isinstance(name, str) or name not in registry:
-        raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
-    return name, registry[name].Config.build(fields, path)
-
-
 def _spelled_out(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The sections that say what a model is, where they are given, with every default. Raises ConfigError."""
     found: dict[str, Any] = {}
@@ -103,51 +93,6 @@ SECTIONS: dict[str, type[Schema]] = {
 
 
 @dataclass(frozen=True)
-class MixerConfig:
-    """A named variant: a pattern over named layers, such as pattern "M A" with layers M and A. `knob`, such as
-    "M.state_dim", says what a budget of bytes is solved for where several layers have a knob."""
-
-    name: str
-    pattern: str
-    layers: dict[str, LayerConfig]
-    knob: str | None = None
-
-    @classmethod
-    def build(cls, values: object) -> "MixerConfig":
-        """From {name, pattern, A: {type: attention, ...}, M: {...}}, and knob where it is named."""
-        if not isinstance(values, Mapping):
-            raise ConfigError("mixer", values, "must be a mapping with name, pattern and layers")
-        fields = dict(cast(Mapping[str, object], values))
-        name, pattern = fields.pop("name", None), fields.pop("pattern", None)
-        knob = fields.pop("knob", None)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]+", name):
-            raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
-        if not isinstance(pattern, str):
-            raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
-        layers = {layer: LayerConfig(*_typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
-        if knob is not None and not (isinstance(knob, str) and knob.partition(".")[0] in layers):
-            legal = f"must be null, or a layer's field such as {next(iter(layers), 'A')}.window"
-            raise ConfigError("mixer.knob", knob, legal)
-        return cls(name, pattern, layers, knob)
-
-    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
-        """The mapping that `build` takes; `plain` makes it of each section. The knob is no part of an identity."""
-        layers = {name: {"type": layer.mixer, **plain(layer.config)} for name, layer in self.layers.items()}
-        knob = {"knob": self.knob} if self.knob is not None and plain is not identity else {}
-        return {"name": self.name, "pattern": self.pattern, **knob, **layers}
-
-    def with_knob(self, place: str, value: int) -> "MixerConfig":
-        """The same variant with another value of a field of a layer, and of those that read its keys and values. Raises
-        ConfigError for one that it cannot have."""
-        name, _, field = place.partition(".")
-        changed = dict(self.layers)
-        for each in (name, *readers_of(name, {key: value.config for key, value in changed.items()}, self.pattern)):
-            config = dataclasses.replace(changed[each].config, **{field: value})
-            changed[each] = dataclasses.replace(changed[each], config=config)
-        return dataclasses.replace(self, layers=changed)
-
-
-@dataclass(frozen=True)
 class Config(Schema):
     """One run, completely. Sections are groups of `configs/`; see each section's own docstring."""
 
@@ -163,6 +108,7 @@ class Config(Schema):
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     equal_budget: EqualBudget | None = None
+    trained_on: TrainedOn | None = None
     experiment: str = text("default")
     name: str | None = text(None, optional=True)
     seed: int = integer(0, 0)
@@ -182,11 +128,15 @@ class Config(Schema):
             given, fields = fields, with_pretrained(fields, weights)
             refuse_other(_spelled_out(given), fields)
         mixer = MixerConfig.build(fields.pop("mixer"))
-        task_name, task = _typed(fields.pop("task"), "task", TASKS)
+        task_name, task = typed(fields.pop("task"), "task", TASKS)
         if fields.get("equal_budget") is not None:
             fields["equal_budget"] = EqualBudget.build(fields["equal_budget"], "equal_budget")
+        if fields.get("trained_on") is not None:
+            measure = MeasureConfig.build(fields.get("measure", {}), "measure")
+            scored, trained_on = TrainedOn(task_name, task, measure.batch_size), TrainedOn.build(fields["trained_on"])
+            fields["trained_on"] = None if trained_on.training_half == scored.training_half else trained_on
         for name in fields:
-            if name == "equal_budget":
+            if name in ("equal_budget", "trained_on"):
                 continue
             if name not in SECTIONS and name not in TOP:
                 legal = ["mixer", "task", *SECTIONS, *TOP]
@@ -204,9 +154,7 @@ class Config(Schema):
             raise ConfigError("mixer.pattern", self.mixer.pattern, str(error)) from None
         names = parse_pattern(self.mixer.pattern, list(self.mixer.layers), self.model.num_layers)
         sources_of([self.mixer.layers[name].config for name in names], [f"mixer.{name}" for name in names])
-        if self.train.num_steps and getattr(self.task, "whole", False):
-            legal = "must be false to train: the whole text is what is evaluated"
-            raise ConfigError("task.whole", True, legal)
+        self._check_whole()
         if self.train.num_steps == 0 and self.tune.learning_rate:
             raise ConfigError(
                 "tune.learning_rate", list(self.tune.learning_rate), "must be [] with train.num_steps = 0"
@@ -215,6 +163,16 @@ class Config(Schema):
         if self.measure.decode_steps >= self.context_len:
             legal = f"must be below the measured context of {counted(self.context_len, 'token')}"
             raise ConfigError("measure.decode_steps", self.measure.decode_steps, legal)
+
+    def _check_whole(self) -> None:
+        """Raises ConfigError for a whole text of which a part was trained on."""
+        if not self.train.num_steps or not getattr(self.task, "whole", False):
+            return
+        if self.trained_on is None:
+            raise ConfigError("task.whole", True, "must be false to train: the whole text is what is evaluated")
+        trained = self.trained_on.task
+        if hasattr(trained, "path") and getattr(trained, "path", None) == getattr(self.task, "path", None):
+            raise ConfigError("task.whole", True, "must be false: the model was trained on a part of this text")
 
     def _check_budget(self) -> None:
         """Raises ConfigError for a fraction that leaves less of some test prompt than is protected, with what would
@@ -257,14 +215,39 @@ class Config(Schema):
         build: Any = TASKS[self.task_name]
         return build(self.task)
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model embeds: those of the task that it is trained on."""
+        return self._training_task.vocab_size
+
+    @property
+    def _training_task(self) -> Task:
+        if self.trained_on is None:
+            return self.make_task()
+        build: Any = TASKS[self.trained_on.task_name]
+        return build(self.trained_on.task)
+
+    def check_vocabulary(self) -> None:
+        """Raises ConfigError for a task whose tokens are not those of the task that the model was trained on."""
+        given = self.weights.run if self.weights.path is not None else None
+        if self.trained_on is None and given is None:
+            return
+        ours = self.make_task().vocabulary
+        theirs = given.vocabulary if given is not None else self._training_task.vocabulary
+        if ours != theirs:
+            legal = f"has a vocabulary of {ours}, and the model was trained on one of {theirs}"
+            raise ConfigError("task.type", self.task_name, legal)
+
     def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
         """Plain data with every default spelled out; `Config.build` takes it back. With `plain=identity` without what
         was added since and is at its default."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["task_name"]
         task = {"type": self.task_name, **plain(self.task)}
-        optional = ("equal_budget", "name")
+        optional = ("equal_budget", "name", "trained_on")
         sections = {name: plain(value) for name, value in fields.items() if name not in optional or value}
+        if self.trained_on is not None:
+            sections["trained_on"] = self.trained_on.as_dict(plain)
         return sections | {"mixer": self.mixer.as_dict(plain), "task": task}
 
     @property
@@ -273,7 +256,10 @@ class Config(Schema):
 
         Raises ConfigError when the task's data cannot be read or are too short.
         """
-        return self._digest({name: value for name, value in self.as_dict(identity).items() if name not in NOT_IDENTITY})
+        values = self.as_dict(identity)
+        if self.trained_on is not None and (data := self._training_task.fingerprint()):
+            values["training_data"] = data
+        return self._digest({name: each for name, each in values.items() if name not in NOT_IDENTITY}, self.make_task())
 
     @property
     def training_half(self) -> dict[str, Any]:
@@ -282,17 +268,16 @@ class Config(Schema):
         `validation_batch_size` is `measure.batch_size`: validation is summed in batches of that size.
         """
         half = {name: value for name, value in self.as_dict(identity).items() if name in TRAINING}
-        evaluated_only = TASKS[self.task_name].evaluation_fields
-        half["task"] = {name: value for name, value in half["task"].items() if name not in evaluated_only}
-        return {**half, "validation_batch_size": self.measure.batch_size}
+        own = TrainedOn(self.task_name, self.task, self.measure.batch_size)
+        return {**half, **(self.trained_on or own).training_half}
 
     @property
     def training_id(self) -> str:
         """Ten hex digits of the SHA-256 of `training_half` and of data from outside. Raises as `run_id` does."""
-        return self._digest(self.training_half)
+        return self._digest(self.training_half, self._training_task)
 
-    def _digest(self, determining: dict[str, Any]) -> str:
-        if data := self.make_task().fingerprint():
+    def _digest(self, determining: dict[str, Any], task: Task) -> str:
+        if data := task.fingerprint():
             determining["data"] = data
         if self.weights.path is not None:
             determining["weights_sha256"] = self.weights.fingerprint()
@@ -321,15 +306,30 @@ class Config(Schema):
 
 
 def training_label_of(config: Mapping[str, Any]) -> str:
-    """How people call the training of a configuration, as plain data: variant, task and seed, as in "mha/text/seed0";
-    several runs may share it."""
+    """Variant, task and seed of a configuration, as plain data, as in "mha/text/seed0": how people call its training,
+    which several runs may share."""
     return f"{config['mixer']['name']}/{config['task']['type']}/seed{config['seed']}"
 
 
+def trained_words(config: Mapping[str, Any]) -> list[str]:
+    """What of a configuration, as plain data, says that it is scored otherwise than in its training: on another task,
+    on the same one with other fields, or where validation had another batch."""
+    if not (trained_on := config.get("trained_on")):
+        return []
+    ours, theirs = config["task"], trained_on["task"]
+    if ours["type"] != theirs["type"]:
+        return [f"trained on {theirs['type']}"]
+    names = {*ours, *theirs} - {*(TASKS[ours["type"]].evaluation_fields if ours["type"] in TASKS else ())}
+    if any(ours.get(name) != theirs.get(name) for name in names):
+        return [f"trained on another {theirs['type']}"]
+    return [f"validated by {trained_on.get('validation_batch_size')}"]
+
+
 def label_of(config: Mapping[str, Any]) -> str:
-    """How people call the run of a configuration, as plain data: its training, and what its memory drops, stores in
-    fewer bits and reads in part. Beside other runs, `kvlab.lab.labels` says what else tells it apart."""
-    return " ".join([training_label_of(config), *words_of(config.get("memory") or {})])
+    """How people call the run of a configuration, as plain data: variant, task and seed, the task of its training where
+    that is another, and what its memory drops, stores in fewer bits and reads in part. Beside other runs,
+    `kvlab.lab.labels` says what else tells it apart."""
+    return " ".join([training_label_of(config), *trained_words(config), *words_of(config.get("memory") or {})])
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,20 +337,23 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     are alike then read alike, whenever they were made. What is not known here stays as it is."""
     complete = dict(config)
     for name, section in config.items():
-        kind: Any = SECTIONS.get(name)
-        if name == "task" and isinstance(section, Mapping) and (task := TASKS.get(section.get("type", ""))):
-            kind = task.Config
-        if kind is not None and isinstance(section, Mapping):
+        if not isinstance(section, Mapping):
+            continue
+        if (kind := SECTIONS.get(name)) is not None:
             complete[name] = with_added(kind, section)
-        if name == "mixer" and isinstance(section, Mapping):
-            complete[name] = {layer: _completed_layer(value) for layer, value in section.items()}
+        if name == "task":
+            complete[name] = _completed_choice(section, TASKS)
+        if name == "trained_on" and "task" in section:
+            complete[name] = {**section, "task": _completed_choice(section["task"], TASKS)}
+        if name == "mixer":
+            complete[name] = {layer: _completed_choice(value, MIXERS) for layer, value in section.items()}
     return complete
 
 
-def _completed_layer(value: Any) -> Any:
-    """A layer of a variant; its name and its pattern as they are."""
-    mixer = MIXERS.get(value.get("type", "")) if isinstance(value, Mapping) else None
-    return value if mixer is None else with_added(mixer.Config, value)
+def _completed_choice(value: Any, registry: Mapping[str, Any]) -> Any:
+    """A section that names its type; what names none is left as it is."""
+    chosen = registry.get(value.get("type", "")) if isinstance(value, Mapping) else None
+    return value if chosen is None else with_added(chosen.Config, value)
 
 
 @dataclass(frozen=True)

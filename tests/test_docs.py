@@ -18,6 +18,7 @@ import pallas_kernels
 from kvlab.blueprint import check
 from kvlab.compose import compose, expand
 from kvlab.compression import COMPRESSIONS
+from kvlab.lab import evaluations
 from kvlab.lab.execute import execute
 from kvlab.ledger import states
 from kvlab.ledger.classes import StateClass
@@ -300,7 +301,7 @@ SWEEPS = [
     line.split("#")[0]
     for page in ("README.md", "docs/budgets.md")
     for line in (ROOT / page).read_text().splitlines()
-    if re.match(r"kvlab (run|plan) ", line) and "weights.path" not in line
+    if re.match(r"kvlab (run|plan) ", line) and "weights.path" not in line and "weights=" not in line
 ]
 
 
@@ -310,3 +311,22 @@ def test_a_command_of_these_pages_composes(line):
     words = shlex.split(line)[2:]
     is_plan, given = line.startswith("kvlab plan"), [word for word in words if word not in ("-m", "--cfg", "job")]
     assert expand(given, multirun="-m" in words, planned=is_plan)[0]
+
+
+EVALUATIONS = [
+    line.split("#")
+    for page in ("README.md", "docs/training.md")
+    for line in (ROOT / page).read_text().splitlines()
+    if line.startswith("kvlab eval ")
+]
+
+
+@pytest.mark.parametrize("line", EVALUATIONS, ids=lambda line: line[0])
+def test_an_evaluation_of_these_pages_composes(line, monkeypatch, tmp_path):
+    """Of a finished run of recall, or of text where the line says so."""
+    task = "text" if "task=text" in line[-1] else "mqar"
+    base = compose([f"task={task}", f"results_dir={tmp_path}"])
+    monkeypatch.setattr(evaluations, "base_of", lambda run: (base, None))
+    words = shlex.split(line[0])[3:]
+    found = evaluations.evaluations_of(Path("run"), [word for word in words if word != "-m"], "-m" in words)
+    assert {config.training_id for config in found.configs} == {base.training_id}

@@ -72,10 +72,17 @@ def conditions(words: Iterable[str], records: Sequence[AnyRecord]) -> list[Condi
     return [Condition(_full_name(name, names), values) for each in words for name, values in split_conditions(each)]
 
 
+def with_ending(names: Sequence[str], name: str) -> list[str]:
+    """The dotted names that end with a name; those of the training of runs that are scored on something else only where
+    there are no others."""
+    ending = [full for full in names if full.endswith(f".{name}")]
+    return [full for full in ending if not full.startswith("trained_on.")] or ending
+
+
 def _full_name(name: str, names: Sequence[str]) -> str:
     if name in names:
         return name
-    ending = [full for full in names if full.endswith(f".{name}")]
+    ending = with_ending(names, name)
     if len(ending) == 1:
         return ending[0]
     if ending:

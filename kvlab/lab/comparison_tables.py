@@ -11,10 +11,8 @@ from kvlab.lab.compare import Cell, Comparison, Scored, compare
 from kvlab.lab.labels import point_labels
 from kvlab.lab.narrow import flips_of, print_rows
 from kvlab.lab.tables import as_cell, wide_console
+from kvlab.lab.written_tables import written
 from kvlab.tasks.metrics import metric_label
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-LATEX |= {mark: rf"\{mark}" for mark in "&%$#_{}"}
 
 
 def compare_points(runs: Runs, words: Sequence[str], *, floor: float | None = None) -> list[Comparison]:
@@ -33,8 +31,10 @@ def printed(comparisons: Sequence[Comparison], form: str | None) -> str:
     """Comparisons as "json", "markdown" or "latex", or for people (null)."""
     if form == "json":
         return json.dumps([asdict(comparison) for comparison in comparisons], indent=2)
-    how = {"markdown": _markdown, "latex": _latex, None: _plain}[form]
-    return "\n\n".join(how(title(each), [row(cell, each) for cell in each.cells]) for each in comparisons)
+    tables = [(title(each), [row(cell, each) for cell in each.cells]) for each in comparisons]
+    if form is None:
+        return "\n\n".join(_plain(*table) for table in tables)
+    return "\n\n".join(written(form, *table, kept=table[1][0]) for table in tables)
 
 
 def title(comparison: Comparison) -> str:
@@ -91,21 +91,3 @@ def in_short(row: dict[str, str]) -> dict[str, str]:
     labels, examples = ("right to wrong", "wrong to right", "labels"), ("examples lost", "examples won", "examples")
     others = {name: text for name, text in row.items() if name not in (*labels, *examples)}
     return others | {"flips": flips_of(row, *labels), "examples": flips_of(row, *examples)}
-
-
-def _markdown(words: str, rows: Sequence[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(each.values()) for each in rows)]
-    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-    return f"{words}\n\n{table}"
-
-
-def _latex(words: str, rows: Sequence[dict[str, str]]) -> str:
-    """A tabular in booktabs' rules, its title as a comment."""
-    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(each.values() for each in rows))]
-    columns = "l" + "r" * (len(rows[0]) - 1)
-    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
-    return "\n".join([f"% {words}", begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end])
-
-
-def _escaped(text: str) -> str:
-    return "".join(LATEX.get(mark, mark) for mark in text)

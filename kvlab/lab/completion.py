@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 
 from kvlab.capacity.config import ServingMemory
-from kvlab.compose import CAPACITY, GENERATE, RUN, Root, spelled_out
+from kvlab.compose import CAPACITY, EVALUATE, GENERATE, RUN, SHORT, Root, spelled_out
 from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.hardware import CHIPS
+from kvlab.lab.evaluations import SCORED
 from kvlab.lab.launch import through_hydra
 from kvlab.schema import json_schema
 
@@ -22,7 +23,8 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
         return
     typed = "" if is_new_word else words[-1]
     finished = words[2:] if is_new_word else words[2:-1]
-    found = set(offers(typed, root))
+    is_eval = words[1] == "eval"
+    found = set(offers(typed, EVALUATE if is_eval else root))
     if words[1] == "best":
         found |= {each for each in _asked_of_results(typed) if each.startswith(typed)}
         finished = [word for word in finished if not word.startswith(("axis=", "floor="))]
@@ -32,6 +34,10 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
             through_hydra(["--shell-completion", *arguments], root)
         # Hydra has a group that has groups of its own, such as the types of a method, without its equals sign.
         found |= {word for word in printed.getvalue().split() if word not in root.groups and not word.endswith("/")}
+    if is_eval:
+        found = {
+            word for word in found if word.partition("=")[0].partition(".")[0] in (*SCORED, *EVALUATE.groups, *SHORT)
+        }
     print(*sorted(found))
 
 

@@ -37,11 +37,12 @@ from kvlab.units import Spread
 from pallas_kernels.selection import recording
 
 
-def execute(config: Config, beside: Sequence[Config] = ()) -> str:
+def execute(config: Config, beside: Sequence[Config] = (), *, trains: bool = True) -> str:
     """Does whatever this run still needs; returns done, skipped, failed or interrupted. Raises `RunLocked`, and OSError
     where nothing can be written.
 
-    Runs `beside` it are executed after it: their parameters are trained with its own where they are one program.
+    Runs `beside` it are executed after it: their parameters are trained with its own where they are one program. One
+    that never `trains` fails where its parameters are not there.
     """
     run = Run(config)
     if run.state == "done":  # nothing is written, not even a lock
@@ -54,10 +55,10 @@ def execute(config: Config, beside: Sequence[Config] = ()) -> str:
         keep_freed_memory()
         jax.clear_caches()  # programs of earlier runs in this process would only accumulate
         with stop_on_signals() as stop:
-            return _recorded(config, run, stop, beside)
+            return _recorded(config, run, stop, beside=beside, trains=trains)
 
 
-def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Config]) -> str:
+def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
     known_attempt = run.known_attempt
@@ -65,7 +66,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, beside: Sequence[Conf
     run.begin(origin)
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
-            build = partial(Done, **_run(config, run, stop, known_attempt=known_attempt, taken=taken, beside=beside))
+            build = partial(Done, **_run(config, run, stop, known_attempt=known_attempt, taken=taken, **given))
         except (Interrupted, KeyboardInterrupt) as error:
             run.say("interrupted", reason=str(error) or "KeyboardInterrupt")
             return "interrupted"

@@ -81,6 +81,11 @@ def check_config(config: Any) -> None:
     seed = config.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise ValueError("config.seed: must be an integer")
+    trained_on = config.get("trained_on")
+    if trained_on is not None:
+        task = trained_on.get("task") if isinstance(trained_on, Mapping) else None
+        if not isinstance(task, Mapping) or not _is_text(task.get("type")):
+            raise ValueError("config.trained_on.task.type: must be a non-empty string")
     for name in SECTIONS:
         if not isinstance(config.get(name, {}), Mapping):
             raise ValueError(f"config.{name}: must be a mapping")

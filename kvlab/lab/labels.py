@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from kvlab.config import label_of
+from kvlab.config import label_of, trained_words
 from kvlab.memory.naming import FULL, choice_of, words_of
 
 APART = ("seed", "results_dir", "hardware", "equal_budget")
@@ -47,7 +47,9 @@ def without_seed(config: Plain) -> dict[str, Any]:
 
 def point_labels(configs: Sequence[Plain]) -> list[str]:
     """Names of points by their configurations: "mha snapkv 0.5 int8 page_size=8"."""
-    heads = [" ".join([config["mixer"]["name"], *words_of(_memory(config))]) for config in configs]
+    heads = [
+        " ".join([config["mixer"]["name"], *trained_words(config), *words_of(_memory(config))]) for config in configs
+    ]
     return _told_apart(heads, [_kind(config) for config in configs], [_untold(config) for config in configs])
 
 
@@ -94,7 +96,11 @@ def _memory(config: Plain) -> Plain:
 
 def _untold(config: Plain) -> dict[str, Any]:
     """The flat fields of a point that no head says."""
-    return flatten(without_seed(config) | {"memory": _untold_memory(_memory(config))}, "")
+    told = {"memory": _untold_memory(_memory(config))}
+    if trained_on := config.get("trained_on"):
+        task = {name: value for name, value in trained_on["task"].items() if name != "type"}
+        told["trained_on"] = {trained_on["task"]["type"]: task}
+    return flatten(without_seed(config) | told, "")
 
 
 def _untold_memory(memory: Plain) -> dict[str, Any]:
@@ -130,6 +136,7 @@ class _Telling:
         method = _method_of(name)
         others = [other for other in self.names if not method or _method_of(other)[:1] != method[:1]]
         others += [other for other in self.names if method and _method_of(other) == method]
+        others = [other for other in others if _method_of(other)[:1] != ["trained_on"] or method == _method_of(other)]
         endings = [other.removeprefix(".").split(".") for other in others]
         words = name.removeprefix(".").split(".")
         for count in range(1, len(words)):
@@ -139,6 +146,9 @@ class _Telling:
 
 
 def _method_of(name: str) -> list[str]:
-    """The kind of choice and the choice that a flat name is a field of; nothing for any other field."""
+    """The kind of choice and the choice that a flat name is a field of; nothing for any other field. The task of a
+    training, beside the one that is scored, is such a choice."""
     _, section, *words = name.split(".")
+    if section == "trained_on":
+        return [section, *words[:1]]
     return words[:2] if section == "memory" and len(words) > 2 and words[0] in METHODS else []

@@ -7,6 +7,7 @@ import jax
 
 from kvlab import blueprint
 from kvlab.config import Config
+from kvlab.lab.trained import trained_params
 from kvlab.memory.layout import MemoryLayout
 from kvlab.models.model import Model
 from kvlab.models.transformer import split
@@ -15,6 +16,18 @@ from kvlab.random import named_key
 from kvlab.tasks import Task
 from kvlab.training.optimizer import make_optimizer
 from kvlab.training.step import TrainStep
+from kvlab.weights.runs import in_types_of
+from kvlab.weights.section import WeightsConfig
+
+
+def given_model(weights: WeightsConfig) -> Model:
+    """The model of given weights with its parameters: of a published checkpoint, or of a finished run. Raises
+    WeightsError, FileNotFoundError and `CheckpointError`."""
+    run = weights.run
+    if run is None:
+        return weights.load()
+    shapes, params = weights.abstract(), trained_params(weights.folder, run.stored().params)
+    return Model(shapes.structure, in_types_of(params, shapes.params))
 
 
 @dataclass(frozen=True)
@@ -32,14 +45,14 @@ class Laboratory:
         shapes in their place: nothing is held. On the mesh of a `placement` the parameters lie whole on every
         device."""
         task, placement = config.make_task(), placement or Placement()
-        shapes = blueprint.abstract(config, task.vocab_size)  # refuses what cannot be held, before anything is loaded
+        shapes = blueprint.abstract(config, config.vocab_size)  # refuses what cannot be held, before anything is loaded
         if abstract:
             return cls(config, task, shapes, placement)
         if config.weights.path is not None:
-            model = config.weights.load()
+            model = given_model(config.weights)
             return cls(config, task, Model(model.structure, placement.put(model.params, "")), placement)
         key = named_key(config.seed, "init")
-        draw = partial(blueprint.draw, config, task.vocab_size)
+        draw = partial(blueprint.draw, config, config.vocab_size)
         params = jax.jit(lambda key: split(draw(key))[1])(key)  # one program instead of one an array
         return cls(config, task, Model(shapes.structure, placement.put(params, "")), placement)
 

@@ -89,12 +89,25 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
 
 
-def execute_one(config: Config) -> str:
+def evaluate_here(configs: Sequence[Config]) -> list[str]:
+    """Scores parameters that are there, run by run, in this process; nothing is trained. Returns how each stands, as
+    far as nobody asked to stop."""
+    labels = run_labels([config.as_dict() for config in configs])
+    _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
+    statuses = list[str]()
+    for config in configs:
+        statuses.append(execute_one(config, trains=False))
+        if statuses[-1] == "interrupted":
+            break
+    return statuses
+
+
+def execute_one(config: Config, *, trains: bool = True) -> str:
     """Executes a run here and says in one line how it ended; returns its status, "locked" when another process has
-    it."""
+    it. One that never `trains` has its parameters already, or fails."""
     use_compilation_cache()
     try:
-        status = execute(config, [other for other in _SWEEP if other.run_dir not in _BEGUN])
+        status = execute(config, [other for other in _SWEEP if other.run_dir not in _BEGUN], trains=trains)
     except RunLocked as error:
         print(f"kvlab: {error}", file=sys.stderr)
         return "locked"

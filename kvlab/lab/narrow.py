@@ -22,9 +22,7 @@ def print_rows(
     """Rows by heading, a line each. Columns that are not `kept` and are equal in all rows are said above, or left out
     where nothing is known. Where the console is too narrow, columns of `spare` are left out, the first ones first, and
     named below."""
-    common = {name: text for name, text in rows[0].items() if all(row[name] == text for row in rows)}
-    names = [name for name in rows[0] if name in kept or name not in common]
-    said = [f"{name}: {text}" for name, text in common.items() if name not in kept and text != UNKNOWN]
+    names, said = parted(rows, kept)
     left_out: list[str] = []
     for name in spare:
         if _width(rows, names) <= console.width:
@@ -32,12 +30,19 @@ def print_rows(
         if name in names:
             names.remove(name)
             left_out.append(name)
-    for line in (title, ", ".join(said)):
+    for line in (title, said):
         if line:
             console.print(line, markup=False)
     console.print(_table(rows, names))
     if left_out:
         console.print(f"no room at {console.width} columns: {', '.join(left_out)}", markup=False)
+
+
+def parted(rows: Sequence[Row], kept: Collection[str]) -> tuple[list[str], str]:
+    """The columns that tell rows apart or are `kept`, and in words what is equal in all of them and known."""
+    common = {name: text for name, text in rows[0].items() if all(row[name] == text for row in rows)}
+    names = [name for name in rows[0] if name in kept or name not in common]
+    return names, ", ".join(f"{n}: {text}" for n, text in common.items() if n not in kept and text != UNKNOWN)
 
 
 def _widths(rows: Sequence[Row], names: Sequence[str]) -> list[int]:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from kvlab.evaluation.measure import AXES
 from kvlab.files import write_atomic
-from kvlab.lab.choose import conditions, matching
+from kvlab.lab.choose import conditions, matching, with_ending
 from kvlab.lab.plots import COLUMNS, beside_legend, byte_axis, save
 from kvlab.lab.results import frame_of, interval_half_width, read_records
 from kvlab.lab.styles import MARKERS, colours
@@ -88,7 +88,7 @@ def write(options: Any) -> list[Path]:
 def column(frame: Any, name: str) -> str:
     """The column of a name, or of the end of one. Raises ConfigError with the nearest names."""
     names = list(map(str, frame))
-    endings = [each for each in names if each.endswith(f".{name}")]
+    endings = with_ending(names, name)
     for found in (name, f"{name}.type", f"{name}.name"):
         if found in names:
             return found

@@ -26,12 +26,17 @@ def obtain(
     known_attempt: int,
     taken: Taken,
     beside: Sequence[Config] = (),
+    trains: bool = True,
 ) -> tuple[Params, Trained]:
     """The parameters of the run's training half. While another process trains them, waits, and takes over if it dies.
 
     `known_attempt` is the failed attempt that the run has recorded before, `taken` what `recording()` collects. Runs
     `beside` this one that will come have theirs trained as well where `train.vmap` says that they are one program.
     Raises `TrainingFailed`, and `Interrupted` when asked to stop.
+
+    With `trains` false, and for a run that is scored on another task than that of its training (`trained_on`), nothing
+    is trained and nothing that was is touched: raises FileNotFoundError or `CheckpointError` for parameters that are
+    not there, or damaged.
     """
     training = Training(lab.config)
 
@@ -43,11 +48,23 @@ def obtain(
     with training.locked(stop, waiting):
         run.say("running")
         point_to(training, run.directory)
+        if not trains or lab.config.trained_on is not None:
+            return _there(training, lab)
         if (found := _found(training, lab)) is not None:
             return found
         attempt = training.begin(known_attempt)
         with failures_are_said(training, attempt):
             return train_all(Trials(lab, scorer, training, attempt), beside, stop, taken)
+
+
+def _there(training: Training, lab: Laboratory) -> tuple[Params, Trained]:
+    """A finished training. Raises FileNotFoundError where there is none, and `CheckpointError` for a damaged one."""
+    trained = training.done
+    if trained is None:
+        raise FileNotFoundError(
+            f"{training.directory}: there is no finished training, and none is begun for an evaluation"
+        )
+    return training.restore(lab.model.params, trained), trained
 
 
 def _found(training: Training, lab: Laboratory) -> tuple[Params, Trained] | None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvlab.config import Config, GenerateConfig
 from kvlab.engine.engine import Engine
@@ -38,7 +37,7 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
     if (folder / "config.yaml").exists():
         if dtype not in (None, "stored"):
             raise ConfigError("dtype", dtype, 'must be "stored" for a run: it computes as it was trained')
-        config = Config.build(_config_of(folder / "config.yaml"))
+        config = config_of(folder)
         lab, params = load_params(config, folder)
         is_bytes = isinstance(lab.task, Text) and lab.task.vocab_size == ByteTokenizer.vocab_size
         return Source(Model(lab.model.structure, params), ByteTokenizer() if is_bytes else None)
@@ -48,10 +47,13 @@ def load_source(folder: Path, dtype: str | None = None) -> Source:
     return Source(loaded.model, load_tokenizer(folder), loaded.end_tokens)
 
 
-def _config_of(path: Path) -> Any:
-    """A run's configuration as plain data. Raises ConfigError for a damaged file."""
+def config_of(folder: Path) -> Config:
+    """The configuration of a run's folder. Raises ConfigError for a damaged file, and for one of another kvlab."""
+    path = folder / "config.yaml"
     try:
-        return read_yaml(path)
+        return Config.build(read_yaml(path))
+    except ConfigError:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError("config", str(path), f"is damaged: {first_error(error)}") from None
 

@@ -15,6 +15,7 @@ from kvlab.lab.protocol import SHARE, protocol_rows
 from kvlab.lab.record import AnyRecord, Unfinished
 from kvlab.lab.results import Point, points
 from kvlab.lab.runs import Run
+from kvlab.lab.written_tables import written
 from kvlab.tasks.metrics import metric_label
 from kvlab.units import counted, human_bytes
 
@@ -123,21 +124,50 @@ def print_runs(configs: Sequence[Config]) -> None:
         print_records(records)
 
 
+SPREAD = "step ms, tok/s: medians of one process's samples [quartiles]; other runs differ by more"
+"""Said below speeds."""
+
+
 def print_records(records: list[AnyRecord]) -> None:
     """One row a point, with turns, and with what lossy memories cost, where there are some; failed and cut runs below
     with their reasons."""
-    found = points(records)
-    console = wide_console()
-    if found:
-        rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
+    console, (rows, below) = wide_console(), _rows(records)
+    if rows:
         shares = [heading for heading in rows[0] if heading.endswith(SHARE)]
         print_rows(console, rows, kept=("variant", "value"), spare=(*shares, *SPARE))
-        if any(point.speeds.get("num_decode_samples") for point in found):
-            said = "step ms, tok/s: medians of one process's samples [quartiles]; other runs differ by more"
-            console.print(said, markup=False)
+    for line in below:
+        console.print(line, markup=False)
+
+
+def written_records(records: list[AnyRecord], form: str) -> str:
+    """The same table as "markdown" or "latex", without the shares of labels; a mean and its interval are one column."""
+    rows, below = _rows(records)
+    return written(form, "", list(map(_for_print, rows)), kept=("variant", VALUE), below=below)
+
+
+VALUE = "value ± 95%"
+
+
+def _for_print(row: Mapping[str, str]) -> dict[str, str]:
+    """A row of `print_records` for a paper."""
+    found: dict[str, str] = {}
+    for heading, text in row.items():
+        if heading == "value":
+            found[VALUE] = text if row["± 95%"] == UNKNOWN else f"{text} ± {row['± 95%']}"
+        elif heading != "± 95%" and not heading.endswith(SHARE):
+            found[heading] = text
+    return found
+
+
+def _rows(records: list[AnyRecord]) -> tuple[list[dict[str, str]], list[str]]:
+    """A row for each point, and what is said below them: of speeds, and of each run that has not finished."""
+    found = points(records)
+    rows = [_point_row(*each) for each in zip(found, protocol_rows(found, records), strict=True)]
+    below = [SPREAD] if any(point.speeds.get("num_decode_samples") for point in found) else []
     for record, label in zip(records, run_labels([record.config for record in records]), strict=True):
         if isinstance(record, Unfinished):
-            console.print(f"{record.status}: {label} [{record.run_id}] {record.reason[:MAX_REASON]}", markup=False)
+            below.append(f"{record.status}: {label} [{record.run_id}] {record.reason[:MAX_REASON]}")
+    return rows, below
 
 
 def _point_row(point: Point, added: Mapping[str, Any]) -> dict[str, str]:

@@ -61,17 +61,25 @@ class EvalSlice:
 
 class Task(abc.ABC):
     """A supervised sequence task. `metric` is what is reported; `evaluation_fields` are the fields of its config that
-    change the test alone, neither training nor validation: runs that differ in them share their parameters."""
+    change the test alone, neither training nor validation: runs that differ in them share their parameters.
+    `training_fields` change training and validation alone: a finished run cannot be scored with others."""
 
     Config: ClassVar[type[Schema]]
     metric: ClassVar[Metric]
     evaluation_fields: ClassVar[tuple[str, ...]] = ()
+    training_fields: ClassVar[tuple[str, ...]] = ("num_validation",)
     vocab_size: int
 
     @property
     @abc.abstractmethod
     def context_len(self) -> int:
         """Tokens of the longest evaluation sequence: where memory is measured unless another length is asked for."""
+
+    @property
+    def vocabulary(self) -> str:
+        """What its tokens are, in words: a model can do the tasks whose vocabulary is the one that it was trained
+        on."""
+        return f"{type(self).__name__} with {self.vocab_size} tokens"
 
     @property
     def num_choices(self) -> int | None:

@@ -14,7 +14,7 @@ from kvlab.schema import ConfigError, Schema, added, flag, integer, integers, te
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.corpus import SPLITS, check_path, check_pattern, path_field
 from kvlab.tasks.metrics import ACCURACY
-from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of
+from kvlab.tasks.perplexity import check_tokenizer, file_digest, token_splits, tokenizer_of, vocabulary_of
 from kvlab.tokenizers import ByteTokenizer, Tokenizer
 from kvlab.typing import PyTree
 from kvlab.units import counted
@@ -70,6 +70,10 @@ class Haystack[C: HaystackConfig](Task):
     @abc.abstractmethod
     def fixed_parts(self) -> tuple[np.ndarray, ...]:
         """The tokens of what stands in every example beside text and digits."""
+
+    @property
+    def vocabulary(self) -> str:
+        return vocabulary_of(self.config.tokenizer)
 
     def highest_token(self) -> int:
         parts = [self.digits, *self.fixed_parts, *self.haystack.values()]

@@ -90,6 +90,7 @@ class Mqar(Task):
     Config = MqarConfig
     metric = ACCURACY
     evaluation_fields = ("num_test", "num_turns", "query_aware")
+    training_fields = ("train", "train_weights", "num_validation")
 
     def __init__(self, config: MqarConfig):
         self.config = config

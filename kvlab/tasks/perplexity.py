@@ -46,6 +46,10 @@ class Perplexity(Text):
         self.whole, self.tokenizer = config.whole, config.tokenizer
         self.vocab_size = tokenizer_of(config.tokenizer).vocab_size if config.tokenizer else 256
 
+    @property
+    def vocabulary(self) -> str:
+        return vocabulary_of(self.tokenizer)
+
     def slices(self, split: str) -> tuple[EvalSlice, ...]:
         (eval_slice,) = super().slices(split)
         if not self.whole:
@@ -102,6 +106,11 @@ def check_tokenizer(path: str | None) -> None:
 def file_digest(path: str) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(home_expanded(path).read_bytes()).hexdigest()
+
+
+def vocabulary_of(tokenizer: str | None) -> str:
+    """What the tokens of a text are, in words: those of a tokenizer.json, which its digest tells, or bytes (null)."""
+    return "bytes" if tokenizer is None else f"the tokenizer with SHA-256 {file_digest(tokenizer)[:10]}..."
 
 
 @lru_cache(maxsize=8)

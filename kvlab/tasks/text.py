@@ -79,6 +79,10 @@ class Text(Task):
         return self.config.seq_len
 
     @property
+    def vocabulary(self) -> str:
+        return "bytes"
+
+    @property
     def num_choices(self) -> int:
         return self.vocab_size
 

@@ -13,9 +13,10 @@ from kvlab.models.model import Model
 from kvlab.schema import ConfigError, Schema, added, choice, integer, shown, text, to_plain
 from kvlab.tasks import TASKS, Text
 from kvlab.tokenizers import ByteTokenizer
-from kvlab.weights.checkpoint import load_checkpoint, peek_architecture
+from kvlab.weights.checkpoint import abstract_model, load_checkpoint, peek_architecture
 from kvlab.weights.families import Architecture
 from kvlab.weights.files import WeightsError
+from kvlab.weights.runs import TrainedRun, drawn_shapes, is_run, read_run
 
 DETERMINED = ("mixer", "model")
 """Sections of a run that published weights determine."""
@@ -24,14 +25,15 @@ INSTEAD = "what can be laid over given weights is weights.window, weights.num_si
 
 @dataclass(frozen=True)
 class WeightsConfig(Schema):
-    """Where the parameters come from: `path` is a folder in the layout of the Hugging Face hub (null: drawn from the
-    seed). Its config.json then takes the place of `mixer` and `model`, which must not be given beside it.
+    """Where the parameters come from: `path` is a folder in the layout of the Hugging Face hub, or that of a finished
+    run (null: drawn from the seed). What it says takes the place of `mixer` and `model`, which must not be given beside
+    it.
 
     Over given weights lie `dtype`, in which they are computed ("stored": the file's own), and with a `window` a mask:
     every layer of attention sees at most that many tokens, the current one included, and the first `num_sinks`. A
     layer's own window stays where it is narrower; `num_sinks` without `window` are of these alone."""
 
-    path: str | None = text(None, legal="a folder with config.json and safetensors", optional=True)
+    path: str | None = text(None, legal="a folder with config.json and safetensors, or a finished run's", optional=True)
     dtype: str = choice("stored", ("stored", "float32", "bfloat16"))
     window: int | None = added(integer(None, 1, optional=True))
     num_sinks: int = added(integer(0, 0, 4096))
@@ -55,9 +57,21 @@ class WeightsConfig(Schema):
         """`dtype` as `load_checkpoint` takes it."""
         return None if self.dtype == "stored" else self.dtype
 
+    @property
+    def run(self) -> TrainedRun | None:
+        """The finished run that is the folder; None where it is a published checkpoint's. Raises WeightsError."""
+        return read_run(self.folder) if is_run(self.folder) else None
+
+    def abstract(self) -> Model:
+        """The model with shapes in place of parameters. Raises ConfigError."""
+        architecture = self.architecture()
+        return drawn_shapes(architecture) if is_run(self.folder) else abstract_model(architecture)
+
     def architecture(self) -> Architecture:
         """The model that the folder holds, under the window. Raises ConfigError."""
         try:
+            if (run := self.run) is not None:
+                return run.architecture(self.compute_dtype, self.window, self.num_sinks)
             return peek_architecture(self.folder, self.compute_dtype, window=self.window, num_sinks=self.num_sinks)
         except WeightsError as error:
             raise ConfigError("weights.path", self.path, str(error)) from None
@@ -65,11 +79,13 @@ class WeightsConfig(Schema):
             raise error.under("weights") from None
 
     def load(self) -> Model:
-        """The model with its parameters. Raises WeightsError."""
+        """The model with its parameters, of a published checkpoint. Raises WeightsError."""
         return load_checkpoint(self.folder, self.compute_dtype, window=self.window, num_sinks=self.num_sinks).model
 
     def fingerprint(self) -> str:
-        """SHA-256 over the folder's config and tensors: two folders that differ are two runs."""
+        """SHA-256 over the folder's config and tensors, or of a run's parameters: two that differ are two runs."""
+        if (run := self.run) is not None:
+            return run.params_sha256
         paths = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
         stats = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
         return _digest(stats)
@@ -79,6 +95,8 @@ def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str,
     """The fields with the sections that a published checkpoint determines: mixer, model, and the tokenizer of a task
     that reads text where none is named. Raises ConfigError where there is none: bytes are no ids of its vocabulary."""
     folder, architecture = weights.folder, weights.architecture()
+    if is_run(folder):
+        return _with_run(fields, weights, read_run(folder))
     kinds = list(dict.fromkeys(architecture.layers))
     names = {layer: f"L{index}" for index, layer in enumerate(kinds)}
     mixer = {
@@ -100,6 +118,18 @@ def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str,
         elif not has_bytes:
             raise ConfigError("task.tokenizer", None, _no_tokenizer(folder, architecture.vocab_size))
     return {**fields, "mixer": mixer, "model": to_plain(architecture.model), "task": task}
+
+
+def _with_run(fields: dict[str, Any], weights: WeightsConfig, run: TrainedRun) -> dict[str, Any]:
+    """The fields with the variant and model of a run, and its tokenizer where a task reads text and names none. Raises
+    ConfigError for a task whose tokens are not those of its training."""
+    mixer = run.mixer_under(weights.window, weights.num_sinks)
+    task = dict(cast(Mapping[str, Any], fields.get("task", {})))
+    kind = TASKS.get(str(task.get("type")))
+    if kind is not None and run.tokenizer and "tokenizer" in kind.Config.defaults() and not task.get("tokenizer"):
+        task["tokenizer"] = run.tokenizer
+    variant = {**mixer.as_dict(), "name": mixer.name + _laid_over(weights)}
+    return {**fields, "mixer": variant, "model": to_plain(weights.architecture().model), "task": task}
 
 
 def _no_tokenizer(folder: Path, vocab_size: int) -> str:
@@ -139,17 +169,17 @@ def refuse_beside(words: Sequence[str], composed: Mapping[str, Any], plain: Mapp
 def refuse_other(given: Mapping[str, Any], own: Mapping[str, Any], why: str = "weights.path says {}") -> None:
     """Raises ConfigError for the first field of the sections that weights determine whose value is not their `own`."""
     for section in DETERMINED:
-        if section in given and (found := _difference(given[section], own[section], section)) is not None:
+        if section in given and (found := difference(given[section], own[section], section)) is not None:
             name, value, expected = found
             raise ConfigError(name, value, f"{why.format(shown(expected))}; {INSTEAD}")
 
 
-def _difference(given: Any, own: Any, name: str) -> tuple[str, Any, Any] | None:
+def difference(given: Any, own: Any, name: str) -> tuple[str, Any, Any] | None:
     """A field in which two sections differ: its name, and both values."""
     if isinstance(given, Mapping) and isinstance(own, Mapping):
         names = [*given, *(key for key in own if key not in given)]
         for key in sorted(names, key=lambda key: isinstance(given.get(key), Mapping)):  # what is short comes first
-            if (found := _difference(given.get(key), own.get(key), f"{name}.{key}")) is not None:
+            if (found := difference(given.get(key), own.get(key), f"{name}.{key}")) is not None:
                 return found
         return None
     return None if given == own else (name, given, own)

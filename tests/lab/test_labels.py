@@ -87,7 +87,7 @@ def test_runs_of_a_sweep_are_told_apart(capsys):
 
 def test_a_run_of_a_sweep_ends_with_its_name(capsys, monkeypatch, tmp_path):
     configs = [compose([f"memory.page_size={size}", f"results_dir={tmp_path}"]) for size in (8, 16)]
-    monkeypatch.setattr(launch, "execute", lambda config, beside: "done")
+    monkeypatch.setattr(launch, "execute", lambda config, beside, trains: "done")
     monkeypatch.setattr(launch, "_LABELS", {})
     monkeypatch.setattr(launch, "use_compilation_cache", lambda: None)
     monkeypatch.setattr(launch, "through_hydra", lambda words: [launch.execute_one(config) for config in configs])

@@ -74,7 +74,7 @@ def test_a_launcher_that_gives_up_leaves_nothing_untried(tmp_path, monkeypatch, 
     monkeypatch.setattr(Run, "state", property(lambda run: "done" if run.directory in done else state(run)))
     state = lambda run: "cut" if (run.directory / "config.yaml").exists() else "new"  # noqa: E731
 
-    def executed(config, beside=()):
+    def executed(config, beside=(), trains=True):
         tried.append(config.seed)
         if config.seed == 2:
             raise OSError(28, "No space left on device")

@@ -1,19 +1,24 @@
 """Tables in a terminal: no row is taller than a line, whatever its width, and nothing is left out unsaid."""
 
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
+from kvlab import cli
 from kvlab.evaluation.measure import SpeedReport
 from kvlab.evaluation.verify import EXACT, in_short
 from kvlab.lab import comparison_tables, tables
 from kvlab.lab.narrow import print_rows
 from kvlab.lab.protocol import protocol_rows
-from kvlab.lab.record import Lossy, Quality
+from kvlab.lab.record import Lossy, Quality, Unfinished
 from kvlab.lab.report import frontier_frame
 from kvlab.lab.results import load, points
 from kvlab.lab.tables import print_records
+from kvlab.lab.written_tables import in_latex, written
 from tests.lab.test_results import H2O, QUEST, SNAPKV, held, record, write
 
 MASK = f"{EXACT} under the mask of what it kept and read"
@@ -126,3 +131,77 @@ def test_what_a_compression_dropped_is_a_column(capsys, tmp_path):
     assert sorted(set(load(write(tmp_path, *made)).dropped.dropna()))[:2] == [0.0, pytest.approx(0.38)]
     print_records([run for run in made if run.run_id[0] in "05"])
     assert "dropped" not in capsys.readouterr().out
+
+
+NASTY = r"a_b 50% of $x$ & {y} #1 ~^ \n | <b> [c](d) *e* `f` 'g' \"h\""
+
+
+def table_of(markdown):
+    """The cells of the table that a reader of Markdown sees, by an independent one."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    shown = [
+        "".join(child.content for child in token.children)
+        for before, token in pairwise(tokens)
+        if before.type in ("th_open", "td_open")
+    ]
+    assert all(child.type in ("text", "text_special") for token in tokens for child in token.children or ())
+    return shown
+
+
+def test_markdown_shows_every_cell_as_it_is():
+    rows = [{"name": NASTY, "a|b": "-0.5", "same": "x"}, {"name": "two\nlines", "a|b": "-", "same": "x"}]
+    said = written("markdown", "A *title*", rows, kept=("name",), below=[NASTY])
+    assert table_of(said) == ["name", "a|b", NASTY, "-0.5", "two lines", "-"]
+    title, common, table, below = said.split("\n\n")
+    assert (title, common) == (r"A \*title\*", "same: x")
+    assert table.splitlines()[1] == "| --- | ---: |"
+    assert below.startswith("* a")
+
+
+def test_latex_prints_every_cell_as_it_is():
+    """Signs of LaTeX are read back by a table of its documentation's own; none is left that would mean something."""
+    signs = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^", "textless": "<", "textgreater": ">",
+             "textbar": "|", "textquotedbl": '"'}  # fmt: skip
+    rows = [{"name": NASTY, "n": "-0.5 [-1.0, 2]", "m": "1 ± 2"}, {"name": "multi-line\ntext", "n": "-", "m": "3"}]
+    lines = written("latex", "50%\n\\input{x}", rows, kept=("name",), below=["a\n\\b"]).splitlines()
+    assert lines[0] == r"% 50% \input{x}"
+    assert lines[1] == r"\begin{tabular}{lrr}"
+    assert lines[2:4] == [r"\toprule", r"name & n & m \\"]
+    assert lines[6:] == [r"multi-line text & -- & 3 \\", r"\bottomrule", r"\end{tabular}", r"% a \b"]
+    name, n, m = re.split(r"(?<!\\) & ", lines[5].removesuffix(r" \\"))
+    assert (n, m) == ("$-$0.5 [$-$1.0, 2]", r"1 $\pm$ 2")
+    shown = re.sub(r"\\([a-z]+)\{\}", lambda found: signs[found[1]], name)
+    shown = re.sub(r"\\([&%$#_{}])", r"\1", shown).replace("{'}", "'")
+    assert shown == NASTY
+    bare = re.sub(r"\\[a-z]+\{\}|\\[&%$#_{}]|\{'\}", "", name)
+    assert in_latex("[a]") == "{}[a]", "not an option of the row before"
+    assert not set(bare) & set("\\&%$#_{}~^|<>\"'")
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex"])
+def test_show_prints_a_table_to_be_pasted(form, tmp_path, monkeypatch, capsys):
+    """The numbers are those of the terminal, an interval beside its mean; what failed is said below."""
+    made = a_study()
+    failed = Unfinished(run_id="bad", experiment="x", config=made[0].config, seed=9, status="failed", reason="a | b_c")
+    monkeypatch.setattr("kvlab.lab.results.read_records", lambda path: [*made, failed])
+    monkeypatch.setattr("sys.argv", ["kvlab", "show", str(tmp_path), f"--{form}"])
+    assert cli.main() == 0
+    out = capsys.readouterr().out
+    first = made[0].quality.value + made[1].quality.value
+    half = points(made)[0].half_width
+    sign = "±" if form == "markdown" else r"$\pm$"
+    assert f"{first / 2:.4f} {sign} {half:.4f}" in out
+    assert out.count("h2o") == 2
+    row = next(line for line in out.splitlines() if "knorm" in line or "h2o" in line)
+    assert "KiB" in row
+    assert ("failed: mha/mqar/seed" in out, "task: mqar" in out) == (True, True)
+    assert ("a \\| b\\_c" in out) == (form == "markdown")
+    if form == "markdown":
+        assert len({line.count(" | ") for line in out.splitlines() if line.startswith("|")}) == 1
+
+
+def test_a_folder_of_failures_alone_is_written_too():
+    config = record(seed=0).config
+    failed = Unfinished(run_id="bad", experiment="x", config=config, seed=0, status="failed", reason="no room")
+    assert tables.written_records([failed], "markdown") == r"* failed: mha/mqar/seed0 [bad] no room"
+    assert tables.written_records([failed], "latex") == "% failed: mha/mqar/seed0 [bad] no room"

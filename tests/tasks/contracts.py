@@ -109,6 +109,21 @@ def assert_evaluation_fields(name: str) -> None:
             jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
+def assert_training_fields(name: str) -> None:
+    """A field that only trains leaves the test as it is."""
+    task = make(name)
+    values = {field: getattr(task.config, field) for field in task.training_fields}
+    changed = make(
+        name, **{field: value[:1] if isinstance(value, tuple) else value - 1 for field, value in values.items()}
+    )
+    assert all(getattr(changed.config, field) != value for field, value in values.items())
+    assert not {*task.training_fields} & {*task.evaluation_fields}
+    assert changed.slices("test") == task.slices("test")
+    for part in task.slices("test"):
+        batches = [which.eval_batch(named_key(0, "eval"), "test", part, 0, 3) for which in (task, changed)]
+        jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
 def assert_known(name: str) -> None:
     """Reports know the metric, and the YAML composes to a run of this task."""
     from kvlab.compose import compose
@@ -117,4 +132,4 @@ def assert_known(name: str) -> None:
     assert compose([f"task={name}"]).task_name == name
 
 
-CONTRACT = (assert_training, assert_evaluation, assert_evaluation_fields, assert_known)
+CONTRACT = (assert_training, assert_evaluation, assert_evaluation_fields, assert_training_fields, assert_known)
