@@ -149,6 +149,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return blueprint.resolved(Config.build(_composed(overrides, RUN)))
 
 
+def composed(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What Hydra makes of overrides of `kvlab run`, as plain data that nobody has checked. Raises ConfigError."""
+    return _composed(overrides, RUN)
+
+
 def compose_generate(overrides: Sequence[str] = ()) -> GenerateConfig:
     """The config that `kvlab generate FOLDER <overrides>` would answer with. Raises ConfigError."""
     return GenerateConfig.build(_composed(overrides, GENERATE))

@@ -57,6 +57,10 @@ SYMBOLS = {
     "d": "diamond-tall",
 }
 """The same in plotly."""
+DASHES: dict[str, str] = dict(
+    zip(MARKERS, ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot") * 3, strict=False)
+)
+"""How plotly joins the marks of a line."""
 CHOICES = ("mixer", "memory.compression", "memory.selection", "memory.format", "memory.name")
 """What is coloured first, where it differs."""
 ELSEWHERE = ("task", "measure", "experiment", "equal_budget", "results_dir", "seed")
