@@ -67,6 +67,7 @@ CHILDREN: dict[str, str] = {
     "tests/lab/test_execute.py::test_a_polite_stop_saves_and_resumes": "ci",
     "tests/lab/test_generation.py::test_the_command_works_as_installed": "ci",
     "tests/lab/test_report.py::test_the_page_in_chromium": "ci",
+    "tests/lab/test_pictures.py::test_every_picture_is_drawn_from_the_tables_beside_it": "ci",
     "tests/lab/test_report.py::test_byte_axes_have_round_ticks_and_narrow_pages_scroll_tables_alone": "ci",
     "tests/weights/test_weights.py::test_loading_holds_little_more_than_the_model": "ci",
     "tests/weights/test_gguf_llama.py::test_converting_holds_a_tensor_at_a_time": "ci",

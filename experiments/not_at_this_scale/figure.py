@@ -335,6 +335,13 @@ def published(output: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return smollm2.measure(found, output), ruler.measure(found, output)
 
 
+def redraw(output: Path = HERE) -> None:
+    """not_at_this_scale.png, of the tables beside this file."""
+    names = {name: f"{name}.csv" for name in Tables._fields}
+    tables = Tables(**{name: pd.read_csv(HERE / file, keep_default_na=name != "axes") for name, file in names.items()})
+    panels.draw(tables, output / "not_at_this_scale.png")
+
+
 def main(output: Path = HERE, results: Path = Path("results/not_at_this_scale")) -> int:
     """Writes findings.csv, the tables behind it and not_at_this_scale.png; returns 1 if a precondition fails."""
     records = read(results)

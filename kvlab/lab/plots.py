@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -56,6 +57,13 @@ def draw_frontier(found: Sequence[Point], title: str, paths: Sequence[Path], axi
     frontier(found, axis, figure)
     figure.suptitle(title)
     save(figure, paths)
+
+
+def sheet(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **kind: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches that belongs to no window, and its panels as `Figure.subplots` returns them, with that
+    function's options; for `save`."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **kind)
 
 
 def save(figure: Figure, paths: Sequence[Path]) -> None:
