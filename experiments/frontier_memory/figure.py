@@ -224,9 +224,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         if name in used
     ]
     figure.legend(handles=handles, fontsize=9, loc="outside right center", title="architecture, cache method")
-    figure.suptitle(
-        "What a byte of memory buys: architectures, cache methods (95% intervals, cut at 0 and 1)"
-    )
+    figure.suptitle("What a byte of memory buys: architectures, cache methods (95% intervals, cut at 0 and 1)")
     save(figure, [path])
 
 

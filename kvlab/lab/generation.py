@@ -11,6 +11,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 
+from kvlab import terminal
 from kvlab.config import GenerateConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
@@ -38,7 +39,7 @@ def generate(
         raise ConfigError("prompt", None, legal)
     if config.stop_at_end:
         asked = [_stopping(request, loaded.end_tokens) for request in asked]
-    console = Console(stderr=True, highlight=False)
+    console = terminal.console(stderr=True)
     names = submit_all(engine, asked)
     began = time.perf_counter()
     if output is not None:
@@ -47,7 +48,7 @@ def generate(
     else:
         answers = answer_all(engine, names, console, sys.stdout if jsonl else None)
     if not jsonl and output is None:
-        print_answers(answers, Console(highlight=False))
+        print_answers(answers, terminal.console())
     console.print(summary(engine, time.perf_counter() - began), markup=False, soft_wrap=True)
     return 1 if any(answer.error for answer in answers) else 0
 
