@@ -122,15 +122,16 @@ def _hydras_own(arguments: Sequence[str]) -> int | None:
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
     from kvlab.compose import RUN, check_choices, compose, spelled_out
-    from kvlab.lab.launch import through_hydra
+    from kvlab.lab.launch import by_hydra_alone
 
     arguments = spelled_out(arguments, RUN)
     words = [word for word in arguments if "=" in word and not word.startswith(("-", "hydra"))]
     check_choices(words)
-    if "--cfg" in arguments and not {"-m", "--multirun"} & set(arguments):
-        compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
-    through_hydra(arguments)
-    return 0
+    if {"--cfg", "-c"} & set(arguments) and not {"-m", "--multirun"} & set(arguments):
+        config = compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
+        if "job" in arguments and config.weights.path is not None:  # Hydra knows the task's model alone
+            return _print_yaml([config.as_dict()])
+    return by_hydra_alone(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(overrides: list[str], multirun: bool) -> int:
-    from kvlab.lab.launch import execute_one, run_sweep
+    from kvlab.lab.launch import execute_one, exit_status, run_sweep
     from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_runs
 
@@ -153,9 +154,7 @@ def _run(overrides: list[str], multirun: bool) -> int:
     print_runs(configs)
     for folder in dict.fromkeys(config.run_dir.parent for config in configs):
         print(f"next: kvlab report {shlex.quote(str(folder))}", file=sys.stderr)
-    if "interrupted" in statuses:
-        return 130
-    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+    return exit_status(statuses)
 
 
 def plan(options: argparse.Namespace) -> int:

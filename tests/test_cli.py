@@ -84,6 +84,20 @@ def test_short_names_of_fields_work_with_hydras_own_options(capsys, monkeypatch)
     assert yaml.safe_load(out)["memory"]["compression"]["type"] == "h2o"
 
 
+@pytest.mark.parametrize(
+    ("ended", "status"), [("done", 0), ("skipped", 0), ("failed", 1), ("locked", 1), ("interrupted", 130)]
+)
+def test_hydras_own_options_leave_the_exit_status_to_the_run(ended, status, capsys, monkeypatch, tmp_path):
+    """Also of several runs, of which one is not done."""
+    asked = []
+    monkeypatch.setattr("kvlab.lab.launch.execute_one", lambda config: asked.append(config) or ended)
+    monkeypatch.setattr("kvlab.lab.launch.stop_sweep", lambda: None)
+    words = ["debug=tiny", f"results_dir={tmp_path}", f"--config-dir={tmp_path}"]
+    assert call(capsys, monkeypatch, "run", *words)[0] == status
+    assert call(capsys, monkeypatch, "run", "-m", "seed=1,2", *words)[0] == status
+    assert [config.seed for config in asked] == [0, 1, 2]
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; sys.argv = ['kvlab', '--help']; from kvlab.cli import main; main(); "
     code += "print(*sorted({'jax', 'pydantic', 'rich', 'hydra', 'numpy'} & set(sys.modules)), file=sys.stderr)"
