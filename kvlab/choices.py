@@ -1,10 +1,11 @@
-"""What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields take
-Hydra, and seconds (`kvlab.lab.completion`)."""
+"""What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields that
+were not composed before take Hydra, and seconds (`kvlab.lab.completion`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from kvlab.arguments import Parser
+from kvlab.known_fields import names_below
 
 _PACKAGE = Path(__file__).resolve().parent
 COMPOSING = {"run": ".", "plan": ".", "generate": ".", "capacity": "capacity"}
@@ -25,7 +26,8 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
     if typed.startswith("-"):
         return sorted(option for option in commands[command].options() if option.startswith(typed))
     if command in COMPOSING:
-        return _choices(_folder("configs") / COMPOSING[command], typed)
+        found = _choices(_folder("configs") / COMPOSING[command], typed)
+        return names_below(command, words[2:-1], typed) if found is None and typed else found
     if command == "reproduce":
         names = sorted(path.parent.name for path in _folder("experiments").glob("*/figure.py"))
         return [name for name in names if name.startswith(typed)]

@@ -149,9 +149,9 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return blueprint.resolved(Config.build(_composed(overrides, RUN)))
 
 
-def composed(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What Hydra makes of overrides of `kvlab run`, as plain data that nobody has checked. Raises ConfigError."""
-    return _composed(overrides, RUN)
+def composed(overrides: Sequence[str] = (), root: Root = RUN) -> dict[str, Any]:
+    """What Hydra makes of a command's overrides, as plain data that nobody has checked. Raises ConfigError."""
+    return _composed(overrides, root)
 
 
 def compose_generate(overrides: Sequence[str] = ()) -> GenerateConfig:

@@ -371,3 +371,27 @@ def test_choices_and_options_complete_without_hydra_or_jax(line, found, monkeypa
     status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
     assert status == 0
     assert out.split() == found
+
+
+def test_fields_that_were_completed_before_take_neither_hydra_nor_jax(monkeypatch, capsys, tmp_path):
+    """Under the same choices, whatever part of their name is typed; other choices are composed first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def completed(line):
+        monkeypatch.setenv("COMP_LINE", f"kvlab {line}")
+        status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
+        assert status == 0
+        return out.split()
+
+    lines = ["run mixer=swa mixer.W.win", "run mixer=swa task.", "run mixer=swa mixer.", "run mixer=swa memory.comp"]
+    slowly = {line: completed(line) for line in lines}
+    assert slowly[lines[0]] == ["mixer.W.window="]
+    monkeypatch.setitem(sys.modules, "kvlab.lab.completion", None)
+    assert {line: completed(line) for line in lines} == slowly
+
+
+def test_nothing_takes_scipys_distributions():
+    """A second of every start."""
+    code = "import sys; import kvlab.lab.results, kvlab.compose, kvlab.capacity.workload; "
+    code += "assert 'scipy.stats' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -54,6 +54,8 @@ CHILDREN: dict[str, str] = {
     "tests/test_cli.py::test_tab_completion": "ci",
     "tests/test_cli.py::test_readmes_words_on_a_tiny_run_are_answered_with_what_fits": "ci",
     "tests/test_cli.py::test_help_imports_nothing_heavy": "ci",
+    "tests/test_cli.py::test_nothing_takes_scipys_distributions": "ci",
+    "tests/test_cli.py::test_fields_that_were_completed_before_take_neither_hydra_nor_jax": "ci",
     "tests/lab/test_report.py::test_drawing_leaves_the_backend_alone": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher[submitit": "slow",

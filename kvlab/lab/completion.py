@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 
 from kvlab.capacity.config import ServingMemory
+from kvlab.choices import COMPOSING
 from kvlab.compose import CAPACITY, GENERATE, RUN, Root, spelled_out
+from kvlab.compose import composed as composed_names
 from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.hardware import CHIPS
+from kvlab.known_fields import keep
 from kvlab.lab.launch import through_hydra
-from kvlab.schema import json_schema
+from kvlab.schema import ConfigError, json_schema
 
 
 def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bool) -> None:
@@ -32,7 +35,15 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
             through_hydra(["--shell-completion", *arguments], root)
         # Hydra has a group that has groups of its own, such as the types of a method, without its equals sign.
         found |= {word for word in printed.getvalue().split() if word not in root.groups and not word.endswith("/")}
-    print(*sorted(found))
+    print(*sorted(found), flush=True)
+    if "." in typed and words[1] in COMPOSING:
+        _keep(words[1], finished, root)
+
+
+def _keep(command: str, finished: Sequence[str], root: Root) -> None:
+    """Keeps the names of fields for the next time, where the words before can be composed."""
+    with contextlib.suppress(ConfigError):
+        keep(command, finished, composed_names(for_hydra(finished, root), root))
 
 
 def offers(word: str, root: Root) -> list[str]:
