@@ -1,10 +1,11 @@
-"""What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields take
-Hydra, and seconds (`kvlab.lab.completion`)."""
+"""What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields that
+were not composed before take Hydra, and seconds (`kvlab.lab.completion`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from kvlab.arguments import Parser
+from kvlab.known_fields import names_below
 
 _PACKAGE = Path(__file__).resolve().parent
 COMPOSING = {"run": ".", "plan": ".", "eval": ".", "generate": ".", "capacity": "capacity"}
@@ -29,7 +30,8 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
     if command == "eval" and typed.partition("=")[0] in TRAINING:
         return []
     if command in COMPOSING:
-        return _choices(_folder("configs") / COMPOSING[command], typed)
+        found = _choices(_folder("configs") / COMPOSING[command], typed)
+        return names_below(command, words[2:-1], typed) if found is None and typed else found
     if command == "reproduce":
         names = sorted(path.parent.name for path in _folder("experiments").glob("*/figure.py"))
         return [name for name in names if name.startswith(typed)]

@@ -39,6 +39,18 @@ def human_bytes(count: int | float) -> str:
     raise AssertionError
 
 
+def readable(value: int | float) -> str:
+    """A number as a table shows it: 12345 as "12,345", 0.00097 as "0.0010", 4.5351 as "4.535", 1234.5 as "1,234"; what
+    four decimals do not tell from zero as "2.1e-06"."""
+    size = abs(value)
+    if isinstance(value, int) or size >= 1000 or value == 0:
+        return f"{value:,.0f}"
+    if size < 5e-5:
+        return f"{value:.1e}"
+    decimals = 4 if size < 1 else 3 if size < 10 else 2 if size < 100 else 1
+    return f"{value:,.{decimals}f}"
+
+
 def counted(count: int | float, noun: str, plural: str | None = None) -> str:
     """1 as "1 page", 2 as "2 pages", 1024 as "1,024 pages"; `plural` is for nouns that take more than an s."""
     return f"{count:,.0f} {noun if count == 1 else plural or f'{noun}s'}"

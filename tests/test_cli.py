@@ -84,6 +84,20 @@ def test_short_names_of_fields_work_with_hydras_own_options(capsys, monkeypatch)
     assert yaml.safe_load(out)["memory"]["compression"]["type"] == "h2o"
 
 
+@pytest.mark.parametrize(
+    ("ended", "status"), [("done", 0), ("skipped", 0), ("failed", 1), ("locked", 1), ("interrupted", 130)]
+)
+def test_hydras_own_options_leave_the_exit_status_to_the_run(ended, status, capsys, monkeypatch, tmp_path):
+    """Also of several runs, of which one is not done."""
+    asked = []
+    monkeypatch.setattr("kvlab.lab.launch.execute_one", lambda config: asked.append(config) or ended)
+    monkeypatch.setattr("kvlab.lab.launch.stop_sweep", lambda: None)
+    words = ["debug=tiny", f"results_dir={tmp_path}", f"--config-dir={tmp_path}"]
+    assert call(capsys, monkeypatch, "run", *words)[0] == status
+    assert call(capsys, monkeypatch, "run", "-m", "seed=1,2", *words)[0] == status
+    assert [config.seed for config in asked] == [0, 1, 2]
+
+
 def test_help_imports_nothing_heavy():
     code = "import sys; sys.argv = ['kvlab', '--help']; from kvlab.cli import main; main(); "
     code += "print(*sorted({'jax', 'pydantic', 'rich', 'hydra', 'numpy'} & set(sys.modules)), file=sys.stderr)"
@@ -363,3 +377,27 @@ def test_choices_and_options_complete_without_hydra_or_jax(line, found, monkeypa
     status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
     assert status == 0
     assert out.split() == found
+
+
+def test_fields_that_were_completed_before_take_neither_hydra_nor_jax(monkeypatch, capsys, tmp_path):
+    """Under the same choices, whatever part of their name is typed; other choices are composed first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def completed(line):
+        monkeypatch.setenv("COMP_LINE", f"kvlab {line}")
+        status, out, _ = call(capsys, monkeypatch, "-sc", "query=bash")
+        assert status == 0
+        return out.split()
+
+    lines = ["run mixer=swa mixer.W.win", "run mixer=swa task.", "run mixer=swa mixer.", "run mixer=swa memory.comp"]
+    slowly = {line: completed(line) for line in lines}
+    assert slowly[lines[0]] == ["mixer.W.window="]
+    monkeypatch.setitem(sys.modules, "kvlab.lab.completion", None)
+    assert {line: completed(line) for line in lines} == slowly
+
+
+def test_nothing_takes_scipys_distributions():
+    """A second of every start."""
+    code = "import sys; import kvlab.lab.results, kvlab.compose, kvlab.capacity.workload; "
+    code += "assert 'scipy.stats' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

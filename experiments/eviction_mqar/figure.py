@@ -14,24 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from kvlab.config import Config
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.claims import Claim, verdict
 from kvlab.lab.compare import Scored, flips, paired
 from kvlab.lab.laboratory import Laboratory
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
 from kvlab.ledger.classes import Lengths
 from kvlab.tasks.mqar import kept_accuracy
-from kvlab.units import human_bytes
 
 HERE = Path(__file__).resolve().parent
 _SPEC = importlib.util.spec_from_file_location("experiments.eviction_mqar.methods", HERE / "methods.py")
@@ -250,9 +245,7 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     """A panel a slice: accuracy against the bytes of the pages that a sequence holds at its end; bars are 95% over
     seeds."""
     slices = sorted(frame.slice.unique(), key=lambda name: int(name.split(":")[0]))
-    figure, panels = plt.subplots(
-        1, len(slices), figsize=(6.2 * len(slices), 5.4), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure, panels = sheet(1, len(slices), size=(6.6 * len(slices), 5.6), squeeze=False, sharey=True)
     for panel, name in zip(panels[0], slices, strict=True):
         for method in methods.METHODS:
             rows: Any = frame[(frame.slice == name) & (frame.method == method.name)]
@@ -260,19 +253,24 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
                 continue
             rows = rows.sort_values("held_bytes")
             style = {"color": method.colour, "marker": method.marker, "ms": 6, "lw": 1, "capsize": 2}
+            if method.name.startswith("oracle"):  # others lie on it
+                style |= {"mfc": "none", "ms": 13, "zorder": 4}
             panel.errorbar(rows.held_bytes, rows.accuracy, yerr=rows.half_width, label=method.name, **style)
         full = frame[(frame.slice == name) & (frame.method == "full")]
         panel.plot(full.held_bytes, full.accuracy, "P", color="black", ms=10, label="full")
-        panel.set(ylim=(-0.03, 1.05), title=f"{name} (length:pairs)", xlabel="bytes of the pages held at the end")
-        panel.xaxis.set_major_locator(MultipleLocator(8192 if name == LONG else 2048))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
+        panel.set(ylim=(-0.03, 1.05), title=f"{name} (length:pairs)", xlabel="pages held at the end")
+        byte_axis(panel, is_log=False, most=8)
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("accuracy of recall")
     handles, labels = panels[0][-1].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside right center")
     figure.suptitle("Recall after eviction (MQAR, one layer, 4 heads)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
+
+
+def redraw(output: Path = HERE) -> None:
+    """eviction.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "eviction.csv"), output / "eviction.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/eviction_mqar")) -> int:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kvlab.lab.styles import BLUE, BROWN, GREEN, GREY, INDIGO, INK, OLIVE, ORANGE, OTHERS, PINK, RED, SKY
+
 BUDGETS = (0.75, 0.5, 0.25)
 """Of the prompt, a head."""
 SECOND_TURN = ("KVzip", "Expected Attention", "H2O, by readers", "SnapKV, window 8")
@@ -42,22 +44,22 @@ def _method(
 
 
 METHODS = (
-    _method("oracle", "#000000", "*", (0.994, 0.994, 0.667), "oracle", share="head"),
-    _method("oracle, heads share", "#777777", "*", (0.994, 0.994, 0.500), "oracle", share="layer"),
-    _method("KVzip", "#0072b2", "o", (0.994, 0.992, 0.663), "kvzip", share="head"),
-    _method("Expected Attention", "#56b4e9", "o", (0.994, 0.994, 0.651), "expected"),
-    _method("Knorm, long keys", "#009e73", "s", (0.994, 0.993, 0.651), "knorm", keep="long"),
-    _method("KeyDiff", "#a8487c", "s", (0.984, 0.897, 0.564), "keydiff"),
-    _method("H2O, by readers", "#d55e00", "^", (0.938, 0.863, 0.570), "h2o", by_readers=True),
-    _method("H2O, raw sums", "#e69f00", "^", (0.882, 0.755, 0.479), "h2o", by_readers=False),
-    _method("SnapKV, window 8", "#cc79a7", "^", (0.905, 0.828, 0.589), "snapkv", recent=8, window=8, pool=1),
-    _method("random, each head", "#999933", "x", (0.921, 0.708, 0.381), "random", share="head"),
-    _method("random, heads share", "#bbbb77", "x", None, "random", share="layer"),
-    _method("LagKV, lag 8", "#332288", "D", None, "lagkv", lag=8),
-    _method("TOVA", "#882255", "^", (0.666, 0.523, 0.364), "tova"),
-    _method("recency", "#6699cc", "v", (0.745, 0.499, 0.251), "recency"),
-    _method("Knorm, short keys", "#661100", "s", (0.649, 0.007, 0.006), "knorm", keep="short"),
-    _method("streaming, 4 sinks", "#117733", "v", None, "streaming", sinks=4),
+    _method("oracle", INK, "*", (0.994, 0.994, 0.667), "oracle", share="head"),
+    _method("oracle, heads share", GREY, "*", (0.994, 0.994, 0.500), "oracle", share="layer"),
+    _method("KVzip", BLUE, "o", (0.994, 0.992, 0.663), "kvzip", share="head"),
+    _method("Expected Attention", SKY, "o", (0.994, 0.994, 0.651), "expected"),
+    _method("Knorm, long keys", GREEN, "s", (0.994, 0.993, 0.651), "knorm", keep="long"),
+    _method("KeyDiff", OTHERS[5], "s", (0.984, 0.897, 0.564), "keydiff"),
+    _method("H2O, by readers", RED, "^", (0.938, 0.863, 0.570), "h2o", by_readers=True),
+    _method("H2O, raw sums", ORANGE, "^", (0.882, 0.755, 0.479), "h2o", by_readers=False),
+    _method("SnapKV, window 8", PINK, "^", (0.905, 0.828, 0.589), "snapkv", recent=8, window=8, pool=1),
+    _method("random, each head", OLIVE, "x", (0.921, 0.708, 0.381), "random", share="head"),
+    _method("random, heads share", OTHERS[3], "x", None, "random", share="layer"),
+    _method("LagKV, lag 8", INDIGO, "D", None, "lagkv", lag=8),
+    _method("TOVA", OTHERS[2], "^", (0.666, 0.523, 0.364), "tova"),
+    _method("recency", OTHERS[7], "v", (0.745, 0.499, 0.251), "recency"),
+    _method("Knorm, short keys", BROWN, "s", (0.649, 0.007, 0.006), "knorm", keep="short"),
+    _method("streaming, 4 sinks", OTHERS[1], "v", None, "streaming", sinks=4),
 )
 NAMED = {method.name: method for method in METHODS}
 

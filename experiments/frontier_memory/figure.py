@@ -12,23 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
 from kvlab.lab.panels import by_panel
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.protocol import protocol_rows
 from kvlab.lab.record import AnyRecord
 from kvlab.lab.results import Point, non_dominated, points, read_records
-from kvlab.lab.styles import colour
-from kvlab.tasks.metrics import metric_label
+from kvlab.lab.styles import GREY, INK, colour
+from kvlab.tasks.metrics import ACCURACY, metric_label
 from kvlab.units import human_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -80,6 +76,7 @@ TRAINED = {
 }
 """By task, and whether there is a recurrence, which wants smaller steps and more of them. Rates and positions are those
 with which this was measured, not the better ones that the tasks have had since."""
+TITLES = {"mqar": "mqar 128:32", "text": "text, 256 bytes"}
 PROTECTED = {"mqar": "sinks:0,recent:0", "text": "sinks:4,recent:8"}
 
 
@@ -208,50 +205,52 @@ def _beats(one: Any, other: Any) -> bool:
     return one.value > other.value and one.held_bytes < other.held_bytes
 
 
-def draw(found: list[Point], path: Path) -> None:
+def draw(frame: pd.DataFrame, path: Path) -> None:
     """A row a task. Left: quality against bytes held at the sequence's end; right: against bytes that decoding a token
     reads. Dashed: what no other point beats."""
-    tasks = by_panel(found)
-    figure, panels = plt.subplots(len(tasks), 2, figsize=(12.5, 4.6 * len(tasks)), squeeze=False, layout="constrained")
-    axes = {
-        "allocated_bytes": "bytes of the pages and states held a sequence",
-        "read_bytes_per_token": "bytes of memory read for a decoded token",
-    }
-    for row, (task, members) in zip(panels, tasks.items(), strict=True):
+    tasks = list(dict.fromkeys(frame.task))
+    figure, panels = sheet(len(tasks), 2, size=(13.5, 4.8 * len(tasks)), squeeze=False)
+    axes = {"held": "pages and states held a sequence", "read": "memory read for a decoded token"}
+    for row, task in zip(panels, tasks, strict=True):
         for panel, (axis, label) in zip(row, axes.items(), strict=True):
-            _draw_panel(panel, members, axis)
-            panel.set(title=f"{task}, {members[0].context_len} tokens", xlabel=label)
-    names = list(dict.fromkeys(point.variant for point in found))
+            _draw_panel(panel, frame[frame.task == task], axis)
+            panel.set(title=TITLES.get(task, task), xlabel=label)
+    names = list(dict.fromkeys(frame.architecture))
     handles = [Line2D([], [], color=colour(name), marker="o", ls="", label=name) for name in names]
-    used = {Cell.of(point).method for point in found}
+    used = set(frame.method)
     handles += [
-        Line2D([], [], color="0.3", marker=marker, ls="", label={"none": "all, as computed"}.get(name, name))
+        Line2D([], [], color=INK, marker=marker, ls="", label={"none": "all, as computed"}.get(name, name))
         for name, marker in MARKERS.items()
         if name in used
     ]
     figure.legend(handles=handles, fontsize=9, loc="outside right center", title="architecture, cache method")
-    figure.suptitle("What a byte of memory buys: architectures and cache methods")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figure.suptitle("What a byte of memory buys: architectures, cache methods (95% intervals, cut at 0 and 1)")
+    save(figure, [path])
 
 
-def _draw_panel(panel: Axes, members: list[Point], axis: str) -> None:
-    frontier = non_dominated(members, axis)
-    sizes = [point.bytes_per_sequence[axis] for point in frontier]
-    panel.step(sizes, [point.value for point in frontier], where="post", color="0.6", ls="--", lw=1.2, zorder=1)
-    for point in members:
-        errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
-        marker = MARKERS.get(Cell.of(point).method, "v")
-        style = {"color": colour(point.variant), "marker": marker, "ms": 7, "capsize": 2, "ls": ""}
-        panel.errorbar(point.bytes_per_sequence[axis], point.value, yerr=errors, **style)
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
-    panel.set_ylabel(metric_label(members[0].metric))
-    if members[0].higher_is_better:
+def _draw_panel(panel: Axes, rows: Any, axis: str) -> None:
+    best = rows[rows[f"best_by_{axis}"]].sort_values(f"{axis}_bytes")
+    panel.step(best[f"{axis}_bytes"], best.value, where="post", color=GREY, ls="--", lw=1.2, zorder=1)
+    is_share = rows.metric.iloc[0] == ACCURACY.name
+    for row in rows.itertuples():
+        # No accuracy is below 0 or above 1, whatever Student's t says of three seeds.
+        low, high = (max(row.low, 0), min(row.high, 1)) if is_share else (row.low, row.high)
+        errors = None if pd.isna(row.low) else [[max(row.value - low, 0)], [max(high - row.value, 0)]]
+        style = {"color": colour(row.architecture), "marker": MARKERS.get(row.method, "v"), "ms": 7, "capsize": 2}
+        panel.errorbar(getattr(row, f"{axis}_bytes"), row.value, yerr=errors, ls="", elinewidth=1, **style)
+    byte_axis(panel)
+    label = metric_label(rows.metric.iloc[0])
+    panel.set_ylabel(label if is_share else f"{label} (up is better)")
+    if is_share:
         panel.set_ylim(-0.03, 1.05)
     else:
         panel.invert_yaxis()
     panel.grid(alpha=0.25, which="both")
+
+
+def redraw(output: Path = HERE) -> None:
+    """frontier.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "frontier.csv"), output / "frontier.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/frontier_memory")) -> int:
@@ -260,7 +259,7 @@ def main(output: Path = HERE, results: Path = Path("results/frontier_memory")) -
     found = [point for point in points(records) if point.variant in ARCHITECTURES]
     frame = frame_of(found, records)
     frame.to_csv(output / "frontier.csv", index=False, float_format="%.6g")
-    draw(found, output / "frontier.png")
+    draw(frame, output / "frontier.png")
     columns = ["task", "architecture", "method", "budget", "value", "held_bytes", "read_bytes"]
     print(frame[frame.best_by_held].filter(columns).to_string(index=False))
     return verdict(claims(frame), "Architectures and cache methods")

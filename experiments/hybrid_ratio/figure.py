@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
+from kvlab.lab.styles import BLUE, INK, ORANGE, RED
 
 HERE = Path(__file__).resolve().parent
 RUNS = ((),)  # the sweep of the configuration of this name
@@ -27,7 +25,7 @@ PATTERNS = ("L L L L", "L L L A", "L A L A", "A A A A")
 """L is Gated DeltaNet, A multi-head attention; the first layer reads the embedding."""
 SHARE = 0.99
 """Of full attention's accuracy: what one layer of four reaches, and none stays below."""
-COLOURS = {"L L L L": "tab:orange", "L L L A": "tab:red", "L A L A": "tab:blue", "A A A A": "black"}
+COLOURS = {"L L L L": ORANGE, "L L L A": RED, "L A L A": BLUE, "A A A A": INK}
 
 
 def table(records: Sequence[Done]) -> pd.DataFrame:
@@ -69,24 +67,24 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Accuracy of every seed against the bytes that a sequence holds, and their mean with its 95% interval."""
-    figure, panel = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure, panel = sheet(size=(8.6, 4.4))
     for pattern in PATTERNS:
         rows = frame[frame.pattern == pattern]
         if rows.empty:
             continue
-        kibibytes, values = rows.held_bytes / 1024, rows.accuracy.tolist()
+        sizes, values = rows.held_bytes, rows.accuracy.tolist()
         label = f"{pattern.replace(' ', '')}: {pattern.count('A')} of 4 attend"
-        panel.plot(kibibytes, values, "o", color=COLOURS[pattern], alpha=0.6, label=label)
+        panel.plot(sizes, values, "o", color=COLOURS[pattern], alpha=0.6, label=label)
         style = {"color": COLOURS[pattern], "marker": "_", "ms": 18, "mew": 2, "capsize": 4}
-        panel.errorbar(kibibytes.iloc[:1], [statistics.fmean(values)], yerr=interval_half_width(values), **style)
-    panel.set(xlabel="KiB held by a sequence of 128 tokens", ylabel="accuracy of recall")
+        panel.errorbar(sizes.iloc[:1], [statistics.fmean(values)], yerr=interval_half_width(values), **style)
+    panel.set(xlabel="held by a sequence of 128 tokens", ylabel="accuracy of recall")
     panel.set_xlim(left=0)
+    byte_axis(panel, is_log=False)
     panel.margins(y=0.1)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=9, loc="best")
+    beside_legend(panel)
     figure.suptitle("Attention layers among Gated DeltaNet (MQAR 128:32, 4 layers, 3 seeds)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
 
 
 def main(output: Path = HERE, results: Path = Path("results/hybrid_ratio")) -> int:

@@ -13,18 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, MultipleLocator
 
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
-from kvlab.units import human_bytes
+from kvlab.lab.styles import GREEN, RED, SKY, colour
 
 HERE = Path(__file__).resolve().parent
 LONG, SELECTED = "128:32", 16
@@ -57,10 +53,10 @@ class Arm:
         )
 
 
-DENSE = Arm("dense", "gqa", None, None, "#56b4e9")
-TRAINED = Arm("warm-up and sparse steps", "indexed", 1.0, 0.8, "#1b6e8c")
-WARM = Arm("warm-up only", "indexed", 1.0, 1.0, "#009e73")
-UNTRAINED = Arm("untrained indexer", "indexed", 0.0, 1.0, "#d55e00")
+DENSE = Arm("dense", "gqa", None, None, SKY)
+TRAINED = Arm("warm-up and sparse steps", "indexed", 1.0, 0.8, colour("indexed"))
+WARM = Arm("warm-up only", "indexed", 1.0, 1.0, GREEN)
+UNTRAINED = Arm("untrained indexer", "indexed", 0.0, 1.0, RED)
 ARMS = (DENSE, TRAINED, WARM, UNTRAINED)
 RUNS = tuple(arm.words for arm in ARMS)
 
@@ -139,24 +135,28 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Accuracy on 128:32 against bytes held a sequence, and against bytes read for a decoded token; bars are 95% over
     seeds."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure, panels = sheet(1, 2, size=(12, 4.4), sharey=True)
     labels = {"held_bytes": "bytes of pages and states held a sequence", "read_bytes": "bytes read for a decoded token"}
     for panel, (axis, label) in zip(panels, labels.items(), strict=True):
         for arm in ARMS:
             row: Any = frame[(frame.arm == arm.name) & (frame.slice == LONG)]
-            size = 14 if arm is TRAINED else 8  # two arms may lie on one another
-            style = {"color": arm.colour, "marker": "o", "ms": size, "capsize": 3, "ls": ""}
+            # Two arms may lie on one another: one is a ring.
+            face = {"mfc": "none", "mew": 2, "ms": 14} if arm is TRAINED else {"ms": 8}
+            style = {"color": arm.colour, "marker": "o", "capsize": 3, "ls": "", **face}
             panel.errorbar(row[axis], row.accuracy, yerr=row.half_width, label=arm.name, **style)
         panel.axhline(at_random(LONG), color="0.5", ls=":", label="16 tokens at random")
         panel.set(xlabel=label, ylim=(-0.03, 1.05), xlim=(0, 1.25 * frame[axis].max()))
-        panel.xaxis.set_major_locator(MultipleLocator(8192))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
+        byte_axis(panel, is_log=False)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("accuracy of recall")
-    panels[1].legend(fontsize=9, loc="center right")
+    beside_legend(panels[1])
     figure.suptitle("Recall where an indexer chooses 16 of 128 tokens (MQAR 128:32, one layer)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
+
+
+def redraw(output: Path = HERE) -> None:
+    """indexer.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "indexer.csv"), output / "indexer.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/indexer")) -> int:

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
+from kvlab.lab.styles import BLUE, GREEN, ORANGE, PINK, RED, SKY
 from pallas_kernels.formats import Quantised, Scheme
 from pallas_kernels.paged_attention import Lists, Pages, paged_attention
 from pallas_kernels.sealing import seal_pages
@@ -61,27 +58,27 @@ class Axis:
 
 AXES = (
     Axis(
-        "channel, page 16", "channel", 16, None, False, "#0072b2", "-",
+        "channel, page 16", "channel", 16, None, False, BLUE, "-",
         {4: (0.025, 0.026, 0.025, 0.025), 2: (0.127, 0.131, 0.127, 0.129)},
     ),
     Axis(
-        "channel, page 32", "channel", 32, None, False, "#56b4e9", "-",
+        "channel, page 32", "channel", 32, None, False, SKY, "-",
         {4: (0.030, 0.031, 0.030, 0.030), 2: (0.153, 0.158, 0.153, 0.153)},
     ),
     Axis(
-        "channel, page 256", "channel", 256, None, False, "#009e73", "-",
+        "channel, page 256", "channel", 256, None, False, GREEN, "-",
         {4: (0.041, 0.045, 0.042, 0.043), 2: (0.210, 0.219, 0.210, 0.212)},
     ),
     Axis(
-        "token, groups of 32", "token", 32, 32, False, "#e69f00", "--",
+        "token, groups of 32", "token", 32, 32, False, ORANGE, "--",
         {4: (0.031, 0.047, 0.088, 0.233), 2: (0.153, 0.224, 0.462, 0.432)},
     ),
     Axis(
-        "token", "token", 32, None, False, "#d55e00", "--",
+        "token", "token", 32, None, False, RED, "--",
         {4: (0.035, 0.053, 0.097, 0.242), 2: (0.174, 0.258, 0.508, 0.435)},
     ),
     Axis(
-        "token, rotated", "token", 32, None, True, "#cc79a7", ":",
+        "token, rotated", "token", 32, None, True, PINK, ":",
         {4: (0.035, 0.043, 0.063, 0.139), 2: (0.173, 0.218, 0.315, 0.628)},
     ),
 )  # fmt: skip
@@ -192,7 +189,7 @@ def _rises(line: Sequence[float]) -> bool:
 
 def draw_figure(frame: pd.DataFrame, path: Path) -> None:
     """A panel for each number of bits: error against the outliers' ratio. Crosses: found before."""
-    figure, panels = plt.subplots(1, len(BITS), figsize=(11, 4.4), layout="constrained")
+    figure, panels = sheet(1, len(BITS), size=(15, 4.4))
     for panel, bits in zip(panels, BITS, strict=True):
         for axis in AXES:
             rows = frame[(frame.axis == axis.name) & (frame.bits == bits)]
@@ -206,10 +203,12 @@ def draw_figure(frame: pd.DataFrame, path: Path) -> None:
         panel.set_xticks(RATIOS, [str(ratio) for ratio in RATIOS])
         panel.minorticks_off()
         panel.grid(alpha=0.25)
-        panel.legend(fontsize=8, title="one scale for each, bits held a number", title_fontsize=8, loc="upper left")
-    figure.suptitle("Keys by channel do not mind outlier channels (points: mean and deviation of 16 draws; x: before)")
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+        beside_legend(panel)
+        panel.get_legend().set_title("one scale for each:\nbits held a number", {"size": 8})
+    figure.suptitle(
+        "Keys by channel do not mind outlier channels (dots: mean and deviation of 16 draws; crosses: an earlier study)"
+    )
+    save(figure, [path])
 
 
 def published_weights(output: Path, results: Path | None) -> int:
@@ -223,6 +222,11 @@ def published_weights(output: Path, results: Path | None) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(output, results)
+
+
+def redraw(output: Path = HERE) -> None:
+    """axes.png, of the table beside this file."""
+    draw_figure(pd.read_csv(HERE / "axes.csv"), output / "axes.png")
 
 
 def main(output: Path = HERE, results: Path | None = None) -> int:

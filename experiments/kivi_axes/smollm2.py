@@ -11,17 +11,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import ScalarFormatter
 
 from kvlab.evaluation.rounding import Rounding, rounded
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
 from kvlab.lab.smollm2 import Bench, Material, Window, with_material
+from kvlab.lab.styles import BLUE, INK, PALETTE, SKY
 from pallas_kernels.formats import Scheme
 
 HERE = Path(__file__).resolve().parent
@@ -196,33 +193,43 @@ def claims(cells: pd.DataFrame, pages: pd.DataFrame, residual: int = 128) -> lis
 
 
 def draw(cells: pd.DataFrame, pages: pd.DataFrame, path: Path) -> None:
-    """Bars in the parallel form on the left, pages by bytes on the right; perplexity on a log axis."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    """Dots in the parallel form on the left, pages by bytes on the right; perplexity on a log axis."""
+    figure, (left, right) = sheet(1, 2, size=(13, 4.4), sharey=True)
     full = float(cells.perplexity.iloc[0])
     names = [*AXES, ROTATED]
-    for offset, bits, colour in ((-0.2, 4, "#56b4e9"), (0.2, 2, "#0072b2")):
+    for offset, bits, colour in ((-0.12, 4, SKY), (0.12, 2, BLUE)):
         of = cells[(cells.bits == bits) & (cells.residual == 0)].set_index("axes").perplexity
-        bars = left.bar(
-            [place + offset for place in range(len(names))], of[names], 0.4, color=colour, label=f"{bits} bits"
-        )
-        left.bar_label(bars, fmt="%.0f", fontsize=7)
-    left.axhline(full, color="#555555", ls=":", label="not rounded")
+        for place, value in enumerate(of.reindex(names)):
+            label = f"{bits} bits" if place == 0 else None
+            left.plot(place + offset, value, "o", ms=8, color=colour, label=label)
+            left.annotate(f"{value:.0f}", (place + offset, value), (0, 7), textcoords="offset points", ha="center")
+    left.axhline(full, color=INK, ls=":", label=f"not rounded: {full:.0f}")
     left.set_yscale("log")
-    left.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=7)
+    left.set_yticks((100, 200, 500, 1000), ("100", "200", "500", "1,000"))
+    left.minorticks_off()
+    left.margins(y=0.2)
+    left.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8)
     left.set(ylabel="perplexity", title="All of the cache rounded, by axis")
-    left.legend(fontsize=8)
-    for name, rows in pages.groupby("format", sort=False):
-        marker = "o-" if str(name).startswith("kivi") else "s"
-        right.plot(rows.pool_bytes / 2**20, rows.perplexity, marker, label=str(name))
+    left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, frameon=False)
+    beside = {"kivi2": {0: (0, 9), 32: (4, 9), 128: (0, 9)}, "kivi4": {0: (-16, -15), 32: (18, -15), 128: (12, -15)}}
+    for colour, (name, rows) in zip(PALETTE, pages.groupby("format", sort=False), strict=False):
+        has_residual = str(name) in beside
+        right.plot(rows.pool_bytes, rows.perplexity, "o-" if has_residual else "s", color=colour, label=str(name))
         for residual, held, value in zip(rows.residual, rows.pool_bytes, rows.perplexity, strict=True):
-            if str(name).startswith("kivi"):
-                right.annotate(f"R {residual}", (held / 2**20, value), fontsize=6)
-    right.set_xscale("log", base=2)
-    right.xaxis.set_major_formatter(ScalarFormatter())
-    right.set(xlabel="MiB of the memory's arrays", title="Through pages, residual R")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            if has_residual:
+                style = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": colour}
+                right.annotate(f"R={residual}", (held, value), beside[str(name)].get(residual, (0, 9)), **style)
+    left.set_ylim(bottom=0.65 * full)
+    byte_axis(right)
+    right.grid(alpha=0.25)
+    right.set(xlabel="the memory's arrays", title="Through pages, residual R")
+    beside_legend(right)
+    save(figure, [path])
+
+
+def redraw(output: Path = HERE) -> None:
+    """smollm2.png, of the tables beside this file."""
+    draw(pd.read_csv(HERE / "smollm2_axes.csv"), pd.read_csv(HERE / "smollm2_pages.csv"), output / "smollm2.png")
 
 
 def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> int:

@@ -6,18 +6,16 @@ kvlab reproduce kv_arithmetic
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from kvlab.capacity.presets import Preset
 from kvlab.capacity.roofline import intensity
 from kvlab.compose import compose_capacity
 from kvlab.hardware import CHIPS
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
+from kvlab.lab.styles import GREY, INK, PALETTE, colour
 
 HERE = Path(__file__).resolve().parent
 LONG = 131_072
@@ -136,6 +134,11 @@ def _published_bytes(model: Preset, length: int) -> int:
     return total
 
 
+def redraw(output: Path = HERE) -> None:
+    """arithmetic.png, of the table beside this file."""
+    draw(list(pd.read_csv(HERE / "bytes.csv").model), output / "arithmetic.png")
+
+
 def main(output: Path = HERE, results: Path | None = None) -> int:
     """Writes bytes.csv and arithmetic.png; returns 1 if a claim fails."""
     names = sorted({name for name, _ in PER_TOKEN} | {name for name, *_ in AT_LENGTH} | set(PER_SEQUENCE))
@@ -159,33 +162,42 @@ def main(output: Path = HERE, results: Path | None = None) -> int:
 
 
 def draw(names: list[str], path: Path) -> None:
-    """State against context for every model; decode intensity against the chips' ridges."""
-    figure, (growth, ridge) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    """State against context for every model, the largest at the end first in the legend; decode intensity against the
+    chips' ridges."""
+    figure, (growth, ridge) = sheet(1, 2, size=(15, 5.6))
     lengths = [2**power for power in range(8, 21)]
-    for index, name in enumerate(names):
-        model = preset(name)
-        style = {"color": plt.get_cmap("tab20").colors[index % 20], "label": name}
-        growth.loglog(lengths, [model.logical_bytes(n, "bfloat16") / 2**30 for n in lengths], lw=1.8, **style)
-    growth.set(xlabel="context, tokens", ylabel="GiB of one sequence, bf16", title="What a sequence holds")
-    growth.legend(fontsize=7, ncol=2)
+    models = {name: preset(name) for name in names}
+    grown = {name: [model.logical_bytes(n, "bfloat16") for n in lengths] for name, model in models.items()}
+    for place, name in enumerate(sorted(names, key=lambda name: -grown[name][-1])):
+        dash = ("-", "--", ":")[place // len(PALETTE)]
+        growth.loglog(lengths, grown[name], ls=dash, lw=1.8, color=PALETTE[place % len(PALETTE)], label=name)
+    byte_axis(growth, "y")
+    growth.set_xticks([2**power for power in range(8, 21, 4)], ["256", "4 Ki", "64 Ki", "1 Mi"])
+    growth.minorticks_off()
+    growth.set(xlabel="context, tokens", ylabel="one sequence, bf16", title="What a sequence holds")
+    beside_legend(growth)
     ends = {
         "MHA": ("llama3-70b", "mha"),
         "GQA-8": ("llama3-70b", "gqa"),
         "MQA": ("llama3-70b", "mqa"),
         "MLA": ("deepseek-v3", "published"),
     }
-    values = [intensity(preset(*pair), LONG) for pair in ends.values()]
-    ridge.barh(list(ends), values, color=("#0072b2", "#56b4e9", "#009e73", "#d55e00"))
+    for place, (name, pair) in enumerate(ends.items()):
+        value = intensity(preset(*pair), LONG)
+        ridge.plot(value, place, "o", ms=10, color=colour(name.partition("-")[0].lower()))
+        style = {"textcoords": "offset points", "va": "center", "ha": "right"}
+        ridge.annotate(f"{value:.3g}", (value, place), (-10, 0), **style)
+    ridge.set_yticks(range(len(ends)), list(ends))
     for place, (name, chip) in enumerate(sorted(CHIPS.items(), key=lambda item: item[1].ridge)):
-        ridge.axvline(chip.ridge, color="0.5", lw=1, ls=":")
-        ridge.text(chip.ridge * 1.01, -0.45 + 0.33 * place, name, fontsize=7, color="0.3")
-    ridge.set(
-        xscale="log", xlabel="FLOP a byte of state read at decode (dotted: chips' ridges)", title="What bounds decode"
-    )
+        ridge.axvline(chip.ridge, color=GREY, lw=1, ls=":")
+        style = {"fontsize": 8, "color": INK, "bbox": {"fc": "white", "ec": "none", "pad": 0.5}}
+        ridge.text(chip.ridge * 1.02, -0.45 + 0.3 * place, name, **style)
+    ridge.set(xscale="log", xlim=(0.5, 1200), ylim=(-0.7, len(ends) - 0.4), title="What bounds decode")
+    ridge.set_xticks((1, 10, 100, 1000), ("1", "10", "100", "1,000"))
+    ridge.set_xlabel("FLOP a byte of state read at decode (dotted: chips' ridges, bf16)")
     for axes in (growth, ridge):
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
 
 
 if __name__ == "__main__":

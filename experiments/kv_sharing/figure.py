@@ -11,16 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 
+from kvlab.lab.axes import bytes_in_words
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
+from kvlab.lab.styles import RED, colour
 
 HERE = Path(__file__).resolve().parent
 RUNS = (
@@ -48,11 +46,10 @@ RUNS = (
         "mixer.A.local_start=0",
     ),
 )
-TASKS = {"mqar": "recall, 2 layers: accuracy", "text": "text, 4 layers: bits a byte"}
+TASKS = {"mqar": "recall, 2 layers", "text": "text, 4 layers"}
+LABELS = {"mqar": "accuracy of recall", "text": "bits per byte (less is better)"}
 NAMES = {"mha": "every layer its own", "cla": "pairs of layers", "gqa": "half the KV heads"}
-COLOURS = {"mha": "black", "cla": "tab:red", "gqa": "tab:blue"}
-BESIDE = {"cla": 0.98, "gqa": 1.02}
-"""Where dots of equal bytes are drawn, so that all are seen."""
+COLOURS = {name: colour(name) for name in ("mha", "gqa")} | {"cla": RED}
 MORE_LOSS, LESS_RECALL = 0.02, 0.01
 """By how much the loss of text may rise, as a share, and recall may fall."""
 
@@ -124,25 +121,32 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
-    """A panel a task: the metric of every seed against the bytes of keys and values that a sequence holds."""
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(9.6, 4.2), layout="constrained")
+    """A panel a task: the metric of every seed, and of each variant its mean and the bytes of keys and values that a
+    sequence holds."""
+    figure, panels = sheet(1, len(TASKS), size=(10, 4.2))
     for panel, (task, title) in zip(panels, TASKS.items(), strict=True):
-        for variant, name in NAMES.items():
+        ticks = []
+        for place, (variant, name) in enumerate(NAMES.items()):
             rows = frame[(frame.task == task) & (frame.variant == variant)]
+            ticks.append(f"{name}\n{bytes_in_words(rows.kv_bytes.iloc[0])}" if len(rows) else f"{name}\nnot run")
             if rows.empty:
                 continue
-            kibibytes = rows.kv_bytes / 1024 * BESIDE.get(variant, 1)
-            panel.plot(kibibytes, rows.value, "o", color=COLOURS[variant], label=name, alpha=0.7)
-            panel.plot(kibibytes.iloc[:1], [rows.value.mean()], "_", color=COLOURS[variant], ms=18, mew=2)
-        panel.set(title=title, xlabel="KiB of keys and values held")
-        panel.margins(x=0.15)
-        panel.set_xlim(left=0)
-        panel.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(NAMES))
-    figure.suptitle("Keys and values that two layers share: three seeds, and their mean")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            for number, value in enumerate(rows.value):
+                panel.plot(place + 0.09 * (number - (len(rows) - 1) / 2), value, "o", color=COLOURS[variant], alpha=0.8)
+            panel.plot([place - 0.25, place + 0.25], [rows.value.mean()] * 2, color=COLOURS[variant], lw=2)
+        panel.set(title=title, ylabel=LABELS[task], xlim=(-0.5, len(NAMES) - 0.5))
+        panel.set_xticks(range(len(NAMES)), ticks)
+        panel.grid(axis="y", alpha=0.25)
+    panels[0].set_ylim(0.98, 1.0)
+    figure.suptitle(
+        "Keys and values that two layers share, and what a sequence holds of them: three seeds, and their mean"
+    )
+    save(figure, [path])
+
+
+def redraw(output: Path = HERE) -> None:
+    """sharing.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "sharing.csv"), output / "sharing.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/kv_sharing")) -> int:

@@ -12,16 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
+from kvlab.lab.styles import colour
 
 HERE = Path(__file__).resolve().parent
 TASKS = {"overwritten": ("task=mqar", "task.writes=2"), "plain": ("task=mqar", "task.writes=1")}
@@ -56,35 +54,37 @@ class Arm:
 
 def gated(key_dim: int, tasks: tuple[str, ...]) -> Arm:
     """Gated DeltaNet with keys of that many numbers."""
-    return Arm(f"Gated DeltaNet, K = {key_dim}", "gated_deltanet", "tab:red", (), ("L.key_dim", key_dim), tasks)
+    return Arm(
+        f"Gated DeltaNet, K = {key_dim}", "gated_deltanet", colour("gated_deltanet"), (), ("L.key_dim", key_dim), tasks
+    )
 
 
 def mamba2(state_dim: int, tasks: tuple[str, ...]) -> Arm:
     """Mamba-2 with that many numbers a channel."""
-    return Arm(f"Mamba-2, N = {state_dim}", "mamba2", "tab:blue", (), ("M.state_dim", state_dim), tasks)
+    return Arm(f"Mamba-2, N = {state_dim}", "mamba2", colour("mamba2"), (), ("M.state_dim", state_dim), tasks)
 
 
 BOTH, PLAIN = ("overwritten", "plain"), ("plain",)
 GATED, MAMBA2 = gated(16, BOTH), mamba2(16, BOTH)
-LINEAR = Arm("linear attention", "linear_attention", "tab:green", ("mixer.L.write_gate=true",))
-DELTA = Arm("DeltaNet", "deltanet", "tab:orange")
+LINEAR = Arm("linear attention", "linear_attention", colour("linear_attention"), ("mixer.L.write_gate=true",))
+DELTA = Arm("DeltaNet", "deltanet", colour("deltanet"))
 EQUAL = (
     GATED,
     MAMBA2,
     LINEAR,
     DELTA,
-    Arm("KDA", "kda", "tab:purple"),
-    Arm("Mamba-3", "mamba3", "tab:cyan"),
-    Arm("GLA", "gla", "tab:olive"),
-    Arm("RetNet", "retnet", "tab:brown"),
-    Arm("Based", "based", "tab:pink", (), ("L.key_dim", 4)),
-    Arm("RG-LRU", "rglru", "tab:gray", (), ("R.width", 320)),
+    Arm("KDA", "kda", colour("kda")),
+    Arm("Mamba-3", "mamba3", colour("mamba3")),
+    Arm("GLA", "gla", colour("gla")),
+    Arm("RetNet", "retnet", colour("retnet")),
+    Arm("Based", "based", colour("based"), (), ("L.key_dim", 4)),
+    Arm("RG-LRU", "rglru", colour("rglru"), (), ("R.width", 320)),
 )
 """Mixers at 5 to 6 KiB a sequence, columns of convolutions included. Linear attention has a write gate, as METHODS B.3
 measured it. The width of the RG-LRU is what its bytes buy, most of which are its convolution's columns."""
 GATED_BY_SIZE = (gated(8, PLAIN), GATED, gated(32, PLAIN))
 MAMBA2_BY_SIZE = (MAMBA2, mamba2(64, PLAIN))
-CEILING = Arm("MHA", "mha", "black")
+CEILING = Arm("MHA", "mha", colour("mha"))
 ARMS = tuple(dict.fromkeys((GATED, MAMBA2, LINEAR, *GATED_BY_SIZE, *MAMBA2_BY_SIZE, *EQUAL, CEILING)))
 """In the order of their runs: those of the claims first."""
 RUNS = tuple((*TASKS[task], *arm.sweep) for arm in ARMS for task in arm.tasks)
@@ -175,25 +175,25 @@ def by_state(panel: Any, frame: pd.DataFrame) -> None:
     for arms, label in ((GATED_BY_SIZE, "Gated DeltaNet"), (MAMBA2_BY_SIZE, "Mamba-2")):
         groups = [frame[(frame.task == "plain") & (frame.mixer == arm.name)] for arm in arms]
         groups = [group for group in groups if len(group)]
-        sizes = [group.held_bytes.iloc[0] / 1024 for group in groups]
+        sizes = [group.held_bytes.iloc[0] for group in groups]
         style = {"color": arms[0].colour, "marker": "o", "capsize": 3, "label": label}
         widths = [interval_half_width(group.accuracy.tolist()) for group in groups]
         panel.errorbar(sizes, [group.accuracy.mean() for group in groups], yerr=widths, **style)
-    panel.set(title="MQAR, state varied", xlabel="KiB of state a sequence", ylim=(None, 1.02))
+    panel.set(title="MQAR, state varied", xlabel="state of a sequence", ylabel="accuracy of recall", ylim=(None, 1.02))
     panel.set_xlim(left=0)
+    byte_axis(panel, is_log=False, most=5)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=9, loc="best")
+    panel.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Both tasks at about equal states, and recall against the size of a state."""
-    figure, panels = plt.subplots(1, 3, figsize=(14.5, 4.6), layout="constrained", width_ratios=(5, 5, 4))
+    figure, panels = sheet(1, 3, size=(14.5, 4.6), width_ratios=(5, 5, 4))
     for panel, task in zip(panels, TITLES, strict=False):
         equal_states(panel, frame, task)
     by_state(panels[2], frame)
     figure.suptitle("Recall at constant state: one layer, three seeds, each at the better of two rates")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
 
 
 def main(output: Path = HERE, results: Path = Path("results/mixers_mqar")) -> int:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.table import Table
 
 from kvlab.lab.claims import Claim, verdict
@@ -24,6 +23,7 @@ from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
 from kvlab.lab.smollm2 import Missing, material
 from kvlab.tasks.metrics import ACCURACY
+from kvlab.terminal import console
 
 HERE = Path(__file__).resolve().parent
 PARTS = "runs", "toys", "mixers", "smollm2", "ruler", "panels"
@@ -321,7 +321,7 @@ def show(rows: Sequence[Finding]) -> None:
     )
     for row in rows:
         printed.add_row(row.claim, row.arxiv, row.where, row.measured, WORDS[row.holds])
-    Console(highlight=False, width=160).print(printed)
+    console(width=160).print(printed)
 
 
 def published(output: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -333,6 +333,13 @@ def published(output: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         passkeys = pd.DataFrame(columns=["method", "slots", "query_aware", "turn", "context", "right"])
         return passkeys, pd.DataFrame(columns=["task", "context", "example", "tokens", "right", "chance"])
     return smollm2.measure(found, output), ruler.measure(found, output)
+
+
+def redraw(output: Path = HERE) -> None:
+    """not_at_this_scale.png, of the tables beside this file."""
+    names = {name: f"{name}.csv" for name in Tables._fields}
+    tables = Tables(**{name: pd.read_csv(HERE / file, keep_default_na=name != "axes") for name, file in names.items()})
+    panels.draw(tables, output / "not_at_this_scale.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/not_at_this_scale")) -> int:

@@ -3,29 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.lab.experiments import load_part
+from kvlab.lab.plots import save, sheet
+from kvlab.lab.styles import BLUE, GREEN, GREY, INK, PINK, RED, SKY
 from kvlab.tasks.metrics import ACCURACY
 
 runs, toys, mixers, ruler = (load_part("not_at_this_scale", part) for part in ("runs", "toys", "mixers", "ruler"))
 SINK = 0.3
 """Share of its attention on token 0 from which on a head is said to have a sink."""
-BLUE, RED, GREY = "#0072b2", "#d55e00", "#555555"
-COLOURS, MARKERS = (BLUE, "#56b4e9", "#cc79a7", GREY, RED), "osv^D"
+COLOURS, MARKERS = (BLUE, SKY, PINK, GREEN, RED), "osv^D"
 """Of the variants of longer recall; markers also of seeds."""
 
 
 def draw(tables: Any, path: Path) -> None:
     """Of the figure's `Tables`: attention to token 0, perplexity by axis against the outliers put in, recall by method;
     then KDA, longer sequences, and RULER's tasks."""
-    figure, panels = plt.subplots(2, 3, figsize=(14, 8.2), layout="constrained")
+    figure, panels = sheet(2, 3, size=(15, 9.6))
     for panel, (fill, table) in zip(
         panels.flat,
         (
@@ -41,9 +37,8 @@ def draw(tables: Any, path: Path) -> None:
         fill(panel, table)
         panel.grid(alpha=0.25)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+            panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    save(figure, [path])
 
 
 def _draw_heads(panel: Any, heads: pd.DataFrame) -> None:
@@ -75,7 +70,7 @@ def _draw_recall(panel: Any, frame: pd.DataFrame) -> None:
     for slots, colour in ((runs.HALF, BLUE), (runs.QUARTER, RED)):
         means = recall[recall.slots == slots].groupby("method").value.mean().reindex(names)
         panel.plot(means, range(len(names)), "o", color=colour, label=f"{slots} of 64 slots")
-    panel.plot(recall[recall.method == "full"].value.mean(), 0, "P", color="black", ms=8)
+    panel.plot(recall[recall.method == "full"].value.mean(), 0, "P", color=INK, ms=8, label="all slots")
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
     panel.set(xlim=(-0.03, 1.03), xlabel="accuracy of recall", title="Methods at equal slots")
@@ -108,7 +103,7 @@ def _draw_ruler(panel: Any, frame: pd.DataFrame) -> None:
     ):  # SmolLM2 may be not run
         of = cells.groupby("task")[["right", "chance"]].mean().reindex(names)
         panel.plot(of.right, range(len(names)), "o", color=colour, label=f"full cache, {context:,} tokens")
-        panel.plot(of.chance, range(len(names)), "|", color=colour, ms=14, label="chance")
+        panel.plot(of.chance, range(len(names)), "|", color=colour, ms=14, label=f"chance, {context:,}")
     panel.axvline(ACCURACY.floor, color=GREY, ls=":")
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()

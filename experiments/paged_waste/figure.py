@@ -10,19 +10,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from kvlab.capacity.simulator import Outcome, Simulator
 from kvlab.capacity.traces import Request
 from kvlab.capacity.workload import WorkloadConfig, requests
 from kvlab.engine.scheduler import Schedule
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
+from kvlab.lab.styles import BLUE, GREEN, GREY, ORANGE, PINK, RED
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
@@ -126,6 +124,12 @@ def ablation(asked: list[Request]) -> dict[int, float]:
     return found
 
 
+def redraw(output: Path = HERE) -> None:
+    """waste.png, of the table beside this file and the ablation, which is not in it."""
+    by_size = ablation(requests(WORKLOADS["ShareGPT"]))
+    draw(pd.read_csv(HERE / "waste.csv"), by_size, output / "waste.png")
+
+
 def main(output: Path = HERE, results: Path | None = None) -> int:
     """Writes waste.csv and waste.png; returns 1 if a claim fails."""
     rows, claims = [], []
@@ -164,10 +168,8 @@ def main(output: Path = HERE, results: Path | None = None) -> int:
 
 def draw(frame: pd.DataFrame, by_size: dict[int, float], path: Path) -> None:
     """Ours solid, published beside it hatched."""
-    figure, (waste, batch, sizes) = plt.subplots(
-        1, 3, figsize=(15, 4.2), width_ratios=[1.5, 1.2, 1], layout="constrained"
-    )
-    colours = ("#009e73", "#e69f00", "#d55e00", "#999999")
+    figure, (waste, batch, sizes) = sheet(1, 3, size=(16, 4.6), width_ratios=[1.7, 1.2, 1])
+    colours = (GREEN, ORANGE, RED, GREY)
     found = frame[frame.workload == "ShareGPT"].set_index("system")
     for place, system in enumerate(SYSTEMS):
         for offset, values, hatch in ((-0.2, FIG_2[system], "//"), (0.2, found.loc[system, list(PARTS)], "")):
@@ -180,19 +182,25 @@ def draw(frame: pd.DataFrame, by_size: dict[int, float], path: Path) -> None:
                 bottom += float(value)
     waste.set(title="Memory for keys and values, ShareGPT", ylabel="percent")
     waste.set_xticks(range(4), [f"{name}\npaper | kvlab" for name in SYSTEMS], fontsize=8)
-    waste.legend(fontsize=8)
+    below = {"fontsize": 9, "loc": "upper center", "frameon": False}
+    waste.legend(bbox_to_anchor=(0.5, -0.16), ncols=4, **below)
     for offset, (workload, marker) in enumerate((("ShareGPT", "o"), ("Alpaca", "s"))):
         ours = frame[frame.workload == workload].batch
-        batch.loglog(FIG_13[workload], ours, marker, ms=9, color=("#0072b2", "#cc79a7")[offset], label=workload)
+        batch.loglog(FIG_13[workload], ours, marker, ms=9, color=(BLUE, PINK)[offset], label=workload)
     batch.plot([5, 200], [5, 200], color="0.6", lw=1, ls="--")
     batch.set(title="Sequences in a batch", xlabel="published (Fig. 13)", ylabel="kvlab")
-    batch.legend(fontsize=8)
-    sizes.semilogx(list(by_size), list(by_size.values()), "o-", base=2, color="#0072b2")
+    for axis in (batch.xaxis, batch.yaxis):
+        axis.set_major_locator(FixedLocator((5, 10, 20, 50, 100, 200)))
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_locator(NullLocator())
+    batch.legend(bbox_to_anchor=(0.5, -0.16), ncols=2, **below)
+    sizes.semilogx(list(by_size), list(by_size.values()), "o-", base=2, color=BLUE)
     sizes.set(title="Tokens per allocated slot", xlabel="page size, tokens", ylabel="percent", ylim=(70, 101))
+    sizes.set_xticks(list(by_size), [str(size) for size in by_size])
+    sizes.minorticks_off()
     for axes in (waste, batch, sizes):
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
 
 
 if __name__ == "__main__":

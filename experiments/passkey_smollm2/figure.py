@@ -11,17 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.evaluation.score import SliceScore
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.smollm2 import WORK, Bench, Material, with_material
+from kvlab.lab.styles import BLUE, RED
 
 HERE = Path(__file__).resolve().parent
 BUDGETS = (0.5, 0.2)
@@ -164,14 +161,14 @@ def claims(found: pd.DataFrame, worst: float) -> list[Claim]:
 
 def draw(found: pd.DataFrame, path: Path) -> None:
     """Dots by method, a panel for each budget and time of compression; whiskers are standard errors."""
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True, sharey=True)
+    figure, panels = sheet(2, 2, size=(10, 6.6), sharex=True, sharey=True)
     by_cell = found.set_index(["query_aware", "turn", "budget", "method"]).sort_index()
     names = list(dict.fromkeys(name for name in found.method if name != "full"))
     places = np.arange(len(names))
     for row, aware in enumerate((False, True)):
         for column, budget in enumerate(BUDGETS):
             axes = panels[row, column]
-            for turn, colour, shift in ((1, "#0072b2", -0.12), (2, "#d55e00", 0.12)):
+            for turn, colour, shift in ((1, BLUE, -0.12), (2, RED, 0.12)):
                 of = by_cell.loc[aware, turn]
                 full = of.loc[1.0, "full"].right
                 cells = of.loc[budget].reindex(names)
@@ -185,11 +182,11 @@ def draw(found: pd.DataFrame, path: Path) -> None:
             axes.set_yticks(places, names)
             axes.grid(alpha=0.25, axis="x")
     panels[0, 0].invert_yaxis()
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(f"Pass keys, SmolLM2-135M: {found.contexts.max()} contexts, whiskers are standard errors")
     for axes in panels[1]:
-        axes.set_xlabel("digits right (dotted: full cache)")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        axes.set_xlabel("share of digits right (dotted: full cache)")
+    save(figure, [path])
 
 
 def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> int:
@@ -200,6 +197,11 @@ def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> i
     draw(found, output / "passkey.png")
     print(f"{time.process_time() - began:.0f} CPU seconds")
     return verdict(claims(found, worst), "Pass keys through compressed memories, SmolLM2-135M")
+
+
+def redraw(output: Path = HERE) -> None:
+    """passkey.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "passkey.csv"), output / "passkey.png")
 
 
 def main(output: Path = HERE, results: Path | None = None) -> int:

@@ -12,15 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
+from kvlab.lab.styles import INK, PALETTE
 from kvlab.ledger.checkpoints import Checkpoints
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
@@ -195,6 +192,13 @@ def claims(policies: pd.DataFrame, states: pd.DataFrame) -> list[Claim]:
     return rows
 
 
+def redraw(output: Path = HERE) -> None:
+    """reuse.png, of the tables beside this file."""
+    policies = pd.read_csv(HERE / "policies.csv")
+    states = pd.read_csv(HERE / "checkpoints.csv", keep_default_na=False)  # "none" is a word
+    draw(policies, states, output / "reuse.png")
+
+
 def main(output: Path = HERE, results: Path | None = None) -> int:
     """Writes policies.csv, checkpoints.csv and reuse.png; returns 1 if a claim fails."""
     policies, states = compare_policies(), compare_checkpoints()
@@ -206,31 +210,30 @@ def main(output: Path = HERE, results: Path | None = None) -> int:
 
 def draw(policies: pd.DataFrame, states: pd.DataFrame, path: Path) -> None:
     """Hits against pool size, one panel a workload; kept states of the hybrid beside them."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, axes = sheet(1, 3, size=(15, 4.6))
     names = ["belady", *POLICIES]
     for panel, workload in zip(axes, WORKLOADS, strict=False):
         rows = policies[policies.workload == workload]
         panel.axhline(100 * rows.ceiling.iloc[0], color="0.5", ls=":", label="endless pool")
         for index, name in enumerate(names):
             curve = rows[rows.policy == name]
-            style = (
-                {"color": "black", "lw": 2.5} if name == "belady" else {"color": plt.get_cmap("tab10").colors[index]}
-            )
+            style = {"color": INK, "lw": 2.5} if name == "belady" else {"color": PALETTE[index - 1]}
             style["ls"] = "--" if name == "fifo" else "-"  # it lies on lru
             panel.semilogx(curve.pages, 100 * curve.hits, marker="o", base=2, label=name, ms=4, **style)
         panel.set(title=f"Attention, {workload}", xlabel="pages in the pool", ylabel="percent of prompt tokens found")
-        panel.legend(fontsize=7)
+        panel.set_xticks(POOLS, [str(size) for size in POOLS])
+        panel.minorticks_off()
+        panel.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, frameon=False)
     labels = [f"{workload}\n{pages} pages" for workload in WORKLOADS for pages in (512, 8192)]
     for offset, name in enumerate(("none", "junctions", "all")):
         rows = states[states.checkpoints == name]
-        axes[2].bar(np.arange(4) + 0.27 * (offset - 1), 100 * rows.hits, 0.25, label=name)
-    axes[2].set_xticks(range(4), labels, fontsize=7)
+        axes[2].bar(np.arange(4) + 0.27 * (offset - 1), 100 * rows.hits, 0.25, label=name, color=PALETTE[offset])
+    axes[2].set_xticks(range(4), labels, fontsize=9)
     axes[2].set(title="Hybrid: recurrent states kept", ylabel="percent of prompt tokens found")
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     for panel in axes:
         panel.grid(alpha=0.25)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
 
 
 if __name__ == "__main__":

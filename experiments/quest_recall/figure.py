@@ -9,17 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.evaluation.page_recall import Recall, page_recall
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.smollm2 import Bench, Material, with_material
+from kvlab.lab.styles import BLUE, INK, ORANGE
 from kvlab.selection import Selection
 from kvlab.selection.controls import Oracle, Random, Recency
 from kvlab.selection.mean_key import MeanKey
@@ -120,20 +117,19 @@ def claims(found: pd.DataFrame) -> list[Claim]:
 
 def draw(found: pd.DataFrame, path: Path) -> None:
     """Bars by method, a panel a fraction; the rest of each bar is what forcing the first page adds."""
-    figure, panels = plt.subplots(1, len(FRACTIONS), figsize=(9, 3.4), layout="constrained", sharey=True)
+    figure, panels = sheet(1, len(FRACTIONS), size=(10, 3.8), sharey=True)
     places = np.arange(len(NAMES))
     for axes, fraction in zip(panels, FRACTIONS, strict=True):
         of = found.set_index(["fraction", "first_page_forced", "method"]).share[fraction]
         free, forced = (np.array([of[is_forced, name] for name in NAMES]) for is_forced in (False, True))
-        axes.barh(places + 0.2, free, 0.4, color="#0072b2", label="pages by score")
-        axes.barh(places - 0.2, forced, 0.4, color="#e69f00", label="first page forced")
-        axes.axvline(free[-1], color="#555555", lw=0.8, ls=":")
+        axes.barh(places - 0.2, free, 0.4, color=BLUE, label="pages by score")
+        axes.barh(places + 0.2, forced, 0.4, color=ORANGE, label="first page forced")
+        axes.axvline(free[-1], color=INK, lw=1, ls=":", label="the oracle")
         axes.set(xlim=(0, 1), xlabel="share of attention to full pages", title=f"{fraction:.1%} of pages read")
         axes.set_yticks(places, list(NAMES.values()))
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    save(figure, [path])
 
 
 def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> int:
@@ -151,6 +147,11 @@ def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> i
     draw(found, output / "recall.png")
     print(f"{time.process_time() - began:.0f} CPU seconds")
     return verdict(claims(found), "Recall of attention by pages, SmolLM2-135M (arXiv 2406.10774)")
+
+
+def redraw(output: Path = HERE) -> None:
+    """recall.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "recall.csv"), output / "recall.png")
 
 
 def main(output: Path = HERE, results: Path | None = None) -> int:

@@ -10,17 +10,14 @@ Saved is the share of pages that would be held without sharing: (references - pa
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from kvlab.capacity.traces import Request
 from kvlab.capacity.workload import WorkloadConfig, requests
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import beside_legend, save, sheet
+from kvlab.lab.styles import BLUE, RED
 from kvlab.ledger.classes import StateClass
 from kvlab.ledger.ledger import Ledger
 from kvlab.ledger.states import TokenState
@@ -110,6 +107,11 @@ def beam(ledger: Ledger, request: Request, width: int, tally: Tally, rng: np.ran
         ledger.release(name)
 
 
+def redraw(output: Path = HERE) -> None:
+    """sharing.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "sharing.csv"), output / "sharing.png")
+
+
 def main(output: Path = HERE, results: Path | None = None) -> int:
     """Writes sharing.csv and sharing.png; returns 1 if a claim fails."""
     asked, rows, claims = requests(ALPACA), [], []
@@ -152,8 +154,8 @@ def main(output: Path = HERE, results: Path | None = None) -> int:
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """Lines ours, crosses published."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method, colour in (("parallel", "#0072b2"), ("beam", "#d55e00")):
+    figure, axes = sheet(size=(7.6, 4))
+    for method, colour in (("parallel", BLUE), ("beam", RED)):
         rows = frame[frame.method == method]
         axes.plot(rows.width, rows.saved_percent, "o-", color=colour, label=f"{method}, kvlab")
         axes.plot((2, 6), PUBLISHED[method], "x", ms=10, mew=2, color=colour, label=f"{method}, published")
@@ -163,9 +165,8 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
     axes.set_xticks(WIDTHS)
     axes.set_ylim(0, 80)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    beside_legend(axes)
+    save(figure, [path])
 
 
 if __name__ == "__main__":

@@ -8,18 +8,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from kvlab.evaluation.sinks import sink_shares
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.smollm2 import Bench, Material, Window, with_material
+from kvlab.lab.styles import BLUE, GREY, RED
 
 HERE = Path(__file__).resolve().parent
 SINKS = (0, 1, 4)
@@ -94,9 +91,9 @@ def claims(found: pd.DataFrame, shares: npt.NDArray[np.float64], flat_layers: in
 
 def draw(found: pd.DataFrame, shares: npt.NDArray[np.float64], path: Path) -> None:
     """Bars of perplexity beside attention by layer: a line for the mean, dots for heads."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = sheet(1, 2, size=(10, 4))
     names = ["full cache", *(f"{s} sinks + {found.slots.iloc[-1] - s}" for s in SINKS)]
-    colours = ["#555555", "#d55e00", "#0072b2", "#0072b2"]
+    colours = [GREY, RED, BLUE, BLUE]
     bars = left.bar(names, found.perplexity, color=colours)
     left.bar_label(bars, fmt="%.0f")
     left.margins(y=0.12)
@@ -104,12 +101,11 @@ def draw(found: pd.DataFrame, shares: npt.NDArray[np.float64], path: Path) -> No
     left.tick_params(axis="x", labelsize=8)
     layers = np.arange(len(shares))
     for head in range(shares.shape[1]):
-        right.plot(layers, shares[:, head], ".", color="#999999", ms=3, label="a query head" if not head else None)
-    right.plot(layers, shares.mean(axis=1), "-", color="#0072b2", label="mean of the layer")
+        right.plot(layers, shares[:, head], ".", color=GREY, ms=4, label="a query head" if not head else None)
+    right.plot(layers, shares.mean(axis=1), "-", color=BLUE, label="mean of the layer")
     right.set(xlabel="layer", ylabel="share of attention", title="What goes to token 0", ylim=(0, 1))
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    right.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    save(figure, [path])
 
 
 def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> int:
@@ -128,6 +124,12 @@ def reproduce(material: Material, output: Path, sizes: Sizes | None = None) -> i
     return verdict(
         claims(found, shares.mean(axis=1), sizes.flat_layers), "Attention sinks of SmolLM2-135M (arXiv 2309.17453)"
     )
+
+
+def redraw(output: Path = HERE) -> None:
+    """sinks.png, of the tables beside this file."""
+    shares = pd.read_csv(HERE / "attention.csv", index_col="layer").to_numpy()
+    draw(pd.read_csv(HERE / "sinks.csv"), shares, output / "sinks.png")
 
 
 def main(output: Path = HERE, results: Path | None = None) -> int:

@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import read_records
+from kvlab.lab.styles import GREY, RED
 
 HERE = Path(__file__).resolve().parent
 PARITY = (
@@ -157,14 +154,14 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
 
 def draw(frame: pd.DataFrame, path: Path) -> None:
     """A panel a study: accuracy of every seed within the training length and behind it, a row a mixer."""
-    figure, panels = plt.subplots(1, len(STUDIES), figsize=(15, 4.4), layout="constrained")
+    figure, panels = sheet(1, len(STUDIES), size=(15, 4.4))
     for panel, study in zip(panels, STUDIES, strict=True):
         arms = [arm for arm in reversed(ARMS) if study in arm.studies]
         for place, arm in enumerate(arms):
             rows = frame[(frame.study == study.name) & (frame.mixer == arm.name)]
             for column, colour, shift, label in (
-                ("within", "0.6", 0.13, "within the training length"),
-                ("behind", "tab:red", -0.13, "behind it"),
+                ("within", GREY, 0.13, "within the training length"),
+                ("behind", RED, -0.13, "behind it"),
             ):
                 style = {"color": colour, "alpha": 0.75, "label": label if place == 0 else None}
                 panel.plot(rows[column], [place + shift] * len(rows), "o", **style)
@@ -179,8 +176,12 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
         panel.grid(axis="x", alpha=0.25)
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle("A state behind the training length: two layers without convolutions")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, [path])
+
+
+def redraw(output: Path = HERE) -> None:
+    """tracking.png, of the table beside this file."""
+    draw(pd.read_csv(HERE / "tracking.csv"), output / "tracking.png")
 
 
 def main(output: Path = HERE, results: Path = Path("results/state_tracking")) -> int:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.estimate import Answer
+from kvlab.terminal import as_is
 from kvlab.units import counted
 
 DECIMAL = ("B", "kB", "MB", "GB", "TB")
@@ -31,7 +31,9 @@ def scaled(value: float, base: int, units: Sequence[str]) -> str:
 def one_answer(config: CapacityConfig, answer: Answer) -> Table:
     """Everything about one deployment, one line each."""
     title = f"{title_of(answer)} on {answer.hardware}, {answer.memory}, {answer.workload}"
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(
+        title=as_is(title), title_justify="left", show_header=False, box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )
     one_token = both_units(answer.bytes_per_token) if answer.bytes_per_token else "none: it does not grow"
     decoded = f"{answer.decode_tokens_per_s:,.0f} tokens/s: {answer.decode_ms:.2f} ms for"
     shares = (("weights", answer.weight_share), ("state", answer.state_share), ("compute", answer.compute_share))
@@ -70,7 +72,7 @@ def one_answer(config: CapacityConfig, answer: Answer) -> Table:
         ]
     table.add_column(no_wrap=True)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(as_is, row))
     return table
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+from scipy.special import gammaincinv, ndtri
 
 from kvlab.capacity.traces import Request, read_trace
 from kvlab.schema import ConfigError, Schema, choice, integer, real, text
@@ -93,10 +93,10 @@ def _lengths(rng: np.random.Generator, shape: str, mean: float, cv: float) -> np
     if cv < 1e-3:
         lengths = np.full(STRATUM, mean)
     elif shape == "gamma":
-        lengths = stats.gamma.ppf(parts, 1 / cv**2, scale=mean * cv**2)
+        lengths = gammaincinv(1 / cv**2, parts) * (mean * cv**2)
     else:
         variance = math.log1p(cv * cv)
-        lengths = np.exp(stats.norm.ppf(parts, math.log(mean) - variance / 2, math.sqrt(variance)))
+        lengths = np.exp(ndtri(parts) * math.sqrt(variance) + math.log(mean) - variance / 2)
     return np.maximum(1, np.rint(lengths)).astype(int)
 
 

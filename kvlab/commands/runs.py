@@ -16,7 +16,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(overrides: list[str], multirun: bool) -> int:
-    from kvlab.lab.launch import execute_one, run_sweep
+    from kvlab.lab.launch import execute_one, exit_status, run_sweep
     from kvlab.lab.sweeps import sweeps_of
     from kvlab.lab.tables import print_runs
 
@@ -30,16 +30,14 @@ def _run(overrides: list[str], multirun: bool) -> int:
     print_runs(configs)
     for folder in dict.fromkeys(config.run_dir.parent for config in configs):
         print(f"next: kvlab report {shlex.quote(str(folder))}", file=sys.stderr)
-    if "interrupted" in statuses:
-        return 130
-    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+    return exit_status(statuses)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Scores a finished run's parameters otherwise, without training: memory=..., compression=..., other test lengths
     (task.test=[256:16]), another task of the same vocabulary. The result is a run of its own beside the first."""
     from kvlab.lab.evaluations import evaluations_of
-    from kvlab.lab.launch import evaluate_here
+    from kvlab.lab.launch import evaluate_here, exit_status
     from kvlab.lab.tables import print_runs
 
     if not options.words or "=" in options.words[0]:
@@ -52,9 +50,7 @@ def evaluate(options: argparse.Namespace) -> int:
     print_runs(list({config.run_dir: config for config in (found.base, *found.configs)}.values()))
     folder = shlex.quote(str(found.base.run_dir.parent))
     print(f"next: kvlab show {folder}, or kvlab report {folder}", file=sys.stderr)
-    if "interrupted" in statuses:
-        return 130
-    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+    return exit_status(statuses)
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -102,12 +98,13 @@ def hydras_own(arguments: Sequence[str]) -> int | None:
     if {word for word in arguments if word.startswith("-")} <= {"-m", "--multirun"}:
         return None
     from kvlab.compose import RUN, check_choices, compose, spelled_out
-    from kvlab.lab.launch import through_hydra
+    from kvlab.lab.launch import by_hydra_alone
 
     arguments = spelled_out(arguments, RUN)
     words = [word for word in arguments if "=" in word and not word.startswith(("-", "hydra"))]
     check_choices(words)
-    if "--cfg" in arguments and not {"-m", "--multirun"} & set(arguments):
-        compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
-    through_hydra(arguments)
-    return 0
+    if {"--cfg", "-c"} & set(arguments) and not {"-m", "--multirun"} & set(arguments):
+        config = compose(words)  # a wrong name or value is answered here, and not by a traceback of Hydra's
+        if "job" in arguments and config.weights.path is not None:  # Hydra knows the task's model alone
+            return print_yaml([config.as_dict()])
+    return by_hydra_alone(arguments)

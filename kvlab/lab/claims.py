@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from kvlab import terminal
 from kvlab.units import counted
 
 
@@ -35,8 +35,7 @@ def verdict(claims: Sequence[Claim], title: str = "") -> int:
     table = Table("claim", "expected", "found", "", title=title or None, title_justify="left")
     for claim in claims:
         table.add_row(claim.what, claim.expected, claim.found, "pass" if claim.passed else "FAIL")
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=120)
+    console = terminal.console(width=120)
     console.print(table)
     num_failed = sum(not claim.passed for claim in claims)
     passed = len(claims) - num_failed

@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 
 from kvlab.capacity.config import ServingMemory
+from kvlab.choices import COMPOSING
 from kvlab.compose import CAPACITY, EVALUATE, GENERATE, RUN, SHORT, Root, spelled_out
+from kvlab.compose import composed as composed_names
 from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.hardware import CHIPS
+from kvlab.known_fields import keep
 from kvlab.lab.evaluations import SCORED
 from kvlab.lab.launch import through_hydra
-from kvlab.schema import json_schema
+from kvlab.schema import ConfigError, json_schema
 
 
 def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bool) -> None:
@@ -38,7 +41,15 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
         found = {
             word for word in found if word.partition("=")[0].partition(".")[0] in (*SCORED, *EVALUATE.groups, *SHORT)
         }
-    print(*sorted(found))
+    print(*sorted(found), flush=True)
+    if "." in typed and words[1] in COMPOSING:
+        _keep(words[1], finished, root)
+
+
+def _keep(command: str, finished: Sequence[str], root: Root) -> None:
+    """Keeps the names of fields for the next time, where the words before can be composed."""
+    with contextlib.suppress(ConfigError):
+        keep(command, finished, composed_names(for_hydra(finished, root), root))
 
 
 def offers(word: str, root: Root) -> list[str]:

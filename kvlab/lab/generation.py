@@ -12,6 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.live import Live
 
+from kvlab import terminal
 from kvlab.config import GenerateConfig
 from kvlab.engine.engine import Engine
 from kvlab.engine.requests import Answer
@@ -42,7 +43,7 @@ def generate(
             line if isinstance(line.asked, str) else line._replace(asked=_stopping(line.asked, loaded.end_tokens))
             for line in lines
         ]
-    console = Console(stderr=True, highlight=False)
+    console = terminal.console(stderr=True)
     names = submit_all(engine, asked)
     known, refused = submit_lines(engine, lines)
     names += known
@@ -53,7 +54,7 @@ def generate(
     else:
         answers = answer_all(engine, names, console, sys.stdout if jsonl else None, refused)
     if not jsonl and output is None:
-        print_answers(answers, Console(highlight=False))
+        print_answers(answers, terminal.console())
     console.print(summary(engine, time.perf_counter() - began), markup=False, soft_wrap=True)
     return 1 if any(answer.error for answer in answers) else 0
 

@@ -30,6 +30,8 @@ _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
 _SWEEP: list[Config] = []
 """Runs of a sweep whose jobs come one after the other in this process."""
+_ENDED: list[str] = []
+"""How the jobs of an invocation in this process ended."""
 _LABELS: dict[Path, str] = {}
 """How the runs of sweeps in this process are called among each other; elsewhere they have their own label."""
 
@@ -122,6 +124,21 @@ def execute_one(config: Config, *, trains: bool = True) -> str:
     return status
 
 
+def exit_status(statuses: Sequence[str]) -> int:
+    """What a command ends with: 0 where all runs are done, 130 where somebody interrupted, 1 otherwise."""
+    if "interrupted" in statuses:
+        return 130
+    return 0 if all(status in ("done", "skipped") for status in statuses) else 1
+
+
+def by_hydra_alone(arguments: Sequence[str]) -> int:
+    """`through_hydra` for whoever gives Hydra's own flags: the exit status, by the runs of this process. Those that a
+    launcher has elsewhere say theirs in their records."""
+    _ENDED.clear()
+    through_hydra(arguments)
+    return exit_status(_ENDED)
+
+
 def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
     """Hands over to Hydra: sweeps, launchers, --cfg. Each job comes back to `_job`, here or in another process. What it
     or a launcher raises comes out, where Hydra alone would print it and end the process; of what cannot be composed it
@@ -141,7 +158,8 @@ def _job(composed: Any) -> None:
     if config.run_dir in _BEGUN:  # another job of this sweep that came out equal, whatever became of it
         return
     _BEGUN.add(config.run_dir)
-    if execute_one(config) == "interrupted":
+    _ENDED.append(execute_one(config))
+    if _ENDED[-1] == "interrupted":
         stop_sweep()
 
 

@@ -29,7 +29,7 @@ def status(engine: Engine, seconds: float, most: int = 12) -> Group:
     for account in accounts:
         parts = (getattr(account, part) for part in PARTS if any(getattr(other, part) for other in accounts))
         memory.add_row(
-            account.name, human_bytes(account.pool), *(f"{100 * part / account.pool:.1f}%" for part in parts)
+            RichText(account.name), human_bytes(account.pool), *(f"{100 * part / account.pool:.1f}%" for part in parts)
         )
     return Group(requests, memory, RichText(summary(engine, seconds)))
 

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from kvlab.terminal import as_is
 
 GAP = 2
 """Blanks between two columns."""
@@ -32,10 +33,10 @@ def print_rows(
             left_out.append(name)
     for line in (title, said):
         if line:
-            console.print(line, markup=False)
+            console.print(as_is(line))
     console.print(_table(rows, names))
     if left_out:
-        console.print(f"no room at {console.width} columns: {', '.join(left_out)}", markup=False)
+        console.print(as_is(f"no room at {console.width} columns: {', '.join(left_out)}"))
 
 
 def parted(rows: Sequence[Row], kept: Collection[str]) -> tuple[list[str], str]:
@@ -59,9 +60,9 @@ def _table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
     for name in names:
         is_number = all(row[name][:1] in "+-[" or row[name][:1].isdigit() for row in rows)
-        table.add_column(escape(name), justify="right" if is_number and name != names[0] else "left")
+        table.add_column(as_is(name), justify="right" if is_number and name != names[0] else "left")
     for row in rows:
-        table.add_row(*(escape(row[name]) for name in names))
+        table.add_row(*(as_is(row[name]) for name in names))
     return table
 
 

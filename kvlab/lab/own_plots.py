@@ -9,16 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kvlab.evaluation.measure import AXES
 from kvlab.files import write_atomic
+from kvlab.lab.axes import axis_label, byte_axis
 from kvlab.lab.choose import conditions, matching, with_ending
-from kvlab.lab.plots import COLUMNS, beside_legend, byte_axis, save
+from kvlab.lab.plots import COLUMNS, beside_legend, save
 from kvlab.lab.results import frame_of, interval_half_width, read_records
 from kvlab.lab.styles import MARKERS, colours
 from kvlab.schema import ConfigError, nearest
 
 APART = ("memory.context_len", "memory.batch_size")
 """Columns in which the rows of a panel must agree, unless the picture shows them; so with every field of the task."""
+METRIC = "quality.metric"
+"""In this too, where an axis is a quality."""
 
 
 def plot(
@@ -47,7 +49,11 @@ def plot(
     marker = column(rows, marker) if marker else None
     facets = [column(rows, facet)] if facet else []
     facets += _apart(rows, [x, y, color, marker, *facets])
-    means: Any = _points(rows, x, y, [name for name in (color, marker, *facets) if name])
+    is_quality = any(name.startswith("quality.") for name in (x, y)) and METRIC in rows
+    if is_quality and any(_varies(members, METRIC) for members in _panels(rows, facets)):
+        facets.append(METRIC)
+    others = [name for name in (color, marker, *facets, METRIC if is_quality else None) if name]
+    means: Any = _points(rows, x, y, list(dict.fromkeys(others)))
     panels = list(means.groupby(facets, sort=True, dropna=False)) if facets else [((), means)]
     figure = figure or _of_pyplot()
     figure.set_layout_engine("constrained")
@@ -118,10 +124,14 @@ def _apart(frame: Any, seen: Sequence[str | None]) -> list[str]:
         if name in said or not _varies(frame, name):
             continue
         shown = [each for each in [*found, *said] if each.startswith("task.")]
-        groups = [members for _, members in frame.groupby(shown, dropna=False)] if shown else [frame]
-        if any(_varies(members, name) for members in groups):
+        if any(_varies(members, name) for members in _panels(frame, shown)):
             found.append(name)
     return found
+
+
+def _panels(frame: Any, names: Sequence[str]) -> list[Any]:
+    """The rows that agree in some columns."""
+    return [members for _, members in frame.groupby(list(names), dropna=False)] if names else [frame]
 
 
 def _points(frame: Any, x: str, y: str, others: Sequence[str]) -> pd.DataFrame:
@@ -172,18 +182,12 @@ def _draw(
         handles += [Line2D([], [], color="0.4", marker=mark, ls="") for mark in marks.values()]
         labels += [f"{marker.removesuffix('.type').removesuffix('.name')} {value}" for value in marks]
     beside_legend(panel, handles, labels)
-    if x.endswith(("bytes", "bytes_per_token")):
-        byte_axis(panel)
-    panel.set(xlabel=_label(x), ylabel=_label(y))
+    for which, name in (("x", x), ("y", y)):
+        if name.endswith(("bytes", "bytes_per_token")):
+            byte_axis(panel, which)
+    metric = members[METRIC].iloc[0] if METRIC in members else ""
+    panel.set(xlabel=axis_label(x, metric), ylabel=axis_label(y, metric))
     panel.grid(alpha=0.25)
-
-
-def _label(name: str) -> str:
-    section, _, field = name.partition(".")
-    if section == "per_sequence" and field in AXES:
-        return AXES[field]
-    is_of_batch = section == "memory" and field.endswith("bytes")
-    return f"{name} (whole batch)" if is_of_batch else name
 
 
 def _of_pyplot() -> Figure:

@@ -2,7 +2,8 @@
 name says what tells it apart."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvlab.lab.choose import differences
 from kvlab.lab.labels import point_labels
@@ -50,5 +51,15 @@ def _name(first: Point, alike: Sequence[Point]) -> str:
         words.append(f"{first.context_len:,} tokens")
     if len({other.batch_size for other in alike}) > 1:
         words.append(f"batch {first.batch_size}")
-    fields = differences([other.config["task"] for other in alike])
-    return ", ".join([*words, *(f"{name}={first.config['task'].get(name)}" for name in fields)])
+    return ", ".join([*words, *_told(first.config["task"], [other.config["task"] for other in alike])])
+
+
+def task_names(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the configurations of tasks are called among each other: "mqar", or where a type has several also the fields
+    in which they differ, "text, seq_len=256"."""
+    alike = [[other for other in tasks if other["type"] == task["type"]] for task in tasks]
+    return [", ".join([task["type"], *_told(task, others)]) for task, others in zip(tasks, alike, strict=True)]
+
+
+def _told(task: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f"{name}={task.get(name)}" for name in differences(alike)]

@@ -3,8 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from kvlab import terminal
 from kvlab.config import Config
 from kvlab.evaluation.score import Scorer
 from kvlab.interrupt import StopRequest
@@ -43,7 +42,7 @@ def obtain(
     def waiting(owner: str) -> None:
         run.say("waiting", for_pid=owner, training=str(training.directory))
         line = f"{lab.config.label} [{lab.config.run_id}] waits for process {owner}, which trains {training.directory}"
-        Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+        terminal.console(stderr=True).print(line, soft_wrap=True)
 
     with training.locked(stop, waiting):
         run.say("running")

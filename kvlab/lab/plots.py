@@ -5,14 +5,15 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from kvlab.evaluation.measure import AXES
 from kvlab.files import write_atomic
+from kvlab.lab.axes import byte_axis
 from kvlab.lab.panels import by_panel, names_within, styles_of, where
 from kvlab.lab.results import Point, non_dominated
 from kvlab.lab.styles import Style
@@ -58,6 +59,13 @@ def draw_frontier(found: Sequence[Point], title: str, paths: Sequence[Path], axi
     save(figure, paths)
 
 
+def sheet(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **kind: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches that belongs to no window, and its panels as `Figure.subplots` returns them, with that
+    function's options; for `save`."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **kind)
+
+
 def save(figure: Figure, paths: Sequence[Path]) -> None:
     """The picture in each file, wholly or not at all, the same bytes each time: a link in its place is replaced, not
     followed."""
@@ -66,12 +74,6 @@ def save(figure: Figure, paths: Sequence[Path]) -> None:
         buffer, metadata = io.BytesIO(), {"CreationDate": None} if path.suffix == ".pdf" else None
         figure.savefig(buffer, format=path.suffix[1:], dpi=160, metadata=metadata)
         write_atomic(path, buffer.getvalue())
-
-
-def byte_axis(panel: Axes) -> None:
-    """Makes a panel's x-axis one of bytes, in powers of two."""
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda size, _: human_bytes(size).replace(".0 ", " ")))
 
 
 def _draw_panel(panel: Axes, name: str, members: list[Point], axis: str, looks: Sequence[Style]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 from pydantic_core import from_json
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
@@ -311,7 +311,7 @@ def interval_half_width(values: list[float]) -> float:
     """Half of the 95% confidence interval of the mean: t * s / sqrt(n); 0 for a single value."""
     if len(values) < 2:
         return 0.0
-    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    quantile = float(stdtrit(len(values) - 1, 0.975))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 

@@ -38,7 +38,11 @@ COLOURS = {
     "indexed": "#1b6e8c",
 }
 OTHERS = ("#332288", "#117733", "#882255", "#44aa99", "#999933", "#aa4499", "#661100", "#6699cc")
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#332288", "#999933", "#661100", "#7f7f7f")
+BLUE, ORANGE, GREEN, RED, PINK = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7"
+SKY, INDIGO, OLIVE, BROWN, GREY = "#56b4e9", "#332288", "#999933", "#661100", "#7f7f7f"
+INK = "#333333"
+"""Of what is compared with: the full memory, an optimum, a bound."""
+PALETTE = (BLUE, ORANGE, GREEN, RED, PINK, SKY, INDIGO, OLIVE, BROWN, GREY)
 """Of fields whose values have no colour of their own; told apart by colour-blind eyes."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 SYMBOLS = {
@@ -57,6 +61,10 @@ SYMBOLS = {
     "d": "diamond-tall",
 }
 """The same in plotly."""
+DASHES: dict[str, str] = dict(
+    zip(MARKERS, ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot") * 3, strict=False)
+)
+"""How plotly joins the marks of a line."""
 CHOICES = ("mixer", "memory.compression", "memory.selection", "memory.format", "memory.name")
 """What is coloured first, where it differs."""
 ELSEWHERE = ("task", "measure", "experiment", "equal_budget", "results_dir", "seed")

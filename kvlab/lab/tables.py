@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from kvlab import terminal
 from kvlab.config import Config
 from kvlab.evaluation.verify import in_short
 from kvlab.lab.labels import run_labels
@@ -44,8 +45,7 @@ def as_cell(value: Any) -> str:
 
 def wide_console() -> Console:
     """Full width where nobody is watching, so that piped tables are not cut."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    return terminal.console(width=200)
 
 
 def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:

@@ -6,6 +6,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from kvlab import terminal
 from kvlab.units import human_bytes
 
 PLAIN_EVERY_S = 15.0
@@ -15,7 +16,7 @@ class TrainingProgress:
     """Step, loss, tokens/s, ETA and bytes held. Lines name the run, so that parallel runs can be told apart."""
 
     def __init__(self, label: str, num_steps: int, held_bytes: int, console: Console | None = None):
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or terminal.console(stderr=True)
         self.label, self.num_steps, self.held_bytes = label, num_steps, held_bytes
         self._began, self._last, self._first_step = time.monotonic(), time.monotonic(), 0
         self._bar: Progress | None = None
@@ -23,7 +24,7 @@ class TrainingProgress:
 
     def __enter__(self) -> "TrainingProgress":
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn())
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.num_steps)
@@ -59,4 +60,4 @@ class TrainingProgress:
 
     def say(self, line: str) -> None:
         """One permanent line."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from kvlab import blueprint
 from kvlab.cli import main
@@ -283,6 +284,17 @@ def test_perplexity_of_published_weights_is_that_of_the_definition(tmp_path):
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
     save_file(tensors, folder / "model.safetensors")
     assert compose(words).run_id != run_id, "other weights are another run"
+
+
+def test_the_printed_configuration_has_the_model_of_the_weights(tmp_path, monkeypatch, capsys):
+    """Not the task's own, which is not run; it is what `compose` makes."""
+    folder = write_folder("llama_gqa", tmp_path / "tiny-llama")
+    word_tokenizer(folder / "tokenizer.json")
+    words = ["task=perplexity", f"weights.path={folder}", "memory.page_size=8"]
+    assert command(monkeypatch, "run", "--cfg", "job", *words) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["mixer"]["name"] == "tiny-llama"
+    assert printed == compose(words).as_dict()
 
 
 def test_weights_and_tasks_that_do_not_fit_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The report: files, escaping, and the page as headless Chromium sees it, without a network."""
 
 import html
+import json
 import os
 import re
 import shutil
@@ -15,13 +16,16 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvlab.compose import compose
 from kvlab.evaluation.verify import EXACT
+from kvlab.lab.page import render_page
 from kvlab.lab.plots import frontier
 from kvlab.lab.record import Unfinished
-from kvlab.lab.report import frontier_frame, render_page, write_report
+from kvlab.lab.report import frontier_frame, write_report
 from kvlab.lab.results import load, points
 from kvlab.lab.styles import colour, styles
 from kvlab.lab.tables import print_records
+from kvlab.units import readable
 from tests.lab.test_results import record, write
 
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -154,7 +158,7 @@ def test_the_page_in_chromium(results, tmp_path, browser):
     assert len(browser.find_elements(By.CSS_SELECTOR, "#failed tbody tr")) == 1
     assert len(browser.find_elements(By.CSS_SELECTOR, "#provenance tbody tr")) == 9
     assert browser.find_elements(By.CSS_SELECTOR, "#layers .bars path")
-    assert browser.find_elements(By.CSS_SELECTOR, "#curves .scatterlayer")
+    assert browser.find_elements(By.CSS_SELECTOR, "#losses-0 .scatterlayer")
 
     point = first.find_elements(By.CSS_SELECTOR, ".points path.point")[0]
     ActionChains(browser).move_to_element(point).perform()
@@ -286,3 +290,107 @@ assert matplotlib.get_backend() == "svg", matplotlib.get_backend()
     env = os.environ | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "made.png").read_bytes().startswith(b"\x89PNG")
+
+
+def trained_twice(folder):
+    """Two runs of one training, and one of longer sequences, with validations."""
+    first, again, longer = (replace(record("mha", value=0.5), run_id=f"run{n}") for n in range(3))
+    again = replace(again, config=again.config | {"memory": {"format": "int8"}})
+    longer = replace(longer, config=longer.config | {"task": {"type": "mqar", "seq_len": 256}})
+    shared = [
+        replace(each.training, training_id=name) for each, name in zip((first, again, longer), "aab", strict=True)
+    ]
+    made = [replace(each, training=of) for each, of in zip((first, again, longer), shared, strict=True)]
+    made = [replace(each, quality=replace(each.quality, slices={"64:4": 0.9, "64:8": 0.1})) for each in made]
+    write(folder, *made)
+    rows = [{"learning_rate": 0.01, "step": step, "loss": 4.0 / step} for step in (1, 2, 3, 4)]
+    rows[1]["validation"], rows[3]["validation"] = 0.25, 0.5
+    for name in ("run0", "run1", "run2"):
+        (folder / "made" / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def page_data(page):
+    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_losses_and_validations_stand_by_task_and_length_each_training_once(tmp_path):
+    folder = trained_twice(tmp_path / "results")
+    write_report(folder, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    groups = page_data(page)["groups"]
+    assert [group["task"] for group in groups] == ["mqar, seq_len=None", "mqar, seq_len=256"]
+    assert [len(group["curves"]) for group in groups] == [1, 1]
+    (curve,) = groups[0]["curves"]
+    assert (curve["steps"], curve["losses"]) == ([1, 2, 3, 4], [4, 2, pytest.approx(4 / 3), 1])
+    assert (curve["validated"], curve["validations"]) == ([2, 4], [0.25, 0.5])
+    assert "<h3>mqar, seq_len=256: accuracy on validation</h3>" in page
+
+
+def test_slices_have_a_chart_and_a_table(tmp_path):
+    folder = trained_twice(tmp_path / "results")
+    write_report(folder, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    second, first = sorted(page_data(page)["tasks"], key=lambda task: len(task["points"]))
+    assert (first["slices"], second["slices"]) == (["64:4", "64:8"], ["64:4", "64:8"])
+    assert [point["slices"] for point in first["points"]] == [[0.9, 0.1], [0.9, 0.1]]
+    assert "<th class=number>64:8</th>" in page
+    assert "<td class='number' data-value='0.9'>0.9000</td>" in page
+
+
+def test_every_point_has_the_command_that_makes_it_again(tmp_path):
+    """A variant of no group, here a hostile one, has none."""
+    config = compose(["mixer=swa", "debug=tiny"]).as_dict()
+    made = [replace(record(NASTY), run_id="x")]
+    made += [replace(record(), config=config | {"seed": seed}, seed=seed, run_id=f"r{seed}") for seed in (0, 2)]
+    write_report(write(tmp_path / "results", *made), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    commands = [html.unescape(said) for said in re.findall("<code>(.*?)</code>", page)]
+    assert commands == ["kvlab run -m debug=tiny mixer=swa task=mqar model.dtype=float32 seed=0,2"]
+    assert page.count("made in Python") == 1
+
+
+def test_numbers_are_readable():
+    known = {0: "0", 12345: "12,345", 0.0009766: "0.0010", 4.5351: "4.535", 31.447: "31.45", 1234.5: "1,234"}
+    assert {number: readable(number) for number in known} == known
+    assert readable(2.06e-6) == "2.1e-06"
+    assert readable(-0.12344) == "-0.1234"
+
+
+def shown(browser, page, width):
+    """The page at a width, drawn."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(page.as_uri())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not browser.execute_script("return document.body.dataset.ready"):
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # selenium's own sockets
+def test_byte_axes_have_round_ticks_and_narrow_pages_scroll_tables_alone(results, tmp_path, browser):
+    write_report(results, tmp_path)
+    page = tmp_path / "report.html"
+    ticks = "return [...document.querySelectorAll(arguments[0])].map(each => each.textContent)"
+    for width in (1200, 400):
+        shown(browser, page, width)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        words = browser.execute_script(ticks, "#frontier-0 .xtick text")
+        assert len(words) >= 2
+        for word in words:  # 1 to 9 KB here
+            assert re.fullmatch(r"(1|2|4|8|16) KiB|(256|512) B", word), words
+        assert all(word.endswith("B") for word in browser.execute_script(ticks, "#layers .xtick text"))
+        wide = "return [...document.querySelectorAll('table')].every(each => each.parentElement.className === 'wide')"
+        assert browser.execute_script(wide)
+        inside = """return [...document.querySelectorAll('.chart')].every(each => {
+            const legend = each.querySelector('.legend');
+            return !legend || legend.getBoundingClientRect().right <= innerWidth + 1;
+        })"""
+        assert browser.execute_script(inside), "legends are not cut"
+    assert browser.get_log("browser") == []
+    zoomed = "return Plotly.relayout('frontier-0', {'xaxis.range': [Math.log10(2100), Math.log10(3200)]}).then(() => 1)"
+    browser.execute_script(zoomed)
+    deadline = time.monotonic() + 5
+    while len(words := browser.execute_script(ticks, "#frontier-0 .xtick text")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(re.fullmatch(r"2\.(25|5|75) KiB|3 KiB", word) for word in words), "zoomed, they are multiples still"
