@@ -152,11 +152,6 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return blueprint.resolved(Config.build(composed_of(overrides, RUN)))
 
 
-def composed(overrides: Sequence[str] = (), root: Root = RUN) -> dict[str, Any]:
-    """What Hydra makes of a command's overrides, as plain data that nobody has checked. Raises ConfigError."""
-    return composed(overrides, root)
-
-
 def compose_generate(overrides: Sequence[str] = ()) -> GenerateConfig:
     """The config that `kvlab generate FOLDER <overrides>` would answer with. Raises ConfigError."""
     return GenerateConfig.build(composed_of(overrides, GENERATE))

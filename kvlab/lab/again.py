@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from kvlab.compose import RUN, composed
+from kvlab.compose import RUN, composed_of
 from kvlab.config import NOT_IDENTITY
 from kvlab.lab.labels import flatten
 from kvlab.memory.naming import FULL, choice_of
@@ -105,7 +105,7 @@ def _choices(config: Mapping[str, Any], axes: Sequence[str]) -> tuple[str, ...]:
 @cache
 def _base(words: tuple[str, ...]) -> Flat:
     """What words compose, by dotted names."""
-    values = composed(words)
+    values = composed_of(words, RUN)
     return _fields(values) | {"experiment": values.get("experiment")}
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from kvlab.capacity.config import ServingMemory
 from kvlab.choices import COMPOSING
-from kvlab.compose import CAPACITY, EVALUATE, GENERATE, RUN, SHORT, Root, spelled_out
-from kvlab.compose import composed as composed_names
+from kvlab.compose import CAPACITY, EVALUATE, GENERATE, RUN, SHORT, Root, composed_of, spelled_out
 from kvlab.evaluation.measure import AXES, AXIS_WORDS
 from kvlab.hardware import CHIPS
 from kvlab.known_fields import keep
@@ -49,7 +48,7 @@ def complete_by_hydra(arguments: list[str], words: list[str], *, is_new_word: bo
 def _keep(command: str, finished: Sequence[str], root: Root) -> None:
     """Keeps the names of fields for the next time, where the words before can be composed."""
     with contextlib.suppress(ConfigError):
-        keep(command, finished, composed_names(for_hydra(finished, root), root))
+        keep(command, finished, composed_of(for_hydra(finished, root), root))
 
 
 def offers(word: str, root: Root) -> list[str]:
