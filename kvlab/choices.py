@@ -27,7 +27,7 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
         return None
     if typed.startswith("-"):
         return sorted(option for option in commands[command].options() if option.startswith(typed))
-    if command == "eval" and typed.partition("=")[0] in TRAINING:
+    if command == "eval" and typed.partition("=")[0].partition(".")[0] in TRAINING:
         return []
     if command in COMPOSING:
         found = _choices(_folder("configs") / COMPOSING[command], typed)

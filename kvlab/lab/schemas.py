@@ -15,6 +15,7 @@ from kvlab.capacity.presets import Preset
 from kvlab.capacity.workload import WorkloadConfig
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import SECTIONS, GenerateConfig
+from kvlab.lab.evaluations import SCORED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
@@ -42,6 +43,8 @@ def all_schemas() -> dict[str, Node]:
     top["seed"] = {"type": "integer", "minimum": 0}
     run: Node = {"type": "object", "properties": sections | top, "additionalProperties": False}
     schemas = {"run": run, "capacity": json_schema(CapacityConfig), "generate": json_schema(GenerateConfig)}
+    scored = {name: sections[name] for name in SCORED if name in sections}
+    schemas["eval"] = {"type": "object", "properties": scored, "additionalProperties": False}
     # A task's file may bring a model and a schedule: it is then a part of the whole.
     groups = sections | dict.fromkeys(FREE_GROUPS, run) | {"task": {"anyOf": [*_by_type(TASKS), run]}}
     schemas |= {f"run.{name}": node for name, node in groups.items()}

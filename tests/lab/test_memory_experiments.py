@@ -47,7 +47,7 @@ def test_the_claims_on_axes_can_fail():
 
 def test_every_sweep_of_an_experiment_is_run(monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(cli, "_run", lambda words, multirun: ran.append(words) or 0)
+    monkeypatch.setattr("kvlab.commands.runs._run", lambda words, multirun: ran.append(words) or 0)
     monkeypatch.setattr("kvlab.lab.experiments.load_figure", lambda name: _Figure)
     monkeypatch.setattr("sys.argv", ["kvlab", "reproduce", "eviction_mqar", "--output", str(tmp_path)])
     assert cli.main() == 0
