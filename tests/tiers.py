@@ -33,10 +33,10 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows and ids that stand for no test, once the whole suite is collected."""
 
-SHARES = {"fast": 2.0, "ci": 6.0}
+SHARES = {"fast": 1.0, "ci": 2.0}
 """Processor seconds of all cases of a function in a tier, and of its first case where that alone takes more: of tests
 that cannot be cut, `ci` takes those of up to `LONGEST`."""
-LONGEST = 15.0
+LONGEST = 8.0
 
 SECONDS = Path(__file__).parent / "seconds.json"
 """Of each test, by id; null: it was too dear to be measured, and is `slow`."""
@@ -59,6 +59,7 @@ CHILDREN: dict[str, str] = {
     "tests/lab/test_report.py::test_drawing_leaves_the_backend_alone": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher": "ci",
     "tests/test_cli.py::test_sweeps_through_every_local_launcher[submitit": "slow",
+    "tests/test_cli.py::test_sweeps_through_every_local_launcher[joblib": "slow",  # the demo of .ci/run goes by joblib
     "tests/test_cli.py::test_a_corpus_that_is_too_short_is_answered_before_anything_is_written": "ci",
     "tests/test_cli.py::test_a_sweep_goes_on_after_a_failure_and_says_so": "ci",
     "tests/test_cli.py::test_a_killed_worker_leaves_no_run_untried": "slow",
