@@ -75,18 +75,19 @@ peers-ledger: .peers-ledger/.installed
 
 # Compiles every kernel, and every case of the bench, for every chip on a machine that has none: on the newest and the
 # oldest allowed jax. The compilers, some 5 GB each, live apart. A part of it: TARGETS="B200 v5e" OLDEST_TARGETS=H200
-# DIMS=128, and CASES="0 --lower" (only the named cases, not as far as machine code).
+# DIMS=128, and CASES="0 --lower" (only the named cases, not as far as machine code), or CASES= (none).
 CASES ?= 40
-CHECK = -m pallas_kernels.targets $(if $(DIMS),--dims $(DIMS)) --cases $(CASES)
+OLDEST_CASES ?= $(CASES)
+CHECK = -m pallas_kernels.targets $(if $(DIMS),--dims $(DIMS))
 
 kernels-check: kernels-check-newest kernels-check-oldest
 
 kernels-check-newest: .venv-kernels/.installed
-	.venv-kernels/bin/python $(CHECK) -- $(TARGETS)
+	.venv-kernels/bin/python $(CHECK) $(if $(CASES),--cases $(CASES)) -- $(TARGETS)
 	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 .venv-kernels/bin/python -m kvlab.lab.absent H200 gqa mla hybrid
 
 kernels-check-oldest: .venv-kernels-oldest/.installed
-	.venv-kernels-oldest/bin/python $(CHECK) -- $(OLDEST_TARGETS)
+	.venv-kernels-oldest/bin/python $(CHECK) $(if $(OLDEST_CASES),--cases $(OLDEST_CASES)) -- $(OLDEST_TARGETS)
 
 .venv-kernels/.installed: pallas_kernels/compilers.txt pyproject.toml .ci/find_python.sh
 	@python="$$(PYTHON='$(PYTHON)' sh .ci/find_python.sh)" && "$$python" -m venv .venv-kernels

@@ -98,8 +98,9 @@ def delta(name: str, mixer: str, reverses: bool, studies: tuple[Study, ...] = (D
 
 
 DELTA, DELTA_PLUS = delta("DeltaNet", "deltanet", True, STUDIES), delta("DeltaNet", "deltanet", False, STUDIES[:2])
-GATED, GATED_PLUS = delta("Gated DeltaNet", "gated_deltanet", True), delta("Gated DeltaNet", "gated_deltanet", False)
-PRODUCT = delta("DeltaProduct", "deltaproduct", True, (DECAYED, OF_THREE))
+GATED = delta("Gated DeltaNet", "gated_deltanet", True, STUDIES[:2])
+GATED_PLUS = delta("Gated DeltaNet", "gated_deltanet", False)
+PRODUCT = delta("DeltaProduct", "deltaproduct", True, STUDIES)
 MAMBA2 = Arm("Mamba-2", ("mixer=mamba2", "mixer.M.short_conv=0"), None, STUDIES[:2])
 MAMBA3 = Arm("Mamba-3", ("mixer=mamba3", "mixer.M.short_conv=0"), None)
 MHA = Arm("MHA", ("mixer=mha", "mixer.A.short_conv=0"), None, (DECAYED, OF_THREE))
