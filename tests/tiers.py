@@ -9,8 +9,8 @@
 A test that is named, `pytest tests/test_cli.py::test_tab_completion`, runs whatever its tier.
 
 What a test takes decides. `tests/seconds.json` has the seconds of every test that takes some. `make seconds` writes
-those of the processor; until it has measured all of them, part are wall-clock seconds of a quiet or a busy machine, and
-5.0 stands for what was never measured and ran in `ci` before. The cases of one test function share `SHARES`, the
+those of the processor. What ran in `ci` on 28 November is measured so; of the rest part are wall-clock seconds of a
+quiet or a busy machine, and 5.0 stands for what was never measured. The cases of one test function share `SHARES`, the
 cheapest first: what they leave of a tier's share is for the next case, and what does not fit goes a tier down. So a
 function with many cases takes no more than one with few, and the first case of each is as early as it can be. A test
 that the file does not name is taken to cost nothing.
