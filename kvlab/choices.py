@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvlab.arguments import Parser
+from kvlab.files import shipped_folder
 from kvlab.known_fields import names_below
 
-_PACKAGE = Path(__file__).resolve().parent
 COMPOSING = {"run": ".", "plan": ".", "eval": ".", "generate": ".", "capacity": "capacity"}
 """Commands that take choices, and where in the folder of configurations their groups are."""
 TRAINING = ("mixer", "model", "optimizer", "train", "launcher", "experiment", "debug")
@@ -30,10 +30,10 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
     if command == "eval" and typed.partition("=")[0].partition(".")[0] in TRAINING:
         return []
     if command in COMPOSING:
-        found = _choices(_folder("configs") / COMPOSING[command], typed)
+        found = _choices(shipped_folder("configs") / COMPOSING[command], typed)
         return names_below(command, words[2:-1], typed) if found is None and typed else found
     if command == "reproduce":
-        names = sorted(path.parent.name for path in _folder("experiments").glob("*/figure.py"))
+        names = sorted(path.parent.name for path in shipped_folder("experiments").glob("*/figure.py"))
         return [name for name in names if name.startswith(typed)]
     if command == "weights":
         return ["smollm2"] if "smollm2".startswith(typed) else []
@@ -48,9 +48,3 @@ def _choices(groups: Path, typed: str) -> list[str] | None:
     before, comma, last = value.rpartition(",")
     names = sorted(path.stem for path in (groups / name).glob("*.yaml") if path.stem.startswith(last))
     return [f"{name}={before}{comma}{each}" for each in names if each not in before.split(",")]
-
-
-def _folder(name: str) -> Path:
-    """Beside the package in a checkout, inside it in an installed wheel."""
-    inside = _PACKAGE / name
-    return inside if inside.is_dir() else _PACKAGE.parent / name

@@ -27,6 +27,7 @@ from kvlab.capacity.config import CapacityConfig
 from kvlab.capacity.presets import Preset
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config, GenerateConfig, defaults
+from kvlab.files import shipped_folder
 from kvlab.hardware import HardwareConfig
 from kvlab.methods import METHODS, fields_for_some, fitting, for_their_methods
 from kvlab.mixers import MIXERS
@@ -40,10 +41,8 @@ from kvlab.weights.section import DETERMINED, refuse_beside, without_determined
 
 
 def configs_dir() -> Path:
-    """The YAML groups: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    """The YAML groups."""
+    return shipped_folder("configs")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,13 @@ PATIENCE_S = 0.2
 """Seconds for which a lock is tried."""
 
 
+def shipped_folder(name: str) -> Path:
+    """`configs` or `experiments`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def cache_folder() -> Path:
     """Where what can be had again is kept: `kvlab` in the user's cache folder."""
     try:

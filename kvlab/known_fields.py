@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvlab.files import cache_folder, write_atomic
+from kvlab.files import cache_folder, shipped_folder, write_atomic
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -43,8 +43,7 @@ def _names(node: dict[str, Any]) -> dict[str, Any]:
 
 def _path(command: str, finished: Sequence[str]) -> Path:
     """By the command, the words before, and when the code and the groups were last changed."""
-    groups = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-    files = [*_PACKAGE.rglob("*.py"), *groups.rglob("*.yaml")]
+    files = [*_PACKAGE.rglob("*.py"), *shipped_folder("configs").rglob("*.yaml")]
     changed = max(path.stat().st_mtime_ns for path in files)
     said = json.dumps([str(_PACKAGE), command, list(finished), changed, len(files)])
     return cache_folder() / "fields" / f"{hashlib.sha256(said.encode()).hexdigest()[:24]}.json"

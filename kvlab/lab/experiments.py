@@ -1,13 +1,11 @@
 """The experiments' folder: one folder a figure. `main(output, results)` in its `figure.py` draws and checks it."""
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_INSIDE = _PACKAGE / "experiments"
-EXPERIMENTS_DIR = _INSIDE if _INSIDE.is_dir() else _PACKAGE.parent / "experiments"
-"""Beside the package in a checkout, inside it in an installed wheel."""
+from kvlab.files import shipped_folder
+
+EXPERIMENTS_DIR = shipped_folder("experiments")
 
 
 def names() -> list[str]:
