@@ -50,10 +50,12 @@ from kvlab.units import counted
 from kvlab.weights.section import WeightsConfig, refuse_other, with_pretrained
 
 SCHEMA_VERSION = 1
-TOP = ("name", "experiment", "seed", "results_dir")
+TOP = ("name", "experiment", "seed", "results_dir", "track")
 """Fields of a config that are in no section."""
-NOT_IDENTITY = ("hardware", "results_dir", "equal_budget", "name")
+NOT_IDENTITY = ("hardware", "results_dir", "equal_budget", "name", "track")
 """Sections that say where a run happens, or what it was asked for, not what it is."""
+TRACKERS = ("tensorboard", "wandb", "trackio")
+"""Where a run may be watched while it runs (kvlab/lab/trackers.py)."""
 TRAINING = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
 """Sections that determine the trained parameters; the others choose how these are evaluated."""
 
@@ -113,6 +115,7 @@ class Config(Schema):
     name: str | None = text(None, optional=True)
     seed: int = integer(0, 0)
     results_dir: str = text("results")
+    track: str = choice("none", ("none", *TRACKERS))
 
     @classmethod
     def build(cls, values: object, path: str = "") -> "Config":
@@ -240,9 +243,9 @@ class Config(Schema):
 
     def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
         """Plain data with every default spelled out; `Config.build` takes it back. With `plain=identity` without what
-        was added since and is at its default."""
+        was added since and is at its default. Who watches the run (`track`) is no part of it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["task_name"]
+        del fields["task_name"], fields["track"]
         task = {"type": self.task_name, **plain(self.task)}
         optional = ("equal_budget", "name", "trained_on")
         sections = {name: plain(value) for name, value in fields.items() if name not in optional or value}
@@ -372,6 +375,6 @@ class GenerateConfig(Schema):
 def defaults() -> dict[str, Any]:
     """The defaults of every section that is not chosen by name: the base that Hydra composes upon. Here the model's
     type is "auto": it becomes the one that this machine's kernels read, and part of the run's identity."""
-    top = {"name": None, "experiment": "default", "seed": 0, "results_dir": "results"}
+    top = {"name": None, "experiment": "default", "seed": 0, "results_dir": "results", "track": "none"}
     sections = {name: kind.defaults() for name, kind in SECTIONS.items()}
     return top | sections | {"model": {**sections["model"], "dtype": "auto"}}

@@ -1,4 +1,11 @@
-"""Ctrl-C, SIGTERM and the end of a sweep as a request: the loop finishes its device call, saves, and leaves."""
+"""Ctrl-C, SIGTERM, a scheduler's warning and the end of a sweep as a request: the loop finishes its device call, saves,
+and leaves.
+
+A scheduler warns by SIGUSR1 or SIGUSR2 before it ends a job. Where somebody has installed a handler for it, as submitit
+does, that handler has its turn after all is saved: submitit's requeues the job and ends the process. SIGTERM under
+Slurm and submitit is a job that is preempted or cancelled. Slurm itself decides then what becomes of it, and kills it:
+the run saves and goes on until that happens, since a process that ends by itself may count as a job that has ended.
+"""
 
 import os
 import secrets
@@ -13,6 +20,12 @@ STOP_FILE = "KVLAB_STOP_FILE"
 """Environment variable: the file whose presence asks every job of a sweep to stop, wherever it runs."""
 SWEEP_PROCESS = "KVLAB_SWEEP_PROCESS"
 """Environment variable: the process that leads a sweep; its own workers stop when it is gone."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""Asking twice does not wait for the end of a call."""
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What schedulers send ahead, as often as they like: a second one changes nothing."""
+_OWED: list[int] = []
+"""Warnings that a run has answered, and that somebody else's handler has still to see."""
 
 
 class Interrupted(RuntimeError):
@@ -27,6 +40,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.asks_to_save = False
         self._file = os.environ.get(STOP_FILE)
         parent = os.getppid()
         self._parent = parent if str(parent) == os.environ.get(SWEEP_PROCESS) else None
@@ -47,23 +61,33 @@ class StopRequest:
         if reason := self.reason:
             raise Interrupted(reason)
 
+    def takes_save(self) -> bool:
+        """Whether all is to be saved though the run goes on; true once for each time that somebody asked."""
+        asked, self.asks_to_save = self.asks_to_save, False
+        return asked
+
+
+def _is_ended_by_slurm() -> bool:
+    """Whether this is a job that submitit has handed to Slurm."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
 
 @contextmanager
-def _handling(handler: Callable[[int], object]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to the handler once; a second one acts as before. Nothing happens outside the main thread,
-    where signals cannot be caught."""
+def _handling(handler: Callable[[int], bool]) -> Iterator[None]:
+    """Signals go to the handler. Once it has said of one of `STOPS` that it stops, a second one acts as before. Nothing
+    happens outside the main thread, where signals cannot be caught."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (*STOPS, *WARNINGS)}
 
-    def once(number: int, frame: FrameType | None) -> None:
-        for other, old in previous.items():
-            signal.signal(other, old)
-        handler(number)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if handler(number) and number in STOPS:
+            for other in STOPS:
+                signal.signal(other, previous[other])
 
     for number in previous:
-        signal.signal(number, once)
+        signal.signal(number, handle)
     try:
         yield
     finally:
@@ -73,25 +97,49 @@ def _handling(handler: Callable[[int], object]) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """A run's own request; SIGINT and SIGTERM set it instead of killing."""
+    """A run's own request; SIGINT, SIGTERM and `WARNINGS` set it instead of killing. Behind it, `hand_over` gives a
+    warning that stopped the run to whoever else handles it."""
     request = StopRequest()
+    _OWED.clear()
 
-    def ask(number: int) -> None:
-        request.signal_name = signal.Signals(number).name
+    def ask(number: int) -> bool:
+        if number == signal.SIGTERM and _is_ended_by_slurm():
+            request.asks_to_save = True
+            return False
+        request.signal_name = request.signal_name or signal.Signals(number).name
+        if number in WARNINGS:
+            _OWED.append(number)
+        return True
 
     with _handling(ask):
         yield request
 
 
+def hand_over() -> bool:
+    """Gives a warning that stopped the last run to the handler that was there before, such as submitit's, which ends
+    the process; false where there is none. Raises whatever the handler does."""
+    for number in dict.fromkeys(_OWED):
+        if callable(signal.getsignal(number)):
+            _OWED.clear()
+            signal.raise_signal(number)
+            return True
+    return False
+
+
 @contextmanager
 def sweep_stops_together(folder: Path) -> Iterator[StopRequest]:
-    """For the process that leads a sweep: SIGINT and SIGTERM create a stop file in a folder, on which every job saves
-    and leaves. Its name is of this sweep alone: what another one left, perhaps under this process id, stops nobody."""
+    """For the process that leads a sweep: signals create a stop file in a folder, on which every job saves and leaves.
+    Its name is of this sweep alone: what another one left, perhaps under this process id, stops nobody."""
     stop_file = folder.absolute() / f".stop-{os.getpid()}-{secrets.token_hex(4)}"
     os.environ |= {STOP_FILE: str(stop_file), SWEEP_PROCESS: str(os.getpid())}
     stop_file.parent.mkdir(parents=True, exist_ok=True)
+
+    def ask(number: int) -> bool:
+        stop_file.touch()
+        return True
+
     try:
-        with _handling(lambda number: stop_file.touch()):
+        with _handling(ask):
             yield StopRequest()
     finally:
         stop_file.unlink(missing_ok=True)

@@ -16,11 +16,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(overrides: list[str], multirun: bool) -> int:
+    from kvlab.lab.cards import leave_memory_to_workers
     from kvlab.lab.launch import execute_one, exit_status, run_sweep
-    from kvlab.lab.sweeps import sweeps_of
+    from kvlab.lab.sweeps import has_workers, sweeps_of
     from kvlab.lab.tables import print_runs
+    from kvlab.lab.trackers import check_installed
 
+    if has_workers(overrides, multirun):
+        leave_memory_to_workers()
     sweeps, statuses = sweeps_of(overrides, multirun), list[str]()
+    check_installed(config for configs, _ in sweeps for config in configs)
     for configs, handed in sweeps:
         is_one = len(configs) == 1 and len(sweeps) == 1
         statuses += [execute_one(configs[0])] if is_one else run_sweep(configs, handed)

@@ -38,6 +38,10 @@ class SliceScore(Sums):
     parts: Mapping[str, Sums] = field(default_factory=dict)
 
 
+def nothing() -> None:
+    """What is done between batches by default."""
+
+
 class Scorer:
     """Scores one model on a task's slices. Data depend on `key` and the split only."""
 
@@ -60,9 +64,11 @@ class Scorer:
         states: Sequence[LayerStates] | None = None,
         *,
         forward: Callable[[Params, Batch], tuple[Array, Array]] | None = None,
+        between: Callable[[], None] = nothing,
     ) -> tuple[SliceScore, ...]:
         """Every slice in the parallel form; `states` as in `Transformer.parallel`. Another form is given by `forward`:
-        the negative log-likelihood and correctness of a batch's labels."""
+        the negative log-likelihood and correctness of a batch's labels. Before every batch comes what is to be done
+        `between` them; it may raise."""
         forward = forward or self._parallel
         if states is not None:
             forward = jax.jit(lambda params, batch: weighted_nll(merge(self.structure, params), batch, states))
@@ -70,6 +76,7 @@ class Scorer:
         for part in self.task.slices(split):
             tally = _Tally(part)
             for index in range(0, part.num_examples, self.batch_size):
+                between()
                 batch = self._batch(split, part, index)
                 nll, correct = forward(params, batch)
                 tally.add(*(_by_position(batch, values) for values in (nll, correct, batch.weights)))
@@ -84,9 +91,11 @@ class Scorer:
         check: MaskCheck | None = None,
         *,
         step: MemoryStep | None = None,
+        between: Callable[[], None] = nothing,
     ) -> tuple[SliceScore, ...]:
         """Every slice through pages: the prompt in chunks of `layout.chunk_len`, then token by token. With a `check`
-        every logit that is scored is compared, and freed pages are spoiled. Another `step` of that layout may run."""
+        every logit that is scored is compared, and freed pages are spoiled. Another `step` of that layout may run.
+        `between` is as in `parallel`."""
         is_checked = check is not None
         step = step or MemoryStep.of(self.structure, layout)
         session = Session(step, params, poisons=is_checked, observes=is_checked)
@@ -94,6 +103,7 @@ class Scorer:
         for eval_slice in self.task.slices(split):
             tally = _Tally(eval_slice)
             for index in range(0, eval_slice.num_examples, self.batch_size):
+                between()
                 batch = self._batch(split, eval_slice, index)
                 nll, correct, weights = self._score_batch(session, batch, eval_slice, check)
                 tally.add(nll, correct, weights, parts=self._parts(batch))

@@ -20,12 +20,13 @@ from kvlab.evaluation.verify import verify
 from kvlab.host import keep_freed_memory
 from kvlab.interrupt import Interrupted, StopRequest, stop_on_signals
 from kvlab.lab.examples import write_examples
+from kvlab.lab.following import Follower, NoFollower, followed
 from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.parameters import obtain
 from kvlab.lab.plan import explain_failure
 from kvlab.lab.provenance import provenance
-from kvlab.lab.record import Done, FailedTraining, Lossy, Part, Quality, Unfinished
+from kvlab.lab.record import AnyRecord, Done, FailedTraining, Lossy, Part, Provenance, Quality, Unfinished
 from kvlab.lab.runs import Run
 from kvlab.lab.trained import TrainingFailed, trained_params
 from kvlab.memory.formats import skipped
@@ -64,12 +65,31 @@ def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
     known_attempt = run.known_attempt
     origin = provenance()
     run.begin(origin)
+    with followed(config) as follower:
+        record = _record_of(config, run, stop, follower, origin, began, known_attempt=known_attempt, **given)
+        if record is None:
+            return "interrupted"
+        run.finish(record)
+        follower.record = record
+    return record.status
+
+
+def _record_of(
+    config: Config,
+    run: Run,
+    stop: StopRequest,
+    follower: Follower | NoFollower,
+    origin: Provenance,
+    began: float,
+    **given: Any,
+) -> AnyRecord | None:
+    """What became of the run, as its record; None where it was interrupted."""
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
-            build = partial(Done, **_run(config, run, stop, known_attempt=known_attempt, taken=taken, **given))
+            build = partial(Done, **_run(config, run, stop, follower, taken=taken, **given))
         except (Interrupted, KeyboardInterrupt) as error:
             run.say("interrupted", reason=str(error) or "KeyboardInterrupt")
-            return "interrupted"
+            return None
         except TrainingFailed as error:
             _keep_traceback(run)
             failed = FailedTraining(training_id=config.training_id, attempt=error.attempt)
@@ -78,7 +98,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
             _keep_traceback(run)
             build = partial(Unfinished, status="failed", reason=explain_failure(config, error))
     kernels = summary(taken)
-    record = build(
+    return build(
         run_id=config.run_id,
         experiment=config.folder,
         config=config.as_dict(),
@@ -91,8 +111,6 @@ def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
             passed_over={op: chosen.reason for op, chosen in kernels.items() if chosen.reason},
         ),
     )
-    run.finish(record)
-    return record.status
 
 
 def _keep_traceback(run: Run) -> None:
@@ -101,17 +119,18 @@ def _keep_traceback(run: Run) -> None:
         (run.directory / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
 
-def _run(config: Config, run: Run, stop: StopRequest, **given: Any) -> dict[str, Any]:
+def _run(config: Config, run: Run, stop: StopRequest, follower: Follower | NoFollower, **given: Any) -> dict[str, Any]:
     """What a finished run adds to its record; the rest is for `obtain`."""
     lab = Laboratory.of(config)
     scorer = Scorer(lab.model.structure, lab.task, named_key(config.seed, "eval"), config.measure.batch_size)
-    params, trained = obtain(lab, scorer, run, stop, **given)
+    params, trained = obtain(lab, scorer, run, stop, follow=follower.row, **given)
+    follower.catch_up()
     stop.check()
 
     layout = lab.layout(lab.task.context_len, config.measure.batch_size)
     check = None if layout.is_exact else MaskCheck(lab.model.structure, params, layout)
-    through = scorer.through_memory(params, "test", layout, check)
-    parallel = scorer.parallel(params, "test")
+    through = scorer.through_memory(params, "test", layout, check, between=stop.check)
+    parallel = scorer.parallel(params, "test", between=stop.check)
     given = {"memory": config.memory, "dtype": config.model.dtype, "check": check}
     verified_by = verify(through, parallel, lab.task.metric, **given)
     stop.check()

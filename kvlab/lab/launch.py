@@ -8,6 +8,7 @@ from typing import Any
 
 import hydra
 import jax
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +17,8 @@ from kvlab import blueprint
 from kvlab.compose import RUN, Root, register
 from kvlab.config import Config
 from kvlab.files import cache_folder, home_expanded
-from kvlab.interrupt import StopRequest, stop_sweep, sweep_stops_together
+from kvlab.interrupt import StopRequest, hand_over, stop_sweep, sweep_stops_together
+from kvlab.lab.cards import led, take_share
 from kvlab.lab.execute import execute
 from kvlab.lab.labels import run_labels
 from kvlab.lab.runs import Run, RunLocked
@@ -47,7 +49,7 @@ def run_sweep(configs: list[Config], handed: list[str]) -> list[str]:
     _BEGUN.clear()
     labels = run_labels([config.as_dict() for config in configs])
     _LABELS.update(zip((config.run_dir for config in configs), labels, strict=True))
-    with sweep_stops_together(home_expanded(configs[0].results_dir)) as stop:
+    with led(len(configs)), sweep_stops_together(home_expanded(configs[0].results_dir)) as stop:
         _SWEEP.extend(configs)
         try:
             through_hydra(["--multirun", *handed])
@@ -153,13 +155,17 @@ def through_hydra(arguments: Sequence[str], root: Root = RUN) -> None:
 
 
 def _job(composed: Any) -> None:
+    launcher = HydraConfig.get().launcher
+    if "n_jobs" in launcher and (share := take_share(launcher.n_jobs)) is not None:
+        of_memory = "" if share.fraction is None else f", {share.fraction:g} of its memory"
+        print(f"kvlab: worker {os.getpid()} has card {share.card}{of_memory}", file=sys.stderr, flush=True)
     values: Any = OmegaConf.to_container(composed, resolve=True)
     config = blueprint.resolved(Config.build(without_determined(fitting(values))))
     if config.run_dir in _BEGUN:  # another job of this sweep that came out equal, whatever became of it
         return
     _BEGUN.add(config.run_dir)
     _ENDED.append(execute_one(config))
-    if _ENDED[-1] == "interrupted":
+    if _ENDED[-1] == "interrupted" and not hand_over():  # a job that submitit requeues stops no other
         stop_sweep()
 
 

@@ -1,7 +1,8 @@
 """A run's parameters: found where an earlier run trained them, waited for, or trained here (tuning on validation)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kvlab import terminal
 from kvlab.config import Config
@@ -12,6 +13,7 @@ from kvlab.lab.runs import Run
 from kvlab.lab.trained import Trained, Training, point_to
 from kvlab.lab.trials import Trials, failures_are_said, train_all
 from kvlab.training.checkpoint import CheckpointError
+from kvlab.training.trial import unfollowed
 from kvlab.typing import Params
 from pallas_kernels.selection import Taken
 
@@ -26,12 +28,13 @@ def obtain(
     taken: Taken,
     beside: Sequence[Config] = (),
     trains: bool = True,
+    follow: Callable[[Mapping[str, Any]], None] = unfollowed,
 ) -> tuple[Params, Trained]:
     """The parameters of the run's training half. While another process trains them, waits, and takes over if it dies.
 
     `known_attempt` is the failed attempt that the run has recorded before, `taken` what `recording()` collects. Runs
     `beside` this one that will come have theirs trained as well where `train.vmap` says that they are one program.
-    Raises `TrainingFailed`, and `Interrupted` when asked to stop.
+    Raises `TrainingFailed`, and `Interrupted` when asked to stop. `follow` is told the rows that are written here.
 
     With `trains` false, and for a run that is scored on another task than that of its training (`trained_on`), nothing
     is trained and nothing that was is touched: raises FileNotFoundError or `CheckpointError` for parameters that are
@@ -53,7 +56,7 @@ def obtain(
             return found
         attempt = training.begin(known_attempt)
         with failures_are_said(training, attempt):
-            return train_all(Trials(lab, scorer, training, attempt), beside, stop, taken)
+            return train_all(Trials(lab, scorer, training, attempt, follow=follow), beside, stop, taken)
 
 
 def _there(training: Training, lab: Laboratory) -> tuple[Params, Trained]:

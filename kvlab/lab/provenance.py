@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from kvlab.lab.cards import FRACTION, VISIBLE
 from kvlab.lab.record import Provenance
 
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
@@ -27,9 +28,16 @@ def provenance() -> Provenance:
             "count": jax.device_count(),
             "host": platform.machine(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            **(_cards() if device.platform == "gpu" else {}),
         },
         xla_flags=os.environ.get("XLA_FLAGS", ""),
     )
+
+
+def _cards() -> dict[str, str]:
+    """Which cards the process sees, and the fraction of their memory that JAX may take, where the environment says."""
+    named = {"cards": VISIBLE, "memory_fraction": FRACTION}
+    return {name: os.environ[variable] for name, variable in named.items() if variable in os.environ}
 
 
 def _version(package: str) -> str | None:

@@ -79,11 +79,16 @@ def _record_of(folder: Path) -> AnyRecord | None:
 
 
 def read_metrics(record: AnyRecord) -> list[dict[str, Any]]:
+    """`metrics_of` the folder that a record was read from."""
+    return metrics_of(Path(record.directory))
+
+
+def metrics_of(run_directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's training; a last line that a killed process left half written is left out. Other lines that
     are none are left out too, with a warning; so are all where the run's statement of its training is damaged."""
     rows: list[dict[str, Any]] = []
     try:
-        directory = training_directory(Path(record.directory))
+        directory = training_directory(run_directory)
         # of a finished one the first has all
         paths = [path for path in (directory / METRICS, *sorted(directory.glob("trials/*.jsonl"))) if path.exists()]
         for path in paths:

@@ -14,7 +14,7 @@ from kvlab.capacity.config import CapacityConfig, ServingMemory
 from kvlab.capacity.presets import Preset
 from kvlab.capacity.workload import WorkloadConfig
 from kvlab.compression import COMPRESSIONS
-from kvlab.config import SECTIONS, GenerateConfig
+from kvlab.config import SECTIONS, TRACKERS, GenerateConfig
 from kvlab.lab.evaluations import SCORED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
@@ -40,6 +40,7 @@ def all_schemas() -> dict[str, Node]:
     sections |= {"mixer": _mixer(), "task": {"anyOf": _by_type(TASKS)}}
     word: Node = {"type": "string"}
     top: Node = {"name": {"type": ["string", "null"]}, "experiment": word, "results_dir": word}
+    top["track"] = {"enum": ["none", *TRACKERS], "type": "string"}
     top["seed"] = {"type": "integer", "minimum": 0}
     run: Node = {"type": "object", "properties": sections | top, "additionalProperties": False}
     schemas = {"run": run, "capacity": json_schema(CapacityConfig), "generate": json_schema(GenerateConfig)}

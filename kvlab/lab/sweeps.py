@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
@@ -28,6 +29,18 @@ def sweeps_of(overrides: Sequence[str], multirun: bool, *, planned: bool = False
         seen |= fresh.keys()
         found.append(Sweep(list(fresh.values()), handed))
     return [sweep for sweep in found if sweep.configs]
+
+
+def has_workers(overrides: Sequence[str], multirun: bool) -> bool:
+    """Whether runs may come side by side in processes that this one starts, by joblib: the words say so, or else the
+    experiment that they name. Told from words and files alone, before anything is composed."""
+    said = {name.lstrip("+"): value for name, _, value in (word.partition("=") for word in overrides)}
+    launcher = said.get("launcher") or said.get("hydra/launcher")
+    experiments = [name for name in said.get("experiment", "").split(",") if name in RUN.options("experiment")]
+    if launcher is not None:
+        return launcher == "joblib" and (multirun or bool(experiments))
+    read = [yaml.safe_load((RUN.path / "experiment" / f"{name}.yaml").read_text()) for name in experiments]
+    return any({"override /launcher": "joblib"} in (values.get("defaults") or []) for values in read)
 
 
 def _by_experiment(overrides: list[str]) -> list[list[str]]:

@@ -3,7 +3,7 @@ program (`train.vmap`)."""
 
 import itertools
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +24,7 @@ from kvlab.training.checkpoint import tree_sha256
 from kvlab.training.loop import train, train_together
 from kvlab.training.stack import Programs, room_bytes
 from kvlab.training.step import TrainStep
-from kvlab.training.trial import Member, NotFinite, Outcome, TrialResult
+from kvlab.training.trial import Member, NotFinite, Outcome, TrialResult, unfollowed
 from kvlab.typing import Params
 from kvlab.units import UNTIMED
 from pallas_kernels.selection import Taken
@@ -35,7 +35,8 @@ MOST_TOGETHER = 64
 
 @dataclass
 class Trials:
-    """The trials of a training that this process holds; `outcomes` are of those that have ended, by their number."""
+    """The trials of a training that this process holds; `outcomes` are of those that have ended, by their number, and
+    `follow` is told each row that they write."""
 
     lab: Laboratory
     scorer: Scorer
@@ -43,6 +44,7 @@ class Trials:
     attempt: int
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     num_together: int = 1
+    follow: Callable[[Mapping[str, Any]], None] = unfollowed
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -57,7 +59,7 @@ class Trials:
     def member(self, index: int) -> Member:
         """A trial from its beginning, with parameters of its own: the step takes them away."""
         params, (directory, rows) = jax.tree.map(lambda x: x.copy(), self.lab.model.params), self.training.trial(index)
-        return Member(params, self.rates[index], self.lab.config.seed, self.validate, directory, rows)
+        return Member(params, self.rates[index], self.lab.config.seed, self.validate, directory, rows, self.follow)
 
     def label(self, index: int) -> str:
         """How people call a trial."""
@@ -77,6 +79,7 @@ class Trials:
             metrics_path=member.metrics_path,
             label=self.label(index),
             stop=stop,
+            follow=member.follow,
         )
 
     def finish_if_ended(self, taken: Taken) -> None:

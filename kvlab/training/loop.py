@@ -1,9 +1,10 @@
 """The training loop: device calls of one trial, or of several as one program. Resumes bit for bit."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from kvlab.interrupt import StopRequest
 from kvlab.memory.pools import num_bytes
@@ -12,7 +13,7 @@ from kvlab.training.config import TrainConfig
 from kvlab.training.progress import TrainingProgress
 from kvlab.training.stack import Alone, Programs, Stack
 from kvlab.training.step import TrainStep
-from kvlab.training.trial import Member, Outcome, Trial, TrialResult, opened
+from kvlab.training.trial import Member, Outcome, Trial, TrialResult, opened, unfollowed
 from kvlab.typing import Params
 
 
@@ -28,13 +29,15 @@ def train(
     metrics_path: Path,
     label: str,
     stop: StopRequest,
+    follow: Callable[[Mapping[str, Any]], None] = unfollowed,
 ) -> TrialResult:
-    """Trains to the end, resuming from `directory` if it holds checkpoints; metrics go to `metrics_path` as JSONL rows.
+    """Trains to the end, resuming from `directory` if it holds checkpoints; metrics go to `metrics_path` as JSONL rows,
+    each of which `follow` is told then.
 
     Raises `NotFinite` on a NaN, `Interrupted` when asked to stop (after saving). The result depends on the arguments
     alone, not on how often the process was killed in between.
     """
-    member = Member(params, learning_rate, seed, validate, directory, metrics_path)
+    member = Member(params, learning_rate, seed, validate, directory, metrics_path, follow)
     (outcome,) = train_together(Programs.of_task(step_fn, config), config, [member], label=label, stop=stop)
     if isinstance(outcome, Exception):
         raise outcome
@@ -81,18 +84,20 @@ def _train(programs: Programs, trials: list[Trial], label: str, stop: StopReques
             call_ms = (time.perf_counter() - began) * 1e3 / len(moving)
             rows = []
             is_last = stop.reason is not None
+            saves = stop.takes_save() or is_last
             for place, found in zip(moving, metrics, strict=True):
                 if bool(found["ok"]):
-                    rows.append(trials[place].account(found, seq_len, call_ms, is_last=is_last))
+                    rows.append(trials[place].account(found, seq_len, call_ms, saves=saves))
                 else:
                     trials[place].blame(programs.data, knobs, seq_len)
             num_tokens += len(moving) * config.batch_size * seq_len * config.steps_per_call
             if rows:
                 progress.update(rows[0]["step"], sum(row["loss"] for row in rows) / len(rows), num_tokens)
-            if is_last:
+            if saves:
                 for trial in trials:
                     if trial.outcome is None:
                         trial.save()
+            if is_last:
                 stop.check()
 
 

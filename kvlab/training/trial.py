@@ -2,7 +2,7 @@
 alone or in a stack of several trainings."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +41,15 @@ type Outcome = TrialResult | NotFinite | CheckpointError
 """How a trial ended."""
 
 
+def unfollowed(row: Mapping[str, Any]) -> None:
+    """What rows are told where nobody listens."""
+
+
 @dataclass(frozen=True)
 class Member:
     """What a trial has of its own, among those that share a step. `directory` is of its checkpoints, `metrics_path` of
-    its rows and of nobody else's. The first call takes `params` away."""
+    its rows and of nobody else's, and `follow` is told each row once it is written. The first call takes `params`
+    away."""
 
     params: Params
     learning_rate: float
@@ -52,6 +57,7 @@ class Member:
     validate: Callable[[Params], float]
     directory: Path
     metrics_path: Path
+    follow: Callable[[Mapping[str, Any]], None] = unfollowed
 
 
 @dataclass
@@ -100,9 +106,9 @@ class Trial:
             self.at.step_ms = _step_ms(self.call_ms)
         self.checkpoints.save(self.at.call * self.config.steps_per_call, self.state(), vars(self.at))
 
-    def account(self, metrics: dict[str, np.ndarray], seq_len: int, call_ms: float, *, is_last: bool) -> dict[str, Any]:
+    def account(self, metrics: dict[str, np.ndarray], seq_len: int, call_ms: float, *, saves: bool) -> dict[str, Any]:
         """A call that went well: validation and a checkpoint where they are due, the outcome at the end. Returns the
-        row, which stands in the metrics. With `is_last` it is saved in any case."""
+        row, which stands in the metrics. With `saves` it is saved in any case."""
         at, config, metric = self.at, self.config, self.step_fn.task.metric
         self.call_ms.setdefault(seq_len, []).append(call_ms / config.steps_per_call)
         at.call += 1
@@ -116,9 +122,11 @@ class Trial:
             row["validation"] = at.validation
             at.finished = _judge(at, metric, config) or done == config.num_steps
         row["tokens"] = at.num_tokens
-        self.metrics_file.write(json.dumps({"learning_rate": self.member.learning_rate, **row}) + "\n")
+        written = {"learning_rate": self.member.learning_rate, **row}
+        self.metrics_file.write(json.dumps(written) + "\n")
         at.num_rows += 1
-        if done % config.checkpoint_every == 0 or at.finished or is_last:
+        self.member.follow(written)
+        if done % config.checkpoint_every == 0 or at.finished or saves:
             self.save()
         if at.finished:
             self.outcome = self.result()

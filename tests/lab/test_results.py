@@ -232,7 +232,7 @@ def test_tensorboard_gets_every_row(tmp_path):
     (folder,) = to_tensorboard(write(tmp_path / "results", record()), tmp_path / "board")
     (events,) = folder.iterdir()
     content = events.read_bytes()
-    for tag in (b"lr_0.01/loss", b"quality/accuracy", b"memory/allocated_bytes"):
+    for tag in (b"loss", b"quality/accuracy", b"memory/allocated_bytes"):
         assert tag in content
 
 
