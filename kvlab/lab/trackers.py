@@ -62,7 +62,6 @@ class TensorBoard:
     def log(self, values: Mapping[str, float], step_name: str, step: int, number: int) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()
 
     def finish(self, summary: Mapping[str, float], step: int, *, is_done: bool) -> None:
         for name, value in summary.items():
@@ -108,7 +107,13 @@ class Trackio:
         import trackio
 
         self.run = trackio.init(
-            project=watched.project, name=watched.name, config=watched.config, resume="allow", embed=False
+            project=watched.project,
+            name=watched.name,
+            config=watched.config,
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,  # threads beside a run whose speed is measured
+            auto_log_cpu=False,
         )
 
     def log(self, values: Mapping[str, float], step_name: str, step: int, number: int) -> None:
@@ -142,7 +147,7 @@ def event_writer(folder: Path) -> Any:
     if folder.is_symlink():
         raise OSError(f"{folder}: is a link, which might lead out of {folder.parent}")
     own = f".{os.getpid()}-{secrets.token_hex(4)}"  # names have whole seconds: another file may be of the same one
-    return SummaryWriter(str(folder), filename_suffix=f"{own}{SUFFIX}")
+    return SummaryWriter(str(folder), flush_secs=1, filename_suffix=f"{own}{SUFFIX}")
 
 
 def name_of(config: Mapping[str, Any], run_id: str) -> str:

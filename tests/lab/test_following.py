@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -223,7 +224,10 @@ def test_tensorboard_has_every_row_and_a_copy_replaces_it(tmp_path):
     folder = tmp_path / "default" / "tensorboard" / name_of(config.as_dict(), config.run_id)
     first = follower_of(config, trackers.OPENERS["tensorboard"])
     first.row(row(2, tokens=128))
-    assert events_of(folder) == [("loss", 2, 0.5), ("tokens", 2, 128.0)]  # it stands there at once
+    deadline = time.monotonic() + 20
+    while not events_of(folder) and time.monotonic() < deadline:  # it stands there in a second or so
+        time.sleep(0.1)
+    assert events_of(folder) == [("loss", 2, 0.5), ("tokens", 2, 128.0)]
     first.end()
     for path in config.run_dir.iterdir():
         assert path.name == "tracked-tensorboard.json"
