@@ -1,6 +1,9 @@
 """Trackers are told every row once, live, whatever happens in between; what goes wrong with them costs no run."""
 
+import contextlib
 import importlib.util
+import json
+import sqlite3
 import struct
 import time
 from dataclasses import replace
@@ -13,6 +16,7 @@ from kvlab.interrupt import StopRequest
 from kvlab.lab import trackers
 from kvlab.lab.execute import execute
 from kvlab.lab.following import Follower, followed
+from kvlab.lab.results import read_records
 from kvlab.lab.runs import Run
 from kvlab.lab.track import to_tensorboard
 from kvlab.lab.trackers import check_installed, name_of, summary_of, values_of
@@ -245,3 +249,74 @@ def test_tensorboard_has_every_row_and_a_copy_replaces_it(tmp_path):
     with Run(config).locked():
         assert to_tensorboard(tmp_path / "default", tmp_path / "default" / "tensorboard") == []
     assert sorted(events_of(folder)) == sorted(live)
+
+
+def wandb_records(path):
+    """The records of a file that `wandb sync` would send: LevelDB's log format."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the whole of a record, or its last part
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def keyed(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_goes_on_with_the_same_run(trained, monkeypatch):
+    """The library itself, offline: cut behind the first rows, then the whole run of a training that is there."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = replace(small(trained, *MEASURED), track="wandb")
+    first = follower_of(config, trackers.OPENERS["wandb"])
+    for each in rows(config)[:3]:
+        first.row(each)
+    first.end()
+    assert execute(config) == "done"
+    files = sorted(trained.glob("default/wandb/offline-run-*/*.wandb"))
+    assert [path.name for path in files] == [f"run-{config.run_id}.wandb"] * 2
+    records = [record for path in files for record in wandb_records(path)]
+    told = [keyed(record.history.item) for record in records if record.HasField("history")]
+    names = [f"lr_{each['learning_rate']:g}" for each in rows(config)]
+    assert [each["_step"] for each in told] == list(range(1, 17))
+    assert [(each[f"{name}/step"], each[f"{name}/loss"]) for name, each in zip(names, told, strict=True)] == [
+        (each["step"], each["loss"]) for each in rows(config)
+    ]
+    (run, again) = [record.run for record in records if record.HasField("run")]
+    assert run.run_id == again.run_id == config.run_id
+    assert (run.project, run.display_name) == ("default", config.label)
+    assert keyed(run.config.update)["mixer.A.head_dim"] == 4
+    summaries = [keyed(record.summary.update) for record in records if record.HasField("summary")]
+    found = {name: value for each in summaries for name, value in each.items()}
+    assert found.items() >= summary_of(Run(config).record).items()
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
+    assert len(read_records(trained)) == 1  # nothing of wandb's is taken for a run
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_goes_on_with_the_same_run(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    config = replace(small(trained, *MEASURED), track="trackio")
+    first = follower_of(config, trackers.OPENERS["trackio"])
+    for each in rows(config)[:3]:
+        first.row(each)
+    first.end()
+    assert execute(config) == "done"
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "default.db")) as kept:
+        told = kept.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    assert {name for name, _, _ in told} == {name_of(config.as_dict(), config.run_id)}
+    *written, (_, last, summary) = told
+    assert (last, json.loads(summary)) == (16, summary_of(Run(config).record))
+    for (_, step, values), each in zip(written, rows(config), strict=True):
+        assert (step, json.loads(values)[f"lr_{each['learning_rate']:g}/loss"]) == (each["step"], each["loss"])
