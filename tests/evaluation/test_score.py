@@ -9,6 +9,7 @@ import pytest
 
 from kvlab.evaluation.score import Scorer, steps
 from kvlab.evaluation.session import Session
+from kvlab.interrupt import Interrupted
 from kvlab.lab.laboratory import Laboratory
 from kvlab.models.transformer import logits_at, merge
 from kvlab.random import named_key
@@ -109,6 +110,27 @@ def test_no_chunk_straddles_the_place_of_compression(lab, monkeypatch):
     to_16 = [3, 4, *range(5, 17)]  # 4 tokens of 2 pairs are the prompt, in chunks of 3
     to_24 = [3, 4, 6, *range(7, 25)]
     assert ends == [0, *[*to_16, 0] * 2, *[*to_24, 0] * 2]
+
+
+@pytest.mark.parametrize("form", ["parallel", "memory"])
+def test_a_stop_need_not_wait_for_the_end_of_a_slice(lab, form):
+    """What comes between batches comes before every one of both slices, 6 examples in batches of 4, and may end it."""
+    scorer, came = Scorer(lab.model.structure, lab.task, named_key(0, "eval"), 4), []
+
+    def between():
+        came.append(form)
+        if len(came) == 5:
+            raise Interrupted("a test")
+
+    def score():
+        if form == "parallel":
+            return scorer.parallel(lab.model.params, "test", between=between)
+        return scorer.through_memory(lab.model.params, "test", lab.layout(lab.task.context_len, 4), between=between)
+
+    assert len(score()) == 2
+    assert len(came) == 4
+    with pytest.raises(Interrupted):
+        score()
 
 
 @pytest.mark.parametrize("compress_at", [None, 1, 8, 13, 16])

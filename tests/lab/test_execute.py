@@ -13,6 +13,8 @@ import pytest
 
 import kvlab
 from kvlab.compose import compose
+from kvlab.evaluation.score import Scorer
+from kvlab.interrupt import StopRequest
 from kvlab.lab import execute as executing
 from kvlab.lab.compare import Scored
 from kvlab.lab.execute import execute, load_params
@@ -221,7 +223,7 @@ def test_kill_9_and_resume_is_bit_for_bit(tmp_path, num_kills):
     assert stormy_rows == calm_rows  # no row lost, none doubled
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_polite_stop_saves_and_resumes(tmp_path, number):
     config = small(tmp_path, "train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000")
     arguments = ["train.num_steps=20000", "train.checkpoint_every=20000", "train.eval_every=20000"]
@@ -239,6 +241,20 @@ def test_a_polite_stop_saves_and_resumes(tmp_path, number):
     assert status["reason"] == f"stopped by {signal.Signals(number).name}; the same command resumes"
     saved = [int(path.name) for path in (config.training_dir / "trials" / "0").iterdir() if path.name.isdigit()]
     assert max(saved) == rows(config)[-1]["step"]
+
+
+def test_a_stop_while_a_run_is_evaluated_leaves_before_the_next_batch(trained, monkeypatch):
+    config, asked, through_memory = small(trained, *MEASURED), [], Scorer.through_memory
+
+    def asking(self, *given, **named):
+        asked.append("a test")
+        return through_memory(self, *given, **named)
+
+    monkeypatch.setattr(Scorer, "through_memory", asking)
+    monkeypatch.setattr(Scorer, "_score_batch", lambda *given: pytest.fail("a batch was scored"))
+    monkeypatch.setattr(StopRequest, "reason", property(lambda self: asked[0] if asked else None))
+    assert execute(config) == "interrupted"
+    assert Run(config).state == "cut"
 
 
 def test_a_read_only_folder_is_an_error_not_a_loss(tmp_path):

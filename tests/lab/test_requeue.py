@@ -76,10 +76,13 @@ def test_a_warned_job_is_queued_again_and_goes_on(timeout_min, tmp_path, calm):
     assert process.wait(200) == 0, (tmp_path / "said").read_text()
     check(config, calm[0])
     check(small(tmp_path / "results", *LONG, "seed=1"), calm[1])  # the other job was left alone
-    logs = "".join(path.read_text() for path in (tmp_path / "results" / ".submitit").rglob("*_log.*"))
-    assert logs.count("Requeued job") == 1
-    assert f"this job is {'preempted' if timeout_min == 600 else 'timed-out'}" in logs
-    assert "resumed at step" in logs
+    out, err = (
+        "".join(path.read_text() for path in (tmp_path / "results" / ".submitit").rglob(f"*_log.{kind}"))
+        for kind in ("out", "err")
+    )
+    assert out.count("Requeued job") == 1
+    assert f"this job is {'preempted' if timeout_min == 600 else 'timed-out'}" in out
+    assert err.count("resumed at step") == 1
 
 
 def test_slurm_requeues_what_it_warns_and_what_it_preempts(tmp_path, calm):

@@ -206,6 +206,21 @@ def test_the_same_group_resumes_bit_for_bit(trained):
         assert trained.rows(place) == trained.rows(place, "calm")
 
 
+def test_what_is_asked_to_save_goes_on(trained):
+    """As Slurm's SIGTERM asks, at step 4: the next call, of step 6, is saved, and the numbers stay what they are."""
+    saved = []
+
+    def validate(place, params):
+        folder = trained.folder / "together" / "0"
+        saved.append({path.name for path in folder.iterdir() if path.name.isdigit()})
+        trained.stop.asks_to_save = len(saved) == 1
+        return 0.5
+
+    trained.validate = validate
+    trained.check(0, trained.alone(0, "together"))
+    assert saved == [{"0"}, {"0", "6"}, {"6", "8"}, {"6", "8"}]
+
+
 @pytest.mark.filterwarnings("ignore:damaged checkpoint:RuntimeWarning")
 def test_one_whose_checkpoints_are_damaged_says_so_and_the_others_train(trained):
     stopped_after(trained, 1)
