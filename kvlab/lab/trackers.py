@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,7 @@ def values_of(row: Mapping[str, Any], *, tuned: bool) -> tuple[dict[str, float],
     values = {
         f"{head}{name}": float(value)
         for name, value in row.items()
-        if name not in ("learning_rate", "step") and isinstance(value, int | float)
+        if name not in ("learning_rate", "step") and isinstance(value, int | float) and abs(value) <= sys.float_info.max
     }
     return values, f"{head}step"
 
