@@ -4,6 +4,7 @@ The local files are the truth. A tracker is told their rows as they are written 
 raises costs the rest of its rows, and no run.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -76,8 +77,7 @@ class Wandb:
     name."""
 
     def __init__(self, watched: Watched):
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")  # no dependency: pyright has no types of it
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or watched.project,
             id=watched.run_id,
@@ -105,8 +105,7 @@ class Trackio:
     last row."""
 
     def __init__(self, watched: Watched):
-        import trackio
-
+        trackio: Any = importlib.import_module("trackio")
         self.run = trackio.init(
             project=watched.project,
             name=watched.name,
