@@ -6,6 +6,7 @@ these are the plain products.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.selection import this_device
@@ -30,6 +31,20 @@ def product_over_rows(a: Float[Array, "*batch K M"], b: Float[Array, "*batch K N
     if a.size <= b.size:
         return lies(_transposed(a)) @ b
     return _transposed(lies(lies(_transposed(b)) @ a))
+
+
+def scores_of(queries: Float[Array, "B K G T D"], keys: Float[Array, "B K S D"]) -> Float[Array, "B K G T S"]:
+    """Products of the queries of each group with its keys, in float32."""
+    if queries.dtype != jnp.float32:
+        return jnp.einsum("bkgtd,bksd->bkgts", queries, keys, preferred_element_type=jnp.float32)
+    rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])  # a group's heads one below the other
+    return product_with_rows(rows, keys).reshape(*queries.shape[:-1], -1)
+
+
+def weighted(weights: Float[Array, "B K G T S"], values: Float[Array, "B K S Dv"]) -> Float[Array, "B K G T Dv"]:
+    """Values, weighted and summed, of one dtype."""
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    return product(rows, values).reshape(*weights.shape[:-1], -1)
 
 
 def _is_for_cpu() -> bool:

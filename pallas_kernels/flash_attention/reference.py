@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.masking import Scoring, masked_softmax, share_of_tokens
-from pallas_kernels.products import product, product_with_rows
+from pallas_kernels.products import scores_of, weighted
 from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
@@ -36,24 +36,10 @@ def flash_attention(
         end = min(start + BLOCK_LEN, seq_len)
         # With sinks the band would be two intervals; one interval from 0 is simpler and right.
         first = 0 if scoring.num_sinks else max(0, scoring.visible.earliest(start))
-        scores = _scores(grouped[:, :, :, start:end], keys[:, :, first:end])
+        scores = scores_of(grouped[:, :, :, start:end], keys[:, :, first:end])
         seen = scoring.visible.sees(positions[start:end, None], positions[None, first:end])
         weights, log_sums = masked_softmax(scoring.capped(scores), seen[None, None, None])
         if sink_logits is not None:
             weights = weights * share_of_tokens(log_sums, sink_logits)[..., None]
-        outputs.append(_weighted(weights.astype(values.dtype), values[:, :, first:end]))
+        outputs.append(weighted(weights.astype(values.dtype), values[:, :, first:end]))
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, seq_len, num_heads, value_dim)
-
-
-def _scores(queries: Float[Array, "B K G t D"], keys: Float[Array, "B K s D"]) -> Float[Array, "B K G t s"]:
-    """Products of a block's queries with keys, in float32."""
-    if queries.dtype != jnp.float32:
-        return jnp.einsum("bkgtd,bksd->bkgts", queries, keys, preferred_element_type=jnp.float32)
-    rows = queries.reshape(*queries.shape[:2], -1, queries.shape[-1])  # a group's heads one below the other
-    return product_with_rows(rows, keys).reshape(*queries.shape[:-1], -1)
-
-
-def _weighted(weights: Float[Array, "B K G t s"], values: Float[Array, "B K s Dv"]) -> Float[Array, "B K G t Dv"]:
-    """Values, weighted and summed."""
-    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
-    return product(rows, values).reshape(*weights.shape[:-1], -1)
