@@ -6,10 +6,11 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
-from kvlab.lab import cards
+from kvlab.lab import cards, provenance
 from kvlab.lab.cards import Share, shares, take_share, variables, visible
 from kvlab.lab.sweeps import has_workers
 from tests.lab.small import SMALL
@@ -101,6 +102,15 @@ def test_who_leads_workers_holds_nothing_beforehand(monkeypatch):
     monkeypatch.setenv(cards.FRACTION, "0.3")
     cards.leave_memory_to_workers()
     assert cards.PREALLOCATE not in os.environ
+
+
+@pytest.mark.parametrize(("platform", "said"), [("gpu", {"cards": "1", "memory_fraction": "0.45"}), ("cpu", {})])
+def test_a_record_says_which_card_it_was(platform, said, monkeypatch):
+    device = SimpleNamespace(platform=platform, device_kind="a kind")
+    monkeypatch.setattr(provenance, "jax", SimpleNamespace(devices=lambda: [device], device_count=lambda: 1))
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables(Share("1", 0.45), {})})
+    found = provenance.provenance().device
+    assert {name: found[name] for name in ("cards", "memory_fraction") if name in found} == said
 
 
 @pytest.mark.parametrize(

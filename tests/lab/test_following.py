@@ -12,7 +12,8 @@ import pytest
 
 from kvlab.compose import compose
 from kvlab.config import TRACKERS, Config
-from kvlab.interrupt import StopRequest
+from kvlab.evaluation.score import Scorer
+from kvlab.interrupt import Interrupted
 from kvlab.lab import trackers
 from kvlab.lab.execute import execute
 from kvlab.lab.following import Follower, followed
@@ -170,36 +171,35 @@ def test_nobody_is_told_by_default(tmp_path, recorders):
 
 
 def test_a_run_is_told_as_it_is_written_and_goes_on_where_it_was_cut(tmp_path, recorders, monkeypatch):
-    """Cut twice: politely behind step 6, and at step 10, which comes again since the last checkpoint is of step 8."""
-    config, seen, asked = small(tmp_path, "track=wandb"), [], []
+    """Cut at step 10, which is written again: the last checkpoint is of step 8."""
+    config, seen = small(tmp_path, "track=wandb"), []
     log, written = Recorder.log, config.training_dir / "metrics.jsonl"
 
     def cutting(self, *words):
         log(self, *words)
         seen.append(written.read_bytes().count(b"\n"))
-        if len(seen) == 2:
-            asked.append("a test")
         if len(seen) == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Recorder, "log", cutting)
-    monkeypatch.setattr(StopRequest, "reason", property(lambda self: asked[0] if asked else None))
-    assert execute(config) == "interrupted"
-    asked.clear()
     assert execute(config) == "interrupted"
     assert execute(config) == "done"
     told = [(values["loss"], step) for each in recorders for values, _, step, _ in each.rows]
     assert told == [(each["loss"], each["step"]) for each in rows(config)]
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8]  # each row stood in its file when it was told
     record = Run(config).record
-    ends = [({}, 6, False), ({}, 10, False), (summary_of(record), 16, True)]
+    ends = [({}, 10, False), (summary_of(record), 16, True)]
     assert [end for each in recorders for end in each.ends] == ends
     assert summary_of(record)["quality/accuracy"] == record.quality.value
 
 
-def test_a_run_whose_training_was_there_is_told_all_of_it(trained, recorders):
+def test_a_run_whose_training_was_there_is_told_all_of_it(trained, recorders, monkeypatch):
+    def cut(*_, **__):
+        raise Interrupted("a test")
+
     config = replace(small(trained, *MEASURED), track="wandb")
-    assert execute(config) == "done"
+    monkeypatch.setattr(Scorer, "through_memory", cut)
+    assert execute(config) == "interrupted"
     (recorder,) = recorders
     assert [(name, step) for _, name, step, _ in recorder.rows] == [
         (f"lr_{each['learning_rate']:g}/step", each["step"]) for each in rows(config)
