@@ -285,7 +285,10 @@ def test_wandb_goes_on_with_the_same_run(trained, monkeypatch):
     assert execute(config) == "done"
     files = sorted(trained.glob("default/wandb/offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{config.run_id}.wandb"] * 2
-    records = [record for path in files for record in wandb_records(path)]
+    records, deadline = [], time.monotonic() + 60
+    while sum(record.HasField("exit") for record in records) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)  # wandb's own process writes the last block when it likes
+        records = [record for path in files for record in wandb_records(path)]
     told = [keyed(record.history.item) for record in records if record.HasField("history")]
     names = [f"lr_{each['learning_rate']:g}" for each in rows(config)]
     assert [each["_step"] for each in told] == list(range(1, 17))
