@@ -62,7 +62,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
     known_attempt = run.known_attempt
-    origin = provenance()
+    origin = provenance(config)
     run.begin(origin)
     with recording() as taken:  # all caches are empty, so each kernel that runs is traced
         try:
