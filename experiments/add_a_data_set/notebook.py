@@ -104,7 +104,8 @@ for name in ("bytes", "tokens"):
 # %% [markdown]
 # ## The comparison
 # A perplexity per token says nothing beside bits per byte. Its logarithm is the bits of a token; over the bytes that a
-# token stands for, they are comparable. So is memory: what a sequence holds, over the bytes of text that it has read.
+# token of the test split stands for, they are comparable. So is memory: what a sequence holds, over the bytes of text
+# that it has read.
 
 # %%
 rows = {}

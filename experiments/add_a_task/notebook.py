@@ -7,7 +7,7 @@
 #
 # `KVLAB_WORDS` in the environment adds words to every run: `train.num_steps=4 train.eval_every=4
 # train.checkpoint_every=4` shows that it runs, in place of some minutes. `KVLAB_TASK` does the same for fields of the
-# task, such as `seq_len=16 num_test=4`. Results lie in `results/default`.
+# task, such as `seq_len=16 num_test=4`, and `KVLAB_LAGS=2` takes one distance. Results lie in `results/default`.
 
 # %%
 import os
@@ -131,13 +131,13 @@ MEMORIES = {
     "window of 4": ["mixer=swa", "mixer.W.window=4", "mixer.W.num_kv_heads=1"],
     "Mamba-2": ["mixer=mamba2"],
 }
-LAGS = (2, 6, 12)
+LAGS = tuple(map(int, os.environ.get("KVLAB_LAGS", "2 6 12").split()))
 
 
 def asked(memory: str, lag: int):
     """One memory on the echo of some places ago."""
     steps = ["train.num_steps=400", "train.batch_size=32", "train.eval_every=400", "train.checkpoint_every=400"]
-    sections = compose([*MEMORIES[memory], *steps, *WORDS]).as_dict()
+    sections = compose([*MEMORIES[memory], *steps, "memory.page_size=4", *WORDS]).as_dict()
     return Config.build(sections | {"task": {"type": "echo", "lag": lag, **FIELDS}})
 
 
@@ -150,10 +150,11 @@ for memory in MEMORIES:
 
 # %% [markdown]
 # ## A picture
-# A window of w tokens holds the token of w - 1 places ago, and none before it.
+# A window of w tokens holds the token of w - 1 places ago, and none before it; the short convolution in front of each
+# layer adds two.
 
 # %%
-figure, panel = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+figure, panel = plt.subplots(figsize=(8.4, 4.0), layout="constrained")
 for memory in MEMORIES:
     records = [found[memory, lag] for lag in LAGS]
     held = records[-1].memory.allocated_bytes / records[-1].memory.batch_size / 1024
@@ -165,7 +166,7 @@ panel.axhline(records[0].quality.chance, color="0.4", ls=":", label="a guess")
 panel.set(xlabel="how many places ago", ylabel="accuracy", ylim=(-0.03, 1.03), title="Echo: how far back it reaches")
 panel.set_xticks(LAGS)
 panel.grid(alpha=0.25)
-panel.legend()
+figure.legend(loc="outside right upper")
 picture = Path(config.results_dir) / "add_a_task.png"
 figure.savefig(picture, dpi=130)
 print(picture)

