@@ -41,6 +41,9 @@ def test_a_task_of_ones_own(ran, monkeypatch):
         assert record.config["task"] == {
             "type": "echo", "lag": lag, "seq_len": 16, "vocab_size": 16, "num_validation": 4, "num_test": 4,
         }  # fmt: skip
+    alone = found["alone"]
+    assert alone.labels[0].tolist() == alone.tokens[0, :-3].tolist()
+    assert alone.label_positions[0].tolist() == list(range(3, 12))
     assert "lag = 12: must be in [1, 11], below seq_len" in printed
 
 
