@@ -18,6 +18,7 @@ from kvlab.lab.evaluations import SCORED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.mixers.latent import LatentConfig
 from kvlab.registry import Registry
 from kvlab.schema import json_schema
 from kvlab.selection import SELECTIONS
@@ -50,7 +51,8 @@ def all_schemas() -> dict[str, Node]:
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)
-    schemas["run.mixer.attention"] = json_schema(AttentionConfig)  # what a task brings for every layer of attention
+    for name, kind in (("attention", AttentionConfig), ("latent", LatentConfig)):
+        schemas[f"run.mixer.{name}"] = json_schema(kind)  # what a task brings for every layer of that type
     schemas["generate.memory"] = schemas["run.format"] = schemas["generate.format"] = json_schema(MemoryConfig)
     for name, registry in (("compression", COMPRESSIONS), ("selection", SELECTIONS)):
         schemas[f"run.{name}"] = schemas[f"generate.{name}"] = _method(name, registry)
