@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from kvlab.choices import at_once
 from kvlab.compose import RUN, compose, compose_capacity
 from kvlab.compression import COMPRESSIONS
 from kvlab.lab.provenance import outside
-from kvlab.lab.results import read_records
+from kvlab.lab.report import render_page
+from kvlab.lab.results import points, read_records
 from kvlab.lab.schemas import all_schemas
 from kvlab.ledger.replacement import POLICIES
 from kvlab.mixers import MIXERS
@@ -29,6 +31,7 @@ from kvlab.weights import load_checkpoint
 from kvlab.weights.architectures import read_architecture
 from kvlab.weights.families import FAMILIES
 from tests.engine.families import write_byte_folder
+from tests.lab.test_results import record
 from tests.plugins import EXAMPLE, declare, install_example
 
 REGISTRIES = (MIXERS, TASKS, METRICS, COMPRESSIONS, SELECTIONS, POLICIES, FAMILIES)
@@ -262,11 +265,11 @@ def test_a_package_is_run_from_the_command_line_and_its_results_say_so(tmp_path)
     assert done.returncode == 0, done.stderr
     records = read_records(tmp_path / "results")
     assert len(records) == 2
-    for record in records:
-        assert record.status == "done"
-        assert (record.quality.metric, record.quality.higher_is_better) == ("error_rate", False)
-        assert set(record.provenance.outside.values()) == {"kvlab-example 1.2"}
-        assert len(record.provenance.outside) == 5
+    for found in records:
+        assert found.status == "done"
+        assert (found.quality.metric, found.quality.higher_is_better) == ("error_rate", False)
+        assert set(found.provenance.outside.values()) == {"kvlab-example 1.2"}
+        assert len(found.provenance.outside) == 5
     shown = kvlab(folder, "show", tmp_path / "results")
     assert "error rate" in shown.stdout
     without = kvlab(tmp_path, "show", tmp_path / "results")  # they are read where the package is not, too
@@ -287,6 +290,15 @@ def test_completion_imports_neither_a_package_nor_jax(tmp_path):
     given = os.environ | {"PYTHONPATH": paths, "COMP_LINE": "kvlab run mixer=runn"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
     assert (done.stdout, done.stderr) == ("mixer=running_mean\n", "\n")
+
+
+def test_a_report_says_whose_code_a_run_took():
+    ours = record("mha")
+    taken = replace(ours.provenance, outside={"kvlab.mixers: mean": "kvlab-example 1.2"})
+    theirs = replace(record("mean"), provenance=taken)
+    page = render_page("made", [ours, theirs], points([ours, theirs]), [{}, {}])
+    assert "<td data-value='kvlab.mixers: mean of kvlab-example 1.2'>" in page
+    assert "outside kvlab" not in render_page("made", [ours], points([ours]), [{}])
 
 
 def test_options_are_the_folders_own_without_packages():
