@@ -1,12 +1,13 @@
 """What completes at once, read off parsers and folders: commands, options, and the choices of groups. Fields that
 were not composed before take Hydra, and seconds (`kvlab.lab.completion`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvlab.arguments import Parser
 from kvlab.files import shipped_folder
 from kvlab.known_fields import names_below
+from kvlab.outside import config_folders
 
 COMPOSING = {"run": ".", "plan": ".", "eval": ".", "generate": ".", "capacity": "capacity"}
 """Commands that take choices, and where in the folder of configurations their groups are."""
@@ -30,7 +31,8 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
     if command == "eval" and typed.partition("=")[0].partition(".")[0] in TRAINING:
         return []
     if command in COMPOSING:
-        found = _choices(shipped_folder("configs") / COMPOSING[command], typed)
+        folders = [shipped_folder("configs"), *(folder for _, folder in config_folders())]
+        found = _choices([folder / COMPOSING[command] for folder in folders], typed)
         return names_below(command, words[2:-1], typed) if found is None and typed else found
     if command == "reproduce":
         names = sorted(path.parent.name for path in shipped_folder("experiments").glob("*/figure.py"))
@@ -40,11 +42,12 @@ def at_once(line: str, commands: Mapping[str, Parser]) -> list[str] | None:
     return None if command in ASKING else []
 
 
-def _choices(groups: Path, typed: str) -> list[str] | None:
-    """The choices of the group that is being typed, without those before it; None for anything but a group."""
+def _choices(roots: Sequence[Path], typed: str) -> list[str] | None:
+    """The choices of the group that is being typed, without those before it; None for anything but a group, of which
+    the first root has all."""
     name, equals, value = typed.partition("=")
-    if not equals or not name.isidentifier() or not (groups / name).is_dir():
+    if not equals or not name.isidentifier() or not (roots[0] / name).is_dir():
         return None
     before, comma, last = value.rpartition(",")
-    names = sorted(path.stem for path in (groups / name).glob("*.yaml") if path.stem.startswith(last))
-    return [f"{name}={before}{comma}{each}" for each in names if each not in before.split(",")]
+    names = {path.stem for root in roots for path in (root / name).glob("*.yaml") if path.stem.startswith(last)}
+    return [f"{name}={before}{comma}{each}" for each in sorted(names) if each not in before.split(",")]

@@ -2,7 +2,6 @@
 names."""
 
 import contextlib
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
@@ -24,19 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kvlab import blueprint
 from kvlab.capacity.config import CapacityConfig
-from kvlab.capacity.presets import Preset
-from kvlab.compression import COMPRESSIONS
-from kvlab.config import Config, GenerateConfig, defaults
+from kvlab.config import Config, GenerateConfig
 from kvlab.files import shipped_folder
 from kvlab.hardware import HardwareConfig
+from kvlab.hydra_groups import files_twice, refuse_files_twice, register
 from kvlab.methods import METHODS, fields_for_some, fitting, for_their_methods
-from kvlab.mixers import MIXERS
 from kvlab.models.transformer import ModelConfig, dtype_for
+from kvlab.outside import config_folders
 from kvlab.schema import ConfigError, nearest
-from kvlab.selection import SELECTIONS
 from kvlab.spelling import elsewhere
 from kvlab.sweep_order import trainings_first
-from kvlab.tasks import TASKS
 from kvlab.weights.section import DETERMINED, refuse_beside, without_determined
 
 
@@ -80,9 +75,19 @@ class Root:
             if not name.startswith("override")
         ]
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where groups have their files: here, and in packages outside."""
+        return [self.path, *(folder / self.folder for _, folder in config_folders())]
+
     def options(self, group: str) -> list[str]:
         """Names of a group's choices."""
-        return sorted(path.stem for path in (self.path / group).glob("*.yaml"))
+        return sorted({path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")})
+
+    def file_of(self, group: str, choice: str) -> Path:
+        """The file of a choice; kvlab's own where there is none."""
+        paths = [folder / group / f"{choice}.yaml" for folder in self.folders]
+        return next((path for path in paths if path.is_file()), paths[0])
 
 
 SHORT = {"budget": "memory.budget", "format": "memory.format"}
@@ -108,35 +113,6 @@ CAPACITY = Root("capacity", "capacity", "kvlab capacity", ("compression", "selec
 GENERATE = Root("generate", ".", "kvlab generate")
 EVALUATE = Root("eval", ".", "kvlab eval")
 ROOTS = (RUN, CAPACITY, GENERATE)
-
-
-def register() -> None:
-    """Puts the dataclasses' defaults into Hydra's ConfigStore, as plain values: YAML groups say what differs."""
-    _register(*(tuple(registry.items()) for registry in (MIXERS, TASKS, COMPRESSIONS, SELECTIONS)))
-
-
-@functools.lru_cache(maxsize=1)
-def _register(*kinds: tuple[tuple[str, Any], ...]) -> None:
-    """Again only where a registry has others than before: it takes as long as reading all files of a config."""
-    mixers, tasks, compressions, selections = kinds
-    store = ConfigStore.instance()
-    store.store(name="defaults", node=defaults())
-    store.store(name="capacity_defaults", node=capacity_defaults())
-    store.store(name="generate_defaults", node=GenerateConfig.defaults())
-    for group, registry in (("mixer", mixers), ("task", tasks)):
-        for name, kind in registry:
-            store.store(group=f"{group}/type", name=name, node={"type": name, **kind.Config.defaults()})
-    for name, method in compressions:
-        store.store(group="compression/type", name=name, node={"type": name, **method.defaults()})
-    for name, method in selections:
-        store.store(group="selection/type", name=name, node={"type": name, **method.defaults()})
-
-
-def capacity_defaults() -> dict[str, Any]:
-    """The defaults of `kvlab capacity`; a model's name, size and layers come from its file alone."""
-    of_its_own = ("name", "source", "num_params")
-    model = {name: value for name, value in Preset.defaults().items() if name not in of_its_own}
-    return CapacityConfig.defaults() | {"model": model}
 
 
 @contextlib.contextmanager
@@ -173,6 +149,8 @@ def composed_of(overrides: Sequence[str], root: Root) -> dict[str, Any]:
     check_choices(overrides, root)
     with _hydra(root):
         try:
+            if twice := files_twice(root.path, root.folder):
+                refuse_files_twice(_chosen(overrides, root), twice)
             plain: Any = OmegaConf.to_container(hydra_compose(root.file, overrides=list(overrides)), resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
             raise _explained(list(overrides), error, root) from None
@@ -186,9 +164,14 @@ def _refuse_beside_weights(overrides: Sequence[str], composed: dict[str, Any]) -
     """Raises ConfigError where words, or an experiment, say something of the model that published weights determine:
     where a section is not what the task alone brings."""
     given = [word for word in overrides if word.lstrip("+~").split("=")[0].split(".")[0] in DETERMINED]
-    choices = hydra_compose(RUN.file, overrides=list(overrides), return_hydra_config=True).hydra.runtime.choices
-    plain: Any = OmegaConf.to_container(hydra_compose(RUN.file, overrides=[f"task={choices['task']}"]), resolve=True)
+    task = _chosen(overrides, RUN)["task"]
+    plain: Any = OmegaConf.to_container(hydra_compose(RUN.file, overrides=[f"task={task}"]), resolve=True)
     refuse_beside(given, composed, plain)
+
+
+def _chosen(overrides: Sequence[str], root: Root) -> dict[str, Any]:
+    """The choice of every group that is composed."""
+    return dict(hydra_compose(root.file, overrides=list(overrides), return_hydra_config=True).hydra.runtime.choices)
 
 
 def _with_fields(overrides: Sequence[str], root: Root) -> list[str]:
@@ -358,6 +341,9 @@ def _unknown_choice(overrides: Sequence[str], root: Root) -> ConfigError | None:
 def _no_such_choice(group: str, value: Any, root: Root) -> ConfigError:
     """Unknown here, though perhaps another command's."""
     legal = nearest(str(value), root.options(group))
+    for package, folder in config_folders():
+        if not folder.is_dir():
+            legal += f"; {package} has none: its folder {folder} is not there"
     for other in ROOTS:
         if value in other.options(group):
             return ConfigError(group, value, f"is for {other.commands} only; {legal}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlab.files import cache_folder, shipped_folder, write_atomic
+from kvlab.outside import source_files
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -43,7 +44,7 @@ def _names(node: dict[str, Any]) -> dict[str, Any]:
 
 def _path(command: str, finished: Sequence[str]) -> Path:
     """By the command, the words before, and when the code and the groups were last changed."""
-    files = [*_PACKAGE.rglob("*.py"), *shipped_folder("configs").rglob("*.yaml")]
+    files = [*_PACKAGE.rglob("*.py"), *shipped_folder("configs").rglob("*.yaml"), *source_files()]
     changed = max(path.stat().st_mtime_ns for path in files)
     said = json.dumps([str(_PACKAGE), command, list(finished), changed, len(files)])
     return cache_folder() / "fields" / f"{hashlib.sha256(said.encode()).hexdigest()[:24]}.json"

@@ -167,48 +167,6 @@ def plain(default: int | float | str | None, legal: str) -> Any:
     return _field(default, Annotated[kinds, Field(union_mode="left_to_right", description=legal)], True)
 
 
-def registered(registry: Mapping[str, type["Schema"]], noun: str, nothing: Sequence[str] = ("none",)) -> Any:
-    """A section {type: name, ...} whose `type` is one of a registry's names, such a name alone, or null, which a word
-    of `nothing` says as well."""
-
-    def chosen(value: object) -> object:
-        if value is None or value in nothing or isinstance(value, Schema):
-            return None if value in nothing else value
-        values: Any = {"type": value} if isinstance(value, str) else value
-        if not isinstance(values, Mapping):
-            raise ConfigError("", value, f"must be null, or a mapping with the type of {noun}")
-        fields = dict(cast(Mapping[str, object], values))
-        name = fields.pop("type", None)
-        if not isinstance(name, str) or name not in registry:
-            raise ConfigError("type", name, nearest(str(name), registry))
-        return registry[name].build(fields)
-
-    def schema() -> dict[str, Any]:
-        options = []
-        for name, kind in registry.items():
-            option = json_schema(kind)
-            option["properties"] = {"type": {"const": name}} | option["properties"]
-            options.append(option | {"required": ["type"]})
-        names = {"type": "string", "enum": [*nothing, *registry]}
-        return {
-            "anyOf": [*options, names, {"type": "null"}],
-            "description": f"null, or a mapping with the type of {noun}",
-        }
-
-    kind: Any = Annotated[Any, BeforeValidator(chosen), _LazySchema(schema)]
-    return field(default=None, metadata={"type": kind, "registry": registry})
-
-
-@dataclass(frozen=True)
-class _LazySchema:
-    """A JSON schema that is made when it is asked for: registries may grow after a section was declared."""
-
-    make: Callable[[], dict[str, Any]]
-
-    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
-        return self.make()
-
-
 class _Checked(abc.ABCMeta):
     """Making a section by hand validates its arguments as building it from a mapping does."""
 

@@ -22,7 +22,11 @@ def typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, 
     name = fields.pop("type", None)
     if not isinstance(name, str) or name not in registry:
         raise ConfigError(f"{path}.type", name, nearest(str(name), registry))
-    return name, registry[name].Config.build(fields, path)
+    try:
+        kind = registry[name]
+    except ConfigError as error:
+        raise error.under(path) from None
+    return name, kind.Config.build(fields, path)
 
 
 @dataclass(frozen=True)

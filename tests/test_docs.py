@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from tests.compression.test_contract import (
 from tests.compression.test_contract import test_permuting_slots_permutes_scores as permutes
 from tests.contracts import VARIANTS, assert_memory_equals_parallel
 from tests.engine.families import golden, write_folder
+from tests.plugins import EXAMPLE
 from tests.tasks.contracts import CONTRACT, SMALL
 from tests.weights.gguf_writer import write_pair
 from tests.weights.random_checkpoint import draw
@@ -176,6 +178,19 @@ def test_the_recipe_for_a_kernel_holds(monkeypatch, tmp_path):
     demand()
     for name in [name for name in sys.modules if name.startswith("pallas_kernels.page_bounds")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_the_page_on_packages_outside_quotes_one_that_is_run():
+    """docs/adding-from-outside.md: its lines are those of tests/plugin_package, which tests/test_outside.py
+    installs and runs, and its table has every group that there is."""
+    page = (ROOT / "docs" / "adding-from-outside.md").read_text()
+    (declared,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert (EXAMPLE / "pyproject.toml").read_text().endswith(f"\n{declared}")
+    groups = tomllib.loads(declared)["project"]["entry-points"]
+    assert re.findall(r"^\| `(kvlab\.\w+)` \|", page, re.MULTILINE) == list(groups)
+    (place,) = re.findall(r"^## The choices: `(.*)`$", page, re.MULTILINE)
+    (written,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert (EXAMPLE / place).read_text() == written
 
 
 def test_the_ledgers_page_runs():

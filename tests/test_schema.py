@@ -17,6 +17,7 @@ from kvlab.config import SECTIONS, GenerateConfig
 from kvlab.lab.schemas import all_schemas, write_schemas
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
+from kvlab.registry import Registry, registered
 from kvlab.schema import (
     ConfigError,
     Schema,
@@ -26,7 +27,6 @@ from kvlab.schema import (
     integer,
     real,
     reals,
-    registered,
     to_plain,
     validated,
     with_added,
@@ -145,12 +145,15 @@ def test_a_field_aside_is_never_part_of_an_identity_and_older_runs_lack_it():
     assert with_added(Beside, old) == {**old, "threads": 4}
 
 
+YOUNG = Registry("kvlab.nothing", Younger, {"young": Younger})
+
+
 @dataclass(frozen=True)
 class Chooses(Schema):
     """A section with a choice of a registry."""
 
     rate: float = real(0.5, 0.0, 1.0)
-    chosen: Younger | None = added(registered({"young": Younger}, "a kind"))  # noqa: RUF009
+    chosen: Younger | None = added(registered(YOUNG, "a kind"))  # noqa: RUF009
 
 
 def test_a_section_from_before_a_field_was_added_gets_its_default():
@@ -160,7 +163,12 @@ def test_a_section_from_before_a_field_was_added_gets_its_default():
     assert with_added(Chooses, {"chosen": {"type": "gone"}}) == {"chosen": {"type": "gone"}}
 
 
-SECTION_KINDS = [*SECTIONS.values(), *(kind.Config for kind in (MIXERS | TASKS).values()), GenerateConfig, MemoryConfig]
+SECTION_KINDS = [
+    *SECTIONS.values(),
+    *(kind.Config for kind in {**MIXERS, **TASKS}.values()),
+    GenerateConfig,
+    MemoryConfig,
+]
 
 
 @pytest.mark.parametrize("kind", SECTION_KINDS, ids=lambda kind: kind.__name__)

@@ -48,6 +48,8 @@ CHILDREN: dict[str, str] = {
     "tests/test_tiers.py::test_what_tests_take_is_written_down": "ci",
     "tests/test_wheel.py": "ci",
     "tests/test_on_gpu.py::test_a_window_leaves_lines_and_goes_on_where_it_stopped": "ci",
+    "tests/test_outside.py::test_a_package_is_run_from_the_command_line_and_its_results_say_so": "ci",
+    "tests/test_outside.py::test_completion_imports_neither_a_package_nor_jax": "ci",
     "tests/test_wrong_config.py::test_the_command_line_answers_in_one_line": "ci",
     "tests/ledger/test_ledger.py::test_the_ledger_imports_no_jax": "ci",
     "tests/test_cli.py::test_hydra_options_still_work": "ci",

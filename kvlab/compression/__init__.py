@@ -1,4 +1,5 @@
-"""Compressions by name. A new one is a file and its line here; no mixer and no memory knows of it."""
+"""Compressions by name. A new one is a file and its line here, or an entry point of another package; no mixer
+and no memory knows of it."""
 
 from kvlab.compression.base import Attended, Compression, Noted, Part, PassLens, Shape, Slots
 from kvlab.compression.budget import Budget
@@ -14,8 +15,9 @@ from kvlab.compression.snapkv import SnapKV
 from kvlab.compression.static import Random, Recency
 from kvlab.compression.streaming import Streaming
 from kvlab.compression.tova import TOVA
+from kvlab.registry import Registry
 
-COMPRESSIONS: dict[str, type[Compression]] = {
+OURS: dict[str, type[Compression]] = {
     method.name: method
     for method in (
         Random,
@@ -34,6 +36,7 @@ COMPRESSIONS: dict[str, type[Compression]] = {
         Oracle,
     )
 }
+COMPRESSIONS = Registry[type[Compression]]("kvlab.compressions", Compression, OURS, called="name")
 
 __all__ = [
     "COMPRESSIONS",

@@ -78,7 +78,7 @@ def _axes(start: tuple[str, ...]) -> tuple[str, ...]:
     for word in start:
         group, _, choice = word.partition("=")
         if group == "experiment":
-            values = yaml.safe_load((RUN.path / group / f"{choice}.yaml").read_text())
+            values = yaml.safe_load(RUN.file_of(group, choice).read_text())
             return tuple(values.get("hydra", {}).get("sweeper", {}).get("params", {}))
     return ()
 

@@ -115,7 +115,9 @@ def answer(
     found = [point for point in found if axis in point.bytes_per_sequence]
     if not found:
         raise ConfigError("axis", axis, "no finished run that is asked for has it")
-    metric = METRICS[found[0].metric]
+    metric = METRICS.get(found[0].metric)
+    if metric is None:
+        raise ConfigError("metric", found[0].metric, f"must be one of {', '.join(METRICS)}")
 
     def size(point: Point) -> float:
         return point.bytes_per_sequence[axis]

@@ -57,6 +57,5 @@ def _likeness(ours: Done, theirs: Done) -> int:
 
 def is_discriminative(metric: str, ceiling: float | None, chance: float | None, floor: float | None) -> bool | None:
     """`Metric.is_discriminative` for a metric by its name; None without a ceiling, or for one that is not known."""
-    if ceiling is None or metric not in METRICS:
-        return None
-    return METRICS[metric].is_discriminative(ceiling, chance, floor)
+    known = METRICS.get(metric)
+    return None if ceiling is None or known is None else known.is_discriminative(ceiling, chance, floor)

@@ -63,7 +63,7 @@ def _recorded(config: Config, run: Run, stop: StopRequest, **given: Any) -> str:
     """The run with its record: a failed run is a row with a reason, never a hole in the plot."""
     began = time.monotonic()
     known_attempt = run.known_attempt
-    origin = provenance()
+    origin = provenance(config)
     run.begin(origin)
     with followed(config) as follower:
         record = _record_of(config, run, stop, follower, origin, began, known_attempt=known_attempt, **given)

@@ -224,6 +224,7 @@ def _failed_row(record: Unfinished, label: str) -> dict[str, Any]:
 
 def _provenance_rows(records: Sequence[AnyRecord], labels: Labels) -> list[dict[str, Any]]:
     rows = []
+    has_outside = any(record.provenance and record.provenance.outside for record in records)
     for record in records:
         origin = record.provenance
         if origin is None:
@@ -233,6 +234,8 @@ def _provenance_rows(records: Sequence[AnyRecord], labels: Labels) -> list[dict[
         row = {"run": record.run_id, "variant": labels[id(record)], "seed": record.seed}
         row |= {"commit": commit, "device": f"{origin.device.get('kind')} x{origin.device.get('count')}"}
         row |= {"versions": versions, "XLA flags": origin.xla_flags, "wall s": record.wall_s}
+        if has_outside:
+            row["outside kvlab"] = ", ".join(f"{name} of {package}" for name, package in origin.outside.items())
         kernels = " ".join(f"{op}={name}" for op, name in origin.implementations.items())
         kernels += "".join(f" ({op}: {reason})" for op, reason in origin.passed_over.items())
         rows.append(row | {"kernels": kernels})

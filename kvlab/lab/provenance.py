@@ -1,21 +1,32 @@
-"""Where a number comes from: code, versions, device, flags and kernel implementations."""
+"""Where a number comes from: code, versions, device and flags."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from kvlab.lab.cards import FRACTION, VISIBLE
+from kvlab.compression import COMPRESSIONS
+from kvlab.config import Config
 from kvlab.lab.record import Provenance
+from kvlab.mixers import MIXERS
+from kvlab.registry import Registry
+from kvlab.schema import ConfigError
+from kvlab.selection import SELECTIONS
+from kvlab.tasks import TASKS
+from kvlab.tasks.metrics import METRICS
+from kvlab.weights.families import FAMILIES
 
 PACKAGES = ("kvlab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "hydra-core")
 
 
-def provenance() -> Provenance:
-    """Everything but the config and the implementations that a run takes, as of now."""
+def provenance(config: Config) -> Provenance:
+    """Everything but the config itself and the implementations that a run takes, as of now."""
     commit, dirty = _git()
     device = jax.devices()[0]
     return Provenance(
@@ -31,6 +42,7 @@ def provenance() -> Provenance:
             **(_cards() if device.platform == "gpu" else {}),
         },
         xla_flags=os.environ.get("XLA_FLAGS", ""),
+        outside=outside(config),
     )
 
 
@@ -38,6 +50,23 @@ def _cards() -> dict[str, str]:
     """Which cards the process sees, and the fraction of their memory that JAX may take, where the environment says."""
     named = {"cards": VISIBLE, "memory_fraction": FRACTION}
     return {name: os.environ[variable] for name, variable in named.items() if variable in os.environ}
+
+
+def outside(config: Config) -> dict[str, str]:
+    """What a run takes of packages outside, by the group and name of its entry point: their names and versions."""
+    used: list[tuple[Registry[Any], str]] = [(MIXERS, layer.mixer) for layer in config.layers()]
+    used += [(TASKS, config.task_name), (METRICS, config.make_task().metric.name)]
+    if config.trained_on is not None:
+        used.append((TASKS, config.trained_on.task_name))
+    if config.memory.compression is not None:
+        used.append((COMPRESSIONS, config.memory.compression.name))
+    if config.memory.selection is not None:
+        used.append((SELECTIONS, config.memory.selection.name))
+    if config.weights.path is not None:
+        with suppress(ConfigError):  # a folder that is gone by now is the run's to tell
+            used.append((FAMILIES, config.weights.architecture().family))
+    found = {f"{registry.group}: {name}": registry.package(name) for registry, name in used}
+    return {name: package for name, package in found.items() if package is not None}
 
 
 def _version(package: str) -> str | None:

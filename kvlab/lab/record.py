@@ -18,7 +18,9 @@ from kvlab.memory.naming import FULL, choice_of
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where a number comes from: code, versions, device, flags, the implementations taken and why others were not."""
+    """Where a number comes from: code, versions, device, flags, the implementations taken and why others were not.
+    `outside` has what of the configuration is no part of kvlab, such as "kvlab.mixers: average", and whose it is, with
+    its version."""
 
     git_commit: str | None
     git_dirty: bool | None
@@ -27,6 +29,7 @@ class Provenance:
     xla_flags: str
     implementations: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

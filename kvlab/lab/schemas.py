@@ -6,7 +6,6 @@ They are made from the dataclasses that validate a run. In VS Code with the YAML
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from kvlab.lab.evaluations import SCORED
 from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
-from kvlab.schema import Schema, json_schema
+from kvlab.mixers.latent import LatentConfig
+from kvlab.registry import Registry
+from kvlab.schema import json_schema
 from kvlab.selection import SELECTIONS
 from kvlab.tasks import TASKS
 
@@ -51,7 +52,8 @@ def all_schemas() -> dict[str, Node]:
     schemas |= {f"run.{name}": node for name, node in groups.items()}
     for name, kind in (("model", Preset), ("memory", ServingMemory), ("workload", WorkloadConfig)):
         schemas[f"capacity.{name}"] = json_schema(kind)
-    schemas["run.mixer.attention"] = json_schema(AttentionConfig)  # what a task brings for every layer of attention
+    for name, kind in (("attention", AttentionConfig), ("latent", LatentConfig)):
+        schemas[f"run.mixer.{name}"] = json_schema(kind)  # what a task brings for every layer of that type
     schemas["generate.memory"] = schemas["run.format"] = schemas["generate.format"] = json_schema(MemoryConfig)
     for name, registry in (("compression", COMPRESSIONS), ("selection", SELECTIONS)):
         schemas[f"run.{name}"] = schemas[f"generate.{name}"] = _method(name, registry)
@@ -68,18 +70,18 @@ def write_schemas(folder: Path) -> list[Path]:
     return paths
 
 
-def _by_type(registry: Mapping[str, Any]) -> list[Node]:
+def _by_type(registry: Registry[Any]) -> list[Node]:
     """The section of each registered name, with its `type`, which a defaults list may bring as well."""
     found = []
-    for name, kind in registry.items():
+    for name, kind in registry.usable().items():
         node = json_schema(kind.Config)
         found.append(node | {"properties": {"type": {"const": name}, **node["properties"]}})
     return found
 
 
-def _method(name: str, registry: Mapping[str, type[Schema]]) -> Node:
+def _method(name: str, registry: Registry[Any]) -> Node:
     """A choice of how a memory is kept: its fields, or null under the name of the group."""
-    options = [json_schema(kind) for kind in registry.values()]
+    options = [json_schema(kind) for kind in registry.usable().values()]
     nothing: Node = {"type": "object", "properties": {name: {"type": "null"}}, "additionalProperties": False}
     return {"anyOf": [*options, nothing]}
 

@@ -166,7 +166,7 @@ class Training:
                 self.discard()
         half = {"run_id": self.config.run_id, **self.config.training_half}
         write_atomic(self.directory / "training.yaml", yaml.safe_dump(half, sort_keys=False))
-        write_json(self.directory / "provenance.json", asdict(provenance()))
+        write_json(self.directory / "provenance.json", asdict(provenance(self.config)))
         self.say("running", attempt)
         return attempt
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from kvlab.ledger.trie import CachedPage
+from kvlab.registry import Registry
 
 type Order = tuple[int | float, ...]
 
@@ -174,7 +175,7 @@ def belady(uses: Mapping[bytes, Sequence[int]]) -> Callable[[int], Policy]:
     return lambda capacity: Belady(capacity, uses)
 
 
-POLICIES: dict[str, Callable[[int], Policy]] = {
+OURS: dict[str, Callable[[int], Policy]] = {
     "lru": LRU,
     "fifo": FIFO,
     "lfu": LFU,
@@ -182,4 +183,5 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
     "s3fifo": S3FIFO,
     "cost_aware": CostAware,
 }
+POLICIES = Registry[Callable[[int], Policy]]("kvlab.policies", Policy, OURS, field="policy")
 """Policies that need no knowledge of the future, by name."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from kvlab.compression import COMPRESSIONS, Compression
 from kvlab.compression.budget import LEGAL, Budget
 from kvlab.ledger.states import QUANTISED, ROTATED
-from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain, registered
+from kvlab.registry import registered
+from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, plain
 from kvlab.selection import SELECTIONS, Selection
 
 SEALED = {"kivi4": 4, "kivi2": 2}

@@ -1,5 +1,5 @@
 """Sequence mixers by name. A new one is a file, a line here, a YAML in `configs/mixer` and a row in the contract
-matrix."""
+matrix; or an entry point of another package."""
 
 from kvlab.mixers.attention import Attention
 from kvlab.mixers.base import LayerMemory, Mixer, MixerConfig
@@ -9,8 +9,9 @@ from kvlab.mixers.linear import LinearAttention
 from kvlab.mixers.mamba2 import Mamba2
 from kvlab.mixers.mamba3 import Mamba3
 from kvlab.mixers.rglru import RGLRU
+from kvlab.registry import Registry
 
-MIXERS: dict[str, type[Mixer]] = {
+OURS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "indexed": Indexed,
     "latent": LatentAttention,
@@ -19,6 +20,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba3": Mamba3,
     "rglru": RGLRU,
 }
+MIXERS = Registry[type[Mixer]]("kvlab.mixers", Mixer, OURS)
 
 __all__ = [
     "MIXERS",

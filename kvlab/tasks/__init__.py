@@ -1,5 +1,6 @@
-"""Tasks by name."""
+"""Tasks by name. A new one is a file, a line here and a YAML; or an entry point of another package."""
 
+from kvlab.registry import Registry
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.mad import Mad
 from kvlab.tasks.mqar import Mqar
@@ -9,7 +10,7 @@ from kvlab.tasks.perplexity import Perplexity
 from kvlab.tasks.state_tracking import StateTracking
 from kvlab.tasks.text import Text
 
-TASKS: dict[str, type[Task]] = {
+OURS: dict[str, type[Task]] = {
     "mqar": Mqar,
     "text": Text,
     "perplexity": Perplexity,
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task]] = {
     "state_tracking": StateTracking,
     "mad": Mad,
 }
+TASKS = Registry[type[Task]]("kvlab.tasks", Task, OURS)
 
 __all__ = [
     "TASKS",

@@ -1,4 +1,5 @@
-"""Metrics: each is one object that says everything about itself. A new one is one more object, here.
+"""Metrics: each is one object that says everything about itself. A new one is one more object, here, or an entry point
+of another package.
 
 Scoring sums; a metric makes its number of the sums. Training asks it what is better, evaluation what still counts as
 equal, plots and tables how people call it.
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+
+from kvlab.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +161,12 @@ PERPLEXITY = Metric(
     chance=float,
 )
 
-METRICS = {metric.name: metric for metric in (ACCURACY, BITS_PER_BYTE, PERPLEXITY)}
+OURS = {metric.name: metric for metric in (ACCURACY, BITS_PER_BYTE, PERPLEXITY)}
+METRICS = Registry[Metric]("kvlab.metrics", Metric, OURS, is_made=True, called="name", field="metric")
 """By the name that records carry."""
 
 
 def metric_label(name: str) -> str:
     """How people call a metric of a record; a metric that is not known here keeps its name."""
-    return METRICS[name].label if name in METRICS else name
+    metric = METRICS.get(name)
+    return name if metric is None else metric.label

@@ -19,12 +19,15 @@ def read_architecture(values: Mapping[str, Any], dtype: str) -> tuple[Architectu
     """The architecture of a config.json, or every reason why it cannot be built."""
     values = {name: untagged(value) for name, value in values.items()}
     name = values.get("model_type")
-    if isinstance(name, str) and name in NOT_BUILT:
+    if isinstance(name, str) and name in NOT_BUILT and name not in FAMILIES:
         return None, [f"config.json: model_type = {shown(name)}: is not built here: {NOT_BUILT[name]}"]
     if not isinstance(name, str) or name not in FAMILIES:
         return None, [f"config.json: model_type = {shown(name)}: {nearest(str(name), FAMILIES)}"]
     found: list[str] = []
-    family = FAMILIES[name]
+    try:
+        family = FAMILIES[name]
+    except ConfigError as error:
+        return None, [f"config.json: {error}"]
     file = read_part(family.File, values, found)
     context_len = read_context(values, family.context_field, found)
     rope = read_rope(values, found, family.rope_fraction) if family.has_rope else DefaultRope()

@@ -82,7 +82,7 @@ def finished(made_once, tmp_path):
         training.finish(Trained(report, 0.5, 1.0), params, 1, 0)
         run = Run(config)
         run.directory.mkdir(parents=True)
-        run.begin(provenance())
+        run.begin(provenance(config))
         point_to(training, run.directory)
 
     return small(shutil.copytree(made_once("untrained_runs", make), tmp_path / "results"))

@@ -1,7 +1,8 @@
-"""The families of published checkpoints that are read and written: a file each."""
+"""The families of published checkpoints that are read and written: a file each, or a class of another package."""
 
 from typing import Any
 
+from kvlab.registry import Registry
 from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
 from kvlab.weights.families.gemma import Gemma
@@ -32,7 +33,14 @@ READ: tuple[type[Family[Any]], ...] = (
     OlmoHybrid,
     KimiLinear,
 )
-FAMILIES: dict[str, Family[Any]] = {family.model_type: family() for family in READ}
+FAMILIES = Registry[Family[Any]](
+    "kvlab.families",
+    Family,
+    {family.model_type: family() for family in READ},
+    called="model_type",
+    made=lambda family: family(),
+    field="model_type",
+)
 """By the `model_type` of config.json."""
 
 NOT_BUILT = {
