@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 
-from kvlab.lab.cards import FRACTION, VISIBLE
 from kvlab.compression import COMPRESSIONS
 from kvlab.config import Config
+from kvlab.lab.cards import FRACTION, VISIBLE
 from kvlab.lab.record import Provenance
 from kvlab.mixers import MIXERS
 from kvlab.registry import Registry

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvlab.compose import compose
 from kvlab.lab import cards, provenance
 from kvlab.lab.cards import Share, shares, take_share, variables, visible
 from kvlab.lab.sweeps import has_workers
@@ -106,10 +107,11 @@ def test_who_leads_workers_holds_nothing_beforehand(monkeypatch):
 
 @pytest.mark.parametrize(("platform", "said"), [("gpu", {"cards": "1", "memory_fraction": "0.45"}), ("cpu", {})])
 def test_a_record_says_which_card_it_was(platform, said, monkeypatch):
+    config = compose(SMALL)
     device = SimpleNamespace(platform=platform, device_kind="a kind")
     monkeypatch.setattr(provenance, "jax", SimpleNamespace(devices=lambda: [device], device_count=lambda: 1))
     monkeypatch.setattr(os, "environ", {**os.environ, **variables(Share("1", 0.45), {})})
-    found = provenance.provenance().device
+    found = provenance.provenance(config).device
     assert {name: found[name] for name in ("cards", "memory_fraction") if name in found} == said
 
 
