@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from kvlab.evaluation.measure import AXES
+from kvlab.evaluation.measure import per_sequence
 from kvlab.lab.labels import flatten
 from kvlab.lab.record import Done
 from kvlab.lab.results import read_metrics, read_records
@@ -34,8 +34,7 @@ def to_tensorboard(results: Path, output: Path) -> list[Path]:
             if isinstance(record, Done):
                 steps = record.training.num_steps
                 writer.add_scalar(f"quality/{record.quality.metric}", record.quality.value, steps)
-                for axis in AXES:
-                    if (size := getattr(record.memory, axis)) is not None:
-                        writer.add_scalar(f"memory/{axis}", size, steps)
+                for axis, size in per_sequence(record.memory).items():
+                    writer.add_scalar(f"per_sequence/{axis}", size, steps)
         written.append(folder)
     return written

@@ -272,7 +272,7 @@ def test_layers_that_share_hold_nothing_and_read_as_much():
     context = Context(4000, 3000)
     serving = Serving.of(replace(config, model=sharing(1, 6)), 4096, context)
     assert serving.mixing_flops(context) == 3 * flops[0] + 9 * flops[1]
-    assert sharing(1, 6).read_bytes(4000, "bfloat16") == shared.read_bytes
+    assert sharing(1, 6).moved_bytes(4000, "bfloat16") == shared.read_bytes
     assert sharing(1, 6).num_layers == 12
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(one_answer(replace(config, model=sharing(1, 6)), shared))
