@@ -313,3 +313,10 @@ def test_a_group_that_finds_no_source_is_refused():
     with pytest.raises(ConfigError, match="must be false for kind recurrent"):
         LayerGroup.build({"kind": "recurrent", "state_shape": [4, 4], "shares_kv": True})
     assert all(state is not None for state in replace(sharing(1, 1), variant="recurrent").states("bfloat16"))
+
+
+def test_capacity_reads_a_state_once_as_records_do():
+    """Decoding a token of Mamba-2 reads the state and writes it back: what is read is what is held, what is moved twice
+    that."""
+    answer = estimate(compose_capacity(["model=mamba2-2.7b", "hardware=h100", "simulate=false"]))
+    assert answer.read_bytes == answer.sequence_bytes == answer.held_bytes

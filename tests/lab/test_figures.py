@@ -10,9 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kvlab.capacity.estimate import estimate
 from kvlab.cli import main
-from kvlab.compose import compose, compose_capacity
+from kvlab.compose import compose
 from kvlab.evaluation.measure import AXES
 from kvlab.lab.ceilings import Ceilings
 from kvlab.lab.choose import Runs
@@ -28,6 +27,9 @@ from kvlab.lab.results import load, points, read_metrics, read_records
 from kvlab.lab.tables import SIZES, as_cell
 from kvlab.schema import ConfigError
 from kvlab.units import human_bytes, readable
+
+pytestmark = pytest.mark.slow
+"""Of the runs, which all of these read."""
 
 WORDS = ["debug=tiny", "model.model_dim=16", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
          "task.test=[16:2,24:3]", "memory.page_size=4", "memory.chunk_len=4"]  # fmt: skip
@@ -235,13 +237,6 @@ def test_tensorboard_has_bytes_of_a_sequence(folder, found, tmp_path):
         point = next(each for each in found["points"].values() if board.name[-10:] in each.run_ids)
         for axis, size in point.bytes_per_sequence.items():
             assert said[f"per_sequence/{axis}"] == size
-
-
-def test_capacity_reads_a_state_once_as_records_do():
-    """Decoding a token of Mamba-2 reads the state and writes it back: what is read is what is held, what is moved twice
-    that."""
-    answer = estimate(compose_capacity(["model=mamba2-2.7b", "hardware=h100", "simulate=false"]))
-    assert answer.read_bytes == answer.sequence_bytes == answer.held_bytes
 
 
 def test_a_format_is_refused_for_a_finished_run_without_tokens(folder, found):
