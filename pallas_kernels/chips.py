@@ -34,6 +34,8 @@ class Target:
     backend: str
     bandwidth: float
     description: str
+    architecture: str = ""
+    """Of GPUs: chips of one architecture get the same machine code, of the same multiprocessors."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -43,7 +45,7 @@ class Target:
 
 def _gpu(name: str, full_name: str, bandwidth: float, memory: int, cores: int, major: int) -> Target:
     description = GPU_DESCRIPTION.format(name=full_name, bandwidth=bandwidth, memory=memory, cores=cores, major=major)
-    return Target(name, "gpu", bandwidth, description)
+    return Target(name, "gpu", bandwidth, description, f"{major}, {cores} multiprocessors")
 
 
 TARGETS = {

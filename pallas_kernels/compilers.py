@@ -40,8 +40,8 @@ def platforms_of(target: Target) -> dict[str, Any]:
     return {"lowering_platforms": ("cuda",)} if target.backend == "gpu" else {}
 
 
-def compiled_for(target: Target, call: Call) -> tuple[Any, int]:
-    """What a target's compiler makes of a call, and the bytes that it keeps on chip."""
+def lowered_for(target: Target, call: Call) -> tuple[Any, int]:
+    """A call as the program that a target's compiler gets, and the bytes that it keeps on chip."""
     import jax
 
     def in_context(*arrays: Any) -> Any:
@@ -49,7 +49,7 @@ def compiled_for(target: Target, call: Call) -> tuple[Any, int]:
             return call.run(*arrays)
 
     traced = jax.jit(in_context, donate_argnums=call.donated).trace(*call.arrays)
-    return traced.lower(**platforms_of(target)).compile(), on_chip_bytes(traced.jaxpr.jaxpr)
+    return traced.lower(**platforms_of(target)), on_chip_bytes(traced.jaxpr.jaxpr)
 
 
 def on_chip_bytes(jaxpr: Any) -> int:

@@ -4,10 +4,13 @@
 
 `make kernels-check` does. With `--cases`, the cases that the bench would run on such a chip are compiled too, or only
 lowered (`lowering`). Each target is compiled in a process of its own, since the compilers speak to standard error and
-remember their platform. They come from `pallas_kernels/compilers.txt`, in an environment apart; where one is missing,
-that is the answer."""
+remember their platform. Chips of one architecture (H100 and H200) get the same kernels: a program that is, to the
+letter, one that was compiled for the other is not compiled twice. The compilers come from
+`pallas_kernels/compilers.txt`, in an environment apart; where one is missing, that is the answer.
+"""
 
 import argparse
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -17,17 +20,19 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import lowering
 from pallas_kernels.chips import DIMS, KIVI, TARGETS, Shape, Target
-from pallas_kernels.compilers import Overheard, compiled_for, estimate_us, resources, sharding_of
+from pallas_kernels.compilers import Overheard, estimate_us, lowered_for, resources, sharding_of
 from pallas_kernels.lowering import Lowered
 from pallas_kernels.ops import OPS, shapes
 
@@ -77,12 +82,15 @@ def wanted_cases(target: Target, num_generated: int, only: str) -> list[lowering
     return [case for case in lowering.cases(target, num_generated) if only.lower() in case.name.lower()]
 
 
-def compile_for(target: Target, dims: Sequence[int] = DIMS, only: str = "") -> list[Compiled]:
-    """The shapes of the target's backend, in a process of its own. A compiler that is missing is each one's error."""
+def compile_for(
+    target: Target, dims: Sequence[int] = DIMS, only: str = "", known: Path | None = None
+) -> list[Compiled]:
+    """The shapes of the target's backend, in a process of its own. A compiler that is missing is each one's error. The
+    folder `known` has what programs of other chips compiled to (`Known`)."""
     wanted = wanted_shapes(target, dims, only)
     if reason := missing(target):
         return [Compiled(target.name, shape, error=reason) for shape in wanted]
-    said = _ask(target, "--only", only, "--dims", *map(str, dims))
+    said = _ask(target, "--only", only, *(["--known", str(known)] if known else []), "--dims", *map(str, dims))
     found = [Compiled(shape=Shape(**own.pop("shape")), **own) for own in _read(said)]
     done = {outcome.shape for outcome in found}
     return found + [Compiled(target.name, shape, error=_last_words(said)) for shape in wanted if shape not in done]
@@ -130,23 +138,45 @@ def _last_words(said: str) -> str:
     return (said.strip().splitlines() or ["the compiler's process said nothing"])[-1]
 
 
-def _work(target: Target, dims: Sequence[int], only: str) -> None:
+class Known:
+    """A folder of what programs compiled to, a file each, by their text and the chip's architecture; None: nothing is
+    known, and nothing kept. Only what compiled is kept, so an error is each chip's own."""
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+
+    def __call__(self, target: Target, program: str, compile_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a program compiles to: what the folder says, or else what `compile_it` answers."""
+        if self._folder is None or not target.architecture:
+            return compile_it()
+        digest = hashlib.sha256(f"{target.architecture}\n{program}".encode()).hexdigest()
+        path = self._folder / f"{digest}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        path.write_text(json.dumps(found := compile_it()))
+        return found
+
+
+def _compiled(target: Target, lowered: Any) -> dict[str, Any]:
+    """What the compiler makes of a program, and what it says of it."""
+    with Overheard() as heard:
+        compiled = lowered.compile()
+        found = {"temp_bytes": compiled.memory_analysis().temp_size_in_bytes, "estimate_us": estimate_us(compiled)}
+    return found | (resources(heard.text) if target.backend == "gpu" else {})
+
+
+def _work(target: Target, dims: Sequence[int], only: str, known: Known) -> None:
     """In the worker: compiles every shape and prints a line for each."""
     sharding = sharding_of(target)
     for shape in wanted_shapes(target, dims, only):
         began = time.perf_counter()
         outcome: dict[str, Any] = {"target": target.name, "shape": asdict(shape)}
-        with Overheard() as heard:
-            try:
-                call = OPS[shape.op].call(shape, target, sharding)
-                compiled, outcome["on_chip_bytes"] = compiled_for(target, call)
-                outcome["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-                outcome["estimate_us"] = estimate_us(compiled)
-            except Exception as error:  # whatever a compiler refuses is an answer
-                outcome["error"] = re.sub(r".*error +: ", "", str(error).strip().splitlines()[0])
+        try:
+            lowered, outcome["on_chip_bytes"] = lowered_for(target, OPS[shape.op].call(shape, target, sharding))
+            outcome |= known(target, lowered.as_text(), partial(_compiled, target, lowered))
+        except Exception as error:  # whatever a compiler refuses is an answer
+            outcome["error"] = re.sub(r".*error +: ", "", str(error).strip().splitlines()[0])
         outcome["seconds"] = time.perf_counter() - began
-        if target.backend == "gpu" and "error" not in outcome:
-            outcome |= resources(heard.text)
         print(f"{MARK}{json.dumps(outcome)}", flush=True)
 
 
@@ -233,6 +263,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", help=f"some of {', '.join(TARGETS)}; all, if none is named")
     parser.add_argument("--worker", choices=TARGETS, help=argparse.SUPPRESS)
+    parser.add_argument("--known", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--dims", type=int, nargs="+", choices=DIMS, default=DIMS, help="head dims (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="what has this text in its row, or its case's name")
     parser.add_argument("--cases", type=int, help="the bench's cases as well: named ones, and so many drawn of each op")
@@ -252,7 +283,7 @@ def main() -> int:
         _work_cases(TARGETS[options.worker], options.cases, options.only, is_compiled=not options.lower)
         return 0
     if options.worker:
-        _work(TARGETS[options.worker], options.dims, options.only)
+        _work(TARGETS[options.worker], options.dims, options.only, Known(options.known))
         return 0
     chosen = [TARGETS[name] for name in options.targets or TARGETS]
     with_cases = generations(chosen) if options.cases is not None else []
@@ -261,7 +292,7 @@ def main() -> int:
         compiled, lowered = [], []
         for target in chosen:
             if target.backend == backend:
-                compiled += (now := compile_for(target, options.dims, options.only))
+                compiled += (now := compile_for(target, options.dims, options.only, known))
                 print(markdown(now).split("\n", 2)[2], end="", flush=True)
                 if target in with_cases:
                     lowered += (these := lower_for(target, options.cases, options.only, is_compiled=not options.lower))
@@ -269,7 +300,11 @@ def main() -> int:
                     print(f"{target.name}: {said} {'lowered' if options.lower else 'compiled'}", flush=True)
         return compiled, lowered
 
-    with ThreadPoolExecutor(2) as pool:  # the compilers of the two run side by side
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(2) as pool,  # the compilers of the two run side by side
+    ):
+        known = Path(folder)
         compiled, lowered = (
             list(itertools.chain(*parts)) for parts in zip(*pool.map(of_backend, ("gpu", "tpu")), strict=True)
         )

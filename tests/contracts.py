@@ -68,7 +68,7 @@ VARIANTS |= {
     }.items()
 }
 _latent = {"num_heads": 3, "rank": 6, "rope_dim": 2, "head_dim": 5, "value_dim": 4}
-VARIANTS["latent"] = [LayerConfig("latent", LatentConfig(**_latent, query_rank=7))]
+VARIANTS["latent"] = [LayerConfig("latent", LatentConfig(**_latent, query_rank=7, local_start=1.0))]
 VARIANTS["latent_nope"] = [LayerConfig("latent", LatentConfig(**_latent | {"rope_dim": 3}, rope=False, short_conv=2))]
 _index = {"num_kv_heads": 2, "index_heads": 3, "index_dim": 6}
 VARIANTS |= {

@@ -194,6 +194,7 @@ def test_there_are_enough_wrong_configs():
     assert len(WRONG) >= 40
 
 
+@pytest.mark.ci
 def test_every_field_refuses_wrong_types():
     """Every leaf of a config x {string, list, mapping, NaN}: refused, or legal by its own schema; never another
     error."""

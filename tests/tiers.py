@@ -33,10 +33,10 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows and ids that stand for no test, once the whole suite is collected."""
 
-SHARES = {"fast": 0.9, "ci": 2.0}
+SHARES = {"fast": 0.9, "ci": 1.5}
 """Processor seconds of all cases of a function in a tier, and of its first case where that alone takes more: of tests
 that cannot be cut, `ci` takes those of up to `LONGEST`."""
-LONGEST = 8.0
+LONGEST = 5.0
 
 SECONDS = Path(__file__).parent / "seconds.json"
 """Of each test, by id; null: it was too dear to be measured, and is `slow`."""

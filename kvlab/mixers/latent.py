@@ -24,7 +24,8 @@ class LatentConfig(MixerConfig):
     key of `rope_dim`, which all heads share. A head's keys have `head_dim` numbers beside that, its values `value_dim`.
     Queries are compressed to `query_rank` numbers first; 0: they are projected as they are. Without `rope` nothing is
     turned (Kimi Linear, arXiv 2510.26692). `rope_scaling` is that of `AttentionConfig`. Scores are multiplied with
-    `scale` (null: (head_dim + rope_dim) ** -0.5); behind YaRN DeepSeek has a larger one.
+    `scale` (null: (head_dim + rope_dim) ** -0.5); behind YaRN DeepSeek has a larger one. `local_start` is that of
+    `AttentionConfig`, of what is turned.
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -37,9 +38,13 @@ class LatentConfig(MixerConfig):
     rope_base: float = real(10_000.0, 1.0, 1e15)
     rope_scaling: tuple[float, ...] = reals((), 0.0, 1e9, open_low=True)
     scale: float | None = added(real(None, 0.0, 1e3, open_low=True, optional=True))
+    local_start: float = added(real(0.0, 0.0, 100.0))
 
     def cross_check(self) -> None:
         super().cross_check()
+        if self.local_start and not self.rope:
+            legal = "must be 0 without rope: nothing else tells near from far"
+            raise ConfigError("local_start", self.local_start, legal)
         check_scaling(self.rope_scaling, self.rope_base)
         if self.rope and self.rope_dim % 2:
             raise ConfigError("rope_dim", self.rope_dim, "must be even to be turned, or rope false")
@@ -77,6 +82,9 @@ class LatentAttention(Mixer):
         self.row_norm = RMSNorm(config.rank, eps=config.norm_eps)
         self.expand = linear(config.rank, heads * (config.head_dim + config.value_dim))
         self.out = linear(heads * config.value_dim, model_dim)
+        if config.local_start:
+            start = jnp.zeros(config.rope_dim).at[: config.rope_dim // 2].set(config.local_start)
+            self.query_start, self.key_start = nnx.Param(start), nnx.Param(start)
         self.config, self.dtype = config, dtype
 
     def states(self) -> dict[str, State]:
@@ -95,6 +103,9 @@ class LatentAttention(Mixer):
         plain, turned_queries = jnp.split(queries, [config.head_dim], axis=-1)
         compressed, turned_key = jnp.split(self.row(x)[:, :, None], [config.rank], axis=-1)
         compressed = self.row_norm(compressed)
+        if config.local_start:
+            turned_queries = turned_queries + self.query_start[...].astype(x.dtype)[None, None, None, :]
+            turned_key = turned_key + self.key_start[...].astype(x.dtype)[None, None, None, :]
         if config.rope:
             cos, sin = rotary_angles(positions, config.rope_dim, config.rope_base, config.rope_scaling)
             turned_queries, turned_key = rotate(turned_queries, cos, sin), rotate(turned_key, cos, sin)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.masking import Scoring, masked_softmax, share_of_tokens
+from pallas_kernels.products import scores_of, weighted
 from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
@@ -35,15 +36,10 @@ def flash_attention(
         end = min(start + BLOCK_LEN, seq_len)
         # With sinks the band would be two intervals; one interval from 0 is simpler and right.
         first = 0 if scoring.num_sinks else max(0, scoring.visible.earliest(start))
-        scores = jnp.einsum(
-            "bkgtd,bksd->bkgts",
-            grouped[:, :, :, start:end],
-            keys[:, :, first:end],
-            preferred_element_type=jnp.float32,
-        )
+        scores = scores_of(grouped[:, :, :, start:end], keys[:, :, first:end])
         seen = scoring.visible.sees(positions[start:end, None], positions[None, first:end])
         weights, log_sums = masked_softmax(scoring.capped(scores), seen[None, None, None])
         if sink_logits is not None:
             weights = weights * share_of_tokens(log_sums, sink_logits)[..., None]
-        outputs.append(jnp.einsum("bkgts,bksd->btkgd", weights.astype(values.dtype), values[:, :, first:end]))
-    return jnp.concatenate(outputs, axis=1).reshape(batch, seq_len, num_heads, value_dim)
+        outputs.append(weighted(weights.astype(values.dtype), values[:, :, first:end]))
+    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, seq_len, num_heads, value_dim)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.linear_scan.inverse import unit_lower_inverse
+from pallas_kernels.products import product, product_with_rows
 from pallas_kernels.typing import Float
 
 CHANNEL_CHUNK = 16
@@ -40,25 +42,27 @@ def linear_scan(
     since_begin, to_end = jnp.exp(total), jnp.exp(total[..., -1:, :] - total)
 
     put, erased = weight * values, weight * keys * since_begin
+    rows = [queries, keys] if rule == "delta" else [queries]
+    scores, *found = jnp.split(_pairs(jnp.concatenate(rows, axis=3), keys, total), len(rows), axis=3)
     if rule == "delta":
         # Token i adds beta_i (v_i - what k_i finds): of the state before the chunk, and of what was added in it.
-        found = weight * _pairs(keys, keys, total, strictly=True)
-        solved = unit_lower_inverse(found) @ jnp.concatenate([put, erased], axis=-1)
+        found = jnp.tril(weight * found[0], -1)
+        solved = product(unit_lower_inverse(found), jnp.concatenate([put, erased], axis=-1))
         put, erased = jnp.split(solved, [value_dim], axis=-1)
 
     def next_chunk(state: Array, chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         asked, scores, added, removed, carried, kept = chunk
         if rule == "delta":
-            added = added - removed @ state
-        outputs = asked @ state + scores @ added
-        return state * kept[..., None] + carried.swapaxes(-1, -2) @ added, outputs
+            added = added - product(removed, state)
+        outputs = product(asked, state) + product(scores, added)
+        return state * kept[..., None] + product(carried, added), outputs
 
     chunks = (
         queries * since_begin,
-        _pairs(queries, keys, total),
+        scores,
         put,
         erased,
-        keys * to_end,
+        (keys * to_end).swapaxes(-1, -2),
         since_begin[..., -1, :],
     )
     if initial_state is None:
@@ -69,35 +73,22 @@ def linear_scan(
 
 
 def _pairs(
-    rows: Float[Array, "B H c l N"],
-    columns: Float[Array, "B H c l N"],
-    total: Float[Array, "B H c l G"],
-    *,
-    strictly: bool = False,
-) -> Float[Array, "B H c l l"]:
-    """Products of row i with column j, decayed from j to i, for every j up to i, or below it; zero elsewhere."""
-    length = rows.shape[3]
-    seen = jnp.tril(jnp.ones((length, length), bool), -1 if strictly else 0)
+    rows: Float[Array, "B H c rows N"], columns: Float[Array, "B H c l N"], total: Float[Array, "B H c l G"]
+) -> Float[Array, "B H c rows l"]:
+    """Products of row i with column j, decayed from j to i, for every j up to i; zero elsewhere. Rows are those of one
+    or several chunks of l, one below the other."""
+    length = columns.shape[3]
+    seen = jnp.tril(jnp.ones((length, length), bool))
     # The exponent is positive where nothing is seen: masked before, so that no gradient meets an infinity.
     exponent = total[..., :, None, :] - total[..., None, :, :]  # [B, H, c, l, l, G]
     decay = jnp.exp(jnp.where(seen[..., None], exponent, -jnp.inf))
     if total.shape[-1] == 1:
-        return jnp.einsum("bhcin,bhcjn->bhcij", rows, columns) * decay[..., 0]
-    return jnp.einsum("bhcin,bhcjn,bhcijn->bhcij", rows, columns, decay)
-
-
-def unit_lower_inverse(lower: Float[Array, "*leading C C"]) -> Float[Array, "*leading C C"]:
-    """(I + lower)^-1 of strictly lower triangular matrices, by halves: [[P, 0], [-Q lower_21 P, Q]]. Matrix products
-    alone, and no power of `lower`, which overflows where keys repeat before it cancels."""
-    size = lower.shape[-1]
-    if size == 1:
-        return jnp.ones_like(lower)
-    half = size // 2
-    first, second = unit_lower_inverse(lower[..., :half, :half]), unit_lower_inverse(lower[..., half:, half:])
-    corner = -second @ (lower[..., half:, :half] @ first)
-    above = jnp.zeros((*lower.shape[:-2], half, size - half), lower.dtype)
-    top, bottom = jnp.concatenate([first, above], axis=-1), jnp.concatenate([corner, second], axis=-1)
-    return jnp.concatenate([top, bottom], axis=-2)
+        products = product_with_rows(rows, columns)
+        products = products.reshape(*products.shape[:3], -1, length, length) * decay[:, :, :, None, ..., 0]
+        return products.reshape(*rows.shape[:4], length)
+    rows = rows.reshape(*rows.shape[:3], -1, length, 1, rows.shape[-1])
+    decayed = (columns[:, :, :, None] * decay)[:, :, :, None]  # [B, H, c, 1, l, l, N]
+    return (rows * decayed).sum(axis=-1).reshape(*columns.shape[:3], -1, length)
 
 
 def linear_scan_step(

@@ -24,6 +24,7 @@ CASES = {
     "stretched in part": {"rope_scaling": (8.0, 1.0, 4.0, 32.0)},
     "YaRN, and its own scale": {"rope_dim": 8, "rope_scaling": (8.0, 0.3, 4.0, 32.0, 1.3), "scale": 0.6},
     "a coarse epsilon": {"norm_eps": 0.1, "query_rank": 8},
+    "near tokens first": {"local_start": 1.5, "rope_base": 50.0},
 }
 
 
@@ -33,6 +34,9 @@ def layer_of(**fields):
     norms = [layer.row_norm, *([layer.query_norm] if layer.config.query_rank else [])]
     for seed, norm in enumerate(norms):
         norm.scale[...] = 1 + 0.3 * jax.random.normal(jax.random.key(seed), norm.scale.shape)
+    if layer.config.local_start:
+        layer.query_start[...] = layer.query_start[...] + jnp.linspace(-1, 1, layer.config.rope_dim)
+        layer.key_start[...] = layer.key_start[...] - jnp.linspace(0, 2, layer.config.rope_dim)
     return layer
 
 
@@ -74,6 +78,9 @@ def unabsorbed(layer, x):
     asked = normed(x @ kernel(layer.compress), layer.query_norm, config.norm_eps) if config.query_rank else x
     queries = (asked @ kernel(layer.query)).reshape(tokens, heads, dim + config.rope_dim)
     rows = x @ kernel(layer.row)
+    if config.local_start:
+        queries[:, :, dim:] += np.asarray(layer.query_start[...], np.float64)
+        rows[:, config.rank :] += np.asarray(layer.key_start[...], np.float64)
     compressed = normed(rows[:, : config.rank], layer.row_norm, config.norm_eps)
     expanded = (compressed @ kernel(layer.expand)).reshape(tokens, heads, dim + config.value_dim)
     outputs = np.zeros((tokens, heads, config.value_dim))
@@ -98,6 +105,13 @@ def test_equals_the_unabsorbed_form(case):
     expected = unabsorbed(layer, np.asarray(x[0], np.float32).astype(np.float64))
     np.testing.assert_allclose(y[0], expected, atol=1e-5)
     assert np.abs(expected).max() > 0.3
+
+
+def test_a_start_near_by_is_a_pair_of_equal_numbers_and_needs_positions():
+    layer = LatentAttention(LatentConfig(**SMALL, local_start=1.5), WIDTH, dtype="float32", rngs=nnx.Rngs(0))
+    assert layer.query_start[...].tolist() == layer.key_start[...].tolist() == [1.5, 1.5, 0, 0]
+    with pytest.raises(ConfigError, match=r"local_start = 2\.0: must be 0 without rope"):
+        LatentConfig(rope=False, local_start=2)
 
 
 def test_bytes_of_deepseek_v3():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.linear_scan import linear_scan, linear_scan_step
-from pallas_kernels.linear_scan.reference import unit_lower_inverse
+from pallas_kernels.linear_scan.inverse import unit_lower_inverse
 
 GATES = {"none": None, "head": 1, "channel": "N"}
 
@@ -126,12 +126,24 @@ def test_padding_leaves_the_state_bit_for_bit(rule, gate):
     np.testing.assert_array_equal(after, state)
 
 
-def test_the_inverse_of_a_unit_triangle():
-    lower = np.tril(np.random.default_rng(5).standard_normal((3, 13, 13)), -1)
-    inverse = unit_lower_inverse(jnp.asarray(lower, jnp.float32))
-    np.testing.assert_allclose(
-        np.asarray(inverse, np.float64) @ (np.eye(13) + lower), np.broadcast_to(np.eye(13), lower.shape), atol=1e-3
-    )
+@pytest.mark.parametrize("size", [1, 5, 8, 13, 32, 33])
+def test_the_inverse_of_a_unit_triangle_and_its_gradient(size):
+    """Of two and more blocks, padded or not; the gradient by differences in float64."""
+    numbers = np.random.default_rng(size)
+    lower = np.tril(numbers.standard_normal((3, size, size)), -1) * 0.5
+    weights = numbers.standard_normal(lower.shape)
+    inverse, gradient = jax.vjp(unit_lower_inverse, jnp.asarray(lower, jnp.float32))
+    right = np.linalg.inv(np.eye(size) + lower)
+    np.testing.assert_allclose(inverse, right, rtol=1e-4, atol=1e-4 * abs(right).max())
+    (found,) = gradient(jnp.asarray(weights, jnp.float32))
+    assert not np.triu(found).any(), "the upper half is no part of the matrix"
+    for row, column in ((size - 1, 0), (size // 2, size // 2 - 1)):
+        if row <= column or column < 0:
+            continue
+        step = np.zeros_like(lower)
+        step[1, row, column] = 1e-5
+        ends = [(np.linalg.inv(np.eye(size) + lower + sign * step) * weights).sum() for sign in (1, -1)]
+        np.testing.assert_allclose(found[1, row, column], (ends[0] - ends[1]) / 2e-5, rtol=1e-3, atol=1e-2)
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

@@ -45,6 +45,7 @@ def test_equals_float64_without_a_race(case, capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "name",
     [

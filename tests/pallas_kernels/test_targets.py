@@ -110,6 +110,30 @@ def test_spills_and_errors_fail_on_every_chip():
     assert targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=40)])
 
 
+def test_a_program_of_one_architecture_is_compiled_once(tmp_path):
+    """H200 takes H100's machine code; B200, another program and whoever keeps nothing do not. Errors are not kept."""
+    compiled = []
+
+    def compile_it():
+        compiled.append(1)
+        return {"registers": 100 + len(compiled), "spilled_bytes": 0}
+
+    known = targets.Known(tmp_path)
+    assert known(TARGETS["H100"], "a program", compile_it) == {"registers": 101, "spilled_bytes": 0}
+    assert targets.Known(tmp_path)(TARGETS["H200"], "a program", compile_it)["registers"] == 101
+    assert known(TARGETS["B200"], "a program", compile_it)["registers"] == 102
+    assert known(TARGETS["H200"], "another", compile_it)["registers"] == 103
+    assert [known(TARGETS["v5e"], "a program", compile_it)["registers"] for _ in range(2)] == [104, 105]
+    assert targets.Known(None)(TARGETS["H200"], "a program", compile_it)["registers"] == 106
+
+    def fail():
+        raise RuntimeError("no such instruction")
+
+    with pytest.raises(RuntimeError):
+        known(TARGETS["H100"], "a third", fail)
+    assert known(TARGETS["H200"], "a third", compile_it)["registers"] == 107
+
+
 def test_a_missing_compiler_is_the_answer(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     assert all("libtpu is not installed" in outcome.error for outcome in targets.compile_for(TARGETS["7x"]))

@@ -47,6 +47,7 @@ def test_loss_is_the_mean_over_labels_only(lab):
     assert float(batch.weights.sum()) == 8
 
 
+@pytest.mark.ci
 def test_gradients_agree_with_finite_differences(lab):
     step_fn = lab.train_step()
     state = init_state(lab.model.params, step_fn.optimizer, 1e-2)

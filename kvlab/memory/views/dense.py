@@ -14,6 +14,7 @@ from kvlab.memory.views.base import PlannedTokens
 from kvlab.typing import HeadOutputs, Positions, Queries, SinkLogits
 from pallas_kernels.formats import Quantised, tile_values
 from pallas_kernels.masking import masked_softmax, share_of_tokens, soft_capped
+from pallas_kernels.products import scores_of, weighted
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +63,8 @@ def dense_weights(
 ) -> Float[Array, "B K G T S"]:
     """The weights of that attention."""
     num_kv_heads, dim = keys.shape[1], keys.shape[3]
-    grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim)
-    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys, preferred_element_type=jnp.float32)
-    scores = soft_capped(scores * state.scale(dim), state.soft_cap)
+    grouped = queries.reshape(*queries.shape[:2], num_kv_heads, -1, dim).transpose(0, 2, 3, 1, 4)
+    scores = soft_capped(scores_of(grouped, keys) * state.scale(dim), state.soft_cap)
     return weights_beside_sinks(scores, seen[:, None, None], sink_logits)
 
 
@@ -73,7 +73,7 @@ def dense_outputs(
 ) -> Float[Array, "B T H Dv"]:
     """What weights make of values, in float32."""
     readable = jnp.where(seen.any(axis=1)[:, None, :, None], values, 0).astype(jnp.float32)
-    outputs = jnp.einsum("bkgts,bksd->btkgd", weights, readable)
+    outputs = weighted(weights, readable).transpose(0, 3, 1, 2, 4)
     return outputs.reshape(*outputs.shape[:2], -1, values.shape[-1])
 
 
