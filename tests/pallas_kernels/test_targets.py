@@ -108,6 +108,10 @@ def test_spills_and_errors_fail_on_every_chip():
     wide = Shape("paged_attention", "fp8", 256, "token", num_queries=256)
     assert not targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=32)]), "where none is left"
     assert targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=40)])
+    kivi = Shape("paged_attention", "int4", 256, "kivi")
+    assert not targets.failures([Compiled("H100", kivi, registers=255, spilled_bytes=480)])
+    assert targets.failures([Compiled("H100", kivi, registers=255, spilled_bytes=488)])
+    assert targets.failures([Compiled("H100", Shape("paged_attention", "int4", 128, "kivi"), spilled_bytes=8)])
 
 
 def test_a_program_of_one_architecture_is_compiled_once(tmp_path):
