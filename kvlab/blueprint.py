@@ -12,6 +12,7 @@ from jax import Array
 from kvlab.compression import Budget
 from kvlab.config import Config
 from kvlab.memory.budgets import EqualBudget, held_bytes, solve, solve_slots, with_slots
+from kvlab.memory.idle import idle_fields
 from kvlab.memory.parts import parts_of
 from kvlab.memory.views import LayerStates
 from kvlab.models.model import Model
@@ -49,9 +50,19 @@ def resolved(config: Config) -> Config:
     """The config with a budget of bytes solved: for whole pages of slots, or for the knob of a mixer whose tokens all
     stay. What has neither stays as it is, without the budget: slots and fractions are of what a compression keeps.
 
-    `equal_budget` says what was asked, solved and held. A resolved config comes back as it is. Raises ConfigError for a
-    budget that cannot be solved, or not for 90% of it.
+    `equal_budget` says what was asked, solved and held, and `idle_fields` what of the memory says nothing here. A
+    resolved config comes back as it is. Raises ConfigError for a budget that cannot be solved, or not for 90% of it.
     """
+    config = _budget_solved(config)
+    idle = idle_fields(config.memory, partial(_has_pages, config))
+    return config if idle == config.idle_fields else replace(config, idle_fields=idle)
+
+
+def _has_pages(config: Config) -> bool:
+    return any(state.per_token for layer in _states(config) for state in layer.values())
+
+
+def _budget_solved(config: Config) -> Config:
     memory = config.memory
     if memory.budget is None:
         return config

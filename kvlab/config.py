@@ -24,6 +24,7 @@ from kvlab.files import home_expanded
 from kvlab.hardware import HardwareConfig
 from kvlab.memory.budgets import Context, EqualBudget
 from kvlab.memory.config import SEALED
+from kvlab.memory.idle import idle_words
 from kvlab.memory.layout import MemoryConfig
 from kvlab.memory.naming import words_of
 from kvlab.mixers import MIXERS
@@ -58,6 +59,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 """Where a run may be watched while it runs (kvlab/lab/trackers.py)."""
 TRAINING = ("task", "mixer", "model", "optimizer", "train", "tune", "seed", "weights")
 """Sections that determine the trained parameters; the others choose how these are evaluated."""
+_DEFAULTS: dict[str, Any] = MemoryConfig.defaults()
+"""Of the fields of a memory, as an identity has those that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,9 @@ class Config(Schema):
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     equal_budget: EqualBudget | None = None
+    idle_fields: dict[str, str] = field(default_factory=dict, compare=False)
+    """Fields of the memory that are given and change nothing, with the reason, once `kvlab.blueprint.resolved` has
+    looked: they are no part of the identity."""
     trained_on: TrainedOn | None = None
     experiment: str = text("default")
     name: str | None = text(None, optional=True)
@@ -245,7 +251,8 @@ class Config(Schema):
         """Plain data with every default spelled out; `Config.build` takes it back. With `plain=identity` without what
         was added since and is at its default. Who watches the run (`track`) is no part of it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["task_name"], fields["track"]
+        for name in ("task_name", "track", "idle_fields"):
+            del fields[name]
         task = {"type": self.task_name, **plain(self.task)}
         optional = ("equal_budget", "name", "trained_on")
         sections = {name: plain(value) for name, value in fields.items() if name not in optional or value}
@@ -259,7 +266,8 @@ class Config(Schema):
 
         Raises ConfigError when the task's data cannot be read or are too short.
         """
-        values = self.as_dict(identity)
+        memory = dataclasses.replace(self.memory, **{name: _DEFAULTS[name] for name in self.idle_fields})
+        values = self.as_dict(identity) | {"memory": identity(memory)}
         if self.trained_on is not None and (data := self._training_task.fingerprint()):
             values["training_data"] = data
         return self._digest({name: each for name, each in values.items() if name not in NOT_IDENTITY}, self.make_task())
@@ -301,6 +309,11 @@ class Config(Schema):
     def training_dir(self) -> Path:
         """Where the parameters are trained and kept: results_dir / folder / trained / training_id."""
         return home_expanded(self.results_dir) / self.folder / "trained" / self.training_id
+
+    @property
+    def idle(self) -> list[str]:
+        """What is said of `idle_fields`."""
+        return idle_words(self.memory, self.idle_fields)
 
     @property
     def label(self) -> str:

@@ -17,6 +17,7 @@ from kvlab.capacity.config import CapacityConfig
 from kvlab.compose import compose_capacity, compose_generate
 from kvlab.config import GenerateConfig
 from kvlab.lab.results import read_records
+from tests.lab.test_results import record, write
 
 TINY = ["debug=tiny", "model.model_dim=16", "task.vocab_size=32", "task.train=[16:2]", "task.train_weights=[1]",
         "task.test=[16:2]"]  # fmt: skip
@@ -106,6 +107,17 @@ def test_help_imports_nothing_heavy():
     assert "reproduce" in done.stdout
 
 
+def test_showing_results_imports_nothing_that_trains_or_draws(tmp_path):
+    """A record is JSON; its schemas are jax's and flax's, which is all of theirs that it takes."""
+    write(tmp_path, record(), record(seed=1))
+    heavy = {"orbax", "tensorstore", "hydra", "matplotlib", "plotly", "tokenizers"}
+    code = f"import sys; sys.argv = ['kvlab', 'show', {str(tmp_path)!r}]; from kvlab.cli import main; main(); "
+    code += f"print(*sorted({heavy} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+    assert "mha" in done.stdout
+
+
 def test_ctrl_c_before_a_run_begins_is_one_line(capsys, monkeypatch):
     def plan(options):
         """As if somebody pressed it."""
@@ -177,7 +189,7 @@ def test_readmes_words_on_a_tiny_run_are_answered_with_what_fits(capsys, monkeyp
 
 
 def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, monkeypatch):
-    overrides = [*TINY, "mixer=mamba2", "memory.format=model,int8"]
+    overrides = [*TINY, "mixer=mamba2", "memory.page_size=16,8", "memory.chunk_len=16,8"]
     status, out, _ = call(capsys, monkeypatch, "plan", "-m", *overrides)
     assert status == 0
     first, second = (line.split() for line in out.splitlines() if line[11:].lstrip().startswith("mamba2/mqar/seed0"))
@@ -185,7 +197,7 @@ def test_plan_says_which_runs_share_a_training_and_which_repeat_another(capsys, 
     assert "e+" in first[-1]
     assert second[-1] == "shared"
     assert f"2 runs of 1 training, {first[-1]} FLOPs" in out
-    assert f"[{second[0]}]: memory.format = int8 changes nothing: it stores no tokens" in out
+    assert "mamba2: memory.page_size = 8 changes nothing: no state of this model lies in pages" in out
 
 
 def test_a_model_too_large_for_the_chip_says_no(config_of):

@@ -50,7 +50,7 @@ class Answer:
     state_share: float
     compute_share: float
     intensity: float
-    """FLOPs of mixing for each byte of state read, at `context_len`."""
+    """FLOPs of mixing for each byte of state moved, at `context_len`."""
     moved_bytes_per_token: float
     cost_per_million: float | None
     simulated: dict[str, float]

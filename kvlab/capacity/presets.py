@@ -188,8 +188,9 @@ class Preset(Schema):
         """Bytes of live state of one sequence of n tokens."""
         return sum(count * spec.logical_bytes(n) for spec, count in self.specs(dtype).items())
 
-    def read_bytes(self, n: int, dtype: str) -> int:
-        """Bytes of state that decoding token n reads; recurrent states are written back as well."""
+    def moved_bytes(self, n: int, dtype: str) -> int:
+        """Bytes of state that decoding token n moves: what it reads, and recurrent states once more, as they are
+        written back."""
         return sum(
             count * spec.read_bytes(n) * (1 if spec.per_token else 2) for spec, count in self.specs(dtype).items()
         )

@@ -107,13 +107,21 @@ class Serving:
         return sum(state.spec.index_bytes * count * state.num_layers for state, count in each)
 
     def read_bytes(self, context: Context) -> int:
-        """Bytes that decoding the next token reads; states and statistics are written back as well."""
+        """Bytes that decoding the next token reads."""
+        return self._bytes_of_a_step(context, 1)
+
+    def moved_bytes(self, context: Context) -> int:
+        """The same, with states and statistics, which are written back as well."""
+        return self._bytes_of_a_step(context, 2)
+
+    def _bytes_of_a_step(self, context: Context, times: int) -> int:
+        """What is read of tokens, and so many times what there is one of a sequence."""
         total, ended = 0, any(has_ended(state, self.classes, context.prompt_len) for state in self.classes)
         weighs = self.memory.compression is not None and self.memory.compression.weighs and not ended
         for state, count in zip(self.classes, self._lengths(context), strict=True):
             if not count:
                 continue
-            read = state.spec.read_bytes(count, state.page_size) * (1 if state.spec.per_token else 2)
+            read = state.spec.read_bytes(count, state.page_size) * (1 if state.spec.per_token else times)
             if weighs and state.retention is not None:  # keys once more, for the weights of all slots
                 read += state.spec.arrays[0].num_bytes * count * state.spec.num_readers
             total += read * state.num_layers
@@ -136,8 +144,8 @@ class Serving:
         return total
 
     def intensity(self, context: Context) -> float:
-        """FLOPs of mixing for each byte of state that decoding the next token reads."""
-        return self.mixing_flops(context) / max(1, self.read_bytes(context))
+        """FLOPs of mixing for each byte of state that decoding the next token moves."""
+        return self.mixing_flops(context) / max(1, self.moved_bytes(context))
 
     def _selected(self, group: LayerGroup, share: Share, stored: int) -> tuple[int, int]:
         """Of so many stored slots those that are read, and the FLOPs of choosing them."""

@@ -18,10 +18,14 @@ def capacity(options: argparse.Namespace) -> int:
     from kvlab.lab.deployments import KEPT, SPARE, Deployment, answer_each, rows_of
     from kvlab.lab.narrow import print_rows
     from kvlab.lab.tables import wide_console
+    from kvlab.memory.idle import idle_fields, idle_words
 
     configs = expand_capacity(options.overrides) if options.multirun else [compose_capacity(options.overrides)]
     if options.cfg:
         return print_yaml(configs)
+    held = (config.memory.held for config in configs)
+    for words in dict.fromkeys(words for memory in held for words in idle_words(memory, idle_fields(memory))):
+        print(f"kvlab: {words}", file=sys.stderr)
     console = wide_console()
     if len(configs) == 1:
         answer = estimate(configs[0])

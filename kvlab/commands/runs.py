@@ -25,8 +25,10 @@ def _run(overrides: list[str], multirun: bool) -> int:
     if has_workers(overrides, multirun):
         leave_memory_to_workers()
     sweeps, statuses = sweeps_of(overrides, multirun), list[str]()
-    check_installed(config for configs, _ in sweeps for config in configs)
-    for configs, handed in sweeps:
+    check_installed(config for sweep in sweeps for config in sweep.configs)
+    for line in dict.fromkeys(line for sweep in sweeps for line in sweep.said):
+        print(f"kvlab: {line}", file=sys.stderr)
+    for configs, handed, _ in sweeps:
         is_one = len(configs) == 1 and len(sweeps) == 1
         statuses += [execute_one(configs[0])] if is_one else run_sweep(configs, handed)
         if "interrupted" in statuses:
@@ -50,7 +52,7 @@ def evaluate(options: argparse.Namespace) -> int:
     found = evaluations_of(Path(options.words[0]), options.words[1:], options.multirun)
     if options.cfg:
         return print_yaml(found.configs)
-    print(found.said, file=sys.stderr)
+    print("\n".join([found.said, *(f"kvlab: {line}" for line in found.idle)]), file=sys.stderr)
     statuses = evaluate_here(found.configs)
     print_runs(list({config.run_dir: config for config in (found.base, *found.configs)}.values()))
     folder = shlex.quote(str(found.base.run_dir.parent))
@@ -76,7 +78,7 @@ def plan(options: argparse.Namespace) -> int:
         if key not in alike:
             alike[key] = predict(Laboratory.of(config, abstract=True))
         plans.append((config, alike[key]))
-    print_plans(plans)
+    print_plans(plans, [line for sweep in sweeps for line in sweep.said])
     return 0 if all(found.fits for found in alike.values()) else 1
 
 

@@ -3,7 +3,7 @@ pretrained models attend to short keys; small models trained here do the opposit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from kvlab.memory.views import whole
 from kvlab.models.transformer import Transformer, merge
+from kvlab.programs import LET_GO, make_room, program
 from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
 from pallas_kernels.masking import soft_capped
 
@@ -36,7 +37,8 @@ def key_lengths(structure: nnx.GraphDef[Transformer], params: Params, tokens: To
     fewer than 8 tokens, and for a model without such a layer."""
     if tokens.shape[1] < 8:
         raise ValueError(f"tokens of shape {tokens.shape}: must be sequences of at least 8 tokens")
-    found = _correlations(structure, params, jnp.asarray(tokens))
+    make_room()
+    found = _Programs.shared().correlations(structure, params, jnp.asarray(tokens))
     if not found:
         raise ValueError("no layer of this model attends to everything: it has no keys to measure")
     heads = [(layer, np.asarray(array).mean(axis=0)) for layer, array in found.items()]
@@ -48,26 +50,38 @@ def knorm_keep(found: Sequence[KeyLengths]) -> str:
     return "long" if sum(each.correlation for each in found) > 0 else "short"
 
 
-@partial(jax.jit, static_argnums=0)
-def _correlations(
-    structure: nnx.GraphDef[Transformer], params: Params, tokens: Tokens
-) -> dict[int, Float[Array, "B K"]]:
-    model = merge(structure, params)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    memory = [
-        {
-            name: _Watched(view) if view.state.per_token and view.state.span is None else view
-            for name, view in mine.items()
+class _Programs:
+    """What measures models, compiled."""
+
+    @classmethod
+    @cache
+    def shared(cls) -> "_Programs":
+        """The same for all models, until they are let go of for want of room."""
+        return cls()
+
+    @program(static_argnums=0)
+    def correlations(
+        self, structure: nnx.GraphDef[Transformer], params: Params, tokens: Tokens
+    ) -> dict[int, Float[Array, "B K"]]:
+        model = merge(structure, params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        memory = [
+            {
+                name: _Watched(view) if view.state.per_token and view.state.span is None else view
+                for name, view in mine.items()
+            }
+            for mine in whole(model.states(), *tokens.shape)
+        ]
+        _, after = model.hidden(tokens, positions, memory)
+        return {
+            layer: _correlation(_ranks(view.attention), _ranks(lengths_of(view.keys)))
+            for layer, views in enumerate(after)
+            for view in views.values()
+            if isinstance(view, _Watched)
         }
-        for mine in whole(model.states(), *tokens.shape)
-    ]
-    _, after = model.hidden(tokens, positions, memory)
-    return {
-        layer: _correlation(_ranks(view.attention), _ranks(lengths_of(view.keys)))
-        for layer, views in enumerate(after)
-        for view in views.values()
-        if isinstance(view, _Watched)
-    }
+
+
+LET_GO.append(_Programs.shared.cache_clear)
 
 
 class _Watched:

@@ -3,7 +3,7 @@ of a shallow one. For evaluation of published weights; what is computed is the s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from kvlab.mixers import LayerMemory
 from kvlab.models.model import Model
 from kvlab.models.sharing import lent, take_back
 from kvlab.models.transformer import Block, Transformer
+from kvlab.programs import LET_GO, make_room, program
 from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
 
 type Wrap = Callable[[int, State, Any], Any]
@@ -41,6 +42,8 @@ class Blockwise:
         self.structure, self.params = model.structure, model.params
         self.blocks = [nnx.split(block) for block in built.blocks]
         self.rest, self._states, self._sources = nnx.split(_Ends(built)), built.states(), built.sources
+        make_room()
+        self.programs = _Programs.shared()
 
     def states(self) -> tuple[LayerStates, ...]:
         """The named states of every layer."""
@@ -50,15 +53,15 @@ class Blockwise:
         self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
     ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """As `Transformer.hidden`. Not traced: it dispatches."""
-        x, after = _embedded(*self.rest, tokens), list[LayerMemory]()
+        x, after = self.programs.embedded(*self.rest, tokens), list[LayerMemory]()
         for (structure, params), layer, source in zip(self.blocks, memory, self._sources, strict=True):
-            x, behind = _block(structure, params, x, positions, lent(layer, source, after))
+            x, behind = self.programs.block(structure, params, x, positions, lent(layer, source, after))
             after.append(take_back(behind, source, after))
-        return _normed(*self.rest, x), tuple(after)
+        return self.programs.normed(*self.rest, x), tuple(after)
 
     def logits(self, hidden: Hidden) -> Logits:
         """As `Transformer.logits`."""
-        return _logits(*self.rest, hidden)
+        return self.programs.logits(*self.rest, hidden)
 
 
 class _Ends(nnx.Module):
@@ -75,33 +78,41 @@ def _without_blocks(model: Transformer) -> Transformer:
     return copy
 
 
-@partial(jax.jit, static_argnums=0)
-def _block(
-    structure: nnx.GraphDef[Block], params: Any, x: Hidden, positions: Positions, memory: LayerMemory
-) -> tuple[Hidden, LayerMemory]:
-    return nnx.merge(structure, params)(x, positions, memory)
+class _Programs:
+    """What models are compiled to. Blocks that are alike share theirs, whichever models they are of."""
+
+    @classmethod
+    @cache
+    def shared(cls) -> "_Programs":
+        """The same for all models, until they are let go of for want of room."""
+        return cls()
+
+    @program(static_argnums=0)
+    def block(
+        self, structure: nnx.GraphDef[Block], params: Any, x: Hidden, positions: Positions, memory: LayerMemory
+    ) -> tuple[Hidden, LayerMemory]:
+        return nnx.merge(structure, params)(x, positions, memory)
+
+    @program(static_argnums=0)
+    def embedded(self, structure: nnx.GraphDef[_Ends], params: Any, tokens: Tokens) -> Hidden:
+        return nnx.merge(structure, params).model.embedded(tokens)
+
+    @program(static_argnums=0)
+    def normed(self, structure: nnx.GraphDef[_Ends], params: Any, x: Hidden) -> Hidden:
+        return nnx.merge(structure, params).model.norm(x)
+
+    @program(static_argnums=0)
+    def logits(self, structure: nnx.GraphDef[_Ends], params: Any, hidden: Hidden) -> Logits:
+        return nnx.merge(structure, params).model.logits(hidden)
+
+    @program(static_argnums=0)
+    def nats(self, structure: nnx.GraphDef[_Ends], params: Any, hidden: Hidden, labels: Array) -> Array:
+        logits = nnx.merge(structure, params).model.logits(hidden)
+        told = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - told
 
 
-@partial(jax.jit, static_argnums=0)
-def _embedded(structure: nnx.GraphDef[_Ends], params: Any, tokens: Tokens) -> Hidden:
-    return nnx.merge(structure, params).model.embedded(tokens)
-
-
-@partial(jax.jit, static_argnums=0)
-def _normed(structure: nnx.GraphDef[_Ends], params: Any, x: Hidden) -> Hidden:
-    return nnx.merge(structure, params).model.norm(x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _logits(structure: nnx.GraphDef[_Ends], params: Any, hidden: Hidden) -> Logits:
-    return nnx.merge(structure, params).model.logits(hidden)
-
-
-@partial(jax.jit, static_argnums=0)
-def _nats(structure: nnx.GraphDef[_Ends], params: Any, hidden: Hidden, labels: Array) -> Array:
-    logits = nnx.merge(structure, params).model.logits(hidden)
-    told = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - told
+LET_GO.append(_Programs.shared.cache_clear)
 
 
 def layers_of(
@@ -127,7 +138,9 @@ def nats(model: Blockwise, hidden: Hidden, labels: npt.NDArray[np.int32]) -> npt
     scored, found = hidden[:, -num_scored:], []
     for start in range(0, num_scored, LOGITS_AT_ONCE):
         part = slice(start, start + LOGITS_AT_ONCE)
-        found.append(np.asarray(_nats(*model.rest, scored[:, part], jnp.asarray(labels[:, part])), np.float64))
+        found.append(
+            np.asarray(model.programs.nats(*model.rest, scored[:, part], jnp.asarray(labels[:, part])), np.float64)
+        )
     return np.concatenate(found, axis=1)
 
 

@@ -8,10 +8,8 @@ number beside a tie may be rounded either way, and one such number moves every l
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -27,6 +25,7 @@ from kvlab.memory.views import LayerStates, view_of
 from kvlab.memory.views.masked import MaskedTokens, SealedMasked
 from kvlab.mixers import LayerMemory
 from kvlab.models.transformer import Transformer, merge
+from kvlab.programs import program
 from kvlab.typing import Hidden, Params, Positions, Tokens
 
 MOST_LOGITS = 1 << 27
@@ -104,21 +103,15 @@ class MaskCheck:
         """Logits [B, V] of final hidden states [B, E]: a program."""
         return self._logits(self.params, hidden)
 
-    @partial(jax.jit, static_argnums=0)
+    @program()
     def _hidden(self, params: Params, tokens: Tokens, implied: Implied) -> tuple[Hidden, Array]:
         return masked_hidden(
             merge(self.structure, params), self.layout.stored, tokens, implied, sealings_of(self.layout)
         )
 
-    @partial(jax.jit, static_argnums=0)
+    @program()
     def _logits(self, params: Params, hidden: Array) -> Array:
         return merge(self.structure, params).logits(hidden[:, None])[:, 0]
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
 
 class SealedPart(NamedTuple):

@@ -48,7 +48,7 @@ def _draw_curves(panel: Axes, found: Sequence[Deployment], palette: dict[str, st
             curves.setdefault(tuple(sizes), []).append(each.name)
     for sizes, members in curves.items():
         panel.loglog(LENGTHS, sizes, color=palette[members[0]], label="\n".join(members), linewidth=2)
-    panel.set(xlabel="context, tokens", ylabel="state of one sequence, bytes", title="What a sequence holds")
+    panel.set(xlabel="context, tokens", ylabel="state of one sequence, bytes", title="What is live of a sequence")
     panel.grid(alpha=0.3)
     if curves:
         panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)

@@ -16,7 +16,10 @@ from kvlab.schema import to_plain
 
 KEPT = ("deployment", "users", "tok/s")
 """Columns that always stand in the table."""
-SPARE = ("B/token", "live", "hits", "weights", "workload", "hardware", "bound", "read/tok", "held/seq", "$/M tok")
+SPARE = (
+    "B/token", "live", "hits", "weights", "workload", "hardware", "bound", "read/tok", "live/seq", "held/seq",
+    "$/M tok",
+)  # fmt: skip
 """What it leaves out first where there is no room."""
 
 
@@ -85,9 +88,9 @@ def _unsaid(config: CapacityConfig) -> Plain:
 
 
 def rows_of(found: Sequence[Deployment]) -> list[dict[str, str]]:
-    """One row a deployment, by heading. `held/seq` is what one sequence of the context keeps, `read/tok` what decoding
-    its next token reads of that, and `tok/s` the roofline; `needs`, where some do not fit, the fewest chips that would
-    do."""
+    """One row a deployment, by heading. `live/seq` is what one sequence of the context keeps, `held/seq` the pages that
+    it lies in, `read/tok` what decoding its next token reads, and `tok/s` the roofline; `needs`, where some do not fit,
+    the fewest chips that would do."""
     rows = []
     heads = [_heads(each) for each in found]
     common = [name for name in heads[0] if len({head[name] for head in heads}) == 1]
@@ -111,15 +114,16 @@ def _numbers(each: Deployment) -> dict[str, str]:
     answer, model = each.answer, each.config.model
     weights = scaled(model.weight_bytes, 1000, DECIMAL)
     if answer is None:
-        numbers = dict.fromkeys(("context", "weights", "B/token", "held/seq", "read/tok", "users", "tok/s"), UNKNOWN)
-        numbers |= dict.fromkeys(("bound", "live", "hits", "$/M tok"), UNKNOWN)
+        names = ("context", "weights", "B/token", "live/seq", "held/seq", "read/tok", "users", "tok/s")
+        numbers = dict.fromkeys((*names, "bound", "live", "hits", "$/M tok"), UNKNOWN)
         return numbers | {"weights": weights, "users": "0"}
     simulated, cost = answer.simulated, answer.cost_per_million
     return {
         "context": f"{answer.context_len:,}",
         "weights": weights,
         "B/token": f"{answer.bytes_per_token:,}",
-        "held/seq": scaled(answer.sequence_bytes, 1024, BINARY),
+        "live/seq": scaled(answer.sequence_bytes, 1024, BINARY),
+        "held/seq": scaled(answer.held_bytes, 1024, BINARY),
         "read/tok": scaled(answer.read_bytes, 1024, BINARY),
         "users": f"{answer.users:,}",
         "tok/s": f"{answer.decode_tokens_per_s:,.0f}",

@@ -26,6 +26,7 @@ from kvlab.config import Config
 from kvlab.lab.execute import load_params
 from kvlab.lab.record import Unfinished, first_error, read_record
 from kvlab.lab.source import config_of
+from kvlab.lab.sweeps import idle_lines
 from kvlab.lab.trained import Trained, Training, training_directory
 from kvlab.methods import METHODS, fields_for_some, fitting
 from kvlab.schema import ConfigError
@@ -46,6 +47,8 @@ class Evaluations:
     base: Config
     trained: Trained
     configs: list[Config]
+    idle: list[str]
+    """What was asked of them and changes nothing."""
 
     @property
     def said(self) -> str:
@@ -69,7 +72,8 @@ def evaluations_of(run: Path, overrides: Sequence[str], multirun: bool = False) 
     for config in configs:
         _ = config.run_dir  # reads the task's data: a missing or short corpus is answered here
     blueprint.check(configs)
-    return Evaluations(base, trained, list({config.run_dir: config for config in configs}.values()))
+    different = list({config.run_dir: config for config in configs}.values())
+    return Evaluations(base, trained, different, idle_lines(configs))
 
 
 def base_of(run: Path) -> tuple[Config, Trained]:
@@ -80,6 +84,7 @@ def base_of(run: Path) -> tuple[Config, Trained]:
     place, config = run.absolute(), config_of(run)
     name = place.parent.name if place.parent.name != config.folder else config.name
     config = replace(config, results_dir=str(run.parent.parent), name=name)
+    config = config if config.run_id == place.name else blueprint.resolved(config)
     directory = training_directory(run)
     if directory == run:
         raise ConfigError("run", str(run), "has its parameters in its own folder, from before trainings were shared")

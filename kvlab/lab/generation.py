@@ -20,6 +20,7 @@ from kvlab.host import keep_freed_memory
 from kvlab.lab.live import print_answers, status, summary
 from kvlab.lab.request_lines import Asked, Line, as_line, read_requests
 from kvlab.lab.source import load_source, make_engine
+from kvlab.memory.idle import idle_fields, idle_words
 from kvlab.schema import ConfigError
 
 
@@ -32,6 +33,8 @@ def generate(
     keep_freed_memory()
     loaded = load_source(folder, config.dtype)
     engine = make_engine(loaded, config)
+    for words in idle_words(config.memory, idle_fields(config.memory)):
+        print(f"kvlab: {words}", file=sys.stderr)
     asked = [Asked(_prompt(word, engine), config.sampling, {}) for word in prompts]
     lines = list(_lines(source, config)) if source is not None or (jsonl and not prompts) else []
     if not asked and not lines:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from kvlab.schema import ConfigError
 from kvlab.units import counted
 from kvlab.weights.section import without_determined
 
+POLL_S = 0.5
+"""Seconds between two looks at a run that another process works on."""
 _BEGUN: set[Path] = set()
 """Runs that jobs of a sweep in this process have begun."""
 _SWEEP: list[Config] = []
@@ -43,7 +46,7 @@ def run_sweep(configs: list[Config], handed: list[str]) -> list[str]:
     somebody asked to stop, interrupted.
 
     Where a launcher on this machine gives up, as joblib's does when one worker is killed, what it left goes on in this
-    process, one run after the other.
+    process, one run after the other. At the end the sweep waits for runs that other processes work on.
     """
     print(sweep_summary(configs), file=sys.stderr)
     _BEGUN.clear()
@@ -57,6 +60,8 @@ def run_sweep(configs: list[Config], handed: list[str]) -> list[str]:
             _go_on(configs, error, stop, is_here=not any("slurm" in word or "submitit" in word for word in handed))
         finally:
             _SWEEP.clear()
+        for config in configs:
+            _wait_for_another(config, stop)
         return [_status(Run(config), stop) for config in configs]
 
 
@@ -85,6 +90,22 @@ def _go_on(configs: list[Config], error: BaseException, stop: StopRequest, *, is
         if stop.reason:
             break
         if execute_one(config) == "interrupted":
+            stop_sweep()
+
+
+def _wait_for_another(config: Config, stop: StopRequest) -> None:
+    """Where another process, such as an equal sweep, works on a run: waits for it, and goes on with what it leaves."""
+    run = Run(config)
+    if not run.held_elsewhere:
+        return
+    label = _LABELS.get(config.run_dir, config.label)
+    print(f"{label} [{config.run_id}] is another process' work, in {config.run_dir}: waits for it", file=sys.stderr)
+    while not stop.reason:
+        if run.held_elsewhere:
+            time.sleep(POLL_S)
+        elif run.state in ("done", "failed") or (ended := execute_one(config)) not in ("locked", "interrupted"):
+            return
+        elif ended == "interrupted":
             stop_sweep()
 
 

@@ -1,7 +1,7 @@
 """The dry run: what a config would train, hold and cost, before anything is trained."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,9 +17,8 @@ from kvlab.ledger.classes import Lengths
 from kvlab.ledger.growth import shorten
 from kvlab.ledger.ledger import Ledger
 from kvlab.memory.budgets import Context
-from kvlab.memory.config import SEALED
 from kvlab.memory.formats import skipped
-from kvlab.memory.layout import MemoryLayout, stored_states
+from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.pools import num_bytes
 from kvlab.training.step import init_state
 from kvlab.units import UNTIMED, human_bytes
@@ -35,7 +34,7 @@ class Plan:
     activations: temporaries of the compiled training call; state: the pools of the measured memory; temporaries: those
     of a compiled decode step. All are the compiler's figures on this machine's backend, not a formula. train_flops:
     every step of every loop, as this machine would run them (`flops_of`). kernels: what
-    each op takes on the named hardware. format_is_idle: a format is named, and no state is stored in it.
+    each op takes on the named hardware.
 
     held_bytes: pages that a sequence holds at the measured context; peak_bytes: the most that the batch holds on the
     way, divided by its sequences, prompts coming one after the other where they are compressed; read_bytes_per_token:
@@ -57,7 +56,6 @@ class Plan:
     held_bytes: int
     peak_bytes: float
     read_bytes_per_token: int
-    format_is_idle: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -113,7 +111,6 @@ def predict(lab: Laboratory) -> Plan:
         held_bytes=sum(account.allocated for account in seen.accounts) // batch_size,
         peak_bytes=peak_bytes / batch_size,
         read_bytes_per_token=read_bytes_per_token(seen),
-        format_is_idle=_format_is_idle(lab),
         skipped=skipped(lab.model.states, config.memory),
     )
 
@@ -138,15 +135,6 @@ def _advance(ledger: Ledger, rows: Iterable[int], count: int, start: int, contex
         ledger.commit(row, count)
     if not all(shorten(ledger, row) for row in rows):
         raise AssertionError("a layout has room for what its sequences are shortened to")
-
-
-def _format_is_idle(lab: Laboratory) -> bool:
-    """Whether the memory's format changes no byte: recurrent states stay in the model's type."""
-    memory, states = lab.config.memory, lab.model.states
-    if memory.format in SEALED:
-        return False  # they are refused where no page would be sealed
-    as_computed = stored_states(states, replace(memory, format="model"))
-    return memory.format != "model" and stored_states(states, memory) == as_computed
 
 
 def _temp_bytes(compiled: Any) -> int:

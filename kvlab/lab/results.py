@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 from pydantic_core import from_json
-from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from kvlab.config import completed
 from kvlab.evaluation.measure import AXES, per_sequence
@@ -209,8 +208,9 @@ class Point:
 
 
 def points(records: Iterable[AnyRecord], ceilings: Ceilings | None = None) -> list[Point]:
-    """Done runs grouped by everything but the seed, in order of task and bytes. Memory is exact, so it must not differ
-    between seeds; speeds are medians over seeds. `ceilings` are by default those among these runs."""
+    """Done runs grouped by everything but the seed, in order of task and bytes. Bytes are means over seeds, as quality
+    is: they differ only by what compilers of other machines make; speeds are medians. `ceilings` are by default those
+    among these runs."""
     groups: dict[str, list[Done]] = {}
     records = list(records)
     ceilings = ceilings or Ceilings(records)
@@ -239,7 +239,7 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         low=mean - half,
         high=mean + half,
         num_seeds=len(group),
-        bytes_per_sequence=per_sequence(first.memory),
+        bytes_per_sequence=_bytes(group),
         context_len=first.memory.context_len,
         slices=_slices(group),
         learning_rates=[record.training.learning_rate for record in group],
@@ -261,6 +261,12 @@ def _point(label: str, group: list[Done], ceilings: Ceilings) -> Point:
         is_discriminative=is_discriminative(first.quality.metric, ceiling, first.quality.chance, None),
         config=without_seed(first.config),
     )
+
+
+def _bytes(group: list[Done]) -> dict[str, float]:
+    """Bytes of a sequence by axis, over seeds; what an older record of theirs does not have is left out."""
+    sizes = [per_sequence(record.memory) for record in group]
+    return {name: statistics.fmean(each[name] for each in sizes) for name in sizes[0] if all(name in s for s in sizes)}
 
 
 def _median(values: list[float | None]) -> float | None:
@@ -316,6 +322,8 @@ def interval_half_width(values: list[float]) -> float:
     """Half of the 95% confidence interval of the mean: t * s / sqrt(n); 0 for a single value."""
     if len(values) < 2:
         return 0.0
+    from scipy.special import stdtrit  # scipy.stats takes a second to import, this a fifth of one
+
     quantile = float(stdtrit(len(values) - 1, 0.975))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 

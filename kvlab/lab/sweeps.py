@@ -13,10 +13,12 @@ from kvlab.config import Config
 
 
 class Sweep(NamedTuple):
-    """The runs of one sweep, and the words that Hydra's launcher is handed for them."""
+    """The runs of one sweep, the words that Hydra's launcher is handed for them, and what is said of fields that were
+    given and change nothing, by which runs came out equal."""
 
     configs: list[Config]
     handed: list[str]
+    said: list[str]
 
 
 def sweeps_of(overrides: Sequence[str], multirun: bool, *, planned: bool = False) -> list[Sweep]:
@@ -25,9 +27,12 @@ def sweeps_of(overrides: Sequence[str], multirun: bool, *, planned: bool = False
     found, seen = list[Sweep](), set[str]()
     for words in _by_experiment(list(overrides)) if multirun else [list(overrides)]:
         configs, handed = expand(words, multirun, planned=planned)
-        fresh = {str(config.run_dir): config for config in configs if str(config.run_dir) not in seen}
+        fresh = dict[str, Config]()
+        for config in configs:
+            if (place := str(config.run_dir)) not in seen:
+                fresh.setdefault(place, config)
         seen |= fresh.keys()
-        found.append(Sweep(list(fresh.values()), handed))
+        found.append(Sweep(list(fresh.values()), handed, idle_lines(configs)))
     return [sweep for sweep in found if sweep.configs]
 
 
@@ -41,6 +46,16 @@ def has_workers(overrides: Sequence[str], multirun: bool) -> bool:
         return launcher == "joblib" and (multirun or bool(experiments))
     read = [yaml.safe_load((RUN.path / "experiment" / f"{name}.yaml").read_text()) for name in experiments]
     return any({"override /launcher": "joblib"} in (values.get("defaults") or []) for values in read)
+
+
+def idle_lines(configs: Sequence[Config]) -> list[str]:
+    """What was asked of runs and changes nothing, a line for each variant that it is said of."""
+    lines = list[str]()
+    for config in configs:
+        budget = config.equal_budget
+        words = [budget.words] if budget is not None and budget.is_ceiling else []
+        lines += [f"{config.mixer.name}: {each}" for each in (*words, *config.idle)]
+    return list(dict.fromkeys(lines))
 
 
 def _by_experiment(overrides: list[str]) -> list[list[str]]:

@@ -24,7 +24,7 @@ SIZES = {"logical_bytes": "live/seq", "allocated_bytes": "held/seq", "read_bytes
 """The bytes that tables show, and their headings."""
 SPARE = ("step ms", "live/seq", "seeds", "metric", "tok/s", "checked", "flips", "tells", "dropped")
 """What tables of records leave out first where there is no room."""
-PLANNED = ("held/seq", "peak/seq", "read/tok")
+PLANNED = ("held/seq", "held peak/seq", "read/tok")
 """Headings of what a plan says of one sequence's memory."""
 SPARE_PLANNED = ("optimizer", "activations", "weights", "temporaries", "state", "params", "FLOPs", "memory", "training")
 """What tables of plans leave out first where there is no room."""
@@ -48,9 +48,10 @@ def wide_console() -> Console:
     return terminal.console(width=200)
 
 
-def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
+def print_plans(plans: Sequence[tuple[Config, Plan]], said: Sequence[str] = ()) -> None:
     """A row for each run: what it would hold and cost, and whether that fits. FLOPs stand at the first run of each
-    training. Below are the kernels that runs would take, and which formats change nothing."""
+    training. Below are the kernels that runs would take, what budgets were solved for, and what is `said` of fields
+    that change nothing."""
     names = ("run", "training", "label", "state", "params", "weights", "optimizer", "activations", "memory", *PLANNED)
     trainings = {config.training_id: config.run_id for config, _ in reversed(plans)}
     total = sum(plan.train_flops for config, plan in plans if trainings[config.training_id] == config.run_id)
@@ -72,27 +73,17 @@ def print_plans(plans: Sequence[tuple[Config, Plan]]) -> None:
     lines = [_kernels_line(plan) for _, plan in plans]
     for label, (config, plan) in zip(labels, plans, strict=True):
         name = f"{label} [{config.run_id}]"
-        lines += [_format_line(config, name)] if plan.format_is_idle else _skipped_lines(plan, name)
-        lines += budget_lines(config, label)
-    for line in dict.fromkeys(lines):
+        lines += [*_skipped_lines(plan, name), *budget_lines(config, label)]
+    for line in dict.fromkeys([*lines, *said]):
         console.print(line, markup=False)
 
 
 def budget_lines(config: Config, label: str = "") -> list[str]:
     """Said of what the budget of a run was solved for, which has a label among others or (empty) its own."""
-    budget, name = config.equal_budget, f"{label or config.label} [{config.run_id}]"
-    if budget is None:
+    budget = config.equal_budget
+    if budget is None or budget.is_ceiling:
         return []
-    if budget.is_ceiling:
-        return [f"{name}: budget = {budget.asked} has nothing to solve here: the run holds everything, a ceiling"]
-    held = f"which holds {budget.held_bytes:,} bytes a sequence"
-    return [f"{name}: budget = {budget.asked} is {budget.knob} = {budget.solved}, {held}"]
-
-
-def _format_line(config: Config, name: str) -> str:
-    """Said of a run whose format no state is stored in."""
-    repeats = "it stores no tokens, so that the run repeats the one with memory.format = model"
-    return f"{name}: memory.format = {config.memory.format} changes nothing: {repeats}"
+    return [f"{label or config.label} [{config.run_id}]: {budget.words}"]
 
 
 def _skipped_lines(plan: Plan, name: str) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvlab.config import Config
-from kvlab.evaluation.measure import AXES
+from kvlab.evaluation.measure import per_sequence
 from kvlab.lab.labels import flatten
 from kvlab.lab.record import Done
 
@@ -174,8 +174,8 @@ def values_of(row: Mapping[str, Any], *, tuned: bool) -> tuple[dict[str, float],
 
 
 def summary_of(record: Done) -> dict[str, float]:
-    """What a finished run has come to: its quality, and the bytes of its memory."""
-    sizes = {f"memory/{axis}": size for axis in AXES if (size := getattr(record.memory, axis)) is not None}
+    """What a finished run has come to: its quality, and the bytes of a sequence's memory."""
+    sizes = {f"per_sequence/{axis}": size for axis, size in per_sequence(record.memory).items()}
     return {f"quality/{record.quality.metric}": record.quality.value, **sizes}
 
 

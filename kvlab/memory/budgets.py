@@ -33,6 +33,14 @@ class EqualBudget(Schema):
         """Whether nothing was there to be solved."""
         return self.knob is None
 
+    @property
+    def words(self) -> str:
+        """What became of what was asked."""
+        if self.is_ceiling:
+            return f"budget = {self.asked} has nothing to solve here: the run holds everything, a ceiling"
+        held = f"which holds {self.held_bytes:,} bytes a sequence"
+        return f"budget = {self.asked} is {self.knob} = {self.solved}, {held}"
+
 
 class Context(NamedTuple):
     """Where bytes are counted: a sequence of `context_len` tokens, of which `prompt_len` are its prompt."""

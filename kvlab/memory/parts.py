@@ -168,8 +168,11 @@ def _with_selection(parts: Mapping[str, Part], selected: State, memory: MemoryCo
 
 def stored_states(layers: Sequence[LayerStates], memory: MemoryConfig) -> list[dict[str, State]]:
     """Every layer's states in a memory's format, and with the pages that it reads. Raises ConfigError for one that
-    such a memory cannot hold, or not in its format, and for a selection that serves no layer."""
+    such a memory cannot hold, or not in its format, and for a format or a selection that serves no layer."""
     stored = [{name: _stored(state, memory) for name, state in layer.items()} for layer in layers]
+    if memory.format not in ("model", *SEALED) and not any(s.per_token for layer in layers for s in layer.values()):
+        legal = "serves no layer of this model: it is of stored tokens, and every step rewrites its states"
+        raise ConfigError("memory.format", memory.format, legal)
     return stored if memory.selection is None else _selected(stored, memory, memory.selection)
 
 

@@ -3,13 +3,14 @@
 import abc
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kvlab.programs import program
 from kvlab.schema import ConfigError, Schema, added, flag, integer, integers, text
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.corpus import SPLITS, check_path, check_pattern, path_field
@@ -136,7 +137,7 @@ class Haystack[C: HaystackConfig](Task):
     def _on_device(self) -> dict[str, Array]:
         return {name: jnp.asarray(data) for name, data in self.haystack.items()}
 
-    @partial(jax.jit, static_argnums=(0, 4))
+    @program(static_argnums=3)
     def _examples(self, haystack: Array, key: Array, examples: Array, seq_len: int, knob: Array) -> Batch:
         """Each example from its own number."""
         return jax.vmap(lambda example: self.example(haystack, jax.random.fold_in(key, example), seq_len, knob))(

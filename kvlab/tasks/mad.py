@@ -17,7 +17,7 @@ sequences; here every batch is new.
 
 import abc
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kvlab.programs import program
 from kvlab.schema import ConfigError, Schema, choice, integer, real
 from kvlab.tasks.base import Batch, EvalSlice, Task
 from kvlab.tasks.metrics import ACCURACY
@@ -319,6 +320,6 @@ class Mad(Task):
         numbers = jnp.arange(index, index + batch_size, dtype=jnp.int32)
         return self._examples(jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers), True)
 
-    @partial(jax.jit, static_argnums=(0, 2))
+    @program(static_argnums=1)
     def _examples(self, keys: Array, tested: bool) -> Batch:
         return jax.vmap(lambda key: self.drawn.draw(key, tested))(keys)

@@ -10,13 +10,14 @@ for. A memory must then replace what a key held, which a sum of outer products c
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kvlab.programs import program
 from kvlab.schema import ConfigError, Schema, added, flag, integer, integers, real, texts
 from kvlab.tasks.base import Batch, EvalSlice, Task, round_robin
 from kvlab.tasks.metrics import ACCURACY
@@ -148,7 +149,7 @@ class Mqar(Task):
         examples = jnp.arange(index, index + batch_size, dtype=jnp.int32)
         return self._examples(key, examples, part.seq_len, most, jnp.asarray(part.knob, jnp.int32))
 
-    @partial(jax.jit, static_argnums=(0, 3, 4))
+    @program(static_argnums=(2, 3))
     def _examples(self, key: Array, examples: Array, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
         """Each example from its own number, so that it is the same whatever batch it comes in."""
 
@@ -158,7 +159,7 @@ class Mqar(Task):
 
         return jax.vmap(example_of)(examples)
 
-    @partial(jax.jit, static_argnums=(0, 2, 3, 4))
+    @program(static_argnums=(1, 2, 3))
     def _generate(self, key: Array, batch_size: int, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
         """A batch with `num_pairs` <= most_pairs (traced) pairs a sequence; shapes depend on most_pairs only."""
         key_keys, key_values, key_places, key_noise = jax.random.split(key, 4)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from kvlab.files import write_atomic
 from kvlab.placement import Placement
@@ -29,6 +28,13 @@ class CheckpointError(RuntimeError):
     """No checkpoint of a directory could be read; names each and what was wrong with it."""
 
 
+def _orbax() -> Any:
+    """Imported where checkpoints are read or written: whoever only reads results does without."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 def tree_sha256(tree: PyTree) -> str:
     """SHA-256 over names and bytes of every leaf: two trees of arrays are equal iff their digests are."""
     digest = hashlib.sha256()
@@ -43,6 +49,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int, placement: Placement | None = None):
         self.directory, self.placement = directory, placement or Placement()
+        ocp = _orbax()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
@@ -50,6 +57,7 @@ class Checkpoints:
         """Writes checkpoint `step`; a process killed while writing leaves the earlier ones as they were."""
         if step not in self._manager.all_steps():
             stated = {"format": FORMAT, "sha256": _digest(tree, note), "note": note}
+            ocp = _orbax()
             items = ocp.args.Composite(tree=ocp.args.StandardSave(tree), note=ocp.args.JsonSave(stated))
             self._manager.save(step, args=items)
 
@@ -85,6 +93,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: PyTree, sha256: str | None) -> tuple[PyTree, dict[str, Any]]:
         """A checkpoint's tree and note. Raises `CheckpointError` with what is wrong with it."""
+        ocp = _orbax()
         items = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract), note=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)

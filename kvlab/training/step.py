@@ -14,6 +14,7 @@ from jax import Array
 from kvlab.memory.views import LayerStates
 from kvlab.models.transformer import Transformer, logits_at, merge, path_name
 from kvlab.placement import Placement
+from kvlab.programs import program
 from kvlab.tasks import Batch, Task
 from kvlab.typing import Params, PyTree
 
@@ -97,7 +98,8 @@ def _gradients(
 @dataclass(frozen=True, eq=False)
 class TrainStep:
     """The compiled training call of one (model, task, optimizer), one of `num_steps`; `__call__` runs `len(knobs)` of
-    them. Batches lie where `placement` says; on a mesh that divides "B", each device computes its rows."""
+    them. Programs go with it. Batches lie where `placement` says; on a mesh that divides "B", each device computes its
+    rows."""
 
     structure: nnx.GraphDef[Transformer]
     task: Task
@@ -107,7 +109,7 @@ class TrainStep:
     num_steps: int
     placement: Placement = field(default_factory=Placement)
 
-    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+    @program(static_argnums=4, donate_argnums=0)
     def __call__(
         self, state: TrainState, data: PyTree, key: Array, knobs: Array, seq_len: int
     ) -> tuple[TrainState, dict[str, Array]]:
@@ -120,7 +122,7 @@ class TrainStep:
         """
         return self._steps(state, data, key, knobs, seq_len, jnp.asarray(True))
 
-    @partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+    @program(static_argnums=4, donate_argnums=0)
     def together(
         self, states: TrainState, data: PyTree, keys: Array, knobs: Array, seq_len: int, moves: Array
     ) -> tuple[TrainState, dict[str, Array]]:

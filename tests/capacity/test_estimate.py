@@ -272,7 +272,7 @@ def test_layers_that_share_hold_nothing_and_read_as_much():
     context = Context(4000, 3000)
     serving = Serving.of(replace(config, model=sharing(1, 6)), 4096, context)
     assert serving.mixing_flops(context) == 3 * flops[0] + 9 * flops[1]
-    assert sharing(1, 6).read_bytes(4000, "bfloat16") == shared.read_bytes
+    assert sharing(1, 6).moved_bytes(4000, "bfloat16") == shared.read_bytes
     assert sharing(1, 6).num_layers == 12
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(one_answer(replace(config, model=sharing(1, 6)), shared))
@@ -313,3 +313,10 @@ def test_a_group_that_finds_no_source_is_refused():
     with pytest.raises(ConfigError, match="must be false for kind recurrent"):
         LayerGroup.build({"kind": "recurrent", "state_shape": [4, 4], "shares_kv": True})
     assert all(state is not None for state in replace(sharing(1, 1), variant="recurrent").states("bfloat16"))
+
+
+def test_capacity_reads_a_state_once_as_records_do():
+    """Decoding a token of Mamba-2 reads the state and writes it back: what is read is what is held, what is moved twice
+    that."""
+    answer = estimate(compose_capacity(["model=mamba2-2.7b", "hardware=h100", "simulate=false"]))
+    assert answer.read_bytes == answer.sequence_bytes == answer.held_bytes

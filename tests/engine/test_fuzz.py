@@ -85,6 +85,7 @@ def test_random_requests_end_as_if_alone(seeds):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_many_random_requests_end_as_if_alone():
     for seed in range(1000):
         run_random(seed)

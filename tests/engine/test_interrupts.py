@@ -154,6 +154,7 @@ def test_a_stream_hears_the_end_of_its_requests_whoever_is_interrupted(num_inter
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("call", CALLS)
 def test_an_interrupt_at_every_line(call, way):

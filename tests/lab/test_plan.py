@@ -9,6 +9,7 @@ from kvlab.evaluation.score import Scorer
 from kvlab.lab.execute import measure_memory
 from kvlab.lab.laboratory import Laboratory
 from kvlab.lab.plan import filled
+from kvlab.lab.sweeps import idle_lines
 from kvlab.lab.tables import budget_lines
 from kvlab.memory.budgets import Context
 from kvlab.random import named_key
@@ -44,8 +45,9 @@ def test_a_plan_says_what_a_measurement_finds(memory, tmp_path):
 
 
 def test_what_a_budget_became_is_said(tmp_path):
-    (line,) = budget_lines(small(tmp_path, "budget=64KiB"))
-    assert "budget = 64KiB has nothing to solve here: the run holds everything, a ceiling" in line
+    full = small(tmp_path, "budget=64KiB")
+    words = "mha: budget = 64KiB has nothing to solve here: the run holds everything, a ceiling"
+    assert (budget_lines(full), idle_lines([full])) == ([], [words])
     config = small(tmp_path, *MEMORIES["bytes"])
     (line,) = budget_lines(config)
     said = config.equal_budget

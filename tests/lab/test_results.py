@@ -88,6 +88,16 @@ def test_a_name_keeps_its_section_where_its_last_word_is_ambiguous(sections, nam
     assert sorted(point.name for point in points([record(**section) for section in sections])) == names
 
 
+def test_bytes_of_seeds_that_differ_are_their_mean():
+    """Compilers of two machines want other temporaries: no seed is the one whose bytes stand for all."""
+    made = [record(seed=seed) for seed in (0, 1)]
+    made[1] = replace(made[1], memory=replace(made[1].memory, temp_bytes=made[0].memory.temp_bytes + 8))
+    (point,) = points(made)
+    of_batch = made[0].memory.temp_bytes + 4
+    assert point.bytes_per_sequence["temp_bytes"] == of_batch / made[0].memory.batch_size
+    assert point.bytes_per_sequence["allocated_bytes"] == made[0].memory.allocated_bytes / made[0].memory.batch_size
+
+
 def held(compression=None, budget=None, **memory):
     return {"memory": {"format": "model", "compression": compression, "budget": budget, **memory}}
 
@@ -232,7 +242,7 @@ def test_tensorboard_gets_every_row(tmp_path):
     (folder,) = to_tensorboard(write(tmp_path / "results", record()), tmp_path / "board")
     (events,) = folder.iterdir()
     content = events.read_bytes()
-    for tag in (b"loss", b"quality/accuracy", b"memory/allocated_bytes"):
+    for tag in (b"loss", b"quality/accuracy", b"per_sequence/allocated_bytes"):
         assert tag in content
 
 

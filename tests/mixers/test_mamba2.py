@@ -3,8 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from kvlab.engine.shapes import Buckets
+from kvlab.engine.step import MemoryStep
+from kvlab.lab.laboratory import Laboratory
 from kvlab.memory.views import whole
 from kvlab.mixers import MIXERS, Mixer
 from kvlab.mixers.mamba2 import Mamba2, Mamba2Config
@@ -71,3 +75,24 @@ def test_a_mixer_without_bytes_cannot_be_constructed():
 
     with pytest.raises(TypeError, match="abstract"):
         Forgetful()
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "hybrid"])
+def test_programs_are_as_large_whatever_the_chunks(mixer, config_of):
+    """Chunks of the mixer and of the memory, prime, 1, or longer than a prompt, are shapes of one program: its
+    operations are as many, but for the padding of a rest. Steps of up to 3 tokens have three widths."""
+    found = set()
+    for chunk_len, width in ((7, 3), (3, 64), (1, 3), (97, 64), (64, 97)):
+        words = [f"mixer={mixer}", "model.model_dim=16", "mixer.M.num_heads=2", "mixer.M.head_dim=8"]
+        words += [f"mixer.M.chunk_len={chunk_len}", f"memory.chunk_len={width}"]
+        lab = Laboratory.of(config_of(*words), abstract=True)
+        layout = lab.layout(128, 2)
+        plan, tokens = layout.ledger().plan([], 2, width), jax.ShapeDtypeStruct((2, width), jnp.int32)
+        pools = jax.eval_shape(layout.allocate)
+        lowered = MemoryStep.next_logits.lower(
+            MemoryStep(lab.model.structure, layout), lab.model.params, pools, plan, tokens
+        )
+        found.add(lowered.as_text().count("stablehlo."))
+    assert max(found) < 1.1 * min(found), found
+    assert max(found) < 1500
+    assert {Buckets().width_for(num_tokens, 3) for num_tokens in (1, 2, 3)} == {1, 2, 3}
