@@ -10,6 +10,7 @@ what they mean is settled: tokens accepted, pages published, sequences ended. Wh
 launched before this one is settled, so that the device never waits for the host."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ class Engine:
         """What is done now; behind an interrupt, what it tore and nobody has mended yet."""
         self._unheard: dict[str, None] = {}
         """Requests that nobody wants any more, and that have not been ended yet."""
+        self._owners: list[tuple[weakref.ref[Stream], dict[str, None]]] = []
+        """Streams with the requests that are theirs to end."""
 
     def _listener(self) -> Callable[[Entry], Planned | Wait] | None:
         """What plans second passes behind prompts; None: this memory needs none."""
@@ -175,6 +178,7 @@ class Engine:
     def _open(self, prompts: Sequence[Any], sampling: Sampling | Sequence[Sampling] | None) -> Stream:
         """Queues requests that a stream, which nobody tells anything yet, is to end."""
         stream = Stream(self)
+        self._owners.append((weakref.ref(stream), stream.names))
         try:
             for prompt, wanted in each_sampling(prompts, sampling):
                 self._submit(prompt, wanted, owned=stream.names)
@@ -217,7 +221,13 @@ class Engine:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Ends who was abandoned. What an interrupt leaves is done by the next call."""
+        """Ends who was abandoned. What an interrupt leaves is done by the next call: of a stream that Python has let
+        go, too, whose own end an interrupt may have cut short without a word."""
+        for owner in tuple(self._owners):
+            stream, names = owner
+            if stream() is None:
+                self._unheard |= names
+                self._owners.remove(owner)
         while self._unheard:
             name = next(reversed(self._unheard))
             self._mend()

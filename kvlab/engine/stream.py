@@ -77,7 +77,7 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Nobody listens any more."""
         self._engine.abandon(self.names)
-        self.names = {}
+        self.names.clear()
         self._pending.clear()
 
     def __del__(self) -> None:
