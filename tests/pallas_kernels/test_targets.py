@@ -105,12 +105,9 @@ def test_spills_and_errors_fail_on_every_chip():
     assert not targets.failures([Compiled("H200", SHAPE, registers=200, spilled_bytes=0)])
     assert "no such instruction" in targets.failures([Compiled("B200", SHAPE, error="no such instruction")])[0]
     assert "spills 8 bytes" in targets.failures([Compiled("H100", SHAPE, registers=255, spilled_bytes=8)])[0]
-    wide = Shape("paged_attention", "fp8", 256, "token", num_queries=256)
-    assert not targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=32)]), "where none is left"
-    assert targets.failures([Compiled("H100", wide, registers=255, spilled_bytes=40)])
-    kivi = Shape("paged_attention", "int4", 256, "kivi")
-    assert not targets.failures([Compiled("H100", kivi, registers=255, spilled_bytes=480)])
-    assert targets.failures([Compiled("H100", kivi, registers=255, spilled_bytes=488)])
+    wide = Shape("paged_attention", "int2", 256, "kivi")
+    assert not targets.failures([Compiled("H100", wide, registers=168, spilled_bytes=480)]), "where none is left"
+    assert targets.failures([Compiled("H100", wide, registers=168, spilled_bytes=488)])
     assert targets.failures([Compiled("H100", Shape("paged_attention", "int4", 128, "kivi"), spilled_bytes=8)])
 
 
