@@ -143,10 +143,12 @@ def test_disagreement_between_memory_and_parallel_form_fails_the_run(trained, mo
 
     right = Scorer.parallel
 
-    def wrong(self, params, split):
+    def wrong(self, params, split, **options):
         from dataclasses import replace
 
-        return tuple(replace(score, correct=score.correct + score.weight) for score in right(self, params, split))
+        return tuple(
+            replace(score, correct=score.correct + score.weight) for score in right(self, params, split, **options)
+        )
 
     monkeypatch.setattr(Scorer, "parallel", wrong)
     config = small(trained, *TUNED)
