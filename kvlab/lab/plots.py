@@ -2,6 +2,7 @@
 backend alone, and draw into a figure of the caller's where one is given; those that write files open no window."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from kvlab.evaluation.measure import AXES
 from kvlab.files import write_atomic
@@ -22,6 +24,8 @@ from kvlab.units import human_bytes
 
 COLUMNS = 3
 """Panels beside each other, before a new row begins."""
+MARK_POINTS = 8.0
+"""How large a mark is, in points of print."""
 
 
 def frontier(found: Sequence[Point], axis: str = "allocated_bytes", figure: Figure | None = None) -> list[Axes]:
@@ -84,11 +88,12 @@ def _draw_panel(panel: Axes, name: str, members: list[Point], axis: str, looks: 
     best = non_dominated([point for point, *_ in known], axis)
     sizes = [point.bytes_per_sequence[axis] for point in best]
     panel.step(sizes, [p.value for p in best], where="post", color="0.6", lw=1.2, ls="--", zorder=1)
+    marks = list[Line2D]()
     for point, label, style in known:
         size = point.bytes_per_sequence[axis]
         errors = [[point.value - point.low], [point.high - point.value]] if point.interval else None
-        look = {"color": style.colour, "fmt": style.marker, "ms": 8, "capsize": 3, "zorder": 3}
-        panel.errorbar(size, point.value, yerr=errors, label=_plainly(label), **look)
+        look = {"color": style.colour, "fmt": style.marker, "ms": MARK_POINTS, "capsize": 3, "zorder": 3}
+        marks.append(panel.errorbar(size, point.value, yerr=errors, label=_plainly(label), **look).lines[0])
     first = members[0]
     byte_axis(panel)
     panel.set_xlabel(f"{AXES[axis]}\n{where(first)}")
@@ -99,7 +104,20 @@ def _draw_panel(panel: Axes, name: str, members: list[Point], axis: str, looks: 
         panel.set_ylim(1.15 * max(point.high for point in members), 0)
     panel.set_title(f"{_plainly(name)}: {metric_label(first.metric)} against memory")
     panel.grid(alpha=0.25, which="both")
+    unhide(panel, marks)
     beside_legend(panel)
+
+
+def unhide(panel: Axes, marks: Sequence[Line2D]) -> None:
+    """Of marks of one point that lie on each other each is smaller than the one below it, so that all are seen."""
+    places = [panel.transData.transform(mark.get_xydata())[0] for mark in marks]
+    near = MARK_POINTS / 2 * panel.figure.dpi / 72
+    for number, (mark, place) in enumerate(zip(marks, places, strict=True)):
+        below = [other.get_markersize() for other, there in zip(marks[:number], places, strict=False)
+                 if math.dist(place, there) < near]  # fmt: skip
+        if below:
+            mark.set_markersize(max(2.0, min(below) - 3))
+            mark.set_zorder(3 + len(below))
 
 
 def beside_legend(panel: Axes, handles: Sequence[Artist] = (), labels: Sequence[str] = ()) -> None:

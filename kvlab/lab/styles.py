@@ -15,7 +15,7 @@ COLOURS = {
     "mha": "#0072b2",
     "gqa": "#56b4e9",
     "mqa": "#009e73",
-    "mla": "#1b9e9e",
+    "mla": "#9bc53d",
     "swa": "#e69f00",
     "swa16": "#f5c26b",
     "swa32": "#e69f00",

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from kvlab.lab.experiments import EXPERIMENTS_DIR, names
+from kvlab.lab.plots import MARK_POINTS, sheet, unhide
 from kvlab.lab.styles import COLOURS, INK, OTHERS, PALETTE
 
 SOURCES = [path for path in EXPERIMENTS_DIR.glob("*/*.py") if path.name != "notebook.py"]
@@ -53,3 +54,15 @@ def test_every_picture_is_drawn_from_the_tables_beside_it(tmp_path):
     committed = {path.relative_to(EXPERIMENTS_DIR) for path in EXPERIMENTS_DIR.rglob("*.png")}
     assert made == committed
     assert {path.parent.name for path in made} == set(names()) - set(NOT_COMMITTED)
+
+
+def test_marks_that_lie_on_each_other_are_all_seen():
+    """Three at one place, each smaller than the one below and drawn later; whoever lies apart keeps its size."""
+    figure, panel = sheet(size=(5, 4))
+    panel.set(xlim=(1, 100), ylim=(0, 1), xscale="log")
+    places = [(10, 0.5), (10, 0.5), (10.1, 0.502), (50, 0.5), (10, 0.9)]
+    marks = [panel.errorbar(x, y, fmt="o", ms=MARK_POINTS).lines[0] for x, y in places]
+    unhide(panel, marks)
+    assert [mark.get_markersize() for mark in marks] == [8, 5, 2, 8, 8]
+    assert marks[0].get_zorder() < marks[1].get_zorder() < marks[2].get_zorder()
+    assert figure
