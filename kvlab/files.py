@@ -39,6 +39,11 @@ def home_expanded(path: str | Path) -> Path:
         return Path(path)
 
 
+def leads_somewhere(path: str | Path) -> bool:
+    """Whether there is a file or folder at the user's path; none is where a name is longer than any can be."""
+    return os.path.exists(home_expanded(path))
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there wholly or not at all, also where the machine stops: file and folder are
     synced. Several processes may write the same one; the last wins. A link in its place is replaced, not followed."""

@@ -90,3 +90,19 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
 def test_results_may_lie_at_home_and_have_any_letters(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compose(["results_dir='~/résultats 结果'"]).run_dir.is_relative_to(tmp_path / "résultats 结果")
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [
+        (["task=text", "task.path={}"], "task.path"),
+        (["task=perplexity", "task.path={}"], "task.path"),
+        (["task=text", "task.tokenizer={}"], "tokenizer"),
+        (["task=perplexity", "weights.path={}"], "weights.path"),
+    ],
+)
+@pytest.mark.parametrize("name", ["9" * 400, "9" * 5000])
+def test_a_name_longer_than_any_files(words, field, name):
+    with pytest.raises(ConfigError, match=field) as caught:
+        compose([word.format(name) for word in words])
+    assert len(str(caught.value)) <= 2000

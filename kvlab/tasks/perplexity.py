@@ -2,6 +2,7 @@
 through any memory."""
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -95,7 +96,7 @@ def check_tokenizer(path: str | None) -> None:
     """Raises ConfigError for a file that is not there or no tokenizer."""
     if path is None:
         return
-    if not home_expanded(path).is_file():
+    if not os.path.isfile(home_expanded(path)):
         raise ConfigError("tokenizer", path, "must be an existing tokenizer.json, or null for bytes")
     try:
         tokenizer_of(path)

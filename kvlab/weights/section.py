@@ -75,6 +75,8 @@ class WeightsConfig(Schema):
             return peek_architecture(self.folder, self.compute_dtype, window=self.window, num_sinks=self.num_sinks)
         except WeightsError as error:
             raise ConfigError("weights.path", self.path, str(error)) from None
+        except OSError as error:  # a name longer than a file's may be, a folder that others may not enter
+            raise ConfigError("weights.path", self.path, f"must be a folder to read from: {error.strerror}") from None
         except ConfigError as error:
             raise error.under("weights") from None
 
