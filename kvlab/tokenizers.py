@@ -39,6 +39,8 @@ class FileTokenizer:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
             raise ImportError(f"{path}: reading a tokenizer needs the extra: pip install 'kvlab[hf]'") from None
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: is no regular file")  # a pipe might never end
         try:
             self._loaded = Loaded.from_file(str(path))
         except Exception as error:  # the library raises plain Exception

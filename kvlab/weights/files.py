@@ -15,6 +15,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from kvlab.files import read_regular
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 NUMPY: dict[str, np.dtype[Any]] = {
@@ -23,6 +25,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),  # numpy learns it from there
 }
 FLOATS = tuple(NUMPY)
+MAX_JSON_BYTES = 1 << 28
 MAX_DEPTH = 32
 """Levels of a JSON file; published ones have three."""
 
@@ -60,7 +63,7 @@ def refuse_gguf(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint. Raises WeightsError when it is missing or anything else."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_regular(path, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise WeightsError(path.parent, [f"{path.name} is missing"]) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -88,6 +91,9 @@ def read_headers(directory: Path) -> dict[str, Stored]:
     shards = _shards(directory)
     for shard, promised in shards.items():
         path = directory / shard
+        if path.exists() and not path.is_file():  # a pipe might never end
+            problems.append(f"{shard}: is no regular file")
+            continue
         try:
             with safe_open(path, "np") as file:
                 names = set(file.keys())

@@ -89,7 +89,8 @@ class WeightsConfig(Schema):
         if (run := self.run) is not None:
             return run.params_sha256
         paths = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
-        stats = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+        files = [path for path in paths if path.is_file()]  # a pipe is refused when the tensors are read
+        stats = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
         return _digest(stats)
 
 
