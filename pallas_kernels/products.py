@@ -27,10 +27,10 @@ def product_over_rows(a: Float[Array, "*batch K M"], b: Float[Array, "*batch K N
     """a^T @ b: summed over rows."""
     if not _is_for_cpu():
         return _transposed(a) @ b
-    lies = jax.lax.optimization_barrier
+    barrier = jax.lax.optimization_barrier
     if a.size <= b.size:
-        return lies(_transposed(a)) @ b
-    return _transposed(lies(lies(_transposed(b)) @ a))
+        return barrier(_transposed(a)) @ b
+    return _transposed(barrier(barrier(_transposed(b)) @ a))
 
 
 def scores_of(queries: Float[Array, "B K G T D"], keys: Float[Array, "B K S D"]) -> Float[Array, "B K G T S"]:
