@@ -6,9 +6,10 @@ process 65,530 of them (`vm.max_map_count`); beyond, LLVM ends it without a word
 import gc
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -54,6 +55,19 @@ class Program:
 def program(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Makes a method a `Program`; arguments are counted behind self."""
     return lambda function: Program(function, **options)
+
+
+class Programs:
+    """What several callers compile alike: a subclass for each kind."""
+
+    @classmethod
+    @cache
+    def shared(cls) -> Self:
+        """The same for all of them, until it is let go of for want of room."""
+        return cls()
+
+
+LET_GO.append(Programs.shared.cache_clear)
 
 
 def num_mappings() -> int:

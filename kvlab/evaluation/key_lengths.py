@@ -3,7 +3,6 @@ pretrained models attend to short keys; small models trained here do the opposit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Float
 
 from kvlab.memory.views import whole
 from kvlab.models.transformer import Transformer, merge
-from kvlab.programs import LET_GO, make_room, program
+from kvlab.programs import Programs, make_room, program
 from kvlab.typing import HeadOutputs, Params, Positions, Queries, Tokens
 from pallas_kernels.masking import soft_capped
 
@@ -50,14 +49,8 @@ def knorm_keep(found: Sequence[KeyLengths]) -> str:
     return "long" if sum(each.correlation for each in found) > 0 else "short"
 
 
-class _Programs:
+class _Programs(Programs):
     """What measures models, compiled."""
-
-    @classmethod
-    @cache
-    def shared(cls) -> "_Programs":
-        """The same for all models, until they are let go of for want of room."""
-        return cls()
 
     @program(static_argnums=0)
     def correlations(
@@ -79,9 +72,6 @@ class _Programs:
             for view in views.values()
             if isinstance(view, _Watched)
         }
-
-
-LET_GO.append(_Programs.shared.cache_clear)
 
 
 class _Watched:

@@ -3,7 +3,6 @@ of a shallow one. For evaluation of published weights; what is computed is the s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from kvlab.mixers import LayerMemory
 from kvlab.models.model import Model
 from kvlab.models.sharing import lent, take_back
 from kvlab.models.transformer import Block, Transformer
-from kvlab.programs import LET_GO, make_room, program
+from kvlab.programs import Programs, make_room, program
 from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
 
 type Wrap = Callable[[int, State, Any], Any]
@@ -78,14 +77,8 @@ def _without_blocks(model: Transformer) -> Transformer:
     return copy
 
 
-class _Programs:
+class _Programs(Programs):
     """What models are compiled to. Blocks that are alike share theirs, whichever models they are of."""
-
-    @classmethod
-    @cache
-    def shared(cls) -> "_Programs":
-        """The same for all models, until they are let go of for want of room."""
-        return cls()
 
     @program(static_argnums=0)
     def block(
@@ -110,9 +103,6 @@ class _Programs:
         logits = nnx.merge(structure, params).model.logits(hidden)
         told = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - told
-
-
-LET_GO.append(_Programs.shared.cache_clear)
 
 
 def layers_of(
