@@ -1,11 +1,12 @@
-"""Our training step beside the same model in plain PyTorch: MQAR shapes, interleaved, medians and ratios.
+"""Our training step beside the same model in PyTorch, eager and compiled: MQAR shapes, in turns, medians and ratios.
 
     make peers && .venv/bin/python benchmarks/train_step.py
 
 Model: 2 layers of [short convolution, attention], width 64, 4 heads of 16, vocabulary 512, with and without a gated MLP
-of 128; batch 64 x 128 tokens, 32 labelled positions; AdamW with clipping. The peer runs in its own process and
-environment (.peers); the two take turns, a round each. The floor is the FLOPs of a step over this machine's measured
-matrix product.
+of 128; batch 64 x 128 tokens, 32 labelled positions; AdamW with clipping. Each peer runs in its own process and
+environment (.peers), and all take turns, a round each. "compiled" is `torch.compile` of the model, both ways;
+clipping and the optimizer are PyTorch's own. The floor is the FLOPs of a step over this machine's measured matrix
+product.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, LENGTH, PAIRS, STEPS = 64, 128, 32, 10
+PEERS = ("eager", "compiled")
 
 
 def ours(with_mlp: bool):
@@ -84,8 +86,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-BATCH, LENGTH, PAIRS, STEPS, MLP = (int(x) for x in sys.argv[1:6])
-torch.set_num_threads(int(sys.argv[6]))
+BATCH, LENGTH, PAIRS, STEPS, MLP, THREADS = (int(x) for x in sys.argv[1:7])
+torch.set_num_threads(THREADS)
 torch.manual_seed(0)
 VOCAB, WIDTH, HEADS = 512, 64, 4
 
@@ -131,6 +133,7 @@ class Model(nn.Module):
 
 
 model = Model()
+forward = torch.compile(model) if sys.argv[7] == "compiled" else model
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
 print(sum(p.numel() for p in model.parameters()), torch.__version__, flush=True)
 
@@ -139,7 +142,7 @@ def step():
     tokens = torch.randint(VOCAB, (BATCH, LENGTH))
     places = torch.rand(BATCH, LENGTH).topk(PAIRS, -1).indices
     labels = torch.randint(VOCAB, (BATCH, PAIRS))
-    loss = F.cross_entropy(model(tokens, places).flatten(0, 1), labels.flatten())
+    loss = F.cross_entropy(forward(tokens, places).flatten(0, 1), labels.flatten())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -155,13 +158,14 @@ for line in sys.stdin:  # one round a line
 
 
 class Peer:
-    """The PyTorch process, one round at a time."""
+    """A process of PyTorch, one round at a time."""
 
-    def __init__(self, with_mlp: bool, threads: int):
+    def __init__(self, with_mlp: bool, threads: int, kind: str):
         python = ROOT / ".peers" / "bin" / "python"
         if not python.exists():
             sys.exit("benchmarks/train_step.py: PyTorch's environment is missing; run `make peers` first")
         arguments = [str(x) for x in (BATCH, LENGTH, PAIRS, STEPS, 128 if with_mlp else 0, threads)]
+        arguments.append(kind)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
         self.process = subprocess.Popen([str(python), "-c", PEER, *arguments], **pipes)
         num_params, self.version = self._read().split()
@@ -190,31 +194,34 @@ def main() -> None:
     rows = []
     for with_mlp in (False, True):
         run, flops, num_params = ours(with_mlp)
-        peer = Peer(with_mlp, threads)
-        rounds = [(run(), peer.round_ms()) for _ in range(options.rounds + 2)][2:]
-        mine, theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(b / a for a, b in rounds)
-        peer.process.terminate()
+        peers = [Peer(with_mlp, threads, kind) for kind in PEERS]
+        rounds = [(run(), *(peer.round_ms() for peer in peers)) for _ in range(options.rounds + 2)][2:]
+        mine, *theirs = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratios = [statistics.median(row[place] / row[0] for row in rounds) for place in range(1, 1 + len(peers))]
+        for peer in peers:
+            peer.process.terminate()
         achieved = flops / mine / 1e6
-        rows.append(
-            {
-                "model": "2 layers with MLP" if with_mlp else "2 layers without MLP",
-                "num_params": num_params,
-                "peer_num_params": peer.num_params,
-                "kvlab_ms": mine,
-                "torch_ms": theirs,
-                "speedup": ratio,
-                "rounds": rounds,
-                "flops": flops,
-                "gflops_per_s": achieved,
-                "floor_ms": flops / ceiling / 1e6,
-                "torch": peer.version,
-            }
+        row = {
+            "model": "2 layers with MLP" if with_mlp else "2 layers without MLP",
+            "num_params": num_params,
+            "peer_num_params": peers[0].num_params,
+            "kvlab_ms": mine,
+            "torch_ms": dict(zip(PEERS, theirs, strict=True)),
+            "speedup": dict(zip(PEERS, ratios, strict=True)),
+            "rounds": rounds,
+            "flops": flops,
+            "gflops_per_s": achieved,
+            "floor_ms": flops / ceiling / 1e6,
+            "torch": peers[0].version,
+        }
+        rows.append(row)
+        beside = "  ".join(
+            f"torch {kind} {ms:6.1f} ms, speedup {ratio:4.2f}x"
+            for kind, ms, ratio in zip(PEERS, theirs, ratios, strict=True)
         )
         print(
-            f"{rows[-1]['model']:<22} kvlab {mine:6.1f} ms  torch {theirs:6.1f} ms  speedup {ratio:4.2f}x  "
-            f"{flops / 1e9:.2f} GFLOP a step at {achieved:.0f} GFLOP/s; floor {rows[-1]['floor_ms']:.1f} ms "
-            f"at this machine's {ceiling:.0f} GFLOP/s",
+            f"{row['model']:<22} kvlab {mine:6.1f} ms  {beside}  {flops / 1e9:.2f} GFLOP a step at "
+            f"{achieved:.0f} GFLOP/s; floor {row['floor_ms']:.1f} ms at this machine's {ceiling:.0f} GFLOP/s",
             flush=True,
         )
     result = {
