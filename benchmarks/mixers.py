@@ -55,8 +55,9 @@ class Made(NamedTuple):
 
 def laboratory(mixer: str) -> Laboratory:
     """Two layers of a mixer."""
-    fields = [f"mixer={mixer}", "model.num_layers=2", "model.mlp_dim=0", f"train.batch_size={BATCH}"]
-    return Laboratory.of(compose([*fields, f"task.train=[{LENGTH}:{PAIRS}]", "task.train_weights=[1]"]))
+    fields = [f"mixer={mixer}", "model.num_layers=2", "model.mlp_dim=0", "optimizer.name=adamw"]
+    fields += [f"train.batch_size={BATCH}", f"task.train=[{LENGTH}:{PAIRS}]", "task.train_weights=[1]"]
+    return Laboratory.of(compose(fields))
 
 
 def temporaries(compiled: Any) -> int:

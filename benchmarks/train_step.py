@@ -47,6 +47,7 @@ def ours(with_mlp: bool):
                 f"task.train=[{LENGTH}:{PAIRS}]",
                 "task.train_weights=[1]",
                 f"train.batch_size={BATCH}",
+                "optimizer.name=adamw",  # as the peers; the task's own recipe is Muon
             ]
         )
     )
