@@ -127,8 +127,9 @@ def _is_number(word: str) -> bool:
 
 
 def styles(configs: Sequence[Mapping[str, Any]]) -> list[Style]:
-    """A style for the configuration of each point: the colour by the first field of `swept`, the marker by the second;
-    where these two leave points of a panel alike, markers tell the points of a colour apart."""
+    """A style for the configuration of each point: the colour by the first field of `swept`, the marker by the next
+    that is no field of the first, else by the first as well, in the order of its values' names. Where these two leave
+    points of a panel alike, markers tell the points of a colour apart."""
     keys = [json.dumps(_drawn(config), sort_keys=True, default=str) for config in configs]
     different = dict(zip(keys, configs, strict=True))
     names, fields = swept(list(different.values())), [fields_of(config) for config in different.values()]
@@ -136,9 +137,11 @@ def styles(configs: Sequence[Mapping[str, Any]]) -> list[Style]:
     def values(name: str) -> list[str]:
         return [str(each.get(name)) for each in fields]
 
-    first = values(names[0] if names else "mixer")
-    palette = colours(first, of_mixers=not names or names[0] == "mixer")
-    ranks = _ranks(values(names[1])) if len(names) > 1 else [0] * len(first)
+    leading, *others = names or ["mixer"]
+    first = values(leading)
+    palette = colours(first, of_mixers=leading == "mixer")
+    second = next((name for name in others if not name.startswith(f"{leading}.")), None)
+    ranks = _ranks(values(second)) if second else [sorted(set(first)).index(value) for value in first]
     if max(ranks, default=0) >= len(MARKERS) or len(set(zip(first, ranks, strict=True))) < len(first):
         ranks = [first[:place].count(value) for place, value in enumerate(first)]
     looks = [Style(palette[value], MARKERS[rank % len(MARKERS)]) for value, rank in zip(first, ranks, strict=True)]

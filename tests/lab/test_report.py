@@ -272,6 +272,17 @@ def test_mixers_have_their_colour_and_no_two_share_one():
     assert len({look.colour for look in looks}) == len(names)
 
 
+def test_a_mixer_looks_the_same_beside_the_same_mixers():
+    """Whatever fields its layers have besides, and in whatever order the runs came."""
+    names = ["mha", "mqa", "hybrid"]
+    fields = ({"A": {"num_heads": 4}}, {"A": {"num_heads": 4, "rope_base": 100.0}}, {"M": {"state_dim": 16}})
+    one, two = ([record(name, mixer={"name": name, **part}).config for name, part in zip(names, parts, strict=True)]
+                for parts in (fields, fields[::-1]))  # fmt: skip
+    looks = dict(zip(names, styles(one), strict=True))
+    assert dict(zip(reversed(names), styles(two[::-1]), strict=True)) == looks
+    assert len({look.marker for look in looks.values()}) == 3, "for eyes that do not tell colours apart"
+
+
 def test_drawing_leaves_the_backend_alone(tmp_path):
     code = """
 import matplotlib
