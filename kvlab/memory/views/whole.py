@@ -131,10 +131,11 @@ class WholeRetrieval(Appended):
         seen = self.state.visible.sees(slots[None, :, None], slots[None, None, :])
         seen = jnp.broadcast_to(seen, (len(index), *seen.shape[1:]))
         scores = index_scores(index_queries, index)
-        selected = selected_by(self.state, scores, seen)
         if self.progress is None or warm_up is None:
-            return self._over(selected, queries, sink_logits)[0], self
-        selected = jnp.where(self.progress < warm_up.dense_share, seen, selected)
+            return self._over(selected_by(self.state, scores, seen), queries, sink_logits)[0], self
+        selected = jax.lax.cond(
+            self.progress < warm_up.dense_share, lambda: seen, lambda: selected_by(self.state, scores, seen)
+        )
         outputs, weights = self._over(selected, queries, sink_logits)
         return outputs, replace(self, loss=warm_up.weight * divergence(weights, scores, selected))
 
