@@ -227,6 +227,13 @@ def validated[T](kind: type[T], values: object, path: str = "") -> T:
         raise problems(error, kind, values, path)[0] from None
 
 
+def check_ends(field: str, ends: Sequence[float], *, below: float | None = None) -> None:
+    """Raises ConfigError unless these are the two ends of a range, in order, and the upper one `below` a number."""
+    if len(ends) != 2 or ends[0] > ends[1] or (below is not None and ends[1] >= below):
+        limit = "" if below is None else f" < {below:g}"
+        raise ConfigError(field, list(ends), f"must be two numbers [low, high] with low <= high{limit}")
+
+
 @cache
 def adapter(kind: Any) -> TypeAdapter[Any]:
     """Pydantic's validator of a type, made when it is first needed."""

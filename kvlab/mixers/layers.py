@@ -1,5 +1,7 @@
-"""The layers that mixers and blocks are made of: `Linear`, `RMSNorm` and `LayerNorm`."""
+"""The layers that mixers and blocks are made of: `Linear`, `RMSNorm` and `LayerNorm`; and how learned decays begin."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,3 +59,17 @@ class LayerNorm(nnx.Module):
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
         shape = (1,) * (x.ndim - 1) + (-1,)
         return (normed * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(inputs.dtype)
+
+
+def time_step_bias(rngs: nnx.Rngs, size: int, dt_range: Sequence[float]) -> nnx.Param[Array]:
+    """Biases [size] whose softplus, a time step, is uniform by its logarithm in the range (Mamba, arXiv 2312.00752)."""
+    shortest, longest = dt_range
+    log_dt = jax.random.uniform(rngs.params(), (size,), minval=math.log(shortest), maxval=math.log(longest))
+    dt = jnp.exp(log_dt)
+    return nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+
+
+def log_rates(rngs: nnx.Rngs, num_heads: int, rate_range: Sequence[float]) -> nnx.Param[Array]:
+    """Logarithms [num_heads] of decay rates that are uniform in the range (Mamba-2, arXiv 2405.21060)."""
+    slowest, fastest = rate_range
+    return nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (num_heads,), minval=slowest, maxval=fastest)))

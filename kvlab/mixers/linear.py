@@ -1,6 +1,5 @@
 """Linear attention and delta rules: one recurrence with switches, from RetNet to Gated DeltaNet and KDA."""
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,8 +12,8 @@ from kvlab.ledger.states import ArraySpec, RecurrentState, State
 from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
-from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, added, choice, flag, integer, reals
+from kvlab.mixers.layers import Linear, RMSNorm, log_rates, time_step_bias
+from kvlab.schema import ConfigError, added, check_ends, choice, flag, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
 from pallas_kernels.linear_scan import RULES, Rule, linear_scan, linear_scan_step
 
@@ -31,10 +30,9 @@ class LinearConfig(MixerConfig):
 
     `rule` "delta" replaces what a key held, "plain" adds to it. `decay` "constant" is RetNet's, "slopes" is Lightning
     Attention's, constant too, "head" a learned one a head, "channel" one for each key channel, through a bottleneck of
-    value_dim. With `negative_eigenvalues` a delta
-    rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate` is what the normed outputs are multiplied with:
-    "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one through a bottleneck of value_dim. Without a
-    `write_gate` beta is 1.
+    value_dim. With `negative_eigenvalues` a delta rule may overshoot: its beta is in (0, 2) (arXiv 2411.12537). `gate`
+    is what the normed outputs are multiplied with: "silu" or "sigmoid" of a projection, "low_rank" the sigmoid of one
+    through a bottleneck of value_dim. Without a `write_gate` beta is 1.
 
     `feature_map` is what becomes of queries and keys: "unit" gives them length 1, "taylor" makes [1, x, x (x) x / sqrt
     2] of them, and the sum of all weights becomes one more column of values, by which outputs are divided in the place
@@ -77,10 +75,8 @@ class LinearConfig(MixerConfig):
             raise ConfigError("feature_map", self.feature_map, legal)
         if self.householders > 1 and self.rule != "delta":
             raise ConfigError("householders", self.householders, "must be 1 without rule = delta")
-        for name in ("dt_range", "rate_range"):
-            ends = getattr(self, name)
-            if len(ends) != 2 or ends[0] > ends[1]:
-                raise ConfigError(name, list(ends), "must be two numbers [low, high] with low <= high")
+        check_ends("dt_range", self.dt_range)
+        check_ends("rate_range", self.rate_range)
 
     @property
     def heads(self) -> int:
@@ -161,13 +157,9 @@ class LinearAttention(Mixer):
     def _init_decay(self, rngs: nnx.Rngs) -> None:
         """Rates, one a head, and biases of the time steps; as published, time steps are small and rates differ."""
         config = self.config
-        (shortest, longest), (slowest, fastest) = config.dt_range, config.rate_range
         size = config.heads * (config.key_dim if config.decay == "channel" else 1)
-        log_dt = jax.random.uniform(rngs.params(), (size,), minval=math.log(shortest), maxval=math.log(longest))
-        dt = jnp.exp(log_dt)  # the bias is its inverse softplus
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        rates = jax.random.uniform(rngs.params(), (config.heads,), minval=slowest, maxval=fastest)
-        self.log_rate = nnx.Param(jnp.log(rates))
+        self.dt_bias = time_step_bias(rngs, size, config.dt_range)
+        self.log_rate = log_rates(rngs, config.heads, config.rate_range)
 
     def states(self) -> dict[str, State]:
         config = self.config

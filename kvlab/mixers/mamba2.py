@@ -1,6 +1,5 @@
 """Mamba-2: a state-space layer with scalar decay per head, by state-space duality (arXiv 2405.21060)."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -11,8 +10,8 @@ from kvlab.ledger.states import ArraySpec, RecurrentState, State
 from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
-from kvlab.mixers.layers import Linear, RMSNorm
-from kvlab.schema import ConfigError, integer, reals
+from kvlab.mixers.layers import Linear, RMSNorm, log_rates, time_step_bias
+from kvlab.schema import ConfigError, check_ends, integer, reals
 from kvlab.typing import Hidden, Positions
 from pallas_kernels.ssd import ssd, ssd_step
 
@@ -39,10 +38,8 @@ class Mamba2Config(MixerConfig):
         if self.num_heads % self.num_groups:
             legal = [g for g in range(1, self.num_heads + 1) if self.num_heads % g == 0]
             raise ConfigError("num_groups", self.num_groups, f"must divide num_heads: one of {legal}")
-        for name in ("dt_range", "rate_range"):
-            ends = getattr(self, name)
-            if len(ends) != 2 or ends[0] > ends[1]:
-                raise ConfigError(name, list(ends), "must be two numbers [low, high] with low <= high")
+        check_ends("dt_range", self.dt_range)
+        check_ends("rate_range", self.rate_range)
 
     def knob(self, context_len: int) -> Knob:
         return Knob("state_dim", range(1, 4097))
@@ -67,11 +64,8 @@ class Mamba2(Mixer):
             model_dim, self.inner + self.conv_channels + heads, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs
         )
         self.conv = ShortConv(self.conv_channels, config.conv_len, dtype=dtype, rngs=rngs)
-        (shortest, longest), (slowest, fastest) = config.dt_range, config.rate_range
-        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(shortest), maxval=math.log(longest))
-        dt = jnp.exp(log_dt)  # the bias is its inverse softplus
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        self.log_rate = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=slowest, maxval=fastest)))
+        self.dt_bias = time_step_bias(rngs, heads, config.dt_range)
+        self.log_rate = log_rates(rngs, heads, config.rate_range)
         self.skip = nnx.Param(jnp.ones(heads))
         self.norm = RMSNorm(self.inner, eps=config.norm_eps, num_groups=config.num_groups)
         self.out = Linear(self.inner, model_dim, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)

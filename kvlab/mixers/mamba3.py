@@ -12,9 +12,9 @@ from jax import Array
 from kvlab.ledger.states import ArraySpec, RecurrentState, State
 from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
-from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.mixers.layers import Linear, RMSNorm, time_step_bias
 from kvlab.rotary import rotate
-from kvlab.schema import ConfigError, integer, real, reals
+from kvlab.schema import ConfigError, check_ends, integer, real, reals
 from kvlab.typing import Channels, Hidden, Positions
 from pallas_kernels.linear_scan import linear_scan, linear_scan_step
 
@@ -46,8 +46,7 @@ class Mamba3Config(MixerConfig):
         if not self.num_angles:
             least = 2 / self.state_dim
             raise ConfigError("rope_fraction", self.rope_fraction, f"must be at least {least:g}: a pair is turned")
-        if len(self.dt_range) != 2 or self.dt_range[0] > self.dt_range[1]:
-            raise ConfigError("dt_range", list(self.dt_range), "must be two numbers [low, high] with low <= high")
+        check_ends("dt_range", self.dt_range)
 
     @property
     def num_angles(self) -> int:
@@ -94,10 +93,7 @@ class Mamba3(Mixer):
         self.ends = tuple(sum(sizes[: i + 1]) for i in range(len(sizes)))
         width = self.ends[-1] + config.num_angles
         self.split = Linear(model_dim, width, use_bias=False, dtype=jnp.dtype(dtype), rngs=rngs)
-        shortest, longest = config.dt_range
-        log_dt = jax.random.uniform(rngs.params(), (heads,), minval=math.log(shortest), maxval=math.log(longest))
-        dt = jnp.exp(log_dt)  # the bias is its inverse softplus
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
+        self.dt_bias = time_step_bias(rngs, heads, config.dt_range)
         self.b_norm = RMSNorm(config.state_dim, eps=config.norm_eps)
         self.c_norm = RMSNorm(config.state_dim, eps=config.norm_eps)
         self.b_bias = nnx.Param(jnp.ones(heads * config.state_dim))  # vectors, so that no weight decay applies

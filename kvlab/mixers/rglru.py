@@ -12,7 +12,7 @@ from kvlab.memory.views import StateView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear
-from kvlab.schema import ConfigError, integer, reals
+from kvlab.schema import ConfigError, check_ends, integer, reals
 from kvlab.typing import Channels, Hidden, Positions
 
 SHARPNESS = 8.0
@@ -41,9 +41,7 @@ class RGLRUConfig(MixerConfig):
             raise ConfigError("conv_len", 1, "must be 0 (none) or a width in [2, 64]")
         if self.width % self.num_heads:
             raise ConfigError("num_heads", self.num_heads, f"must divide width = {self.width}")
-        ends = self.radius_range
-        if len(ends) != 2 or ends[0] > ends[1] or ends[1] == 1:
-            raise ConfigError("radius_range", list(ends), "must be two numbers [low, high] with low <= high < 1")
+        check_ends("radius_range", self.radius_range, below=1.0)
 
     def knob(self, context_len: int) -> Knob:
         return Knob("width", range(self.num_heads, 65537, self.num_heads))
