@@ -65,6 +65,9 @@ VARIANTS |= {
         "kda": {"decay": "channel", "gate": "low_rank", "conv_len": 2},
         "based": {"rule": "plain", "decay": "constant", "feature_map": "taylor", "gate": "none", "conv_len": 0},
         "retnet": {"rule": "plain", "decay": "constant", "gate": "none", "write_gate": False},
+        "gla": {"rule": "plain", "decay": "channel", "write_gate": False, "conv_len": 2},
+        "lightning": {"rule": "plain", "decay": "slopes", "gate": "sigmoid", "write_gate": False, "conv_len": 0},
+        "linear_attention": {"rule": "plain", "decay": "none", "write_gate": False, "conv_len": 3},
     }.items()
 }
 _latent = {"num_heads": 3, "rank": 6, "rope_dim": 2, "head_dim": 5, "value_dim": 4}

@@ -113,6 +113,11 @@ RESOLVED = {
         name: [f"mixer={name}"]
         for name in ("based", "mla", "deltaproduct", "mamba3", "rglru", "griffin", "cla", "yoco", "indexed")
     },
+    **{
+        name: [f"mixer={name}"]
+        for name in ("gated_deltanet", "deltanet", "kda", "retnet", "lightning", "gla", "linear_attention")
+    },
+    "indexed_text": ["mixer=indexed", "task=text"],
 }
 
 

@@ -68,7 +68,10 @@ def test_quantised_memory_equals_the_parallel_form_of_rounded_keys_and_values(va
     assert_memory_equals_parallel(variant, MemoryConfig(memory, page_size=4, chunk_len=5, format=format), (3, 9, 17))
 
 
-@pytest.mark.parametrize("variant", ["gqa", "window_sinks", "mamba2", "hybrid", "latent"])
+HALF = ("gqa", "window_sinks", "mamba2", "hybrid", "latent", "gated_deltanet", "kda", "based", "mamba3", "rglru")
+
+
+@pytest.mark.parametrize("variant", [*HALF, "deltaproduct", "retnet", "retrieval", "sink_logits"])
 def test_bfloat16_memory_equals_parallel_form(variant):
     memory = MemoryConfig(name="paged", page_size=4, chunk_len=5)
     assert_memory_equals_parallel(variant, memory, (9, 17), dtype="bfloat16")

@@ -90,7 +90,7 @@ def beside_sinks(outputs: HeadOutputs, log_sums: Array, sink_logits: SinkLogits 
     if sink_logits is None:
         return outputs
     share = share_of_tokens(log_sums, sink_logits[None, None, :])[..., None]
-    return (outputs * share).astype(outputs.dtype)
+    return (outputs.astype(jnp.float32) * share).astype(outputs.dtype)
 
 
 def attention_plan(
