@@ -128,12 +128,14 @@ def measured(made: dict[str, Made], rounds: int) -> dict[str, dict[str, Any]]:
 
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """Markdown."""
-    heads = ["mixer", "training step, ms", "of attention", "temporaries, MiB"]
+    heads = ["mixer", "training step, ms (range)", "times attention's", "temporaries, MiB"]
     for context in CONTEXTS:
-        heads += [f"tokens/s behind {context:,}", "of attention", "KiB a sequence"]
+        heads += [f"tokens/s behind {context:,}", "times attention's", "KiB a sequence"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, trained in found["training"].items():
-        cells = [f"{trained['ms']:.1f}", f"{trained['of_attention']:.2f}", f"{trained['temporary_bytes'] / 2**20:.0f}"]
+        low, high = trained["spread_ms"]
+        cells = [f"{trained['ms']:.1f} ({low:.0f} to {high:.0f})", f"{trained['of_attention']:.2f}"]
+        cells.append(f"{trained['temporary_bytes'] / 2**20:.0f}")
         for context in CONTEXTS:
             mine = found[f"decoding behind {context}"][name]
             rate, kept = DECODED / mine["ms"] * 1e3, mine["bytes_per_sequence"] / 2**10
