@@ -14,7 +14,7 @@ from kvlab.lab.plots import MARK_POINTS, sheet, unhide
 from kvlab.lab.styles import COLOURS, INK, OTHERS, PALETTE
 
 SOURCES = [path for path in EXPERIMENTS_DIR.glob("*/*.py") if path.name != "notebook.py"]
-NOT_COMMITTED = ("demo", "hybrid_ratio", "mixers_mqar")
+NOT_COMMITTED = ("demo",)
 """Experiments of which no table is committed."""
 
 
