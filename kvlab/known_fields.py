@@ -43,8 +43,9 @@ def _names(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path(command: str, finished: Sequence[str]) -> Path:
-    """By the command, the words before, and when the code and the groups were last changed."""
+    """By the command, the words before, and when each file of the code and of the groups was changed: a package may
+    be exchanged for one that is older than the newest of them."""
     files = [*_PACKAGE.rglob("*.py"), *shipped_folder("configs").rglob("*.yaml"), *source_files()]
-    changed = max(path.stat().st_mtime_ns for path in files)
+    changed = sum(path.stat().st_mtime_ns for path in files)
     said = json.dumps([str(_PACKAGE), command, list(finished), changed, len(files)])
     return cache_folder() / "fields" / f"{hashlib.sha256(said.encode()).hexdigest()[:24]}.json"
