@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kvlab.engine.step import MemoryStep
+from kvlab.evaluation.session import Session
+from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.mixers.attention import AttentionConfig
-from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer
+from kvlab.models.transformer import LayerConfig, ModelConfig, Transformer, split
 from kvlab.schema import ConfigError
 from kvlab.weights import WeightsError, load_checkpoint
 from kvlab.weights.families import FAMILIES, NOT_BUILT
@@ -104,6 +107,23 @@ def test_attention_is_that_of_the_reference(family):
     expected = np.asarray(golden(family)["hidden"])
     tokens = jnp.asarray([prompt(len(expected), golden(family)["config"]["vocab_size"])], jnp.int32)
     np.testing.assert_allclose(jax.jit(stack.parallel)(tokens)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3n"])
+def test_decoding_from_pages_is_the_reference_too(family):
+    """Five tokens prefilled, the others one by one, from pools that hold NaN where nothing was written. The window of 7
+    leaves pages of 4 behind."""
+    stack = built(family, attention_of(family))
+    structure, params = split(stack)
+    hidden = np.asarray(golden(family)["hidden"])
+    tokens = np.asarray(prompt(len(hidden), golden(family)["config"]["vocab_size"]), np.int32)
+    memory = MemoryConfig("paged", page_size=4, chunk_len=5)
+    layout = MemoryLayout.of(stack.states(), memory, max_sequences=1, max_len=len(tokens))
+    session = Session(MemoryStep.of(structure, layout), params, layout.allocate(float("nan")))
+    found = [np.asarray(session.advance({"a": tokens[:5]}, 5))[0]]
+    found += [np.asarray(session.advance({"a": tokens[place : place + 1]}, 1))[0] for place in range(5, len(tokens))]
+    expected = hidden @ np.asarray(stack.embedding.embedding).T
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-3)
 
 
 def test_sharing_needs_the_same_window():
