@@ -60,8 +60,8 @@ PARTS = os.environ.get("KVLAB_PARTS", ",".join(WITHOUT)).split(",")
 # %% [markdown]
 # ## The runs
 # All have the same task, seeds and schedule. A part that is taken away takes its parameters and its bytes with it:
-# without the convolution a sequence holds less. Decays begin slow: of the published ones a seed in three does not
-# learn, and to take such a decay away would look like a gain.
+# without the convolution a sequence holds less. Decays begin slow, as in `configs/mixer/gated_deltanet.yaml`: of the
+# published ones a seed in three does not learn, and to take such a decay away would look like a gain.
 
 # %%
 TASK = [
@@ -75,7 +75,6 @@ TASK = [
     "train.num_steps=800",
     "train.eval_every=400",
     "train.checkpoint_every=800",
-    "mixer.L.rate_range=[0.01,0.1]",
 ]
 
 

@@ -51,17 +51,13 @@ class Arm:
         return all(mixer[layer][field] == value for layer, field, value in places)
 
 
-SLOW = ("mixer.L.rate_range=[0.01,0.1]",)
-"""Decays that are learned begin as Mamba-2's do in `configs/`: of the published ones a seed in three does not learn."""
-
-
 TWO_HEADS, ONE_HEAD = ("L.num_heads", 2), ("L.num_heads", 1)
 
 
 def gated(key_dim: int, tasks: tuple[str, ...]) -> Arm:
     """Gated DeltaNet with two heads, whose keys have that many numbers."""
     name, mixer = f"Gated DeltaNet, K = {key_dim}", "gated_deltanet"
-    return Arm(name, mixer, colour(mixer), SLOW, (TWO_HEADS, ("L.key_dim", key_dim)), tasks)
+    return Arm(name, mixer, colour(mixer), (), (TWO_HEADS, ("L.key_dim", key_dim)), tasks)
 
 
 def mamba2(state_dim: int, tasks: tuple[str, ...]) -> Arm:
@@ -79,9 +75,9 @@ EQUAL = (
     MAMBA2,
     LINEAR,
     DELTA,
-    Arm("KDA", "kda", colour("kda"), SLOW),
+    Arm("KDA", "kda", colour("kda")),
     Arm("Mamba-3", "mamba3", colour("mamba3")),
-    Arm("GLA", "gla", colour("gla"), SLOW),
+    Arm("GLA", "gla", colour("gla")),
     Arm("RetNet", "retnet", colour("retnet")),
     Arm("Based", "based", colour("based"), (), (("L.key_dim", 4),)),
     Arm("RG-LRU", "rglru", colour("rglru"), (), (("R.width", 320),)),
@@ -92,7 +88,7 @@ GATED_BY_SIZE = (gated(8, PLAIN), GATED, gated(32, PLAIN))
 MAMBA2_BY_SIZE = (MAMBA2, mamba2(64, PLAIN))
 LARGE = (ONE_HEAD, ("L.value_dim", 64), ("L.key_dim", 32))
 TWICE = (
-    Arm("Gated DeltaNet, 32 x 64", "gated_deltanet", colour("gated_deltanet"), SLOW, LARGE, OVERWRITTEN),
+    Arm("Gated DeltaNet, 32 x 64", "gated_deltanet", colour("gated_deltanet"), (), LARGE, OVERWRITTEN),
     mamba2(32, OVERWRITTEN),
     Arm("linear attention, 32 x 64", "linear_attention", colour("linear_attention"), WRITE_GATE, LARGE, OVERWRITTEN),
 )

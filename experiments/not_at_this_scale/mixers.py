@@ -25,6 +25,7 @@ TEXT = (
     "task.decode_len=16",
     "memory.chunk_len=16",
     "mixer=gated_deltanet,kda",
+    "mixer.L.rate_range=[0.01,16.0]",
     "optimizer.learning_rate=0.005",
     "tune.learning_rate=[0.01,0.005]",
     "train.num_steps=160",
@@ -47,12 +48,13 @@ RECALL = (
     "train.eval_every=100",
     "train.checkpoint_every=600",
 )
+PUBLISHED = ("mixer=gated_deltanet", "mixer.L.rate_range=[0.01,16.0]")
 SLOW, FAST, PLAIN, UNGATED = f"{GATED}, slow decay", f"{GATED}, fast decay", "plain rule, decay", "DeltaNet"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    GATED: ("mixer=gated_deltanet",),
-    SLOW: ("mixer=gated_deltanet", "mixer.L.rate_range=[0.01,0.1]"),
-    FAST: ("mixer=gated_deltanet", "mixer.L.dt_range=[0.1,1.0]"),
-    PLAIN: ("mixer=gated_deltanet", "mixer.L.rule=plain"),
+    GATED: PUBLISHED,
+    SLOW: ("mixer=gated_deltanet",),
+    FAST: (*PUBLISHED, "mixer.L.dt_range=[0.1,1.0]"),
+    PLAIN: (*PUBLISHED, "mixer.L.rule=plain"),
     UNGATED: ("mixer=deltanet",),
 }
 """The decay a token is e to the minus (time step x rate), and first by the published ranges of the two: time steps in

@@ -72,6 +72,8 @@ SIGN_ALONE = 1 / 3
 """Of S3, for who knows whether a permutation is even, and guesses among the three that are."""
 CHUNKS = "mixer.L.chunk_len=20"
 """Tokens of the training length are two whole chunks."""
+PUBLISHED = ("mixer.L.rate_range=[0.01,16.0]",)
+"""Rates of decay at the start, where there are any; `configs/mixer/` has slower ones, which recall wants."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Arm:
 def delta(name: str, mixer: str, reverses: bool, studies: tuple[Study, ...] = (DECAYED,)) -> Arm:
     """A mixer of the delta rule without its convolution."""
     words = (f"mixer={mixer}", "mixer.L.conv_len=0", CHUNKS, f"mixer.L.negative_eigenvalues={str(reverses).lower()}")
-    return Arm(f"{name}, {'negative' if reverses else 'positive'}", words, reverses, studies)
+    return Arm(f"{name}, {'negative' if reverses else 'positive'}", (*words, *PUBLISHED), reverses, studies)
 
 
 DELTA, DELTA_PLUS = delta("DeltaNet", "deltanet", True, STUDIES), delta("DeltaNet", "deltanet", False, STUDIES[:2])
