@@ -39,6 +39,7 @@ def test_reproduce_checks_and_draws(name, tmp_path, monkeypatch, capsys):
         "state_tracking",
         "hybrid_ratio",
         "mixers_mqar",
+        "recipes",
     ],
 )
 def test_notebooks_run(name, capsys):

@@ -95,6 +95,46 @@ def test_the_claims_on_hybrids_can_fail():
     assert [claim.passed for claim in figure.claims(frame[:3])] == [False]
 
 
+def test_recipes_on_a_few_steps(tmp_path):
+    """Bytes of a window, by hand; what was not run is said, and fails."""
+    figure = load_figure("recipes")
+    words = [
+        "task=text",
+        "task.seq_len=16",
+        "task.decode_len=4",
+        "model.num_layers=1",
+        "model.mlp_dim=8",
+        "mixer.W.head_dim=4",
+    ]
+    results = ran(tmp_path, "recipes", *words, "mixer=swa16", "mixer.W.window=4")
+    assert figure.main(tmp_path, results) == 1
+    (row,) = pd.read_csv(tmp_path / "recipes.csv").to_dict("records")
+    assert (row["task"], row["variant"], row["steps"]) == ("text", "swa16", 4)
+    assert row["held_bytes"] == 16 * 2 * 4 * 4 * 4 + 2 * 16 * 4  # a page of 4 heads of 4; two columns
+    assert (tmp_path / "recipes.png").exists()
+    assert {word for words in figure.RUNS for word in words[:1]} == {"task=mqar", "task=text"}
+
+
+def test_the_claims_on_recipes_can_fail():
+    figure = load_figure("recipes")
+    text = {"mla": 2.0, "mha": 2.01, "gqa": 2.02, "mqa": 2.03, "swa64": 2.0, "swa32": 2.1, "swa16": 2.2}
+    recall = dict.fromkeys(figure.RECALL, 0.995)
+
+    def frame():
+        values = [("text", *pair) for pair in text.items()] + [("mqar", *pair) for pair in recall.items()]
+        rows = [(*row, seed) for row in values for seed in range(3)]
+        return pd.DataFrame(rows, columns=["task", "variant", "value", "seed"])
+
+    assert [claim.passed for claim in figure.claims(frame())] == [True] * 7
+    text["swa64"], text["gqa"], recall["hybrid"], recall["mla"] = 1.98, 2.005, 0.97, 0.98
+    assert [claim.passed for claim in figure.claims(frame())] == [False, False, False, True, True, False, True]
+    one_seed_worse = frame()
+    one_seed_worse.loc[one_seed_worse.variant == "hybrid", "value"] = [0.999, 0.999, 0.97]
+    assert not figure.claims(one_seed_worse)[1].passed
+    assert [claim.passed for claim in figure.claims(frame()[:-1])] == [False]
+    assert [claim.passed for claim in figure.claims(frame()[:0])] == [False]
+
+
 def test_recall_of_one_mixer_on_a_few_steps(tmp_path):
     """Both rates were tried, and the table says which was kept; what was not run fails its claim."""
     figure = load_figure("mixers_mqar")

@@ -1,0 +1,30 @@
+# %% [markdown]
+# # What the demo's recipes train well
+# The table that a run leaves here: the mean over seeds, and the distance of the worst seed from it.
+
+# %%
+import pandas as pd
+
+from kvlab.compose import compose
+from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
+from kvlab.lab.laboratory import Laboratory
+
+path = EXPERIMENTS_DIR / "recipes" / "recipes.csv"
+if path.exists():  # once the experiment was run
+    groups = pd.read_csv(path).groupby(["task", "variant"], sort=False)
+    table = groups.agg(
+        mean=("value", "mean"), least=("value", "min"), most=("value", "max"), held=("held_bytes", "first")
+    )
+    print(table.to_string())
+
+# %% [markdown]
+# What a token of text costs each variant of attention, and how many tokens a window keeps.
+
+# %%
+for name in load_figure("recipes").TEXT:
+    lab = Laboratory.of(compose(["experiment=recipes", "task=text", f"mixer={name}"]), abstract=True)
+    held = [
+        sum(state.logical_bytes(length) for layer in lab.model.states for state in layer.values())
+        for length in (64, 128)
+    ]
+    print(f"{name}: {held[0]:,} B at 64 tokens, {held[1]:,} B at 128")
