@@ -38,12 +38,6 @@ RUNS = (
         "train.num_steps=600",
         "train.eval_every=200",
         "train.checkpoint_every=600",
-        "optimizer.name=adamw",
-        "optimizer.learning_rate=0.005",
-        "mixer.A.rope_fraction=0.5",
-        "mixer.A.rope_base=10000",
-        "mixer.A.qk_norm=false",
-        "mixer.A.local_start=0",
     ),
 )
 TASKS = {"mqar": "recall, 2 layers", "text": "text, 4 layers"}
@@ -92,7 +86,8 @@ class Cells:
 
 
 def claims(frame: pd.DataFrame) -> list[Claim]:
-    """METHODS B.7, claim 16: half the bytes, recall unchanged, and less than 2% more loss."""
+    """METHODS B.7, claim 16: half the bytes, recall unchanged, and less than 2% more loss, by the upper end of the
+    paired difference's 95% interval."""
     cells, rows = Cells(frame), list[Claim]()
     for task in TASKS:
         for column, what, share in (("kv_bytes", "held", 0.5), ("read_bytes", "read for a token", None)):
@@ -116,8 +111,8 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
     if len(own) != len(pairs) or not own:
         return [*rows, Claim("text: loss of pairs", expected, "not run", False)]
     rises = [high / low - 1 for high, low in zip(pairs, own, strict=True)]
-    said = f"{statistics.fmean(rises):+.2%} ± {interval_half_width(rises):.2%}"
-    return [*rows, Claim("text: loss of pairs", expected, said, statistics.fmean(rises) < MORE_LOSS)]
+    mean, half = statistics.fmean(rises), interval_half_width(rises)
+    return [*rows, Claim("text: loss of pairs", expected, f"{mean:+.2%} ± {half:.2%}", mean + half < MORE_LOSS)]
 
 
 def draw(frame: pd.DataFrame, path: Path) -> None:

@@ -119,6 +119,20 @@ def test_at_random_is_what_a_random_choice_reads():
     assert load_figure("indexer").at_random("128:32") == pytest.approx(hits / draws, abs=0.01)
 
 
+def test_a_loss_is_below_its_bound_only_with_its_interval():
+    """Pairs lose 1% on every seed, or 1% on the mean of seeds that differ by 3%."""
+    sharing = load_figure("kv_sharing")
+
+    def passes(losses):
+        rows = [("text", "mha", seed, 2.0) for seed in range(3)]
+        rows += [("text", "cla", seed, 2.0 * (1 + loss)) for seed, loss in enumerate(losses)]
+        frame = pd.DataFrame(rows, columns=["task", "variant", "seed", "value"]).assign(kv_bytes=1, read_bytes=1)
+        return {claim.what: claim.passed for claim in sharing.claims(frame)}["text: loss of pairs"]
+
+    assert passes([0.01, 0.01, 0.01])
+    assert not passes([0.025, 0.01, -0.005])
+
+
 def test_shared_keys_and_values_on_a_few_steps(tmp_path):
     """Half the bytes held, and as many read; what was not run fails its claim."""
     words = ["task=mqar", "model.num_layers=2", "task.test=['128:32']"]
