@@ -128,6 +128,11 @@ def test_the_claims_on_recipes_can_fail():
     assert [claim.passed for claim in figure.claims(frame())] == [True] * 7
     text["swa64"], text["gqa"], recall["hybrid"], recall["mla"] = 1.98, 2.005, 0.97, 0.98
     assert [claim.passed for claim in figure.claims(frame())] == [False, False, False, True, True, False, True]
+    text["swa64"] = 2.0
+    assert figure.claims(frame())[0].passed
+    apart = frame()
+    apart.loc[(apart.task == "text") & (apart.variant == "mha"), "value"] = [1.99, 2.01, 2.03]
+    assert not figure.claims(apart)[0].passed, "on the mean as good, but seeds lie too far apart to say so"
     one_seed_worse = frame()
     one_seed_worse.loc[one_seed_worse.variant == "hybrid", "value"] = [0.999, 0.999, 0.97]
     assert not figure.claims(one_seed_worse)[1].passed
