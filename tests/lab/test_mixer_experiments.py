@@ -2,12 +2,13 @@
 the notebooks that take a mixer apart and add one."""
 
 import runpy
+from collections import Counter
 from itertools import product
 
 import pandas as pd
 import pytest
 
-from kvlab.compose import compose
+from kvlab.compose import compose, expand
 from kvlab.lab.execute import execute
 from kvlab.lab.experiments import EXPERIMENTS_DIR, load_figure
 from kvlab.mixers import MIXERS
@@ -95,49 +96,68 @@ def test_the_claims_on_hybrids_can_fail():
     assert [claim.passed for claim in figure.claims(frame[:3])] == [False]
 
 
+def test_recipes_are_the_demos():
+    """Tasks, models, schedules and rates, but for the seeds and the one arm that has another rate."""
+    figure, found = load_figure("recipes"), list[tuple[str, str]]()
+    for words in figure.RUNS:
+        for config in expand(["experiment=recipes", *words], multirun=True)[0]:
+            names = [f"task={config.task_name}", f"mixer={config.mixer.name}", f"seed={config.seed}", *words[2:]]
+            theirs = compose(["experiment=demo", *names])
+            for part in ("task", "mixer", "model", "optimizer", "train", "memory"):
+                assert getattr(config, part) == getattr(theirs, part), (names, part)
+            found.append((config.task_name, figure.variant_of(config.as_dict())))
+    assert Counter(found) == {(task, name): 3 for task, names in figure.VARIANTS.items() for name in names}
+
+
 def test_recipes_on_a_few_steps(tmp_path):
-    """Bytes of a window, by hand; what was not run is said, and fails."""
+    """Bytes of a window, by hand; what was not run is said, and fails, be it everything."""
     figure = load_figure("recipes")
-    words = [
-        "task=text",
-        "task.seq_len=16",
-        "task.decode_len=4",
-        "model.num_layers=1",
-        "model.mlp_dim=8",
-        "mixer.W.head_dim=4",
-    ]
-    results = ran(tmp_path, "recipes", *words, "mixer=swa16", "mixer.W.window=4")
+    sizes = ["task.seq_len=16", "task.decode_len=4", "model.num_layers=1", "model.mlp_dim=8", "mixer.W.head_dim=4"]
+    results = ran(tmp_path, "recipes", "task=text", "mixer=swa16", "mixer.W.window=4", *sizes)
     assert figure.main(tmp_path, results) == 1
     (row,) = pd.read_csv(tmp_path / "recipes.csv").to_dict("records")
     assert (row["task"], row["variant"], row["steps"]) == ("text", "swa16", 4)
     assert row["held_bytes"] == 16 * 2 * 4 * 4 * 4 + 2 * 16 * 4  # a page of 4 heads of 4; two columns
     assert (tmp_path / "recipes.png").exists()
-    assert {word for words in figure.RUNS for word in words[:1]} == {"task=mqar", "task=text"}
+    figure.draw(figure.table([]), tmp_path / "none.png")
+    assert [claim.passed for claim in figure.claims(figure.table([]))] == [False]
 
 
 def test_the_claims_on_recipes_can_fail():
     figure = load_figure("recipes")
-    text = {"mla": 2.0, "mha": 2.01, "gqa": 2.02, "mqa": 2.03, "swa64": 2.0, "swa32": 2.1, "swa16": 2.2}
+    text = {"mha": 2.01, "gqa": 2.02, "mqa": 2.03, "mla": 2.1, "swa64": 2.0, "swa32": 2.1, "swa16": 2.2}
+    text[figure.SLOWER] = 2.005
     recall = dict.fromkeys(figure.RECALL, 0.995)
 
     def frame():
         values = [("text", *pair) for pair in text.items()] + [("mqar", *pair) for pair in recall.items()]
-        rows = [(*row, seed) for row in values for seed in range(3)]
-        return pd.DataFrame(rows, columns=["task", "variant", "value", "seed"])
+        rows = [(*row, row[-1], seed) for row in values for seed in range(3)]
+        return pd.DataFrame(rows, columns=["task", "variant", "value", "validation", "seed"])
 
-    assert [claim.passed for claim in figure.claims(frame())] == [True] * 7
+    def passed(rows):
+        return [claim.passed for claim in figure.claims(rows)]
+
+    def with_values(name, *values):
+        rows = frame()
+        rows.loc[(rows.task == "text") & (rows.variant == name), "value"] = values
+        return rows
+
+    assert passed(frame()) == [True] * 7
     text["swa64"], text["gqa"], recall["hybrid"], recall["mla"] = 1.98, 2.005, 0.97, 0.98
-    assert [claim.passed for claim in figure.claims(frame())] == [False, False, False, True, True, False, True]
-    text["swa64"] = 2.0
-    assert figure.claims(frame())[0].passed
-    apart = frame()
-    apart.loc[(apart.task == "text") & (apart.variant == "mha"), "value"] = [1.99, 2.01, 2.03]
-    assert not figure.claims(apart)[0].passed, "on the mean as good, but seeds lie too far apart to say so"
-    one_seed_worse = frame()
-    one_seed_worse.loc[one_seed_worse.variant == "hybrid", "value"] = [0.999, 0.999, 0.97]
-    assert not figure.claims(one_seed_worse)[1].passed
-    assert [claim.passed for claim in figure.claims(frame()[:-1])] == [False]
-    assert [claim.passed for claim in figure.claims(frame()[:0])] == [False]
+    assert passed(frame()) == [False, False, False, True, True, False, True]
+    text["swa64"], text["gqa"], recall["hybrid"] = 2.0, 2.02, 0.995
+    assert not passed(with_values("mha", 1.99, 2.01, 2.03))[0], "as good on the mean, but seeds lie too far apart"
+    assert not passed(with_values("gqa", 1.99, 2.02, 2.05))[5]
+    one_seed = frame()
+    one_seed.loc[one_seed.variant == "hybrid", "value"] = [0.999, 0.999, 0.97]
+    assert not passed(one_seed)[1]
+    chosen = frame()
+    chosen.loc[chosen.variant == figure.SLOWER, "validation"] = 3.0
+    assert not passed(chosen)[4], "the rate is the one that validation chose"
+    assert passed(frame()[:-1]) == passed(frame()[:0]) == [False]
+    other_seed = frame()
+    other_seed.loc[other_seed.index[-1], "seed"] = 7
+    assert passed(other_seed) == [False]
 
 
 def test_recall_of_one_mixer_on_a_few_steps(tmp_path):
