@@ -61,7 +61,7 @@ PARTS = os.environ.get("KVLAB_PARTS", ",".join(WITHOUT)).split(",")
 # ## The runs
 # All have the same task, seeds and schedule. A part that is taken away takes its parameters and its bytes with it:
 # without the convolution a sequence holds less. Decays begin slow, as in `configs/mixer/gated_deltanet.yaml`: of the
-# published ones a seed in three does not learn, and to take such a decay away would look like a gain.
+# published ones one seed of three learns far less, and to take such a decay away would look like a gain.
 
 # %%
 TASK = [

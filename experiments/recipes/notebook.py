@@ -1,6 +1,6 @@
 # %% [markdown]
 # # What the demo's recipes train well
-# The table that a run leaves here: the mean over seeds, and the distance of the worst seed from it.
+# The table that a run leaves here: mean, least and most over seeds, and the bytes that a sequence holds.
 
 # %%
 import pandas as pd
@@ -18,7 +18,7 @@ if path.exists():  # once the experiment was run
     print(table.to_string())
 
 # %% [markdown]
-# What a token of text costs each variant of attention, and how many tokens a window keeps.
+# Bytes that a sequence of text holds at 64 and at 128 tokens, from its states alone: a window stops growing.
 
 # %%
 for name in load_figure("recipes").TEXT:

@@ -104,6 +104,14 @@ def test_splits_and_slices_do_not_share_examples():
     np.testing.assert_array_equal(test.tokens, again.tokens)
 
 
+def test_an_example_is_the_same_whatever_batch_it_comes_in():
+    task, key = Mqar(MqarConfig()), named_key(0, "x")
+    part = task.slices("test")[1]
+    whole, rest = (jax.tree.map(np.asarray, task.eval_batch(key, "test", part, *of)) for of in ((0, 6), (4, 2)))
+    jax.tree.map(lambda all_rows, rows: np.testing.assert_array_equal(all_rows[4:], rows), whole, rest)
+    assert len({row.tobytes() for row in whole.tokens}) == 6
+
+
 def test_the_mixture_has_its_weights():
     task = Mqar(MqarConfig())
     counts: dict[tuple[int, int], int] = {}
