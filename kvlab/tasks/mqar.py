@@ -151,8 +151,8 @@ class Mqar(Task):
 
     @program(static_argnums=(2, 3))
     def _examples(self, key: Array, examples: Array, seq_len: int, most_pairs: int, num_pairs: Array) -> Batch:
-        """Each example from its own number, so that it is the same whatever batch it comes in. One after the other: draws
-        side by side take a CPU twice as long to compile. Accelerators were not measured."""
+        """Each example from its own number, so that it is the same whatever batch it comes in. One after the other:
+        draws side by side take a CPU twice as long to compile. Accelerators were not measured."""
 
         def example_of(example: Array) -> Batch:
             batch = self._generate(jax.random.fold_in(key, example), 1, seq_len, most_pairs, num_pairs)
