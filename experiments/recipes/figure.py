@@ -1,4 +1,4 @@
-"""What do the demo's recipes train well? Recall and text on three seeds.
+"""What do the demo's recipes train well? Recall and text on six seeds.
 
 kvlab reproduce recipes
 python experiments/recipes/figure.py [results/recipes]

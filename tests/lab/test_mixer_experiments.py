@@ -106,7 +106,7 @@ def test_recipes_are_the_demos():
             for part in ("task", "mixer", "model", "optimizer", "train", "memory"):
                 assert getattr(config, part) == getattr(theirs, part), (names, part)
             found.append((config.task_name, figure.variant_of(config.as_dict())))
-    assert Counter(found) == {(task, name): 3 for task, names in figure.VARIANTS.items() for name in names}
+    assert Counter(found) == {(task, name): 6 for task, names in figure.VARIANTS.items() for name in names}
 
 
 def test_recipes_on_a_few_steps(tmp_path):
