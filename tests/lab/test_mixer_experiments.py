@@ -2,7 +2,6 @@
 the notebooks that take a mixer apart and add one."""
 
 import runpy
-from collections import Counter
 from itertools import product
 
 import pandas as pd
@@ -97,16 +96,16 @@ def test_the_claims_on_hybrids_can_fail():
 
 
 def test_recipes_are_the_demos():
-    """Tasks, models, schedules and rates, but for the seeds and the one arm that has another rate."""
+    """Tasks, models, schedules and rates, but for the one arm that has another rate."""
     figure, found = load_figure("recipes"), list[tuple[str, str]]()
     for words in figure.RUNS:
-        for config in expand(["experiment=recipes", *words], multirun=True)[0]:
-            names = [f"task={config.task_name}", f"mixer={config.mixer.name}", f"seed={config.seed}", *words[2:]]
+        for config in expand(["experiment=recipes", *words, "seed=0"], multirun=True)[0]:
+            names = [f"task={config.task_name}", f"mixer={config.mixer.name}", *words[2:]]
             theirs = compose(["experiment=demo", *names])
             for part in ("task", "mixer", "model", "optimizer", "train", "memory"):
                 assert getattr(config, part) == getattr(theirs, part), (names, part)
             found.append((config.task_name, figure.variant_of(config.as_dict())))
-    assert Counter(found) == {(task, name): 6 for task, names in figure.VARIANTS.items() for name in names}
+    assert sorted(found) == sorted((task, name) for task, names in figure.VARIANTS.items() for name in names)
 
 
 def test_recipes_on_a_few_steps(tmp_path):
