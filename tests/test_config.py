@@ -123,8 +123,8 @@ RESOLVED = {
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_resolved_configs_are_as_reviewed(name, request):
-    """A refactor that changes an experiment shows here. To accept: KVLAB_ACCEPT_GOLDEN=1 pytest
-    tests/test_config.py."""
+    """A refactor that changes an experiment shows here. To accept, in every tier:
+    KVLAB_ACCEPT_GOLDEN=1 pytest -m "" tests/test_config.py."""
     import os
 
     path = GOLDEN / f"{name}.yaml"

@@ -23,8 +23,8 @@ if path.exists():  # once the experiment was run
 # %%
 for name in load_figure("recipes").TEXT:
     lab = Laboratory.of(compose(["experiment=recipes", "task=text", f"mixer={name}"]), abstract=True)
-    held = [
+    sizes = [
         sum(state.logical_bytes(length) for layer in lab.model.states for state in layer.values())
         for length in (64, 128)
     ]
-    print(f"{name}: {held[0]:,} B at 64 tokens, {held[1]:,} B at 128")
+    print(f"{name}: {sizes[0]:,} B at 64 tokens, {sizes[1]:,} B at 128")
