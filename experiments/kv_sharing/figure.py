@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from kvlab.lab.axes import bytes_in_words
-from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.claims import Cells, Claim, verdict
 from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
@@ -74,17 +74,6 @@ def table(records: Sequence[Done]) -> pd.DataFrame:
     )
 
 
-class Cells:
-    """A table's columns by task and variant, seeds in their order; empty where it was not run."""
-
-    def __init__(self, frame: pd.DataFrame):
-        self.frame = frame
-
-    def __call__(self, task: str, variant: str, column: str = "value") -> list[float]:
-        rows = self.frame[(self.frame.task == task) & (self.frame.variant == variant)]
-        return [float(value) for value in rows[column]]
-
-
 def claims(frame: pd.DataFrame) -> list[Claim]:
     """METHODS B.7, claim 16: half the bytes, recall unchanged, and less than 2% more loss, by the upper end of the
     paired difference's 95% interval."""
@@ -103,8 +92,7 @@ def claims(frame: pd.DataFrame) -> list[Claim]:
     if len(own) != len(pairs) or not own:
         rows.append(Claim("mqar: accuracy of pairs", expected, "not run", False))
     else:
-        more = [one - another for one, another in zip(pairs, own, strict=True)]
-        mean, half = statistics.fmean(more), interval_half_width(more)
+        mean, half = cells.above("mqar", "cla", "mha")
         rows.append(
             Claim("mqar: accuracy of pairs", expected, f"own {mean:+.4f} ± {half:.4f}", mean - half >= -LESS_RECALL)
         )

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kvlab.lab.axes import bytes_in_words
-from kvlab.lab.claims import Claim, verdict
+from kvlab.lab.claims import Cells, Claim, verdict
 from kvlab.lab.plots import save, sheet
 from kvlab.lab.record import Done
 from kvlab.lab.results import interval_half_width, read_records
@@ -70,23 +70,6 @@ def table(records: Sequence[Done]) -> pd.DataFrame:
         key=lambda column: column.map(order.index) if column.name == "variant" else column,
         ignore_index=True,
     )
-
-
-class Cells:
-    """Values of a task's variant by seed; of what was not run, none."""
-
-    def __init__(self, frame: pd.DataFrame):
-        self.frame = frame
-
-    def __call__(self, task: str, variant: str, column: str = "value") -> list[float]:
-        rows = self.frame[(self.frame.task == task) & (self.frame.variant == variant)].sort_values("seed")
-        return [float(value) for value in rows[column]]
-
-    def above(self, task: str, variant: str, other: str) -> tuple[float, float]:
-        """By how much a variant's values are above another's, seed by seed: the mean, and half of its interval."""
-        both = zip(self(task, variant), self(task, other), strict=True)
-        differences = [one - another for one, another in both]
-        return statistics.fmean(differences), interval_half_width(differences)
 
 
 def missing(frame: pd.DataFrame) -> list[str]:

@@ -1,11 +1,15 @@
-"""Claims of an experiment against published values, exact formulas or bounds: a table that passes or fails."""
+"""Claims of an experiment against published values, exact formulas or bounds: a table that passes or fails; and the
+cells of the experiment's own table, of which they speak."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 from rich.table import Table
 
 from kvlab import terminal
+from kvlab.lab.results import interval_half_width
 from kvlab.units import counted
 
 
@@ -28,6 +32,25 @@ class Claim:
     def exact(cls, what: str, expected: int, found: int, unit: str = "") -> "Claim":
         """Equal integers."""
         return cls(what, f"{expected:,}{unit}", f"{found:,}{unit}", expected == found)
+
+
+class Cells:
+    """Columns of an experiment's table by its `task` and `variant`, in the order of `seed`; empty where nothing was
+    run."""
+
+    def __init__(self, frame: pd.DataFrame):
+        self.frame = frame
+
+    def __call__(self, task: str, variant: str, column: str = "value") -> list[float]:
+        rows = self.frame.sort_values("seed")
+        return [float(value) for value in rows[(rows.task == task) & (rows.variant == variant)][column]]
+
+    def above(self, task: str, variant: str, other: str) -> tuple[float, float]:
+        """By how much a variant's values are above another's, seed by seed: the mean, and half of its 95% interval.
+        Raises ValueError where one has more seeds than the other."""
+        both = zip(self(task, variant), self(task, other), strict=True)
+        differences = [one - another for one, another in both]
+        return statistics.fmean(differences), interval_half_width(differences)
 
 
 def verdict(claims: Sequence[Claim], title: str = "") -> int:
