@@ -7,8 +7,9 @@ Keys outside are never multiplied, so a causal layer costs about half of the ful
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.masking import Scoring, masked_softmax, share_of_tokens
-from pallas_kernels.products import scores_of, weighted
+from pallas_kernels.flash_attention.softmax import softmax_product
+from pallas_kernels.masking import Scoring, share_of_tokens
+from pallas_kernels.products import scores_of
 from pallas_kernels.typing import Float
 
 BLOCK_LEN = 64
@@ -38,8 +39,11 @@ def flash_attention(
         first = 0 if scoring.num_sinks else max(0, scoring.visible.earliest(start))
         scores = scores_of(grouped[:, :, :, start:end], keys[:, :, first:end])
         seen = scoring.visible.sees(positions[start:end, None], positions[None, first:end])
-        weights, log_sums = masked_softmax(scoring.capped(scores), seen[None, None, None])
+        # XLA on CPU adds the mask within the product; to select would be a pass of its own over the scores.
+        masked = scoring.capped(scores) + jnp.where(seen, 0.0, -jnp.inf)[None, None, None]
+        output, log_sums = softmax_product(masked, values[:, :, first:end])
         if sink_logits is not None:
-            weights = weights * share_of_tokens(log_sums, sink_logits)[..., None]
-        outputs.append(weighted(weights.astype(values.dtype), values[:, :, first:end]))
-    return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, seq_len, num_heads, value_dim)
+            output = output * share_of_tokens(log_sums, sink_logits)[..., None]
+        outputs.append(output)
+    joined = jnp.concatenate(outputs, axis=3).astype(values.dtype)
+    return joined.transpose(0, 3, 1, 2, 4).reshape(batch, seq_len, num_heads, value_dim)
