@@ -8,12 +8,11 @@
 
 A test that is named, `pytest tests/test_cli.py::test_tab_completion`, runs whatever its tier.
 
-What a test takes decides. `tests/seconds.json` has the seconds of every test that takes some. `make seconds` writes
-those of the processor. What ran in `ci` on 28 November is measured so; of the rest part are wall-clock seconds of a
-quiet or a busy machine, and 5.0 stands for what was never measured. The cases of one test function share `SHARES`, the
-cheapest first: what they leave of a tier's share is for the next case, and what does not fit goes a tier down. So a
-function with many cases takes no more than one with few, and the first case of each is as early as it can be. A test
-that the file does not name is taken to cost nothing.
+What a test takes decides. `tests/seconds.json` has the seconds of every test that takes some; `make seconds` writes
+those of the processor, null where a test was too dear or never measured, which makes it `slow`. The cases of one test
+function share `SHARES`, the cheapest first: what they leave of a tier's share is for the next case, and what does not
+fit goes a tier down. So a function with many cases takes no more than one with few, and the first case of each is as
+early as it can be. A test that the file does not name is taken to cost nothing.
 
 What starts processes is `ci` for that, whatever it takes: `CHILDREN`. A row there stands for every test whose id begins
 with it; of several rows the longest counts, and a marker beside the test itself before any row. A row that stands for
@@ -33,13 +32,13 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows and ids that stand for no test, once the whole suite is collected."""
 
-SHARES = {"fast": 0.9, "ci": 1.5}
+SHARES = {"fast": 0.9, "ci": 1.2}
 """Processor seconds of all cases of a function in a tier, and of its first case where that alone takes more: of tests
 that cannot be cut, `ci` takes those of up to `LONGEST`."""
-LONGEST = 5.0
+LONGEST = 4.0
 
 SECONDS = Path(__file__).parent / "seconds.json"
-"""Of each test, by id; null: it was too dear to be measured, and is `slow`."""
+"""Of each test, by id."""
 
 KERNELS = "tests/pallas_kernels"
 
