@@ -42,6 +42,16 @@ def test_an_experiment_brings_its_sweep_and_the_command_line_narrows_it():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [("task=text mixer=mha", 0.02), ("task=text mixer=mla", 0.01), ("task=mqar mixer=mla", 0.01),
+     ("experiment=demo task=text mixer=mla", 0.01), ("task=text mixer=mla optimizer.learning_rate=0.5", 0.5)],
+)  # fmt: skip
+def test_a_mixer_may_have_a_rate_of_its_own_on_a_task(words, rate):
+    (config,), _ = expand(words.split(), multirun=False)
+    assert config.optimizer.learning_rate == rate
+
+
 def test_hydra_habits_hold():
     """+experiment=, glob choices; and what Hydra cannot sweep is answered in a sentence."""
     assert len(expand(["+experiment=demo", "task=mqar"], multirun=False)[0]) == 6
