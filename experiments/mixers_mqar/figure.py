@@ -79,11 +79,14 @@ EQUAL = (
     Arm("Mamba-3", "mamba3", colour("mamba3")),
     Arm("GLA", "gla", colour("gla")),
     Arm("RetNet", "retnet", colour("retnet")),
+    Arm("Lightning", "lightning", colour("lightning"), ("mixer.L.conv_len=3",)),
+    Arm("DeltaProduct", "deltaproduct", colour("deltaproduct")),
     Arm("Based", "based", colour("based"), (), (("L.key_dim", 4),)),
     Arm("RG-LRU", "rglru", colour("rglru"), (), (("R.width", 320),)),
 )
 """Mixers at 5 to 6 KiB a sequence, columns of convolutions included. Linear attention has a write gate, as METHODS B.3
-measured it. The width of the RG-LRU is what its bytes buy, most of which are its convolution's columns."""
+measured it; Lightning has the others' convolution. The width of the RG-LRU is what its bytes buy, most of which are its
+convolution's columns."""
 GATED_BY_SIZE = (gated(8, PLAIN), GATED, gated(32, PLAIN))
 MAMBA2_BY_SIZE = (MAMBA2, mamba2(64, PLAIN))
 LARGE = (ONE_HEAD, ("L.value_dim", 64), ("L.key_dim", 32))
