@@ -43,7 +43,7 @@ def test_every_sweep_is_of_one_arm(name):
 def test_tracking_on_a_few_steps(tmp_path):
     """The slice behind the training length is told from the one within; what was not run fails its claim."""
     figure = load_figure("state_tracking")
-    words = ["task=state_tracking", "task.seq_len=12", "task.test_len=20", *figure.DELTA.words]
+    words = [*figure.RECIPE, "task=state_tracking", "task.seq_len=12", "task.test_len=20", *figure.DELTA.words]
     results = ran(tmp_path, "state_tracking", *words, "model.mlp_dim=8", "mixer.L.key_dim=4", "mixer.L.value_dim=4")
     assert figure.main(tmp_path, results) == 1
     (row,) = pd.read_csv(tmp_path / "tracking.csv").to_dict("records")
