@@ -124,7 +124,8 @@ class AltUpBlock(nnx.Module):
         values = self.corrected(guessed, y)
         if self.has_embeddings:
             mine = jax.lax.dynamic_index_in_dim(x.embeddings, x.layer, keepdims=False)
-            values = values.at[1:].add(self.embedded(values[self.active], mine)[None])
+            added = self.embedded(values[self.active], mine)
+            values = jnp.concatenate([values[:1], values[1:] + added[None]])
         return replace(x, values=values, layer=x.layer + 1), after
 
     def predicted(self, values: StreamValues) -> StreamValues:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, integer_type, list_type, real_type
-from kvlab.weights.config_files import POSITIVE, SIZE, DefaultRope, only, size, value_of
+from kvlab.weights.config_files import MAX_LAYERS, POSITIVE, SIZE, DefaultRope, only, size, value_of
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, mlp_table
 from kvlab.weights.families.gemma3 import FULL, GELU, SLIDING, Gemma3File, four_norms, two_kinds, two_kinds_values
@@ -28,21 +28,18 @@ class Gemma3nFile(Gemma3File):
 
     null_counts: ClassVar[tuple[str, ...]] = ("final_logit_softcapping",)
 
-    hidden_size: int = size(2048)
-    intermediate_size: int | tuple[int, ...] = value_of(WIDTHS, 16384)
-    num_hidden_layers: int = value_of(integer_type(1, 10_000), 35)
+    intermediate_size: Any = value_of(WIDTHS)  # noqa: RUF009
     num_key_value_heads: int | None = size(2)
     query_pre_attn_scalar: Any = None
     sliding_window: int | None = size(512)
     sliding_window_pattern: Any = None
     final_logit_softcapping: float | None = value_of(POSITIVE | None, 30.0)
-    vocab_size: int = size(262_400)
     vocab_size_per_layer_input: int = size(262_144)
     hidden_size_per_layer_input: int = size(256)
     altup_num_inputs: int = value_of(integer_type(2, 64), 4)
     altup_active_idx: int = value_of(integer_type(0, 63), 0)
     altup_correct_scale: bool = only(True)
-    num_kv_shared_layers: int = value_of(integer_type(0, 10_000), 15)
+    num_kv_shared_layers: int = value_of(integer_type(0, MAX_LAYERS), 15)
     laurel_rank: int = size(64)
     activation_sparsity_pattern: tuple[float, ...] | None = value_of(SHARES, None)
 
@@ -55,7 +52,7 @@ class Gemma3nFile(Gemma3File):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The width of each layer's MLP. Raises ConfigError for a list of another length."""
+        """Hidden units of each layer's MLP. Raises ConfigError for a list of another length."""
         given, num_layers = self.intermediate_size, self.num_hidden_layers
         return (given,) * num_layers if isinstance(given, int) else _by_layer("intermediate_size", given, num_layers)
 
