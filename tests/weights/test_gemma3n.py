@@ -105,9 +105,7 @@ def test_keys_that_no_layer_reads_may_be_in_the_file(folder):
     }
     assert len(unread) == 3
     save_file(tensors | unread, folder / "model.safetensors")
-    tokens = jnp.arange(9, dtype=jnp.int32)[None]
-    found, expected = (each.model.merge().parallel(tokens) for each in (load_checkpoint(folder), pretrained(FAMILY)))
-    np.testing.assert_array_equal(found, expected)
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(folder).model.params, pretrained(FAMILY).model.params)
     save_file(
         tensors | {"model.layers.6.self_attn.x_proj.weight": np.zeros(3, np.float32)}, folder / "model.safetensors"
     )

@@ -37,7 +37,7 @@ class Gemma3nFile(Gemma3File):
     vocab_size_per_layer_input: int = size(262_144)
     hidden_size_per_layer_input: int = size(256)
     altup_num_inputs: int = value_of(integer_type(2, 64), 4)
-    altup_active_idx: int = value_of(integer_type(0, 63), 0)
+    altup_active_idx: int = value_of(integer_type(0, 2**31 - 1), 0)
     altup_correct_scale: bool = only(True)
     num_kv_shared_layers: int = value_of(integer_type(0, MAX_LAYERS), 15)
     laurel_rank: int = size(64)
@@ -76,6 +76,9 @@ class Gemma3n(Decoder[Gemma3nFile]):
     has_rope = False  # one for each kind of layer
 
     def read(self, file: Gemma3nFile, rope: DefaultRope, dtype: str) -> Architecture:
+        if file.altup_active_idx >= file.altup_num_inputs:
+            legal = f"must be in [0, {file.altup_num_inputs - 1}], one of altup_num_inputs = {file.altup_num_inputs}"
+            raise ConfigError("altup_active_idx", file.altup_active_idx, legal)
         model = ModelConfig(
             model_dim=file.hidden_size,
             mlp_dim=file.widths[0],
