@@ -183,10 +183,8 @@ class Attention(Mixer):
         keys = self._split(self.key(x))
         if self.config.local_start:
             keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
-        values = self._split(self.value(x))
-        if self.config.value_norm:
-            values = rms_normed(values, self.config.norm_eps)
-        return self._rotated(self._normed(keys, "key_norm"), positions), values
+        keys, values = self._rotated(self._normed(keys, "key_norm"), positions), self._split(self.value(x))
+        return keys, rms_normed(values, self.config.norm_eps) if self.config.value_norm else values
 
     @property
     def logits_of_sinks(self) -> SinkLogits | None:
