@@ -22,6 +22,8 @@ from kvlab.typing import Hidden, LayerEmbedding, LayerEmbeddings, Positions, Str
 
 LEAST_SQUARE = 1e-5
 """Least mean square that a stream is divided by the root of."""
+LEAST_NUMBER = float(jnp.finfo(jnp.float32).tiny)
+"""In place of 0, at which a root has no gradient: rows of embeddings may be nothing but zeros."""
 
 
 @jax.tree_util.register_dataclass
@@ -157,4 +159,5 @@ def _as_long(x: Hidden, like: Hidden) -> Hidden:
     """x with the root mean square of another, over the last axis; in float32, returned in the dtype of x."""
     wide, other = x.astype(jnp.float32), like.astype(jnp.float32)
     length = jnp.sqrt(jnp.maximum(jnp.mean(wide * wide, axis=-1, keepdims=True), LEAST_SQUARE))
-    return (wide * (jnp.sqrt(jnp.mean(other * other, axis=-1, keepdims=True)) / length)).astype(x.dtype)
+    wanted = jnp.sqrt(jnp.maximum(jnp.mean(other * other, axis=-1, keepdims=True), LEAST_NUMBER))
+    return (wide * (wanted / length)).astype(x.dtype)

@@ -39,5 +39,6 @@ def gaussian_top_k(gate: Array, sparsity: float) -> Array:
     `sparsity` in (0, 1) would be below (arXiv 2506.06644, and Gemma 3n's MLPs). In float32, returned in the gate's
     dtype."""
     wide = gate.astype(jnp.float32)
-    mean, std = jnp.mean(wide, axis=-1, keepdims=True), jnp.std(wide, axis=-1, keepdims=True)
+    mean, variance = jnp.mean(wide, axis=-1, keepdims=True), jnp.var(wide, axis=-1, keepdims=True)
+    std = jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))  # of 0 the root has no gradient
     return jax.nn.relu(wide - (mean + std * NormalDist().inv_cdf(sparsity))).astype(gate.dtype)

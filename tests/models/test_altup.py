@@ -224,6 +224,18 @@ def test_every_parameter_is_trained(stack):
         assert jnp.abs(slope).max() > 0, path
 
 
+def test_a_token_that_is_embedded_as_nothing_has_a_gradient(stack):
+    """Streams that are 0 have no length, and their gates no deviation."""
+    structure, params = split(stack)
+    rows = params["embedding"]["embedding"].at[3].set(0)
+
+    def loss(rows):
+        model = nnx.merge(structure, {**params, "embedding": {"embedding": rows}})
+        return jnp.sum(model.parallel(jnp.asarray([[3, 5]], jnp.int32)) ** 2)
+
+    assert jnp.isfinite(jax.jit(jax.grad(loss))(rows)).all()
+
+
 def test_products_of_the_streams_are_counted():
     """What streams, embeddings and Laurel multiply beside the blocks' own products, by hand; E 16, A 3, F 5, 3
     layers."""
