@@ -8,23 +8,30 @@ from flax import nnx
 from jax import Array
 
 from kvlab.mixers.layers import Linear
-from kvlab.models.config import LayerConfig, ModelConfig
 from kvlab.typing import Hidden
 
 
 class GatedMLP(nnx.Module):
-    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place, and a bias in
-    each product, where the model says so. The layer may have a width of its own, and cut off most of its gates."""
+    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; with `activation` "gelu" its tanh form in silu's
+    place, and with `bias` one in each product. A `sparsity` above 0 is the share of gates that are cut off."""
 
-    def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        width = layer.width_of_mlp(model)
-
+    def __init__(
+        self,
+        model_dim: int,
+        mlp_dim: int,
+        *,
+        activation: str,
+        bias: bool,
+        dtype: str,
+        sparsity: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=model.mlp_bias, dtype=jnp.dtype(model.dtype), rngs=rngs)
+            return Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
 
-        self.gate_up = linear(model.model_dim, 2 * width)
-        self.down = linear(width, model.model_dim)
-        self.activation, self.sparsity = model.activation, layer.mlp_sparsity
+        self.gate_up = linear(model_dim, 2 * mlp_dim)
+        self.down = linear(mlp_dim, model_dim)
+        self.activation, self.sparsity = activation, sparsity
 
     def __call__(self, x: Hidden) -> Hidden:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)

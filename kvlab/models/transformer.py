@@ -50,7 +50,7 @@ class Block(nnx.Module):
                 self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             if self.is_after:
                 self.mlp_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
-            self.mlp = GatedMLP(layer, model, rngs=rngs)
+            self.mlp = _mlp_of(layer, model, rngs)
 
     def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
@@ -72,6 +72,12 @@ class Block(nnx.Module):
 
     def _sum(self, x: Hidden, y: Hidden) -> Hidden:
         return x + y if self.residual_scale == 1 else x + y * self.residual_scale
+
+
+def _mlp_of(layer: LayerConfig, model: ModelConfig, rngs: nnx.Rngs) -> GatedMLP:
+    """What stands behind the layer's mixer."""
+    of_model = {"activation": model.activation, "bias": model.mlp_bias, "dtype": model.dtype}
+    return GatedMLP(model.model_dim, layer.width_of_mlp(model), **of_model, sparsity=layer.mlp_sparsity, rngs=rngs)
 
 
 class Transformer(nnx.Module):

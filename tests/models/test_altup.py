@@ -18,9 +18,9 @@ from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.altup import AltUpBlock, StreamEnds, Streams
 from kvlab.models.config import LayerConfig, ModelConfig
 from kvlab.models.laurel import Laurel
-from kvlab.models.mlp import GatedMLP, gaussian_top_k
+from kvlab.models.mlp import gaussian_top_k
 from kvlab.models.model import Model
-from kvlab.models.transformer import Transformer, split
+from kvlab.models.transformer import Block, Transformer, split
 from kvlab.schema import ConfigError
 
 MODEL = ModelConfig(
@@ -150,7 +150,7 @@ def test_gates_below_the_cut_off_are_nothing(sparsity, quantile):
 
 def test_an_mlp_has_its_own_width_and_cuts_its_gates_before_the_activation():
     layer = replace(LAYERS[2], mlp_sparsity=0.8)
-    mlp, params = drawn(GatedMLP(layer, MODEL, rngs=nnx.Rngs(0)))
+    mlp, params = drawn(Block(layer, MODEL, rngs=nnx.Rngs(0)).mlp)
     x = np.random.default_rng(5).standard_normal((1, 3, 16))
     gate, up = np.split(x @ params["gate_up"]["kernel"], 2, axis=-1)
     assert gate.shape[-1] == 40
