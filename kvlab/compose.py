@@ -27,7 +27,7 @@ from kvlab.files import shipped_folder
 from kvlab.hardware import HardwareConfig
 from kvlab.hydra_groups import files_twice, refuse_files_twice, register
 from kvlab.methods import METHODS, fields_for_some, fitting, for_their_methods
-from kvlab.models.transformer import ModelConfig, dtype_for
+from kvlab.models.config import ModelConfig, dtype_for
 from kvlab.outside import config_folders
 from kvlab.schema import ConfigError, nearest
 from kvlab.spelling import elsewhere

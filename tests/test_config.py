@@ -44,7 +44,8 @@ ADDED = {
     "optimizer": {"name", "muon_momentum"},
     "train": {"vmap"},
     "weights": {"window", "num_sinks"},
-    "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"},
+    "model": {"activation", "embed_scale", "residual_scale", "logit_divisor", "logit_cap", "mlp_bias"}
+    | {"num_streams", "active_stream", "layer_embed_dim", "layer_embed_vocab", "laurel_rank"},
 }
 """Fields that are younger than the first runs, by section; `passkey` is younger as a whole."""
 ADDED_TO_ATTENTION = (
@@ -57,6 +58,7 @@ ADDED_TO_ATTENTION = (
     "out_bias",
     "qkv_bias",
     "qk_norm_over",
+    "value_norm",
 )
 
 

@@ -20,12 +20,14 @@ from kvlab.memory.compacting import Kept, compact, seal_layers
 from kvlab.memory.layout import MemoryLayout
 from kvlab.memory.views import LayerStates, view_of
 from kvlab.mixers import LayerMemory
+from kvlab.models.altup import AltUpBlock, Residual
 from kvlab.models.model import Model
 from kvlab.models.sharing import lent, take_back
 from kvlab.models.transformer import Block, Transformer
 from kvlab.programs import Programs, make_room, program
 from kvlab.typing import Hidden, Logits, Params, Positions, Tokens
 
+type AnyBlock = Block | AltUpBlock
 type Wrap = Callable[[int, State, Any], Any]
 """(layer, state, its view of complete sequences) -> the view that takes its place."""
 
@@ -82,17 +84,18 @@ class _Programs(Programs):
 
     @program(static_argnums=0)
     def block(
-        self, structure: nnx.GraphDef[Block], params: Any, x: Hidden, positions: Positions, memory: LayerMemory
-    ) -> tuple[Hidden, LayerMemory]:
-        return nnx.merge(structure, params)(x, positions, memory)
+        self, structure: nnx.GraphDef[AnyBlock], params: Any, x: Residual, positions: Positions, memory: LayerMemory
+    ) -> tuple[Residual, LayerMemory]:
+        block: Any = nnx.merge(structure, params)  # takes what the one before it gives
+        return block(x, positions, memory)
 
     @program(static_argnums=0)
-    def embedded(self, structure: nnx.GraphDef[_Ends], params: Any, tokens: Tokens) -> Hidden:
+    def embedded(self, structure: nnx.GraphDef[_Ends], params: Any, tokens: Tokens) -> Residual:
         return nnx.merge(structure, params).model.embedded(tokens)
 
     @program(static_argnums=0)
-    def normed(self, structure: nnx.GraphDef[_Ends], params: Any, x: Hidden) -> Hidden:
-        return nnx.merge(structure, params).model.norm(x)
+    def normed(self, structure: nnx.GraphDef[_Ends], params: Any, x: Residual) -> Hidden:
+        return nnx.merge(structure, params).model.normed(x)
 
     @program(static_argnums=0)
     def logits(self, structure: nnx.GraphDef[_Ends], params: Any, hidden: Hidden) -> Logits:

@@ -20,7 +20,7 @@ from kvlab.compose import compose, configs_dir
 from kvlab.engine.step import MemoryStep
 from kvlab.lab.kernels import summary
 from kvlab.lab.laboratory import Laboratory
-from kvlab.models.transformer import dtype_for
+from kvlab.models.config import dtype_for
 from kvlab.units import counted
 from pallas_kernels.chips import TARGETS
 from pallas_kernels.ops import WITH_KERNELS

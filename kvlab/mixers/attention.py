@@ -12,7 +12,7 @@ from kvlab.ledger.readers import Readers, Rotary
 from kvlab.ledger.states import State, TokenState
 from kvlab.memory.views import TokenView
 from kvlab.mixers.base import Knob, LayerMemory, Mixer, MixerConfig
-from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.mixers.layers import Linear, RMSNorm, rms_normed
 from kvlab.rotary import check_scaling, rotary_angles, rotate
 from kvlab.schema import ConfigError, added, choice, flag, integer, real, reals
 from kvlab.typing import HeadOutputs, Hidden, Keys, Positions, Queries, SinkLogits, Values
@@ -43,7 +43,8 @@ class AttentionConfig(MixerConfig):
     Scores are products of queries and keys times `scale` (null: head_dim ** -0.5). With `qk_norm` queries and keys are
     normed before they are turned: each head by itself, or `qk_norm_over` "all" of them as one vector, as OLMo 2 does
     (arXiv 2501.00656). Every projection has a bias with `bias`, that of the output alone with `out_bias`, those of
-    queries, keys and values alone with `qkv_bias`.
+    queries, keys and values alone with `qkv_bias`. With `value_norm` the values of each head are normed, without a
+    learned scale, before they are stored (Gemma 3n).
     """
 
     num_heads: int = integer(4, 1, 1024)
@@ -66,6 +67,7 @@ class AttentionConfig(MixerConfig):
     qk_norm_over: str = added(choice("head", QK_NORMS_OVER))
     out_bias: bool = added(flag(False))
     qkv_bias: bool = added(flag(False))
+    value_norm: bool = added(flag(False))
 
     def cross_check(self) -> None:
         super().cross_check()
@@ -80,6 +82,8 @@ class AttentionConfig(MixerConfig):
             raise ConfigError("out_bias", True, "must be false with bias, which is of the output too")
         if self.qkv_bias and (self.bias or self.out_bias):
             raise ConfigError("qkv_bias", True, "must be false with bias or out_bias: bias is of all projections")
+        if self.value_norm and self.shares_kv:
+            raise ConfigError("value_norm", True, "must be false with shares_kv: the layer has no values of its own")
         check_scaling(self.rope_scaling, self.rope_base)
         if self.rope and self.rotary_dim < 2:
             legal_low = f"must rotate at least 2 of head_dim = {self.head_dim}: at least {2 / self.head_dim:g}"
@@ -179,7 +183,8 @@ class Attention(Mixer):
         keys = self._split(self.key(x))
         if self.config.local_start:
             keys = keys + self.key_start[...].astype(keys.dtype)[None, None, None, :]
-        return self._rotated(self._normed(keys, "key_norm"), positions), self._split(self.value(x))
+        keys, values = self._rotated(self._normed(keys, "key_norm"), positions), self._split(self.value(x))
+        return keys, rms_normed(values, self.config.norm_eps) if self.config.value_norm else values
 
     @property
     def logits_of_sinks(self) -> SinkLogits | None:

@@ -40,8 +40,14 @@ class RMSNorm(nnx.Module):
     def __call__(self, inputs: Array) -> Array:
         x = inputs.astype(jnp.float32).reshape(*inputs.shape[:-1], self.num_groups, -1)
         scale = self.scale[...].reshape(*(1,) * (x.ndim - 2), *x.shape[-2:])
-        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * scale
-        return normed.reshape(inputs.shape).astype(inputs.dtype)
+        return (rms_normed(x, self.eps) * scale).reshape(inputs.shape).astype(inputs.dtype)
+
+
+def rms_normed(inputs: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32, returned in the input's dtype: `RMSNorm` without its
+    scale."""
+    x = inputs.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)).astype(inputs.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,7 +1,6 @@
 """A stack of pre-norm blocks from a layer pattern over named mixers: "A", "M A", "W W W A"."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,76 +10,23 @@ from jax import Array
 
 from kvlab.ledger.states import State
 from kvlab.memory.views import LayerStates, whole
-from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
+from kvlab.mixers import MIXERS, LayerMemory, Mixer
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.models.altup import AltUpBlock, Residual, StreamEnds, Streams
+from kvlab.models.config import LayerConfig, ModelConfig
+from kvlab.models.laurel import Laurel
+from kvlab.models.mlp import GatedMLP
 from kvlab.models.sharing import lent, read_by_all, sources_of, take_back
-from kvlab.schema import Schema, added, choice, flag, integer, nearest, real
+from kvlab.schema import nearest
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 from kvlab.units import counted
-
-
-def dtype_for(platform: str) -> str:
-    """What `model.dtype` "auto" stands for on a platform of JAX: what its kernels read. The tensor cores of a GPU
-    refuse pages of float32; a CPU has nothing faster."""
-    return "float32" if platform == "cpu" else "bfloat16"
-
-
-@dataclass(frozen=True)
-class ModelConfig(Schema):
-    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP.
-    `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
-    the word.
-
-    What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form) or with
-    biases, embeddings times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then
-    c tanh(logits / c) with `logit_cap` = c.
-    """
-
-    model_dim: int = integer(64, 1, 65536)
-    num_layers: int | None = integer(None, 1, 1024, optional=True)
-    mlp_dim: int = integer(0, 0, 262144)
-    tie_embeddings: bool = flag(True)
-    norm_eps: float = real(1e-6, 0.0, 1.0, open_low=True)
-    dtype: str = choice("float32", ("float32", "bfloat16"), auto=lambda: dtype_for(jax.default_backend()))
-    activation: str = added(choice("silu", ("silu", "gelu")))
-    embed_scale: float = added(real(1.0, 0.0, 1e6, open_low=True))
-    residual_scale: float = added(real(1.0, 0.0, 1e6, open_low=True))
-    logit_divisor: float = added(real(1.0, 0.0, 1e6, open_low=True))
-    logit_cap: float | None = added(real(None, 0.0, 1e6, open_low=True, optional=True))
-    mlp_bias: bool = added(flag(False))
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """One layer: a mixer's registered name and its config."""
-
-    mixer: str
-    config: MixerConfig
-
-
-class GatedMLP(nnx.Module):
-    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place, and a bias in
-    each product, where the model says so."""
-
-    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=model.mlp_bias, dtype=jnp.dtype(model.dtype), rngs=rngs)
-
-        self.gate_up = linear(model.model_dim, 2 * model.mlp_dim)
-        self.down = linear(model.mlp_dim, model.model_dim)
-        self.activation = model.activation
-
-    def __call__(self, x: Hidden) -> Hidden:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.down(gate * up)
 
 
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; a short convolution may stand before the mixer,
     which then reads h + conv(h) in place of h = norm(x). `MixerConfig.norms` says whether a norm stands before mixer
-    and MLP, after them, or both."""
+    and MLP, after them, or both; behind the mixer there may be a Laurel."""
 
     def __init__(self, layer: LayerConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.is_before, self.is_after = layer.config.norms != "after", layer.config.norms != "before"
@@ -90,18 +36,21 @@ class Block(nnx.Module):
         if self.is_after:
             self.mixer_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
         build: Any = MIXERS[layer.mixer]  # each mixer takes its own config type
+        self.has_laurel = model.laurel_rank > 0
+        if self.has_laurel:
+            self.laurel = Laurel(model, rngs=rngs)
         self.mixer: Mixer = build(layer.config, model.model_dim, dtype=model.dtype, rngs=rngs)
         self.has_conv = layer.config.short_conv > 0
         if self.has_conv:
             width = layer.config.short_conv
             self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
-        self.has_mlp = model.mlp_dim > 0
+        self.has_mlp = layer.width_of_mlp(model) > 0
         if self.has_mlp:
             if self.is_before:
                 self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             if self.is_after:
                 self.mlp_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
-            self.mlp = GatedMLP(model, rngs=rngs)
+            self.mlp = _mlp_of(layer, model, rngs)
 
     def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
@@ -114,6 +63,8 @@ class Block(nnx.Module):
             h, conv_memory = h + mixed, {"short_conv": history}
         y, after = self.mixer(h, positions, memory)
         x = self._sum(x, self.mixer_norm_after(y) if self.is_after else y)
+        if self.has_laurel:
+            x = self.laurel(x, h)
         if self.has_mlp:
             y = self.mlp(self.mlp_norm(x) if self.is_before else x)
             x = self._sum(x, self.mlp_norm_after(y) if self.is_after else y)
@@ -123,16 +74,27 @@ class Block(nnx.Module):
         return x + y if self.residual_scale == 1 else x + y * self.residual_scale
 
 
+def _mlp_of(layer: LayerConfig, model: ModelConfig, rngs: nnx.Rngs) -> GatedMLP:
+    """What stands behind the layer's mixer."""
+    of_model = {"activation": model.activation, "bias": model.mlp_bias, "dtype": model.dtype}
+    return GatedMLP(model.model_dim, layer.width_of_mlp(model), **of_model, sparsity=layer.mlp_sparsity, rngs=rngs)
+
+
 class Transformer(nnx.Module):
     """Embedding, blocks, final norm, head (the embedding itself when tied). Parameters float32, compute `model.dtype`.
-    Raises ConfigError for a layer that is to share keys and values, and finds none that fit."""
+    With `model.num_streams` the blocks pass on several streams (`kvlab.models.altup`). Raises ConfigError for a layer
+    that is to share keys and values, and finds none that fit."""
 
     def __init__(self, layers: Sequence[LayerConfig], model: ModelConfig, vocab_size: int, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(model.dtype)
         init = nnx.initializers.normal(0.02)
         self.embedding = nnx.Embed(vocab_size, model.model_dim, dtype=dtype, embedding_init=init, rngs=rngs)
         self.sources = sources_of([layer.config for layer in layers])
-        self.blocks = nnx.List([Block(layer, model, rngs=rngs) for layer in layers])
+        self.has_streams = model.num_streams > 0
+        blocks = [Block(layer, model, rngs=rngs) for layer in layers]
+        self.blocks = nnx.List([AltUpBlock(each, model, rngs=rngs) for each in blocks] if self.has_streams else blocks)
+        if self.has_streams:
+            self.streams = StreamEnds(model, len(layers), vocab_size, rngs=rngs)
         self.norm = RMSNorm(model.model_dim, eps=model.norm_eps)
         if not model.tie_embeddings:
             self.head = Linear(model.model_dim, vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
@@ -142,21 +104,26 @@ class Transformer(nnx.Module):
         """The named states of every layer; none where it reads another's alone."""
         return read_by_all([block.states() for block in self.blocks], self.sources)
 
-    def embedded(self, tokens: Tokens) -> Hidden:
-        """What the first layer reads, [B, T, E]."""
+    def embedded(self, tokens: Tokens) -> Residual:
+        """What the first layer reads, [B, T, E] or the streams."""
         x = self.embedding(tokens)
-        return x if self.config.embed_scale == 1 else x * self.config.embed_scale
+        x = x if self.config.embed_scale == 1 else x * self.config.embed_scale
+        return self.streams.opened(x, tokens) if self.has_streams else x
+
+    def normed(self, x: Residual) -> Hidden:
+        """Final hidden states [B, T, E] of what the last layer gives."""
+        return self.norm(self.streams.closed(x) if isinstance(x, Streams) else x)
 
     def hidden(
         self, tokens: Tokens, positions: Positions, memory: Sequence[LayerMemory]
     ) -> tuple[Hidden, tuple[LayerMemory, ...]]:
         """Final hidden states [B, T, E]; memory as in `Mixer.__call__`, one entry a layer."""
-        x = self.embedded(tokens)
+        x: Any = self.embedded(tokens)  # what its blocks take: one stream, or several
         after = list[LayerMemory]()
         for block, layer_memory, source in zip(self.blocks, memory, self.sources, strict=True):
             x, mine = block(x, positions, lent(layer_memory, source, after))
             after.append(take_back(mine, source, after))
-        return self.norm(x), tuple(after)
+        return self.normed(x), tuple(after)
 
     def parallel(self, tokens: Tokens, states: Sequence[LayerStates] | None = None) -> Hidden:
         """Final hidden states [B, T, E] of complete sequences, which start at 0: training and scoring. Nothing is

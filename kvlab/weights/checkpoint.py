@@ -1,7 +1,7 @@
 """Loading and saving a model in the layout of the Hugging Face hub: config.json and safetensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from kvlab.weights.files import (
     refuse_gguf,
     write_shards,
 )
-from kvlab.weights.heads import HEAD, as_stored, with_embedding
+from kvlab.weights.heads import as_stored, passed_over, with_embedding
 from kvlab.weights.tables import Table
 from kvlab.weights.windows import windowed
 
@@ -67,7 +67,7 @@ def load_checkpoint(
     table = table_of(architecture)
     if architecture.model.tie_embeddings:
         table = with_embedding(table, headers)
-    if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
+    if problems := mismatches(table, abstract.params, headers, passed_over(architecture)):
         raise WeightsError(directory, problems)
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -178,8 +178,8 @@ def _stored_dtype(headers: dict[str, Stored]) -> str:
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
-def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
-    """Everything in which the file differs from the model."""
+def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], ignored: Collection[str]) -> list[str]:
+    """Everything in which the file differs from the model; tensors that are `ignored` may be there or not."""
     problems, expected = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         entry = table[path_name(path)]
@@ -193,7 +193,6 @@ def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied:
                 problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
             if stored.dtype not in FLOATS:
                 problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
-    ignored = {HEAD} if tied else set()  # some files store a tied head twice
     unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
-    problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]
+    problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - set(ignored))]
     return problems

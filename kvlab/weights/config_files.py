@@ -152,7 +152,7 @@ def read_part[T: Part](kind: type[T], values: Mapping[str, Any], found: list[str
     try:
         return adapter(kind).validate_python(given)
     except ValidationError as error:
-        found += [f"config.json: {problem}" for problem in problems(error, kind, given)]
+        found += dict.fromkeys(f"config.json: {problem}" for problem in problems(error, kind, given))
         return None
 
 

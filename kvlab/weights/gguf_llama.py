@@ -13,6 +13,7 @@ from kvlab.weights.architectures import read_architecture, table_of
 from kvlab.weights.checkpoint import abstract_model, mismatches
 from kvlab.weights.files import Stored, WeightsError
 from kvlab.weights.gguf import GGUF
+from kvlab.weights.heads import passed_over
 
 PREFIX = "llama."
 FIELDS = {
@@ -114,8 +115,7 @@ def read_llama(gguf: GGUF) -> Llama:
     table = table_of(architecture)
     params = abstract_model(architecture).params
     found += [
-        _in_its_words(problem, _file_name)
-        for problem in mismatches(table, params, headers, architecture.model.tie_embeddings)
+        _in_its_words(problem, _file_name) for problem in mismatches(table, params, headers, passed_over(architecture))
     ]
     if found:
         raise WeightsError(gguf.path, found)

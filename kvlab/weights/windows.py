@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from kvlab.mixers.attention import AttentionConfig
+from kvlab.models.sharing import sources_of
 from kvlab.models.transformer import LayerConfig
 from kvlab.schema import ConfigError
 from kvlab.weights.families import Architecture
@@ -15,7 +16,8 @@ def windowed(architecture: Architecture, window: int | None, num_sinks: int) -> 
     """The same model in which every layer of attention sees at most `window` tokens, the current one included, and the
     first `num_sinks` (arXiv 2309.17453). A layer's own window stays where it is narrower; with None all do.
 
-    Raises ConfigError where no layer would have the window or the sinks, and for attention that cannot have one.
+    Raises ConfigError where no layer would have the window or the sinks, for attention that cannot have one, and where
+    layers would read the keys and values of others than they were trained with.
     """
     if window is None and not num_sinks:
         return architecture
@@ -31,6 +33,11 @@ def windowed(architecture: Architecture, window: int | None, num_sinks: int) -> 
         raise ConfigError(name, value, f"no layer of this {architecture.family} model attends to tokens")
     if layers == architecture.layers and num_sinks:
         raise ConfigError(name, value, "must be 0 without a window: no layer has one")
+    before, after = (sources_of([layer.config for layer in each]) for each in (architecture.layers, layers))
+    if before != after:
+        layer = next(index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
+        legal = f"makes layers of two kinds alike: layer {layer} would read the keys and values of layer {after[layer]}"
+        raise ConfigError(name, value, f"{legal} in place of layer {before[layer]}")
     return replace(architecture, layers=layers)
 
 

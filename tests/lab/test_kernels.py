@@ -7,7 +7,7 @@ from kvlab.hardware import HardwareConfig
 from kvlab.lab.kernels import chosen_kernels, summary
 from kvlab.lab.laboratory import Laboratory
 from kvlab.ledger.states import LatentState, TokenState
-from kvlab.models.transformer import ModelConfig, dtype_for
+from kvlab.models.config import ModelConfig, dtype_for
 from pallas_kernels.selection import Device, as_if_on, recording, refusals, select
 
 H200, A100, V5E = Device("gpu", "NVIDIA H200", "9.0"), Device("gpu", "NVIDIA A100", "8.0"), Device("tpu", "TPU v5e")

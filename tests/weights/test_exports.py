@@ -35,6 +35,11 @@ DEFAULTED = {
     "gemma3_text": DECODER - {"hidden_act"}
     | {"head_dim", "hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"}
     | {"final_logit_softcapping", "rope_local_base_freq"},
+    "gemma3n_text": DECODER - {"hidden_act"}
+    | {"head_dim", "hidden_activation", "sliding_window", "layer_types"}
+    | {"final_logit_softcapping", "rope_local_base_freq", "num_kv_shared_layers", "laurel_rank"}
+    | {"vocab_size_per_layer_input", "hidden_size_per_layer_input", "activation_sparsity_pattern"}
+    | {"altup_active_idx", "altup_correct_scale", "altup_num_inputs"},
     "granitemoehybrid": DECODER
     | SCALES
     | MAMBA
@@ -90,7 +95,7 @@ def test_a_base_and_a_context_that_are_not_defaults_stand_in_both_spellings(tmp_
     [
         *(("llama_gqa", 2), ("mistral", 2), ("deepseek_v3", 1), ("mamba2", 2), ("gemma3_text", 1)),
         *(("recurrent_gemma", 1), ("granitemoehybrid", 2), ("qwen3", None), ("qwen3_next", None)),
-        *(("qwen2", None), ("gemma", 1), ("olmo_hybrid", None), ("kimi_linear", None)),
+        *(("qwen2", None), ("gemma", 1), ("gemma3n_text", 1), ("olmo_hybrid", None), ("kimi_linear", None)),
     ],
 )
 def test_an_absent_end_is_the_readers_and_null_is_none(family, end, tmp_path):

@@ -7,6 +7,7 @@ from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
 from kvlab.weights.families.gemma import Gemma
 from kvlab.weights.families.gemma3 import Gemma3
+from kvlab.weights.families.gemma3n import Gemma3n
 from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.kimi_linear import KimiLinear
 from kvlab.weights.families.llama import Llama
@@ -27,6 +28,7 @@ READ: tuple[type[Family[Any]], ...] = (
     Mamba2,
     Gemma,
     Gemma3,
+    Gemma3n,
     GraniteHybrid,
     RecurrentGemma,
     Qwen3Next,
@@ -45,8 +47,7 @@ FAMILIES = Registry[Family[Any]](
 
 NOT_BUILT = {
     "gpt_oss": "its layers have experts; its attention is the mixer attention with sink_logits",
-    "gemma3n_text": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
-    "gemma3n": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
+    "gemma3n": "images and sound beside its text model, which alone is gemma3n_text",
     "gemma3": "images beside its text model, which alone is gemma3_text",
 }
 """What is refused, and why."""

@@ -49,3 +49,7 @@ class Family[F: ConfigFile](abc.ABC):
     @abc.abstractmethod
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
         """The tensors of every parameter but the head."""
+
+    def passed_over(self, layers: Sequence[LayerConfig]) -> frozenset[str]:
+        """Tensors that some files have and no such model reads."""
+        return frozenset()

@@ -11,7 +11,14 @@ from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import DefaultRope, only, positive, read_rope, size
 from kvlab.weights.families.base import Architecture
-from kvlab.weights.families.decoder import Decoder, DecoderFile, attention_layers, attention_values, rope_values
+from kvlab.weights.families.decoder import (
+    Decoder,
+    DecoderFile,
+    attention_layers,
+    attention_values,
+    first_config,
+    rope_values,
+)
 from kvlab.weights.tables import Entry, Table, less_one
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -60,20 +67,7 @@ class Gemma3(Decoder[Gemma3File]):
         if kinds is None:
             pattern = [*[SLIDING] * (file.sliding_window_pattern - 1), FULL]
             kinds = [kind for kind, _ in zip(itertools.cycle(pattern), range(file.num_hidden_layers), strict=False)]
-        ropes = _ropes(file)
-        layers = attention_layers(
-            replace(file, layer_types=kinds),
-            ropes[FULL],
-            window=file.sliding_window,
-            qk_norm=True,
-            norms="both",
-            scale=file.query_pre_attn_scalar**-0.5,
-        )
-        local = {"rope_base": ropes[SLIDING].rope_theta, "rope_scaling": ropes[SLIDING].scaling}
-        return [
-            replace(layer, config=replace(layer.config, **local)) if kind == SLIDING else layer
-            for layer, kind in zip(layers, kinds, strict=True)
-        ]
+        return two_kinds(file, kinds, qk_norm=True, norms="both", scale=file.query_pre_attn_scalar**-0.5)
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         model = architecture.model
@@ -81,30 +75,50 @@ class Gemma3(Decoder[Gemma3File]):
         return values | {"hidden_activation": GELU, "final_logit_softcapping": model.logit_cap}
 
     def write_layers(self, architecture: Architecture) -> dict[str, Any]:
-        configs = [layer.config for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
-        window = next((config.window for config in configs if config.window), None)
-        scale = configs[0].scale
+        scale = first_config(architecture, AttentionConfig).scale
         assert scale is not None
-        ropes = {FULL: rope_values(1e6, ()), SLIDING: rope_values(1e4, ())}
-        for config in configs:
-            ropes[SLIDING if config.window else FULL] = rope_values(config.rope_base, config.rope_scaling)
-        return attention_values(architecture) | {
-            "query_pre_attn_scalar": round(scale**-2),
-            "sliding_window": window,
-            "layer_types": [SLIDING if config.window else FULL for config in configs],
-            "rope_parameters": ropes,
-        }
+        return two_kinds_values(architecture) | {"query_pre_attn_scalar": round(scale**-2)}
 
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
         return less_one(super().table(layers, model))
 
     def norms_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
-        return {
-            f"{ours}.mixer_norm.scale": Entry((f"{theirs}.input_layernorm.weight",)),
-            f"{ours}.mixer_norm_after.scale": Entry((f"{theirs}.post_attention_layernorm.weight",)),
-            f"{ours}.mlp_norm.scale": Entry((f"{theirs}.pre_feedforward_layernorm.weight",)),
-            f"{ours}.mlp_norm_after.scale": Entry((f"{theirs}.post_feedforward_layernorm.weight",)),
-        }
+        return four_norms(ours, theirs)
+
+
+def four_norms(ours: str, theirs: str) -> Table:
+    """Norms before and after mixer and MLP."""
+    return {
+        f"{ours}.mixer_norm.scale": Entry((f"{theirs}.input_layernorm.weight",)),
+        f"{ours}.mixer_norm_after.scale": Entry((f"{theirs}.post_attention_layernorm.weight",)),
+        f"{ours}.mlp_norm.scale": Entry((f"{theirs}.pre_feedforward_layernorm.weight",)),
+        f"{ours}.mlp_norm_after.scale": Entry((f"{theirs}.post_feedforward_layernorm.weight",)),
+    }
+
+
+def two_kinds(file: Gemma3File, kinds: list[Any], **more: Any) -> list[LayerConfig]:
+    """Attention of these kinds, with a rotary embedding and a window of each. `more` are fields of `AttentionConfig`.
+    Raises ConfigError for other kinds, and ValueError for an embedding that is not built."""
+    ropes = _ropes(file)
+    layers = attention_layers(replace(file, layer_types=kinds), ropes[FULL], window=file.sliding_window, **more)
+    local = {"rope_base": ropes[SLIDING].rope_theta, "rope_scaling": ropes[SLIDING].scaling}
+    return [
+        replace(layer, config=replace(layer.config, **local)) if kind == SLIDING else layer
+        for layer, kind in zip(layers, kinds, strict=True)
+    ]
+
+
+def two_kinds_values(architecture: Architecture) -> dict[str, Any]:
+    """What config.json says of such layers."""
+    configs = [layer.config for layer in architecture.layers if isinstance(layer.config, AttentionConfig)]
+    ropes = {FULL: rope_values(1e6, ()), SLIDING: rope_values(1e4, ())}
+    for config in configs:
+        ropes[SLIDING if config.window else FULL] = rope_values(config.rope_base, config.rope_scaling)
+    return attention_values(architecture) | {
+        "sliding_window": next((config.window for config in configs if config.window), None),
+        "layer_types": [SLIDING if config.window else FULL for config in configs],
+        "rope_parameters": ropes,
+    }
 
 
 def _ropes(file: Gemma3File) -> dict[str, DefaultRope]:

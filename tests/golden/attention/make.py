@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Gemma3nTextConfig, GptOssConfig
-from transformers.cache_utils import KVSharingDict
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRotaryEmbedding, Gemma3nTextAttention
+from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
 HERE = Path(__file__).resolve().parent
@@ -38,13 +36,6 @@ GPT_OSS = GptOssConfig(
     layer_types=[SLIDING, FULL, SLIDING],
     rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
 )
-GEMMA3N = Gemma3nTextConfig(
-    **FIELDS,
-    num_hidden_layers=7,
-    num_kv_shared_layers=3,
-    layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL],
-)
-"""The last layers read the keys and values of layers 2 and 3, never those of 0 and 1."""
 
 
 def normed(x):
@@ -64,28 +55,18 @@ def hidden(layers, config, rope) -> tuple[torch.Tensor, dict]:
     positions = torch.arange(NUM_TOKENS)
     distance = positions[:, None] - positions[None, :]
     seen = {FULL: distance >= 0, SLIDING: (distance >= 0) & (distance < config.sliding_window)}
-    shared = KVSharingDict()
     for layer, kind in zip(layers, config.layer_types, strict=True):
         mask = torch.where(seen[kind], 0.0, float("-inf")).double()[None, None]
-        more = {"shared_kv_states": shared} if config is GEMMA3N else {}
-        x = x + layer.double()(normed(x), rope(x, positions[None], kind), mask, **more)[0]
+        x = x + layer.double()(normed(x), rope(x, positions[None], kind), mask)[0]
     return normed(x)[0], shapes
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    for config in (GPT_OSS, GEMMA3N):
-        config._attn_implementation = "eager"
+    GPT_OSS._attn_implementation = "eager"
     gpt_oss = [GptOssAttention(GPT_OSS, index) for index in range(GPT_OSS.num_hidden_layers)]
-    gemma3n = [Gemma3nTextAttention(GEMMA3N, index) for index in range(GEMMA3N.num_hidden_layers)]
-    for layer in gemma3n:
-        if hasattr(layer, "v_norm"):
-            layer.v_norm = torch.nn.Identity()  # the one thing of it that kvlab's attention has not
-    ropes = GptOssRotaryEmbedding(GPT_OSS), Gemma3nRotaryEmbedding(GEMMA3N)
-    stacks = {
-        "gpt_oss": (gpt_oss, GPT_OSS, lambda x, positions, kind: ropes[0](x, positions)),
-        "gemma3n": (gemma3n, GEMMA3N, ropes[1]),
-    }
+    rope = GptOssRotaryEmbedding(GPT_OSS)
+    stacks = {"gpt_oss": (gpt_oss, GPT_OSS, lambda x, positions, kind: rope(x, positions))}
     for name, stack in stacks.items():
         with torch.no_grad():
             found, shapes = hidden(*stack)

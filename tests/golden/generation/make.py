@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteMoeHybridConfig,
@@ -114,6 +115,7 @@ GRANITE = {
     "logits_scaling": 1.5,
 }
 """Dense, and with the multipliers of none."""
+SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES = {
     "llama_gqa": LlamaConfig(**DECODER, num_key_value_heads=2),
     "llama_mqa": LlamaConfig(**DECODER, num_key_value_heads=1, tie_word_embeddings=True),
@@ -160,6 +162,25 @@ FAMILIES = {
         },
         final_logit_softcapping=20.0,
         tie_word_embeddings=False,
+    ),
+    "gemma3n_text": Gemma3nTextConfig(
+        **{**DECODER, "num_hidden_layers": 7, "hidden_size": 48, "intermediate_size": [64, 96, 64, 80, 96, 64, 80]},
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=WINDOW,
+        num_kv_shared_layers=3,
+        layer_types=[SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+        final_logit_softcapping=20.0,
+        tie_word_embeddings=False,
+        vocab_size_per_layer_input=300,
+        hidden_size_per_layer_input=12,
+        altup_num_inputs=3,
+        laurel_rank=10,
+        activation_sparsity_pattern=[0.9, 0.0, 0.6, 0.0, 0.8, 0.0, 0.95],
     ),
     "olmo_hybrid": OlmoHybridConfig(
         **DECODER, **HYBRID, rms_norm_eps=1e-4, rope_parameters={"rope_theta": None, "rope_type": "default"}
