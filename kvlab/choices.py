@@ -11,7 +11,7 @@ from kvlab.outside import config_folders
 
 COMPOSING = {"run": ".", "plan": ".", "eval": ".", "generate": ".", "capacity": "capacity"}
 """Commands that take choices, and where in the folder of configurations their groups are."""
-TRAINING = ("mixer", "model", "optimizer", "train", "launcher", "experiment", "debug")
+TRAINING = ("mixer", "model", "optimizer", "train", "tuned", "launcher", "experiment", "debug")
 """Groups that `kvlab eval` does not have."""
 ASKING = ("compare", "best")
 """Commands that take conditions on fields."""

@@ -30,7 +30,7 @@ HYDRA: Node = {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
 """What Hydra reads of a file, and takes out of the config."""
 REFERENCE: Node = {"type": "string", "pattern": r"^\$\{.+\}$"}
 """A value that is another's: ${mixer.A.num_heads}."""
-FREE_GROUPS = ("launcher", "experiment", "debug")
+FREE_GROUPS = ("launcher", "experiment", "debug", "tuned")
 """Groups of `kvlab run` whose files may set anything of the whole config."""
 
 
