@@ -1,4 +1,4 @@
-"""Problems beside attention over pages: writing into them, two launches in one step, and recurrences."""
+"""Problems beside attention over pages: writing into them, and two launches in one step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.ops import OPS
 from pallas_kernels.pages import Pages
 from pallas_kernels.selection import Asked
-from pallas_kernels.ssd import ssd, ssd_step
 
 SETS = 4
 """Of tokens to write, one after the other in a turn: more than a second-level cache holds."""
@@ -134,105 +133,3 @@ class Mixed:
 
 def _joined(*answers: Array) -> Array:
     return jnp.concatenate([answer.astype(jnp.float32).reshape(-1) for answer in answers])
-
-
-@dataclass(frozen=True)
-class Scan:
-    """The recurrence of Mamba-2 over whole sequences (arXiv 2405.21060). The floor is to read inputs, b, c and dt, and
-    to write outputs, as they would be in 16 bits."""
-
-    name: str
-    batch: int = 4
-    num_tokens: int = 4096
-    num_heads: int = 128
-    head_dim: int = 64
-    state_dim: int = 128
-    goals: Goals = NONE
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """Those of ours that it asks."""
-        return ("ssd",)
-
-    def floor_us(self, limits: dict[str, float]) -> float:
-        """Microseconds."""
-        a_token = 2 * (2 * self.num_heads * self.head_dim + 2 * self.state_dim + self.num_heads)
-        return 1e6 * self.batch * self.num_tokens * a_token / limits["copy_bytes_per_s"]
-
-    def works(self) -> dict[str, Callable[[], Work]]:
-        """Every implementation of `ssd`."""
-        return {name: partial(self._work, name) for name in OPS["ssd"].implementations}
-
-    def wanted(self) -> Any:
-        """What XLA's chunked form answers."""
-        work = self._work("reference")
-        return jax.jit(work.answer)(work.arrays)
-
-    def _work(self, implementation: str) -> Work:
-        x, dt, *rest = _recurrence((self.batch, self.num_tokens), self.num_heads, self.head_dim, self.state_dim)
-
-        def run(dt: Array, arrays: Any) -> Array:
-            x, _, rate, b, c = arrays
-            return ssd(x, dt, rate, b, c, implementation=implementation)[0]
-
-        def turn(number: Array, dt: Array, arrays: Any) -> Array:
-            del number
-            return dt + run(dt, arrays).sum(axis=-1) * 1e-30
-
-        return Work(turn, dt, (x, dt, *rest), lambda arrays: run(arrays[1], arrays))
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of that recurrence for each sequence: the floor is to read and to write the states."""
-
-    name: str
-    batch: int = 64
-    num_heads: int = 128
-    head_dim: int = 64
-    state_dim: int = 128
-    goals: Goals = NONE
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """Those of ours that it asks."""
-        return ("ssd_step",)
-
-    def floor_us(self, limits: dict[str, float]) -> float:
-        """Microseconds."""
-        state = self.batch * self.num_heads * self.head_dim * self.state_dim * 4
-        return 1e6 * 2 * state / limits["copy_bytes_per_s"]
-
-    def works(self) -> dict[str, Callable[[], Work]]:
-        """Every implementation of `ssd_step`."""
-        return {name: partial(self._work, name) for name in OPS["ssd_step"].implementations}
-
-    def wanted(self) -> Any:
-        """What XLA answers."""
-        work = self._work("reference")
-        return jax.jit(work.answer)(work.arrays)
-
-    def _work(self, implementation: str) -> Work:
-        given = _recurrence((self.batch,), self.num_heads, self.head_dim, self.state_dim)
-        state = jnp.ones((self.batch, self.num_heads, self.head_dim, self.state_dim))
-
-        def turn(number: Array, state_and_input: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
-            del number
-            (state, x), (_, _, dt, rate, b, c) = state_and_input, arrays
-            outputs, state = ssd_step(x, dt, rate, b, c, state, implementation=implementation)
-            return state, x + outputs * 1e-30  # outputs are asked for as well
-
-        def answer(arrays: Any) -> Array:
-            state, x, dt, rate, b, c = arrays
-            return ssd_step(x, dt, rate, b, c, state, implementation=implementation)[0]
-
-        return Work(turn, (state, given[0]), (state, *given), answer)
-
-
-def _recurrence(leading: tuple[int, ...], num_heads: int, head_dim: int, state_dim: int) -> tuple[Array, ...]:
-    """Inputs, dt, decay rates, b and c, in float32 as `ssd` takes them."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (*leading, num_heads, head_dim))
-    dt = jax.nn.softplus(jax.random.normal(keys[1], (*leading, num_heads)) - 3)
-    b, c = (jax.random.normal(key, (*leading, 1, state_dim)) for key in keys[2:])
-    return x, dt, -jnp.linspace(1.0, 16.0, num_heads), b, c

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from pallas_kernels.bench.goals import Goals
-from pallas_kernels.bench.others import Mixed, Scan, Step, Write
+from pallas_kernels.bench.others import Mixed, Write
 from pallas_kernels.bench.paged import Problem
+from pallas_kernels.bench.recurrences import DeltaScan, DeltaStep, Scan, Step
 
 TINY: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "dim": 16, "page_size": 16}
 
@@ -84,9 +85,13 @@ PROBLEMS: dict[str, tuple[Any, ...]] = {
         Write("write 8192 tokens, bfloat16", goals=Goals((0.75, 0.85), faster_than=(("reference", (3.0,)),))),
         *(Write(f"write 8192 tokens, {format}", format=format) for format in ("int8", "fp8", "int4")),
         Scan(
-            SSD, goals=Goals(most_us=(NUM_SCANNED * 35e-3, NUM_SCANNED * 22e-3), faster_than=(("reference", (3.0,)),))
+            SSD,
+            *(4, 128, 64, 128, 4096),
+            goals=Goals(most_us=(NUM_SCANNED * 35e-3, NUM_SCANNED * 22e-3), faster_than=(("reference", (3.0,)),)),
         ),
-        Step("SSM decode step B64, H128", goals=Goals((0.85, 0.92))),
+        Step("SSM decode step B64, H128", 64, 128, 64, 128, goals=Goals((0.85, 0.92))),
+        DeltaScan("gated delta rule, 16384 tokens, H32", 4, 32, 128, 128, 4096),
+        DeltaStep("gated delta rule, decode step B64, H32", 64, 32, 128, 128),
     ),
     "tiny": (
         Problem("decode B3", (40, 64, 9), **TINY, goals=Goals((0.85,), faster_than=(("reference", (3.0,)),))),
@@ -107,8 +112,10 @@ PROBLEMS: dict[str, tuple[Any, ...]] = {
             Write(f"write 128 tokens, {format}", 128, 2, 16, 16, format)
             for format in ("bfloat16", "int8", "fp8", "int4")
         ),
-        Scan("SSD forward of 128 tokens", 2, 64, 4, 8, 16),
+        Scan("SSD forward of 128 tokens", 2, 4, 8, 16, 64),
         Step("SSM decode step B2", 2, 4, 8, 16),
+        DeltaScan("gated delta rule, 128 tokens", 2, 4, 8, 16, 64),
+        DeltaStep("gated delta rule, decode step B2", 2, 4, 8, 16),
     ),
 }
 HEADLINE = {"full": DECODE, "tiny": "decode B3"}
@@ -134,6 +141,8 @@ EXPECTED_S: dict[str, float] = {
     "SSD forward of 16384 tokens, H128": 15,
     "write 8192 tokens, fp8": 12,
     "write 8192 tokens, int4": 12,
+    "gated delta rule, decode step B64, H32": 12,
+    "gated delta rule, 16384 tokens, H32": 15,
 }
 """Seconds that a full problem takes with the peers of its goals. Those of the first three and of int8 were read on an
 H200, the others are guesses from them. Their order is that of value a second."""

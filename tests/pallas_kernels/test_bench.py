@@ -12,9 +12,10 @@ import pytest
 from pallas_kernels.bench import clock, measure, peers, piece, verify
 from pallas_kernels.bench.goals import Goals, Result, Timing, verdicts
 from pallas_kernels.bench.inputs import bucket_of, make_inputs
-from pallas_kernels.bench.others import Mixed, Step, Write
+from pallas_kernels.bench.others import Mixed, Write
 from pallas_kernels.bench.paged import Problem, planned
 from pallas_kernels.bench.problems import EXPECTED_S, HEADLINE, PROBLEMS, SWEEPS, TINY
+from pallas_kernels.bench.recurrences import DeltaScan, DeltaStep, Step
 from pallas_kernels.formats import kivi
 from pallas_kernels.paged_attention import Lists, api
 from pallas_kernels.selection import Asked
@@ -71,6 +72,8 @@ def test_floors_are_those_of_the_goals():
         "write 8192 tokens, bfloat16": 15.6,
         "SSD forward of 16384 tokens, H128": 16384 * 8e-3,
         "SSM decode step B64, H128": 125,
+        "gated delta rule, 16384 tokens, H32": 16384 * 32 * (2 * 256 + 2) * 2 / 4.3e6,
+        "gated delta rule, decode step B64, H32": 2 * 64 * 32 * 128 * 128 * 4 / 4.3e6,
     }
     for name, floor in published.items():
         assert abs(floors[name] / floor - 1) < 0.04, (name, floors[name], floor)
@@ -125,7 +128,23 @@ def test_what_is_read_is_no_constant_of_the_program(problem, monkeypatch):
             assert max(constants, default=0) <= 64, (name, constants)
 
 
-@pytest.mark.parametrize("problem", [Write("", 32, 2, 16, 16), Step("", 1, 2, 4, 8)], ids=["write", "step"])
+def test_the_problem_of_the_delta_rule_is_that_rule():
+    """Token by token in float64, from an empty state, of the arrays that the problem makes."""
+    problem = DeltaScan("", 2, 3, 5, 4, 70)
+    beta, values, queries, keys, log_decay = (np.float64(array) for array in problem.arrays())
+    state, wanted = np.zeros((2, 3, 4, 5)), []
+    for t in range(70):
+        state = np.exp(log_decay[:, t, :, :, None]) * state
+        read = np.einsum("bhn,bhnp->bhp", keys[:, t], state)
+        state += np.einsum("bh,bhn,bhp->bhnp", beta[:, t], keys[:, t], values[:, t] - read)
+        wanted.append(np.einsum("bhn,bhnp->bhp", queries[:, t], state))
+    np.testing.assert_allclose(problem.wanted(), np.stack(wanted, 1), atol=1e-5)
+
+
+WRITE, STEPS = Write("", 32, 2, 16, 16), (Step("", 1, 2, 4, 8), DeltaStep("", 1, 2, 4, 8))
+
+
+@pytest.mark.parametrize("problem", [WRITE, *STEPS], ids=lambda problem: problem.ops[0])
 def test_work_depends_on_the_turn_before(problem):
     """Two turns leave another state than one, as they write elsewhere, or carry a recurrence on."""
     (make,) = problem.works().values()
