@@ -1,6 +1,6 @@
 """A stack of pre-norm blocks from a layer pattern over named mixers: "A", "M A", "W W W A"."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from kvlab.memory.views import LayerStates, whole
 from kvlab.mixers import MIXERS, LayerMemory, Mixer, MixerConfig
 from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
+from kvlab.models.experts import Experts, ExpertsConfig
+from kvlab.models.mlp import GatedMLP
 from kvlab.models.sharing import lent, read_by_all, sources_of, take_back
-from kvlab.schema import Schema, added, choice, flag, integer, nearest, real
+from kvlab.schema import Schema, added, choice, flag, integer, nearest, real, to_plain
 from kvlab.typing import Hidden, LabelLogits, LabelPositions, Logits, Params, Positions, Tokens
 from kvlab.units import counted
 
@@ -28,9 +30,9 @@ def dtype_for(platform: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig(Schema):
-    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP.
-    `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
-    the word.
+    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP, but in
+    layers that have experts. `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first
+    device): a config never holds the word.
 
     What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form) or with
     biases, embeddings times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then
@@ -53,28 +55,17 @@ class ModelConfig(Schema):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One layer: a mixer's registered name and its config."""
+    """One layer: a mixer's registered name and its config, and the experts that stand in the MLP's place; `mlp` None is
+    the model's own, of `mlp_dim`."""
 
     mixer: str
     config: MixerConfig
+    mlp: ExpertsConfig | None = None
 
-
-class GatedMLP(nnx.Module):
-    """y = W_down (silu(W_gate x) * W_up x), after arXiv 2002.05202; gelu in silu's place, and a bias in
-    each product, where the model says so."""
-
-    def __init__(self, model: ModelConfig, *, rngs: nnx.Rngs):
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, use_bias=model.mlp_bias, dtype=jnp.dtype(model.dtype), rngs=rngs)
-
-        self.gate_up = linear(model.model_dim, 2 * model.mlp_dim)
-        self.down = linear(model.mlp_dim, model.model_dim)
-        self.activation = model.activation
-
-    def __call__(self, x: Hidden) -> Hidden:
-        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.down(gate * up)
+    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
+        """{type: attention, ...}, with the experts under `mlp` where there are any; `plain` makes it of each config."""
+        experts = {} if self.mlp is None else {"mlp": plain(self.mlp)}
+        return {"type": self.mixer, **plain(self.config), **experts}
 
 
 class Block(nnx.Module):
@@ -95,13 +86,13 @@ class Block(nnx.Module):
         if self.has_conv:
             width = layer.config.short_conv
             self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
-        self.has_mlp = model.mlp_dim > 0
+        self.has_mlp = layer.mlp is not None or model.mlp_dim > 0
         if self.has_mlp:
             if self.is_before:
                 self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
             if self.is_after:
                 self.mlp_norm_after = RMSNorm(model.model_dim, eps=model.norm_eps)
-            self.mlp = GatedMLP(model, rngs=rngs)
+            self.mlp = _mlp_of(layer, model, rngs)
 
     def states(self) -> dict[str, State]:
         """The named states of the layer: the mixer's, and the short convolution's history."""
@@ -121,6 +112,15 @@ class Block(nnx.Module):
 
     def _sum(self, x: Hidden, y: Hidden) -> Hidden:
         return x + y if self.residual_scale == 1 else x + y * self.residual_scale
+
+
+def _mlp_of(layer: LayerConfig, model: ModelConfig, rngs: nnx.Rngs) -> GatedMLP | Experts:
+    """What stands behind the layer's mixer."""
+    if layer.mlp is not None:
+        return Experts(layer.mlp, model.model_dim, dtype=model.dtype, rngs=rngs)
+    return GatedMLP(
+        model.model_dim, model.mlp_dim, activation=model.activation, bias=model.mlp_bias, dtype=model.dtype, rngs=rngs
+    )
 
 
 class Transformer(nnx.Module):

@@ -20,7 +20,6 @@ from kvlab.units import counted
 from kvlab.weights.architectures import read_architecture, table_of, write_architecture
 from kvlab.weights.families import FAMILIES, Architecture
 from kvlab.weights.files import (
-    FLOATS,
     Stored,
     WeightsError,
     read_headers,
@@ -30,6 +29,7 @@ from kvlab.weights.files import (
     write_shards,
 )
 from kvlab.weights.heads import HEAD, as_stored, with_embedding
+from kvlab.weights.mxfp4 import with_blocks
 from kvlab.weights.tables import Table
 from kvlab.weights.windows import windowed
 
@@ -67,6 +67,7 @@ def load_checkpoint(
     table = table_of(architecture)
     if architecture.model.tie_embeddings:
         table = with_embedding(table, headers)
+    table = with_blocks(table, headers)
     if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
@@ -183,16 +184,21 @@ def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied:
     problems, expected = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         entry = table[path_name(path)]
-        for name, shape in zip(entry.names, entry.shapes(leaf.shape), strict=True):
-            expected.add(name)
+        expected |= {*entry.names}
+        try:
+            shapes = entry.shapes(leaf.shape)
+        except ValueError as error:
+            problems.append(f"{entry.names[0]}: {error}")
+            continue
+        for name, shape in zip(entry.names, shapes, strict=True):
             if name not in headers:
                 problems.append(f"{name}: is missing; must be {list(shape)}")
                 continue
             stored = headers[name]
             if stored.shape != shape:
                 problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
-            if stored.dtype not in FLOATS:
-                problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
+            if stored.dtype not in entry.dtypes:
+                problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(entry.dtypes)}")
     ignored = {HEAD} if tied else set()  # some files store a tied head twice
     unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
     problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]

@@ -34,7 +34,6 @@ def golden(family: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gpt_oss", "its layers have experts"),
         ("gemma3n", "AltUp, Laurel and embeddings by layer"),
         ("gemma3n_text", "AltUp, Laurel and embeddings by layer"),
         ("gemma3", "images beside its text model, which alone is gemma3_text"),

@@ -7,6 +7,7 @@ from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.families.deepseek_v3 import DeepseekV3
 from kvlab.weights.families.gemma import Gemma
 from kvlab.weights.families.gemma3 import Gemma3
+from kvlab.weights.families.gpt_oss import GptOss
 from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.kimi_linear import KimiLinear
 from kvlab.weights.families.llama import Llama
@@ -32,6 +33,7 @@ READ: tuple[type[Family[Any]], ...] = (
     Qwen3Next,
     OlmoHybrid,
     KimiLinear,
+    GptOss,
 )
 FAMILIES = Registry[Family[Any]](
     "kvlab.families",
@@ -44,7 +46,6 @@ FAMILIES = Registry[Family[Any]](
 """By the `model_type` of config.json."""
 
 NOT_BUILT = {
-    "gpt_oss": "its layers have experts; its attention is the mixer attention with sink_logits",
     "gemma3n_text": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
     "gemma3n": "AltUp, Laurel and embeddings by layer; its shared keys and values are shares_kv of attention",
     "gemma3": "images beside its text model, which alone is gemma3_text",

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from kvlab.mixers.latent import LatentConfig
 from kvlab.models.transformer import LayerConfig
-from kvlab.rotary import YARN
+from kvlab.rotary import is_yarn
 from kvlab.schema import ConfigError, integer_type
 from kvlab.weights.config_files import DefaultRope, YarnRope, only, size, value_of
 from kvlab.weights.families.base import Architecture
@@ -90,7 +90,7 @@ def mscale_of(config: LatentConfig) -> dict[str, float]:
     if config.scale is None:
         return {}
     longer = math.sqrt(config.scale) * (config.head_dim + config.rope_dim) ** 0.25
-    if len(config.rope_scaling) != YARN or config.rope_scaling[0] == 1:
+    if not is_yarn(config.rope_scaling) or config.rope_scaling[0] == 1:
         legal = "must be null without a `rope_scaling` after YaRN: its config.json has no other place for it"
         raise ConfigError("scale", config.scale, legal)
     return {"mscale_all_dim": 10 * (longer - 1) / math.log(config.rope_scaling[0])}

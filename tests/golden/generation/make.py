@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -19,6 +20,7 @@ from transformers import (
     DeepseekV3Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     KimiLinearConfig,
     LlamaConfig,
@@ -30,6 +32,7 @@ from transformers import (
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "weights"))
@@ -177,6 +180,16 @@ FAMILIES = {
     ),
     "kimi_linear": KimiLinearConfig(**DECODER, **KIMI),
     "kimi_linear_compressed": KimiLinearConfig(**DECODER, **KIMI, q_lora_rank=40),
+    "gpt_oss": GptOssConfig(
+        **DECODER,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        swiglu_limit=4.0,
+        rope_parameters={**YARN, "truncate": False},
+    ),
     "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
     "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
@@ -257,6 +270,14 @@ def answers(model, ids: list[int], **options) -> dict:
     return {"tokens": tokens, "logprobs": [round(value, 6) for value in chosen]}
 
 
+def mxfp4() -> dict:
+    """Blocks of MXFP4 and the numbers that transformers makes of them, [experts, inputs, outputs]."""
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (2, 3, 2, 16), np.uint8), rng.integers(100, 140, (2, 3, 2), np.uint8)
+    numbers = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    return {"blocks": blocks.tolist(), "scales": scales.tolist(), "numbers": numbers.tolist()}
+
+
 def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     for family in families or FAMILIES:
@@ -274,6 +295,8 @@ def main(folder: Path, families: list[str]) -> None:
             "answers": results,
         }
         golden["config"]["architectures"] = [type(model).__name__]
+        if family == "gpt_oss":
+            golden["mxfp4"] = mxfp4()
         if family == "llama_gqa":
             golden["beams"] = {
                 f"{length}/{beams}": answers(
