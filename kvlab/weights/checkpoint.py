@@ -68,7 +68,8 @@ def load_checkpoint(
     if architecture.model.tie_embeddings:
         table = with_embedding(table, headers)
     table = with_blocks(table, headers)
-    if problems := mismatches(table, abstract.params, headers, architecture.model.tie_embeddings):
+    read = {name: stored for name, stored in headers.items() if not is_unread(name, architecture)}
+    if problems := mismatches(table, abstract.params, read, architecture.model.tie_embeddings):
         raise WeightsError(directory, problems)
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -179,6 +180,12 @@ def _stored_dtype(headers: dict[str, Stored]) -> str:
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
+def is_unread(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor has no part in the next token: frequencies that follow from config.json, and what a family keeps
+    to predict tokens behind the next."""
+    return name.endswith("rotary_emb.inv_freq") or FAMILIES[architecture.family].is_unread(name, architecture)
+
+
 def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied: bool) -> list[str]:
     """Everything in which the file differs from the model."""
     problems, expected = [], set()
@@ -200,6 +207,5 @@ def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], tied:
             if stored.dtype not in entry.dtypes:
                 problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(entry.dtypes)}")
     ignored = {HEAD} if tied else set()  # some files store a tied head twice
-    unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
-    problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - ignored)]
+    problems += [f"{name}: is unexpected" for name in sorted(set(headers) - expected - ignored)]
     return problems

@@ -16,6 +16,20 @@ from tests.models.test_transformer import LAYER
 DIM = 24
 PLAIN = ExpertsConfig(num_experts=5, experts_per_token=2, expert_dim=16)
 CLAMPED = ExpertsConfig(num_experts=6, experts_per_token=3, expert_dim=10, limit=1.5, gain=1.702, bias=True)
+QWEN = ExpertsConfig(
+    num_experts=6, experts_per_token=3, expert_dim=10, normalised=False, shared_dim=12, shared_gate=True
+)
+DEEPSEEK = ExpertsConfig(
+    num_experts=12,
+    experts_per_token=3,
+    expert_dim=10,
+    scores="sigmoid",
+    share_scale=2.5,
+    choice_bias=True,
+    num_groups=4,
+    groups_per_token=2,
+    shared_dim=12,
+)
 MANY = ExpertsConfig(num_experts=40, experts_per_token=1, expert_dim=8)
 
 
@@ -27,6 +41,8 @@ def experts_of(config: ExpertsConfig, dtype: str = "float32") -> Experts:
         layer.kernel[...] = jnp.asarray(0.4 * rng.standard_normal(layer.kernel.shape), jnp.float32)
         if config.bias:
             layer.bias[...] = jnp.asarray(0.5 * rng.standard_normal(layer.bias.shape), jnp.float32)
+    if config.choice_bias:
+        experts.choice_bias[...] = jnp.asarray(0.5 * rng.standard_normal(config.num_experts), jnp.float32)
     return experts
 
 
@@ -42,22 +58,40 @@ def defined(experts: Experts, token: np.ndarray) -> np.ndarray:
         y = x @ np.asarray(layer.kernel[...], np.float64)[place]
         return y + np.asarray(layer.bias[...], np.float64)[place] if config.bias else y
 
-    logits = product(experts.router, token, ...)
-    chosen = sorted(range(config.num_experts), key=lambda e: (-logits[e], e))[: config.experts_per_token]
-    shares = np.exp(logits[chosen] - logits[chosen].max())
+    chosen, shares = chosen_by_definition(experts, product(experts.router, token, ...))
     out = np.zeros(DIM)
-    for expert, share in zip(chosen, shares / shares.sum(), strict=True):
+    for expert, share in zip(chosen, shares, strict=True):
         both = product(experts.gate_up, token, expert)
         gate, up = both[0::2], both[1::2]
         if config.limit is not None:
             gate, up = np.minimum(gate, config.limit), np.clip(up, -config.limit, config.limit) + 1
         gain = 1.0 if config.limit is None else config.gain
         out += share * product(experts.down, gate / (1 + np.exp(-gain * gate)) * up, expert)
+    if config.shared_dim:
+        gate, up = np.split(product(experts.shared.gate_up, token, ...), 2)
+        shared = product(experts.shared.down, gate / (1 + np.exp(-gate)) * up, ...)
+        scale = 1 / (1 + np.exp(-product(experts.shared_gate, token, ...))) if config.shared_gate else 1.0
+        out += scale * shared
     return out
 
 
+def chosen_by_definition(experts: Experts, logits: np.ndarray) -> tuple[list[int], np.ndarray]:
+    config, numbers = experts.config, range(experts.config.num_experts)
+    scores = 1 / (1 + np.exp(-logits)) if config.scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+    compared = scores + np.asarray(experts.choice_bias[...], np.float64) if config.choice_bias else scores
+    size = config.num_experts // config.num_groups
+    sums = [sum(sorted(compared[group * size : (group + 1) * size])[-2:]) for group in range(config.num_groups)]
+    best = sorted(range(config.num_groups), key=lambda group: (-sums[group], group))[: config.groups_per_token]
+    among = [number for number in numbers if number // size in best]
+    chosen = sorted(among, key=lambda number: (-compared[number], number))[: config.experts_per_token]
+    shares = scores[chosen] / (scores[chosen].sum() if config.normalised else 1.0)
+    return chosen, shares * config.share_scale
+
+
 @pytest.mark.parametrize("count", [1, 3, 70])
-@pytest.mark.parametrize("config", [PLAIN, CLAMPED, MANY], ids=["plain", "clamped", "many"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, CLAMPED, MANY, QWEN, DEEPSEEK], ids=["plain", "clamped", "many", "qwen", "deepseek"]
+)
 def test_experts_are_what_their_definition_says(config, count):
     experts, tokens = experts_of(config), tokens_of(count)
     expected = [defined(experts, token) for token in tokens[0]]
@@ -144,9 +178,24 @@ def test_several_models_at_once_are_each_as_by_itself():
         np.testing.assert_allclose(found[each], mine(matrices[each]), atol=1e-4)
 
 
-def test_more_experts_for_a_token_than_there_are_are_refused():
-    with pytest.raises(ConfigError, match="experts_per_token = 9: must be at most num_experts = 8"):
-        ExpertsConfig(num_experts=8, experts_per_token=9)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experts_per_token": 9}, "experts_per_token = 9: must be at most num_experts = 8"),
+        ({"num_groups": 3}, "num_groups = 3: must divide num_experts = 8 into groups of two or more"),
+        ({"num_groups": 8}, "num_groups = 8: must divide num_experts = 8 into groups of two or more"),
+        ({"num_groups": 2, "groups_per_token": 3}, "groups_per_token = 3: must be at most num_groups = 2"),
+        (
+            {"num_groups": 4, "experts_per_token": 3},
+            "experts_per_token = 3: must be at most .* in 1 of .* = 2",
+        ),
+        ({"shared_gate": True}, "shared_gate = True: must be false without a shared expert"),
+        ({"scores": "tanh"}, "scores = 'tanh': must be one of softmax, sigmoid"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ExpertsConfig(num_experts=8, **fields)
 
 
 def test_a_layer_has_experts_where_the_model_has_no_mlp():

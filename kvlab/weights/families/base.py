@@ -49,3 +49,7 @@ class Family[F: ConfigFile](abc.ABC):
     @abc.abstractmethod
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
         """The tensors of every parameter but the head."""
+
+    def is_unread(self, name: str, architecture: Architecture) -> bool:
+        """Whether a tensor of the file is passed over, as transformers does it."""
+        return False

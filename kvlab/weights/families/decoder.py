@@ -11,7 +11,8 @@ from kvlab.rotary import YARN, is_yarn
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import ConfigFile, DefaultRope, only, positive, size
 from kvlab.weights.families.base import Architecture, Family
-from kvlab.weights.tables import END_TO_END, SIDE_BY_SIDE, Entry, Table, linear
+from kvlab.weights.mixture import experts_table, mlp_table
+from kvlab.weights.tables import Entry, Table, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Decoder[F: DecoderFile](Family[F]):
 
     def mlp_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
         """The tensors of what stands behind one layer's mixer."""
-        return mlp_table(ours, theirs)
+        return mlp_table(ours, theirs) if layer.mlp is None else experts_table(ours, theirs, layer.mlp)
 
 
 def attention_layers(
@@ -175,12 +176,3 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     if config.sink_logits:
         table[f"{ours}.sink_logits"] = Entry((f"{theirs}.sinks",))
     return table
-
-
-def mlp_table(ours: str, theirs: str, *, bias: bool = False) -> Table:
-    """The gated MLP."""
-    both = (f"{theirs}.gate_proj", f"{theirs}.up_proj")
-    table: Table = {f"{ours}.gate_up.kernel": Entry(tuple(f"{name}.weight" for name in both), SIDE_BY_SIDE)}
-    if bias:
-        table[f"{ours}.gate_up.bias"] = Entry(tuple(f"{name}.bias" for name in both), END_TO_END)
-    return table | linear(f"{ours}.down", f"{theirs}.down_proj", bias=bias)
