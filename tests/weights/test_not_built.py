@@ -1,5 +1,5 @@
-"""Families that are refused by name; and of two of them the attention alone, which is built, beside transformers'
-(tests/golden/attention)."""
+"""Families that are refused by name; and the attention alone of Gemma 3n, which is built, and of gpt-oss, beside
+transformers' (tests/golden/attention)."""
 
 import json
 import os
