@@ -9,8 +9,8 @@ from jax import Array
 from kvlab.schema import ConfigError
 from kvlab.typing import Positions
 
-YARN = 5
-"""Numbers of a `rope_scaling` after YaRN."""
+YARN, YARN_BETWEEN = 5, 6
+"""Numbers of a `rope_scaling` after YaRN: the sixth, 1, says that its ramp may begin and end between two pairs."""
 
 
 def rotary_angles(
@@ -30,7 +30,12 @@ def rotary_angles(
 
 def length_of(scaling: Sequence[float]) -> float:
     """How much longer queries and keys become as they are turned: 1, but for YaRN."""
-    return scaling[4] if len(scaling) == YARN else 1.0
+    return scaling[4] if is_yarn(scaling) else 1.0
+
+
+def is_yarn(scaling: Sequence[float]) -> bool:
+    """Whether a `rope_scaling` is YaRN's."""
+    return len(scaling) >= YARN
 
 
 def back(cos: Array, sin: Array, scaling: Sequence[float]) -> tuple[Array, Array]:
@@ -44,23 +49,27 @@ def _kept(frequencies: Array, base: float, scaling: tuple[float, ...]) -> Array 
     if len(scaling) == 1:
         return 0.0
     _, low, high, original_len = scaling[:4]
-    if len(scaling) < YARN:
+    if not is_yarn(scaling):
         turns = original_len * frequencies / (2 * math.pi)
         return jnp.clip((turns - low) / max(high - low, 1e-9), 0, 1)
     # YaRN's ramp is linear in the number of the pair, between those that turn so often.
     dim = 2 * len(frequencies)
     place = [dim * math.log(original_len / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (high, low)]
-    first, last = max(math.floor(place[0]), 0), min(math.ceil(place[1]), dim - 1)
+    if len(scaling) == YARN:
+        place = [math.floor(place[0]), math.ceil(place[1])]
+    first, last = max(place[0], 0), min(place[1], dim - 1)
     numbers = jnp.arange(dim // 2, dtype=jnp.float32)
     return 1 - jnp.clip((numbers - first) / (last - first or 1e-3), 0, 1)
 
 
-def check_scaling(scaling: Sequence[float], base: float) -> None:
+def check_scaling(scaling: tuple[float, ...], base: float) -> None:
     """Raises ConfigError for a `rope_scaling` that `AttentionConfig` does not describe."""
-    if len(scaling) not in (0, 1, 4, YARN) or (len(scaling) >= 4 and not scaling[1] < scaling[2]):
-        legal = "must be [], [factor] or [factor, low, high, original_len], for YaRN with a length, with low < high"
-        raise ConfigError("rope_scaling", list(scaling), legal)
-    if len(scaling) == YARN and base == 1:
+    lengths = (0, 1, 4, YARN, YARN_BETWEEN)
+    is_blended = len(scaling) < 4 or scaling[1] < scaling[2]
+    if len(scaling) not in lengths or not is_blended or scaling[YARN:] not in ((), (1.0,)):
+        legal = "must be [], [factor] or [factor, low, high, original_len], for YaRN with a length and a 1 or none"
+        raise ConfigError("rope_scaling", list(scaling), f"{legal}, with low < high")
+    if is_yarn(scaling) and base == 1:
         raise ConfigError("rope_base", base, "must be above 1 for YaRN, whose ramp is over frequencies that differ")
 
 

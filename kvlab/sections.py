@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from kvlab.mixers import MIXERS
+from kvlab.models.experts import ExpertsConfig
 from kvlab.models.sharing import readers_of
 from kvlab.models.transformer import LayerConfig
 from kvlab.schema import ConfigError, Schema, identity, nearest, to_plain
@@ -27,6 +28,16 @@ def typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, 
     except ConfigError as error:
         raise error.under(path) from None
     return name, kind.Config.build(fields, path)
+
+
+def layer_of(values: object, path: str) -> LayerConfig:
+    """A section {type: attention, ...} as a layer; under `mlp` it may have experts in the MLP's place."""
+    if not isinstance(values, Mapping) or "mlp" not in values:
+        return LayerConfig(*typed(values, path, MIXERS))
+    fields = dict(cast(Mapping[str, object], values))
+    experts = fields.pop("mlp")
+    layer = LayerConfig(*typed(fields, path, MIXERS))
+    return layer if experts is None else dataclasses.replace(layer, mlp=ExpertsConfig.build(experts, f"{path}.mlp"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class MixerConfig:
             raise ConfigError("mixer.name", name, "must be a word of letters, digits, '_', '-' and '.'")
         if not isinstance(pattern, str):
             raise ConfigError("mixer.pattern", pattern, "must be layer names separated by spaces")
-        layers = {layer: LayerConfig(*typed(value, f"mixer.{layer}", MIXERS)) for layer, value in fields.items()}
+        layers = {layer: layer_of(value, f"mixer.{layer}") for layer, value in fields.items()}
         if knob is not None and not (isinstance(knob, str) and knob.partition(".")[0] in layers):
             legal = f"must be null, or a layer's field such as {next(iter(layers), 'A')}.window"
             raise ConfigError("mixer.knob", knob, legal)
@@ -59,7 +70,7 @@ class MixerConfig:
 
     def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
         """The mapping that `build` takes; `plain` makes it of each section. The knob is no part of an identity."""
-        layers = {name: {"type": layer.mixer, **plain(layer.config)} for name, layer in self.layers.items()}
+        layers = {name: layer.as_dict(plain) for name, layer in self.layers.items()}
         knob = {"knob": self.knob} if self.knob is not None and plain is not identity else {}
         return {"name": self.name, "pattern": self.pattern, **knob, **layers}
 

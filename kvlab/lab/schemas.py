@@ -19,6 +19,7 @@ from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.latent import LatentConfig
+from kvlab.models.experts import ExpertsConfig
 from kvlab.registry import Registry
 from kvlab.schema import json_schema
 from kvlab.selection import SELECTIONS
@@ -92,6 +93,7 @@ def _mixer() -> Node:
     layers = _by_type(MIXERS)
     for layer in layers:
         layer["properties"] = {name: {"anyOf": [node, REFERENCE]} for name, node in layer["properties"].items()}
+        layer["properties"]["mlp"] = json_schema(ExpertsConfig)
     return {"type": "object", "properties": named, "additionalProperties": {"anyOf": layers}}
 
 

@@ -28,7 +28,8 @@ class AttentionConfig(MixerConfig):
     `rope_scaling` stretches the rotary embedding to longer contexts: [factor] divides every frequency (arXiv
     2306.15595); [factor, low, high, original_len] divides only those that turn fewer than `low` times in original_len
     tokens, and blends up to `high` turns (arXiv 2407.21783); [factor, low, high, original_len, length] is YaRN (arXiv
-    2309.00071), which blends by the number of the pair, and makes what it turns `length` times as long.
+    2309.00071), which blends by the number of the pair, and makes what it turns `length` times as long. It rounds the
+    pairs at which blending begins and ends outwards, but with a 1 behind `length`, as in gpt-oss.
 
     With an `output_gate` each number of a head's output is multiplied with the sigmoid of one of a projection of the
     layer's input (arXiv 2505.06708). With `sink_logits` the softmax of each head has a learned logit that belongs to no

@@ -1,11 +1,14 @@
 """What a model is told to be: its widths, its head, what published families have besides; and each of its layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from kvlab.mixers import MixerConfig
-from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, real
+from kvlab.models.experts import ExpertsConfig
+from kvlab.schema import ConfigError, Schema, added, choice, flag, integer, real, to_plain
 
 
 def dtype_for(platform: str) -> str:
@@ -16,9 +19,9 @@ def dtype_for(platform: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig(Schema):
-    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP.
-    `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first device): a config never holds
-    the word.
+    """Everything of a model but its mixers. `num_layers` tiles the pattern (null: once); `mlp_dim` 0 is no MLP, but in
+    layers that have experts. `dtype` "auto" is looked up when the config is made (`dtype_for` this process' first
+    device): a config never holds the word.
 
     What some published families have besides: an MLP with another `activation` ("gelu" is its tanh form) or with
     biases, embeddings times `embed_scale`, what a layer adds times `residual_scale`, logits over `logit_divisor`, then
@@ -63,13 +66,20 @@ class ModelConfig(Schema):
 @dataclass(frozen=True)
 class LayerConfig:
     """One layer: a mixer's registered name and its config; the width of its MLP where that is not the model's, and the
-    share of the MLP's gates that are cut off (`kvlab.models.mlp.gaussian_top_k`; 0: none)."""
+    share of the MLP's gates that are cut off (`kvlab.models.mlp.gaussian_top_k`; 0: none); or the experts `mlp` that
+    stand in the MLP's place."""
 
     mixer: str
     config: MixerConfig
     mlp_dim: int | None = None
     mlp_sparsity: float = 0.0
+    mlp: ExpertsConfig | None = None
 
     def width_of_mlp(self, model: ModelConfig) -> int:
         """Hidden units of the layer's MLP; 0: it has none."""
         return model.mlp_dim if self.mlp_dim is None else self.mlp_dim
+
+    def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
+        """{type: attention, ...}, with the experts under `mlp` where there are any; `plain` makes it of each config."""
+        experts = {} if self.mlp is None else {"mlp": plain(self.mlp)}
+        return {"type": self.mixer, **plain(self.config), **experts}

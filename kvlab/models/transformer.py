@@ -15,6 +15,7 @@ from kvlab.mixers.convolution import ShortConv
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.models.altup import AltUpBlock, Residual, StreamEnds, Streams
 from kvlab.models.config import LayerConfig, ModelConfig
+from kvlab.models.experts import Experts
 from kvlab.models.laurel import Laurel
 from kvlab.models.mlp import GatedMLP
 from kvlab.models.sharing import lent, read_by_all, sources_of, take_back
@@ -44,7 +45,7 @@ class Block(nnx.Module):
         if self.has_conv:
             width = layer.config.short_conv
             self.short_conv = ShortConv(model.model_dim, width, dtype=model.dtype, rngs=rngs)
-        self.has_mlp = layer.width_of_mlp(model) > 0
+        self.has_mlp = layer.mlp is not None or layer.width_of_mlp(model) > 0
         if self.has_mlp:
             if self.is_before:
                 self.mlp_norm = RMSNorm(model.model_dim, eps=model.norm_eps)
@@ -74,8 +75,10 @@ class Block(nnx.Module):
         return x + y if self.residual_scale == 1 else x + y * self.residual_scale
 
 
-def _mlp_of(layer: LayerConfig, model: ModelConfig, rngs: nnx.Rngs) -> GatedMLP:
+def _mlp_of(layer: LayerConfig, model: ModelConfig, rngs: nnx.Rngs) -> GatedMLP | Experts:
     """What stands behind the layer's mixer."""
+    if layer.mlp is not None:
+        return Experts(layer.mlp, model.model_dim, dtype=model.dtype, rngs=rngs)
     of_model = {"activation": model.activation, "bias": model.mlp_bias, "dtype": model.dtype}
     return GatedMLP(model.model_dim, layer.width_of_mlp(model), **of_model, sparsity=layer.mlp_sparsity, rngs=rngs)
 

@@ -1,7 +1,7 @@
 """Loading and saving a model in the layout of the Hugging Face hub: config.json and safetensors."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from kvlab.units import counted
 from kvlab.weights.architectures import read_architecture, table_of, write_architecture
 from kvlab.weights.families import FAMILIES, Architecture
 from kvlab.weights.files import (
-    FLOATS,
     Stored,
     WeightsError,
     read_headers,
@@ -29,7 +28,8 @@ from kvlab.weights.files import (
     refuse_gguf,
     write_shards,
 )
-from kvlab.weights.heads import as_stored, passed_over, with_embedding
+from kvlab.weights.heads import HEAD, as_stored, with_embedding
+from kvlab.weights.mxfp4 import with_blocks
 from kvlab.weights.tables import Table
 from kvlab.weights.windows import windowed
 
@@ -67,7 +67,8 @@ def load_checkpoint(
     table = table_of(architecture)
     if architecture.model.tie_embeddings:
         table = with_embedding(table, headers)
-    if problems := mismatches(table, abstract.params, headers, passed_over(architecture)):
+    table = with_blocks(table, headers)
+    if problems := mismatches(table, abstract.params, headers, architecture):
         raise WeightsError(directory, problems)
 
     def tensor(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -178,21 +179,34 @@ def _stored_dtype(headers: dict[str, Stored]) -> str:
     return DTYPES[max(DTYPES, key=kinds.count)]
 
 
-def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], ignored: Collection[str]) -> list[str]:
-    """Everything in which the file differs from the model; tensors that are `ignored` may be there or not."""
+def is_unread(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor that makes no parameter is passed over: frequencies that follow from config.json, a tied head
+    that is stored twice, and what a family keeps besides."""
+    is_second_head = name == HEAD and architecture.model.tie_embeddings
+    is_of_family = FAMILIES[architecture.family].is_unread(name, architecture)
+    return is_second_head or is_of_family or name.endswith("rotary_emb.inv_freq")
+
+
+def mismatches(table: Table, abstract: Params, headers: dict[str, Stored], architecture: Architecture) -> list[str]:
+    """Everything in which the file differs from the model."""
     problems, expected = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         entry = table[path_name(path)]
-        for name, shape in zip(entry.names, entry.shapes(leaf.shape), strict=True):
-            expected.add(name)
+        expected |= {*entry.names}
+        try:
+            shapes = entry.shapes(leaf.shape)
+        except ValueError as error:
+            problems.append(f"{entry.names[0]}: {error}")
+            continue
+        for name, shape in zip(entry.names, shapes, strict=True):
             if name not in headers:
                 problems.append(f"{name}: is missing; must be {list(shape)}")
                 continue
             stored = headers[name]
             if stored.shape != shape:
                 problems.append(f"{name}: shape {list(stored.shape)}: must be {list(shape)}")
-            if stored.dtype not in FLOATS:
-                problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(FLOATS)}")
-    unexpected = (name for name in headers if not name.endswith("rotary_emb.inv_freq"))
-    problems += [f"{name}: is unexpected" for name in sorted(set(unexpected) - expected - set(ignored))]
+            if stored.dtype not in entry.dtypes:
+                problems.append(f"{name}: dtype {stored.dtype}: must be one of {', '.join(entry.dtypes)}")
+    unexpected = (name for name in sorted(headers.keys() - expected) if not is_unread(name, architecture))
+    problems += [f"{name}: is unexpected" for name in unexpected]
     return problems

@@ -52,6 +52,10 @@ class Part(Schema):
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", validate_default=True)
 
 
+FLOATS_ALONE: Any = only(None)
+"""`quantization_config` where nothing but floats is read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile(Part):
     """What every family says."""
@@ -61,7 +65,7 @@ class ConfigFile(Part):
     num_hidden_layers: int = value_of(integer_type(1, MAX_LAYERS), REQUIRED)
     tie_word_embeddings: bool = flag(False)
     hidden_act: str = only("silu")
-    quantization_config: None = only(None)
+    quantization_config: Part | None = FLOATS_ALONE
     num_experts: int = only(0)
     num_local_experts: int = only(0)
     n_routed_experts: int = only(0)
@@ -108,7 +112,8 @@ class Llama3Rope(DefaultRope):
 @dataclass(frozen=True, kw_only=True)
 class YarnRope(DefaultRope):
     """YaRN (arXiv 2309.00071): low frequencies divided, and what is turned made longer by `attention_factor`; absent,
-    it comes of the factor, and of `mscale` over `mscale_all_dim` where both are there."""
+    it comes of the factor, and of `mscale` over `mscale_all_dim` where both are there. Without `truncate` the pairs
+    between which it blends are not rounded."""
 
     factor: float = value_of(real_type(1.0, 1e9))
     original_max_position_embeddings: float = positive()
@@ -117,7 +122,7 @@ class YarnRope(DefaultRope):
     beta_slow: float = positive(1.0)
     mscale: float | None = value_of(real_type(0.0, 1e3) | None, None)
     mscale_all_dim: float | None = value_of(real_type(0.0, 1e3) | None, None)
-    truncate: bool = only(True)
+    truncate: bool = flag(True)
 
     @property
     def scaling(self) -> tuple[float, ...]:
@@ -125,7 +130,8 @@ class YarnRope(DefaultRope):
         if longer is None and self.mscale and self.mscale_all_dim:
             longer = lengthened(self.factor, self.mscale) / lengthened(self.factor, self.mscale_all_dim)
         longer = lengthened(self.factor, 1.0) if longer is None else longer
-        return (self.factor, self.beta_slow, self.beta_fast, self.original_max_position_embeddings, longer)
+        between = () if self.truncate else (1.0,)
+        return (self.factor, self.beta_slow, self.beta_fast, self.original_max_position_embeddings, longer, *between)
 
     @property
     def of_scores(self) -> float:

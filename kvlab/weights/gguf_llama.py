@@ -13,7 +13,6 @@ from kvlab.weights.architectures import read_architecture, table_of
 from kvlab.weights.checkpoint import abstract_model, mismatches
 from kvlab.weights.files import Stored, WeightsError
 from kvlab.weights.gguf import GGUF
-from kvlab.weights.heads import passed_over
 
 PREFIX = "llama."
 FIELDS = {
@@ -114,9 +113,7 @@ def read_llama(gguf: GGUF) -> Llama:
     headers = {name: Stored(gguf.path, gguf.tensors[names[name]].shape, "F32") for name in names}
     table = table_of(architecture)
     params = abstract_model(architecture).params
-    found += [
-        _in_its_words(problem, _file_name) for problem in mismatches(table, params, headers, passed_over(architecture))
-    ]
+    found += [_in_its_words(problem, _file_name) for problem in mismatches(table, params, headers, architecture)]
     if found:
         raise WeightsError(gguf.path, found)
     return Llama(gguf, config, names)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from kvlab.weights.families import FAMILIES, Architecture
+from kvlab.weights.families import Architecture
 from kvlab.weights.files import FLOATS, Stored
 from kvlab.weights.tables import Entry, Table
 
@@ -39,12 +39,6 @@ def with_embedding(table: Table, headers: Mapping[str, Stored]) -> Table:
     if embedding in headers or HEAD not in headers:
         return table
     return table | {EMBEDDING: Entry((HEAD,))}
-
-
-def passed_over(architecture: Architecture) -> frozenset[str]:
-    """Tensors that a file of the architecture may have beside its parameters: some store a tied head twice."""
-    theirs = FAMILIES[architecture.family].passed_over(architecture.layers)
-    return theirs | {HEAD} if architecture.model.tie_embeddings else theirs
 
 
 @lru_cache(maxsize=8)

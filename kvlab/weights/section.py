@@ -105,7 +105,7 @@ def with_pretrained(fields: dict[str, Any], weights: WeightsConfig) -> dict[str,
     mixer = {
         "name": re.sub(r"[^\w.\-]", "_", folder.resolve().name) + _laid_over(weights),
         "pattern": " ".join(names[layer] for layer in architecture.layers),
-        **{names[layer]: {"type": layer.mixer, **to_plain(layer.config)} for layer in kinds},
+        **{names[layer]: layer.as_dict() for layer in kinds},
     }
     task = dict(cast(Mapping[str, Any], fields.get("task", {})))
     kind = TASKS.get(str(task.get("type")))

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+
+from kvlab.weights.files import FLOATS
 
 type Tensor = npt.NDArray[Any]
 
@@ -49,6 +51,8 @@ def joined(parts: Transform, sizes: Sequence[int]) -> Transform:
 class Entry:
     """One parameter of ours and the file's tensors it is made of."""
 
+    dtypes: ClassVar[tuple[str, ...]] = FLOATS
+    """The types, as safetensors has them, that those tensors may have."""
     names: tuple[str, ...]
     transform: Transform = AS_IS
     order: tuple[int, ...] | None = None

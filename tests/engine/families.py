@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "generation"
 FIRST = ("llama_gqa", "llama_mqa", "llama_mha", "llama3_rope", "qwen3", "mistral", "deepseek_v3", "mamba2")
 LATER = (
     *("gemma3_text", "granitemoehybrid", "recurrent_gemma", "qwen3_next", "olmo_hybrid", "kimi_linear"),
-    *("qwen2", "gemma", "gemma3n_text"),
+    *("qwen2", "gemma", "gemma3n_text", "gpt_oss"),
 )
 """Families that are run in the same few ways each: one more changes nothing for the others."""
 FAMILIES = (*FIRST, *LATER)

@@ -159,10 +159,11 @@ def test_every_combination(family, page_size, chunk_len):
 
 
 YARN = ("qwen3_yarn", "deepseek_v3_yarn")
+EXPERTS = ("qwen3_next_experts", "qwen3_next_some_experts", "deepseek_v3_experts")
 
 
 @pytest.mark.parametrize(
-    "family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed", *YARN]
+    "family", [*LATER, "granitemoehybrid_rope", "olmo_hybrid_rope", "kimi_linear_compressed", *YARN, *EXPERTS]
 )
 def test_a_full_pass_gives_the_reference_probabilities(family):
     """The parallel form on the longest prompt and its answer, where the engine and the reference decode from a
@@ -179,6 +180,13 @@ def test_a_full_pass_gives_the_reference_probabilities(family):
 
 @pytest.mark.parametrize("family", YARN)
 def test_a_context_stretched_by_yarn(family):
+    engine = engine_of(family, page_size=4, chunk_len=7, max_batch=2)
+    assert_exact(engine, family, lengths_of(1))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_layers_of_experts(family):
+    """All, all but one in the middle, and all behind the first."""
     engine = engine_of(family, page_size=4, chunk_len=7, max_batch=2)
     assert_exact(engine, family, lengths_of(1))
 

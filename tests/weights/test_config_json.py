@@ -99,6 +99,36 @@ def test_the_hubs_spelling_of_kimi_linear(tmp_path):
     assert [place for place, kind in enumerate(kinds) if kind == "latent"] == [4, 8]  # transformers' default
 
 
+def test_the_hubs_spelling_of_gpt_oss(tmp_path):
+    """The rotary embedding in the older spelling, and fields that nothing here reads."""
+    folder = write_folder("gpt_oss", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {**config["rope_parameters"], "beta_slow": 1.0}
+    older = {"rope_parameters": None, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    edit(folder, **older, experts_per_token=2, initial_context_length=32, router_aux_loss_coef=0.9)
+    assert load_checkpoint(folder).architecture == pretrained("gpt_oss").architecture
+
+
+def test_what_a_gpt_oss_is_where_its_file_says_little(tmp_path):
+    """As transformers' config: a window in every layer of an even number, YaRN, and clamps at 7."""
+    folder = write_folder("gpt_oss", tmp_path)
+    absent = dict.fromkeys(("layer_types", "rope_parameters", "rms_norm_eps", "attention_bias", "swiglu_limit"))
+    edit(folder, **absent, swiglu_alpha=None, num_hidden_layers=3, head_dim=None)
+    architecture = peek_architecture(folder)
+    layers = [layer.config for layer in architecture.layers]
+    assert [layer.window for layer in layers] == [24, None, 24]
+    longer = pytest.approx(1.3466, abs=1e-4)
+    assert (layers[0].rope_base, layers[0].rope_scaling) == (150_000.0, (32.0, 1.0, 32.0, 4096.0, longer, 1.0))
+    assert (layers[0].head_dim, layers[0].bias, architecture.model.norm_eps) == (16, True, 1e-5)
+    assert (architecture.layers[0].mlp.limit, architecture.layers[0].mlp.gain) == (7.0, 1.702)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("head_dim", "sliding_window", "num_key_value_heads"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
+    first = peek_architecture(folder).layers[0].config
+    assert (first.head_dim, first.window, first.num_kv_heads) == (64, 128, 8)
+
+
 @pytest.mark.parametrize("family", ["mamba2", "granitemoehybrid"])
 def test_numbers_that_json_lacks_are_read_as_transformers_5_saves_them(family, tmp_path):
     folder = write_folder(family, tmp_path)
@@ -162,7 +192,7 @@ def edit(folder: Path, **changes) -> None:
         ("llama_gqa", {"rope_parameters": {"rope_type": "linear"}}, "factor = None"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
         ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor = 0.5: must be"),
-        ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "truncate": False}}, "truncate = False: only True"),
+        ("llama_gqa", {"rope_parameters": {"rope_type": "yarn", "truncate": "no"}}, "truncate = 'no': must be"),
         ("llama_gqa", {"eos_token_id": 320}, "eos_token_id = 320"),
         ("llama_gqa", {"eos_token_id": ["x"]}, "eos_token_id = 'x'"),
         ("llama_gqa", {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
@@ -177,8 +207,24 @@ def edit(folder: Path, **changes) -> None:
         ("gemma", {"hidden_act": "silu"}, "hidden_act = 'silu': must be one of gelu_pytorch_tanh, gelu"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: only False"),
         ("mistral", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
-        ("deepseek_v3", {"first_k_dense_replace": 1}, "= 1: must be at least num_hidden_layers = 2: .* have experts"),
-        ("deepseek_v3", {"first_k_dense_replace": None, "num_hidden_layers": 4}, "first_k_dense_replace = 3"),
+        (
+            "deepseek_v3",
+            {"first_k_dense_replace": 1},
+            r"experts.0.down_proj.weight: is missing; must be .64, 2048.",
+        ),
+        ("deepseek_v3_experts", {"first_k_dense_replace": 2}, "layers.1.mlp.gate_proj.weight: is missing"),
+        (
+            "deepseek_v3_experts",
+            {"num_experts_per_tok": 7},
+            "num_experts_per_tok = 7: must be at most 6, the exp",
+        ),
+        ("deepseek_v3_experts", {"n_group": 5}, "n_group = 5: must divide n_routed_experts = 12 into groups of two"),
+        ("deepseek_v3_experts", {"n_group": 12}, "n_group = 12: must divide n_routed_experts = 12 into groups of two"),
+        ("deepseek_v3_experts", {"topk_group": 5}, "topk_group = 5: must be at most n_group = 4"),
+        ("deepseek_v3_experts", {"n_shared_experts": 0}, "n_shared_experts = 0: must be a positive integer"),
+        ("deepseek_v3_experts", {"num_local_experts": 8}, "num_local_experts = 8: must be n_routed_experts = 12"),
+        ("deepseek_v3_experts", {"topk_method": "greedy"}, "topk_method = 'greedy': only 'noaux_tc'"),
+        ("deepseek_v3_experts", {"scoring_func": "softmax"}, "scoring_func = 'softmax': only 'sigmoid'"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave = False: only True"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "longrope", "mscale": 1.0}}, "rope_type = 'longrope'"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads = 2: must be num_attention_heads = 4"),
@@ -205,9 +251,15 @@ def edit(folder: Path, **changes) -> None:
         ("recurrent_gemma", {"lru_width": 90}, "num_heads = 4: must divide width = 90"),
         ("recurrent_gemma", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "partial_rotary_factor = 0.45: must"),
         ("recurrent_gemma", {"attention_bias": True}, "q_proj.bias: is missing"),
-        ("qwen3_next", {"num_experts": 8}, "num_experts = 8: must be 0, .*: layer 0 has experts, not built here"),
-        ("qwen3_next", {"num_experts": None, "mlp_only_layers": [0]}, "num_experts = 512: .*: layer 1 has experts"),
-        ("qwen3_next", {"num_experts": 8, "decoder_sparse_step": 2}, "num_experts = 8: .*: layer 1 has experts"),
+        ("qwen3_next", {"num_experts": 8}, "num_experts_per_tok = 10: must be at most num_experts = 8"),
+        (
+            "qwen3_next",
+            {"num_experts": None, "mlp_only_layers": [0]},
+            "layers.1.mlp.experts.0.down_proj.weight: is missing",
+        ),
+        ("qwen3_next_experts", {"decoder_sparse_step": 2}, "layers.0.mlp.gate_proj.weight: is missing"),
+        ("qwen3_next_experts", {"num_experts": 70_000}, r"num_experts = 70000: must be an integer in .1, 65536."),
+        ("qwen3_next_experts", {"norm_topk_prob": 1}, "norm_topk_prob = 1: must be"),
         ("qwen3_next", {"layer_types": ["full_attention"] * 2}, "layer_types = .*: must be 2 of linear_attention"),
         ("qwen3_next", {"layer_types": ["full_attention", ["linear_attention"]]}, "layer_types = .*: must be 2 of"),
         ("qwen3_next", {"layer_types": None}, "layer_types = .'linear_attention', 'linear_attention'.: must be 2 of"),
@@ -251,6 +303,20 @@ def edit(folder: Path, **changes) -> None:
             {"layer_types": None, "linear_attn_config": {"full_attn_layers": [2], "kda_layers": [2]}},
             "full_attn_layers = .2.: must name, with kda_layers, every layer from 1 to 2 once",
         ),
+        ("gpt_oss", {"num_experts_per_tok": 7}, "num_experts_per_tok = 7: must be at most num_local_experts = 6"),
+        ("gpt_oss", {"num_local_experts": 0}, "num_local_experts = 0: must be a positive integer"),
+        ("gpt_oss", {"num_local_experts": 5}, r"experts.gate_up_proj: shape .6, 64, 192.: must be .5, 64, 192."),
+        ("gpt_oss", {"num_experts": 6}, "num_experts = 6: only 0 is supported"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit = 0: must be a finite positive number"),
+        ("gpt_oss", {"swiglu_limit": 1e7}, r"limit = 10000000.0: must be"),
+        ("gpt_oss", {"hidden_act": "gelu"}, "hidden_act = 'gelu': only 'silu'"),
+        ("gpt_oss", {"layer_types": ["full_attention", "chunked"]}, "layer_types = .*: must be 2 of full_attention"),
+        ("gpt_oss", {"sliding_window": None}, "layer_types = .*: must be 2 of full_attention"),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
+        ("gpt_oss", {"rope_theta": -1}, "rope_theta = -1: must be a finite positive number"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method = 'fp8': only"),
+        ("gpt_oss", {"quantization_config": {}}, "quantization_config.quant_method = '': only 'mxfp4'"),
+        ("llama_gqa", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config = .*: only None"),
         ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"),
         ("mamba2", {"use_bias": True}, "use_bias = True"),
         ("mamba2", {"expand": 3}, "must be expand"),

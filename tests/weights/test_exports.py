@@ -47,6 +47,8 @@ DEFAULTED = {
     "recurrent_gemma": DECODER - {"max_position_embeddings", "hidden_act"}
     | {"lru_width", "attention_window_size", "conv1d_width", "logits_soft_cap", "hidden_activation", "block_types"}
     | {"partial_rotary_factor"},
+    "gpt_oss": DECODER - TOKENS
+    | {"head_dim", "sliding_window", "layer_types", "num_local_experts", "num_experts_per_tok", "rope_scaling"},
     "qwen3_next": DECODER - TOKENS
     | DELTA
     | {"linear_conv_kernel_dim", "head_dim", "num_experts", "layer_types", "partial_rotary_factor"},
@@ -75,7 +77,10 @@ def test_no_field_that_an_older_reader_defaults_is_left_out(family, tmp_path):
     if "max_position_embeddings" in needed:
         assert values["max_position_embeddings"] == 512
     scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    assert not rope or values.get("rope_scaling", {"rope_type": "default"}) == scaling
+    if rope:
+        defaults = {"beta_slow", "attention_factor"} if family == "gpt_oss" else set()  # what they are is said
+        written = values.get("rope_scaling", {"rope_type": "default"})
+        assert {name: value for name, value in written.items() if name not in defaults} == scaling
     assert [values[name] for name in TOKENS] == [None] * 3
 
 
@@ -96,10 +101,11 @@ def test_a_base_and_a_context_that_are_not_defaults_stand_in_both_spellings(tmp_
         *(("llama_gqa", 2), ("mistral", 2), ("deepseek_v3", 1), ("mamba2", 2), ("gemma3_text", 1)),
         *(("recurrent_gemma", 1), ("granitemoehybrid", 2), ("qwen3", None), ("qwen3_next", None)),
         *(("qwen2", None), ("gemma", 1), ("gemma3n_text", 1), ("olmo_hybrid", None), ("kimi_linear", None)),
+        ("gpt_oss", None),
     ],
 )
 def test_an_absent_end_is_the_readers_and_null_is_none(family, end, tmp_path):
-    """transformers 5.23's defaults; those of the last two are no tokens of so small a vocabulary."""
+    """transformers 5.23's defaults; those of the hybrids are no tokens of so small a vocabulary."""
     folder = write_folder(family, tmp_path / "in")
     assert load_checkpoint(folder).end_tokens == ()
     config = golden(family)["config"]
@@ -153,4 +159,6 @@ def test_transformers_reads_of_every_export_what_the_original_says(tmp_path):
     assert found.keys() == set(FAMILIES)
     unread = {"block_types", "max_position_embeddings"}  # blocks are spelled out, and it has no context
     assert found.pop("recurrent_gemma").keys() <= unread
+    original, read = found["gpt_oss"].pop("rope_parameters")
+    assert read == original | {"beta_slow": 1.0, "attention_factor": read["attention_factor"]}
     assert not any(found.values()), found

@@ -87,6 +87,18 @@ def test_the_window_is_part_of_the_run_and_of_its_name(words):
     assert [config.layers()[0].config.window for config in configs] == [4, 8]
 
 
+def test_a_run_over_weights_has_their_experts(tmp_path):
+    folder = write_folder("gpt_oss", tmp_path / "oss")
+    words = ["task=mqar", "task.vocab_size=320", "train.num_steps=0", f"weights.path={folder}", "weights.window=8"]
+    config = compose(words)
+    experts = pretrained("gpt_oss").architecture.layers[0].mlp
+    assert [layer.mlp for layer in config.layers()] == [experts] * 2
+    assert [layer.config.window for layer in config.layers()] == [8, 8]
+    assert Config.build(config.as_dict()) == config, "a run's record is read back"
+    shapes = jax.tree.map(lambda leaf: leaf.shape, Laboratory.of(config).model.params)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, pretrained("gpt_oss").model.params)
+
+
 def test_a_window_narrows_and_never_widens(tmp_path):
     """Layers that have a narrower one keep it; sinks are put under any window."""
     folder = write_folder("gemma3_text", tmp_path / "gemma")

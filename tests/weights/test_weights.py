@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from kvlab.models.transformer import path_name
 from kvlab.weights import WeightsError, load_checkpoint, save_checkpoint
 from kvlab.weights.architectures import table_of
-from kvlab.weights.checkpoint import peek_architecture
+from kvlab.weights.checkpoint import is_unread, peek_architecture
 from kvlab.weights.families import FAMILIES as LOADED
 from kvlab.weights.tables import LESS_ONE
 from tests.engine.families import FAMILIES, golden, pretrained, write_folder
@@ -35,6 +36,9 @@ OTHERS = (
     "granitemoehybrid_rope",
     "olmo_hybrid_rope",
     "kimi_linear_compressed",
+    "qwen3_next_experts",
+    "qwen3_next_some_experts",
+    "deepseek_v3_experts",
 )
 
 
@@ -236,3 +240,30 @@ def test_a_hybrid_of_one_kind_of_layer_is_not_written(family, tmp_path):
 
 def test_every_family_of_the_golden_files_is_a_family_of_the_loader():
     assert {golden(family)["config"]["model_type"] for family in FAMILIES} == set(LOADED)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "num_layers", "is_passed_over"),
+    [
+        ("qwen3_next", "mtp.layers.0.mlp.gate.weight", 2, True),
+        ("qwen3_next", "model.layers.2.mtp.weight", 2, False),
+        ("deepseek_v3", "model.layers.61.eh_proj.weight", 61, True),
+        ("deepseek_v3", "model.layers.61.eh_proj.weight", 60, False),
+        ("deepseek_v3", "model.layers.2.eh_proj.weight", 2, False),
+        ("llama_gqa", "mtp.fc.weight", 2, False),
+        ("llama_gqa", "model.layers.0.self_attn.rotary_emb.inv_freq", 2, True),
+    ],
+)
+def test_what_predicts_tokens_behind_the_next_is_passed_over(family, name, num_layers, is_passed_over):
+    architecture = pretrained(family).architecture
+    assert is_unread(name, replace(architecture, layers=architecture.layers[:1] * num_layers)) is is_passed_over
+
+
+def test_a_qwen3_next_with_a_head_for_further_tokens_is_read(tmp_path):
+    folder = write_folder("qwen3_next_experts", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"mtp.fc.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    assert load_checkpoint(folder).architecture == pretrained("qwen3_next_experts").architecture
+    save_file(tensors | {"mtq.fc.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"mtq\.fc\.weight: is unexpected"):
+        load_checkpoint(folder)

@@ -8,6 +8,7 @@ from kvlab.weights.families.deepseek_v3 import DeepseekV3
 from kvlab.weights.families.gemma import Gemma
 from kvlab.weights.families.gemma3 import Gemma3
 from kvlab.weights.families.gemma3n import Gemma3n
+from kvlab.weights.families.gpt_oss import GptOss
 from kvlab.weights.families.granite_hybrid import GraniteHybrid
 from kvlab.weights.families.kimi_linear import KimiLinear
 from kvlab.weights.families.llama import Llama
@@ -34,6 +35,7 @@ READ: tuple[type[Family[Any]], ...] = (
     Qwen3Next,
     OlmoHybrid,
     KimiLinear,
+    GptOss,
 )
 FAMILIES = Registry[Family[Any]](
     "kvlab.families",
@@ -46,7 +48,6 @@ FAMILIES = Registry[Family[Any]](
 """By the `model_type` of config.json."""
 
 NOT_BUILT = {
-    "gpt_oss": "its layers have experts; its attention is the mixer attention with sink_logits",
     "gemma3n": "images and sound beside its text model, which alone is gemma3n_text",
     "gemma3": "images beside its text model, which alone is gemma3_text",
 }

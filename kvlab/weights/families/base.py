@@ -50,6 +50,6 @@ class Family[F: ConfigFile](abc.ABC):
     def table(self, layers: Sequence[LayerConfig], model: ModelConfig) -> Table:
         """The tensors of every parameter but the head."""
 
-    def passed_over(self, layers: Sequence[LayerConfig]) -> frozenset[str]:
-        """Tensors that some files have and no such model reads."""
-        return frozenset()
+    def is_unread(self, name: str, architecture: Architecture) -> bool:
+        """Whether a tensor of the file is passed over, as transformers does it."""
+        return False

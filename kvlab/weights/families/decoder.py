@@ -7,11 +7,12 @@ from typing import Any
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.base import MixerConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig
-from kvlab.rotary import YARN
+from kvlab.rotary import YARN, is_yarn
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import ConfigFile, DefaultRope, only, positive, size
 from kvlab.weights.families.base import Architecture, Family
-from kvlab.weights.tables import END_TO_END, SIDE_BY_SIDE, Entry, Table, linear
+from kvlab.weights.mixture import experts_table, mlp_table
+from kvlab.weights.tables import Entry, Table, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Decoder[F: DecoderFile](Family[F]):
             ours, theirs = f"blocks.{index}", f"model.layers.{index}"
             table |= self.norms_table(ours, theirs, layer)
             table |= self.mixer_table(f"{ours}.mixer", f"{theirs}.{self.mixer_name(layer)}", layer.config)
-            table |= mlp_table(f"{ours}.mlp", f"{theirs}.mlp")
+            table |= self.mlp_table(f"{ours}.mlp", f"{theirs}.mlp", layer)
         return table
 
     def norms_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
@@ -80,6 +81,10 @@ class Decoder[F: DecoderFile](Family[F]):
     def mixer_table(self, ours: str, theirs: str, config: Any) -> Table:
         """The tensors of one layer's mixer."""
         return attention_table(ours, theirs, config)
+
+    def mlp_table(self, ours: str, theirs: str, layer: LayerConfig) -> Table:
+        """The tensors of what stands behind one layer's mixer."""
+        return mlp_table(ours, theirs) if layer.mlp is None else experts_table(ours, theirs, layer.mlp)
 
 
 def attention_layers(
@@ -146,19 +151,21 @@ def rope_values(base: float, scaling: Sequence[float], fraction: float = 1.0) ->
         rope["partial_rotary_factor"] = fraction
     if len(scaling) == 1:
         rope |= {"rope_type": "linear", "factor": scaling[0]}
-    elif len(scaling) == YARN:
+    elif is_yarn(scaling):
         names = ("factor", "beta_slow", "beta_fast", "original_max_position_embeddings", "attention_factor")
-        rope |= {"rope_type": "yarn", **dict(zip(names, scaling, strict=True))}
+        rope |= {"rope_type": "yarn", **dict(zip(names, scaling[:YARN], strict=True))}
+        if len(scaling) > YARN:
+            rope["truncate"] = False
     elif scaling:
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         rope |= {"rope_type": "llama3", **dict(zip(names, scaling, strict=True))}
-        if scaling[-1].is_integer():
-            rope[names[-1]] = int(scaling[-1])
+    if len(scaling) >= 4 and scaling[3].is_integer():
+        rope["original_max_position_embeddings"] = int(scaling[3])
     return rope
 
 
 def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
-    """Projections, and the norms of queries and keys where there are any."""
+    """Projections, and the norms of queries and keys and the logits of sinks where there are any."""
     table: Table = {}
     for mine, yours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
         has_bias = config.bias or (config.out_bias if mine == "out" else config.qkv_bias)
@@ -166,13 +173,6 @@ def attention_table(ours: str, theirs: str, config: AttentionConfig) -> Table:
     if config.qk_norm:
         table[f"{ours}.query_norm.scale"] = Entry((f"{theirs}.q_norm.weight",))
         table[f"{ours}.key_norm.scale"] = Entry((f"{theirs}.k_norm.weight",))
+    if config.sink_logits:
+        table[f"{ours}.sink_logits"] = Entry((f"{theirs}.sinks",))
     return table
-
-
-def mlp_table(ours: str, theirs: str, *, bias: bool = False) -> Table:
-    """The gated MLP."""
-    both = (f"{theirs}.gate_proj", f"{theirs}.up_proj")
-    table: Table = {f"{ours}.gate_up.kernel": Entry(tuple(f"{name}.weight" for name in both), SIDE_BY_SIDE)}
-    if bias:
-        table[f"{ours}.gate_up.bias"] = Entry(tuple(f"{name}.bias" for name in both), END_TO_END)
-    return table | linear(f"{ours}.down", f"{theirs}.down_proj", bias=bias)

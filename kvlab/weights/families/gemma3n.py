@@ -149,11 +149,11 @@ class Gemma3n(Decoder[Gemma3nFile]):
             table |= _streams_table(ours, theirs)
         return table
 
-    def passed_over(self, layers: Sequence[LayerConfig]) -> frozenset[str]:
+    def is_unread(self, name: str, architecture: Architecture) -> bool:
         """Keys and values of layers that read others': transformers 4 made and saved them."""
         kinds = ("k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight", "k_proj.bias", "v_proj.bias")
-        sharing = [index for index, layer in enumerate(layers) if _shares(layer)]
-        return frozenset(f"model.layers.{index}.self_attn.{kind}" for index in sharing for kind in kinds)
+        sharing = [index for index, layer in enumerate(architecture.layers) if _shares(layer)]
+        return name in {f"model.layers.{index}.self_attn.{kind}" for index in sharing for kind in kinds}
 
 
 def _shares(layer: LayerConfig) -> bool:

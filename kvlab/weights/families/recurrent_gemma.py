@@ -20,8 +20,8 @@ from kvlab.weights.families.decoder import (
     attention_table,
     attention_values,
     first_config,
-    mlp_table,
 )
+from kvlab.weights.mixture import mlp_table
 from kvlab.weights.tables import CONVOLUTION, Entry, Table, Transform, less_one, linear
 
 BLOCKS: Any = list_type(Literal["recurrent", "attention"], 1)

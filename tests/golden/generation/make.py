@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -20,6 +21,7 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     GraniteMoeHybridConfig,
     KimiLinearConfig,
     LlamaConfig,
@@ -31,6 +33,7 @@ from transformers import (
     Qwen3NextConfig,
     RecurrentGemmaConfig,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "weights"))
@@ -130,8 +133,39 @@ FAMILIES = {
     "qwen3_next": Qwen3NextConfig(
         **DECODER, **HYBRID, head_dim=32, num_experts=0, attention_bias=True, rms_norm_eps=1e-4
     ),
+    "qwen3_next_experts": Qwen3NextConfig(
+        **DECODER,
+        **HYBRID,
+        head_dim=32,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=48,
+    ),
+    "qwen3_next_some_experts": Qwen3NextConfig(
+        **{**DECODER, "num_hidden_layers": 3},
+        **{**HYBRID, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        head_dim=32,
+        num_experts=5,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=48,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+    ),
     "mistral": MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=WINDOW),
     "deepseek_v3": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=40),
+    "deepseek_v3_experts": DeepseekV3Config(
+        **DECODER,
+        **{**LATENT, "first_k_dense_replace": 1},
+        q_lora_rank=40,
+        n_routed_experts=12,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+    ),
     "deepseek_v3_plain": DeepseekV3Config(**DECODER, **LATENT, q_lora_rank=None, rope_parameters=LLAMA3),
     "deepseek_v3_yarn": DeepseekV3Config(
         **DECODER, **LATENT, q_lora_rank=40, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}
@@ -198,13 +232,26 @@ FAMILIES = {
     ),
     "kimi_linear": KimiLinearConfig(**DECODER, **KIMI),
     "kimi_linear_compressed": KimiLinearConfig(**DECODER, **KIMI, q_lora_rank=40),
+    "gpt_oss": GptOssConfig(
+        **DECODER,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        swiglu_limit=4.0,
+        rope_parameters={**YARN, "truncate": False},
+    ),
     "granitemoehybrid": GraniteMoeHybridConfig(**GRANITE),
     "granitemoehybrid_rope": GraniteMoeHybridConfig(**GRANITE, position_embedding_type="rope", attention_bias=True),
 }
 DOUBLE = ("recurrent_gemma",)
 """Families computed in float64: 1 - a^2 cancels where a channel hardly decays, and the peer's float32 differs by 2.6e-4
 from its own float64, from which kvlab's float32 differs by 2e-5."""
-NORMS_NEAR = {"qwen3_next": 0.0, "gemma": 0.0}
+NORMS_NEAR = {
+    **dict.fromkeys(("qwen3_next", "qwen3_next_experts", "qwen3_next_some_experts"), 0.0),
+    "gemma": 0.0,
+}
 """Families that store norms less one."""
 LENGTHS = (1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65)
 """Around multiples of the page sizes and chunks tested, and around the window."""
@@ -221,6 +268,9 @@ def published(model) -> dict[str, list[int]]:
             for part in "qkv":
                 found[f"{layer}{part}_conv1d.weight"] = [tensors[f"{layer}{part}_proj.weight"][0], *shape[1:]]
             continue
+        if family != "gpt_oss" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found |= experts(name, shape)
+            continue
         if family == "olmo_hybrid" and f"{'.'.join(name.split('.')[:3])}.linear_attn.A_log" in tensors:
             name = name.replace("input_layernorm", "attention_layer_norm")
             name = name.replace("post_attention_layernorm", "feedforward_layer_norm")
@@ -228,6 +278,16 @@ def published(model) -> dict[str, list[int]]:
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
     return found
+
+
+def experts(name: str, shape: list[int]) -> dict[str, list[int]]:
+    """The matrices of every expert, of which transformers makes one tensor [experts, outputs, inputs]."""
+    layer, _, last = name.rpartition(".")
+    num_experts, outputs, inputs = shape
+    halves = {"gate": outputs // 2, "up": outputs // 2} if last == "gate_up_proj" else {"down": outputs}
+    return {
+        f"{layer}.{n}.{half}_proj.weight": [rows, inputs] for n in range(num_experts) for half, rows in halves.items()
+    }
 
 
 def build(config, norms_near: float):
@@ -278,6 +338,14 @@ def answers(model, ids: list[int], **options) -> dict:
     return {"tokens": tokens, "logprobs": [round(value, 6) for value in chosen]}
 
 
+def mxfp4() -> dict:
+    """Blocks of MXFP4 and the numbers that transformers makes of them, [experts, inputs, outputs]."""
+    rng = np.random.default_rng(0)
+    blocks, scales = rng.integers(0, 256, (2, 3, 2, 16), np.uint8), rng.integers(100, 140, (2, 3, 2), np.uint8)
+    numbers = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    return {"blocks": blocks.tolist(), "scales": scales.tolist(), "numbers": numbers.tolist()}
+
+
 def main(folder: Path, families: list[str]) -> None:
     torch.set_num_threads(1)
     for family in families or FAMILIES:
@@ -295,6 +363,8 @@ def main(folder: Path, families: list[str]) -> None:
             "answers": results,
         }
         golden["config"]["architectures"] = [type(model).__name__]
+        if family == "gpt_oss":
+            golden["mxfp4"] = mxfp4()
         if family == "llama_gqa":
             golden["beams"] = {
                 f"{length}/{beams}": answers(
