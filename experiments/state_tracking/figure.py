@@ -52,7 +52,7 @@ class Study:
 
 PARITY = Study("parity", (*RECIPE, *lengths("parity", 40, 256, steps=500, rows=32)), "parity", 1 / 2, (40, 256))
 OF_THREE = Study("S3", (*RECIPE, *lengths("s3", 16, 64, steps=3000, rows=64)), "s3", 1 / 6, (16, 64))
-OF_FIVE = Study("S5", (*RECIPE, *lengths("s5", 16, 64, steps=4000, rows=64)), "s5", 1 / 120, (16, 64))
+OF_FIVE = Study("S5", (*RECIPE, *lengths("s5", 4, 32, steps=3000, rows=256)), "s5", 1 / 120, (4, 32))
 STUDIES = (PARITY, OF_THREE, OF_FIVE)
 SIGN_ALONE = {OF_THREE: 1 / 3, OF_FIVE: 1 / 60}
 """For who knows whether a permutation is even, and guesses among those that are as even."""
@@ -91,7 +91,7 @@ DELTA = delta("DeltaNet", "deltanet", True, (PARITY, OF_THREE))
 DELTA_PLUS = delta("DeltaNet", "deltanet", False, (PARITY,))
 GATED = delta("Gated DeltaNet", "gated_deltanet", True, (PARITY,))
 GATED_PLUS = delta("Gated DeltaNet", "gated_deltanet", False, (PARITY,))
-PRODUCT = delta("DeltaProduct", "deltaproduct", True, STUDIES, householders=2)
+PRODUCT = delta("DeltaProduct", "deltaproduct", True, (PARITY, OF_THREE), householders=2)
 PRODUCT_OF_FOUR = delta("DeltaProduct of 4", "deltaproduct", True, (OF_FIVE,), householders=4)
 MAMBA2 = Arm("Mamba-2", ("mixer=mamba2", "mixer.M.short_conv=0"), None)
 MAMBA3 = Arm("Mamba-3", ("mixer=mamba3", "mixer.M.short_conv=0"), None)

@@ -199,7 +199,7 @@ def test_experts_that_cannot_be_are_refused(fields, message):
 
 
 def test_a_layer_has_experts_where_the_model_has_no_mlp():
-    block = Block(LayerConfig(LAYER.mixer, LAYER.config, PLAIN), ModelConfig(model_dim=16), rngs=nnx.Rngs(0))
+    block = Block(LayerConfig(LAYER.mixer, LAYER.config, mlp=PLAIN), ModelConfig(model_dim=16), rngs=nnx.Rngs(0))
     assert block.mlp.gate_up.kernel.shape == (5, 16, 32)
     assert not Block(LAYER, ModelConfig(model_dim=16), rngs=nnx.Rngs(0)).has_mlp
 
