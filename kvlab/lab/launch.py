@@ -192,7 +192,7 @@ def _job(composed: Any) -> None:
 
 def use_compilation_cache() -> None:
     """JAX's persistent compilation cache, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR says
-    otherwise."""
+    otherwise. Programs of any size: a run has some thirty small ones, most of them those of the run before."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
