@@ -9,8 +9,8 @@ from jax import Array
 from kvlab.schema import ConfigError
 from kvlab.typing import Positions
 
-YARN, YARN_BETWEEN = 5, 6
-"""Numbers of a `rope_scaling` after YaRN: the sixth, 1, says that its ramp may begin and end between two pairs."""
+YARN = 5
+"""Numbers of a `rope_scaling` after YaRN. A sixth, 1, says that its ramp may begin and end between two pairs."""
 
 
 def rotary_angles(
@@ -64,11 +64,11 @@ def _kept(frequencies: Array, base: float, scaling: tuple[float, ...]) -> Array 
 
 def check_scaling(scaling: tuple[float, ...], base: float) -> None:
     """Raises ConfigError for a `rope_scaling` that `AttentionConfig` does not describe."""
-    lengths = (0, 1, 4, YARN, YARN_BETWEEN)
+    lengths = (0, 1, 4, YARN, YARN + 1)
     is_blended = len(scaling) < 4 or scaling[1] < scaling[2]
     if len(scaling) not in lengths or not is_blended or scaling[YARN:] not in ((), (1.0,)):
-        legal = "must be [], [factor] or [factor, low, high, original_len], for YaRN with a length and a 1 or none"
-        raise ConfigError("rope_scaling", list(scaling), f"{legal}, with low < high")
+        legal = "must be [], [factor] or [factor, low, high, original_len]; for YaRN [factor, low, high, original_len, "
+        raise ConfigError("rope_scaling", list(scaling), f"{legal}length], or the same and a 1; with low < high")
     if is_yarn(scaling) and base == 1:
         raise ConfigError("rope_base", base, "must be above 1 for YaRN, whose ramp is over frequencies that differ")
 

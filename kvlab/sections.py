@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from kvlab.mixers import MIXERS
+from kvlab.models.config import LayerConfig, OwnMLP
 from kvlab.models.experts import ExpertsConfig
 from kvlab.models.sharing import readers_of
-from kvlab.models.transformer import LayerConfig
 from kvlab.schema import ConfigError, Schema, identity, nearest, to_plain
 from kvlab.tasks import TASKS
 
@@ -31,13 +31,19 @@ def typed(values: object, path: str, registry: Mapping[str, Any]) -> tuple[str, 
 
 
 def layer_of(values: object, path: str) -> LayerConfig:
-    """A section {type: attention, ...} as a layer; under `mlp` it may have experts in the MLP's place."""
-    if not isinstance(values, Mapping) or "mlp" not in values:
+    """A section {type: attention, ...} as a layer; it may have an MLP of its own (`OwnMLP`), and under `mlp` experts in
+    the MLP's place."""
+    if not isinstance(values, Mapping):
         return LayerConfig(*typed(values, path, MIXERS))
     fields = dict(cast(Mapping[str, object], values))
-    experts = fields.pop("mlp")
-    layer = LayerConfig(*typed(fields, path, MIXERS))
-    return layer if experts is None else dataclasses.replace(layer, mlp=ExpertsConfig.build(experts, f"{path}.mlp"))
+    experts = fields.pop("mlp", None)
+    own = OwnMLP.build({name: fields.pop(name) for name in OwnMLP.defaults() if name in fields}, path)
+    mlp = None if experts is None else ExpertsConfig.build(experts, f"{path}.mlp")
+    mixer = typed(fields, path, MIXERS)
+    try:
+        return LayerConfig(*mixer, own.mlp_dim, own.mlp_sparsity, mlp)
+    except ConfigError as error:
+        raise error.under(path) from None
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ REDUCING = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum", "
 def flops_of(program: Any, *, only: Collection[str] = ()) -> float:
     """Floating-point operations of a traced program (`jitted.trace(...).jaxpr`): two for each multiplication and sum of
     a product of matrices, one for each element of what else computes. A scan counts every step, a kernel every cell of
-    its grid, a branch as the dearest of its kind, and a loop whose steps are decided at run time one step. With `only`
-    nothing but these primitives counts."""
+    its grid, a branch as the dearest of its kind (so empty blocks of experts count as full ones), and a loop whose
+    steps are decided at run time one step. With `only` nothing but these primitives counts."""
     return sum(_of_equation(equation, only) for equation in getattr(program, "jaxpr", program).eqns)
 
 
@@ -46,6 +46,8 @@ def _of_equation(equation: Any, only: Collection[str]) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2.0 * _size(equation.outvars) * math.prod(shape[axis] for axis in contracted)
+    if name == "ragged_dot_general":  # every row with the matrix of its group
+        return 2.0 * _size(equation.invars[:1]) * equation.outvars[0].aval.shape[-1]
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[params["dimension_numbers"].rhs_spec[0]]

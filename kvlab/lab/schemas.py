@@ -19,6 +19,7 @@ from kvlab.memory.layout import MemoryConfig
 from kvlab.mixers import MIXERS
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.mixers.latent import LatentConfig
+from kvlab.models.config import OwnMLP
 from kvlab.models.experts import ExpertsConfig
 from kvlab.registry import Registry
 from kvlab.schema import json_schema
@@ -93,7 +94,8 @@ def _mixer() -> Node:
     layers = _by_type(MIXERS)
     for layer in layers:
         layer["properties"] = {name: {"anyOf": [node, REFERENCE]} for name, node in layer["properties"].items()}
-        layer["properties"]["mlp"] = json_schema(ExpertsConfig)
+        layer["properties"] |= json_schema(OwnMLP)["properties"]
+        layer["properties"]["mlp"] = {"anyOf": [json_schema(ExpertsConfig), {"type": "null"}]}
     return {"type": "object", "properties": named, "additionalProperties": {"anyOf": layers}}
 
 

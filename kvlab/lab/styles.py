@@ -128,7 +128,8 @@ def _is_number(word: str) -> bool:
 
 def styles(configs: Sequence[Mapping[str, Any]]) -> list[Style]:
     """A style for the configuration of each point: the colour by the first field of `swept`, the marker by the next
-    that is no field of the first, else by the first as well, in the order of its values' names. Where these two leave
+    that is no field of the first and no recipe that follows from it, else by the first as well, in the order of its
+    values' names. Where these two leave
     points of a panel alike, markers tell the points of a colour apart."""
     keys = [json.dumps(_drawn(config), sort_keys=True, default=str) for config in configs]
     different = dict(zip(keys, configs, strict=True))
@@ -140,7 +141,11 @@ def styles(configs: Sequence[Mapping[str, Any]]) -> list[Style]:
     leading, *others = names or ["mixer"]
     first = values(leading)
     palette = colours(first, of_mixers=leading == "mixer")
-    second = next((name for name in others if not name.startswith(f"{leading}.")), None)
+
+    def follows(name: str) -> bool:
+        return len(set(zip(first, values(name), strict=True))) == len(set(first))
+
+    second = next((name for name in others if not name.startswith(f"{leading}.") and not follows(name)), None)
     ranks = _ranks(values(second)) if second else [sorted(set(first)).index(value) for value in first]
     if max(ranks, default=0) >= len(MARKERS) or len(set(zip(first, ranks, strict=True))) < len(first):
         ranks = [first[:place].count(value) for place, value in enumerate(first)]

@@ -18,6 +18,7 @@ from kvlab.ledger.states import State
 from kvlab.mixers import LayerMemory
 from kvlab.mixers.layers import Linear, RMSNorm
 from kvlab.models.config import ModelConfig
+from kvlab.models.mlp import activated
 from kvlab.typing import Hidden, LayerEmbedding, LayerEmbeddings, Positions, StreamValues, Tokens
 
 LEAST_SQUARE = 1e-5
@@ -150,9 +151,7 @@ class AltUpBlock(nnx.Module):
     def embedded(self, y: Hidden, embedding: LayerEmbedding) -> Hidden:
         """What the layer's embedding adds to the streams behind the first."""
         scaled = (y.astype(jnp.float32) * self.scale_of_active[...][None, None]).astype(y.dtype)
-        gate = self.gate(scaled)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.out_norm(self.out(gate * embedding))
+        return self.out_norm(self.out(activated(self.gate(scaled), self.activation) * embedding))
 
 
 def _as_long(x: Hidden, like: Hidden) -> Hidden:

@@ -64,6 +64,14 @@ class ModelConfig(Schema):
 
 
 @dataclass(frozen=True)
+class OwnMLP(Schema):
+    """The MLP of one layer: its width where that is not the model's, and the share of its gates that are cut off."""
+
+    mlp_dim: int | None = integer(None, 0, 262144, optional=True)
+    mlp_sparsity: float = real(0.0, 0.0, 0.999999)
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One layer: a mixer's registered name and its config; the width of its MLP where that is not the model's, and the
     share of the MLP's gates that are cut off (`kvlab.models.mlp.gaussian_top_k`; 0: none); or the experts `mlp` that
@@ -75,11 +83,22 @@ class LayerConfig:
     mlp_sparsity: float = 0.0
     mlp: ExpertsConfig | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not 0 <= self.mlp_sparsity < 1:
+            raise ConfigError("mlp_sparsity", self.mlp_sparsity, "must be in [0, 1)")
+        if self.mlp is not None and self.mlp_dim is not None:
+            raise ConfigError("mlp_dim", self.mlp_dim, "must be null beside mlp, whose experts stand in its place")
+        if self.mlp is not None and self.mlp_sparsity:
+            raise ConfigError("mlp_sparsity", self.mlp_sparsity, "must be 0 beside mlp: experts have no such gates")
+
     def width_of_mlp(self, model: ModelConfig) -> int:
         """Hidden units of the layer's MLP; 0: it has none."""
         return model.mlp_dim if self.mlp_dim is None else self.mlp_dim
 
     def as_dict(self, plain: Callable[[object], Any] = to_plain) -> dict[str, Any]:
-        """{type: attention, ...}, with the experts under `mlp` where there are any; `plain` makes it of each config."""
-        experts = {} if self.mlp is None else {"mlp": plain(self.mlp)}
-        return {"type": self.mixer, **plain(self.config), **experts}
+        """{type: attention, ...}, with what differs from the model's MLP where anything does; `plain` makes it of each
+        config."""
+        own = {"mlp_dim": self.mlp_dim, "mlp_sparsity": self.mlp_sparsity or None}
+        own |= {"mlp": None if self.mlp is None else plain(self.mlp)}
+        return {"type": self.mixer, **plain(self.config), **{name: it for name, it in own.items() if it is not None}}

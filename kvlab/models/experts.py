@@ -22,9 +22,10 @@ class ExpertsConfig(Schema):
 
     A token's logits become `scores`: their softmax over all experts, or the sigmoid of each. The experts of the highest
     scores are chosen, and weighed by these, `normalised` so that they sum to 1 or as they are, times `share_scale`.
-    With a `choice_bias` a learned number an expert is added to the scores that are compared, not to those that weigh
-    (DeepSeek-V3, arXiv 2412.19437). Of several `num_groups` of experts only `groups_per_token` are chosen from, those
-    with the highest sums of their best two.
+    With a `choice_bias` a number an expert is added to the scores that are compared, not to those that weigh; no
+    gradient reaches it (DeepSeek-V3 moves it to balance the load, arXiv 2412.19437; training here leaves it). Of
+    several `num_groups` of experts only `groups_per_token` are chosen from, those with the highest sums of their best
+    two.
 
     An expert is a gated MLP with silu. With a `limit` it is that of gpt-oss (arXiv 2508.10925): gate and up are kept
     from exceeding it (up on both sides), and y = W_down (gate * sigmoid(`gain` * gate) * (up + 1)). With `bias` router
@@ -59,6 +60,8 @@ class ExpertsConfig(Schema):
             where = "" if self.groups_per_token == self.num_groups else f" in {self.groups_per_token} of its groups"
             legal = f"must be at most num_experts{where} = {num_open}"
             raise ConfigError("experts_per_token", self.experts_per_token, legal)
+        if self.limit is None and self.gain != 1.702:
+            raise ConfigError("gain", self.gain, "must be 1.702, its default, without a limit: silu has no gain")
         if self.shared_gate and not self.shared_dim:
             raise ConfigError("shared_gate", True, "must be false without a shared expert, shared_dim = 0")
 

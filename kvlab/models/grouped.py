@@ -19,8 +19,9 @@ def grouped_product(rows: Rows, matrices: Matrices, sizes: Sizes) -> Float[Array
     """Row n times the matrix of its group, [N, O]. Rows are sorted by group; `sizes` [X] counts those of each, and sums
     to N. What a row becomes depends on no other row.
 
-    XLA has an instruction for it on GPUs and TPUs, `jax.lax.ragged_dot`. On a CPU JAX makes of that one product over
-    all groups, of rows [X * I] with zeros in them, which takes 10 times as long and more (docs/findings/engine.md).
+    On a CPU JAX makes of `jax.lax.ragged_dot` one product over all groups, of rows [X * I] with zeros in them, which
+    takes 10 to 100 times as long (docs/findings/engine.md). A TPU has an instruction for it. On a GPU XLA may expand it
+    likewise; that path was not measured.
     """
     if this_device().platform == "cpu":
         return by_blocks(rows, matrices, sizes)

@@ -37,8 +37,12 @@ class GatedMLP(nnx.Module):
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
         if self.sparsity:
             gate = gaussian_top_k(gate, self.sparsity)
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate)
-        return self.down(gate * up)
+        return self.down(activated(gate, self.activation) * up)
+
+
+def activated(gate: Array, activation: str) -> Array:
+    """The gate under "silu", or "gelu" in its tanh form."""
+    return jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate)
 
 
 def gaussian_top_k(gate: Array, sparsity: float) -> Array:

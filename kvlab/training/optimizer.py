@@ -43,17 +43,19 @@ def decays(params: Params) -> PyTree:
     """True where weight decay applies: matrices do, vectors (norms, biases, rates) and convolution kernels do not."""
 
     def is_decayed(path: Sequence[Any], leaf: jax.Array) -> bool:
-        return leaf.ndim >= 2 and not any("conv" in str(part.key) for part in path)
+        names = [str(part.key) for part in path]
+        return leaf.ndim >= 2 and names[-1] != "bias" and not any("conv" in name for name in names)
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def orthogonalised(params: Params) -> PyTree:
-    """True where Muon updates: matrices inside blocks, except convolution kernels."""
+    """True where Muon updates: matrices inside blocks, those of each expert too, except convolution kernels."""
 
     def is_matrix(path: Sequence[Any], leaf: jax.Array) -> bool:
         names = [str(part.key) for part in path]
-        return names[0] == "blocks" and leaf.ndim == 2 and not any("conv" in name for name in names)
+        is_kernel = names[-1] != "bias" and not any("conv" in name for name in names)
+        return names[0] == "blocks" and is_kernel and (leaf.ndim == 2 or (leaf.ndim == 3 and "mlp" in names))
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
@@ -72,17 +74,17 @@ def _muon(momentum: float) -> optax.GradientTransformation:
 
 
 def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on stacks [count, inputs, outputs] of the matrices that are alike: one loop a shape is compiled, not one
-    a matrix."""
+    """`inner` on stacks [count, inputs, outputs] of the matrices that are alike, those of experts among them: one loop
+    a shape is compiled, not one a matrix."""
 
-    def name(matrix: jax.Array) -> str:
-        return "x".join(str(size) for size in matrix.shape)
+    def name(leaf: jax.Array) -> str:
+        return "x".join(str(size) for size in leaf.shape[-2:])
 
     def stacks(tree: Any) -> dict[str, jax.Array]:
         groups: dict[str, list[jax.Array]] = {}
         for leaf in jax.tree.leaves(tree):
-            groups.setdefault(name(leaf), []).append(leaf)
-        return {shape: jnp.stack(group) for shape, group in groups.items()}
+            groups.setdefault(name(leaf), []).append(leaf.reshape(-1, *leaf.shape[-2:]))
+        return {shape: jnp.concatenate(group) for shape, group in groups.items()}
 
     def init(params: Any) -> Any:
         return inner.init(stacks(params))
@@ -90,8 +92,14 @@ def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformati
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         changed: Any
         changed, state = inner.update(stacks(updates), state)
-        rows = {shape: iter(stack) for shape, stack in changed.items()}
-        return jax.tree.map(lambda leaf: next(rows[name(leaf)]), updates), state
+        places = dict.fromkeys(changed, 0)
+
+        def back(leaf: jax.Array) -> jax.Array:
+            shape, count = name(leaf), 1 if leaf.ndim == 2 else len(leaf)
+            places[shape] += count
+            return changed[shape][places[shape] - count : places[shape]].reshape(leaf.shape)
+
+        return jax.tree.map(back, updates), state
 
     return optax.GradientTransformation(init, update)
 

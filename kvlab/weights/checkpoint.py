@@ -167,7 +167,8 @@ def abstract_model(architecture: Architecture) -> Model:
     shapes = Model.of(model)
 
     def typed(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        is_matrix = path_name(path).endswith((".kernel", ".embedding"))
+        name = path_name(path)
+        is_matrix = name.endswith((".kernel", ".embedding")) and not name.endswith(".router.kernel")
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(architecture.model.dtype) if is_matrix else jnp.float32)
 
     return Model(shapes.structure, jax.tree_util.tree_map_with_path(typed, shapes.params))

@@ -11,6 +11,7 @@ from kvlab.schema import Schema, adapter, flag, integer_type, problems, real_typ
 
 MAX_LAYERS = 10_000
 SIZE: Any = Annotated[integer_type(1, 2**31 - 1), Field(description="a positive integer")]
+COUNT: Any = integer_type(0, 2**31 - 1)
 POSITIVE: Any = Annotated[
     float, Strict(), AllowInfNan(False), Field(gt=0), Field(description="a finite positive number")
 ]

@@ -53,12 +53,12 @@ class Mxfp4(Entry):
 
 
 def with_blocks(table: Table, headers: Mapping[str, Stored]) -> Table:
-    """The table in which parameters are read from NAME_blocks and NAME_scales where the folder has these in NAME's
-    place."""
+    """The table in which matrices of experts are read from NAME_blocks and NAME_scales where the folder has these in
+    NAME's place."""
     found = dict(table)
     for ours, entry in table.items():
         (name, *others) = entry.names
         halves = (f"{name}_blocks", f"{name}_scales")
-        if not others and name not in headers and halves[0] in headers:
+        if ".experts." in name and not others and name not in headers and halves[0] in headers:
             found[ours] = Mxfp4(halves)
     return found

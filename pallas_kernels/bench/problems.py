@@ -86,7 +86,11 @@ PROBLEMS: dict[str, tuple[Any, ...]] = {
         *(Write(f"write 8192 tokens, {format}", format=format) for format in ("int8", "fp8", "int4")),
         Scan(
             SSD,
-            *(4, 128, 64, 128, 4096),
+            batch=4,
+            num_heads=128,
+            value_dim=64,
+            key_dim=128,
+            num_tokens=4096,
             goals=Goals(most_us=(NUM_SCANNED * 35e-3, NUM_SCANNED * 22e-3), faster_than=(("reference", (3.0,)),)),
         ),
         Step("SSM decode step B64, H128", 64, 128, 64, 128, goals=Goals((0.85, 0.92))),

@@ -16,13 +16,13 @@ from pallas_kernels.linear_scan import linear_scan, linear_scan_step
 from pallas_kernels.ops import OPS
 from pallas_kernels.ssd import ssd, ssd_step
 
-TINY = 1e-30
+FAINT = 1e-30
 """Times an output, added to an input: the output is computed, and the input stays."""
 
 
 @dataclass(frozen=True)
 class Recurrence(abc.ABC):
-    """One op on states of [value_dim, key_dim] numbers a head, which are float32."""
+    """One op on states of value_dim x key_dim numbers a head, which are float32."""
 
     op: ClassVar[str]
     name: str
@@ -77,7 +77,7 @@ class OverTokens(Recurrence):
 
         def turn(number: Array, first: Array, arrays: Any) -> Array:
             del number
-            return first + self.run(implementation, first, *arrays[1:]).sum(axis=-1) * TINY
+            return first + self.run(implementation, first, *arrays[1:]).sum(axis=-1) * FAINT
 
         return Work(turn, first, (first, *rest), lambda arrays: self.run(implementation, *arrays))
 
@@ -104,7 +104,7 @@ class OneToken(Recurrence):
         def turn(number: Array, moving: tuple[Array, Array], arrays: Any) -> tuple[Array, Array]:
             del number
             outputs, state = self.run(implementation, *moving, *arrays[2:])
-            return state, moving[1] + outputs * TINY
+            return state, moving[1] + outputs * FAINT
 
         return Work(turn, (state, values), (state, values, *rest), lambda arrays: self.run(implementation, *arrays)[0])
 

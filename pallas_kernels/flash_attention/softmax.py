@@ -16,7 +16,8 @@ def softmax_product(
     scores: Float[Array, "B K G T S"], values: Float[Array, "B K S Dv"]
 ) -> tuple[Float[Array, "B K G T Dv"], Float[Array, "B K G T"]]:
     """softmax(scores) @ values over the last axis, in float32, and the log-sum-exp of the scores, which are float32 and
-    -inf where a key is not seen. Every query must see one.
+    -inf where a key is not seen. Every query must see one, and none may have NaN or inf, hidden ones neither. There is
+    no forward-mode derivative.
 
     With weights P and outputs O the gradient of a score is P (dP - sum(P dP)), and sum(P dP) over keys is sum(O dO)
     over dims (FlashAttention, arXiv 2205.14135, appendix B): no sum over keys, no division, no mask.

@@ -64,3 +64,15 @@ def test_branches_count_as_the_dearest_and_convolutions_in_full():
     conv = partial(jax.lax.conv_general_dilated, window_strides=(1,), padding="VALID", feature_group_count=4)
     traced = jax.jit(conv).trace(jnp.zeros((2, 8, 12)), jnp.zeros((8, 2, 3)))
     assert flops_of(traced.jaxpr) == 2 * (2 * 8 * 10) * (2 * 3)
+
+
+def test_a_product_by_groups_counts_each_row_once():
+    """Forwards, which the gradient has too, and backwards for rows and for matrices."""
+    rows, matrices, sizes = jnp.zeros((24, 8)), jnp.zeros((5, 8, 16)), jnp.array([4, 0, 10, 10, 0])
+
+    def loss(rows, matrices):
+        return jnp.sum(jax.lax.ragged_dot(rows, matrices, sizes))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(rows, matrices)
+    assert flops_of(traced.jaxpr, only=("ragged_dot_general",)) == 3 * 2 * 24 * 8 * 16
+    assert flops_of(jax.jit(loss).trace(rows, matrices).jaxpr, only=("ragged_dot_general",)) == 2 * 24 * 8 * 16

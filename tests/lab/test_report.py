@@ -281,6 +281,8 @@ def test_a_mixer_looks_the_same_beside_the_same_mixers():
     looks = dict(zip(names, styles(one), strict=True))
     assert dict(zip(reversed(names), styles(two[::-1]), strict=True)) == looks
     assert len({look.marker for look in looks.values()}) == 3, "for eyes that do not tell colours apart"
+    own = [{**config, "optimizer": {"learning_rate": 0.01 if config is one[1] else 0.02}} for config in one]
+    assert dict(zip(names, styles(own), strict=True)) == looks, "a rate that goes with a mixer says nothing"
 
 
 def test_drawing_leaves_the_backend_alone(tmp_path):

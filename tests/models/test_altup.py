@@ -17,6 +17,7 @@ from kvlab.memory.layout import MemoryConfig, MemoryLayout
 from kvlab.mixers.attention import AttentionConfig
 from kvlab.models.altup import AltUpBlock, StreamEnds, Streams
 from kvlab.models.config import LayerConfig, ModelConfig
+from kvlab.models.experts import ExpertsConfig
 from kvlab.models.laurel import Laurel
 from kvlab.models.mlp import gaussian_top_k
 from kvlab.models.model import Model
@@ -248,3 +249,17 @@ def test_products_of_the_streams_are_counted():
     ends = 4 * 16 * 16 + 16 * 15
     block = 2 * 16 * 3 + 3 * 9 + 9 * 16 + 3 * 3 + 2 * 16 * 5 + 2 * 16 * 4
     assert products(MODEL) - products(plain) == 2 * 19 * (ends + 3 * block)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_sparsity": 1.0}, "mlp_sparsity = 1.0: must be in"),
+        ({"mlp_sparsity": -0.5}, "mlp_sparsity = -0.5: must be in"),
+        ({"mlp_dim": 8, "mlp": ExpertsConfig()}, "mlp_dim = 8: must be null beside mlp"),
+        ({"mlp_sparsity": 0.5, "mlp": ExpertsConfig()}, "mlp_sparsity = 0.5: must be 0 beside mlp"),
+    ],
+)
+def test_an_mlp_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LayerConfig("attention", ATTENTION, **fields)

@@ -80,6 +80,16 @@ def test_gradients_of_attention_in_float64(visible, soft_cap, has_sinks):
     assert_gradients(loss, given, found, atol=3e-4)
 
 
+def types_of_products(program):
+    """Of every product of matrices the types of its factors, and that of what it gives."""
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            yield [factor.aval.dtype.name for factor in equation.invars], equation.outvars[0].aval.dtype.name
+        for value in equation.params.values():
+            if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                yield from types_of_products(getattr(value, "jaxpr", value))
+
+
 def test_sixteen_bits_are_multiplied_as_such_and_summed_in_float32():
     scores, values = drawn((1, 2, 2, 5, 300), (1, 2, 300, 4))
     values = jnp.bfloat16(values)
@@ -90,6 +100,10 @@ def test_sixteen_bits_are_multiplied_as_such_and_summed_in_float32():
     for mine, wanted in zip(found, exact((outputs, sums)), strict=True):
         np.testing.assert_allclose(np.float32(mine), wanted, atol=2e-3)
     assert [mine.dtype for mine in found] == [jnp.float32, jnp.bfloat16]
+    both = jax.make_jaxpr(softmax_product)(jnp.float32(scores), values), jax.make_jaxpr(gradients)((outputs, sums))
+    products = [types for program in both for types in types_of_products(program.jaxpr)]
+    assert [{*operands} for operands, _ in products] == [{"bfloat16"}] * 3
+    assert [result for _, result in products] == ["float32", "float32", "bfloat16"]
 
 
 def test_weights_are_neither_divided_nor_masked_again_nor_summed_in_the_gradient():

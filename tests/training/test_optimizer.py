@@ -152,3 +152,27 @@ def test_the_state_of_muon_survives_a_checkpoint(tmp_path, config_of):
 def test_an_unknown_optimizer_is_refused_by_name():
     with pytest.raises(ConfigError, match="one of adamw, muon"):
         OptimizerConfig(name="sgd")
+
+
+def test_each_expert_is_a_matrix_of_its_own_and_biases_are_vectors(config_of):
+    """Muon of stacked experts is that of each by itself; biases [experts, outputs] are neither made orthogonal nor
+    decayed."""
+    lab = Laboratory.of(config_of("+mixer.A.mlp={num_experts: 3, experts_per_token: 2, expert_dim: 8, bias: true}"))
+    is_muon, is_decayed = (chosen(lab.model.params)["blocks"][0]["mlp"] for chosen in (orthogonalised, decays))
+    for name in ("gate_up", "down", "router"):
+        assert (is_muon[name]["kernel"], is_decayed[name]["kernel"]) == (True, True)
+        assert (is_muon[name]["bias"], is_decayed[name]["bias"]) == (False, False)
+
+    rng = np.random.default_rng(2)
+    config = OptimizerConfig(name="muon", clip_norm=None)
+    stacks = [jnp.asarray(rng.standard_normal((3, 8, 24)), jnp.float32) for _ in range(4)]
+
+    def trained(part):
+        """The last kernel of a block that has that part of the stacks, and a matrix of their shape beside."""
+        params, *grads = ({"blocks": {0: {"a": {"kernel": x[0]}, "mlp": {"kernel": x[part]}}}} for x in stacks)
+        return stepped(config, grads, params, 3)[-1]["blocks"][0]["mlp"]["kernel"]
+
+    together = trained(slice(None))
+    assert not np.allclose(together, stacks[0], atol=1e-3)
+    for expert in range(3):
+        np.testing.assert_allclose(together[expert], trained(expert), atol=1e-6)

@@ -99,6 +99,15 @@ def test_a_run_over_weights_has_their_experts(tmp_path):
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, pretrained("gpt_oss").model.params)
 
 
+def test_a_run_over_weights_has_the_widths_and_the_sparsity_of_each_layer(tmp_path):
+    folder = write_folder("gemma3n_text", tmp_path / "gemma")
+    config = compose(["task=mqar", "task.vocab_size=256", "train.num_steps=0", f"weights.path={folder}"])
+    architecture = pretrained("gemma3n_text").architecture
+    assert len({layer.mlp_sparsity for layer in architecture.layers}) > 1
+    assert tuple(config.layers()) == architecture.layers
+    assert Config.build(config.as_dict()) == config, "a run's record is read back"
+
+
 def test_a_window_narrows_and_never_widens(tmp_path):
     """Layers that have a narrower one keep it; sinks are put under any window."""
     folder = write_folder("gemma3_text", tmp_path / "gemma")

@@ -8,13 +8,12 @@ from kvlab.mixers.latent import LatentConfig
 from kvlab.models.experts import ExpertsConfig
 from kvlab.models.transformer import LayerConfig
 from kvlab.rotary import is_yarn
-from kvlab.schema import ConfigError, flag, integer_type
-from kvlab.weights.config_files import DefaultRope, YarnRope, only, positive, size, value_of
+from kvlab.schema import ConfigError, flag
+from kvlab.weights.config_files import COUNT, DefaultRope, YarnRope, only, positive, size, value_of
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, DecoderFile, rope_values
 from kvlab.weights.tables import Entry, Table, linear
 
-COUNT: Any = integer_type(0, 2**31 - 1)
 V3_LAYERS = 61
 """Layers of DeepSeek-V3 and R1: their files have one more, which predicts the token behind the next."""
 

@@ -7,15 +7,13 @@ from typing import Any
 from kvlab.mixers.latent import LatentConfig
 from kvlab.mixers.linear import LinearConfig
 from kvlab.models.transformer import LayerConfig
-from kvlab.schema import ConfigError, integer_type
-from kvlab.weights.config_files import DefaultRope, Part, only, positive, size, value_of
+from kvlab.schema import ConfigError
+from kvlab.weights.config_files import COUNT, DefaultRope, Part, only, positive, size, value_of
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, DecoderFile, first_config
 from kvlab.weights.families.deepseek_v3 import latent_table, latent_values
 from kvlab.weights.families.hybrid import FULL, LINEAR, delta_table, layer_types, layers_of
 from kvlab.weights.tables import FLAT, Entry, Table, linear
-
-COUNT: Any = integer_type(0, 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

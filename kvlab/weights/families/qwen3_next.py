@@ -7,15 +7,13 @@ from typing import Any
 from kvlab.mixers.linear import LinearConfig
 from kvlab.models.experts import ExpertsConfig
 from kvlab.models.transformer import LayerConfig, ModelConfig
-from kvlab.schema import ConfigError, flag, integer_type
-from kvlab.weights.config_files import DefaultRope, size, value_of
+from kvlab.schema import ConfigError, flag
+from kvlab.weights.config_files import COUNT, DefaultRope, size, value_of
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import Decoder, attention_config, attention_table, attention_values, first_config
 from kvlab.weights.families.hybrid import FULL, LINEAR, HybridFile, delta_net, delta_net_values, layer_types, layers_of
 from kvlab.weights.mixture import experts_table
 from kvlab.weights.tables import CONVOLUTION, LESS_ONE, Entry, Table, linear, rows_by_group
-
-COUNT: Any = integer_type(0, 2**31 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
