@@ -10,7 +10,7 @@ import pytest
 
 from tests.tiers import CHILDREN, MARKERS, UNUSED_ROWS, mark, seconds_of_tests
 
-BUDGETS = {"fast": 230.0, "ci": 1000.0}
+BUDGETS = {"fast": 120.0, "ci": 850.0}
 """Processor seconds of a tier's tests that are known: two cores take half as long."""
 
 

@@ -32,10 +32,10 @@ MARKERS = ("ci", "slow", "generated")
 UNUSED_ROWS = pytest.StashKey[list[str]]()
 """Where `tests/conftest.py` leaves the rows and ids that stand for no test, once the whole suite is collected."""
 
-SHARES = {"fast": 0.9, "ci": 1.2}
+SHARES = {"fast": 0.5, "ci": 0.7}
 """Processor seconds of all cases of a function in a tier, and of its first case where that alone takes more: of tests
 that cannot be cut, `ci` takes those of up to `LONGEST`."""
-LONGEST = 4.0
+LONGEST = 2.5
 
 SECONDS = Path(__file__).parent / "seconds.json"
 """Of each test, by id."""
