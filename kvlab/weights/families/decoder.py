@@ -14,6 +14,9 @@ from kvlab.weights.families.base import Architecture, Family
 from kvlab.weights.mixture import experts_table, mlp_table
 from kvlab.weights.tables import Entry, Table, linear
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The words of `layer_types`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderFile(ConfigFile):
@@ -94,14 +97,14 @@ def attention_layers(
     so. `more` are fields of `AttentionConfig`."""
     num_layers, kinds = file.num_hidden_layers, file.layer_types
     if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * num_layers
-    legal_kinds = ("full_attention", "sliding_attention") if window else ("full_attention",)
+        kinds = [SLIDING if window else FULL] * num_layers
+    legal_kinds = (FULL, SLIDING) if window else (FULL,)
     if len(kinds) != num_layers or any(kind not in legal_kinds for kind in kinds):
         legal = f"must be {num_layers} of full_attention and, with a window, sliding_attention"
         raise ConfigError("layer_types", kinds, legal)
     config = attention_config(file, rope, **more)
     local = replace(config, window=window)
-    return [LayerConfig("attention", local if kind == "sliding_attention" else config) for kind in kinds]
+    return [LayerConfig("attention", local if kind == SLIDING else config) for kind in kinds]
 
 
 def attention_config(file: DecoderFile, rope: DefaultRope, /, **more: Any) -> AttentionConfig:

@@ -12,6 +12,8 @@ from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import DefaultRope, only, positive, read_rope, size
 from kvlab.weights.families.base import Architecture
 from kvlab.weights.families.decoder import (
+    FULL,
+    SLIDING,
     Decoder,
     DecoderFile,
     attention_layers,
@@ -21,7 +23,6 @@ from kvlab.weights.families.decoder import (
 )
 from kvlab.weights.tables import Entry, Table, less_one
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 GELU = "gelu_pytorch_tanh"
 
 

@@ -10,8 +10,8 @@ from kvlab.models.transformer import LayerConfig, ModelConfig
 from kvlab.schema import ConfigError, integer_type, list_type, real_type
 from kvlab.weights.config_files import MAX_LAYERS, POSITIVE, SIZE, DefaultRope, only, size, value_of
 from kvlab.weights.families.base import Architecture
-from kvlab.weights.families.decoder import Decoder, mlp_table
-from kvlab.weights.families.gemma3 import FULL, GELU, SLIDING, Gemma3File, four_norms, two_kinds, two_kinds_values
+from kvlab.weights.families.decoder import FULL, SLIDING, Decoder, mlp_table
+from kvlab.weights.families.gemma3 import GELU, Gemma3File, four_norms, two_kinds, two_kinds_values
 from kvlab.weights.tables import Entry, Table, linear
 
 SPARSE_LAYERS, SPARSITY = 10, 0.95

@@ -10,10 +10,9 @@ from kvlab.models.transformer import LayerConfig
 from kvlab.schema import ConfigError, flag
 from kvlab.weights.config_files import DefaultRope, Part, positive, read_rope, size, value_of
 from kvlab.weights.families.base import Architecture
-from kvlab.weights.families.decoder import Decoder, DecoderFile, attention_layers, attention_values
+from kvlab.weights.families.decoder import FULL, SLIDING, Decoder, DecoderFile, attention_layers, attention_values
 from kvlab.weights.tables import Entry, Table, linear
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,

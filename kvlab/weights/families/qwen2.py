@@ -9,9 +9,7 @@ from kvlab.models.transformer import LayerConfig
 from kvlab.schema import flag, integer_type
 from kvlab.weights.config_files import DefaultRope, only, size, value_of
 from kvlab.weights.families.base import Architecture
-from kvlab.weights.families.decoder import Decoder, DecoderFile, attention_layers, attention_values
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from kvlab.weights.families.decoder import FULL, SLIDING, Decoder, DecoderFile, attention_layers, attention_values
 
 
 @dataclass(frozen=True, kw_only=True)
